@@ -1,0 +1,21 @@
+"""scalepeft: exact orthogonal and structured adapters for LLaMA-class models, 4-bit, sharded, preemptible."""
+
+from typing import Any
+
+__version__ = "0.1.0"
+# Imported on first use: ``python -m scalepeft`` takes over the signals before torch is loaded.
+_PUBLIC = {
+    "adapt": "scalepeft.inject",
+    "effective_weight": "scalepeft.merge",
+    "inject": "scalepeft.inject",
+    "load_adapter": "scalepeft.inject",
+}
+__all__ = ["__version__", "adapt", "effective_weight", "inject", "load_adapter"]  # noqa: F822, RUF100
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        import importlib
+
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'scalepeft' has no attribute {name!r}")

@@ -1,0 +1,60 @@
+"""LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685). The baseline of all others.
+
+Letters: r rank, A (r, in), B (out, r), scaling = alpha / r.
+"""
+
+import math
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scalepeft.adapters.base import Adapter, AdapterConfig
+from scalepeft.lookup import STRICT
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LoRAConfig(AdapterConfig):
+    """Settings of LoRA.
+
+    Attributes:
+        rank: r, columns of B and rows of A.
+        alpha: the update is scaled by alpha / rank.
+        dropout: probability of zeroing an entry of x on the way into A, in training only.
+    """
+
+    name: str = "lora"
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class LoRA(Adapter):
+    """``W' = W + (alpha / r) B A``; A (r, in) Kaiming-uniform, B (out, r) zero; ``r (in + out)`` parameters.
+
+    Matches HF PEFT given the same A and B. Paper: arXiv 2106.09685.
+    """
+
+    Config = LoRAConfig
+    weight_decay = True
+
+    def __init__(self, config: LoRAConfig, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        self.scaling = config.alpha / config.rank
+        self.dropout = config.dropout
+        self.A = nn.Parameter(torch.empty(config.rank, in_features, dtype=torch.float32))
+        self.B = nn.Parameter(torch.empty(out_features, config.rank, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        """Draws A as PEFT does (Kaiming uniform, a = sqrt 5) and sets B to zero."""
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        nn.init.zeros_(self.B)
+
+    def delta(self, x: Tensor) -> Tensor:
+        """``scaling * B A dropout(x)``: two thin products in the dtype of x."""
+        if self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
+        return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype) * self.scaling)

@@ -1,0 +1,120 @@
+"""The command line. Exit codes: 0 finished, 75 stopped by a signal and saved, 2 the user's mistake, 1 a bug."""
+
+import argparse
+import os
+import sys
+import traceback
+from typing import NoReturn
+
+from scalepeft import __version__
+from scalepeft.preemption import BROKEN, FINISHED, STOPPED, USER_ERROR, StopFlag, Stopping
+
+EPILOG = """\
+exit codes: 0 finished; 75 stopped by SIGTERM, SIGINT or SIGUSR1 and saved, run again to continue;
+            2 a mistake in the call, config or data (one line says which); 1 a bug or a broken machine
+"""
+TRAIN = """\
+Trains an adapter, or resumes: on a folder that holds a run it continues at the newest checkpoint that verifies.
+
+  scalepeft train configs/runs/commonsense_hoft.yaml model.path=DIR_OR_HUB_ID data.train=FILES
+  scalepeft train model=tiny data=toy adapter.name=hoft adapter.rank=8 train.max_steps=50 run_dir=runs/try
+  torchrun --nproc-per-node 8 -m scalepeft train CONFIG engine.name=fsdp2
+
+SECTION=NAME takes configs/<section>/NAME.yaml whole; SECTION.KEY=VALUE sets one key. The last one wins.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other mistake."""
+        print(f"scalepeft: error: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(USER_ERROR)
+
+
+def _parser() -> argparse.ArgumentParser:
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = _Parser("scalepeft", description=__doc__, epilog=EPILOG, formatter_class=shape)
+    parser.add_argument("--version", action="version", version=f"scalepeft {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train", help="train an adapter, or resume", description=TRAIN, epilog=EPILOG, formatter_class=shape
+    )
+    train.add_argument("arguments", nargs="*", metavar="[CONFIG] KEY=VALUE", help="a YAML file, then settings")
+    train.add_argument(
+        "--resume-with-changes", action="store_true", help="continue although harmless keys differ from the run's config"
+    )
+
+    evaluate = commands.add_parser("evaluate", help="generate answers for data.test and score them", epilog=EPILOG)
+    evaluate.add_argument("run_dir", help="folder of a finished run")
+    evaluate.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="e.g. data.test=FILES evaluate.limit=100")
+    evaluate.add_argument("--base", action="store_true", help="score the base model without the adapter")
+
+    report = commands.add_parser("report", help="loss curve and scores of a run")
+    report.add_argument("run_dir", help="folder of a run")
+    for command in (train, evaluate, report):
+        command.add_argument("--debug", action="store_true", help="show the traceback of a user error too")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns the exit code."""
+    args = _parser().parse_args(argv)
+    # Before torch is imported: from here on a signal means "stop in order".
+    stop = StopFlag().install() if args.command in ("train", "evaluate") else StopFlag()
+    try:
+        return _run(args, stop)
+    except Stopping:
+        return STOPPED
+    except Exception as error:
+        code = _explain(error, args.debug)
+    if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1:
+        # Other ranks may be gone: an orderly shutdown of the process group could wait for them forever.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _run(args: argparse.Namespace, stop: StopFlag) -> int:
+    from scalepeft import config
+
+    if args.command == "train":
+        path = None
+        settings = args.arguments
+        if settings and "=" not in settings[0]:
+            path, *settings = settings
+        run_config, notes = config.load(path, settings)
+        from scalepeft import train
+        from scalepeft.progress import say
+
+        for note in notes if _rank() == 0 else ():
+            say(note)
+        return train.run(run_config, stop, args.resume_with_changes)
+    if args.command == "evaluate":
+        from scalepeft import evaluate
+
+        return evaluate.run(args.run_dir, args.settings, args.base, stop)
+    from scalepeft import report
+
+    report.run(args.run_dir)
+    return FINISHED
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def _explain(error: Exception, debug: bool) -> int:
+    from scalepeft.lookup import UserError
+
+    if not isinstance(error, UserError):
+        traceback.print_exc()
+        print(f"scalepeft: failed on rank {_rank()}: {type(error).__name__}: {error}", file=sys.stderr)
+        return BROKEN
+    if debug:
+        traceback.print_exc()
+    # User errors are agreed between the ranks, so one line is enough.
+    if _rank() == 0:
+        print(f"scalepeft: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return USER_ERROR

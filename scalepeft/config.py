@@ -1,0 +1,372 @@
+"""Typed dataclasses <- YAML files <- ``dotted.key=value``; one line with the dotted path for every mistake."""
+
+import dataclasses
+from dataclasses import dataclass as plain_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+from pydantic.dataclasses import dataclass
+
+from scalepeft import lookup
+from scalepeft.adapters.base import AdapterConfig
+from scalepeft.lookup import STRICT, UserError, nearest, unknown
+from scalepeft.parallel.base import EngineConfig
+from scalepeft.tasks.base import TaskConfig
+
+BUILTIN = "builtin:tiny"
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelConfig:
+    """The frozen base.
+
+    Attributes:
+        path: folder with config.json and safetensors, a hub id, or ``builtin:tiny`` (made on the spot).
+        revision: branch, tag or commit of a hub id.
+        tokenizer: folder or hub id, where it is not that of the model.
+        quant: how block weights are held: ``none`` (the compute dtype), ``nf4``, ``int8``.
+        double_quant: NF4 scales in 8 bits too, 4.13 instead of 4.5 bits a weight.
+        pretrain_steps: next-token steps on the toy task's text that the built-in model gets when made.
+    """
+
+    path: str = BUILTIN
+    revision: str | None = None
+    tokenizer: str | None = None
+    quant: Literal["none", "nf4", "int8"] = "none"
+    double_quant: bool = False
+    pretrain_steps: NotNegative = 0
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainConfig:
+    """The optimisation.
+
+    Attributes:
+        max_steps: optimiser steps; or give ``epochs``.
+        epochs: passes over the training data, a fraction allowed.
+        global_batch: rows a step over all ranks; fixed for the life of a run.
+        micro_batch: rows a forward on one rank.
+        lr: peak learning rate.
+        schedule: after warm-up: ``linear`` or ``cosine`` to zero, or ``constant``.
+        warmup_steps: linear from zero.
+        weight_decay: AdamW's, on parameters where decay means "towards the base" (never on rotations, scales).
+        beta1: AdamW.
+        beta2: AdamW.
+        eps: AdamW.
+        max_grad_norm: clipping; 0 switches it off.
+        max_nonfinite: a step whose loss or gradient is not finite is skipped; so many in a row stop the run.
+        seed: of start values, data order, dropout.
+        precision: dtype of base and activations; the adapter and its optimiser stay fp32.
+        loss_chunk: tokens whose logits exist at one time.
+        save_every: steps between checkpoints.
+        keep_checkpoints: newest verified checkpoints that are kept.
+        eval_every: steps between held-out losses; 0 switches them off.
+        stop_at: save and leave with exit code 75 when this step is done (a planned stop).
+        tensorboard: write TensorBoard events to RUN_DIR/tensorboard.
+        wandb: W&B project to log to.
+    """
+
+    max_steps: Positive | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    global_batch: Positive = 16
+    micro_batch: Positive = 4
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: NotNegative = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    max_nonfinite: Positive = 5
+    seed: NotNegative = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    loss_chunk: Positive = 1024
+    save_every: Positive = 100
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    eval_every: NotNegative = 0
+    stop_at: Positive | None = None
+    tensorboard: bool = False
+    wandb: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvaluateConfig:
+    """Generation for ``scalepeft evaluate``.
+
+    Attributes:
+        batch_size: prompts a rank generates for at once.
+        max_new_tokens: length limit of an answer.
+        limit: score only the first so many rows of each source; null scores all.
+    """
+
+    batch_size: Positive = 16
+    max_new_tokens: Positive = 32
+    limit: Positive | None = None
+
+
+@plain_dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run; ``adapter``, ``engine`` and ``data`` are of the class their ``name`` picks."""
+
+    run_dir: str
+    model: ModelConfig
+    data: TaskConfig
+    adapter: AdapterConfig
+    engine: EngineConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig
+
+
+# section -> (folder of scalepeft and of configs/, what to call an entry, the name if none is given)
+NAMED = {
+    "adapter": ("adapters", "adapter", "hoft"),
+    "engine": ("parallel", "engine", "single"),
+    "data": ("tasks", "task", "toy"),
+}
+FOLDERS = {"adapter": "adapters", "engine": "engines", "model": "models", "data": "tasks"}
+PLAIN: dict[str, type] = {"model": ModelConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
+SECTIONS = [f.name for f in dataclasses.fields(RunConfig)]
+
+# Keys that may differ when a run is resumed: never compared, and with --resume-with-changes.
+FREE_TO_CHANGE = ("run_dir", "train.stop_at", "evaluate.")
+HARMLESS = (
+    "engine.",
+    "data.workers",
+    "data.cache",
+    "train.micro_batch",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.eval_every",
+    "train.loss_chunk",
+    "train.max_nonfinite",
+    "train.tensorboard",
+    "train.wandb",
+    "train.max_steps",  # the schedule is recomputed over the new length
+    "train.epochs",
+)
+
+
+def config_root() -> Path:
+    """The folder of the shipped YAML files: inside an installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def config_class(section: str, name: str) -> type:
+    """Returns the config dataclass of a section whose ``name`` picks it."""
+    package, kind, _ = NAMED[section]
+    module = lookup.find(package, name, kind)
+    classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+    found: type = next(c for c in classes if hasattr(c, "Config")).Config
+    return found
+
+
+def load(path: str | None, overrides: list[str]) -> tuple[RunConfig, list[str]]:
+    """Builds a run's config; returns it with the notes the user should see.
+
+    Raises:
+        UserError: one line with the dotted path, the value, what is allowed, the nearest name.
+    """
+    notes: list[str] = []
+    # Precedence, weakest first:
+    values = _read(Path(path), ()) if path else {}  # 1 dataclass defaults fill what is absent; 2 the file and
+    #                                                 its includes (a file over what it includes)
+    _apply(values, overrides, notes)  # 3 the command line, left to right
+    return from_dict(values), notes
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    if not path.is_file() and not path.suffix:
+        path = path.with_suffix(".yaml")
+    if not path.is_file():
+        raise UserError(f"no config file {path} (from {Path.cwd()}); the shipped ones are in {config_root()}/runs")
+    if path.resolve() in above:
+        raise UserError(f"{path} includes itself by way of {', '.join(p.name for p in above)}")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a config is a mapping with {', '.join(SECTIONS)}, not {type(values).__name__}")
+    merged: dict[str, Any] = {}
+    includes = values.pop("include", None) or []
+    for include in [includes] if isinstance(includes, str) else includes:
+        candidates = [path.parent / f"{include}.yaml", config_root() / f"{include}.yaml", path.parent / str(include)]
+        found = next((c for c in candidates if c.is_file()), None)
+        if found is None:
+            raise UserError(f"{path}: include '{include}': no such file beside it or in {config_root()}")
+        _merge(merged, _read(found, (*above, path.resolve())))
+    for section, value in values.items():
+        if section in FOLDERS and isinstance(value, str):
+            _merge(merged, _named_file(section, value))
+        else:
+            _merge(merged, {section: value})
+    return merged
+
+
+def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
+    for key, value in new.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        elif value is not None or key not in into or not isinstance(into[key], dict):
+            into[key] = value
+
+
+def _named_file(section: str, name: str) -> dict[str, Any]:
+    folder = config_root() / FOLDERS[section]
+    file = folder / f"{name}.yaml"
+    if not file.is_file():
+        raise unknown(f"{section} config", name, (f.stem for f in folder.glob("*.yaml")))
+    return _read(file, ())
+
+
+def _apply(values: dict[str, Any], overrides: list[str], notes: list[str]) -> None:
+    """Lays ``key=value`` arguments over ``values``: ``adapter=lora`` takes a file, ``adapter.rank=8`` sets a key."""
+    given: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        parts = key.split(".")
+        if not equals or not all(parts) or len(parts) > 2:
+            raise UserError(f"'{override}': expected section.key=value, e.g. train.lr=1e-4 or adapter=hoft")
+        if parts[0] not in SECTIONS:
+            raise UserError(f"{key}: no section '{parts[0]}'.{nearest(parts[0], SECTIONS)} Allowed: {', '.join(SECTIONS)}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        if len(parts) == 1 and key in FOLDERS:
+            # A section chosen by name replaces the file's whole section: no path or rank of another survives.
+            values.pop(key, None)
+            given.pop(key, None)
+            _merge(values, _named_file(key, text))
+        elif len(parts) == 1:
+            if key != "run_dir":
+                raise UserError(f"{key}: is a section; set a key of it, e.g. {key}.KEY=VALUE")
+            given[key] = text
+        else:
+            given.setdefault(parts[0], {})[parts[1]] = value
+    for section in NAMED:
+        wanted = given.get(section, {}).get("name")
+        held = values.get(section)
+        if wanted and isinstance(held, dict) and held.get("name", wanted) != wanted:
+            allowed = _field_names(config_class(section, str(wanted)))
+            dropped = sorted(k for k in held if k not in allowed)
+            if dropped:
+                keys = ", ".join(f"{section}.{k}" for k in dropped)
+                notes.append(f"{section}.name={wanted} replaces {held['name']}: {keys} of the file do not apply")
+            values[section] = {k: v for k, v in held.items() if k in allowed}
+    _merge(values, given)
+    for section, keys in given.items():  # an explicit null is a value too
+        if isinstance(keys, dict):
+            values[section].update(keys)
+
+
+def from_dict(values: dict[str, Any]) -> RunConfig:
+    """Builds the typed config from nested mappings (a resolved ``config.yaml``, or merged files)."""
+    for section in values:
+        if section not in SECTIONS:
+            raise UserError(
+                f"no section '{section}'.{nearest(str(section), SECTIONS)} Allowed: {', '.join(SECTIONS)}"
+            )
+        if section != "run_dir" and not isinstance(values[section] or {}, dict):
+            raise UserError(f"{section}: expected keys under it, not {values[section]!r}")
+    if not values.get("run_dir"):
+        raise UserError("run_dir is not set: add run_dir=runs/NAME, the folder for checkpoints and results")
+    sections: dict[str, Any] = {s: _build(c, values.get(s) or {}, s) for s, c in PLAIN.items()}
+    for section, (_, _, default) in NAMED.items():
+        given = dict(values.get(section) or {})
+        given.setdefault("name", default)
+        sections[section] = _build(config_class(section, str(given["name"])), given, section)
+    config = RunConfig(run_dir=str(values["run_dir"]), **sections)
+    _check(config)
+    return config
+
+
+def adapter_config(values: dict[str, Any]) -> AdapterConfig:
+    """Builds a method's config from a mapping with ``name``."""
+    if "name" not in values:
+        raise unknown("adapter", "", lookup.available("adapters"))
+    built: AdapterConfig = _build(config_class("adapter", str(values["name"])), values, "adapter")
+    return built
+
+
+def _field_names(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _build(cls: type, values: dict[str, Any], section: str) -> Any:
+    for key in values:
+        if key not in _field_names(cls):
+            name = f" of {values['name']}" if "name" in values else ""
+            raise UserError(
+                f"{section}.{key}={values[key]}: no such key{name}.{nearest(str(key), _field_names(cls))} "
+                f"Allowed: {', '.join(_field_names(cls))}"
+            )
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(p) for p in (section, *first["loc"]))
+        raise UserError(f"{path}={first.get('input')!r}: {first['msg']}") from None
+
+
+def _check(config: RunConfig) -> None:
+    """Refuses combinations in which a setting cannot take effect."""
+    train, model, data = config.train, config.model, config.data
+    if (train.max_steps is None) == (train.epochs is None):
+        raise UserError("give one of train.max_steps and train.epochs" + (", not both" if train.epochs else ""))
+    if train.max_steps is not None and train.warmup_steps >= train.max_steps:
+        raise UserError(f"train.warmup_steps={train.warmup_steps} leaves no step of train.max_steps={train.max_steps}")
+    if train.stop_at is not None and train.max_steps is not None and train.stop_at >= train.max_steps:
+        raise UserError(f"train.stop_at={train.stop_at} is not before the end, train.max_steps={train.max_steps}")
+    if train.eval_every and not (data.valid or data.valid_size):
+        raise UserError("train.eval_every is set, but there are no held-out rows: set data.valid or data.valid_size")
+    if data.valid and data.valid_size:
+        raise UserError("give one of data.valid and data.valid_size, not both")
+    if model.double_quant and model.quant != "nf4":
+        raise UserError(f"model.double_quant=true needs model.quant=nf4, not {model.quant}")
+    if model.path != BUILTIN and model.pretrain_steps:
+        raise UserError(f"model.pretrain_steps is for model.path={BUILTIN} alone, not for {model.path}")
+    if model.path == BUILTIN and (model.revision or model.tokenizer):
+        raise UserError(f"model.revision and model.tokenizer have no effect with model.path={BUILTIN}; remove them")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Returns nested plain values: YAML, JSON and ``from_dict`` take them."""
+    return dataclasses.asdict(config)
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns dotted key -> (old, new) for every key that differs, without those that are free to change."""
+    flat_old, flat_new = ({k: v for k, v in _flatten(d)} for d in (old, new))
+    keys = sorted(flat_old.keys() | flat_new.keys())
+    return {
+        key: (flat_old.get(key), flat_new.get(key))
+        for key in keys
+        if flat_old.get(key) != flat_new.get(key) and not matches_key(key, FREE_TO_CHANGE)
+    }
+
+
+def matches_key(key: str, listed: tuple[str, ...]) -> bool:
+    """True if ``key`` is listed, or its section is (``engine.``)."""
+    return any(key == entry or (entry.endswith(".") and key.startswith(entry)) for entry in listed)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat += _flatten(value, f"{prefix}{key}.")
+        else:
+            flat.append((f"{prefix}{key}", value))
+    return flat

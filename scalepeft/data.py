@@ -1,0 +1,266 @@
+"""Examples -> tokens (once, cached by content) -> micro-batches in the order of the global sample index."""
+
+import hashlib
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from scalepeft.config import RunConfig
+from scalepeft.loss import IGNORED
+from scalepeft.lookup import UserError
+from scalepeft.parallel.mesh import Ranks
+from scalepeft.tasks.base import Example, TaskConfig
+
+CACHE_VERSION = 1
+PAD_TO = 8  # lengths are padded to a multiple of this, for tensor cores
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Tokenised examples: ``tokens`` of all in one row, cut at ``offsets``; labels begin at ``label_start``."""
+
+    tokens: Tensor  # (total,) int32
+    offsets: Tensor  # (n + 1,) int64
+    label_start: Tensor  # (n,) int32, at least 1: the first token has nothing to predict it from
+    dropped: int  # examples without a label token left after the cut
+    cut: int  # examples that lost their end
+
+    def __len__(self) -> int:
+        return len(self.label_start)
+
+    def label_tokens(self, rows: list[int]) -> int:
+        """Number of label tokens in these rows."""
+        index = torch.tensor(rows)
+        lengths = self.offsets[index + 1] - self.offsets[index]
+        return int((lengths - self.label_start[index]).sum())
+
+    def all_tokens(self, rows: list[int]) -> int:
+        """Number of tokens in these rows, without padding."""
+        index = torch.tensor(rows)
+        return int((self.offsets[index + 1] - self.offsets[index]).sum())
+
+    def fingerprint(self) -> str:
+        """sha256 of tokens, cuts and labels: a resumed run must see the same data."""
+        digest = hashlib.sha256()
+        for tensor in (self.tokens, self.offsets, self.label_start):
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
+
+    def take(self, rows: Tensor) -> "TokenSet":
+        """The subset of these rows, in this order."""
+        pieces = [self.tokens[self.offsets[r] : self.offsets[r + 1]] for r in rows.tolist()]
+        lengths = torch.tensor([0] + [len(p) for p in pieces])
+        tokens = torch.cat(pieces) if pieces else self.tokens[:0]
+        return TokenSet(tokens, lengths.cumsum(0), self.label_start[rows], self.dropped, self.cut)
+
+
+def tokenise(examples: list[Example], tokenizer: Any, config: TaskConfig) -> TokenSet:
+    """Tokenises prompt and completion apart, so that training sees the very prompt tokens generation starts from.
+
+    A sequence is prompt (with the tokenizer's BOS), completion, end-of-text, cut at ``config.cutoff``.
+    """
+    prompts = tokenizer([e.prompt for e in examples], add_special_tokens=True)["input_ids"]
+    completions = tokenizer([e.completion for e in examples], add_special_tokens=False)["input_ids"]
+    rows, starts, dropped, cut = [], [], 0, 0
+    for prompt, completion in zip(prompts, completions, strict=True):
+        ids = [*strip_eos(prompt, tokenizer), *completion, tokenizer.eos_token_id]
+        start = max(1, len(ids) - len(completion) - 1 if config.train_on == "response" else 0)
+        cut += len(ids) > config.cutoff
+        ids = ids[: config.cutoff]
+        if len(ids) <= start:
+            dropped += 1
+            continue
+        rows.append(torch.tensor(ids, dtype=torch.int32))
+        starts.append(start)
+    offsets = torch.tensor([0] + [len(r) for r in rows]).cumsum(0)
+    tokens = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int32)
+    return TokenSet(tokens, offsets, torch.tensor(starts, dtype=torch.int32), dropped, cut)
+
+
+def strip_eos(ids: list[int], tokenizer: Any) -> list[int]:
+    """Removes an end-of-text token that some tokenizers put after every text: a prompt must stay open."""
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def cached_tokens(examples: list[Example], tokenizer: Any, config: TaskConfig) -> TokenSet:
+    """``tokenise`` through a cache keyed by everything that decides the result."""
+    key = hashlib.sha256()
+    header = [CACHE_VERSION, config.train_on, config.cutoff, tokenizer.eos_token_id, tokenizer_hash(tokenizer)]
+    key.update(json.dumps(header).encode())
+    for example in examples:
+        key.update(f"{len(example.prompt)} {len(example.completion)} {example.prompt}{example.completion}".encode())
+    root = config.cache or os.environ.get("SCALEPEFT_CACHE") or Path.home() / ".cache" / "scalepeft"
+    file = Path(root) / "tokens" / f"{key.hexdigest()[:32]}.safetensors"
+    if file.is_file():
+        try:
+            with safe_open(file, "pt") as f:
+                t, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()  # noqa: SIM118
+            return TokenSet(t["tokens"], t["offsets"], t["label_start"], int(meta["dropped"]), int(meta["cut"]))
+        except (SafetensorError, KeyError, OSError):
+            file.unlink(missing_ok=True)  # a damaged cache is made again
+    made = tokenise(examples, tokenizer, config)
+    tensors = {"tokens": made.tokens, "offsets": made.offsets, "label_start": made.label_start}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        save_file(tensors, temporary, {"dropped": str(made.dropped), "cut": str(made.cut)})
+        temporary.replace(file)
+    except OSError as error:
+        raise UserError(f"data.cache: {file.parent} cannot be written: {error.strerror}; set data.cache=FOLDER") from None
+    return made
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 of the tokenizer's full definition."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def prepare(config: RunConfig, task: Any, tokenizer: Any, vocab_size: int) -> tuple[TokenSet, TokenSet | None, list[str]]:
+    """Reads and tokenises the training and held-out rows; returns them with a line for what was left out.
+
+    Raises:
+        UserError: bad files or rows, nothing left to train on, or token ids beyond the model's vocabulary.
+    """
+    report = []
+    sets: list[TokenSet | None] = []
+    for split in ("train", "valid"):
+        if split == "valid" and not config.data.valid:
+            sets.append(None)
+            continue
+        tokens = cached_tokens(task.examples(split), tokenizer, config.data)
+        for where in task.skipped[:3]:
+            report.append(f"data.{split}: left out: {where}")
+        if len(task.skipped) > 3:
+            report.append(f"data.{split}: left out {len(task.skipped)} broken rows in all")
+        if tokens.dropped or tokens.cut:
+            report.append(
+                f"data.{split}: {tokens.cut} rows longer than data.cutoff={config.data.cutoff} were cut; {tokens.dropped} "
+                "of them had no token left to learn and were dropped"
+            )
+        if not len(tokens):
+            raise UserError(f"data.{split}: no row has a token to learn within data.cutoff={config.data.cutoff}; raise it")
+        if (largest := int(tokens.tokens.max())) >= vocab_size:
+            raise UserError(
+                f"model.tokenizer: makes token id {largest}, the model has {vocab_size} ids (0..{vocab_size - 1}): "
+                "tokenizer and model do not belong together; set model.tokenizer to the model's own"
+            )
+        sets.append(tokens)
+    train, valid = sets
+    assert train is not None
+    if size := config.data.valid_size:
+        if size >= len(train):
+            raise UserError(f"data.valid_size={size} leaves nothing of the {len(train)} training rows")
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.train.seed))
+        valid, train = train.take(order[:size].sort().values), train.take(order[size:].sort().values)
+    report.append(f"data: {len(train)} training rows" + (f", {len(valid)} held out" if valid is not None else ""))
+    return train, valid, report
+
+
+class Order:
+    """The global sample order: ``index -> row`` is a permutation of the rows in each epoch, a function of (seed, epoch)."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.rows, self.seed = rows, seed
+        self._epoch, self._permutation = -1, [0]
+
+    def __getitem__(self, index: int) -> int:
+        epoch, position = divmod(index, self.rows)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+            self._epoch, self._permutation = epoch, torch.randperm(self.rows, generator=generator).tolist()
+        return self._permutation[position]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A rank's part of a step: right-padded ``input_ids`` and ``labels`` (rows, length), -100 where not learnt."""
+
+    input_ids: Tensor
+    labels: Tensor
+    sample_index: int  # global index of its first sample
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Copies to the device, without waiting where the memory is pinned."""
+        ids, labels = (t.to(device, non_blocking=True) for t in (self.input_ids, self.labels))
+        return MicroBatch(ids, labels, self.sample_index)
+
+
+class _Rows(Dataset[Any]):
+    """Micro-batches of one rank as a map-style data set: item = (global index, row) pairs -> padded tensors."""
+
+    def __init__(self, tokens: TokenSet) -> None:
+        self.tokens = tokens
+
+    def __getitem__(self, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor, int]:
+        t = self.tokens
+        length = max(int(t.offsets[r + 1] - t.offsets[r]) for _, r in pairs)
+        length = -(-length // PAD_TO) * PAD_TO
+        ids = torch.zeros(len(pairs), length, dtype=torch.int64)
+        labels = torch.full((len(pairs), length), IGNORED)
+        for i, (_, r) in enumerate(pairs):
+            row = t.tokens[t.offsets[r] : t.offsets[r + 1]]
+            ids[i, : len(row)] = row
+            start = int(t.label_start[r])
+            labels[i, start : len(row)] = row[start:]
+        return ids, labels, pairs[0][0]
+
+
+def _quiet_worker(_: int) -> None:
+    # A signal to the process group is the trainer's to handle; a worker ends when the trainer does.
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Loader:
+    """Yields, for each step from ``first_step``, this rank's micro-batches and the step's global label-token count.
+
+    Sample ``i`` of a step goes to rank ``i % world_size``. No attention mask is needed: the padding is on
+    the right of a causal model and carries no label.
+    """
+
+    def __init__(
+        self, tokens: TokenSet, config: RunConfig, ranks: Ranks, first_step: int, steps: int, shuffle: bool = True
+    ) -> None:
+        self.tokens, self.config, self.ranks = tokens, config, ranks
+        self.first_step, self.steps = first_step, steps
+        self.order: Any = Order(len(tokens), config.train.seed) if shuffle else range(len(tokens))
+
+    def step_pairs(self, step: int) -> list[tuple[int, int]]:
+        """(global sample index, row) of every sample of a step."""
+        size = self.config.train.global_batch
+        last = (step + 1) * size if isinstance(self.order, Order) else min((step + 1) * size, len(self.tokens))
+        return [(i, self.order[i]) for i in range(step * size, last)]
+
+    def _micro(self, step: int) -> list[list[tuple[int, int]]]:
+        mine = self.step_pairs(step)[self.ranks.rank :: self.ranks.world_size]
+        size = self.config.train.micro_batch
+        return [mine[i : i + size] for i in range(0, len(mine), size)]
+
+    def __iter__(self) -> Iterator[tuple[int, list[MicroBatch], int]]:
+        last = self.first_step + self.steps
+        batches = (m for step in range(self.first_step, last) for m in self._micro(step))
+        workers = self.config.data.workers
+        loader = DataLoader(
+            _Rows(self.tokens),
+            sampler=batches,  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=workers,
+            worker_init_fn=_quiet_worker if workers else None,
+            pin_memory=self.ranks.device.type == "cuda",
+        )
+        stream = iter(loader)
+        for step in range(self.first_step, last):
+            pairs = self.step_pairs(step)
+            micro = [MicroBatch(*next(stream)) for _ in self._micro(step)]
+            yield step, micro, self.tokens.label_tokens([row for _, row in pairs])

@@ -1,0 +1,206 @@
+"""Puts adapters into a model: find the layers, swap their class, freeze the rest, name the adapter's state."""
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from scalepeft import config as cfg
+from scalepeft import lookup, quant
+from scalepeft.adapters.base import Adapter, AdapterConfig
+from scalepeft.lookup import UserError
+from scalepeft.parallel.base import copy_rows
+
+
+class Adapted:
+    """Mixin of an adapted layer: ``y = adapter(x, W .) + b``. The names of the base parameters do not move."""
+
+    adapter: Adapter
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the adapter around the frozen layer; the base bias is added last."""
+        assert isinstance(self, nn.Linear)
+        y = self.adapter(x, partial(quant.matmul, self))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+@cache
+def _adapted_class(base: type[nn.Linear]) -> type[nn.Linear]:
+    return type(f"Adapted{base.__name__}", (Adapted, base), {})
+
+
+def _adapter_class(name: str) -> type[Adapter]:
+    module = lookup.find("adapters", name, "adapter")
+    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Adapter)]
+    return next(c for c in classes if c.__module__ == module.__name__)
+
+
+def _attach(layer: nn.Linear, config: AdapterConfig) -> None:
+    if isinstance(layer, Adapted):
+        raise UserError("the layer already has an adapter; a layer takes one")
+    adapter = _adapter_class(config.name)(config, layer.in_features, layer.out_features)  # type: ignore[call-arg]
+    layer.__class__ = _adapted_class(type(layer))
+    layer.requires_grad_(False)
+    layer.adapter = adapter.to(layer.weight.device)
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields (name, layer) of every adapted layer, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, Adapted):
+            yield name, module
+
+
+def _targets(model: nn.Module, patterns: list[str]) -> list[str]:
+    linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    found: list[str] = []
+    for pattern in patterns:
+        matches = [
+            name
+            for name in linear
+            if name.rsplit(".", 1)[-1] == pattern or fnmatch.fnmatchcase(name, pattern)
+        ]
+        if not matches:
+            last = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            raise UserError(
+                f"adapter.target_modules: '{pattern}' matches no linear layer of this model."
+                f"{lookup.nearest(pattern, [*last, *linear])} Linear layers: {', '.join(last)}"
+            )
+        found += matches
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return sorted(set(found), key=order.__getitem__)
+
+
+def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int = 0) -> nn.Module:
+    """Adapts every layer that ``config.target_modules`` names and freezes everything else, in place.
+
+    Args:
+        model: any module with ``nn.Linear`` (or quantised) layers; on the meta device only the structure is
+            made, and ``reset_adapters`` draws the start values once the parameters are real.
+        config: a method's config or the same as a dict with ``name``.
+        seed: of the start values.
+
+    Raises:
+        UserError: a target that matches nothing, a setting that the method or a layer cannot take.
+    """
+    if isinstance(config, dict):
+        config = cfg.adapter_config(config)
+    model.requires_grad_(False)
+    for name in _targets(model, config.target_modules):
+        try:
+            _attach(model.get_submodule(name), config)  # type: ignore[arg-type]
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+    layers = [layer for _, layer in adapted_layers(model)]
+    if not any(p.is_meta for layer in layers for p in layer.parameters()):
+        reset_adapters(model, seed)
+    return model
+
+
+def adapt(layer: nn.Linear, name: str, *, seed: int = 0, **settings: Any) -> nn.Linear:
+    """Adapts one layer in place and returns it: ``adapt(linear, "hoft", rank=8)``."""
+    inject_config = cfg.adapter_config({"name": name, **settings})
+    _attach(layer, inject_config)
+    reset_adapters(layer, seed)
+    return layer
+
+
+def reset_adapters(model: nn.Module, seed: int) -> None:
+    """Draws every adapter's start values as a function of (seed, layer name) alone.
+
+    The values are drawn on an unsharded copy on the CPU and each rank takes its rows, so a method needs no
+    word about sharding and any engine, device and world size starts from the same adapter.
+    """
+    for name, layer in adapted_layers(model):
+        adapter: Adapter = layer.adapter  # type: ignore[assignment]
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        twin = _unsharded_copy(adapter)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            twin.reset_parameters()
+        full = dict(twin.named_parameters())
+        for key, parameter in adapter.named_parameters():
+            copy_rows(parameter, full[key].detach())
+
+
+def _unsharded_copy(adapter: Adapter) -> Adapter:
+    twin = adapter.__class__.__new__(adapter.__class__)
+    twin.__dict__ = {**adapter.__dict__, "_parameters": {}}
+    for key, parameter in adapter._parameters.items():
+        empty = None if parameter is None else torch.empty(parameter.shape, dtype=parameter.dtype)
+        twin._parameters[key] = None if empty is None else nn.Parameter(empty)
+    return twin
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the trained parameters under their canonical names ``<layer>.adapter.<param>``."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def decayed_names(model: nn.Module) -> set[str]:
+    """Returns the names of trained parameters that take weight decay: not rotations, reflections, scales."""
+    return {
+        f"{name}.adapter.{key}"
+        for name, layer in adapted_layers(model)
+        if layer.adapter.weight_decay  # type: ignore[union-attr]
+        for key, _ in layer.adapter.named_parameters()  # type: ignore[union-attr]
+    }
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Copies an adapter state into the model after checking names, shapes and values.
+
+    Raises:
+        UserError: missing, extra, misshapen or non-finite tensors, with their names; the model is unchanged.
+    """
+    parameters = trainable(model)
+    if missing := sorted(parameters.keys() - state.keys()):
+        raise UserError(f"{where}: lacks {len(missing)} of {len(parameters)} tensors, first {missing[0]}")
+    if extra := sorted(state.keys() - parameters.keys()):
+        raise UserError(f"{where}: has {len(extra)} tensors this model does not, first {extra[0]}")
+    for name, tensor in state.items():
+        if tensor.shape != parameters[name].shape:
+            raise UserError(
+                f"{where}: {name} has shape {list(tensor.shape)}, this model needs {list(parameters[name].shape)}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{where}: {name} holds NaN or infinity; take an older checkpoint")
+    for name, tensor in state.items():
+        copy_rows(parameters[name], tensor)
+
+
+def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[str, Any]]:
+    """Reads (config, tensors, base model description) from an adapter folder.
+
+    Raises:
+        UserError: a missing or unreadable file, named.
+    """
+    try:
+        description = json.loads((folder / "adapter_config.json").read_text())
+        state = load_file(folder / "adapter.safetensors")
+        config = cfg.adapter_config(description["adapter"])
+    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+        raise UserError(f"{folder} is no readable adapter folder: {type(error).__name__}: {error}") from None
+    return config, state, description.get("base_model", {})
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Injects the adapter of ``folder`` (a run's ``adapter/``) into a base model, in place.
+
+    Raises:
+        UserError: unreadable folder, or one of another model: a tensor name or shape differs.
+    """
+    config, state, _ = read_adapter(Path(folder))
+    if not any(True for _ in adapted_layers(model)):
+        inject(model, config)
+    load_state(model, state, str(folder))
+    return model

@@ -1,0 +1,58 @@
+"""Names to modules: a registry is a folder, a key is a file name. Also what all configs and errors share."""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Annotated
+
+from pydantic import BeforeValidator, ConfigDict
+
+STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
+"""Of every config dataclass: an unknown key is an error."""
+
+
+def _split_commas(value: object) -> object:
+    return [v for v in value.split(",") if v] if isinstance(value, str) else value
+
+
+NameList = Annotated[list[str], BeforeValidator(_split_commas)]
+"""A list of names; ``a,b`` on the command line is the same as ``[a, b]``."""
+
+
+class UserError(ValueError):
+    """A mistake of the user's: the message says what came, what is allowed and what to do (exit code 2)."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """Returns ``" Did you mean 'x'?"`` for the closest allowed name, or an empty string."""
+    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def unknown(kind: str, name: str, allowed: Iterable[str]) -> UserError:
+    """Builds the error for a name that does not exist, with the near one and all that do."""
+    allowed = sorted(allowed)
+    return UserError(
+        f"no {kind} '{name}'.{nearest(name, allowed)} Available: {', '.join(allowed) or 'none'}"
+    )
+
+
+def available(package: str) -> list[str]:
+    """Lists the registry keys of ``scalepeft.<package>``: its modules without the ones that are not entries."""
+    folder = importlib.import_module(f"scalepeft.{package}")
+    helpers: frozenset[str] = getattr(folder, "HELPERS", frozenset({"base"}))
+    names = (module.name for module in pkgutil.iter_modules(folder.__path__))
+    return sorted(name for name in names if name not in helpers and not name.startswith("_"))
+
+
+def find(package: str, name: str, kind: str) -> ModuleType:
+    """Imports entry ``name`` of registry ``scalepeft.<package>``.
+
+    Raises:
+        UserError: no such entry; the message lists those that exist.
+    """
+    if name not in available(package):
+        raise unknown(kind, name, available(package))
+    return importlib.import_module(f"scalepeft.{package}.{name}")

@@ -1,0 +1,61 @@
+"""Signal -> flag -> agreed stop -> exit code. Standard library only: installed before torch is imported."""
+
+import os
+import signal
+import sys
+import threading
+import time
+
+FINISHED, BROKEN, USER_ERROR, STOPPED = 0, 1, 2, 75
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# One event often arrives twice (terminal and launcher, slurmd and srun): repeats this close are one signal.
+SAME_EVENT_SECONDS = 0.5
+
+
+class Stopping(Exception):
+    """All ranks agreed to stop here; what there was to save is saved."""
+
+
+class StopFlag:
+    """Set by the first SIGTERM, SIGINT or SIGUSR1; a later second signal ends the process at once.
+
+    The C-level handler writes the signal number into a pipe and a thread reads it, so that a signal is seen
+    at once even while the main thread sits in a collective. The handlers themselves do nothing.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.saved = False
+        """Set once the agreed save is on disk: from then on even a second signal means exit code 75."""
+        self._first_at = 0.0
+
+    def install(self) -> "StopFlag":
+        """Takes over the three signals. Main thread only."""
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)
+        threading.Thread(target=self._watch, args=(read_end,), name="stop-flag", daemon=True).start()
+        return self
+
+    def request(self, number: int) -> None:
+        """What a signal does; ``train.stop_at`` uses it too."""
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._first_at = number, now
+        elif now - self._first_at >= SAME_EVENT_SECONDS:
+            self._leave(number)
+
+    def _watch(self, read_end: int) -> None:
+        while True:
+            for number in os.read(read_end, 64):
+                if number in SIGNALS:
+                    self.request(number)
+
+    def _leave(self, number: int) -> None:
+        if self.saved:
+            os._exit(STOPPED)
+        name = signal.Signals(number).name
+        os.write(sys.stderr.fileno(), f"scalepeft: second signal ({name}): leaving at once\n".encode())
+        os._exit(128 + number)  # as the shell reports a death by this signal

@@ -1,0 +1,343 @@
+"""Training, top to bottom: build -> resume -> steps -> adapter. Every due thing is a visible ``if``."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from signal import SIGUSR1
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scalepeft import data, inject, lookup, loss, models
+from scalepeft.config import RunConfig
+from scalepeft.lookup import UserError
+from scalepeft.parallel.base import Engine
+from scalepeft.parallel.mesh import Ranks
+from scalepeft.preemption import FINISHED, STOPPED, StopFlag, Stopping
+from scalepeft.progress import say
+from scalepeft.records import Records
+from scalepeft.tasks.base import Task
+
+
+@dataclass
+class Built:
+    """A loaded, sharded, adapted model and what belongs to it."""
+
+    engine: Engine
+    model: nn.Module
+    call: nn.Module
+    """What training calls: the model, or the engine's wrapper around it."""
+    base: dict[str, Any]
+    """Which base this is: path, revision, storage, fingerprint."""
+    bytes_read: int
+
+
+def engine_class(config: RunConfig) -> type[Engine]:
+    """Returns the engine that ``engine.name`` picks."""
+    module = lookup.find("parallel", config.engine.name, "engine")
+    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Engine)]
+    return next(c for c in classes if c.__module__ == module.__name__)
+
+
+def task_of(config: RunConfig) -> Task:
+    """Returns the task that ``data.name`` picks."""
+    module = lookup.find("tasks", config.data.name, "task")
+    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Task)]
+    return next(c for c in classes if c.__module__ == module.__name__)(config.data)
+
+
+def start_ranks(config: RunConfig) -> Ranks:
+    """Joins the other ranks; refuses a number of them that engine or batch cannot take."""
+    ranks = Ranks.start(config.engine.device, engine_class(config).needs_group)
+    engine_class(config).check(ranks.world_size)
+    size, world = config.train.global_batch, ranks.world_size
+    if size % world:
+        near = min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: abs(n - world))
+        raise UserError(
+            f"train.global_batch={size} cannot be shared evenly by {world} ranks; start {near} ranks, or take "
+            f"train.global_batch={max(1, size // world) * world}"
+        )
+    return ranks
+
+
+def build(config: RunConfig, ranks: Ranks, poll: Callable[[], None], adapted: bool = True) -> Built:
+    """Structure on meta -> adapters -> shard -> each rank's own rows of the base -> start values."""
+    folder = models.resolve(config.model, ranks)
+    poll()
+
+    def structure() -> tuple[nn.Module, models.Weights]:
+        model = models.build(config.model, folder, config.train.precision)
+        if adapted:
+            inject.inject(model, config.adapter)
+        else:
+            model.requires_grad_(False)
+        loss.add_token_loss(model)
+        return model, models.Weights(folder)
+
+    model, weights = ranks.together(structure)
+    engine = engine_class(config)(config.engine, ranks)
+    engine.shard(model, models.blocks_of(model))
+    models.materialise(model, ranks.device)
+    turns = models.load_weights(model, weights)
+    while ranks.together(lambda: next(turns, "end")) != "end":
+        poll()
+    inject.reset_adapters(model, config.train.seed)
+    base = {
+        "path": config.model.path,
+        "revision": config.model.revision,
+        "quant": config.model.quant,
+        "double_quant": config.model.double_quant,
+        "fingerprint": ranks.main_only(weights.fingerprint),
+    }
+    call = engine.loaded(model) if adapted else model
+    return Built(engine, model, call, base, weights.bytes_read)
+
+
+class Trainer:
+    """Everything that a step, a save or a resume touches."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks, built: Built, data_fingerprint: str) -> None:
+        self.config, self.ranks, self.built = config, ranks, built
+        self.data_fingerprint = data_fingerprint
+        self.trained = inject.trainable(built.model)
+        decayed = inject.decayed_names(built.model)
+        groups = [
+            {"params": [p for n, p in self.trained.items() if n in decayed], "weight_decay": config.train.weight_decay},
+            {"params": [p for n, p in self.trained.items() if n not in decayed], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]],
+            lr=config.train.lr,
+            betas=(config.train.beta1, config.train.beta2),
+            eps=config.train.eps,
+        )
+        self.nonfinite = 0
+        """Steps in a row that were skipped because loss or gradient was not finite."""
+
+    def step(self, micro: list[data.MicroBatch], label_tokens: int, lr: float) -> tuple[float | None, float | None]:
+        """One optimiser step; returns (mean loss over the global batch's label tokens, gradient norm).
+
+        ``loss = sum over ranks and micro-batches of the summed cross-entropy / label_tokens``: sums all the
+        way, divided once, so that how rows are dealt to ranks and micro-batches changes nothing.
+        A step that is not finite changes no parameter and returns (None, None).
+        """
+        engine, train = self.built.engine, self.config.train
+        total = torch.zeros((), device=self.ranks.device)
+        for i, batch in enumerate(micro):
+            batch = batch.to(self.ranks.device)
+            # Dropout is a function of (seed, sample), so a resumed run needs no generator state.
+            torch.manual_seed((train.seed << 32) + batch.sample_index)
+            with engine.accumulate(last=i == len(micro) - 1):
+                value = self.built.call(batch.input_ids, token_labels=batch.labels, loss_chunk=train.loss_chunk)
+                value = value / label_tokens
+                value.backward()
+            total += value.detach()
+        mean = float(self.ranks.sum(total.double().cpu()))
+        parameters = list(self.trained.values())
+        norm = engine.grad_norm(parameters)
+        finite = math.isfinite(mean) and math.isfinite(float(norm))
+        if finite:
+            engine.clip_grad_norm(parameters, train.max_grad_norm, norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.nonfinite = 0 if finite else self.nonfinite + 1
+        return (mean, float(norm)) if finite else (None, None)
+
+    def restore(self, records: Records | None) -> int:
+        """Loads the checkpoint that rank 0 picked, if any; returns the step to continue from.
+
+        Raises:
+            UserError: it belongs to another base model or to other training rows.
+        """
+        resumed = self.ranks.main_only(lambda: records.resumed if records else None)
+        if resumed is None:
+            return 0
+        where = f"run_dir={self.config.run_dir}"
+        if resumed.state["base"]["fingerprint"] != self.built.base["fingerprint"]:
+            raise UserError(
+                f"{where}: was trained on another base than model.path={self.config.model.path} now holds (the fingerprint "
+                "of its files differs); give the old base, or choose another run_dir"
+            )
+        if resumed.state["data"] != self.data_fingerprint:
+            raise UserError(f"{where}: the tokenised training rows differ from those it began with; restore the files")
+        inject.load_state(self.built.model, resumed.trained, f"checkpoint step-{resumed.step:06d}")
+        self.built.engine.load_optimizer_state(self.trained, self.optimizer, resumed.optimizer)
+        self.nonfinite = resumed.state["nonfinite_in_a_row"]
+        step: int = resumed.step
+        return step
+
+    def save(self, step: int, records: Records | None, final: bool) -> int | None:
+        """Gathers on all ranks, commits on rank 0; returns the step, or None where the disk refused a periodic save.
+
+        Raises:
+            OSError: the disk refused a ``final`` save.
+        """
+        trained, moments = self.built.engine.trainable_state(self.trained, self.optimizer)
+        state = {
+            "step": step,
+            "sample_index": step * self.config.train.global_batch,
+            "nonfinite_in_a_row": self.nonfinite,
+            "seed": self.config.train.seed,  # order and dropout are functions of it: no generator state
+            "base": self.built.base,
+            "data": self.data_fingerprint,
+            "world_size": self.ranks.world_size,
+            "engine": self.config.engine.name,
+        }
+        complaint = self.ranks.main_only(lambda: records.save(step, trained, moments, state) if records else None)
+        if complaint is None:
+            return step
+        if final:
+            raise OSError(f"step {step} could not be saved to {self.config.run_dir}: {complaint}; older checkpoints are whole")
+        if records:
+            say(f"step {step} could not be saved: {complaint}; training goes on, the next save tries again")
+        return None
+
+
+def learning_rate(config: RunConfig, step: int, total: int) -> float:
+    """The rate of step ``step`` (from 0) of ``total``: linear warm-up, then linear or cosine to zero, or constant."""
+    train = config.train
+    if step < train.warmup_steps:
+        return train.lr * (step + 1) / train.warmup_steps
+    if train.schedule == "constant":
+        return train.lr
+    done = (step - train.warmup_steps) / max(1, total - train.warmup_steps)
+    return train.lr * (1 - done if train.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
+
+
+@torch.no_grad()
+def held_out_loss(config: RunConfig, built: Built, rows: data.TokenSet, ranks: Ranks, poll: Callable[[], None]) -> float:
+    """Mean loss over all label tokens of the held-out rows; the same number of forwards on every rank."""
+    built.model.eval()
+    size = config.train.global_batch
+    steps = -(-len(rows) // size)
+    forwards = -(-(-(-size // ranks.world_size)) // config.train.micro_batch)
+    total = torch.zeros(2, dtype=torch.float64)
+    nothing = data.MicroBatch(torch.zeros(1, data.PAD_TO, dtype=torch.int64), torch.full((1, data.PAD_TO), loss.IGNORED), 0)
+    for _, micro, label_tokens in data.Loader(rows, config, ranks, 0, steps, shuffle=False):
+        poll()
+        for batch in [*micro, *[nothing] * (forwards - len(micro))]:
+            batch = batch.to(ranks.device)
+            value = built.model(batch.input_ids, token_labels=batch.labels, loss_chunk=config.train.loss_chunk)
+            total[0] += float(value)
+        total[1] += label_tokens / ranks.world_size
+    built.model.train()
+    summed, count = ranks.sum(total).tolist()
+    return summed / count
+
+
+def run(config: RunConfig, stop: StopFlag, resume_with_changes: bool = False) -> int:
+    """Trains or resumes ``config.run_dir``; returns the exit code, 0 or 75.
+
+    Raises:
+        UserError: a mistake in config, data or model, or a run folder of a different config.
+        Fenced: the run was started again elsewhere meanwhile.
+    """
+    ranks = start_ranks(config)
+    records = ranks.together(lambda: Records(config, resume_with_changes) if ranks.is_main else None)
+    code = FINISHED
+    if not ranks.main_only(lambda: records is not None and records.finished()):
+        try:
+            code = _train(config, ranks, records, stop)
+        except Stopping:  # before the first step: nothing is trained that a checkpoint does not hold
+            code = STOPPED
+    if records:
+        records.close(code == FINISHED)
+    stop.saved = True
+    ranks.finish()
+    return code
+
+
+def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopFlag) -> int:
+    def poll() -> None:
+        if ranks.any(stop.signal is not None):
+            raise Stopping
+
+    began = time.monotonic()
+    poll()
+    train_rows, valid_rows, total = _rows(config, ranks)
+    poll()
+    built = build(config, ranks, poll)
+    trainer = Trainer(config, ranks, built, train_rows.fingerprint())
+    step = saved = trainer.restore(records)
+    evaluated = ranks.main_only(lambda: records.validation.last_step if records else 0)
+    built.model.train()
+    if records:
+        count = sum(p.numel() for p in trainer.trained.values())
+        say(f"training {count:,} parameters in {len(trainer.trained)} tensors, steps {step + 1} to {total}")
+        seconds = time.monotonic() - began
+        records.event("start", step, world_size=ranks.world_size, engine=config.engine.name, seconds=seconds)
+    ranks.together(lambda: records.show(step, total) if records else None)
+    loader = data.Loader(train_rows, config, ranks, step, total - step)
+    batches = iter(loader)
+    try:
+        while True:
+            due = config.train.eval_every and step and (step % config.train.eval_every == 0 or step == total)
+            if valid_rows is not None and due and evaluated < step:
+                value = held_out_loss(config, built, valid_rows, ranks, poll)
+                evaluated = step
+                if records:
+                    records.held_out({"step": step, "loss": value, "rows": len(valid_rows)})
+            if step == total:
+                break
+            poll()
+            clock = time.monotonic()
+            _, micro, label_tokens = next(batches)
+            lr = learning_rate(config, step, total)
+            mean, norm = trainer.step(micro, label_tokens, lr)
+            step += 1
+            if records:
+                seconds = time.monotonic() - clock
+                tokens = train_rows.all_tokens([row for _, row in loader.step_pairs(step - 1)])
+                records.log(
+                    {
+                        "step": step,
+                        "loss": mean,
+                        "lr": lr,
+                        "grad_norm": norm,
+                        "label_tokens": label_tokens,
+                        "sample_index": step * config.train.global_batch,
+                        "seconds": seconds,
+                        "tokens_per_second": tokens / seconds,
+                    }
+                )
+            if trainer.nonfinite >= config.train.max_nonfinite:
+                raise FloatingPointError(
+                    f"loss or gradient was not finite for {trainer.nonfinite} steps in a row, to step {step}. The newest "
+                    f"checkpoint is from before them. Lower train.lr={config.train.lr}, or look at the rows of these steps"
+                )
+            if (step % config.train.save_every == 0 or step == total) and not trainer.nonfinite:
+                saved = trainer.save(step, records, final=step == total) or saved
+            if step == config.train.stop_at:
+                stop.request(SIGUSR1)
+    except Stopping:
+        if saved != step:
+            trainer.save(step, records, final=True)
+        return STOPPED
+    trained, _ = built.engine.trainable_state(trainer.trained, trainer.optimizer)
+    ranks.main_only(lambda: records.save_adapter(total, trained, built.base) if records else None)
+    return FINISHED
+
+
+def _rows(config: RunConfig, ranks: Ranks) -> tuple[data.TokenSet, data.TokenSet | None, int]:
+    """Tokenised training and held-out rows, and the number of steps; one rank a node tokenises."""
+    folder = models.resolve(config.model, ranks)
+
+    def prepare() -> tuple[data.TokenSet, data.TokenSet | None, list[str]]:
+        tokenizer = models.load_tokenizer(config.model, folder)
+        return data.prepare(config, task_of(config), tokenizer, models.vocab_size(folder))
+
+    found = ranks.together(lambda: prepare() if ranks.local_rank == 0 else None)
+    found = ranks.together(lambda: found or prepare())  # now from the cache
+    train_rows, valid_rows, report = found
+    if ranks.is_main:
+        for line in report:
+            say(line)
+    total = config.train.max_steps
+    if total is None:
+        assert config.train.epochs is not None
+        total = max(1, math.ceil(config.train.epochs * len(train_rows) / config.train.global_batch))
+    return train_rows, valid_rows, total
