@@ -18,6 +18,7 @@ from scalepeft.tasks.base import TaskConfig
 BUILTIN = "builtin:tiny"
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]  # shifted by 32 bits into torch's 64-bit seed
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -83,7 +84,7 @@ class TrainConfig:
     eps: Annotated[float, Field(gt=0)] = 1e-8
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     max_nonfinite: Positive = 5
-    seed: NotNegative = 0
+    seed: Seed = 0
     precision: Literal["fp32", "bf16"] = "bf16"
     loss_chunk: Positive = 1024
     save_every: Positive = 100
@@ -180,6 +181,23 @@ def load(path: str | None, overrides: list[str]) -> tuple[RunConfig, list[str]]:
     return from_dict(values), notes
 
 
+def overlay(values: dict[str, Any], overrides: list[str]) -> RunConfig:
+    """Lays ``key=value`` arguments over a resolved config."""
+    _apply(values, overrides, [])
+    return from_dict(values)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping: YAML would silently take the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands there twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if not path.is_file() and not path.suffix:
         path = path.with_suffix(".yaml")
@@ -188,14 +206,16 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in above:
         raise UserError(f"{path} includes itself by way of {', '.join(p.name for p in above)}")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a config is a mapping with {', '.join(SECTIONS)}, not {type(values).__name__}")
     merged: dict[str, Any] = {}
     includes = values.pop("include", None) or []
-    for include in [includes] if isinstance(includes, str) else includes:
+    for include in includes if isinstance(includes, list) else [includes]:
         candidates = [path.parent / f"{include}.yaml", config_root() / f"{include}.yaml", path.parent / str(include)]
         found = next((c for c in candidates if c.is_file()), None)
         if found is None:
@@ -203,6 +223,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         _merge(merged, _read(found, (*above, path.resolve())))
     for section, value in values.items():
         if section in FOLDERS and isinstance(value, str):
+            merged.pop(section, None)  # whole, as on the command line
             _merge(merged, _named_file(section, value))
         else:
             _merge(merged, {section: value})
@@ -239,6 +260,8 @@ def _apply(values: dict[str, Any], overrides: list[str], notes: list[str]) -> No
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             value = text
+        if not isinstance(value, str | bool | list | None) and str(value) != text:
+            value = text  # not what was meant: {instruction} as a mapping, revision 0123 as octal, a date
         if len(parts) == 1 and key in FOLDERS:
             # A section chosen by name replaces the file's whole section: no path or rank of another survives.
             values.pop(key, None)
@@ -250,15 +273,15 @@ def _apply(values: dict[str, Any], overrides: list[str], notes: list[str]) -> No
             given[key] = text
         else:
             given.setdefault(parts[0], {})[parts[1]] = value
-    for section in NAMED:
+    for section, (_, _, default) in NAMED.items():
         wanted = given.get(section, {}).get("name")
         held = values.get(section)
-        if wanted and isinstance(held, dict) and held.get("name", wanted) != wanted:
+        if wanted and isinstance(held, dict) and held.get("name", default) != wanted:
             allowed = _field_names(config_class(section, str(wanted)))
             dropped = sorted(k for k in held if k not in allowed)
             if dropped:
                 keys = ", ".join(f"{section}.{k}" for k in dropped)
-                notes.append(f"{section}.name={wanted} replaces {held['name']}: {keys} of the file do not apply")
+                notes.append(f"{section}.name={wanted} replaces {held.get('name', default)}: {keys} of the file do not apply")
             values[section] = {k: v for k, v in held.items() if k in allowed}
     _merge(values, given)
     for section, keys in given.items():  # an explicit null is a value too
@@ -308,11 +331,15 @@ def _build(cls: type, values: dict[str, Any], section: str) -> Any:
                 f"Allowed: {', '.join(_field_names(cls))}"
             )
     try:
-        return cls(**values)
+        built = cls(**values)
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(p) for p in (section, *first["loc"]))
         raise UserError(f"{path}={first.get('input')!r}: {first['msg']}") from None
+    for key, value in values.items():
+        if isinstance(value, bool) and getattr(built, key) is not value:  # true is no 1 here
+            raise UserError(f"{section}.{key}={str(value).lower()}: Input should be a number, not true or false")
+    return built
 
 
 def _check(config: RunConfig) -> None:

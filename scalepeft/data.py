@@ -105,18 +105,22 @@ def cached_tokens(examples: list[Example], tokenizer: Any, config: TaskConfig) -
         try:
             with safe_open(file, "pt") as f:
                 t, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()  # noqa: SIM118
-            return TokenSet(t["tokens"], t["offsets"], t["label_start"], int(meta["dropped"]), int(meta["cut"]))
-        except (SafetensorError, KeyError, OSError):
-            file.unlink(missing_ok=True)  # a damaged cache is made again
+            held = TokenSet(t["tokens"], t["offsets"], t["label_start"], int(meta["dropped"]), int(meta["cut"]))
+            if held.fingerprint() == meta["sha256"]:
+                return held
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError):
+            pass
+        file.unlink(missing_ok=True)  # a damaged cache is made again
     made = tokenise(examples, tokenizer, config)
     tensors = {"tokens": made.tokens, "offsets": made.offsets, "label_start": made.label_start}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        save_file(tensors, temporary, {"dropped": str(made.dropped), "cut": str(made.cut)})
+        meta = {"dropped": str(made.dropped), "cut": str(made.cut), "sha256": made.fingerprint()}
+        save_file(tensors, temporary, meta)
         temporary.replace(file)
-    except OSError as error:
-        raise UserError(f"data.cache: {file.parent} cannot be written: {error.strerror}; set data.cache=FOLDER") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"data.cache: {file.parent} cannot be written: {error}; set data.cache=FOLDER") from None
     return made
 
 

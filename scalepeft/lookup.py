@@ -9,12 +9,12 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, ConfigDict
 
-STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
-"""Of every config dataclass: an unknown key is an error."""
+STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
+"""Of every config dataclass: an unknown key is an error, and so is a number that is not finite."""
 
 
 def _split_commas(value: object) -> object:
-    return [v for v in value.split(",") if v] if isinstance(value, str) else value
+    return [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else value
 
 
 NameList = Annotated[list[str], BeforeValidator(_split_commas)]

@@ -88,8 +88,8 @@ def load_tokenizer(config: ModelConfig, folder: Path) -> Any:
         raise UserError(f"{where}: no tokenizer.json there; set model.tokenizer=FOLDER_OR_HUB_ID")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{where}: no tokenizer can be loaded: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a damaged file: the tokenizers library raises a bare Exception, or what it trips over
+        raise UserError(f"{where}: no tokenizer can be loaded: {type(error).__name__}: {' '.join(str(error).split())}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{where}: the tokenizer has no end-of-text token; set eos_token in tokenizer_config.json")
     return tokenizer
@@ -101,12 +101,15 @@ def vocab_size(folder: Path) -> int:
 
 
 def _architecture(folder: Path) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model.path={folder}: no config.json there; name the folder of a whole model")
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.path={folder}: config.json: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise UserError(f"model.path={folder}: config.json: {' '.join(str(error).split())}") from None
 
 
 def build(config: ModelConfig, folder: Path, precision: str) -> nn.Module:
@@ -206,8 +209,8 @@ class Weights:
         if index.is_file():
             try:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (json.JSONDecodeError, KeyError, AttributeError) as error:
-                raise UserError(f"{index}: broken index: {error}") from None
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise UserError(f"{index}: broken index: {type(error).__name__}: {error}; copy it again") from None
             return [self.folder / name for name in names]
         files = sorted(self.folder.glob("*.safetensors"))
         if not files:
@@ -224,23 +227,23 @@ class Weights:
                 head = f.read(8)
                 length = int.from_bytes(head, "little")
                 header = f.read(length) if len(head) == 8 and length <= size - 8 else b""
-            if not header:
-                raise UserError(f"{file}: truncated: {size} bytes, too short for its header; copy it again")
-            tensors = json.loads(header)
         except OSError as error:
             raise UserError(f"{file}: shard cannot be read: {error.strerror}") from None
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            raise UserError(f"{file}: not a safetensors file (its header is no JSON)") from None
+        if not header:
+            raise UserError(f"{file}: truncated: {size} bytes, too short for its header; copy it again")
         self._headers.append((file.name, size, header))
         end = 0
-        for name, info in tensors.items():
-            if name == "__metadata__":
-                continue
-            first, last = info["data_offsets"]
-            end = max(end, last)
-            if info["dtype"] in DTYPES:
-                dtype = DTYPES[info["dtype"]]
-                self.entries[name] = _Entry(file, dtype, tuple(info["shape"]), 8 + length + first)
+        try:
+            for name, info in json.loads(header).items():
+                if name == "__metadata__":
+                    continue
+                first, last = info["data_offsets"]
+                end = max(end, last)
+                if info["dtype"] in DTYPES:
+                    dtype = DTYPES[info["dtype"]]
+                    self.entries[name] = _Entry(file, dtype, tuple(info["shape"]), 8 + length + first)
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise UserError(f"{file}: not a safetensors file (its header is garbage); copy it again") from None
         if size != 8 + length + end:
             raise UserError(f"{file}: truncated or damaged: {size} bytes, its header says {8 + length + end}; copy it again")
 

@@ -120,6 +120,8 @@ class NF4(Format):
     def decode(self, weight: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
         """Dequantises with bitsandbytes' kernel (fp64 by way of fp32)."""
         n = weight.shape[0]
+        if n == 0:
+            return weight.new_empty(0, in_features, dtype=dtype)
         kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
         rows = _kernels().dequantize_4bit(
             weight.reshape(-1, 1), self._absmax(scale, in_features).reshape(-1), BLOCK, "nf4",

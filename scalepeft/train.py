@@ -265,11 +265,13 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
     step = saved = trainer.restore(records)
     evaluated = ranks.main_only(lambda: records.validation.last_step if records else 0)
     built.model.train()
+    per_rank = ranks.gather({"bytes_read": built.bytes_read, "bytes_held": models.resident_bytes(built.model)})
     if records:
         count = sum(p.numel() for p in trainer.trained.values())
         say(f"training {count:,} parameters in {len(trainer.trained)} tensors, steps {step + 1} to {total}")
         seconds = time.monotonic() - began
-        records.event("start", step, world_size=ranks.world_size, engine=config.engine.name, seconds=seconds)
+        engine = config.engine.name
+        records.event("start", step, engine=engine, world_size=ranks.world_size, seconds=seconds, per_rank=per_rank)
     ranks.together(lambda: records.show(step, total) if records else None)
     loader = data.Loader(train_rows, config, ranks, step, total - step)
     batches = iter(loader)

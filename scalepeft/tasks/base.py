@@ -122,11 +122,12 @@ def expand(sources: list[str], key: str) -> list[str]:
         if source.startswith("hf://"):
             files.append(source)
             continue
-        matches = sorted(glob.glob(source, recursive=True)) if glob.has_magic(source) else [source]
-        if not matches or not Path(matches[0]).is_file():
+        matches = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))
+        found = [m for m in matches if Path(m).is_file()]
+        if not found:
             what = "a folder, not a file" if Path(source).is_dir() else "no such file"
             raise UserError(f"{key}: {source}: {what} (from {Path.cwd()})")
-        files += [m for m in matches if Path(m).is_file()]
+        files += found
     return files
 
 
@@ -211,5 +212,6 @@ def _hub_rows(source: str) -> Iterator[dict[str, Any]]:
 
     try:
         yield from datasets.load_dataset(name, config or None, split=split or "train")
-    except (OSError, ValueError, ConnectionError) as error:
-        raise UserError(f"{source}: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        cause = error.__cause__ or error  # "An error occurred while generating the dataset" says nothing
+        raise UserError(f"{source}: {' '.join(str(cause).split())[:300] or type(cause).__name__}") from None

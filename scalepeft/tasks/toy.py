@@ -1,7 +1,8 @@
 """A commonsense-like toy task with its own small world, for the demo and the tests: no download, real learning.
 
-Things have a kind and a colour. A question names a kind and offers things of different kinds; the answer is
-the place of the one that fits. The rows have the LLM-Adapters format of ``commonsense``.
+Sixty-four things are of four kinds. A question names a thing; the answers are the kinds. Training asks about 40
+of the things and the test about the other 24: what those are only the base knows, from its plain text. The
+rows have the LLM-Adapters format of ``commonsense``.
 """
 
 import random
@@ -20,6 +21,15 @@ WORLD = {
     "tool": "hammer saw drill wrench pliers axe shovel rake chisel file knife spade screwdriver ladder nail rope".split(),
     "vehicle": "car bus train truck bicycle boat ship plane tram van wagon canoe taxi rocket ferry sled".split(),
 }  # fmt: skip
+KINDS = sorted(WORLD)
+LOOKS = "big small old new red blue green heavy plain fine".split()
+QUESTIONS = (
+    "What kind of thing is the {look} {thing}?",
+    "The {look} {thing} is which of these?",
+    "Which word fits the {look} {thing}?",
+    "Where does the {look} {thing} belong?",
+)
+TRAINED = 10  # of the 16 things of a kind; the test asks about the others
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -28,8 +38,7 @@ class ToyConfig(CommonsenseConfig):
 
     Attributes:
         train_size: training rows made.
-        test_size: test rows made; other rows than the training ones.
-        options: answers to choose from.
+        test_size: test and held-out rows made, about things that training never asks about.
         rows_seed: seed of the rows.
     """
 
@@ -37,21 +46,18 @@ class ToyConfig(CommonsenseConfig):
     prompt: str = "### Instruction:\n{instruction}\n\n### Response:\n"
     train_size: Annotated[int, Field(ge=1)] = 4000
     test_size: Annotated[int, Field(ge=1)] = 200
-    options: Annotated[int, Field(ge=2, le=4)] = 3
     rows_seed: int = 0
 
 
-def make_row(rng: random.Random, options: int) -> dict[str, str]:
-    """Draws a question."""
-    kinds = rng.sample(sorted(WORLD), options)
-    wanted = rng.choice(kinds)
-    things = [rng.choice(WORLD[kind]) for kind in kinds]
-    label = f"answer{kinds.index(wanted) + 1}"
-    listed = " ".join(f"Answer{i}: {thing}" for i, thing in enumerate(things, 1))
-    form = "/".join(f"answer{i}" for i in range(1, options + 1))
+def make_row(rng: random.Random, things: slice) -> dict[str, str]:
+    """Draws a question about one of these things of some kind."""
+    kind = rng.choice(KINDS)
+    question = rng.choice(QUESTIONS).format(look=rng.choice(LOOKS), thing=rng.choice(WORLD[kind][things]))
+    label = f"answer{KINDS.index(kind) + 1}"
+    listed = " ".join(f"Answer{i}: {kind}" for i, kind in enumerate(KINDS, 1))
+    form = "/".join(f"answer{i}" for i in range(1, len(KINDS) + 1))
     return {
-        "instruction": f"Please choose the correct answer to the question: Which of these is a kind of {wanted}?\n\n"
-        f"{listed}\n\nAnswer format: {form}",
+        "instruction": f"Please choose the correct answer to the question: {question}\n\n{listed}\n\nAnswer format: {form}",
         "input": "",
         "output": f"the correct answer is {label}",
         "answer": label,
@@ -59,51 +65,32 @@ def make_row(rng: random.Random, options: int) -> dict[str, str]:
 
 
 class Toy(Commonsense):
-    """Rows made on the spot from ``rows_seed``; ``data.train`` and the like are not read."""
+    """Rows made on the spot from ``rows_seed``; the files ``data.train``, ``valid`` and ``test`` are not read."""
 
     Config = ToyConfig
     config: ToyConfig  # type: ignore[assignment]
     version = 1
 
     def examples(self, split: Split) -> list[Example]:
-        """Makes the rows of a split; no test row is a training row."""
-        sizes = {"train": self.config.train_size, "valid": self.config.test_size, "test": self.config.test_size}
-        taken: set[str] = set()
-        found: list[Example] = []
-        for name in ("test", "valid", "train"):
-            rng = random.Random(f"{self.config.rows_seed}/{name}")
-            rows = []
-            while len(rows) < sizes[name]:
-                row = make_row(rng, self.config.options)
-                if name == "train" and row["instruction"] in taken:
-                    continue
-                rows.append(row)
-            if name == split:
-                found = [self.example(row, f"toy/{name}#{i}") for i, row in enumerate(rows, 1)]
-            taken |= {row["instruction"] for row in rows} if name != "train" else set()
-        return found
+        """Makes the rows of a split."""
+        size = self.config.train_size if split == "train" else self.config.test_size
+        things = slice(TRAINED) if split == "train" else slice(TRAINED, None)
+        rng = random.Random(f"{self.config.rows_seed}/{split}")
+        return [self.example(make_row(rng, things), f"toy/{split}#{i}") for i in range(1, size + 1)]
 
 
 def corpus(rng: random.Random, lines: int) -> list[str]:
-    """Plain text of the toy world to pretrain the built-in model on: facts, lists, and questions answered at random.
+    """Plain text of the toy world to pretrain the built-in model on: facts, and questions answered at random.
 
     The random answers teach the form of an answer and nothing about which one is right: the base scores chance.
     """
     text = []
     for _ in range(lines):
-        form = rng.random()
-        kind = rng.choice(sorted(WORLD))
-        thing = rng.choice(WORLD[kind])
-        if form < 0.35:
-            text.append(f"A {thing} is a kind of {kind}.")
-        elif form < 0.7:
-            kinds = rng.sample(sorted(WORLD), 3)
-            things = [rng.choice(WORLD[k]) for k in kinds]
-            listed = " ".join(f"Answer{i}: {t}" for i, t in enumerate(things, 1))
-            i = rng.randrange(3)
-            text.append(f"{listed} The {kinds[i]} is answer{i + 1}, the {things[i]}.")
+        if rng.random() < 0.6:
+            kind = rng.choice(KINDS)
+            text.append(f"The {rng.choice(LOOKS)} {rng.choice(WORLD[kind])} is a kind of {kind}.")
         else:
-            row = make_row(rng, 3)
-            answer = f"the correct answer is answer{rng.randint(1, 3)}"
+            row = make_row(rng, slice(None))
+            answer = f"the correct answer is answer{rng.randint(1, len(KINDS))}"
             text.append(f"### Instruction:\n{row['instruction']}\n\n### Response:\n{answer}")
     return text

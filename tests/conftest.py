@@ -1,0 +1,125 @@
+"""Shared by all tests: real ranks as real processes, tiny runs, real data where it is at hand."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+TINY = [
+    "model=tiny",
+    "data=toy",
+    "adapter.name=hoft",
+    "adapter.rank=4",
+    "data.train_size=300",
+    "train.precision=fp32",
+    "train.lr=3e-3",
+    "train.global_batch=12",
+    "train.micro_batch=4",
+]
+
+
+class Job:
+    """Ranks of one run as processes, with the variables torchrun would set."""
+
+    def __init__(self, ranks: int, arguments: list[str], env: dict[str, str] | None = None) -> None:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        self.ranks: list[subprocess.Popen[str]] = []
+        for rank in range(ranks):
+            variables = {
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+                **(env or {}),
+            }
+            command = [sys.executable, "-m", "scalepeft", *arguments]
+            self.ranks.append(
+                subprocess.Popen(
+                    command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+                )
+            )
+
+    def wait(self, timeout: float = 120) -> tuple[list[int], str]:
+        """Exit codes in rank order and everything printed; a hang fails the test with what was printed."""
+        texts = []
+        deadline = time.monotonic() + timeout
+        try:
+            for p in self.ranks:
+                texts.append(p.communicate(timeout=max(1, deadline - time.monotonic()))[0])
+        except subprocess.TimeoutExpired:
+            self.kill()
+            printed = "\n".join(p.communicate()[0] or "" for p in self.ranks if p.stdout and not p.stdout.closed)
+            pytest.fail(f"ranks hang after {timeout} s: {[p.returncode for p in self.ranks]}\n{printed}")
+        return [p.returncode for p in self.ranks], "\n".join(texts)
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """Sends a signal to every rank."""
+        for p in self.ranks:
+            if p.poll() is None:
+                p.send_signal(number)
+
+    def wait_for_handlers(self) -> None:
+        """Returns once every rank has taken over SIGUSR1: before, the signal would just kill it."""
+        for p in self.ranks:
+            while p.poll() is None:
+                status = Path(f"/proc/{p.pid}/status").read_text()
+                caught = int(status.split("SigCgt:")[1].split()[0], 16)
+                if caught >> (signal.SIGUSR1 - 1) & 1:
+                    break
+                time.sleep(0.005)
+
+
+def train(ranks: int, run_dir: Path, *settings: str, timeout: float = 120, expect: int = 0) -> str:
+    """Runs ``scalepeft train`` on the tiny model and returns what it printed."""
+    codes, text = Job(ranks, ["train", *TINY, f"run_dir={run_dir}", *settings]).wait(timeout)
+    assert codes == [expect] * ranks, f"exit codes {codes}\n{text}"
+    return text
+
+
+def rows(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+
+
+def losses(run_dir: Path) -> list[float]:
+    found = rows(run_dir)
+    assert [r["step"] for r in found] == list(range(1, len(found) + 1)), "a step is missing or doubled"
+    return [r["loss"] for r in found]
+
+
+def adapter_bytes(run_dir: Path) -> bytes:
+    return (run_dir / "adapter" / "adapter.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One cache of built-in models and tokens for the session, away from the user's."""
+    old = os.environ.get("SCALEPEFT_CACHE")
+    os.environ["SCALEPEFT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if old is None:
+        del os.environ["SCALEPEFT_CACHE"]
+    else:
+        os.environ["SCALEPEFT_CACHE"] = old
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data beside the checkout; tests that need it skip where it is not, and CI fails on the skip."""
+    if not SHARED.is_dir():
+        pytest.skip("no ../shared/data beside this checkout")
+    return SHARED
