@@ -10,11 +10,11 @@ run=${1:-runs/demo-$(date +%Y%m%d-%H%M%S)}
 [ ! -e "$run" ] || { echo "demo: $run exists; name another folder: launch/demo.sh RUN_DIR" >&2; exit 2; }
 steps() { if [ -f "$run/metrics.jsonl" ]; then wc -l < "$run/metrics.jsonl"; else echo 0; fi; }
 
-echo "demo: 1/4 train on 2 ranks (first the built-in base is made, about a minute), SIGUSR1 after 100 of 200 steps"
+echo "demo: 1/4 train on 2 ranks (first the built-in base is made, about a minute), SIGUSR1 after 150 of 300 steps"
 launch/local.sh 2 train configs/runs/demo.yaml "run_dir=$run" &
 job=$!
 trap 'kill -TERM $job 2>/dev/null' INT TERM
-while kill -0 $job 2>/dev/null && [ "$(steps)" -lt 100 ]; do sleep 0.2; done
+while kill -0 $job 2>/dev/null && [ "$(steps)" -lt 150 ]; do sleep 0.2; done
 kill -USR1 $job 2>/dev/null || true
 code=0; wait $job || code=$?
 # bash answers a trapped signal with 128+n once; the job's own code comes with the next wait

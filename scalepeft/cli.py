@@ -7,7 +7,7 @@ import traceback
 from typing import NoReturn
 
 from scalepeft import __version__
-from scalepeft.preemption import BROKEN, FINISHED, STOPPED, USER_ERROR, StopFlag, Stopping
+from scalepeft.preemption import BROKEN, FINISHED, USER_ERROR, StopFlag
 
 EPILOG = """\
 exit codes: 0 finished; 75 stopped by SIGTERM, SIGINT or SIGUSR1 and saved, run again to continue;
@@ -61,13 +61,17 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns the exit code."""
     args = _parser().parse_args(argv)
     # Before torch is imported: from here on a signal means "stop in order".
-    stop = StopFlag().install() if args.command in ("train", "evaluate") else StopFlag()
+    stop = StopFlag()
+    stoppable = args.command in ("train", "evaluate")
+    if stoppable:
+        stop.install()
     try:
         return _run(args, stop)
-    except Stopping:
-        return STOPPED
     except Exception as error:
         code = _explain(error, args.debug)
+    finally:
+        if stoppable:
+            stop.release()
     if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1:
         # Other ranks may be gone: an orderly shutdown of the process group could wait for them forever.
         sys.stdout.flush()

@@ -191,9 +191,9 @@ class _Loader(yaml.SafeLoader):
     """Refuses a key that stands twice in a mapping: YAML would silently take the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for key, _ in node.value:
-            if keys.count(key.value) > 1:
+        keys = [key for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key.value in [k.value for k in keys[:i]]:
                 raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands there twice", key.start_mark)
         return super().construct_mapping(node, deep)
 
@@ -225,6 +225,8 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         if section in FOLDERS and isinstance(value, str):
             merged.pop(section, None)  # whole, as on the command line
             _merge(merged, _named_file(section, value))
+        elif section in SECTIONS and section != "run_dir" and not isinstance(value, dict | None):
+            raise UserError(f"{path}: {section}: expected keys under it, not {value!r}")
         else:
             _merge(merged, {section: value})
     return merged

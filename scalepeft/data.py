@@ -262,6 +262,7 @@ class Loader:
             num_workers=workers,
             worker_init_fn=_quiet_worker if workers else None,
             pin_memory=self.ranks.device.type == "cuda",
+            generator=torch.Generator(),  # else the loader draws its workers' seed from the global one
         )
         stream = iter(loader)
         for step in range(self.first_step, last):

@@ -39,6 +39,14 @@ class StopFlag:
         threading.Thread(target=self._watch, args=(read_end,), name="stop-flag", daemon=True).start()
         return self
 
+    def release(self) -> None:
+        """Ignores the signals from here on: the exit code stands, and a late one must not change it.
+
+        Python gives signals with handlers their deadly default back while it shuts down.
+        """
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def request(self, number: int) -> None:
         """What a signal does; ``train.stop_at`` uses it too."""
         now = time.monotonic()

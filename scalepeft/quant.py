@@ -49,6 +49,14 @@ def _bytes(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.uint8)
 
 
+def _floats(x: Tensor) -> Tensor:
+    """Bytes (n, 4 m) -> fp32 (n, m); a slice may begin at any byte, and one row or none may have any stride."""
+    flat = x.reshape(-1)
+    if flat.storage_offset() % 4:
+        flat = flat.clone()
+    return flat.view(torch.float32).view(x.shape[0], x.shape[1] // 4)
+
+
 @dataclass(frozen=True)
 class Format:
     """A storage format: rows of W (n, in) <-> bytes ``weight`` (n, ...) and ``weight_scale`` (n, ...)."""
@@ -120,8 +128,6 @@ class NF4(Format):
     def decode(self, weight: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
         """Dequantises with bitsandbytes' kernel (fp64 by way of fp32)."""
         n = weight.shape[0]
-        if n == 0:
-            return weight.new_empty(0, in_features, dtype=dtype)
         kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
         rows = _kernels().dequantize_4bit(
             weight.reshape(-1, 1), self._absmax(scale, in_features).reshape(-1), BLOCK, "nf4",
@@ -131,13 +137,12 @@ class NF4(Format):
 
     def _absmax(self, scale: Tensor, in_features: int) -> Tensor:
         if not self.double:
-            return scale.contiguous().view(torch.float32)
+            return _floats(scale)
         sizes = [min(GROUP, in_features // BLOCK - i) for i in range(0, in_features // BLOCK, GROUP)]
         parts = []
         for group, size in zip(scale.split([8 + s for s in sizes], dim=1), sizes, strict=True):
             low, step, code = group.split([4, 4, size], dim=1)
-            step, low = (t.contiguous().view(torch.float32) for t in (step, low))
-            parts.append(low + code.float() * step)
+            parts.append(_floats(low) + code.float() * _floats(step))
         return torch.cat(parts, dim=1)
 
 
@@ -159,7 +164,7 @@ class Int8(Format):
 
     def decode(self, weight: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
         """Multiplies in fp32, rounds once to ``dtype``."""
-        return (weight.view(torch.int8).float() * scale.contiguous().view(torch.float32)).to(dtype)
+        return (weight.view(torch.int8).float() * _floats(scale)).to(dtype)
 
 
 def get_format(name: str, double: bool = False) -> Format | None:

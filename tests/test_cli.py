@@ -1,0 +1,226 @@
+"""The command line as a user meets it: one line and exit code 2 for a mistake, help, evaluation, trackers."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, Job, rows, train
+
+
+def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "scalepeft", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+
+
+def wrong(*arguments: str) -> str:
+    """Runs a wrong command; returns its one line on stderr."""
+    done = call(*arguments)
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    lines = done.stderr.strip().splitlines()
+    assert lines[-1].startswith("scalepeft: error: "), done.stderr
+    assert not [line for line in lines if line.startswith("Traceback")]
+    return lines[-1]
+
+
+BASE = ["train", *TINY, "train.max_steps=2"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["train.learning_rate=1"], ["train.learning_rate=1", "no such key", "Allowed", "lr"]),
+        (["trian.lr=1"], ["no section 'trian'", "Did you mean 'train'?"]),
+        (["adapter.rank=many"], ["adapter.rank='many'", "integer"]),
+        (["adapter.rank=7"], ["adapter.rank=7", "even", "6 or 8"]),
+        (["adapter.name=hotf"], ["no adapter 'hotf'", "Did you mean 'hoft'?", "lora"]),
+        (["adapter.target_modules=q_prj"], ["'q_prj' matches no linear layer", "Did you mean 'q_proj'?", "down_proj"]),
+        (["data=commonsense", "data.train=/none/rows.json"], ["data.train", "/none/rows.json", "no such file"]),
+        (["model.path=./no-such-model"], ["model.path=./no-such-model", "no such folder"]),
+        (["engine.device=cuda"], ["engine.device=cuda", "no CUDA device"]),
+        (["train.max_steps=0"], ["train.max_steps=0", "greater than or equal to 1"]),
+        (["train.epochs=1"], ["one of train.max_steps and train.epochs"]),
+        (["train.stop_at=2"], ["train.stop_at=2", "train.max_steps=2"]),
+        (["train.eval_every=1"], ["train.eval_every", "data.valid_size"]),
+        (["model.quant=int8", "model.double_quant=true"], ["model.double_quant=true needs model.quant=nf4"]),
+        (["--no-such-flag"], ["--no-such-flag"]),
+    ],
+    ids=lambda v: v[0] if len(v) == 1 else None,
+)  # fmt: skip
+def test_wrong_settings(settings: list[str], expected: list[str], tmp_path: Path) -> None:
+    if "engine.device=cuda" in settings:
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a CUDA device")
+    line = wrong(*BASE, f"run_dir={tmp_path}/run", *settings)
+    for part in expected:
+        assert part in line, line
+    assert len(line) < 700
+
+
+def test_wrong_calls(tmp_path: Path) -> None:
+    assert "run_dir is not set" in wrong(*BASE)
+    assert "no config file" in wrong("train", "nowhere.yaml")
+    assert "COMMAND" in wrong() or "required" in wrong()
+    assert "is no run folder" in wrong("evaluate", str(tmp_path))
+    assert "metrics.jsonl" in wrong("report", str(tmp_path))
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in wrong(*BASE, f"run_dir={tmp_path}/file/run")
+
+
+def test_bad_row_names_file_and_row_and_can_be_skipped(tmp_path: Path) -> None:
+    good = {"instruction": "Is it?", "input": "", "output": "the correct answer is true", "answer": "true"}
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join([json.dumps(good)] * 12 + ["{broken"] + [json.dumps({**good, "output": ""})]) + "\n")
+    settings = [*BASE, "data=commonsense", f"data.train={file}", f"run_dir={tmp_path}/run"]
+    settings.remove("data.train_size=300")
+    line = wrong(*settings)
+    assert f"{file}, row 13: broken JSON at column 2" in line and "data.on_error=skip" in line
+    done = call(*settings, "data.on_error=skip")
+    assert done.returncode == 0, done.stderr
+    assert f"{file}, row 14: 'output' is empty" in done.stderr and "12 training rows" in done.stderr
+
+
+def test_wrong_tokenizer(shared_data: Path, tmp_path: Path) -> None:
+    line = wrong(
+        "train", "data=toy", f"model.path={shared_data}/models/stories260K/hf", "train.max_steps=1",
+        f"model.tokenizer={shared_data}/tokenizer/mistral_v1", f"run_dir={tmp_path}/run",
+    )  # fmt: skip
+    assert "model.tokenizer" in line and "512 ids" in line and "do not belong together" in line
+
+
+def test_help_and_version_need_no_torch() -> None:
+    for arguments in (["--help"], ["train", "--help"], ["evaluate", "--help"], ["--version"]):
+        begin = time.monotonic()
+        done = call(*arguments)
+        assert done.returncode == 0 and done.stdout
+        assert time.monotonic() - begin < 5
+    assert "exit codes: 0 finished; 75" in call("train", "--help").stdout
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = call("train", "nowhere.yaml", "--debug")
+    assert done.returncode == 2 and "Traceback" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of four steps."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(1, folder, "model.quant=nf4", "train.max_steps=4", "train.tensorboard=true", "data.test_size=40",
+          "evaluate.batch_size=4", "evaluate.max_new_tokens=8")  # fmt: skip
+    return folder
+
+
+def test_run_folder_holds_what_the_contract_says(finished: Path) -> None:
+    found = rows(finished)
+    assert [r["step"] for r in found] == [1, 2, 3, 4]
+    keys = "step loss lr grad_norm label_tokens sample_index seconds tokens_per_second".split()
+    assert all(list(r) == keys for r in found)
+    assert (finished / "checkpoints/step-000004/manifest.json").is_file()
+    description = json.loads((finished / "adapter/adapter_config.json").read_text())
+    assert description["adapter"]["name"] == "hoft" and description["base_model"]["quant"] == "nf4"
+    assert "rank: 4" in (finished / "config.yaml").read_text()
+
+
+def test_tensorboard_events_hold_the_losses(finished: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert events.Scalars("train/loss")[2].value == pytest.approx(rows(finished)[2]["loss"])
+
+
+def test_a_finished_run_is_not_trained_again(finished: Path) -> None:
+    before = (finished / "adapter/adapter.safetensors").stat().st_mtime_ns
+    settings = ["model.quant=nf4", "train.max_steps=4", "train.tensorboard=true", "data.test_size=40"]
+    train(1, finished, *settings)
+    assert (finished / "adapter/adapter.safetensors").stat().st_mtime_ns == before
+
+
+def predictions(folder: Path) -> dict[str, str]:
+    found = rows(folder, "eval/toy/predictions.jsonl")
+    assert len({r["id"] for r in found}) == len(found), "a prediction is doubled"
+    return {r["id"]: r["prediction"] for r in found}
+
+
+@pytest.mark.slow
+def test_evaluation_killed_and_stopped_continues_to_the_same_predictions(finished: Path, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        shutil.copytree(finished, folder)
+    assert Job(1, ["evaluate", str(whole)]).wait()[0] == [0]
+    scores = json.loads((whole / "eval/toy/scores.json").read_text())
+    assert scores["count"] == 40 and scores["ci95"][0] <= scores["accuracy"] <= scores["ci95"][1]
+    assert scores["versions"]["torch"] and scores["no_answer_found"] <= 40
+
+    file = killed / "eval/toy/predictions.jsonl"
+    for number, code in ((signal.SIGKILL, -9), (signal.SIGUSR1, 75)):
+        job = Job(1, ["evaluate", str(killed)])
+        before = file.stat().st_size if file.exists() else 0
+        while not file.exists() or file.stat().st_size <= before:
+            assert job.ranks[0].poll() is None
+            time.sleep(0.005)
+        job.kill(number)
+        assert job.wait()[0] == [code]
+        assert 0 < len(predictions(killed)) < 40
+    with file.open("a") as f:
+        f.write('{"id": "toy/te')  # torn by a kill in mid-write
+    codes, text = Job(1, ["evaluate", str(killed)]).wait()
+    assert codes == [0] and "predictions are there already" in text
+    assert predictions(killed) == predictions(whole)
+
+    # Two sharded ranks, the last one short of a row: the same answers; other settings do not mix with the old.
+    codes, text = Job(2, ["evaluate", str(killed), "engine.name=fsdp2", "evaluate.limit=13"]).wait()
+    assert codes == [0, 0], text
+    assert "kept as toy.old-1" in text
+    sharded = predictions(killed)
+    assert len(sharded) == 13 and all(predictions(whole)[k] == v for k, v in sharded.items())
+
+
+@pytest.mark.slow
+def test_evaluation_refuses_what_would_be_another_run(finished: Path, tmp_path: Path) -> None:
+    assert "adapter.rank: cannot be changed" in wrong("evaluate", str(finished), "adapter.rank=8")
+    other = tmp_path / "run"
+    shutil.copytree(finished, other)
+    (other / "adapter/adapter.safetensors").write_bytes(b"no adapter")
+    assert "is no readable adapter folder" in wrong("evaluate", str(other))
+    shutil.rmtree(other / "adapter")
+    assert "is no readable adapter folder" in wrong("evaluate", str(other))
+
+
+def test_nonfinite_steps_are_skipped_and_end_the_run(tmp_path: Path) -> None:
+    done = call(*BASE, "train.max_steps=30", "train.lr=1e38", "train.max_grad_norm=0", "train.max_nonfinite=3",
+                "train.schedule=constant", "adapter.name=lora", "train.save_every=1", f"run_dir={tmp_path}/run")  # fmt: skip
+    assert done.returncode == 1
+    assert "not finite for 3 steps in a row" in done.stderr
+    found = rows(tmp_path / "run")
+    assert [r["loss"] is None for r in found][-3:] == [True] * 3
+    # The checkpoints are from before the trouble.
+    first_bad = next(r["step"] for r in found if r["loss"] is None)
+    saved = [int(p.name[5:]) for p in (tmp_path / "run/checkpoints").glob("step-??????")]
+    assert saved and max(saved) < first_bad
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_under_the_usual_launchers(launcher: str, tmp_path: Path) -> None:
+    program = Path(sys.executable).with_name(launcher)
+    first = (
+        [str(program), "--nproc-per-node", "2", "--master-port", "0"]
+        if launcher == "torchrun"
+        else [str(program), "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+              "--dynamo_backend", "no", "--main_process_port", "29653"]
+    )  # fmt: skip
+    command = [*first, "-m", "scalepeft", *BASE, "engine.name=fsdp2", f"run_dir={tmp_path}/run"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "run", "events.jsonl")[0]["world_size"] == 2

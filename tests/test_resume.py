@@ -1,0 +1,192 @@
+"""Kills, signals and restarts of real runs: nothing lost, nothing doubled, the same adapter to the bit."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY, Job, adapter_bytes, losses, rows, train
+from test_checkpoint import delete_a_file, empty, flip_a_bit, truncate
+
+pytestmark = pytest.mark.slow
+RUN = ["model.quant=nf4", "train.save_every=2", "data.valid_size=20", "train.eval_every=20"]
+
+
+def step_of(folder: Path) -> int:
+    file = folder / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def newest_saved(folder: Path) -> int:
+    names = [p.name for p in (folder / "checkpoints").glob("step-*") if "." not in p.name]
+    return max((int(n.split("-")[1]) for n in names), default=0)
+
+
+def start(ranks: int, folder: Path, *settings: str) -> Job:
+    return Job(ranks, ["train", *TINY, *RUN, f"run_dir={folder}", *settings])
+
+
+def kill_in_training(job: Job, folder: Path, rng: random.Random) -> None:
+    """kill -9 to all ranks at a random moment: some in start-up, some in mid-save, most in or between steps."""
+    how = rng.random()
+    begin, target = time.monotonic(), step_of(folder) + rng.randint(1, 4)
+    startup = rng.uniform(0.2, 4)
+    while job.ranks[0].poll() is None:
+        if how < 0.15 and time.monotonic() - begin > startup:
+            break
+        if how > 0.7 and list((folder / "checkpoints").glob("*.tmp-*")):
+            break
+        if 0.15 <= how <= 0.7 and newest_saved(folder) + 4 > step_of(folder) >= target:
+            time.sleep(rng.uniform(0, 0.08))
+            break
+    job.kill()
+    job.wait()
+
+
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 20), (2, 4)])
+def test_kill_9_at_random_moments_changes_nothing(ranks: int, kills: int, tmp_path: Path) -> None:
+    engine = "engine.name=" + ("single" if ranks == 1 else "fsdp2")
+    disturbed, undisturbed = tmp_path / "disturbed", tmp_path / "undisturbed"
+    train(ranks, undisturbed, *RUN, engine, "train.max_steps=60")
+    rng = random.Random(ranks)
+    for _ in range(kills):
+        saved = newest_saved(disturbed)
+        kill_in_training(start(ranks, disturbed, engine, "train.max_steps=60"), disturbed, rng)
+        assert newest_saved(disturbed) >= saved
+    saved = newest_saved(disturbed)
+    assert saved > 0
+    text = train(ranks, disturbed, *RUN, engine, "train.max_steps=60")
+    assert f"resuming {disturbed} at step {saved}" in text or "is finished" in text or saved == 60
+    assert losses(disturbed) == losses(undisturbed)
+    assert rows(disturbed, "validation.jsonl") == rows(undisturbed, "validation.jsonl")
+    assert adapter_bytes(disturbed) == adapter_bytes(undisturbed)
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["one-rank", "both-0.3s-apart"])
+def test_sigusr1_ends_in_one_agreed_save_and_75(both: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    settings = ["engine.name=fsdp2", "train.max_steps=150"]
+    rng = random.Random(both)
+    for turn in range(10):
+        job = start(2, folder, *settings)
+        job.wait_for_handlers()
+        if turn % 3 == 0:
+            time.sleep(rng.uniform(0, 4))  # somewhere in start-up
+        else:
+            before = step_of(folder)
+            while step_of(folder) < before + 1 and job.ranks[0].poll() is None:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.2))
+        first = rng.randrange(2)
+        job.ranks[first].send_signal(signal.SIGUSR1)
+        if both:
+            time.sleep(0.3)
+            if job.ranks[1 - first].poll() is None:
+                job.ranks[1 - first].send_signal(signal.SIGUSR1)
+        codes, text = job.wait(60)
+        assert codes == [75, 75], text
+        assert newest_saved(folder) == step_of(folder), "a step was lost"
+    train(2, folder, *RUN, *settings)
+    train(2, tmp_path / "undisturbed", *RUN, *settings)
+    assert losses(folder) == losses(tmp_path / "undisturbed")
+    assert adapter_bytes(folder) == adapter_bytes(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_other_signals_in_one_process(number: signal.Signals, tmp_path: Path) -> None:
+    job = start(1, tmp_path / "run", "train.max_steps=2000")
+    while step_of(tmp_path / "run") < 3:
+        time.sleep(0.02)
+    job.kill(number)
+    job.kill(number)  # the same event twice within a moment is one signal
+    assert job.wait()[0] == [75]
+    assert newest_saved(tmp_path / "run") == step_of(tmp_path / "run") > 0
+    job = start(1, tmp_path / "run", "train.max_steps=2000")
+    while step_of(tmp_path / "run") < newest_saved(tmp_path / "run") + 1:
+        time.sleep(0.02)
+    saved = newest_saved(tmp_path / "run")
+    os.kill(job.ranks[0].pid, signal.SIGSTOP)  # so that both signals are there before it can finish its save
+    job.kill(number)
+    os.kill(job.ranks[0].pid, signal.SIGCONT)
+    job.wait()
+    assert newest_saved(tmp_path / "run") >= saved
+
+
+def test_a_second_signal_leaves_at_once_even_in_a_stuck_collective(tmp_path: Path) -> None:
+    job = start(2, tmp_path / "run", "engine.name=fsdp2", "train.max_steps=2000")
+    while step_of(tmp_path / "run") < 3:
+        time.sleep(0.02)
+    job.ranks[1].send_signal(signal.SIGSTOP)  # rank 0 now waits in a collective for a rank that does not come
+    time.sleep(0.5)
+    saved = newest_saved(tmp_path / "run")
+    job.ranks[0].send_signal(signal.SIGTERM)
+    time.sleep(1.0)
+    assert job.ranks[0].poll() is None, "the first signal waits for an agreement"
+    begin = time.monotonic()
+    job.ranks[0].send_signal(signal.SIGTERM)
+    job.ranks[0].wait(10)
+    assert time.monotonic() - begin < 2
+    assert job.ranks[0].returncode == 128 + signal.SIGTERM
+    job.kill()
+    job.wait()
+    assert newest_saved(tmp_path / "run") >= saved
+
+
+def test_a_run_continues_at_other_world_sizes_with_the_same_samples(tmp_path: Path) -> None:
+    settings = [*RUN, "engine.name=fsdp2", "train.max_steps=16"]
+    train(2, tmp_path / "whole", *settings)
+    train(2, tmp_path / "stopped", *settings, "train.stop_at=8", expect=75)
+    assert step_of(tmp_path / "stopped") == newest_saved(tmp_path / "stopped") == 8
+    for ranks in (1, 3):
+        folder = tmp_path / f"on-{ranks}"
+        shutil.copytree(tmp_path / "stopped", folder)
+        train(ranks, folder, *settings)
+        got, want = rows(folder), rows(tmp_path / "whole")
+        # Other samples would have other label tokens and another loss.
+        for key in ("step", "sample_index", "label_tokens", "lr"):
+            assert [r[key] for r in got] == [r[key] for r in want]
+        assert max(abs(a["loss"] - b["loss"]) for a, b in zip(got, want, strict=True)) < 1e-5
+
+
+def test_the_optimiser_really_is_restored(tmp_path: Path) -> None:
+    """Restarted with empty moments, the losses would part; a warm-up hides nothing here."""
+    settings = [*RUN, "train.max_steps=12", "train.schedule=constant"]
+    train(1, tmp_path / "whole", *settings)
+    train(1, tmp_path / "run", *settings, "train.stop_at=6", expect=75)
+    state = json.loads((tmp_path / "run/checkpoints/step-000006/state.json").read_text())
+    assert state["step"] == 6 and state["sample_index"] == 72
+    train(1, tmp_path / "run", *settings)
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
+
+
+def test_damaged_newest_checkpoint_is_passed_over_by_the_run(tmp_path: Path) -> None:
+    settings = [*RUN, "train.max_steps=12"]
+    train(1, tmp_path / "whole", *settings)
+    train(1, tmp_path / "cut", *settings, "train.stop_at=8", expect=75)
+    for damage in (truncate, flip_a_bit, delete_a_file, empty):
+        folder = tmp_path / damage.__name__
+        shutil.copytree(tmp_path / "cut", folder)
+        damage(folder / "checkpoints" / "step-000008")
+        text = train(1, folder, *settings)
+        assert "checkpoint passed over: step-000008: " in text and f"resuming {folder} at step 6" in text
+        assert losses(folder) == losses(tmp_path / "whole")
+        assert adapter_bytes(folder) == adapter_bytes(tmp_path / "whole")
+
+
+def test_another_config_in_an_old_run(tmp_path: Path) -> None:
+    settings = [*RUN, "train.max_steps=4"]
+    train(1, tmp_path / "run", *settings, "train.stop_at=2", expect=75)
+    text = train(1, tmp_path / "run", *settings, "adapter.rank=8", expect=2)
+    assert "adapter.rank: 4 there, 8 now" in text and text.count("\n") == 1
+    text = train(1, tmp_path / "run", *settings, "train.save_every=1", expect=2)
+    assert "--resume-with-changes" in text
+    text = train(1, tmp_path / "run", *settings, "train.save_every=1", "--resume-with-changes")
+    assert "at step 2" in text
+    text = train(1, tmp_path / "run", *settings, "train.save_every=1")
+    assert "is finished" in text or "finished:" in text
+    text = train(1, tmp_path / "run", *settings, "train.save_every=1", "data.rows_seed=1", expect=2)
+    assert "data.rows_seed" in text
