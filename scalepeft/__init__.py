@@ -1,4 +1,6 @@
-"""scalepeft: exact orthogonal and structured adapters for LLaMA-class models, 4-bit, sharded, preemptible."""
+"""scalepeft: exact orthogonal and structured adapters for LLaMA-class models, 4-bit, sharded,
+preemptible.
+"""
 
 from typing import Any
 
@@ -10,7 +12,13 @@ _PUBLIC = {
     "inject": "scalepeft.inject",
     "load_adapter": "scalepeft.inject",
 }
-__all__ = ["__version__", "adapt", "effective_weight", "inject", "load_adapter"]  # noqa: F822, RUF100
+__all__ = [
+    "__version__",
+    "adapt",
+    "effective_weight",
+    "inject",
+    "load_adapter",
+]  # noqa: F822, RUF100
 
 
 def __getattr__(name: str) -> Any:

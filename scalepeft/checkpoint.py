@@ -1,7 +1,8 @@
 """Run folder and checkpoints: two-phase commit, checksums, newest verified, retention, fence.
 
 A checkpoint holds what was trained and where training stood, never the base and never a pickle:
-``trained.safetensors``, ``optimizer.safetensors``, ``state.json``, and ``manifest.json``, which is written last.
+``trained.safetensors``, ``optimizer.safetensors``, ``state.json``, and ``manifest.json``, which is
+written last.
 """
 
 import hashlib
@@ -76,7 +77,9 @@ class RunFolder:
             self.generation = self._stored_generation() + 1
             write_atomically(path / "generation", f"{self.generation}\n")
         except OSError as error:
-            raise UserError(f"run_dir={path}: cannot be written: {error.strerror}; choose another folder") from None
+            raise UserError(
+                f"run_dir={path}: cannot be written: {error.strerror}; choose another folder"
+            ) from None
         for leftover in self.checkpoints.glob("*.tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -89,17 +92,23 @@ class RunFolder:
         """Raises Fenced if the run was started again since this process took the folder."""
         if (stored := self._stored_generation()) != self.generation:
             raise Fenced(
-                f"run_dir={self.path}: start {stored} of this run owns the folder, this is start {self.generation}; "
-                "it stops without writing"
+                f"run_dir={self.path}: start {stored} of this run owns the folder, this is start"
+                f" {self.generation}; it stops without writing"
             )
 
     def save(
-        self, step: int, trained: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], keep: int
+        self,
+        step: int,
+        trained: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+        state: dict[str, Any],
+        keep: int,
     ) -> Path:
         """Writes and commits ``step-NNNNNN``, then drops what retention no longer needs.
 
         Raises:
-            OSError: the disk refused; nothing of this checkpoint is left, the older ones are untouched.
+            OSError: the disk refused; nothing of this checkpoint is left, the older ones are
+                untouched.
             Fenced: another start owns the folder.
         """
         final = self.checkpoints / f"step-{step:06d}"
@@ -110,12 +119,23 @@ class RunFolder:
             temporary.mkdir()
             self._write(temporary, "trained.safetensors", lambda p: save_file(trained, p))
             self._write(temporary, "optimizer.safetensors", lambda p: save_file(optimizer, p))
-            self._write(temporary, "state.json", lambda p: p.write_text(json.dumps(state, indent=1)))
-            manifest = {"schema": SCHEMA, "step": step, "generation": self.generation, "files": _inventory(temporary)}
-            self._write(temporary, "manifest.json", lambda p: p.write_text(json.dumps(manifest, indent=1)))
+            self._write(
+                temporary, "state.json", lambda p: p.write_text(json.dumps(state, indent=1))
+            )
+            manifest = {
+                "schema": SCHEMA,
+                "step": step,
+                "generation": self.generation,
+                "files": _inventory(temporary),
+            }
+            self._write(
+                temporary, "manifest.json", lambda p: p.write_text(json.dumps(manifest, indent=1))
+            )
             fsync(temporary)
             self.check_fence()
-            if final.exists():  # one that resume passed over as damaged, or the same step saved before
+            if (
+                final.exists()
+            ):  # one that resume passed over as damaged, or the same step saved before
                 self._set_aside(final)
             temporary.rename(final)
             fsync(self.checkpoints)
@@ -137,7 +157,9 @@ class RunFolder:
         folder.rename(target)
 
     def steps(self) -> list[int]:
-        """Steps of the committed checkpoints, newest first; whether they verify is another question."""
+        """Steps of the committed checkpoints, newest first; whether they verify is another
+        question.
+        """
         found = (NAME.fullmatch(p.name) for p in self.checkpoints.iterdir())
         return sorted((int(m[1]) for m in found if m), reverse=True)
 
@@ -200,13 +222,17 @@ def verify(folder: Path) -> dict[str, Any]:
         if schema != SCHEMA:
             raise DamagedCheckpoint(f"has schema {schema}, this version reads {SCHEMA}")
         if folder.name != f"step-{step:06d}" or not names <= files.keys():
-            raise DamagedCheckpoint(f"manifest.json is that of step {step} with {', '.join(sorted(files))}")
+            raise DamagedCheckpoint(
+                f"manifest.json is that of step {step} with {', '.join(sorted(files))}"
+            )
         for name, expected in files.items():
             file = folder / name
             if not file.is_file():
                 raise DamagedCheckpoint(f"{name} is missing")
             if (size := file.stat().st_size) != expected["bytes"]:
-                raise DamagedCheckpoint(f"{name} has {size} bytes, the manifest says {expected['bytes']}")
+                raise DamagedCheckpoint(
+                    f"{name} has {size} bytes, the manifest says {expected['bytes']}"
+                )
             if _sha256(file) != expected["sha256"]:
                 raise DamagedCheckpoint(f"{name} has changed: sha256 differs from the manifest")
     except FileNotFoundError:
@@ -221,7 +247,9 @@ def read(folder: Path) -> Checkpoint:
     manifest = verify(folder)
     try:
         state = json.loads((folder / "state.json").read_text())
-        trained, optimizer = (load_file(folder / f"{n}.safetensors") for n in ("trained", "optimizer"))
+        trained, optimizer = (
+            load_file(folder / f"{n}.safetensors") for n in ("trained", "optimizer")
+        )
     except (OSError, ValueError, SafetensorError) as error:
         raise DamagedCheckpoint(f"unreadable: {type(error).__name__}: {error}") from None
     return Checkpoint(manifest["step"], trained, optimizer, state)

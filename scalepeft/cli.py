@@ -1,4 +1,6 @@
-"""The command line. Exit codes: 0 finished, 75 stopped by a signal and saved, 2 the user's mistake, 1 a bug."""
+"""The command line. Exit codes: 0 finished, 75 stopped by a signal and saved, 2 the user's mistake,
+1 a bug.
+"""
 
 import argparse
 import os
@@ -11,16 +13,16 @@ from scalepeft.preemption import BROKEN, FINISHED, USER_ERROR, StopFlag
 
 EPILOG = """\
 exit codes: 0 finished; 75 stopped by SIGTERM, SIGINT or SIGUSR1 and saved, run again to continue;
-            2 a mistake in the call, config or data (one line says which); 1 a bug or a broken machine
+            2 a mistake in the call, config or data (one line says which); 1 a bug, a broken machine
 """
 TRAIN = """\
-Trains an adapter, or resumes: on a folder that holds a run it continues at the newest checkpoint that verifies.
+Trains an adapter. On a folder that holds a run it resumes at the newest checkpoint that verifies.
 
   scalepeft train configs/runs/commonsense_hoft.yaml model.path=DIR_OR_HUB_ID data.train=FILES
-  scalepeft train model=tiny data=toy adapter.name=hoft adapter.rank=8 train.max_steps=50 run_dir=runs/try
+  scalepeft train model=tiny data=toy adapter.rank=8 train.max_steps=50 run_dir=runs/try
   torchrun --nproc-per-node 8 -m scalepeft train CONFIG engine.name=fsdp2
 
-SECTION=NAME takes configs/<section>/NAME.yaml whole; SECTION.KEY=VALUE sets one key. The last one wins.
+SECTION=NAME takes a whole file of configs/, SECTION.KEY=VALUE sets one key; the last one wins.
 """
 
 
@@ -38,22 +40,38 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser(
-        "train", help="train an adapter, or resume", description=TRAIN, epilog=EPILOG, formatter_class=shape
+        "train",
+        help="train an adapter, or resume",
+        description=TRAIN,
+        epilog=EPILOG,
+        formatter_class=shape,
     )
-    train.add_argument("arguments", nargs="*", metavar="[CONFIG] KEY=VALUE", help="a YAML file, then settings")
     train.add_argument(
-        "--resume-with-changes", action="store_true", help="continue although harmless keys differ from the run's config"
+        "arguments", nargs="*", metavar="[CONFIG] KEY=VALUE", help="a YAML file, then settings"
+    )
+    train.add_argument(
+        "--resume-with-changes",
+        action="store_true",
+        help="continue although harmless keys differ from the run's config",
     )
 
-    evaluate = commands.add_parser("evaluate", help="generate answers for data.test and score them", epilog=EPILOG)
+    evaluate = commands.add_parser(
+        "evaluate", help="generate answers for data.test and score them", epilog=EPILOG
+    )
     evaluate.add_argument("run_dir", help="folder of a finished run")
-    evaluate.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="e.g. data.test=FILES evaluate.limit=100")
-    evaluate.add_argument("--base", action="store_true", help="score the base model without the adapter")
+    evaluate.add_argument(
+        "settings", nargs="*", metavar="KEY=VALUE", help="e.g. data.test=FILES evaluate.limit=100"
+    )
+    evaluate.add_argument(
+        "--base", action="store_true", help="score the base model without the adapter"
+    )
 
     report = commands.add_parser("report", help="loss curve and scores of a run")
     report.add_argument("run_dir", help="folder of a run")
     for command in (train, evaluate, report):
-        command.add_argument("--debug", action="store_true", help="show the traceback of a user error too")
+        command.add_argument(
+            "--debug", action="store_true", help="show the traceback of a user error too"
+        )
     return parser
 
 
@@ -73,7 +91,8 @@ def main(argv: list[str] | None = None) -> int:
         if stoppable:
             stop.release()
     if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1:
-        # Other ranks may be gone: an orderly shutdown of the process group could wait for them forever.
+        # Other ranks may be gone: an orderly shutdown of the process group could wait for them
+        # forever.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -114,7 +133,9 @@ def _explain(error: Exception, debug: bool) -> int:
 
     if not isinstance(error, UserError):
         traceback.print_exc()
-        print(f"scalepeft: failed on rank {_rank()}: {type(error).__name__}: {error}", file=sys.stderr)
+        print(
+            f"scalepeft: failed on rank {_rank()}: {type(error).__name__}: {error}", file=sys.stderr
+        )
         return BROKEN
     if debug:
         traceback.print_exc()

@@ -1,4 +1,6 @@
-"""Typed dataclasses <- YAML files <- ``dotted.key=value``; one line with the dotted path for every mistake."""
+"""Typed dataclasses <- YAML files <- ``dotted.key=value``; one line with the dotted path for every
+mistake.
+"""
 
 import dataclasses
 from dataclasses import dataclass as plain_dataclass
@@ -26,12 +28,14 @@ class ModelConfig:
     """The frozen base.
 
     Attributes:
-        path: folder with config.json and safetensors, a hub id, or ``builtin:tiny`` (made on the spot).
+        path: folder with config.json and safetensors, a hub id, or ``builtin:tiny`` (made on the
+            spot).
         revision: branch, tag or commit of a hub id.
         tokenizer: folder or hub id, where it is not that of the model.
         quant: how block weights are held: ``none`` (the compute dtype), ``nf4``, ``int8``.
         double_quant: NF4 scales in 8 bits too, 4.13 instead of 4.5 bits a weight.
-        pretrain_steps: next-token steps on the toy task's text that the built-in model gets when made.
+        pretrain_steps: next-token steps on the toy task's text that the built-in model gets when
+            made.
     """
 
     path: str = BUILTIN
@@ -50,16 +54,18 @@ class TrainConfig:
         max_steps: optimiser steps; or give ``epochs``.
         epochs: passes over the training data, a fraction allowed.
         global_batch: rows a step over all ranks; fixed for the life of a run.
-        micro_batch: rows a forward on one rank.
+        micro_batch: rows a forward on one rank, at most.
         lr: peak learning rate.
         schedule: after warm-up: ``linear`` or ``cosine`` to zero, or ``constant``.
         warmup_steps: linear from zero.
-        weight_decay: AdamW's, on parameters where decay means "towards the base" (never on rotations, scales).
+        weight_decay: AdamW's, on parameters where decay means "towards the base" (never on
+            rotations, scales).
         beta1: AdamW.
         beta2: AdamW.
         eps: AdamW.
         max_grad_norm: clipping; 0 switches it off.
-        max_nonfinite: a step whose loss or gradient is not finite is skipped; so many in a row stop the run.
+        max_nonfinite: a step whose loss or gradient is not finite is skipped; so many in a row stop
+            the run.
         seed: of start values, data order, dropout.
         precision: dtype of base and activations; the adapter and its optimiser stay fp32.
         loss_chunk: tokens whose logits exist at one time.
@@ -112,7 +118,9 @@ class EvaluateConfig:
 
 @plain_dataclass(frozen=True)
 class RunConfig:
-    """Everything that defines a run; ``adapter``, ``engine`` and ``data`` are of the class their ``name`` picks."""
+    """Everything that defines a run; ``adapter``, ``engine`` and ``data`` are of the class their
+    ``name`` picks.
+    """
 
     run_dir: str
     model: ModelConfig
@@ -153,7 +161,9 @@ HARMLESS = (
 
 
 def config_root() -> Path:
-    """The folder of the shipped YAML files: inside an installed package, or beside it in a checkout."""
+    """The folder of the shipped YAML files: inside an installed package, or beside it in a
+    checkout.
+    """
     inside = Path(__file__).parent / "configs"
     return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
 
@@ -162,7 +172,9 @@ def config_class(section: str, name: str) -> type:
     """Returns the config dataclass of a section whose ``name`` picks it."""
     package, kind, _ = NAMED[section]
     module = lookup.find(package, name, kind)
-    classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+    classes = [
+        c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__
+    ]
     found: type = next(c for c in classes if hasattr(c, "Config")).Config
     return found
 
@@ -174,10 +186,10 @@ def load(path: str | None, overrides: list[str]) -> tuple[RunConfig, list[str]]:
         UserError: one line with the dotted path, the value, what is allowed, the nearest name.
     """
     notes: list[str] = []
-    # Precedence, weakest first:
-    values = _read(Path(path), ()) if path else {}  # 1 dataclass defaults fill what is absent; 2 the file and
-    #                                                 its includes (a file over what it includes)
-    _apply(values, overrides, notes)  # 3 the command line, left to right
+    # Precedence, weakest first: 1 the dataclass defaults (fill what is absent), 2 the file and its
+    # includes (a file over what it includes), 3 the command line, left to right.
+    values = _read(Path(path), ()) if path else {}
+    _apply(values, overrides, notes)
     return from_dict(values), notes
 
 
@@ -194,7 +206,9 @@ class _Loader(yaml.SafeLoader):
         keys = [key for key, _ in node.value]
         for i, key in enumerate(keys):
             if key.value in [k.value for k in keys[:i]]:
-                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands there twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"'{key.value}' stands there twice", key.start_mark
+                )
         return super().construct_mapping(node, deep)
 
 
@@ -202,7 +216,10 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if not path.is_file() and not path.suffix:
         path = path.with_suffix(".yaml")
     if not path.is_file():
-        raise UserError(f"no config file {path} (from {Path.cwd()}); the shipped ones are in {config_root()}/runs")
+        raise UserError(
+            f"no config file {path} (from {Path.cwd()}); the shipped ones are in"
+            f" {config_root()}/runs"
+        )
     if path.resolve() in above:
         raise UserError(f"{path} includes itself by way of {', '.join(p.name for p in above)}")
     try:
@@ -212,14 +229,22 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: a config is a mapping with {', '.join(SECTIONS)}, not {type(values).__name__}")
+        raise UserError(
+            f"{path}: a config is a mapping with {', '.join(SECTIONS)}, not {type(values).__name__}"
+        )
     merged: dict[str, Any] = {}
     includes = values.pop("include", None) or []
     for include in includes if isinstance(includes, list) else [includes]:
-        candidates = [path.parent / f"{include}.yaml", config_root() / f"{include}.yaml", path.parent / str(include)]
+        candidates = [
+            path.parent / f"{include}.yaml",
+            config_root() / f"{include}.yaml",
+            path.parent / str(include),
+        ]
         found = next((c for c in candidates if c.is_file()), None)
         if found is None:
-            raise UserError(f"{path}: include '{include}': no such file beside it or in {config_root()}")
+            raise UserError(
+                f"{path}: include '{include}': no such file beside it or in {config_root()}"
+            )
         _merge(merged, _read(found, (*above, path.resolve())))
     for section, value in values.items():
         if section in FOLDERS and isinstance(value, str):
@@ -249,23 +274,31 @@ def _named_file(section: str, name: str) -> dict[str, Any]:
 
 
 def _apply(values: dict[str, Any], overrides: list[str], notes: list[str]) -> None:
-    """Lays ``key=value`` arguments over ``values``: ``adapter=lora`` takes a file, ``adapter.rank=8`` sets a key."""
+    """Lays ``key=value`` arguments over ``values``: ``adapter=lora`` takes a file,
+    ``adapter.rank=8`` sets a key.
+    """
     given: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
         parts = key.split(".")
         if not equals or not all(parts) or len(parts) > 2:
-            raise UserError(f"'{override}': expected section.key=value, e.g. train.lr=1e-4 or adapter=hoft")
+            raise UserError(
+                f"'{override}': expected section.key=value, e.g. train.lr=1e-4 or adapter=hoft"
+            )
         if parts[0] not in SECTIONS:
-            raise UserError(f"{key}: no section '{parts[0]}'.{nearest(parts[0], SECTIONS)} Allowed: {', '.join(SECTIONS)}")
+            raise UserError(
+                f"{key}: no section '{parts[0]}'.{nearest(parts[0], SECTIONS)} Allowed:"
+                f" {', '.join(SECTIONS)}"
+            )
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             value = text
         if not isinstance(value, str | bool | list | None) and str(value) != text:
-            value = text  # not what was meant: {instruction} as a mapping, revision 0123 as octal, a date
+            value = text  # {instruction} is no mapping, revision 0123 no octal number
         if len(parts) == 1 and key in FOLDERS:
-            # A section chosen by name replaces the file's whole section: no path or rank of another survives.
+            # A section chosen by name replaces the file's whole section: no path or rank of another
+            # survives.
             values.pop(key, None)
             given.pop(key, None)
             _merge(values, _named_file(key, text))
@@ -283,25 +316,30 @@ def _apply(values: dict[str, Any], overrides: list[str], notes: list[str]) -> No
             dropped = sorted(k for k in held if k not in allowed)
             if dropped:
                 keys = ", ".join(f"{section}.{k}" for k in dropped)
-                notes.append(f"{section}.name={wanted} replaces {held.get('name', default)}: {keys} of the file do not apply")
+                notes.append(
+                    f"{section}.name={wanted} replaces {held.get('name', default)}: {keys} of the"
+                    " file do not apply"
+                )
             values[section] = {k: v for k, v in held.items() if k in allowed}
     _merge(values, given)
-    for section, keys in given.items():  # an explicit null is a value too
-        if isinstance(keys, dict):
-            values[section].update(keys)
 
 
 def from_dict(values: dict[str, Any]) -> RunConfig:
-    """Builds the typed config from nested mappings (a resolved ``config.yaml``, or merged files)."""
+    """Builds the typed config from nested mappings (``config.yaml``, or merged files)."""
     for section in values:
         if section not in SECTIONS:
             raise UserError(
-                f"no section '{section}'.{nearest(str(section), SECTIONS)} Allowed: {', '.join(SECTIONS)}"
+                f"no section '{section}'.{nearest(str(section), SECTIONS)} Allowed:"
+                f" {', '.join(SECTIONS)}"
             )
         if section != "run_dir" and not isinstance(values[section] or {}, dict):
             raise UserError(f"{section}: expected keys under it, not {values[section]!r}")
     if not values.get("run_dir"):
-        raise UserError("run_dir is not set: add run_dir=runs/NAME, the folder for checkpoints and results")
+        raise UserError(
+            "run_dir is not set: add run_dir=runs/NAME, the folder for checkpoints and results"
+        )
+    if isinstance(values["run_dir"], dict | list):
+        raise UserError(f"run_dir={values['run_dir']}: expected the name of one folder")
     sections: dict[str, Any] = {s: _build(c, values.get(s) or {}, s) for s, c in PLAIN.items()}
     for section, (_, _, default) in NAMED.items():
         given = dict(values.get(section) or {})
@@ -329,8 +367,9 @@ def _build(cls: type, values: dict[str, Any], section: str) -> Any:
         if key not in _field_names(cls):
             name = f" of {values['name']}" if "name" in values else ""
             raise UserError(
-                f"{section}.{key}={values[key]}: no such key{name}.{nearest(str(key), _field_names(cls))} "
-                f"Allowed: {', '.join(_field_names(cls))}"
+                f"{section}.{key}={values[key]}: no such"
+                f" key{name}.{nearest(str(key), _field_names(cls))} Allowed:"
+                f" {', '.join(_field_names(cls))}"
             )
     try:
         built = cls(**values)
@@ -340,7 +379,9 @@ def _build(cls: type, values: dict[str, Any], section: str) -> Any:
         raise UserError(f"{path}={first.get('input')!r}: {first['msg']}") from None
     for key, value in values.items():
         if isinstance(value, bool) and getattr(built, key) is not value:  # true is no 1 here
-            raise UserError(f"{section}.{key}={str(value).lower()}: Input should be a number, not true or false")
+            raise UserError(
+                f"{section}.{key}={str(value).lower()}: Input should be a number, not true or false"
+            )
     return built
 
 
@@ -348,21 +389,41 @@ def _check(config: RunConfig) -> None:
     """Refuses combinations in which a setting cannot take effect."""
     train, model, data = config.train, config.model, config.data
     if (train.max_steps is None) == (train.epochs is None):
-        raise UserError("give one of train.max_steps and train.epochs" + (", not both" if train.epochs else ""))
+        raise UserError(
+            "give one of train.max_steps and train.epochs" + (", not both" if train.epochs else "")
+        )
     if train.max_steps is not None and train.warmup_steps >= train.max_steps:
-        raise UserError(f"train.warmup_steps={train.warmup_steps} leaves no step of train.max_steps={train.max_steps}")
-    if train.stop_at is not None and train.max_steps is not None and train.stop_at >= train.max_steps:
-        raise UserError(f"train.stop_at={train.stop_at} is not before the end, train.max_steps={train.max_steps}")
+        raise UserError(
+            f"train.warmup_steps={train.warmup_steps} leaves no step of"
+            f" train.max_steps={train.max_steps}"
+        )
+    if (
+        train.stop_at is not None
+        and train.max_steps is not None
+        and train.stop_at >= train.max_steps
+    ):
+        raise UserError(
+            f"train.stop_at={train.stop_at} is not before the end,"
+            f" train.max_steps={train.max_steps}"
+        )
     if train.eval_every and not (data.valid or data.valid_size):
-        raise UserError("train.eval_every is set, but there are no held-out rows: set data.valid or data.valid_size")
+        raise UserError(
+            "train.eval_every is set, but there are no held-out rows: set data.valid or"
+            " data.valid_size"
+        )
     if data.valid and data.valid_size:
         raise UserError("give one of data.valid and data.valid_size, not both")
     if model.double_quant and model.quant != "nf4":
         raise UserError(f"model.double_quant=true needs model.quant=nf4, not {model.quant}")
     if model.path != BUILTIN and model.pretrain_steps:
-        raise UserError(f"model.pretrain_steps is for model.path={BUILTIN} alone, not for {model.path}")
+        raise UserError(
+            f"model.pretrain_steps is for model.path={BUILTIN} alone, not for {model.path}"
+        )
     if model.path == BUILTIN and (model.revision or model.tokenizer):
-        raise UserError(f"model.revision and model.tokenizer have no effect with model.path={BUILTIN}; remove them")
+        raise UserError(
+            f"model.revision and model.tokenizer have no effect with model.path={BUILTIN}; remove"
+            " them"
+        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -376,8 +437,10 @@ def dump(config: RunConfig) -> str:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns dotted key -> (old, new) for every key that differs, without those that are free to change."""
-    flat_old, flat_new = ({k: v for k, v in _flatten(d)} for d in (old, new))
+    """Returns dotted key -> (old, new) for every key that differs, without those that are free to
+    change.
+    """
+    flat_old, flat_new = (dict(_flatten(d)) for d in (old, new))
     keys = sorted(flat_old.keys() | flat_new.keys())
     return {
         key: (flat_old.get(key), flat_new.get(key))

@@ -1,4 +1,6 @@
-"""Examples -> tokens (once, cached by content) -> micro-batches in the order of the global sample index."""
+"""Examples -> tokens (once, cached by content) -> micro-batches in the order of the global sample
+index.
+"""
 
 import hashlib
 import json
@@ -16,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from scalepeft.config import RunConfig
-from scalepeft.loss import IGNORED
 from scalepeft.lookup import UserError
+from scalepeft.loss import IGNORED
 from scalepeft.parallel.mesh import Ranks
 from scalepeft.tasks.base import Example, TaskConfig
 
@@ -27,7 +29,9 @@ PAD_TO = 8  # lengths are padded to a multiple of this, for tensor cores
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Tokenised examples: ``tokens`` of all in one row, cut at ``offsets``; labels begin at ``label_start``."""
+    """Tokenised examples: ``tokens`` of all in one row, cut at ``offsets``; labels begin at
+    ``label_start``.
+    """
 
     tokens: Tensor  # (total,) int32
     offsets: Tensor  # (n + 1,) int64
@@ -65,12 +69,18 @@ class TokenSet:
 
 
 def tokenise(examples: list[Example], tokenizer: Any, config: TaskConfig) -> TokenSet:
-    """Tokenises prompt and completion apart, so that training sees the very prompt tokens generation starts from.
+    """Tokenises prompt and completion apart, so that training sees the very prompt tokens
+    generation starts from.
 
-    A sequence is prompt (with the tokenizer's BOS), completion, end-of-text, cut at ``config.cutoff``.
+    A sequence is prompt (with the tokenizer's BOS), completion, end-of-text, cut at
+    ``config.cutoff``.
     """
-    prompts = tokenizer([e.prompt for e in examples], add_special_tokens=True)["input_ids"]
-    completions = tokenizer([e.completion for e in examples], add_special_tokens=False)["input_ids"]
+    prompts = tokenizer([e.prompt for e in examples], add_special_tokens=True, verbose=False)[
+        "input_ids"
+    ]
+    completions = tokenizer(
+        [e.completion for e in examples], add_special_tokens=False, verbose=False
+    )["input_ids"]
     rows, starts, dropped, cut = [], [], 0, 0
     for prompt, completion in zip(prompts, completions, strict=True):
         ids = [*strip_eos(prompt, tokenizer), *completion, tokenizer.eos_token_id]
@@ -88,24 +98,37 @@ def tokenise(examples: list[Example], tokenizer: Any, config: TaskConfig) -> Tok
 
 
 def strip_eos(ids: list[int], tokenizer: Any) -> list[int]:
-    """Removes an end-of-text token that some tokenizers put after every text: a prompt must stay open."""
+    """Removes an end-of-text token that some tokenizers put after every text: a prompt must stay
+    open.
+    """
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def cached_tokens(examples: list[Example], tokenizer: Any, config: TaskConfig) -> TokenSet:
     """``tokenise`` through a cache keyed by everything that decides the result."""
     key = hashlib.sha256()
-    header = [CACHE_VERSION, config.train_on, config.cutoff, tokenizer.eos_token_id, tokenizer_hash(tokenizer)]
+    header = [
+        CACHE_VERSION,
+        config.train_on,
+        config.cutoff,
+        tokenizer.eos_token_id,
+        tokenizer_hash(tokenizer),
+    ]
     key.update(json.dumps(header).encode())
     for example in examples:
-        key.update(f"{len(example.prompt)} {len(example.completion)} {example.prompt}{example.completion}".encode())
+        key.update(
+            f"{len(example.prompt)} {len(example.completion)} ".encode()
+            + f"{example.prompt}{example.completion}".encode()
+        )
     root = config.cache or os.environ.get("SCALEPEFT_CACHE") or Path.home() / ".cache" / "scalepeft"
     file = Path(root) / "tokens" / f"{key.hexdigest()[:32]}.safetensors"
     if file.is_file():
         try:
             with safe_open(file, "pt") as f:
                 t, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()  # noqa: SIM118
-            held = TokenSet(t["tokens"], t["offsets"], t["label_start"], int(meta["dropped"]), int(meta["cut"]))
+            held = TokenSet(
+                t["tokens"], t["offsets"], t["label_start"], int(meta["dropped"]), int(meta["cut"])
+            )
             if held.fingerprint() == meta["sha256"]:
                 return held
         except (SafetensorError, KeyError, TypeError, ValueError, OSError):
@@ -120,7 +143,9 @@ def cached_tokens(examples: list[Example], tokenizer: Any, config: TaskConfig) -
         save_file(tensors, temporary, meta)
         temporary.replace(file)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"data.cache: {file.parent} cannot be written: {error}; set data.cache=FOLDER") from None
+        raise UserError(
+            f"data.cache: {file.parent} cannot be written: {error}; set data.cache=FOLDER"
+        ) from None
     return made
 
 
@@ -129,11 +154,15 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
 
 
-def prepare(config: RunConfig, task: Any, tokenizer: Any, vocab_size: int) -> tuple[TokenSet, TokenSet | None, list[str]]:
-    """Reads and tokenises the training and held-out rows; returns them with a line for what was left out.
+def prepare(
+    config: RunConfig, task: Any, tokenizer: Any, vocab_size: int
+) -> tuple[TokenSet, TokenSet | None, list[str]]:
+    """Reads and tokenises the training and held-out rows; returns them with a line for what was
+    left out.
 
     Raises:
-        UserError: bad files or rows, nothing left to train on, or token ids beyond the model's vocabulary.
+        UserError: bad files or rows, nothing left to train on, or token ids beyond the model's
+            vocabulary.
     """
     report = []
     sets: list[TokenSet | None] = []
@@ -142,36 +171,51 @@ def prepare(config: RunConfig, task: Any, tokenizer: Any, vocab_size: int) -> tu
             sets.append(None)
             continue
         tokens = cached_tokens(task.examples(split), tokenizer, config.data)
-        for where in task.skipped[:3]:
-            report.append(f"data.{split}: left out: {where}")
+        report += [f"data.{split}: left out: {where}" for where in task.skipped[:3]]
         if len(task.skipped) > 3:
             report.append(f"data.{split}: left out {len(task.skipped)} broken rows in all")
         if tokens.dropped or tokens.cut:
             report.append(
-                f"data.{split}: {tokens.cut} rows longer than data.cutoff={config.data.cutoff} were cut; {tokens.dropped} "
-                "of them had no token left to learn and were dropped"
+                f"data.{split}: {tokens.cut} rows longer than data.cutoff={config.data.cutoff} were"
+                f" cut; {tokens.dropped} of them had no token left to learn and were dropped"
             )
         if not len(tokens):
-            raise UserError(f"data.{split}: no row has a token to learn within data.cutoff={config.data.cutoff}; raise it")
+            raise UserError(
+                f"data.{split}: no row has a token to learn within"
+                f" data.cutoff={config.data.cutoff}; raise it"
+            )
         if (largest := int(tokens.tokens.max())) >= vocab_size:
             raise UserError(
-                f"model.tokenizer: makes token id {largest}, the model has {vocab_size} ids (0..{vocab_size - 1}): "
-                "tokenizer and model do not belong together; set model.tokenizer to the model's own"
+                f"model.tokenizer: makes token id {largest}, the model has {vocab_size} ids"
+                f" (0..{vocab_size - 1}): tokenizer and model do not belong together; set"
+                " model.tokenizer to the model's own"
             )
         sets.append(tokens)
     train, valid = sets
     assert train is not None
     if size := config.data.valid_size:
         if size >= len(train):
-            raise UserError(f"data.valid_size={size} leaves nothing of the {len(train)} training rows")
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.train.seed))
-        valid, train = train.take(order[:size].sort().values), train.take(order[size:].sort().values)
-    report.append(f"data: {len(train)} training rows" + (f", {len(valid)} held out" if valid is not None else ""))
+            raise UserError(
+                f"data.valid_size={size} leaves nothing of the {len(train)} training rows"
+            )
+        order = torch.randperm(
+            len(train), generator=torch.Generator().manual_seed(config.train.seed)
+        )
+        valid, train = (
+            train.take(order[:size].sort().values),
+            train.take(order[size:].sort().values),
+        )
+    report.append(
+        f"data: {len(train)} training rows"
+        + (f", {len(valid)} held out" if valid is not None else "")
+    )
     return train, valid, report
 
 
 class Order:
-    """The global sample order: ``index -> row`` is a permutation of the rows in each epoch, a function of (seed, epoch)."""
+    """The global sample order: ``index -> row`` is a permutation of the rows in each epoch, a
+    function of (seed, epoch).
+    """
 
     def __init__(self, rows: int, seed: int) -> None:
         self.rows, self.seed = rows, seed
@@ -181,13 +225,18 @@ class Order:
         epoch, position = divmod(index, self.rows)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
-            self._epoch, self._permutation = epoch, torch.randperm(self.rows, generator=generator).tolist()
+            self._epoch, self._permutation = (
+                epoch,
+                torch.randperm(self.rows, generator=generator).tolist(),
+            )
         return self._permutation[position]
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A rank's part of a step: right-padded ``input_ids`` and ``labels`` (rows, length), -100 where not learnt."""
+    """A rank's part of a step: right-padded ``input_ids`` and ``labels`` (rows, length), -100 where
+    not learnt.
+    """
 
     input_ids: Tensor
     labels: Tensor
@@ -200,7 +249,9 @@ class MicroBatch:
 
 
 class _Rows(Dataset[Any]):
-    """Micro-batches of one rank as a map-style data set: item = (global index, row) pairs -> padded tensors."""
+    """Micro-batches of one rank as a map-style data set: item = (global index, row) pairs -> padded
+    tensors.
+    """
 
     def __init__(self, tokens: TokenSet) -> None:
         self.tokens = tokens
@@ -227,14 +278,21 @@ def _quiet_worker(_: int) -> None:
 
 
 class Loader:
-    """Yields, for each step from ``first_step``, this rank's micro-batches and the step's global label-token count.
+    """Yields, for each step from ``first_step``, this rank's micro-batches and the step's global
+    label-token count.
 
-    Sample ``i`` of a step goes to rank ``i % world_size``. No attention mask is needed: the padding is on
-    the right of a causal model and carries no label.
+    Sample ``i`` of a step goes to rank ``i % world_size``. No attention mask is needed: the padding
+    is on the right of a causal model and carries no label.
     """
 
     def __init__(
-        self, tokens: TokenSet, config: RunConfig, ranks: Ranks, first_step: int, steps: int, shuffle: bool = True
+        self,
+        tokens: TokenSet,
+        config: RunConfig,
+        ranks: Ranks,
+        first_step: int,
+        steps: int,
+        shuffle: bool = True,
     ) -> None:
         self.tokens, self.config, self.ranks = tokens, config, ranks
         self.first_step, self.steps = first_step, steps
@@ -243,7 +301,11 @@ class Loader:
     def step_pairs(self, step: int) -> list[tuple[int, int]]:
         """(global sample index, row) of every sample of a step."""
         size = self.config.train.global_batch
-        last = (step + 1) * size if isinstance(self.order, Order) else min((step + 1) * size, len(self.tokens))
+        last = (
+            (step + 1) * size
+            if isinstance(self.order, Order)
+            else min((step + 1) * size, len(self.tokens))
+        )
         return [(i, self.order[i]) for i in range(step * size, last)]
 
     def _micro(self, step: int) -> list[list[tuple[int, int]]]:
@@ -257,12 +319,12 @@ class Loader:
         workers = self.config.data.workers
         loader = DataLoader(
             _Rows(self.tokens),
-            sampler=batches,  # type: ignore[arg-type]
+            sampler=batches,
             batch_size=None,
             num_workers=workers,
             worker_init_fn=_quiet_worker if workers else None,
             pin_memory=self.ranks.device.type == "cuda",
-            generator=torch.Generator(),  # else the loader draws its workers' seed from the global one
+            generator=torch.Generator(),  # its workers' seed, else from the global one
         )
         stream = iter(loader)
         for step in range(self.first_step, last):

@@ -1,10 +1,13 @@
-"""Generate, extract, score: predictions are appended by example id, so a killed evaluation continues."""
+"""Generate, extract, score: predictions are appended by example id, so a killed evaluation
+continues.
+"""
 
 import hashlib
 import json
 import math
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,15 @@ from scalepeft.progress import say
 from scalepeft.tasks.base import Example, Task
 from scalepeft.train import Built, build, start_ranks, task_of
 
-ALLOWED = ("evaluate.", "data.test", "data.cache", "engine.", "model.path", "model.revision", "train.precision")
+ALLOWED = (
+    "evaluate.",
+    "data.test",
+    "data.cache",
+    "engine.",
+    "model.path",
+    "model.revision",
+    "train.precision",
+)
 
 
 def load_run(run_dir: str, settings: list[str]) -> RunConfig:
@@ -34,7 +45,9 @@ def load_run(run_dir: str, settings: list[str]) -> RunConfig:
     """
     file = Path(run_dir) / "config.yaml"
     if not file.is_file():
-        raise UserError(f"{run_dir} is no run folder: it has no config.yaml; name the run_dir of a training")
+        raise UserError(
+            f"{run_dir} is no run folder: it has no config.yaml; name the run_dir of a training"
+        )
     try:
         values = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
@@ -42,7 +55,10 @@ def load_run(run_dir: str, settings: list[str]) -> RunConfig:
     for setting in settings:
         key = setting.partition("=")[0]
         if not cfg.matches_key(key, ALLOWED):
-            raise UserError(f"{key}: cannot be changed for an evaluation; allowed: {', '.join(k + '*' if k.endswith('.') else k for k in ALLOWED)}")
+            raise UserError(
+                f"{key}: cannot be changed for an evaluation; allowed:"
+                f" {', '.join(k + '*' if k.endswith('.') else k for k in ALLOWED)}"
+            )
     return replace(cfg.overlay(values, settings), run_dir=run_dir)
 
 
@@ -55,13 +71,16 @@ class Predictions:
 
     @classmethod
     def open(cls, folder: Path, settings: dict[str, Any]) -> "Predictions":
-        """Continues the predictions of the same adapter and settings; sets those of others aside."""
+        """Continues predictions of the same adapter and settings; sets those of others aside."""
         path = folder / "predictions.jsonl"
         marker = folder / "settings.json"
         if path.exists() and (not marker.exists() or json.loads(marker.read_text()) != settings):
             number = 1 + len(list(folder.parent.glob(f"{folder.name}.old-*")))
             folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
-            say(f"{folder}: predictions of another adapter or other settings: kept as {folder.name}.old-{number}")
+            say(
+                f"{folder}: predictions of another adapter or other settings: kept as"
+                f" {folder.name}.old-{number}"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(marker, json.dumps(settings, indent=1, sort_keys=True))
         done: dict[str, dict[str, Any]] = {}
@@ -85,12 +104,19 @@ class Predictions:
 
 
 @torch.no_grad()
-def generate(model: Any, tokenizer: Any, prompts: list[str], config: RunConfig, built: Built, ranks: Ranks) -> list[str]:
-    """Greedy continuation of each prompt, left-padded, with a KV cache; returns the new text alone."""
-    ids = [strip_eos(i, tokenizer) for i in tokenizer(prompts, add_special_tokens=True)["input_ids"]]
+def generate(
+    model: Any, tokenizer: Any, prompts: list[str], config: RunConfig, built: Built, ranks: Ranks
+) -> list[str]:
+    """Continues each prompt greedily, left-padded, with a KV cache; returns the new text alone."""
+    ids = [
+        strip_eos(i, tokenizer) for i in tokenizer(prompts, add_special_tokens=True)["input_ids"]
+    ]
     room = model.config.max_position_embeddings - config.evaluate.max_new_tokens
     if room < 1:
-        raise UserError(f"evaluate.max_new_tokens={config.evaluate.max_new_tokens} fills the model's {model.config.max_position_embeddings} positions")
+        raise UserError(
+            f"evaluate.max_new_tokens={config.evaluate.max_new_tokens} fills the model's"
+            f" {model.config.max_position_embeddings} positions"
+        )
     length = min(max(map(len, ids)), room)
     tokens = torch.zeros(len(ids), length, dtype=torch.int64)
     mask = torch.zeros_like(tokens)
@@ -142,13 +168,18 @@ def score(task: Task, examples: list[Example], rows: dict[str, dict[str, Any]]) 
             "no_answer_found": sum(r.extracted is None for r in results),
         }
 
-    return {**summary(groups.pop("all")), "sources": {name: summary(r) for name, r in sorted(groups.items())}}
+    return {
+        **summary(groups.pop("all")),
+        "sources": {name: summary(r) for name, r in sorted(groups.items())},
+    }
 
 
 def run(run_dir: str, settings: list[str], base: bool, stop: StopFlag) -> int:
-    """Evaluates a run's adapter (or its base alone) on ``data.test``; returns the exit code, 0 or 75.
+    """Evaluates a run's adapter (or its base alone) on ``data.test``; returns the exit code, 0 or
+    75.
 
-    Writes ``RUN_DIR/eval/TASK/`` (``eval-base/TASK/`` for the base): predictions.jsonl and scores.json.
+    Writes ``RUN_DIR/eval/TASK/`` (``eval-base/TASK/`` for the base): predictions.jsonl and
+    scores.json.
 
     Raises:
         UserError: no run, no adapter yet, no test rows.
@@ -188,7 +219,9 @@ def _evaluate(config: RunConfig, base: bool, ranks: Ranks, stop: StopFlag) -> No
         "examples": hashlib.sha256("".join(e.id + e.prompt for e in examples).encode()).hexdigest(),
     }
     folder = run_dir / ("eval-base" if base else "eval") / config.data.name
-    predictions = ranks.together(lambda: Predictions.open(folder, settings) if ranks.is_main else None)
+    predictions = ranks.together(
+        lambda: Predictions.open(folder, settings) if ranks.is_main else None
+    )
     done: set[str] = ranks.main_only(lambda: set(predictions.done) if predictions else set())
     left = sorted((e for e in examples if e.id not in done), key=lambda e: (-len(e.prompt), e.id))
     if ranks.is_main and done:
@@ -197,17 +230,28 @@ def _evaluate(config: RunConfig, base: bool, ranks: Ranks, stop: StopFlag) -> No
         _generate_all(config, adapter, left, predictions, ranks, poll)
     if predictions:
         scores = score(task, examples, predictions.done)
-        scores = {"task": config.data.name, "adapter": None if base else config.adapter.name, **scores, **_versions(task)}
+        scores = {
+            "task": config.data.name,
+            "adapter": None if base else config.adapter.name,
+            **scores,
+            **_versions(task),
+        }
         write_atomically(folder / "scores.json", json.dumps(scores, indent=1))
         low, high = scores["ci95"]
         say(
-            f"{config.data.name}: {scores['correct']}/{scores['count']} right = {scores['accuracy']:.1%} (95 % interval {low:.1%} to "
-            f"{high:.1%}), no answer found in {scores['no_answer_found']}; {folder}/scores.json"
+            f"{config.data.name}: {scores['correct']}/{scores['count']} right ="
+            f" {scores['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}), no answer found in"
+            f" {scores['no_answer_found']}; {folder}/scores.json"
         )
 
 
 def _generate_all(
-    config: RunConfig, adapter: Any, left: list[Example], predictions: Predictions | None, ranks: Ranks, poll: Any
+    config: RunConfig,
+    adapter: Any,
+    left: list[Example],
+    predictions: Predictions | None,
+    ranks: Ranks,
+    poll: Any,
 ) -> None:
     built = build(config, ranks, poll, adapted=adapter is not None)
     if adapter is not None:
@@ -223,23 +267,29 @@ def _generate_all(
         poll()
         batch = left[first : first + size * ranks.world_size]
         mine = batch[ranks.rank :: ranks.world_size]
-        # A rank with nothing left generates for the first prompt once more: sharded forwards are collectives.
-        texts = generate(built.model, tokenizer, [e.prompt for e in mine or batch[:1]], config, built, ranks)
+        # A rank with nothing left generates for the first prompt once more: sharded forwards are
+        # collectives.
+        texts = generate(
+            built.model, tokenizer, [e.prompt for e in mine or batch[:1]], config, built, ranks
+        )
         rows = [{"id": e.id, "prediction": t} for e, t in zip(mine, texts, strict=False)]
-        gathered = ranks.gather(rows)
-        ranks.together(lambda: predictions.append([r for part in gathered for r in part]) if predictions else None)  # noqa: B023
+        gathered = [row for part in ranks.gather(rows) for row in part]
+        ranks.together(partial(predictions.append, gathered) if predictions else lambda: None)
         now = time.monotonic()
         if ranks.is_main and now - last_line > 10:
             last_line = now
             count = first + len(batch)
-            say(f"{count}/{len(left)} rows, about {(now - begin) / count * (len(left) - count):.0f} s left")
+            say(
+                f"{count}/{len(left)} rows, about {(now - begin) / count * (len(left) - count):.0f}"
+                " s left"
+            )
 
 
 def _check_base(config: RunConfig, trained_on: dict[str, Any], built: Built) -> None:
     if trained_on.get("fingerprint") != built.base["fingerprint"]:
         raise UserError(
-            f"{config.run_dir}/adapter was trained on another base than model.path={config.model.path} now holds (the fingerprint "
-            "of its files differs)"
+            f"{config.run_dir}/adapter was trained on another base than"
+            f" model.path={config.model.path} now holds (the fingerprint of its files differs)"
         )
 
 
@@ -266,5 +316,9 @@ def _versions(task: Task) -> dict[str, Any]:
 
     return {
         "task_version": task.version,
-        "versions": {"scalepeft": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "scalepeft": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
     }

@@ -1,4 +1,6 @@
-"""Puts adapters into a model: find the layers, swap their class, freeze the rest, name the adapter's state."""
+"""Puts adapters into a model: find the layers, swap their class, freeze the rest, name the
+adapter's state.
+"""
 
 import fnmatch
 import hashlib
@@ -20,15 +22,15 @@ from scalepeft.lookup import UserError
 from scalepeft.parallel.base import copy_rows
 
 
-class Adapted:
-    """Mixin of an adapted layer: ``y = adapter(x, W .) + b``. The names of the base parameters do not move."""
+class Adapted(nn.Linear):
+    """Mixin of an adapted layer: ``y = adapter(x, W .) + b``. The names of the base parameters do
+    not move.
+    """
 
     adapter: Adapter
-    bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the adapter around the frozen layer; the base bias is added last."""
-        assert isinstance(self, nn.Linear)
         y = self.adapter(x, partial(quant.matmul, self))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -47,13 +49,14 @@ def _adapter_class(name: str) -> type[Adapter]:
 def _attach(layer: nn.Linear, config: AdapterConfig) -> None:
     if isinstance(layer, Adapted):
         raise UserError("the layer already has an adapter; a layer takes one")
-    adapter = _adapter_class(config.name)(config, layer.in_features, layer.out_features)  # type: ignore[call-arg]
-    layer.__class__ = _adapted_class(type(layer))
+    adapter = _adapter_class(config.name)(config, layer.in_features, layer.out_features)
+    layer.__class__ = _adapted_class(type(layer))  # type: ignore[arg-type]  # mypy: no Hashable
+    assert isinstance(layer, Adapted)
     layer.requires_grad_(False)
     layer.adapter = adapter.to(layer.weight.device)
 
 
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
     """Yields (name, layer) of every adapted layer, in the model's order."""
     for name, module in model.named_modules():
         if isinstance(module, Adapted):
@@ -81,11 +84,13 @@ def _targets(model: nn.Module, patterns: list[str]) -> list[str]:
 
 
 def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int = 0) -> nn.Module:
-    """Adapts every layer that ``config.target_modules`` names and freezes everything else, in place.
+    """Adapts every layer that ``config.target_modules`` names and freezes everything else, in
+    place.
 
     Args:
-        model: any module with ``nn.Linear`` (or quantised) layers; on the meta device only the structure is
-            made, and ``reset_adapters`` draws the start values once the parameters are real.
+        model: any module with ``nn.Linear`` (or quantised) layers; on the meta device only the
+            structure is made, and ``reset_adapters`` draws the start values once the parameters are
+            real.
         config: a method's config or the same as a dict with ``name``.
         seed: of the start values.
 
@@ -117,11 +122,11 @@ def adapt(layer: nn.Linear, name: str, *, seed: int = 0, **settings: Any) -> nn.
 def reset_adapters(model: nn.Module, seed: int) -> None:
     """Draws every adapter's start values as a function of (seed, layer name) alone.
 
-    The values are drawn on an unsharded copy on the CPU and each rank takes its rows, so a method needs no
-    word about sharding and any engine, device and world size starts from the same adapter.
+    The values are drawn on an unsharded copy on the CPU and each rank takes its rows, so a method
+    needs no word about sharding and any engine, device and world size starts from the same adapter.
     """
     for name, layer in adapted_layers(model):
-        adapter: Adapter = layer.adapter  # type: ignore[assignment]
+        adapter = layer.adapter
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         twin = _unsharded_copy(adapter)
         with torch.random.fork_rng(devices=[]):
@@ -147,12 +152,14 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def decayed_names(model: nn.Module) -> set[str]:
-    """Returns the names of trained parameters that take weight decay: not rotations, reflections, scales."""
+    """Returns the names of trained parameters that take weight decay: not rotations, reflections,
+    scales.
+    """
     return {
         f"{name}.adapter.{key}"
         for name, layer in adapted_layers(model)
-        if layer.adapter.weight_decay  # type: ignore[union-attr]
-        for key, _ in layer.adapter.named_parameters()  # type: ignore[union-attr]
+        if layer.adapter.weight_decay
+        for key, _ in layer.adapter.named_parameters()
     }
 
 
@@ -160,17 +167,21 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Copies an adapter state into the model after checking names, shapes and values.
 
     Raises:
-        UserError: missing, extra, misshapen or non-finite tensors, with their names; the model is unchanged.
+        UserError: missing, extra, misshapen or non-finite tensors, with their names; the model is
+            unchanged.
     """
     parameters = trainable(model)
     if missing := sorted(parameters.keys() - state.keys()):
-        raise UserError(f"{where}: lacks {len(missing)} of {len(parameters)} tensors, first {missing[0]}")
+        raise UserError(
+            f"{where}: lacks {len(missing)} of {len(parameters)} tensors, first {missing[0]}"
+        )
     if extra := sorted(state.keys() - parameters.keys()):
         raise UserError(f"{where}: has {len(extra)} tensors this model does not, first {extra[0]}")
     for name, tensor in state.items():
         if tensor.shape != parameters[name].shape:
             raise UserError(
-                f"{where}: {name} has shape {list(tensor.shape)}, this model needs {list(parameters[name].shape)}"
+                f"{where}: {name} has shape {list(tensor.shape)}, this model needs"
+                f" {list(parameters[name].shape)}"
             )
         if not torch.isfinite(tensor).all():
             raise UserError(f"{where}: {name} holds NaN or infinity; take an older checkpoint")
@@ -189,7 +200,9 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[s
         state = load_file(folder / "adapter.safetensors")
         config = cfg.adapter_config(description["adapter"])
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
-        raise UserError(f"{folder} is no readable adapter folder: {type(error).__name__}: {error}") from None
+        raise UserError(
+            f"{folder} is no readable adapter folder: {type(error).__name__}: {error}"
+        ) from None
     return config, state, description.get("base_model", {})
 
 

@@ -1,4 +1,6 @@
-"""Names to modules: a registry is a folder, a key is a file name. Also what all configs and errors share."""
+"""Names to modules: a registry is a folder, a key is a file name. Also what all configs and errors
+share.
+"""
 
 import difflib
 import importlib
@@ -22,7 +24,9 @@ NameList = Annotated[list[str], BeforeValidator(_split_commas)]
 
 
 class UserError(ValueError):
-    """A mistake of the user's: the message says what came, what is allowed and what to do (exit code 2)."""
+    """A mistake of the user's: the message says what came, what is allowed and what to do (exit
+    code 2).
+    """
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
@@ -40,7 +44,9 @@ def unknown(kind: str, name: str, allowed: Iterable[str]) -> UserError:
 
 
 def available(package: str) -> list[str]:
-    """Lists the registry keys of ``scalepeft.<package>``: its modules without the ones that are not entries."""
+    """Lists the registry keys of ``scalepeft.<package>``: its modules without the ones that are not
+    entries.
+    """
     folder = importlib.import_module(f"scalepeft.{package}")
     helpers: frozenset[str] = getattr(folder, "HELPERS", frozenset({"base"}))
     names = (module.name for module in pkgutil.iter_modules(folder.__path__))

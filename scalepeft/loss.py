@@ -1,4 +1,6 @@
-"""Cross-entropy summed over label tokens, a chunk of tokens at a time: no (tokens, vocabulary) tensor."""
+"""Cross-entropy summed over label tokens, a chunk of tokens at a time: no (tokens, vocabulary)
+tensor.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -12,11 +14,18 @@ IGNORED = -100
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Takes the gradient of each chunk in forward, so that neither logits nor their gradient outlive the chunk."""
+    """Takes the gradient of each chunk in forward, so that neither logits nor their gradient
+    outlive the chunk.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], chunk: int, *trained: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        head: Callable[[Tensor], Tensor],
+        chunk: int,
+        *trained: Tensor,
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[4:])
@@ -45,10 +54,9 @@ class _ChunkedLoss(torch.autograd.Function):
         return grad_hidden * scale, None, None, None, *(g * scale for g in grads)
 
 
-def chunked_cross_entropy(
-    hidden: Tensor, labels: Tensor, head: nn.Module, chunk: int
-) -> Tensor:
-    """Returns ``sum_t -log softmax(head(hidden_t))[label_{t+1}]`` over positions whose next label is not -100.
+def chunked_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module, chunk: int) -> Tensor:
+    """Returns ``sum_t -log softmax(head(hidden_t))[label_{t+1}]`` over positions whose next label
+    is not -100.
 
     Args:
         hidden: last hidden states (batch, length, d).
@@ -66,7 +74,13 @@ def chunked_cross_entropy(
 
 @cache
 def _class_with_loss(base: type[nn.Module]) -> type[nn.Module]:
-    def forward(self: Any, *args: Any, token_labels: Tensor | None = None, loss_chunk: int = 0, **kwargs: Any) -> Any:
+    def forward(
+        self: Any,
+        *args: Any,
+        token_labels: Tensor | None = None,
+        loss_chunk: int = 0,
+        **kwargs: Any,
+    ) -> Any:
         if token_labels is None:
             return base.forward(self, *args, **kwargs)
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
@@ -76,8 +90,9 @@ def _class_with_loss(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def add_token_loss(model: nn.Module) -> None:
-    """Teaches a causal LM ``forward(input_ids, token_labels=, loss_chunk=)`` -> summed loss, by class swap.
+    """Teaches a causal LM ``forward(input_ids, token_labels=, loss_chunk=)`` -> summed loss, by
+    class swap.
 
     The loss is computed inside the model's own forward, where a sharded head is gathered.
     """
-    model.__class__ = _class_with_loss(type(model))
+    model.__class__ = _class_with_loss(type(model))  # type: ignore[arg-type]  # mypy: no Hashable

@@ -9,19 +9,22 @@ from scalepeft.lookup import UserError
 
 @torch.no_grad()
 def effective_weight(layer: nn.Module, chunk: int = 1024) -> tuple[Tensor, Tensor | None]:
-    """Returns ``(W', b')`` in fp32 (fp64 for an fp64 layer), so that the layer equals ``W' x + b'``.
+    """Returns ``(W', b')`` in fp32 (fp64 for an fp64 layer), so that the layer equals ``W' x +
+    b'``.
 
-    One rule for every method: push zero through the layer for b', then the identity, ``chunk`` rows at a
-    time, for the columns of W'. b' is None where the layer has no bias and the method adds none.
+    One rule for every method: push zero through the layer for b', then the identity, ``chunk`` rows
+    at a time, for the columns of W'. b' is None where the layer has no bias and the method adds
+    none.
 
     Raises:
         UserError: the layer has no adapter, or its method is not affine in x.
     """
     if not isinstance(layer, Adapted):
         raise UserError(f"{type(layer).__name__} has no adapter; call adapt() or inject() first")
-    assert isinstance(layer, nn.Linear)
     if not layer.adapter.mergeable:
-        raise UserError(f"{type(layer.adapter).__name__} is not affine in x and cannot merge; keep the adapter")
+        raise UserError(
+            f"{type(layer.adapter).__name__} is not affine in x and cannot merge; keep the adapter"
+        )
     dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
     was_training = layer.training
     layer.eval()

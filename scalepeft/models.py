@@ -1,4 +1,6 @@
-"""LLaMA-class bases: structure on the meta device, then each rank reads only the rows that it holds."""
+"""LLaMA-class bases: structure on the meta device, then each rank reads only the rows that it
+holds.
+"""
 
 import hashlib
 import json
@@ -22,11 +24,21 @@ PIECE_BYTES = 64 << 20  # rows read and quantised at one time
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
+# Keys of config.json that do not change what the model computes here.
+COSMETIC = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def resolve(config: ModelConfig, ranks: Ranks) -> Path:
-    """Returns the local folder of the model: as given, made (``builtin:tiny``), or downloaded once a node.
+    """Returns the local folder of the model: as given, made (``builtin:tiny``), or downloaded once
+    a node.
 
     Raises:
         UserError: no such folder, nothing to read in it, or a hub id that cannot be had.
@@ -54,7 +66,9 @@ def resolve(config: ModelConfig, ranks: Ranks) -> Path:
 
 def _download(name: str, revision: str | None) -> str:
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(f"model.path={name}: no such folder (from {Path.cwd()}), and not a hub id (ORG/NAME)")
+        raise UserError(
+            f"model.path={name}: no such folder (from {Path.cwd()}), and not a hub id (ORG/NAME)"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -64,8 +78,9 @@ def _download(name: str, revision: str | None) -> str:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         at = f" at revision {revision}" if revision else ""
         raise UserError(
-            f"model.path={name}{at}: no such folder here, and the hub does not give it "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}); download it where there is a network and name the folder"
+            f"model.path={name}{at}: no such folder here, and the hub does not give it"
+            f" ({type(error).__name__}: {str(error).splitlines()[0]}); download it where there is a"
+            " network and name the folder"
         ) from None
 
 
@@ -82,16 +97,23 @@ def load_tokenizer(config: ModelConfig, folder: Path) -> Any:
     if Path(source).is_dir() and not (Path(source) / "tokenizer.json").is_file():
         if (Path(source) / "tokenizer.model").is_file():
             raise UserError(
-                f"{where}: has tokenizer.model but no tokenizer.json; transformers loads a bare tokenizer.model "
-                "without BOS and with other ids. Convert it once with convert_slow_tokenizer and save tokenizer.json"
+                f"{where}: has tokenizer.model but no tokenizer.json; transformers loads a bare"
+                " tokenizer.model without BOS and with other ids. Convert it once with"
+                " convert_slow_tokenizer and save tokenizer.json"
             )
         raise UserError(f"{where}: no tokenizer.json there; set model.tokenizer=FOLDER_OR_HUB_ID")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # a damaged file: the tokenizers library raises a bare Exception, or what it trips over
-        raise UserError(f"{where}: no tokenizer can be loaded: {type(error).__name__}: {' '.join(str(error).split())}") from None
+    except Exception as error:  # for a damaged file the tokenizers library raises a bare Exception
+        raise UserError(
+            f"{where}: no tokenizer can be loaded: {type(error).__name__}:"
+            f" {' '.join(str(error).split())}"
+        ) from None
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{where}: the tokenizer has no end-of-text token; set eos_token in tokenizer_config.json")
+        raise UserError(
+            f"{where}: the tokenizer has no end-of-text token; set eos_token in"
+            " tokenizer_config.json"
+        )
     return tokenizer
 
 
@@ -105,11 +127,15 @@ def _architecture(folder: Path) -> Any:
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
-        raise UserError(f"model.path={folder}: no config.json there; name the folder of a whole model")
+        raise UserError(
+            f"model.path={folder}: no config.json there; name the folder of a whole model"
+        )
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise UserError(f"model.path={folder}: config.json: {' '.join(str(error).split())}") from None
+        raise UserError(
+            f"model.path={folder}: config.json: {' '.join(str(error).split())}"
+        ) from None
 
 
 def build(config: ModelConfig, folder: Path, precision: str) -> nn.Module:
@@ -140,8 +166,8 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     blocks = getattr(getattr(model, "base_model", None), "layers", None)
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
         raise UserError(
-            f"{type(model).__name__} is not supported: its decoder has no list of blocks named 'layers'. "
-            "Supported: LLaMA-class models (Llama, Mistral, Qwen2, Qwen3, ...)"
+            f"{type(model).__name__} is not supported: its decoder has no list of blocks named"
+            " 'layers'. Supported: LLaMA-class models (Llama, Mistral, Qwen2, Qwen3, ...)"
         )
     return list(blocks)
 
@@ -157,26 +183,34 @@ def _quantise_blocks(model: nn.Module, fmt: quant.Format, folder: Path) -> None:
             else:
                 quant.quantise(layer, fmt)
     if len(kept) and not any(isinstance(m, quant.QuantLinear) for m in model.modules()):
-        raise UserError(f"model.quant={fmt.name}: no layer of {folder} can be stored so: {next(iter(kept.values()))}")
+        raise UserError(
+            f"model.quant={fmt.name}: no layer of {folder} can be stored so:"
+            f" {next(iter(kept.values()))}"
+        )
     if kept and int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
         for name, reason in kept.items():
             say(f"{name} stays unquantised in every block: {reason}")
 
 
 def materialise(model: nn.Module, device: torch.device) -> None:
-    """Gives every meta parameter and buffer (sharded or whole) empty storage on ``device``; ties stay ties."""
+    """Gives every meta parameter and buffer (sharded or whole) empty storage on ``device``; ties
+    stay ties.
+    """
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None and p.is_meta:
                 if id(p) not in made:
-                    made[id(p)] = nn.Parameter(torch.empty_like(p, device=device), requires_grad=p.requires_grad)
+                    made[id(p)] = nn.Parameter(
+                        torch.empty_like(p, device=device), requires_grad=p.requires_grad
+                    )
                 module._parameters[name] = made[id(p)]
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
             if any(b.is_meta for b in module.buffers(recurse=False)):
-                # Non-persistent tables (rotary frequencies) are in no checkpoint: compute them again.
-                setattr(parent, name, type(module)(module.config).to(device))  # type: ignore[arg-type]
+                # Non-persistent tables (rotary frequencies) are in no checkpoint: compute them
+                # again.
+                setattr(parent, name, type(module)(module.config).to(device))
     left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     assert not left, f"still on the meta device: {left}"
 
@@ -190,7 +224,8 @@ class _Entry:
 
 
 class Weights:
-    """The tensors of a model folder, read by rows with ``pread``: no memory map, no byte more than asked for.
+    """The tensors of a model folder, read by rows with ``pread``: no memory map, no byte more than
+    asked for.
 
     Raises:
         UserError: names the shard that is missing, truncated or not safetensors.
@@ -210,13 +245,15 @@ class Weights:
             try:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise UserError(f"{index}: broken index: {type(error).__name__}: {error}; copy it again") from None
+                raise UserError(
+                    f"{index}: broken index: {type(error).__name__}: {error}; copy it again"
+                ) from None
             return [self.folder / name for name in names]
         files = sorted(self.folder.glob("*.safetensors"))
         if not files:
             raise UserError(
-                f"model.path={self.folder}: no *.safetensors there; convert other formats once with "
-                "transformers' save_pretrained"
+                f"model.path={self.folder}: no *.safetensors there; convert other formats once with"
+                " transformers' save_pretrained"
             )
         return files
 
@@ -230,7 +267,9 @@ class Weights:
         except OSError as error:
             raise UserError(f"{file}: shard cannot be read: {error.strerror}") from None
         if not header:
-            raise UserError(f"{file}: truncated: {size} bytes, too short for its header; copy it again")
+            raise UserError(
+                f"{file}: truncated: {size} bytes, too short for its header; copy it again"
+            )
         self._headers.append((file.name, size, header))
         end = 0
         try:
@@ -241,11 +280,18 @@ class Weights:
                 end = max(end, last)
                 if info["dtype"] in DTYPES:
                     dtype = DTYPES[info["dtype"]]
-                    self.entries[name] = _Entry(file, dtype, tuple(info["shape"]), 8 + length + first)
+                    self.entries[name] = _Entry(
+                        file, dtype, tuple(info["shape"]), 8 + length + first
+                    )
         except (ValueError, KeyError, AttributeError, TypeError):
-            raise UserError(f"{file}: not a safetensors file (its header is garbage); copy it again") from None
+            raise UserError(
+                f"{file}: not a safetensors file (its header is garbage); copy it again"
+            ) from None
         if size != 8 + length + end:
-            raise UserError(f"{file}: truncated or damaged: {size} bytes, its header says {8 + length + end}; copy it again")
+            raise UserError(
+                f"{file}: truncated or damaged: {size} bytes, its header says {8 + length + end};"
+                " copy it again"
+            )
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Reads rows ``first..last`` of a tensor (a 0-d or 1-d tensor's rows are its numbers)."""
@@ -258,17 +304,32 @@ class Weights:
             with entry.file.open("rb", buffering=0) as f:
                 done = 0
                 while done < len(buffer):
-                    got = os.preadv(f.fileno(), [memoryview(buffer)[done:]], entry.start + first * row + done)
+                    got = os.preadv(
+                        f.fileno(), [memoryview(buffer)[done:]], entry.start + first * row + done
+                    )
                     if not got:
                         raise UserError(f"{entry.file}: ended while {name} was read; copy it again")
                     done += got
         self.bytes_read += len(buffer)
         shape = (last - first, *entry.shape[1:])
-        return torch.frombuffer(buffer, dtype=entry.dtype).view(shape) if buffer else torch.empty(shape, dtype=entry.dtype)
+        return (
+            torch.frombuffer(buffer, dtype=entry.dtype).view(shape)
+            if buffer
+            else torch.empty(shape, dtype=entry.dtype)
+        )
 
     def fingerprint(self) -> str:
-        """sha256 of every shard's name, size and header, and of 4 KiB at 16 places of each: not all bytes of a 70B."""
-        digest = hashlib.sha256()
+        """Returns the sha256 of what tells one base from another without reading all of a 70B.
+
+        That is config.json (without cosmetic keys), every shard's name, size and header, and 4 KiB
+        at 16 places of each shard.
+        """
+        shape = json.loads((self.folder / "config.json").read_text())
+        digest = hashlib.sha256(
+            json.dumps(
+                {k: v for k, v in shape.items() if k not in COSMETIC}, sort_keys=True
+            ).encode()
+        )
         for name, size, header in self._headers:
             digest.update(f"{name} {size} ".encode() + header)
             with (self.folder / name).open("rb") as f:
@@ -281,15 +342,16 @@ class Weights:
 def load_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
     """Fills this rank's rows of every base parameter from ``weights``, quantising on the way.
 
-    A generator that stops after every module that holds parameters, so that ranks can agree in between;
-    it takes the same number of turns on every rank.
+    A generator that stops after every module that holds parameters, so that ranks can agree in
+    between; it takes the same number of turns on every rank.
 
     Args:
         model: with real (possibly sharded) parameters; adapters are left alone.
         weights: the folder's tensors.
 
     Raises:
-        UserError: a tensor of the model is missing in the files or has another shape; nothing is guessed.
+        UserError: a tensor of the model is missing in the files or has another shape; nothing is
+            guessed.
     """
     seen: set[int] = set()
     for module_name, module in model.named_modules():
@@ -305,19 +367,22 @@ def load_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
             yield
 
 
-def _fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weights: Weights) -> None:
+def _fill(
+    module: nn.Module, full_name: str, name: str, parameter: Tensor, weights: Weights
+) -> None:
     quantised = isinstance(module, quant.QuantLinear) and name == "weight"
-    shape = (parameter.shape[0], module.in_features) if quantised else tuple(parameter.shape)  # type: ignore[union-attr]
+    shape = (parameter.shape[0], module.in_features) if quantised else tuple(parameter.shape)
     entry = weights.entries.get(full_name)
     if entry is None:
         raise UserError(
-            f"model.path={weights.folder}: no tensor '{full_name}' in {len(weights.entries)} found (or in a dtype "
-            "other than F32, F16, BF16); the files are incomplete or of another architecture than config.json"
+            f"model.path={weights.folder}: no tensor '{full_name}' in {len(weights.entries)} found"
+            " (or in a dtype other than F32, F16, BF16); the files are incomplete or of another"
+            " architecture than config.json"
         )
     if entry.shape != shape:
         raise UserError(
-            f"{entry.file}: '{full_name}' has shape {list(entry.shape)}, config.json says {list(shape)}; "
-            "config.json and weights are of different models"
+            f"{entry.file}: '{full_name}' has shape {list(entry.shape)}, config.json says"
+            f" {list(shape)}; config.json and weights are of different models"
         )
     local, first, last = local_rows(parameter)
     if not quantised:

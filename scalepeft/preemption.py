@@ -1,4 +1,6 @@
-"""Signal -> flag -> agreed stop -> exit code. Standard library only: installed before torch is imported."""
+"""Signal -> flag -> agreed stop -> exit code. Standard library only: installed before torch is
+imported.
+"""
 
 import os
 import signal
@@ -8,7 +10,8 @@ import time
 
 FINISHED, BROKEN, USER_ERROR, STOPPED = 0, 1, 2, 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# One event often arrives twice (terminal and launcher, slurmd and srun): repeats this close are one signal.
+# One event often arrives twice (terminal and launcher, slurmd and srun): repeats this close are one
+# signal.
 SAME_EVENT_SECONDS = 0.5
 
 
@@ -19,14 +22,17 @@ class Stopping(Exception):
 class StopFlag:
     """Set by the first SIGTERM, SIGINT or SIGUSR1; a later second signal ends the process at once.
 
-    The C-level handler writes the signal number into a pipe and a thread reads it, so that a signal is seen
-    at once even while the main thread sits in a collective. The handlers themselves do nothing.
+    The C-level handler writes the signal number into a pipe and a thread reads it, so that a signal
+    is seen at once even while the main thread sits in a collective. The handlers themselves do
+    nothing.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self.saved = False
-        """Set once the agreed save is on disk: from then on even a second signal means exit code 75."""
+        """Set once the agreed save is on disk: from then on even a second signal means exit code
+        75.
+        """
         self._first_at = 0.0
 
     def install(self) -> "StopFlag":
@@ -36,11 +42,14 @@ class StopFlag:
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         for number in SIGNALS:
             signal.signal(number, lambda *_: None)
-        threading.Thread(target=self._watch, args=(read_end,), name="stop-flag", daemon=True).start()
+        threading.Thread(
+            target=self._watch, args=(read_end,), name="stop-flag", daemon=True
+        ).start()
         return self
 
     def release(self) -> None:
-        """Ignores the signals from here on: the exit code stands, and a late one must not change it.
+        """Ignores the signals from here on: the exit code stands, and a late one must not change
+        it.
 
         Python gives signals with handlers their deadly default back while it shuts down.
         """
@@ -65,5 +74,7 @@ class StopFlag:
         if self.saved:
             os._exit(STOPPED)
         name = signal.Signals(number).name
-        os.write(sys.stderr.fileno(), f"scalepeft: second signal ({name}): leaving at once\n".encode())
+        os.write(
+            sys.stderr.fileno(), f"scalepeft: second signal ({name}): leaving at once\n".encode()
+        )
         os._exit(128 + number)  # as the shell reports a death by this signal

@@ -1,4 +1,6 @@
-"""What a person sees of a run: a bar on a terminal, plain lines elsewhere, TensorBoard or W&B when asked."""
+"""What a person sees of a run: a bar on a terminal, plain lines elsewhere, TensorBoard or W&B when
+asked.
+"""
 
 import sys
 import time
@@ -7,6 +9,7 @@ from typing import Any
 
 from scalepeft.config import RunConfig
 from scalepeft.lookup import UserError
+
 
 def say(text: str) -> None:
     """One line for the user, on stderr."""
@@ -46,7 +49,9 @@ class Progress:
             except ImportError:
                 raise UserError(f"train.wandb={config.train.wandb}: pip install wandb") from None
             name = folder.resolve().name
-            self._wandb = wandb.init(project=config.train.wandb, name=name, id=name, resume="allow", dir=str(folder))
+            self._wandb = wandb.init(
+                project=config.train.wandb, name=name, id=name, resume="allow", dir=str(folder)
+            )
 
     def step(self, row: dict[str, Any]) -> None:
         """Shows one training step."""
@@ -82,6 +87,10 @@ class Progress:
 
     def close(self) -> None:
         """Flushes the trackers."""
-        for tracker, close in ((self._bar, "close"), (self._board, "close"), (self._wandb, "finish")):
+        for tracker, close in (
+            (self._bar, "close"),
+            (self._board, "close"),
+            (self._wandb, "finish"),
+        ):
             if tracker is not None:
                 getattr(tracker, close)()

@@ -1,7 +1,8 @@
 """How a frozen weight is stored: plain, NF4 or int8. The only file that imports bitsandbytes.
 
-A quantised layer keeps two frozen uint8 parameters, ``weight`` and ``weight_scale``. Each row of both
-belongs to the same row of W (out, in) and to no other, so a rank reads, quantises and holds just its own rows.
+A quantised layer keeps two frozen uint8 parameters, ``weight`` and ``weight_scale``. Each row of
+both belongs to the same row of W (out, in) and to no other, so a rank reads, quantises and holds
+just its own rows.
 """
 
 import importlib
@@ -29,7 +30,7 @@ NF4_VALUES = (
 
 @cache
 def _kernels() -> Any:
-    """Imports bitsandbytes' operators, without the notice it prints for an optional kernel package."""
+    """Imports bitsandbytes' operators, without its notice about an optional kernel package."""
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -50,7 +51,9 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def _floats(x: Tensor) -> Tensor:
-    """Bytes (n, 4 m) -> fp32 (n, m); a slice may begin at any byte, and one row or none may have any stride."""
+    """Bytes (n, 4 m) -> fp32 (n, m); a slice may begin at any byte, and one row or none may have
+    any stride.
+    """
     flat = x.reshape(-1)
     if flat.storage_offset() % 4:
         flat = flat.clone()
@@ -59,7 +62,9 @@ def _floats(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Format:
-    """A storage format: rows of W (n, in) <-> bytes ``weight`` (n, ...) and ``weight_scale`` (n, ...)."""
+    """A storage format: rows of W (n, in) <-> bytes ``weight`` (n, ...) and ``weight_scale`` (n,
+    ...).
+    """
 
     name: ClassVar[str]
 
@@ -82,12 +87,13 @@ class Format:
 
 @dataclass(frozen=True)
 class NF4(Format):
-    """4-bit normal float (arXiv 2305.14314): ``w ~ absmax * NF4_VALUES[code]``, one absmax per 64 weights.
+    """4-bit normal float (arXiv 2305.14314): ``w ~ absmax * NF4_VALUES[code]``, one absmax per 64
+    weights.
 
-    ``weight``: two codes a byte, the first in the high half. ``weight_scale``: absmax in fp32 (4.5 bit a
-    weight), or with ``double`` one byte each as ``low + byte * step`` with low and step in fp32 for at most
-    256 scales of the same row (4.13 bit). bitsandbytes' own double quantisation takes one mean over the
-    whole tensor, which no rank that holds a part of it could reproduce.
+    ``weight``: two codes a byte, the first in the high half. ``weight_scale``: absmax in fp32 (4.5
+    bit a weight), or with ``double`` one byte each as ``low + byte * step`` with low and step in
+    fp32 for at most 256 scales of the same row (4.13 bit). bitsandbytes' own double quantisation
+    takes one mean over the whole tensor, which no rank that holds a part of it could reproduce.
     """
 
     name: ClassVar[str] = "nf4"
@@ -138,7 +144,9 @@ class NF4(Format):
     def _absmax(self, scale: Tensor, in_features: int) -> Tensor:
         if not self.double:
             return _floats(scale)
-        sizes = [min(GROUP, in_features // BLOCK - i) for i in range(0, in_features // BLOCK, GROUP)]
+        sizes = [
+            min(GROUP, in_features // BLOCK - i) for i in range(0, in_features // BLOCK, GROUP)
+        ]
         parts = []
         for group, size in zip(scale.split([8 + s for s in sizes], dim=1), sizes, strict=True):
             low, step, code = group.split([4, 4, size], dim=1)
@@ -148,7 +156,9 @@ class NF4(Format):
 
 @dataclass(frozen=True)
 class Int8(Format):
-    """``w ~ scale * code``, code in -127..127, one fp32 scale a row: weights only, products in the dtype of x."""
+    """``w ~ scale * code``, code in -127..127, one fp32 scale a row: weights only, products in the
+    dtype of x.
+    """
 
     name: ClassVar[str] = "int8"
 
@@ -182,7 +192,9 @@ def get_format(name: str, double: bool = False) -> Format | None:
 
 
 class _QuantMatMul(torch.autograd.Function):
-    """``x W^T`` with W dequantised in forward and again in backward; no weight-sized tensor is saved."""
+    """``x W^T`` with W dequantised in forward and again in backward; no weight-sized tensor is
+    saved.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, fmt: Format) -> Tensor:
@@ -198,7 +210,9 @@ class _QuantMatMul(torch.autograd.Function):
 
 
 class QuantLinear(nn.Linear):
-    """A frozen ``nn.Linear`` whose W (out, in) is stored as bytes; made by ``quantise``, never constructed."""
+    """A frozen ``nn.Linear`` whose W (out, in) is stored as bytes; made by ``quantise``, never
+    constructed.
+    """
 
     fmt: Format
     weight_scale: nn.Parameter
@@ -214,9 +228,11 @@ class QuantLinear(nn.Linear):
 
 
 def quantise(layer: nn.Linear, fmt: Format) -> None:
-    """Swaps a plain layer to ``QuantLinear`` in place; on the meta device only the shapes change."""
+    """Swaps a plain layer to ``QuantLinear`` in place; on the meta device only shapes change."""
     if reason := fmt.refuses(layer.in_features):
-        raise UserError(f"a layer of {layer.out_features} x {layer.in_features} cannot be {fmt.name}: {reason}")
+        raise UserError(
+            f"a layer of {layer.out_features} x {layer.in_features} cannot be {fmt.name}: {reason}"
+        )
     width, scale_width = fmt.row_bytes(layer.in_features)
     if layer.weight.is_meta:
         weight, scale = (
@@ -234,7 +250,9 @@ def quantise(layer: nn.Linear, fmt: Format) -> None:
 
 
 def matmul(layer: nn.Linear, x: Tensor) -> Tensor:
-    """``W x`` (..., out) in the dtype of x without the bias, however W is stored: the black box of an adapter."""
+    """``W x`` (..., out) in the dtype of x without the bias, however W is stored: the black box of
+    an adapter.
+    """
     if isinstance(layer, QuantLinear):
         return _QuantMatMul.apply(x, layer.weight, layer.weight_scale, layer.fmt)
     return F.linear(x, layer.weight.to(x.dtype))
@@ -249,10 +267,12 @@ def check_device(device: torch.device, fmt: Format) -> None:
 def self_check(device: torch.device, fmt: Format) -> None:
     """Compares the device's kernels with known bytes and an fp32 product.
 
-    The weights are code values times a power of two, so each byte has one right value and decoding is exact.
+    The weights are code values times a power of two, so each byte has one right value and decoding
+    is exact.
 
     Raises:
-        RuntimeError: wrong bytes, wrong values or a wrong product: a broken kernel, build or device.
+        RuntimeError: wrong bytes, wrong values or a wrong product: a broken kernel, build or
+            device.
     """
     n, in_features = 8, 2 * BLOCK
     index = torch.arange(n * in_features).view(n, in_features) * 7
@@ -269,7 +289,9 @@ def self_check(device: torch.device, fmt: Format) -> None:
     weight, scale = fmt.encode(w.to(device))
     where = f"quantisation self-check of {fmt} on {device} (torch {torch.__version__}) failed"
     if not torch.equal(weight.cpu(), expected):
-        raise RuntimeError(f"{where}: wrong bytes. Update bitsandbytes, or take another model.quant")
+        raise RuntimeError(
+            f"{where}: wrong bytes. Update bitsandbytes, or take another model.quant"
+        )
     decoded = fmt.decode(weight, scale, in_features, torch.float32)
     if not torch.allclose(decoded.cpu(), w, rtol=1e-6, atol=0):
         raise RuntimeError(f"{where}: dequantised values differ. Update bitsandbytes")
@@ -278,4 +300,6 @@ def self_check(device: torch.device, fmt: Format) -> None:
         y = _QuantMatMul.apply(x.to(dtype), weight, scale, fmt)
         want = x @ w.to(device).T
         if (y.float() - want).abs().max() > tolerance * want.abs().max():
-            raise RuntimeError(f"{where}: the {dtype} product is wrong. Update torch or bitsandbytes")
+            raise RuntimeError(
+                f"{where}: the {dtype} product is wrong. Update torch or bitsandbytes"
+            )

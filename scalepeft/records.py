@@ -1,4 +1,6 @@
-"""What a run writes about itself: config.yaml, metrics.jsonl, validation.jsonl, events.jsonl, adapter/."""
+"""What a run writes about itself: config.yaml, metrics.jsonl, validation.jsonl, events.jsonl,
+adapter/.
+"""
 
 import json
 import os
@@ -11,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scalepeft import config as cfg
-from scalepeft.checkpoint import Checkpoint, RunFolder, fsync, write_atomically
+from scalepeft.checkpoint import RunFolder, fsync, write_atomically
 from scalepeft.config import RunConfig
 from scalepeft.lookup import UserError
 from scalepeft.progress import Progress, say
@@ -24,7 +26,8 @@ def check_same_run(config: RunConfig, allow_changes: bool) -> None:
         UserError: the folder holds a run with other settings, or something that is no run.
     """
     file = Path(config.run_dir) / "config.yaml"
-    if not file.exists():
+    # Before the first checkpoint there is nothing that another config could spoil.
+    if not file.exists() or not any(file.parent.glob("checkpoints/step-*")):
         return
     try:
         old = yaml.safe_load(file.read_text())
@@ -37,18 +40,18 @@ def check_same_run(config: RunConfig, allow_changes: bool) -> None:
     harmful = [key for key in changed if not cfg.matches_key(key, cfg.HARMLESS)]
     if harmful:
         raise UserError(
-            f"run_dir={config.run_dir} holds a run with another config ({listed}); choose another run_dir, or set "
-            f"{', '.join(harmful)} back"
+            f"run_dir={config.run_dir} holds a run with another config ({listed}); choose another"
+            f" run_dir, or set {', '.join(harmful)} back"
         )
     if not allow_changes:
         raise UserError(
-            f"run_dir={config.run_dir} holds a run with another config ({listed}); these keys may change: add "
-            "--resume-with-changes, or choose another run_dir"
+            f"run_dir={config.run_dir} holds a run with another config ({listed}); these keys may"
+            " change: add --resume-with-changes, or choose another run_dir"
         )
 
 
 class Records:
-    """The run folder on rank 0: takes the next generation, finds where to resume, keeps the logs."""
+    """The run folder on rank 0: takes the next generation, finds where to resume, keeps logs."""
 
     def __init__(self, config: RunConfig, allow_changes: bool) -> None:
         check_same_run(config, allow_changes)
@@ -69,7 +72,7 @@ class Records:
         self.progress: Progress | None = None
 
     def finished(self) -> bool:
-        """True if the adapter of this very config is written and training has nothing left to do."""
+        """True if the adapter of this very config is written and no step is left to do."""
         file = self.folder.path / "adapter" / "adapter_config.json"
         if self.resumed is None or not file.is_file():
             return False
@@ -82,7 +85,13 @@ class Records:
 
     def event(self, name: str, step: int, **more: Any) -> None:
         """Appends a line to events.jsonl: starts, stops and saves, for reports and job scripts."""
-        row = {"event": name, "time": time.time(), "generation": self.folder.generation, "step": step, **more}
+        row = {
+            "event": name,
+            "time": time.time(),
+            "generation": self.folder.generation,
+            "step": step,
+            **more,
+        }
         try:
             with (self.folder.path / "events.jsonl").open("a") as f:
                 f.write(json.dumps(row) + "\n")
@@ -120,7 +129,13 @@ class Records:
         if self.progress is not None:
             self.progress.held_out(row)
 
-    def save(self, step: int, trained: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> str | None:
+    def save(
+        self,
+        step: int,
+        trained: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+        state: dict[str, Any],
+    ) -> str | None:
         """Commits a checkpoint; returns the disk's complaint if there is none to be had."""
         begin = time.monotonic()
         try:
@@ -133,7 +148,9 @@ class Records:
         return None
 
     def save_adapter(self, step: int, trained: dict[str, Tensor], base: dict[str, Any]) -> None:
-        """Writes adapter/: ``adapter.safetensors``, then ``adapter_config.json``, which says it is complete."""
+        """Writes adapter/: ``adapter.safetensors``, then ``adapter_config.json``, which says it is
+        complete.
+        """
         self.folder.check_fence()
         folder = self.folder.path / "adapter"
         folder.mkdir(exist_ok=True)
@@ -159,7 +176,8 @@ def _step(line: bytes) -> int | None:
 
 
 class RowLog:
-    """A JSON-lines file of steps: appended, flushed, and cut back to the resumed step; never a double or torn row.
+    """A JSON-lines file of steps: appended, flushed, and cut back to the resumed step; never a
+    double or torn row.
 
     A row that the disk refuses waits in memory and is written before the next one.
     """
@@ -197,7 +215,9 @@ class RowLog:
         return None
 
     def sync(self) -> None:
-        """Puts the rows on the disk: before a checkpoint is committed, so that it never knows more than the log."""
+        """Puts the rows on the disk: before a checkpoint is committed, so that it never knows more
+        than the log.
+        """
         if self._waiting:
             raise OSError(28, f"{self.path.name} cannot be written")
         if self.path.exists():

@@ -22,7 +22,9 @@ def run(run_dir: str) -> None:
     folder = Path(run_dir)
     metrics = read_lines(folder / "metrics.jsonl")
     if not metrics:
-        raise UserError(f"{run_dir}: no metrics.jsonl with a step in it; name the run_dir of a training")
+        raise UserError(
+            f"{run_dir}: no metrics.jsonl with a step in it; name the run_dir of a training"
+        )
     starts = [e for e in read_lines(folder / "events.jsonl") if e["event"] == "start"]
     print(table(folder, metrics, starts))
     print(f"\nloss curve: {plot(folder, metrics, starts)}")
@@ -34,13 +36,19 @@ def table(folder: Path, metrics: list[dict[str, Any]], starts: list[dict[str, An
     held_out = read_lines(folder / "validation.jsonl")
     lines = [
         f"run {folder}",
-        f"  steps {metrics[-1]['step']}, samples {metrics[-1]['sample_index']}, starts {len(starts)} "
-        f"(at step {', '.join(str(e['step']) for e in starts)}), ranks {', '.join(str(e['world_size']) for e in starts)}",
+        (
+            f"  steps {metrics[-1]['step']}, samples {metrics[-1]['sample_index']}, starts"
+            f" {len(starts)} (at step {', '.join(str(e['step']) for e in starts)}), ranks"
+            f" {', '.join(str(e['world_size']) for e in starts)}"
+        ),
     ]
     if losses:
         lines.append(f"  training loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     if held_out:
-        lines.append(f"  held-out loss {held_out[0]['loss']:.3f} (step {held_out[0]['step']}) -> {held_out[-1]['loss']:.3f}")
+        lines.append(
+            f"  held-out loss {held_out[0]['loss']:.3f} (step {held_out[0]['step']}) ->"
+            f" {held_out[-1]['loss']:.3f}"
+        )
     skipped = len(metrics) - len(losses)
     if skipped:
         lines.append(f"  steps skipped as not finite: {skipped}")
@@ -50,12 +58,19 @@ def table(folder: Path, metrics: list[dict[str, Any]], starts: list[dict[str, An
         for path in sorted((folder / sub).glob("*/scores.json"))
     ]
     if rows:
-        lines += ["", f"  {'model':<8}{'task':<14}{'rows':>6}{'right':>8}{'95 % interval':>18}{'no answer':>11}"]
+        lines += [
+            "",
+            (
+                f"  {'model':<8}{'task':<14}{'rows':>6}{'right':>8}"
+                f"{'95 % interval':>18}{'no answer':>11}"
+            ),
+        ]
     for which, task, s in rows:
         low, high = s["ci95"]
         between = f"{low:.1%} to {high:.1%}"
         lines.append(
-            f"  {which:<8}{task:<14}{s['count']:>6}{s['accuracy']:>8.1%}{between:>18}{s['no_answer_found']:>11}"
+            f"  {which:<8}{task:<14}{s['count']:>6}{s['accuracy']:>8.1%}"
+            f"{between:>18}{s['no_answer_found']:>11}"
         )
     return "\n".join(lines)
 
@@ -69,10 +84,18 @@ def plot(folder: Path, metrics: list[dict[str, Any]], starts: list[dict[str, Any
 
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
     steps = [r["step"] for r in metrics if r["loss"] is not None]
-    axes.plot(steps, [r["loss"] for r in metrics if r["loss"] is not None], lw=1.2, label="training")
+    axes.plot(
+        steps, [r["loss"] for r in metrics if r["loss"] is not None], lw=1.2, label="training"
+    )
     held_out = read_lines(folder / "validation.jsonl")
     if held_out:
-        axes.plot([r["step"] for r in held_out], [r["loss"] for r in held_out], "o-", ms=4, label="held out")
+        axes.plot(
+            [r["step"] for r in held_out],
+            [r["loss"] for r in held_out],
+            "o-",
+            ms=4,
+            label="held out",
+        )
     for i, event in enumerate(starts[1:]):
         label = "stopped and resumed" if i == 0 else None
         axes.axvline(event["step"] + 0.5, color="tab:red", ls="--", lw=1, label=label)

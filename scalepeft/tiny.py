@@ -1,4 +1,6 @@
-"""The built-in base: a tiny LLaMA and a byte-level BPE tokenizer, made on the spot from the toy task's own text."""
+"""The built-in base: a tiny LLaMA and a byte-level BPE tokenizer, made on the spot from the toy
+task's own text.
+"""
 
 import hashlib
 import json
@@ -24,16 +26,32 @@ SPEC: dict[str, Any] = {
     "max_position_embeddings": 1024,
     "tie_word_embeddings": False,
 }
-RECIPE = {"version": 1, "seed": 0, "batch": 16, "length": 128, "lr": 3e-3, "lines": 6000}
+RECIPE: dict[str, Any] = {
+    "version": 1,
+    "seed": 0,
+    "batch": 16,
+    "length": 128,
+    "lr": 3e-3,
+    "lines": 6000,
+}
 
 
 def make(pretrain_steps: int) -> Path:
-    """Returns the folder of the built-in model, made once per (architecture, recipe, steps) in the cache.
+    """Returns the folder of the built-in model, made once per (architecture, recipe, steps) in the
+    cache.
 
-    With 0 steps the weights are random. Otherwise the whole model is trained that many steps to predict the
-    next token of the toy world's plain text (facts, lists, and questions with random answers).
+    With 0 steps the weights are random. Otherwise the whole model is trained that many steps to
+    predict the next token of the toy world's plain text (facts, lists, and questions with random
+    answers).
     """
-    recipe = {**SPEC, **RECIPE, "steps": pretrain_steps, "torch": torch.__version__}
+    text = toy.corpus(random.Random(RECIPE["seed"]), RECIPE["lines"])
+    recipe = {
+        **SPEC,
+        **RECIPE,
+        "steps": pretrain_steps,
+        "torch": torch.__version__,
+        "text": hashlib.sha256("\n".join(text).encode()).hexdigest(),
+    }
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     root = Path(os.environ.get("SCALEPEFT_CACHE") or Path.home() / ".cache" / "scalepeft")
     folder = root / "models" / f"tiny-{key}"
@@ -41,7 +59,6 @@ def make(pretrain_steps: int) -> Path:
         return folder
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True, exist_ok=True)
-    text = toy.corpus(random.Random(RECIPE["seed"]), RECIPE["lines"])
     tokenizer = _tokenizer(text)
     tokenizer.save_pretrained(temporary)
     with torch.random.fork_rng(devices=[]):
@@ -81,7 +98,9 @@ def _pretrained(text: list[str], tokenizer: Any, steps: int) -> Any:
     length, batch = RECIPE["length"], RECIPE["batch"]
     stream = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RECIPE["lr"], weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RECIPE["lr"], total_steps=steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, RECIPE["lr"], total_steps=steps, pct_start=0.1
+    )
     model.train()
     for step in range(steps):
         rows = stream[torch.randint(len(stream), (batch,))]
@@ -92,5 +111,8 @@ def _pretrained(text: list[str], tokenizer: Any, steps: int) -> Any:
         schedule.step()
         optimizer.zero_grad()
         if step % 100 == 0 or step == steps - 1:
-            print(f"scalepeft: built-in base: step {step + 1}/{steps} loss {loss.item():.3f}", file=sys.stderr)
+            print(
+                f"scalepeft: built-in base: step {step + 1}/{steps} loss {loss.item():.3f}",
+                file=sys.stderr,
+            )
     return model.eval()

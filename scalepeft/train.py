@@ -1,4 +1,6 @@
-"""Training, top to bottom: build -> resume -> steps -> adapter. Every due thing is a visible ``if``."""
+"""Training, top to bottom: build -> resume -> steps -> adapter. Every due thing is a visible
+``if``.
+"""
 
 import math
 import time
@@ -8,7 +10,7 @@ from signal import SIGUSR1
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from scalepeft import data, inject, lookup, loss, models
 from scalepeft.config import RunConfig
@@ -56,14 +58,14 @@ def start_ranks(config: RunConfig) -> Ranks:
     if size % world:
         near = min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: abs(n - world))
         raise UserError(
-            f"train.global_batch={size} cannot be shared evenly by {world} ranks; start {near} ranks, or take "
-            f"train.global_batch={max(1, size // world) * world}"
+            f"train.global_batch={size} cannot be shared evenly by {world} ranks; start {near}"
+            f" ranks, or take train.global_batch={max(1, size // world) * world}"
         )
     return ranks
 
 
 def build(config: RunConfig, ranks: Ranks, poll: Callable[[], None], adapted: bool = True) -> Built:
-    """Structure on meta -> adapters -> shard -> each rank's own rows of the base -> start values."""
+    """Structure on meta -> adapters -> shard -> each rank's own rows -> start values."""
     folder = models.resolve(config.model, ranks)
     poll()
 
@@ -89,7 +91,9 @@ def build(config: RunConfig, ranks: Ranks, poll: Callable[[], None], adapted: bo
         "revision": config.model.revision,
         "quant": config.model.quant,
         "double_quant": config.model.double_quant,
-        "fingerprint": ranks.main_only(weights.fingerprint),
+        "fingerprint": ranks.same(
+            ranks.together(weights.fingerprint), f"model.path={config.model.path}: files differ"
+        ),
     }
     call = engine.loaded(model) if adapted else model
     return Built(engine, model, call, base, weights.bytes_read)
@@ -98,14 +102,22 @@ def build(config: RunConfig, ranks: Ranks, poll: Callable[[], None], adapted: bo
 class Trainer:
     """Everything that a step, a save or a resume touches."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks, built: Built, data_fingerprint: str) -> None:
+    def __init__(
+        self, config: RunConfig, ranks: Ranks, built: Built, data_fingerprint: str
+    ) -> None:
         self.config, self.ranks, self.built = config, ranks, built
         self.data_fingerprint = data_fingerprint
         self.trained = inject.trainable(built.model)
         decayed = inject.decayed_names(built.model)
         groups = [
-            {"params": [p for n, p in self.trained.items() if n in decayed], "weight_decay": config.train.weight_decay},
-            {"params": [p for n, p in self.trained.items() if n not in decayed], "weight_decay": 0.0},
+            {
+                "params": [p for n, p in self.trained.items() if n in decayed],
+                "weight_decay": config.train.weight_decay,
+            },
+            {
+                "params": [p for n, p in self.trained.items() if n not in decayed],
+                "weight_decay": 0.0,
+            },
         ]
         self.optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]],
@@ -116,12 +128,15 @@ class Trainer:
         self.nonfinite = 0
         """Steps in a row that were skipped because loss or gradient was not finite."""
 
-    def step(self, micro: list[data.MicroBatch], label_tokens: int, lr: float) -> tuple[float | None, float | None]:
-        """One optimiser step; returns (mean loss over the global batch's label tokens, gradient norm).
+    def step(
+        self, micro: list[data.MicroBatch], label_tokens: int, lr: float
+    ) -> tuple[float | None, float | None]:
+        """One optimiser step; returns (mean loss over the global batch's label tokens, gradient
+        norm).
 
-        ``loss = sum over ranks and micro-batches of the summed cross-entropy / label_tokens``: sums all the
-        way, divided once, so that how rows are dealt to ranks and micro-batches changes nothing.
-        A step that is not finite changes no parameter and returns (None, None).
+        ``loss = sum over ranks and micro-batches of the summed cross-entropy / label_tokens``: sums
+        all the way, divided once, so that how rows are dealt to ranks and micro-batches changes
+        nothing. A step that is not finite changes no parameter and returns (None, None).
         """
         engine, train = self.built.engine, self.config.train
         total = torch.zeros((), device=self.ranks.device)
@@ -130,7 +145,9 @@ class Trainer:
             # Dropout is a function of (seed, sample), so a resumed run needs no generator state.
             torch.manual_seed((train.seed << 32) + batch.sample_index)
             with engine.accumulate(last=i == len(micro) - 1):
-                value = self.built.call(batch.input_ids, token_labels=batch.labels, loss_chunk=train.loss_chunk)
+                value = self.built.call(
+                    batch.input_ids, token_labels=batch.labels, loss_chunk=train.loss_chunk
+                )
                 value = value / label_tokens
                 value.backward()
             total += value.detach()
@@ -159,11 +176,15 @@ class Trainer:
         where = f"run_dir={self.config.run_dir}"
         if resumed.state["base"]["fingerprint"] != self.built.base["fingerprint"]:
             raise UserError(
-                f"{where}: was trained on another base than model.path={self.config.model.path} now holds (the fingerprint "
-                "of its files differs); give the old base, or choose another run_dir"
+                f"{where}: was trained on another base than model.path={self.config.model.path} now"
+                " holds (the fingerprint of its files differs); give the old base, or choose"
+                " another run_dir"
             )
         if resumed.state["data"] != self.data_fingerprint:
-            raise UserError(f"{where}: the tokenised training rows differ from those it began with; restore the files")
+            raise UserError(
+                f"{where}: the tokenised training rows differ from those it began with; restore the"
+                " files"
+            )
         inject.load_state(self.built.model, resumed.trained, f"checkpoint step-{resumed.step:06d}")
         self.built.engine.load_optimizer_state(self.trained, self.optimizer, resumed.optimizer)
         self.nonfinite = resumed.state["nonfinite_in_a_row"]
@@ -171,7 +192,8 @@ class Trainer:
         return step
 
     def save(self, step: int, records: Records | None, final: bool) -> int | None:
-        """Gathers on all ranks, commits on rank 0; returns the step, or None where the disk refused a periodic save.
+        """Gathers on all ranks, commits on rank 0; returns the step, or None where the disk refused
+        a periodic save.
 
         Raises:
             OSError: the disk refused a ``final`` save.
@@ -181,47 +203,71 @@ class Trainer:
             "step": step,
             "sample_index": step * self.config.train.global_batch,
             "nonfinite_in_a_row": self.nonfinite,
-            "seed": self.config.train.seed,  # order and dropout are functions of it: no generator state
+            "seed": (
+                self.config.train.seed
+            ),  # order and dropout are functions of it: no generator state
             "base": self.built.base,
             "data": self.data_fingerprint,
             "world_size": self.ranks.world_size,
             "engine": self.config.engine.name,
         }
-        complaint = self.ranks.main_only(lambda: records.save(step, trained, moments, state) if records else None)
+        complaint = self.ranks.main_only(
+            lambda: records.save(step, trained, moments, state) if records else None
+        )
         if complaint is None:
             return step
         if final:
-            raise OSError(f"step {step} could not be saved to {self.config.run_dir}: {complaint}; older checkpoints are whole")
+            raise OSError(
+                f"step {step} could not be saved to {self.config.run_dir}: {complaint}; older"
+                " checkpoints are whole"
+            )
         if records:
-            say(f"step {step} could not be saved: {complaint}; training goes on, the next save tries again")
+            say(
+                f"step {step} could not be saved: {complaint}; training goes on, the next save"
+                " tries again"
+            )
         return None
 
 
 def learning_rate(config: RunConfig, step: int, total: int) -> float:
-    """The rate of step ``step`` (from 0) of ``total``: linear warm-up, then linear or cosine to zero, or constant."""
+    """The rate of step ``step`` (from 0) of ``total``: linear warm-up, then linear or cosine to
+    zero, or constant.
+    """
     train = config.train
     if step < train.warmup_steps:
         return train.lr * (step + 1) / train.warmup_steps
     if train.schedule == "constant":
         return train.lr
     done = (step - train.warmup_steps) / max(1, total - train.warmup_steps)
-    return train.lr * (1 - done if train.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2)
+    return train.lr * (
+        1 - done if train.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    )
 
 
 @torch.no_grad()
-def held_out_loss(config: RunConfig, built: Built, rows: data.TokenSet, ranks: Ranks, poll: Callable[[], None]) -> float:
-    """Mean loss over all label tokens of the held-out rows; the same number of forwards on every rank."""
+def held_out_loss(
+    config: RunConfig, built: Built, rows: data.TokenSet, ranks: Ranks, poll: Callable[[], None]
+) -> float:
+    """Mean loss over all label tokens of the held-out rows; the same number of forwards on every
+    rank.
+    """
     built.model.eval()
     size = config.train.global_batch
-    steps = -(-len(rows) // size)
-    forwards = -(-(-(-size // ranks.world_size)) // config.train.micro_batch)
+    steps = math.ceil(len(rows) / size)
+    forwards = math.ceil(math.ceil(size / ranks.world_size) / config.train.micro_batch)
     total = torch.zeros(2, dtype=torch.float64)
-    nothing = data.MicroBatch(torch.zeros(1, data.PAD_TO, dtype=torch.int64), torch.full((1, data.PAD_TO), loss.IGNORED), 0)
+    nothing = data.MicroBatch(
+        torch.zeros(1, data.PAD_TO, dtype=torch.int64),
+        torch.full((1, data.PAD_TO), loss.IGNORED),
+        0,
+    )
     for _, micro, label_tokens in data.Loader(rows, config, ranks, 0, steps, shuffle=False):
         poll()
         for batch in [*micro, *[nothing] * (forwards - len(micro))]:
             batch = batch.to(ranks.device)
-            value = built.model(batch.input_ids, token_labels=batch.labels, loss_chunk=config.train.loss_chunk)
+            value = built.model(
+                batch.input_ids, token_labels=batch.labels, loss_chunk=config.train.loss_chunk
+            )
             total[0] += float(value)
         total[1] += label_tokens / ranks.world_size
     built.model.train()
@@ -237,12 +283,16 @@ def run(config: RunConfig, stop: StopFlag, resume_with_changes: bool = False) ->
         Fenced: the run was started again elsewhere meanwhile.
     """
     ranks = start_ranks(config)
-    records = ranks.together(lambda: Records(config, resume_with_changes) if ranks.is_main else None)
+    records = ranks.together(
+        lambda: Records(config, resume_with_changes) if ranks.is_main else None
+    )
     code = FINISHED
     if not ranks.main_only(lambda: records is not None and records.finished()):
         try:
             code = _train(config, ranks, records, stop)
-        except Stopping:  # before the first step: nothing is trained that a checkpoint does not hold
+        except (
+            Stopping
+        ):  # before the first step: nothing is trained that a checkpoint does not hold
             code = STOPPED
     if records:
         records.close(code == FINISHED)
@@ -259,25 +309,42 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
     began = time.monotonic()
     poll()
     train_rows, valid_rows, total = _rows(config, ranks)
+    fingerprint = ranks.same(train_rows.fingerprint(), "data.train: training rows differ")
     poll()
     built = build(config, ranks, poll)
-    trainer = Trainer(config, ranks, built, train_rows.fingerprint())
+    trainer = Trainer(config, ranks, built, fingerprint)
     step = saved = trainer.restore(records)
     evaluated = ranks.main_only(lambda: records.validation.last_step if records else 0)
     built.model.train()
-    per_rank = ranks.gather({"bytes_read": built.bytes_read, "bytes_held": models.resident_bytes(built.model)})
+    per_rank = ranks.gather(
+        {"bytes_read": built.bytes_read, "bytes_held": models.resident_bytes(built.model)}
+    )
     if records:
         count = sum(p.numel() for p in trainer.trained.values())
-        say(f"training {count:,} parameters in {len(trainer.trained)} tensors, steps {step + 1} to {total}")
+        say(
+            f"training {count:,} parameters in {len(trainer.trained)} tensors, steps {step + 1} to"
+            f" {total}"
+        )
         seconds = time.monotonic() - began
         engine = config.engine.name
-        records.event("start", step, engine=engine, world_size=ranks.world_size, seconds=seconds, per_rank=per_rank)
+        records.event(
+            "start",
+            step,
+            engine=engine,
+            world_size=ranks.world_size,
+            seconds=seconds,
+            per_rank=per_rank,
+        )
     ranks.together(lambda: records.show(step, total) if records else None)
     loader = data.Loader(train_rows, config, ranks, step, total - step)
     batches = iter(loader)
     try:
         while True:
-            due = config.train.eval_every and step and (step % config.train.eval_every == 0 or step == total)
+            due = (
+                config.train.eval_every
+                and step
+                and (step % config.train.eval_every == 0 or step == total)
+            )
             if valid_rows is not None and due and evaluated < step:
                 value = held_out_loss(config, built, valid_rows, ranks, poll)
                 evaluated = step
@@ -308,8 +375,9 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
                 )
             if trainer.nonfinite >= config.train.max_nonfinite:
                 raise FloatingPointError(
-                    f"loss or gradient was not finite for {trainer.nonfinite} steps in a row, to step {step}. The newest "
-                    f"checkpoint is from before them. Lower train.lr={config.train.lr}, or look at the rows of these steps"
+                    f"loss or gradient was not finite for {trainer.nonfinite} steps in a row, to"
+                    f" step {step}. The newest checkpoint is from before them. Lower"
+                    f" train.lr={config.train.lr}, or look at the rows of these steps"
                 )
             if (step % config.train.save_every == 0 or step == total) and not trainer.nonfinite:
                 saved = trainer.save(step, records, final=step == total) or saved

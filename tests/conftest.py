@@ -50,12 +50,19 @@ class Job:
             command = [sys.executable, "-m", "scalepeft", *arguments]
             self.ranks.append(
                 subprocess.Popen(
-                    command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT
+                    command,
+                    env=variables,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    cwd=ROOT,
                 )
             )
 
     def wait(self, timeout: float = 120) -> tuple[list[int], str]:
-        """Exit codes in rank order and everything printed; a hang fails the test with what was printed."""
+        """Exit codes in rank order and everything printed; a hang fails the test with what was
+        printed.
+        """
         texts = []
         deadline = time.monotonic() + timeout
         try:
@@ -63,8 +70,12 @@ class Job:
                 texts.append(p.communicate(timeout=max(1, deadline - time.monotonic()))[0])
         except subprocess.TimeoutExpired:
             self.kill()
-            printed = "\n".join(p.communicate()[0] or "" for p in self.ranks if p.stdout and not p.stdout.closed)
-            pytest.fail(f"ranks hang after {timeout} s: {[p.returncode for p in self.ranks]}\n{printed}")
+            printed = "\n".join(
+                p.communicate()[0] or "" for p in self.ranks if p.stdout and not p.stdout.closed
+            )
+            pytest.fail(
+                f"ranks hang after {timeout} s: {[p.returncode for p in self.ranks]}\n{printed}"
+            )
         return [p.returncode for p in self.ranks], "\n".join(texts)
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
@@ -97,7 +108,9 @@ def rows(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 def losses(run_dir: Path) -> list[float]:
     found = rows(run_dir)
-    assert [r["step"] for r in found] == list(range(1, len(found) + 1)), "a step is missing or doubled"
+    assert [r["step"] for r in found] == list(range(1, len(found) + 1)), (
+        "a step is missing or doubled"
+    )
     return [r["loss"] for r in found]
 
 
@@ -119,7 +132,9 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real data beside the checkout; tests that need it skip where it is not, and CI fails on the skip."""
+    """Real data beside the checkout; tests that need it skip where it is not, and CI fails on the
+    skip.
+    """
     if not SHARED.is_dir():
         pytest.skip("no ../shared/data beside this checkout")
     return SHARED

@@ -1,5 +1,8 @@
-"""The checkpoint contract on a real file system: commit, damage, retention, fence, full disk, row logs."""
+"""The checkpoint contract on a real file system: commit, damage, retention, fence, full disk, row
+logs.
+"""
 
+import contextlib
 import json
 import os
 import shutil
@@ -26,7 +29,12 @@ def test_saved_state_comes_back_and_holds_no_pickle(tmp_path: Path) -> None:
     found, passed_over = RunFolder(tmp_path).newest()
     assert found is not None and not passed_over
     assert found.step == 3 and torch.equal(found.trained["a.adapter.U"], torch.full((4, 2), 3.0))
-    assert sorted(p.suffix for p in path.iterdir()) == [".json", ".json", ".safetensors", ".safetensors"]
+    assert sorted(p.suffix for p in path.iterdir()) == [
+        ".json",
+        ".json",
+        ".safetensors",
+        ".safetensors",
+    ]
 
 
 def truncate(folder: Path) -> None:
@@ -79,18 +87,26 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "reason"), DAMAGES, ids=lambda v: getattr(v, "__name__", ""))
-def test_damage_is_passed_over_with_the_reason(damage: Callable[[Path], None], reason: str, tmp_path: Path) -> None:
+def test_damage_is_passed_over_with_the_reason(
+    damage: Callable[[Path], None], reason: str, tmp_path: Path
+) -> None:
     folder = RunFolder(tmp_path)
     save(folder, 10)
     damage(save(folder, 20))
     again = RunFolder(tmp_path)
     found, passed_over = again.newest()
     assert found is not None and found.step == 10
-    assert len(passed_over) == 1 and passed_over[0].startswith("step-000020: ") and reason in passed_over[0]
+    assert (
+        len(passed_over) == 1
+        and passed_over[0].startswith("step-000020: ")
+        and reason in passed_over[0]
+    )
     # The damaged folder is in nobody's way: the step is saved again, the damaged one kept aside.
     save(again, 20)
     assert read(tmp_path / "checkpoints" / "step-000020").step == 20
-    assert [p.name for p in (tmp_path / "checkpoints").glob("*.damaged-*")] == ["step-000020.damaged-2"]
+    assert [p.name for p in (tmp_path / "checkpoints").glob("*.damaged-*")] == [
+        "step-000020.damaged-2"
+    ]
 
 
 def test_nothing_verifies(tmp_path: Path) -> None:
@@ -109,7 +125,11 @@ def test_retention_counts_verified_ones_only(tmp_path: Path) -> None:
     again = RunFolder(tmp_path)
     assert again.newest()[0].step == 2  # type: ignore[union-attr]
     save(again, 4)
-    assert again.steps() == [4, 3, 2], "the only good older one must stay while a damaged one is newer"
+    assert again.steps() == [
+        4,
+        3,
+        2,
+    ], "the only good older one must stay while a damaged one is newer"
     save(again, 5)
     assert again.steps() == [5, 4]
 
@@ -120,7 +140,9 @@ def test_a_killed_save_leaves_nothing_that_resume_would_take(tmp_path: Path) -> 
     for files in range(1, 5):  # killed after so many files
         torn = folder.checkpoints / "step-000002.tmp-1"
         torn.mkdir()
-        for name in ["trained.safetensors", "optimizer.safetensors", "state.json", "manifest.json"][:files]:
+        for name in ["trained.safetensors", "optimizer.safetensors", "state.json", "manifest.json"][
+            :files
+        ]:
             shutil.copy(whole / name, torn / name)
         again = RunFolder(tmp_path)
         assert again.newest()[0].step == 1  # type: ignore[union-attr]
@@ -137,10 +159,19 @@ def test_an_older_start_cannot_write(tmp_path: Path) -> None:
     save(new, 2)
 
 
+def fill_up(file: Path) -> None:
+    with contextlib.suppress(OSError), file.open("wb", buffering=0) as f:
+        while f.write(bytes(1 << 12)):
+            continue
+
+
 def test_full_disk_keeps_the_older_checkpoints(tmp_path: Path) -> None:
-    if os.geteuid() != 0 or subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", tmp_path], check=False
-    ).returncode:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", tmp_path], check=False
+        ).returncode
+    ):
         pytest.skip("needs root to mount a small tmpfs")
     try:
         folder = RunFolder(tmp_path)
@@ -154,10 +185,7 @@ def test_full_disk_keeps_the_older_checkpoints(tmp_path: Path) -> None:
         # metrics: the rows that do not fit wait and are written once there is room
         log = RowLog(tmp_path / "metrics.jsonl", 0)
         filler = tmp_path / "filler"
-        with pytest.raises(OSError), filler.open("wb") as f:
-            while True:
-                f.write(bytes(1 << 16))
-                f.flush()
+        fill_up(filler)
         assert log.append({"step": 1, "text": "x" * 9000}) is not None
         with pytest.raises(OSError):
             log.sync()

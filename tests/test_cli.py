@@ -1,4 +1,6 @@
-"""The command line as a user meets it: one line and exit code 2 for a mistake, help, evaluation, trackers."""
+"""The command line as a user meets it: one line and exit code 2 for a mistake, help, evaluation,
+trackers.
+"""
 
 import json
 import os
@@ -15,7 +17,9 @@ from conftest import ROOT, TINY, Job, rows, train
 
 def call(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "scalepeft", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False
+    )
 
 
 def wrong(*arguments: str) -> str:
@@ -39,19 +43,28 @@ BASE = ["train", *TINY, "train.max_steps=2"]
         (["adapter.rank=many"], ["adapter.rank='many'", "integer"]),
         (["adapter.rank=7"], ["adapter.rank=7", "even", "6 or 8"]),
         (["adapter.name=hotf"], ["no adapter 'hotf'", "Did you mean 'hoft'?", "lora"]),
-        (["adapter.target_modules=q_prj"], ["'q_prj' matches no linear layer", "Did you mean 'q_proj'?", "down_proj"]),
-        (["data=commonsense", "data.train=/none/rows.json"], ["data.train", "/none/rows.json", "no such file"]),
+        (
+            ["adapter.target_modules=q_prj"],
+            ["'q_prj' matches no linear layer", "Did you mean 'q_proj'?", "down_proj"],
+        ),
+        (
+            ["data=commonsense", "data.train=/none/rows.json"],
+            ["data.train", "/none/rows.json", "no such file"],
+        ),
         (["model.path=./no-such-model"], ["model.path=./no-such-model", "no such folder"]),
         (["engine.device=cuda"], ["engine.device=cuda", "no CUDA device"]),
         (["train.max_steps=0"], ["train.max_steps=0", "greater than or equal to 1"]),
         (["train.epochs=1"], ["one of train.max_steps and train.epochs"]),
         (["train.stop_at=2"], ["train.stop_at=2", "train.max_steps=2"]),
         (["train.eval_every=1"], ["train.eval_every", "data.valid_size"]),
-        (["model.quant=int8", "model.double_quant=true"], ["model.double_quant=true needs model.quant=nf4"]),
+        (
+            ["model.quant=int8", "model.double_quant=true"],
+            ["model.double_quant=true needs model.quant=nf4"],
+        ),
         (["--no-such-flag"], ["--no-such-flag"]),
     ],
     ids=lambda v: v[0] if len(v) == 1 else None,
-)  # fmt: skip
+)
 def test_wrong_settings(settings: list[str], expected: list[str], tmp_path: Path) -> None:
     if "engine.device=cuda" in settings:
         import torch
@@ -75,9 +88,17 @@ def test_wrong_calls(tmp_path: Path) -> None:
 
 
 def test_bad_row_names_file_and_row_and_can_be_skipped(tmp_path: Path) -> None:
-    good = {"instruction": "Is it?", "input": "", "output": "the correct answer is true", "answer": "true"}
+    good = {
+        "instruction": "Is it?",
+        "input": "",
+        "output": "the correct answer is true",
+        "answer": "true",
+    }
     file = tmp_path / "rows.jsonl"
-    file.write_text("\n".join([json.dumps(good)] * 12 + ["{broken"] + [json.dumps({**good, "output": ""})]) + "\n")
+    file.write_text(
+        "\n".join([json.dumps(good)] * 12 + ["{broken"] + [json.dumps({**good, "output": ""})])
+        + "\n"
+    )
     settings = [*BASE, "data=commonsense", f"data.train={file}", f"run_dir={tmp_path}/run"]
     settings.remove("data.train_size=300")
     line = wrong(*settings)
@@ -89,9 +110,13 @@ def test_bad_row_names_file_and_row_and_can_be_skipped(tmp_path: Path) -> None:
 
 def test_wrong_tokenizer(shared_data: Path, tmp_path: Path) -> None:
     line = wrong(
-        "train", "data=toy", f"model.path={shared_data}/models/stories260K/hf", "train.max_steps=1",
-        f"model.tokenizer={shared_data}/tokenizer/mistral_v1", f"run_dir={tmp_path}/run",
-    )  # fmt: skip
+        "train",
+        "data=toy",
+        f"model.path={shared_data}/models/stories260K/hf",
+        "train.max_steps=1",
+        f"model.tokenizer={shared_data}/tokenizer/mistral_v1",
+        f"run_dir={tmp_path}/run",
+    )
     assert "model.tokenizer" in line and "512 ids" in line and "do not belong together" in line
 
 
@@ -113,15 +138,32 @@ def test_debug_shows_the_traceback() -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of four steps."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    train(1, folder, "model.quant=nf4", "train.max_steps=4", "train.tensorboard=true", "data.test_size=40",
-          "evaluate.batch_size=4", "evaluate.max_new_tokens=8")  # fmt: skip
+    train(
+        1,
+        folder,
+        "model.quant=nf4",
+        "train.max_steps=4",
+        "train.tensorboard=true",
+        "data.test_size=40",
+        "evaluate.batch_size=4",
+        "evaluate.max_new_tokens=8",
+    )
     return folder
 
 
 def test_run_folder_holds_what_the_contract_says(finished: Path) -> None:
     found = rows(finished)
     assert [r["step"] for r in found] == [1, 2, 3, 4]
-    keys = "step loss lr grad_norm label_tokens sample_index seconds tokens_per_second".split()
+    keys = [
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "label_tokens",
+        "sample_index",
+        "seconds",
+        "tokens_per_second",
+    ]
     assert all(list(r) == keys for r in found)
     assert (finished / "checkpoints/step-000004/manifest.json").is_file()
     description = json.loads((finished / "adapter/adapter_config.json").read_text())
@@ -140,7 +182,12 @@ def test_tensorboard_events_hold_the_losses(finished: Path) -> None:
 
 def test_a_finished_run_is_not_trained_again(finished: Path) -> None:
     before = (finished / "adapter/adapter.safetensors").stat().st_mtime_ns
-    settings = ["model.quant=nf4", "train.max_steps=4", "train.tensorboard=true", "data.test_size=40"]
+    settings = [
+        "model.quant=nf4",
+        "train.max_steps=4",
+        "train.tensorboard=true",
+        "data.test_size=40",
+    ]
     train(1, finished, *settings)
     assert (finished / "adapter/adapter.safetensors").stat().st_mtime_ns == before
 
@@ -152,7 +199,9 @@ def predictions(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_evaluation_killed_and_stopped_continues_to_the_same_predictions(finished: Path, tmp_path: Path) -> None:
+def test_evaluation_killed_and_stopped_continues_to_the_same_predictions(
+    finished: Path, tmp_path: Path
+) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         shutil.copytree(finished, folder)
@@ -177,7 +226,8 @@ def test_evaluation_killed_and_stopped_continues_to_the_same_predictions(finishe
     assert codes == [0] and "predictions are there already" in text
     assert predictions(killed) == predictions(whole)
 
-    # Two sharded ranks, the last one short of a row: the same answers; other settings do not mix with the old.
+    # Two sharded ranks, the last one short of a row: the same answers; other settings do not mix
+    # with the old.
     codes, text = Job(2, ["evaluate", str(killed), "engine.name=fsdp2", "evaluate.limit=13"]).wait()
     assert codes == [0, 0], text
     assert "kept as toy.old-1" in text
@@ -197,8 +247,17 @@ def test_evaluation_refuses_what_would_be_another_run(finished: Path, tmp_path: 
 
 
 def test_nonfinite_steps_are_skipped_and_end_the_run(tmp_path: Path) -> None:
-    done = call(*BASE, "train.max_steps=30", "train.lr=1e38", "train.max_grad_norm=0", "train.max_nonfinite=3",
-                "train.schedule=constant", "adapter.name=lora", "train.save_every=1", f"run_dir={tmp_path}/run")  # fmt: skip
+    done = call(
+        *BASE,
+        "train.max_steps=30",
+        "train.lr=1e30",
+        "train.max_grad_norm=0",
+        "train.max_nonfinite=3",
+        "train.schedule=constant",
+        "adapter.name=lora",
+        "train.save_every=1",
+        f"run_dir={tmp_path}/run",
+    )
     assert done.returncode == 1
     assert "not finite for 3 steps in a row" in done.stderr
     found = rows(tmp_path / "run")
@@ -216,11 +275,26 @@ def test_under_the_usual_launchers(launcher: str, tmp_path: Path) -> None:
     first = (
         [str(program), "--nproc-per-node", "2", "--master-port", "0"]
         if launcher == "torchrun"
-        else [str(program), "launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-              "--dynamo_backend", "no", "--main_process_port", "29653"]
-    )  # fmt: skip
+        else [
+            str(program),
+            "launch",
+            "--cpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            "29653",
+        ]
+    )
     command = [*first, "-m", "scalepeft", *BASE, "engine.name=fsdp2", f"run_dir={tmp_path}/run"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False, env=env)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False, env=env
+    )
     assert done.returncode == 0, done.stderr
     assert rows(tmp_path / "run", "events.jsonl")[0]["world_size"] == 2

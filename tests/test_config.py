@@ -174,6 +174,8 @@ def test_the_neighbouring_combinations_are_allowed() -> None:
 def test_run_dir_is_demanded() -> None:
     with pytest.raises(UserError, match="run_dir is not set"):
         config.load(None, ["train.max_steps=3"])
+    with pytest.raises(UserError, match=r"run_dir=\{'a': 'b'\}: expected the name of one folder"):
+        config.from_dict({"run_dir": {"a": "b"}, "train": {"max_steps": 3}})
 
 
 def test_an_unknown_shipped_section_file_is_named_with_its_neighbour(shipped: Path) -> None:
@@ -187,6 +189,8 @@ def test_an_unknown_shipped_section_file_is_named_with_its_neighbour(shipped: Pa
         ("trian: {lr: 1}", ["trian", "'train'", "Allowed"]),
         ("train: {lrr: 1}", ["train.lrr=1", "'lr'"]),
         ("train: 3", ["train", "3"]),
+        ("train: {lr: .inf}", ["train.lr=inf", "finite number"]),
+        ("train: {warmup_steps: true}", ["train.warmup_steps=true", "number"]),
         ("- train", ["run.yaml", "mapping", "list"]),
         ("train: {lr: 1", ["run.yaml", "not valid YAML", "line 1"]),
         ("train: {lr: 1}\ntrain: {seed: 1}", ["run.yaml", "'train'", "twice", "line 2"]),

@@ -1,5 +1,6 @@
 """Rows -> examples -> tokens -> micro-batches: what broken files say, and which rank gets what."""
 
+import copy
 import dataclasses
 import gzip
 import json
@@ -226,6 +227,7 @@ def test_a_hub_source_may_be_a_local_folder(
     broken.mkdir()
     (broken / "train.jsonl").write_bytes(LINES + b'{"instruction": "cut')
     assert f"hf://{broken}" in error(commonsense(f"hf://{broken}"))
+    assert "hf://: names no data set" in error(commonsense("hf://"))
     (tmp_path / "empty").mkdir()
     assert f"hf://{tmp_path}/empty" in error(commonsense(f"hf://{tmp_path}/empty"))
 
@@ -452,6 +454,9 @@ def test_whatever_decides_the_tokens_is_in_the_key(
     assert cached(counting, tmp_path, "data.train_on=all")[1]
     assert cached(counting, tmp_path, "data.cutoff=63")[1]
     assert cached(Counting(bos_tokenizer), tmp_path)[1]
+    sibling = copy.deepcopy(tokenizer)
+    sibling.add_tokens(["number"])
+    assert cached(Counting(sibling), tmp_path)[1]
     assert not cached(counting, tmp_path, "data.workers=2", "data.on_error=skip")[1]
     assert not cached(counting, tmp_path)[1]
 

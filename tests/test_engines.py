@@ -1,4 +1,6 @@
-"""One process is the reference: every engine and world size must give its losses; bytes fall as 1/N."""
+"""One process is the reference: every engine and world size must give its losses; bytes fall as
+1/N.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,14 @@ def test_losses_equal_one_process(
     for quant in ("nf4", "none") if (ranks, engine) == (2, "fsdp2") else ("nf4",):
         folder = tmp_path / quant
         # Other micro-batches than the reference, so that accumulation is in the test too.
-        train(ranks, folder, f"engine.name={engine}", f"model.quant={quant}", "train.max_steps=20", "train.micro_batch=3")
+        train(
+            ranks,
+            folder,
+            f"engine.name={engine}",
+            f"model.quant={quant}",
+            "train.max_steps=20",
+            "train.micro_batch=3",
+        )
         pairs = zip(losses(folder), references[quant], strict=True)
         assert max(abs(a - b) for a, b in pairs) < 1e-5
 
@@ -74,12 +83,20 @@ def test_bytes_held_and_read_fall_as_one_over_n(tmp_path: Path) -> None:
 
 def test_variables_of_srun_and_of_torchrun() -> None:
     slurm = {
-        "SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0",
-        "SLURM_STEP_NODELIST": "gpu[07-09,12],login2", "SLURM_JOB_ID": "41234",
-    }  # fmt: skip
+        "SLURM_PROCID": "3",
+        "SLURM_NTASKS": "4",
+        "SLURM_LOCALID": "1",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NODELIST": "gpu[07-09,12],login2",
+        "SLURM_JOB_ID": "41234",
+    }
     assert launch_variables(slurm) == {
-        "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu07", "MASTER_PORT": "21234",
-    }  # fmt: skip
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "MASTER_ADDR": "gpu07",
+        "MASTER_PORT": "21234",
+    }
     assert launch_variables({})["WORLD_SIZE"] == "1"
     # A batch script calls python without srun: one process, although the job has four tasks.
     assert launch_variables({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"})["WORLD_SIZE"] == "1"
@@ -90,8 +107,18 @@ def test_variables_of_srun_and_of_torchrun() -> None:
 
 
 def test_world_size_must_divide_the_global_batch(tmp_path: Path) -> None:
-    codes, text = Job(2, ["train", "model=tiny", "data=toy", "engine.name=fsdp2", "train.max_steps=1",
-                          "train.global_batch=15", f"run_dir={tmp_path}/r"]).wait()  # fmt: skip
+    codes, text = Job(
+        2,
+        [
+            "train",
+            "model=tiny",
+            "data=toy",
+            "engine.name=fsdp2",
+            "train.max_steps=1",
+            "train.global_batch=15",
+            f"run_dir={tmp_path}/r",
+        ],
+    ).wait()
     assert codes == [2, 2]
     assert text.count("scalepeft: error:") == 1
     assert "train.global_batch=15" in text and "2 ranks" in text

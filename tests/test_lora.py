@@ -54,5 +54,7 @@ def test_only_lora_takes_weight_decay() -> None:
     from scalepeft.inject import decayed_names, inject
 
     for name, decayed in (("lora", 2), ("hoft", 0), ("shoft", 0)):
-        net = inject(nn.Sequential(nn.Linear(16, 16)), {"name": name, "rank": 2, "target_modules": ["0"]})
+        net = inject(
+            nn.Sequential(nn.Linear(16, 16)), {"name": name, "rank": 2, "target_modules": ["0"]}
+        )
         assert len(decayed_names(net)) == decayed

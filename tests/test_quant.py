@@ -78,6 +78,21 @@ def test_nf4_error_is_half_the_gap_between_its_values(double: bool) -> None:
     assert (error <= bound * 1.0001).all()
 
 
+def test_double_quantised_scales_are_off_by_half_a_step_at_most() -> None:
+    absmax = torch.rand(6, 300, generator=torch.Generator().manual_seed(5)) + 0.1
+    w = absmax.repeat_interleave(quant.BLOCK, dim=1)  # every weight is its block's absmax
+    step = torch.cat(
+        [
+            ((g.amax(1, keepdim=True) - g.amin(1, keepdim=True)) / 255).expand_as(g)
+            for g in absmax.split(quant.GROUP, dim=1)
+        ],
+        dim=1,
+    )
+    error = (decoded(w, quant.NF4(double=True))[:, :: quant.BLOCK] - absmax).abs()
+    assert (error <= 0.5001 * step).all()
+    assert error.max() > 0
+
+
 def test_nf4_takes_the_nearest_value() -> None:
     w = weight(16, 64)
     unit = w / w.abs().amax(1, keepdim=True)

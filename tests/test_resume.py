@@ -1,4 +1,6 @@
-"""Kills, signals and restarts of real runs: nothing lost, nothing doubled, the same adapter to the bit."""
+"""Kills, signals and restarts of real runs: nothing lost, nothing doubled, the same adapter to the
+bit.
+"""
 
 import json
 import os
@@ -31,7 +33,9 @@ def start(ranks: int, folder: Path, *settings: str) -> Job:
 
 
 def kill_in_training(job: Job, folder: Path, rng: random.Random) -> None:
-    """kill -9 to all ranks at a random moment: some in start-up, some in mid-save, most in or between steps."""
+    """kill -9 to all ranks at a random moment: some in start-up, some in mid-save, most in or
+    between steps.
+    """
     how = rng.random()
     begin, target = time.monotonic(), step_of(folder) + rng.randint(1, 4)
     startup = rng.uniform(0.2, 4)
@@ -109,7 +113,9 @@ def test_other_signals_in_one_process(number: signal.Signals, tmp_path: Path) ->
     while step_of(tmp_path / "run") < newest_saved(tmp_path / "run") + 1:
         time.sleep(0.02)
     saved = newest_saved(tmp_path / "run")
-    os.kill(job.ranks[0].pid, signal.SIGSTOP)  # so that both signals are there before it can finish its save
+    os.kill(
+        job.ranks[0].pid, signal.SIGSTOP
+    )  # so that both signals are there before it can finish its save
     job.kill(number)
     os.kill(job.ranks[0].pid, signal.SIGCONT)
     job.wait()
@@ -120,7 +126,9 @@ def test_a_second_signal_leaves_at_once_even_in_a_stuck_collective(tmp_path: Pat
     job = start(2, tmp_path / "run", "engine.name=fsdp2", "train.max_steps=2000")
     while step_of(tmp_path / "run") < 3:
         time.sleep(0.02)
-    job.ranks[1].send_signal(signal.SIGSTOP)  # rank 0 now waits in a collective for a rank that does not come
+    job.ranks[1].send_signal(
+        signal.SIGSTOP
+    )  # rank 0 now waits in a collective for a rank that does not come
     time.sleep(0.5)
     saved = newest_saved(tmp_path / "run")
     job.ranks[0].send_signal(signal.SIGTERM)
@@ -172,7 +180,10 @@ def test_damaged_newest_checkpoint_is_passed_over_by_the_run(tmp_path: Path) -> 
         shutil.copytree(tmp_path / "cut", folder)
         damage(folder / "checkpoints" / "step-000008")
         text = train(1, folder, *settings)
-        assert "checkpoint passed over: step-000008: " in text and f"resuming {folder} at step 6" in text
+        assert (
+            "checkpoint passed over: step-000008: " in text
+            and f"resuming {folder} at step 6" in text
+        )
         assert losses(folder) == losses(tmp_path / "whole")
         assert adapter_bytes(folder) == adapter_bytes(tmp_path / "whole")
 

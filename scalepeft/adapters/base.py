@@ -4,7 +4,7 @@ Letters: W frozen weight (out, in), x (..., in), y (..., out), b the base bias, 
 """
 
 from collections.abc import Callable
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -20,8 +20,8 @@ class AdapterConfig:
 
     Attributes:
         name: the method, a file of ``scalepeft/adapters``.
-        target_modules: layers to adapt: the last part of a module name (``q_proj``), or a pattern over
-            the whole name (``model.layers.1*.self_attn.*``). The default is the set behind the
+        target_modules: layers to adapt: the last part of a module name (``q_proj``), or a pattern
+            over the whole name (``model.layers.1*.self_attn.*``). The default is the set behind the
             parameter counts of the HOFT, LLM-Adapters and DoRA papers.
     """
 
@@ -36,27 +36,30 @@ Base = Callable[[Tensor], Tensor]
 
 
 class Adapter(nn.Module):
-    """``y = transform_output(W transform_input(x) + delta(x)) + b``; x (..., in), y (..., out), W (out, in).
+    """``y = transform_output(W transform_input(x) + delta(x)) + b``; x (..., in), y (..., out), W
+    (out, in).
 
-    A method overrides the hooks it needs and declares its parameters (fp32) in ``__init__``, which must
-    run on the meta device. It knows nothing of how W is stored or sharded.
+    A method overrides the hooks it needs and declares its parameters (fp32) in ``__init__``, which
+    must run on the meta device. It knows nothing of how W is stored or sharded.
     """
 
     Config: ClassVar[type[AdapterConfig]]
     mergeable: ClassVar[bool] = True
     """False where the map is not affine in x."""
     weight_decay: ClassVar[bool] = False
-    """True where decay pulls towards the base layer; never for rotations, reflections and scales."""
+    """True where decay pulls towards the base layer; never for rotations, reflections and scales.
+    """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, config: Any, in_features: int, out_features: int) -> None:
         super().__init__()
+        self.config = config
         self.in_features, self.out_features = in_features, out_features
 
     def reset_parameters(self) -> None:
         """Draws the start values; the adapted layer then equals its base layer.
 
-        Called on an unsharded copy on the CPU under a seed of (run seed, layer name), so that the start
-        values do not depend on device, engine or world size.
+        Called on an unsharded copy on the CPU under a seed of (run seed, layer name), so that the
+        start values do not depend on device, engine or world size.
         """
         raise NotImplementedError(f"{type(self).__name__} must define reset_parameters")
 

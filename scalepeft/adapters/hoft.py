@@ -22,10 +22,12 @@ class HOFTConfig(AdapterConfig):
     """Settings of HOFT.
 
     Attributes:
-        rank: r, the number of reflections on each side; even, because the start pairs equal columns.
-        inverse: ``exact`` solves the triangular system, so Q is orthogonal at every step. ``neumann2`` is
-            the paper's two-term series, for parity with its numbers only: it is not the identity at the
-            start for rank >= 4 unless the pairs are orthogonal, and loses orthogonality in training.
+        rank: r, the number of reflections on each side; even, because the start pairs equal
+            columns.
+        inverse: ``exact`` solves the triangular system, so Q is orthogonal at every step.
+            ``neumann2`` is the paper's two-term series, for parity with its numbers only: it is not
+            the identity at the start for rank >= 4 unless the pairs are orthogonal, and loses
+            orthogonality in training.
         init_norm: length of a start column. Only its direction enters Q, so the length divides the
             effective learning rate.
     """
@@ -37,11 +39,13 @@ class HOFTConfig(AdapterConfig):
 
 
 def wy_factor(u: Tensor, inverse: Inverse = "exact") -> Tensor:
-    """Returns ``S^-T U^T`` (r, d), so that ``Q = I - U S^-1 U^T`` maps rows as ``y -> y - (y U) (S^-T U^T)``.
+    """Returns ``S^-T U^T`` (r, d), so that ``Q = I - U S^-1 U^T`` maps rows as ``y -> y - (y U)
+    (S^-T U^T)``.
 
     Args:
         u: reflection vectors as columns, (d, r), of any length > 0; computed in fp32 or better.
-        inverse: ``exact`` by triangular solve, or the paper's ``neumann2``: S^-1 ~ D^-1 - D^-1 A D^-1.
+        inverse: ``exact`` by triangular solve, or the paper's ``neumann2``: S^-1 ~ D^-1 - D^-1 A
+            D^-1.
     """
     gram = u.mT @ u
     strict = torch.triu(gram, diagonal=1)
@@ -54,10 +58,11 @@ def wy_factor(u: Tensor, inverse: Inverse = "exact") -> Tensor:
 
 
 def reflect_rows(x: Tensor, u: Tensor, inverse: Inverse = "exact") -> Tensor:
-    """Applies Q to every row: ``x (..., d) -> Q x``, i.e. ``x - (x U) (S^-T U^T)`` with thin products.
+    """Applies Q to every row: ``x (..., d) -> Q x``, i.e. ``x - (x U) (S^-T U^T)`` with thin
+    products.
 
-    U, the Gram matrix and the solve stay in fp32 (or fp64); the two products over the batch run in the
-    dtype of x. ``Q = H(u1) H(u2) ... H(ur)`` with ``H(u) = I - 2 u u^T / |u|^2``.
+    U, the Gram matrix and the solve stay in fp32 (or fp64); the two products over the batch run in
+    the dtype of x. ``Q = H(u1) H(u2) ... H(ur)`` with ``H(u) = I - 2 u u^T / |u|^2``.
     """
     u = u.to(math_dtype(x.dtype))
     factor = wy_factor(u, inverse).to(x.dtype)
@@ -66,17 +71,21 @@ def reflect_rows(x: Tensor, u: Tensor, inverse: Inverse = "exact") -> Tensor:
 
 
 def paired_columns(d: int, rank: int, norm: float) -> Tensor:
-    """Draws (u1|u1|u2|u2|...) with orthonormal u1, u2, ... from the QR of a Gaussian, times ``norm``: Q = I."""
+    """Draws (u1|u1|u2|u2|...) with orthonormal u1, u2, ... from the QR of a Gaussian, times
+    ``norm``: Q = I.
+    """
     q, _ = torch.linalg.qr(torch.randn(d, rank // 2, dtype=torch.float64))
     return (norm * q).repeat_interleave(2, dim=1).to(torch.float32)
 
 
 def check_rank(rank: int, in_features: int, out_features: int) -> None:
-    """Refuses an odd rank and one that has no ``rank / 2`` orthonormal pairs in the smaller dimension."""
+    """Refuses an odd rank and one that has no ``rank / 2`` orthonormal pairs in the smaller
+    dimension.
+    """
     if rank % 2:
         raise UserError(
-            f"adapter.rank={rank}: HOFT starts from pairs of equal reflections, so the rank must be even; "
-            f"take {rank - 1 or 2} or {rank + 1}"
+            f"adapter.rank={rank}: HOFT starts from pairs of equal reflections, so the rank must be"
+            f" even; take {rank - 1 or 2} or {rank + 1}"
         )
     if rank // 2 > min(in_features, out_features):
         raise UserError(
@@ -86,10 +95,11 @@ def check_rank(rank: int, in_features: int, out_features: int) -> None:
 
 
 class HOFT(Adapter):
-    """``W' = Q_U W Q_V``; U (out, r), V (in, r), r even; ``r (in + out)`` parameters, as LoRA of rank r.
+    """``W' = Q_U W Q_V``; U (out, r), V (in, r), r even; ``r (in + out)`` parameters, as LoRA of
+    rank r.
 
-    Every singular value of W is kept. The bias is added after Q_U (the paper is silent): rotating it
-    would make the layer differ from ``W' x + b``. Paper: arXiv 2505.16531.
+    Every singular value of W is kept. The bias is added after Q_U (the paper is silent): rotating
+    it would make the layer differ from ``W' x + b``. Paper: arXiv 2505.16531.
 
     Raises:
         UserError: odd rank, or a rank too large for the layer.
@@ -101,7 +111,7 @@ class HOFT(Adapter):
 
     def __init__(self, config: HOFTConfig, in_features: int, out_features: int) -> None:
         check_rank(config.rank, in_features, out_features)
-        super().__init__(in_features, out_features)
+        super().__init__(config, in_features, out_features)
         self.inverse: Inverse = config.inverse
         self.init_norm = config.init_norm
         self.U = nn.Parameter(torch.empty(out_features, config.rank, dtype=torch.float32))
@@ -111,10 +121,12 @@ class HOFT(Adapter):
         )
 
     def reset_parameters(self) -> None:
-        """Sets pairs of equal, mutually orthonormal columns (Q = I under both inverses) and m - 1 = 0."""
+        """Sets pairs of equal, mutually orthonormal columns (Q = I under both inverses) and m - 1 =
+        0.
+        """
         with torch.no_grad():
-            self.U.copy_(paired_columns(*self.U.shape, self.init_norm))
-            self.V.copy_(paired_columns(*self.V.shape, self.init_norm))
+            self.U.copy_(paired_columns(self.out_features, self.U.shape[1], self.init_norm))
+            self.V.copy_(paired_columns(self.in_features, self.V.shape[1], self.init_norm))
             if self.scale is not None:
                 self.scale.zero_()
 

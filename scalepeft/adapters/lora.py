@@ -1,4 +1,5 @@
-"""LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685). The baseline of all others.
+"""LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685). The baseline of all
+others.
 
 Letters: r rank, A (r, in), B (out, r), scaling = alpha / r.
 """
@@ -33,7 +34,8 @@ class LoRAConfig(AdapterConfig):
 
 
 class LoRA(Adapter):
-    """``W' = W + (alpha / r) B A``; A (r, in) Kaiming-uniform, B (out, r) zero; ``r (in + out)`` parameters.
+    """``W' = W + (alpha / r) B A``; A (r, in) Kaiming-uniform, B (out, r) zero; ``r (in + out)``
+    parameters.
 
     Matches HF PEFT given the same A and B. Paper: arXiv 2106.09685.
     """
@@ -42,7 +44,7 @@ class LoRA(Adapter):
     weight_decay = True
 
     def __init__(self, config: LoRAConfig, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
+        super().__init__(config, in_features, out_features)
         self.scaling = config.alpha / config.rank
         self.dropout = config.dropout
         self.A = nn.Parameter(torch.empty(config.rank, in_features, dtype=torch.float32))

@@ -2,8 +2,8 @@
 
 from pydantic.dataclasses import dataclass
 
-from scalepeft.lookup import STRICT
 from scalepeft.adapters.hoft import HOFT, HOFTConfig
+from scalepeft.lookup import STRICT
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
 
@@ -22,7 +23,8 @@ class EngineConfig:
     Attributes:
         name: the engine, a file of ``scalepeft/parallel``.
         device: ``auto`` takes CUDA where there is one.
-        activation_checkpointing: keep only each block's input for backward and run the block again there.
+        activation_checkpointing: keep only each block's input for backward and run the block again
+            there.
     """
 
     name: str
@@ -31,13 +33,14 @@ class EngineConfig:
 
 
 class Engine:
-    """One way to spread a model. Gradients are SUMMED over micro-batches and ranks, never averaged."""
+    """One way to spread a model. Gradients are SUMMED over micro-batches and ranks."""
 
     Config: ClassVar[type[EngineConfig]]
     needs_group: ClassVar[bool] = True
     """True where the engine needs a process group even for one process."""
     sharded: ClassVar[bool] = False
-    """True where a forward is a collective, so that every rank must make the same number of them."""
+    """True where a forward is a collective, so that every rank must make the same number of them.
+    """
 
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
@@ -47,11 +50,14 @@ class Engine:
         """Raises UserError where this engine cannot run at this world size."""
 
     def shard(self, model: nn.Module, blocks: list[nn.Module]) -> None:
-        """Spreads the model in place, on the meta device: activation checkpointing first, then the wrap."""
+        """Spreads the model in place, on the meta device: activation checkpointing first, then the
+        wrap.
+        """
         if self.config.activation_checkpointing:
             for block in blocks:
-                # An instance attribute: parameter names stay, and a wrapper's hooks run outside the recomputation.
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+                # An instance attribute: parameter names stay, and a wrapper's hooks run outside the
+                # recomputation.
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         self.wrap(model, blocks)
 
     def wrap(self, model: nn.Module, blocks: list[nn.Module]) -> None:
@@ -62,26 +68,31 @@ class Engine:
         return model
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
-        """Context of a micro-batch's forward and backward: gradients are exchanged on the last one only."""
+        """Context of a micro-batch's forward and backward: gradients are exchanged on the last one
+        only.
+        """
         return nullcontext()
 
     def grad_norm(self, parameters: list[nn.Parameter]) -> Tensor:
         """2-norm over all trained parameters, the same number on every rank."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float, norm: Tensor) -> None:
-        """Scales the gradients in place so that their norm is at most ``max_norm`` (0: no clipping)."""
+        """Scales the gradients in place so that their norm is at most ``max_norm`` (0: no
+        clipping).
+        """
         if max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
 
     def trainable_state(
         self, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Returns (parameters, optimizer state) as full CPU tensors under canonical names; a collective.
+        """Returns (parameters, optimizer state) as full CPU tensors under canonical names; a
+        collective.
 
-        Optimizer names are ``<parameter>/exp_avg``, ``/exp_avg_sq`` and ``/step``; a parameter that never
-        had a gradient has none.
+        Optimizer names are ``<parameter>/exp_avg``, ``/exp_avg_sq`` and ``/step``; a parameter that
+        never had a gradient has none.
         """
         moments = (
             (f"{name}/{key}", value)
@@ -91,7 +102,10 @@ class Engine:
         return full_tensors(iter(trained.items())), full_tensors(moments)
 
     def load_optimizer_state(
-        self, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict[str, Tensor]
+        self,
+        trained: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Tensor],
     ) -> None:
         """Restores what ``trainable_state`` gave, whatever engine and world size it came from."""
         for key, value in state.items():
@@ -105,20 +119,20 @@ class Engine:
 
 
 def local_rows(parameter: Tensor) -> tuple[Tensor, int, int]:
-    """Returns (the local part, first row, one past the last row) of a plain tensor or a DTensor sharded on rows."""
-    placements = getattr(parameter, "placements", ())
-    if not any(p.is_shard() for p in placements):
-        local = parameter.to_local() if placements else parameter  # type: ignore[operator]
-        return local.detach(), 0, parameter.shape[0] if parameter.dim() else 1
-    assert all(p.dim == 0 for p in placements if p.is_shard()), "only rows are sharded"
+    """Returns (the local part, its first row, one past its last) of a plain tensor or a DTensor.
+
+    A DTensor is sharded on rows or not at all.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter.detach(), 0, parameter.shape[0] if parameter.dim() else 1
+    assert all(p.is_replicate() or p.is_shard(0) for p in parameter.placements)
+    local = parameter.to_local().detach()
     shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape,
-        parameter.device_mesh,  # type: ignore[attr-defined]
-        placements,
+        parameter.shape, parameter.device_mesh, parameter.placements
     )
-    local = parameter.to_local().detach()  # type: ignore[operator]
-    assert local.shape[0] == shape[0], (local.shape, shape)
-    return local, offset[0] if shape[0] else 0, offset[0] + shape[0] if shape[0] else 0
+    assert local.shape == tuple(shape), (local.shape, shape)
+    first = offset[0] if shape[0] else 0
+    return local, first, first + shape[0]
 
 
 @torch.no_grad()
@@ -129,10 +143,10 @@ def copy_rows(parameter: Tensor, full: Tensor) -> None:
 
 
 def full_tensors(named: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Gathers plain tensors or DTensors into full CPU tensors; a collective where something is sharded."""
+    """Gathers plain tensors or DTensors into full CPU tensors; a collective where something is
+    sharded.
+    """
     return {
-        name: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().cpu().contiguous()
+        name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().contiguous()
         for name, t in named
     }
-
-

@@ -28,13 +28,17 @@ def _sum_hook(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch
 
 
 class DDP(Engine):
-    """torch's DistributedDataParallel around the trained parameters; the frozen base is never communicated."""
+    """torch's DistributedDataParallel around the trained parameters; the frozen base is never
+    communicated.
+    """
 
     Config = DDPConfig
     _wrapped: DistributedDataParallel
 
     def loaded(self, model: nn.Module) -> nn.Module:
-        """Wraps the loaded model. Start values are equal on all ranks by seed, so nothing is broadcast."""
+        """Wraps the loaded model. Start values are equal on all ranks by seed, so nothing is
+        broadcast.
+        """
         cuda = self.ranks.device.type == "cuda"
         self._wrapped = DistributedDataParallel(
             model,

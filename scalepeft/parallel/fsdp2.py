@@ -1,4 +1,6 @@
-"""FSDP2: every rank holds 1/N of the rows of every parameter; a block is gathered while it computes."""
+"""FSDP2: every rank holds 1/N of the rows of every parameter; a block is gathered while it
+computes.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +23,9 @@ class FSDP2Config(EngineConfig):
     """Settings of the FSDP2 engine.
 
     Attributes:
-        reshard_after_forward: free a block after forward and gather it again for backward (less memory, one
-            more all-gather a block); False keeps every block gathered until its backward.
+        reshard_after_forward: free a block after forward and gather it again for backward (less
+            memory, one more all-gather a block); False keeps every block gathered until its
+            backward.
     """
 
     name: str = "fsdp2"
@@ -30,14 +33,16 @@ class FSDP2Config(EngineConfig):
 
 
 class FSDP2(Engine):
-    """``fully_shard`` on every block and on the model; frozen parameters are gathered, never reduced.
+    """``fully_shard`` on every block and on the model; frozen parameters are gathered, never
+    reduced.
 
-    The adapter shards with the block that holds its layer. There is no mixed-precision policy: the base is
-    stored in the compute dtype (or in bytes), the adapter in fp32, and methods cast for themselves.
+    The adapter shards with the block that holds its layer. There is no mixed-precision policy: the
+    base is stored in the compute dtype (or in bytes), the adapter in fp32, and methods cast for
+    themselves.
     """
 
     Config = FSDP2Config
-    config: FSDP2Config  # type: ignore[assignment]
+    config: FSDP2Config
     sharded = True
     _units: list[FSDPModule]
 
@@ -46,8 +51,9 @@ class FSDP2(Engine):
         version = tuple(int(v) for v in torch.__version__.split("+")[0].split(".")[:2])
         if version < UINT8_SHARDS_SINCE and any(p.dtype == torch.uint8 for p in model.parameters()):
             raise UserError(
-                f"a quantised base under engine.name=fsdp2 needs torch >= 2.13 (found {torch.__version__}): earlier "
-                "versions cannot shard uint8 parameters. Update torch, take engine.name=ddp, or model.quant=none"
+                "a quantised base under engine.name=fsdp2 needs torch >= 2.13 (found"
+                f" {torch.__version__}): earlier versions cannot shard uint8 parameters. Update"
+                " torch, take engine.name=ddp, or model.quant=none"
             )
         mesh = init_device_mesh(self.ranks.device.type, (self.ranks.world_size,))
         for block in blocks:
@@ -61,7 +67,9 @@ class FSDP2(Engine):
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
-        """Reduce-scatters on the last micro-batch only; until then each rank keeps unsharded adapter gradients."""
+        """Reduce-scatters on the last micro-batch only; until then each rank keeps unsharded
+        adapter gradients.
+        """
         for unit in self._units:
             unit.set_requires_gradient_sync(last, recurse=False)
         yield

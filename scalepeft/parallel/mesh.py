@@ -1,4 +1,6 @@
-"""Who this process is among all: ranks from torchrun, srun or accelerate, devices, and agreement between ranks."""
+"""Who this process is among all: ranks from torchrun, srun or accelerate, devices, and agreement
+between ranks.
+"""
 
 import gc
 import os
@@ -14,15 +16,17 @@ import torch.distributed as dist
 from scalepeft.lookup import UserError
 
 T = TypeVar("T")
-# Start-up work on one rank (tokenising, a first download) keeps the others waiting in a control collective.
+# Start-up work on one rank (tokenising, a first download) keeps the others waiting in a control
+# collective.
 CONTROL_TIMEOUT = timedelta(hours=2)
 
 
 def launch_variables(env: Mapping[str, str]) -> dict[str, str]:
-    """Returns RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT as torchrun sets them, from srun if need be.
+    """Returns RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT as torchrun sets them, from
+    srun if need be.
 
-    Under plain ``srun`` (one task a rank, no torchrun) the rendezvous is the first node of the step and a port
-    made from the job id, so that two jobs on one node do not meet.
+    Under plain ``srun`` (one task a rank, no torchrun) the rendezvous is the first node of the step
+    and a port made from the job id, so that two jobs on one node do not meet.
 
     Raises:
         UserError: a launcher set only some of the variables.
@@ -30,14 +34,17 @@ def launch_variables(env: Mapping[str, str]) -> dict[str, str]:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     given = {name: env[name] for name in names if name in env}
     if "RANK" in given or "WORLD_SIZE" in given:
-        given.setdefault("LOCAL_RANK", given.get("RANK", "0") if given.get("WORLD_SIZE") == "1" else "")
+        given.setdefault(
+            "LOCAL_RANK", given.get("RANK", "0") if given.get("WORLD_SIZE") == "1" else ""
+        )
         missing = [name for name in names if not given.get(name)]
         if given.get("WORLD_SIZE") == "1":
             missing = [name for name in missing if not name.startswith("MASTER")]
         if missing:
             raise UserError(
-                f"the launcher set {', '.join(sorted(k for k in given if given[k]))} but not "
-                f"{', '.join(missing)}; start with torchrun, srun, accelerate launch or launch/local.sh"
+                f"the launcher set {', '.join(sorted(k for k in given if given[k]))} but not"
+                f" {', '.join(missing)}; start with torchrun, srun, accelerate launch or"
+                " launch/local.sh"
             )
         return given
     if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
@@ -63,8 +70,9 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
     """Maps ``engine.device`` (auto, cpu, cuda) to this rank's device."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            f"engine.device=cuda: torch {torch.__version__} sees no CUDA device on {socket.gethostname()}; "
-            "take engine.device=cpu or check the driver and CUDA_VISIBLE_DEVICES"
+            f"engine.device=cuda: torch {torch.__version__} sees no CUDA device on"
+            f" {socket.gethostname()}; take engine.device=cpu or check the driver and"
+            " CUDA_VISIBLE_DEVICES"
         )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
@@ -72,21 +80,30 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
     # srun --gpus-per-task shows each task one GPU, as number 0.
     index = local_rank if count > 1 else 0
     if index >= count:
-        raise UserError(f"local rank {local_rank} has no GPU of its own: {count} visible; start fewer processes a node")
+        raise UserError(
+            f"local rank {local_rank} has no GPU of its own: {count} visible; start fewer processes"
+            " a node"
+        )
     return torch.device("cuda", index)
 
 
 class Ranks:
-    """This process among ``world_size``; collectives here run on the CPU (gloo) and never wait for a GPU."""
+    """This process among ``world_size``; collectives here run on the CPU (gloo) and never wait for
+    a GPU.
+    """
 
-    def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0, device: str = "cpu") -> None:
+    def __init__(
+        self, rank: int = 0, world_size: int = 1, local_rank: int = 0, device: str = "cpu"
+    ) -> None:
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
         self.device = torch.device(device)
         self.control: dist.ProcessGroup | None = None
 
     @classmethod
     def start(cls, wanted_device: str, process_group: bool) -> "Ranks":
-        """Reads the launcher's variables and joins the process group (also alone, if ``process_group``)."""
+        """Reads the launcher's variables and joins the process group (also alone, if
+        ``process_group``).
+        """
         env = launch_variables(os.environ)
         ranks = cls(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
         ranks.device = pick_device(wanted_device, ranks.local_rank)
@@ -132,10 +149,25 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def same(self, value: str, what: str) -> str:
+        """Returns ``value`` if it is equal on every rank, as a node's own copy of a file should be.
+
+        Raises:
+            UserError: it differs; the message begins with ``what`` and names the ranks.
+        """
+        values = self.gather(value)
+        others = [rank for rank, v in enumerate(values) if v != values[0]]
+        if others:
+            raise UserError(
+                f"{what} on rank 0 and on ranks {others}; give every node the same copy"
+            )
+        return value
+
     def together(self, work: Callable[[], T]) -> T:
         """Runs ``work`` (without collectives) here; if it fails on any rank, every rank raises.
 
-        So that a file missing on one node ends the job everywhere, and nobody waits for a dead rank.
+        So that a file missing on one node ends the job everywhere, and nobody waits for a dead
+        rank.
         """
         result: T | None = None
         failure: Exception | None = None
@@ -143,7 +175,9 @@ class Ranks:
             result = work()
         except Exception as error:
             failure = error
-        failures = self.gather(None if failure is None else (isinstance(failure, UserError), str(failure)))
+        failures = self.gather(
+            None if failure is None else (isinstance(failure, UserError), str(failure))
+        )
         if failure is not None:
             raise failure
         for rank, failed in enumerate(failures):
@@ -153,14 +187,16 @@ class Ranks:
         return result  # type: ignore[return-value]
 
     def main_only(self, work: Callable[[], T]) -> T:
-        """Runs ``work`` on rank 0 and returns its result on every rank; its failure is everyone's."""
+        """Runs ``work`` on rank 0, returns its result on every rank; its failure is everyone's."""
         result = [self.together(lambda: work() if self.is_main else None)]
         if self.world_size > 1:
             dist.broadcast_object_list(result, src=0, group=self.control)
         return result[0]  # type: ignore[return-value]
 
     def finish(self, *_released: object) -> None:
-        """Leaves the process group; call with no engine or model alive (DDP over gloo would hang at exit)."""
+        """Leaves the process group; call with no engine or model alive (DDP over gloo would hang at
+        exit).
+        """
         if dist.is_initialized():
             dist.barrier(group=self.control)
             gc.collect()

@@ -23,4 +23,7 @@ class Single(Engine):
     def check(cls, world_size: int) -> None:
         """Refuses more than one rank: each would train the same model alone."""
         if world_size > 1:
-            raise UserError(f"engine.name=single runs in one process, {world_size} were started; take fsdp2 or ddp")
+            raise UserError(
+                f"engine.name=single runs in one process, {world_size} were started; take fsdp2"
+                " or ddp"
+            )

@@ -1,4 +1,6 @@
-"""The task protocol: rows of a file -> prompt and completion to train on -> an answer found and scored."""
+"""The task protocol: rows of a file -> prompt and completion to train on -> an answer found and
+scored.
+"""
 
 import glob
 import gzip
@@ -24,14 +26,16 @@ class TaskConfig:
 
     Attributes:
         name: the task, a file of ``scalepeft/tasks``.
-        train: files (json, json lines, either with .gz), patterns, or ``hf://DATASET[:CONFIG[:SPLIT]]``.
+        train: files (json, json lines, either with .gz), patterns, or
+            ``hf://DATASET[:CONFIG[:SPLIT]]``.
         valid: the same for the held-out loss; or take ``valid_size``.
         test: the same for ``scalepeft evaluate``.
         valid_size: rows taken out of ``train`` for the held-out loss, chosen by ``train.seed``.
         prompt: what the model is given; ``{instruction}`` and ``{input}`` are filled in.
         completion: what it is to write; ``{output}`` is filled in. An end-of-text token follows.
         train_on: ``response`` puts the loss on the completion alone, ``all`` on the prompt as well.
-        cutoff: length in tokens; the end is cut. A row with no token left to learn is dropped and counted.
+        cutoff: length in tokens; the end is cut. A row with no token left to learn is dropped and
+            counted.
         on_error: a broken row stops the run (``stop``) or is left out and counted (``skip``).
         workers: loader processes; 0 pads the batches in the training process.
         cache: folder of tokenised data; default ``$SCALEPEFT_CACHE`` or ``~/.cache/scalepeft``.
@@ -63,7 +67,9 @@ class Example:
 
 @plain_dataclass(frozen=True)
 class Score:
-    """What was found in a prediction (None: nothing that looks like an answer) and whether it is right."""
+    """What was found in a prediction (None: nothing that looks like an answer) and whether it is
+    right.
+    """
 
     extracted: str | None
     correct: bool
@@ -89,7 +95,9 @@ class Task:
         """
         sources: list[str] = getattr(self.config, split)
         if not sources:
-            raise UserError(f"data.{split} is empty: name files, e.g. data.{split}=DIR/{split}.json")
+            raise UserError(
+                f"data.{split} is empty: name files, e.g. data.{split}=DIR/{split}.json"
+            )
         files = expand(sources, f"data.{split}")
         self.skipped = []
         found = []
@@ -100,14 +108,18 @@ class Task:
                 except UserError as error:
                     where = f"{source}, row {number}: {error}"
                     if self.config.on_error == "stop":
-                        raise UserError(f"{where}; repair it, or data.on_error=skip leaves it out") from None
+                        raise UserError(
+                            f"{where}; repair it, or data.on_error=skip leaves it out"
+                        ) from None
                     self.skipped.append(where)
         if not found:
             raise UserError(f"data.{split}: no usable row in {', '.join(files)}")
         return found
 
     def example(self, row: Any, row_id: str) -> Example:
-        """Builds one example from a row; raises UserError for a broken one (without file and number)."""
+        """Builds one example from a row; raises UserError for a broken one (without file and
+        number).
+        """
         raise NotImplementedError
 
     def score(self, prediction: str, example: Example) -> Score:
@@ -132,7 +144,9 @@ def expand(sources: list[str], key: str) -> list[str]:
 
 
 def source_labels(files: list[str]) -> list[str]:
-    """Names sources in example ids: the last two parts of the path, more where two files would share them."""
+    """Names sources in example ids: the last two parts of the path, more where two files would
+    share them.
+    """
     for parts in range(2, 64):
         labels = [f if f.startswith("hf://") else "/".join(Path(f).parts[-parts:]) for f in files]
         if len(set(labels)) == len(set(files)):
@@ -148,8 +162,8 @@ def source_labels(files: list[str]) -> list[str]:
 def read_rows(source: str) -> Iterator[tuple[int, Any]]:
     """Yields (row number from 1, row) of a json array, json lines, gzip of both, or a hub data set.
 
-    The content decides between an array and lines, not the file name. A line that is no JSON comes out as
-    a ``BrokenRow``; a broken array is an error of the whole file.
+    The content decides between an array and lines, not the file name. A line that is no JSON comes
+    out as a ``BrokenRow``; a broken array is an error of the whole file.
     """
     if source.startswith("hf://"):
         yield from enumerate(_hub_rows(source), 1)
@@ -163,18 +177,25 @@ def read_rows(source: str) -> Iterator[tuple[int, Any]]:
     if text.lstrip()[:1] == "[":
         try:
             yield from enumerate(json.loads(text), 1)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{source}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}; an array "
-                "must parse as a whole (json lines can be skipped row by row)"
+                f"{source}: {_json_fault(error)}; an array must parse as a whole (json lines can be"
+                " skipped row by row)"
             ) from None
         return
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                yield number, BrokenRow(f"broken JSON at column {error.colno}: {error.msg}")
+            except (ValueError, RecursionError) as error:
+                yield number, BrokenRow(_json_fault(error))
+
+
+def _json_fault(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        return f"broken JSON at {line}column {error.colno}: {error.msg}"
+    return f"broken JSON: {type(error).__name__}: {str(error)[:80]}"  # huge numbers, deep nesting
 
 
 @plain_dataclass(frozen=True)
@@ -185,13 +206,17 @@ class BrokenRow:
 
 
 def text_field(row: Any, key: str, required: bool = True) -> str:
-    """Returns ``row[key]`` as text; raises UserError for what is missing, empty, not text or not UTF-8."""
+    """Returns ``row[key]`` as text; raises UserError for what is missing, empty, not text or not
+    UTF-8.
+    """
     if isinstance(row, BrokenRow):
         raise UserError(row.reason)
     if not isinstance(row, dict):
         raise UserError(f"a row must be an object with keys, not {type(row).__name__}")
     if key not in row and required:
-        raise UserError(f"key '{key}' is missing; the row has {', '.join(map(str, row)) or 'no keys'}")
+        raise UserError(
+            f"key '{key}' is missing; the row has {', '.join(map(str, row)) or 'no keys'}"
+        )
     value = row.get(key, "")
     if not isinstance(value, str):
         raise UserError(f"'{key}' must be text, not {type(value).__name__} ({str(value)[:40]})")
@@ -208,10 +233,15 @@ def text_field(row: Any, key: str, required: bool = True) -> str:
 def _hub_rows(source: str) -> Iterator[dict[str, Any]]:
     name, _, rest = source.removeprefix("hf://").partition(":")
     config, _, split = rest.partition(":")
+    if not name:
+        raise UserError(f"{source}: names no data set; expected hf://DATASET[:CONFIG[:SPLIT]]")
     import datasets  # slow to import, and only hub sources need it
 
     try:
         yield from datasets.load_dataset(name, config or None, split=split or "train")
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ or error  # "An error occurred while generating the dataset" says nothing
-        raise UserError(f"{source}: {' '.join(str(cause).split())[:300] or type(cause).__name__}") from None
+        # "An error occurred while generating the dataset" says nothing: its cause does.
+        cause = error.__cause__ or error
+        raise UserError(
+            f"{source}: {' '.join(str(cause).split())[:300] or type(cause).__name__}"
+        ) from None

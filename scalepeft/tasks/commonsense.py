@@ -1,7 +1,8 @@
 """Commonsense multiple choice in the LLM-Adapters row format (arXiv 2304.01933).
 
 A row is ``{instruction, input, output, answer}``: ``output`` reads "the correct answer is answer2",
-``answer`` is the label. The instruction names its labels ("Answer format: answer1/answer2/answer3").
+``answer`` is the label. The instruction names its labels ("Answer format:
+answer1/answer2/answer3").
 """
 
 import re
@@ -12,7 +13,8 @@ from pydantic.dataclasses import dataclass
 from scalepeft.lookup import STRICT, UserError
 from scalepeft.tasks.base import Example, Score, Task, TaskConfig, text_field
 
-# Answer words of the eight tasks; a prediction's first one counts, as in the LLM-Adapters evaluation.
+# Answer words of the eight tasks; a prediction's first one counts, as in the LLM-Adapters
+# evaluation.
 ANSWERS = re.compile(r"true|false|solution[12]|answer[1-5]|ending[1-4]|option[12]")
 
 
@@ -39,7 +41,10 @@ class Commonsense(Task):
         }
         answer = text_field(row, "answer")
         if not ANSWERS.fullmatch(answer):
-            raise UserError(f"'answer' is {answer!r}; allowed: true, false, answer1, solution1, ending1, option1, ...")
+            raise UserError(
+                f"'answer' is {answer!r}; allowed: true, false, answer1, solution1, ending1,"
+                " option1, ..."
+            )
         return Example(
             row_id,
             fill(self.config.prompt, values, "data.prompt"),
@@ -55,12 +60,15 @@ class Commonsense(Task):
 
 
 def fill(template: str, values: dict[str, str], key: str) -> str:
-    """Replaces ``{name}`` for the given names only, so that braces in the data or template stay as they are.
+    """Replaces ``{name}`` for the given names only, so that braces in the data or template stay as
+    they are.
 
     Raises:
         UserError: the template names a field that rows do not have.
     """
     for name in re.findall(r"\{([a-z_]+)\}", template):
         if name not in values:
-            raise UserError(f"{key} uses {{{name}}}; rows have {', '.join('{' + v + '}' for v in values)}")
+            raise UserError(
+                f"{key} uses {{{name}}}; rows have {', '.join('{' + v + '}' for v in values)}"
+            )
     return re.sub(r"\{([a-z_]+)\}", lambda m: values[m[1]], template)

@@ -1,8 +1,9 @@
-"""A commonsense-like toy task with its own small world, for the demo and the tests: no download, real learning.
+"""A commonsense-like toy task with its own small world, for the demo and the tests: no download,
+real learning.
 
-Sixty-four things are of four kinds. A question names a thing; the answers are the kinds. Training asks about 40
-of the things and the test about the other 24: what those are only the base knows, from its plain text. The
-rows have the LLM-Adapters format of ``commonsense``.
+Sixty-four things are of four kinds. A question names a thing; the answers are the kinds. Training
+asks about 40 of the things and the test about the other 24: what those are only the base knows,
+from its plain text. The rows have the LLM-Adapters format of ``commonsense``.
 """
 
 import random
@@ -11,16 +12,26 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from scalepeft.lookup import STRICT
+from scalepeft.lookup import STRICT, UserError
 from scalepeft.tasks.base import Example, Split
 from scalepeft.tasks.commonsense import Commonsense, CommonsenseConfig
 
 WORLD = {
-    "animal": "dog cat horse cow sheep goat lion tiger bear wolf fox deer rabbit mouse duck goose".split(),
-    "fruit": "apple pear plum peach cherry grape lemon orange mango melon fig kiwi banana berry lime date".split(),
-    "tool": "hammer saw drill wrench pliers axe shovel rake chisel file knife spade screwdriver ladder nail rope".split(),
-    "vehicle": "car bus train truck bicycle boat ship plane tram van wagon canoe taxi rocket ferry sled".split(),
-}  # fmt: skip
+    "animal": (
+        "dog cat horse cow sheep goat lion tiger bear wolf fox deer rabbit mouse duck goose"
+    ).split(),
+    "fruit": (
+        "apple pear plum peach cherry grape lemon orange mango melon fig kiwi banana berry lime "
+        "date"
+    ).split(),
+    "tool": (
+        "hammer saw drill wrench pliers axe shovel rake chisel file knife spade screwdriver ladder "
+        "nail rope"
+    ).split(),
+    "vehicle": (
+        "car bus train truck bicycle boat ship plane tram van wagon canoe taxi rocket ferry sled"
+    ).split(),
+}
 KINDS = sorted(WORLD)
 LOOKS = "big small old new red blue green heavy plain fine".split()
 QUESTIONS = (
@@ -52,12 +63,17 @@ class ToyConfig(CommonsenseConfig):
 def make_row(rng: random.Random, things: slice) -> dict[str, str]:
     """Draws a question about one of these things of some kind."""
     kind = rng.choice(KINDS)
-    question = rng.choice(QUESTIONS).format(look=rng.choice(LOOKS), thing=rng.choice(WORLD[kind][things]))
+    question = rng.choice(QUESTIONS).format(
+        look=rng.choice(LOOKS), thing=rng.choice(WORLD[kind][things])
+    )
     label = f"answer{KINDS.index(kind) + 1}"
     listed = " ".join(f"Answer{i}: {kind}" for i, kind in enumerate(KINDS, 1))
     form = "/".join(f"answer{i}" for i in range(1, len(KINDS) + 1))
     return {
-        "instruction": f"Please choose the correct answer to the question: {question}\n\n{listed}\n\nAnswer format: {form}",
+        "instruction": (
+            f"Please choose the correct answer to the question: {question}\n\n{listed}\n\nAnswer"
+            f" format: {form}"
+        ),
         "input": "",
         "output": f"the correct answer is {label}",
         "answer": label,
@@ -65,11 +81,24 @@ def make_row(rng: random.Random, things: slice) -> dict[str, str]:
 
 
 class Toy(Commonsense):
-    """Rows made on the spot from ``rows_seed``; the files ``data.train``, ``valid`` and ``test`` are not read."""
+    """Rows made on the spot from ``rows_seed``; it reads no files.
+
+    Raises:
+        UserError: ``data.train``, ``valid`` or ``test`` is set, which would have no effect.
+    """
 
     Config = ToyConfig
-    config: ToyConfig  # type: ignore[assignment]
+    config: ToyConfig
     version = 1
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__(config)
+        for split in ("train", "valid", "test"):
+            if files := getattr(config, split):
+                raise UserError(
+                    f"data.{split}={','.join(files)}: data.name=toy makes its own rows; take "
+                    "data=commonsense to read files"
+                )
 
     def examples(self, split: Split) -> list[Example]:
         """Makes the rows of a split."""
@@ -80,9 +109,11 @@ class Toy(Commonsense):
 
 
 def corpus(rng: random.Random, lines: int) -> list[str]:
-    """Plain text of the toy world to pretrain the built-in model on: facts, and questions answered at random.
+    """Plain text of the toy world to pretrain the built-in model on: facts, and questions answered
+    at random.
 
-    The random answers teach the form of an answer and nothing about which one is right: the base scores chance.
+    The random answers teach the form of an answer and nothing about which one is right: the base
+    scores chance.
     """
     text = []
     for _ in range(lines):

@@ -1,0 +1,121 @@
+"""Every command of the README is run, and its Python too; the demo shows what the README says it
+shows.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line for block in re.findall(r"```bash\n(.*?)```", README, re.S) for line in block.splitlines()
+]
+# What keeps a README command short here; the user's words stay as they are.
+SHORT = [
+    "train.epochs=null",
+    "train.max_steps=2",
+    "train.warmup_steps=0",
+    "train.eval_every=2",
+    "data.valid_size=2",
+    "train.precision=fp32",
+    "model.double_quant=false",
+]
+
+
+def run(words: list[str], cwd: Path) -> str:
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    done = subprocess.run(
+        words, cwd=cwd, capture_output=True, text=True, timeout=400, check=False, env=env
+    )
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_commands_of_a_real_run(tmp_path: Path) -> None:
+    from scalepeft import tiny
+
+    rows = [
+        {
+            "instruction": f"Is {i} even?",
+            "input": "",
+            "output": f"the correct answer is {str(i % 2 == 0).lower()}",
+            "answer": str(i % 2 == 0).lower(),
+        }
+        for i in range(40)
+    ]
+    for name in ("TRAIN", "TEST"):
+        (tmp_path / name).write_text(json.dumps(rows))
+    shutil.copytree(tiny.make(0), tmp_path / "MODEL")
+    for name in ("configs", "launch"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    seen = []
+    for command in COMMANDS:
+        words = shlex.split(command)
+        if words[0] == "bash":
+            continue
+        if "train" in words and "model=tiny" not in words:
+            words += SHORT
+        if words[0] == "torchrun":
+            words[1:1] = ["--master-port", "0"]
+        run(words, tmp_path)
+        seen.append(words[0])
+    assert seen == [
+        "scalepeft",
+        "scalepeft",
+        "scalepeft",
+        "torchrun",
+        "launch/local.sh",
+        "scalepeft",
+    ]
+    assert (tmp_path / "runs/commonsense_hoft/loss.png").stat().st_size > 10_000
+    assert (
+        json.loads((tmp_path / "runs/two/eval/commonsense/scores.json").read_text())["count"] == 40
+    )
+
+
+def test_the_python_of_the_readme() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    names: dict[str, object] = {}
+    exec(block, names)
+    assert tuple(names["weight"].shape) == (128, 64)  # type: ignore[attr-defined]
+
+
+def test_layout_lists_every_module() -> None:
+    listed = re.findall(r"^scalepeft/(\S+)", README, re.M)
+    for path in sorted((ROOT / "scalepeft").iterdir()):
+        if path.name.startswith("__") or path.name == "configs":
+            continue
+        assert path.name + ("/" if path.is_dir() else "") in listed, (
+            f"README's layout lacks {path.name}"
+        )
+
+
+@pytest.mark.slow
+def test_demo(tmp_path: Path) -> None:
+    assert "bash launch/demo.sh" in COMMANDS and "bash launch/test.sh" in COMMANDS
+    text = run(["bash", str(ROOT / "launch/demo.sh"), str(tmp_path / "demo")], tmp_path)
+    scores = {
+        which: json.loads((tmp_path / "demo" / folder / "toy/scores.json").read_text())
+        for which, folder in (("base", "eval-base"), ("tuned", "eval"))
+    }
+    assert scores["base"]["ci95"][0] <= 0.25 <= scores["base"]["ci95"][1], (
+        "the base must score chance"
+    )
+    assert scores["tuned"]["accuracy"] > 0.9
+    for which in scores:
+        assert re.search(rf"{which} +toy +200 +{scores[which]['accuracy']:.1%}", text)
+    assert "starts 2 (at step 0, " in text
+    assert (tmp_path / "demo/loss.png").stat().st_size > 10_000
