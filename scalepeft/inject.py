@@ -6,7 +6,7 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class Adapted(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the adapter around the frozen layer; the base bias is added last."""
-        y = self.adapter(x, partial(quant.matmul, self))
+        y = self.adapter(x, quant.Frozen(self))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 

@@ -250,12 +250,28 @@ def quantise(layer: nn.Linear, fmt: Format) -> None:
 
 
 def matmul(layer: nn.Linear, x: Tensor) -> Tensor:
-    """``W x`` (..., out) in the dtype of x without the bias, however W is stored: the black box of
-    an adapter.
-    """
+    """``W x`` (..., out) in the dtype of x without the bias, however W is stored."""
     if isinstance(layer, QuantLinear):
         return _QuantMatMul.apply(x, layer.weight, layer.weight_scale, layer.fmt)
     return F.linear(x, layer.weight.to(x.dtype))
+
+
+class Frozen:
+    """The black box of an adapter: a frozen layer without its bias, however W is stored."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self._layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``W x`` (..., out) in the dtype of x."""
+        return matmul(self._layer, x)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """W (out, in), for the backward of a fused method alone: made now, not to be kept."""
+        layer = self._layer
+        if isinstance(layer, QuantLinear):
+            return layer.fmt.decode(layer.weight, layer.weight_scale, layer.in_features, dtype)
+        return layer.weight.detach().to(dtype)
 
 
 @cache

@@ -51,9 +51,14 @@ def task_of(config: RunConfig) -> Task:
 
 
 def start_ranks(config: RunConfig) -> Ranks:
-    """Joins the other ranks; refuses a number of them that engine or batch cannot take."""
+    """Joins the other ranks; refuses a number of them that the engine cannot take."""
     ranks = Ranks.start(config.engine.device, engine_class(config).needs_group)
     engine_class(config).check(ranks.world_size)
+    return ranks
+
+
+def check_batch(config: RunConfig, ranks: Ranks) -> None:
+    """Refuses a world size that does not divide the global batch."""
     size, world = config.train.global_batch, ranks.world_size
     if size % world:
         near = min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: abs(n - world))
@@ -61,7 +66,6 @@ def start_ranks(config: RunConfig) -> Ranks:
             f"train.global_batch={size} cannot be shared evenly by {world} ranks; start {near}"
             f" ranks, or take train.global_batch={max(1, size // world) * world}"
         )
-    return ranks
 
 
 def build(config: RunConfig, ranks: Ranks, poll: Callable[[], None], adapted: bool = True) -> Built:
@@ -283,6 +287,7 @@ def run(config: RunConfig, stop: StopFlag, resume_with_changes: bool = False) ->
         Fenced: the run was started again elsewhere meanwhile.
     """
     ranks = start_ranks(config)
+    check_batch(config, ranks)
     records = ranks.together(
         lambda: Records(config, resume_with_changes) if ranks.is_main else None
     )

@@ -341,7 +341,9 @@ def test_an_end_of_text_that_the_tokenizer_appends_is_not_in_the_prompt(tokenize
 
         eos_token_id = eos
 
-        def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, Any]:
+        def __call__(
+            self, texts: list[str], add_special_tokens: bool, verbose: bool
+        ) -> dict[str, Any]:
             ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
             return {"input_ids": [[*i, eos] if add_special_tokens else i for i in ids]}
 

@@ -179,3 +179,52 @@ def test_bf16_layer_keeps_fp32_parameters_and_bf16_activations(name: str) -> Non
     assert y.dtype == torch.bfloat16
     y.float().square().sum().backward()
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in layer.adapter.parameters())
+
+
+def saved_bytes(layer: nn.Linear, x: torch.Tensor) -> int:
+    """Bytes that a forward keeps for backward: each storage once, no parameters."""
+    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    found: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+            kept.append(t)
+        return t
+
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        layer(x)
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("kind", ["plain", "nf4"])
+def test_hoft_saves_for_backward_what_lora_saves(kind: str) -> None:
+    x = torch.randn(4096, 1024, requires_grad=True)
+    hoft, lora = (saved_bytes(make(kind, name, 1024, 1024, rank=8), x) for name in ("hoft", "lora"))
+    assert lora >= x.nbytes
+    assert hoft <= 1.05 * lora
+
+
+@pytest.mark.parametrize("inverse", ["exact", "neumann2"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_fused_form_equals_the_hooks(inverse: str, bias: bool) -> None:
+    """SHOFT with m = 1 goes through the hooks: the same map and gradients, by autograd."""
+    fused, hooks = (make("fp64", n, 48, 80, inverse=inverse, bias=bias) for n in ("hoft", "shoft"))
+    for layer in (fused, hooks):
+        layer.adapter.double()
+    scatter(fused)
+    with torch.no_grad():
+        hooks.adapter.U.copy_(fused.adapter.U)
+        hooks.adapter.V.copy_(fused.adapter.V)
+    x = torch.randn(2, 7, 80, dtype=torch.float64)
+    grads = []
+    for layer in (fused, hooks):
+        leaf = x.clone().requires_grad_()
+        layer(leaf).sin().sum().backward()
+        grads.append([leaf.grad, layer.adapter.U.grad, layer.adapter.V.grad])
+    assert torch.allclose(fused(x), hooks(x), atol=1e-12, rtol=0)
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, atol=1e-11, rtol=0)
+    fused(x).sum().backward()  # an x that needs no gradient

@@ -3,8 +3,7 @@
 Letters: W frozen weight (out, in), x (..., in), y (..., out), b the base bias, r rank.
 """
 
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
 from pydantic import Field
@@ -31,8 +30,14 @@ class AdapterConfig:
     )
 
 
-Base = Callable[[Tensor], Tensor]
-"""The frozen layer without its bias: ``x (..., in) -> W x (..., out)``, however W is stored."""
+class Base(Protocol):
+    """The frozen layer without its bias, however W is stored."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x (..., in) -> W x (..., out)`` in the dtype of x, differentiable in x."""
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """W (out, in) for the moment, in the backward of a fused method; most methods never ask."""
 
 
 class Adapter(nn.Module):

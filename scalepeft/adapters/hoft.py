@@ -4,14 +4,14 @@ Letters: r rank (even), U (out, r), V (in, r), m (out,), Q = I - U S^-1 U^T with
 S = triu(U^T U), diagonal halved (compact WY). Row form for a batch: y Q^T = y - (y U) (S^-T U^T).
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from scalepeft.adapters.base import Adapter, AdapterConfig, math_dtype
+from scalepeft.adapters.base import Adapter, AdapterConfig, Base, math_dtype
 from scalepeft.lookup import STRICT, UserError
 
 Inverse = Literal["exact", "neumann2"]
@@ -139,3 +139,55 @@ class HOFT(Adapter):
         if self.scale is not None:
             y = y + y * self.scale.to(y.dtype)
         return reflect_rows(y, self.U, self.inverse)
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        """The whole layer at once, so that backward needs neither ``Q_V x`` nor ``W Q_V x``.
+
+        SHOFT goes through the hooks: the gradient of m takes every element of ``W Q_V x``.
+        """
+        if self.scale is not None:
+            return super().forward(x, base)
+        factors = []
+        for columns in (self.U, self.V):
+            u = columns.to(math_dtype(x.dtype))
+            factors += [u.to(x.dtype), wy_factor(u, self.inverse).to(x.dtype)]
+        y: Tensor = _RotatedMatMul.apply(x, *factors, base)
+        return y
+
+
+class _RotatedMatMul(torch.autograd.Function):
+    """``y = Q_U W Q_V x`` over rows, saving x, x V and y0 U: what LoRA saves, and (tokens, r) more.
+
+    With ``P = x V``, ``x1 = x - P M_V``, ``y0 = x1 W^T``, ``R = y0 U``, ``y = y0 - R M_U``, the one
+    product in backward that seems to need y0 (tokens, out) is ``y0^T dR = W (dR^T x1)^T``: r rows
+    through the weight that backward has at hand anyway.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, u: Tensor, m_u: Tensor, v: Tensor, m_v: Tensor, base: Base
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        p = rows @ v
+        y = base(torch.addmm(rows, p, m_v, alpha=-1))
+        r = y @ u
+        ctx.save_for_backward(rows, p, r, u, m_u, v, m_v)
+        ctx.base = base
+        return y.addmm_(r, m_u, alpha=-1).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, p, r, u, m_u, v, m_v = ctx.saved_tensors
+        dy = grads[0].reshape(-1, grads[0].shape[-1])
+        d_mu = -(r.mT @ dy)
+        dr = -(dy @ m_u.mT)
+        weight = ctx.base.weight(dy.dtype)
+        d_u = weight @ (dr.mT @ rows - (dr.mT @ p) @ m_v).mT
+        dx = torch.addmm(dy, dr, u.mT) @ weight  # of x1
+        d_mv = -(p.mT @ dx)
+        dp = -(dx @ m_v.mT)
+        d_v = rows.mT @ dp
+        if not ctx.needs_input_grad[0]:
+            return None, d_u, d_mu, d_v, d_mv, None
+        dx = dx.addmm_(dp, v.mT).view(*grads[0].shape[:-1], -1)
+        return dx, d_u, d_mu, d_v, d_mv, None
