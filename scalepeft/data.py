@@ -248,6 +248,16 @@ class MicroBatch:
         return MicroBatch(ids, labels, self.sample_index)
 
 
+@dataclass(frozen=True)
+class StepBatch:
+    """One step: this rank's micro-batches; label tokens and tokens of the whole global batch."""
+
+    step: int
+    micro: list[MicroBatch]
+    label_tokens: int
+    tokens: int
+
+
 class _Rows(Dataset[Any]):
     """Micro-batches of one rank as a map-style data set: item = (global index, row) pairs -> padded
     tensors.
@@ -278,8 +288,7 @@ def _quiet_worker(_: int) -> None:
 
 
 class Loader:
-    """Yields, for each step from ``first_step``, this rank's micro-batches and the step's global
-    label-token count.
+    """Yields each step from ``first_step``: this rank's micro-batches and the global counts.
 
     Sample ``i`` of a step goes to rank ``i % world_size``. No attention mask is needed: the padding
     is on the right of a causal model and carries no label.
@@ -313,7 +322,7 @@ class Loader:
         size = self.config.train.micro_batch
         return [mine[i : i + size] for i in range(0, len(mine), size)]
 
-    def __iter__(self) -> Iterator[tuple[int, list[MicroBatch], int]]:
+    def __iter__(self) -> Iterator[StepBatch]:
         last = self.first_step + self.steps
         batches = (m for step in range(self.first_step, last) for m in self._micro(step))
         workers = self.config.data.workers
@@ -328,6 +337,8 @@ class Loader:
         )
         stream = iter(loader)
         for step in range(self.first_step, last):
-            pairs = self.step_pairs(step)
+            rows = [row for _, row in self.step_pairs(step)]
             micro = [MicroBatch(*next(stream)) for _ in self._micro(step)]
-            yield step, micro, self.tokens.label_tokens([row for _, row in pairs])
+            yield StepBatch(
+                step, micro, self.tokens.label_tokens(rows), self.tokens.all_tokens(rows)
+            )

@@ -16,6 +16,7 @@ import yaml
 
 from scalepeft import __version__, inject, models
 from scalepeft import config as cfg
+from scalepeft.build import Built, build, start_ranks, task_of
 from scalepeft.checkpoint import write_atomically
 from scalepeft.config import RunConfig
 from scalepeft.data import strip_eos
@@ -24,7 +25,6 @@ from scalepeft.parallel.mesh import Ranks
 from scalepeft.preemption import FINISHED, STOPPED, StopFlag, Stopping
 from scalepeft.progress import say
 from scalepeft.tasks.base import Example, Task
-from scalepeft.train import Built, build, start_ranks, task_of
 
 ALLOWED = (
     "evaluate.",
@@ -109,7 +109,8 @@ def generate(
 ) -> list[str]:
     """Continues each prompt greedily, left-padded, with a KV cache; returns the new text alone."""
     ids = [
-        strip_eos(i, tokenizer) for i in tokenizer(prompts, add_special_tokens=True)["input_ids"]
+        strip_eos(i, tokenizer)
+        for i in tokenizer(prompts, add_special_tokens=True, verbose=False)["input_ids"]
     ]
     room = model.config.max_position_embeddings - config.evaluate.max_new_tokens
     if room < 1:

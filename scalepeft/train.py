@@ -1,60 +1,21 @@
-"""Training, top to bottom: build -> resume -> steps -> adapter. Every due thing is a visible
-``if``.
-"""
+"""Training, top to bottom: build -> resume -> steps -> adapter; what is due is a visible ``if``."""
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from signal import SIGUSR1
-from typing import Any
 
 import torch
-from torch import nn
 
-from scalepeft import data, inject, lookup, loss, models
+from scalepeft import data, inject, loss, models
+from scalepeft.build import Built, build, start_ranks, task_of
 from scalepeft.config import RunConfig
 from scalepeft.lookup import UserError
-from scalepeft.parallel.base import Engine
 from scalepeft.parallel.mesh import Ranks
 from scalepeft.preemption import FINISHED, STOPPED, StopFlag, Stopping
 from scalepeft.progress import say
 from scalepeft.records import Records
-from scalepeft.tasks.base import Task
-
-
-@dataclass
-class Built:
-    """A loaded, sharded, adapted model and what belongs to it."""
-
-    engine: Engine
-    model: nn.Module
-    call: nn.Module
-    """What training calls: the model, or the engine's wrapper around it."""
-    base: dict[str, Any]
-    """Which base this is: path, revision, storage, fingerprint."""
-    bytes_read: int
-
-
-def engine_class(config: RunConfig) -> type[Engine]:
-    """Returns the engine that ``engine.name`` picks."""
-    module = lookup.find("parallel", config.engine.name, "engine")
-    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Engine)]
-    return next(c for c in classes if c.__module__ == module.__name__)
-
-
-def task_of(config: RunConfig) -> Task:
-    """Returns the task that ``data.name`` picks."""
-    module = lookup.find("tasks", config.data.name, "task")
-    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Task)]
-    return next(c for c in classes if c.__module__ == module.__name__)(config.data)
-
-
-def start_ranks(config: RunConfig) -> Ranks:
-    """Joins the other ranks; refuses a number of them that the engine cannot take."""
-    ranks = Ranks.start(config.engine.device, engine_class(config).needs_group)
-    engine_class(config).check(ranks.world_size)
-    return ranks
+from scalepeft.weights import resident_bytes
 
 
 def check_batch(config: RunConfig, ranks: Ranks) -> None:
@@ -66,41 +27,6 @@ def check_batch(config: RunConfig, ranks: Ranks) -> None:
             f"train.global_batch={size} cannot be shared evenly by {world} ranks; start {near}"
             f" ranks, or take train.global_batch={max(1, size // world) * world}"
         )
-
-
-def build(config: RunConfig, ranks: Ranks, poll: Callable[[], None], adapted: bool = True) -> Built:
-    """Structure on meta -> adapters -> shard -> each rank's own rows -> start values."""
-    folder = models.resolve(config.model, ranks)
-    poll()
-
-    def structure() -> tuple[nn.Module, models.Weights]:
-        model = models.build(config.model, folder, config.train.precision)
-        if adapted:
-            inject.inject(model, config.adapter)
-        else:
-            model.requires_grad_(False)
-        loss.add_token_loss(model)
-        return model, models.Weights(folder)
-
-    model, weights = ranks.together(structure)
-    engine = engine_class(config)(config.engine, ranks)
-    engine.shard(model, models.blocks_of(model))
-    models.materialise(model, ranks.device)
-    turns = models.load_weights(model, weights)
-    while ranks.together(lambda: next(turns, "end")) != "end":
-        poll()
-    inject.reset_adapters(model, config.train.seed)
-    base = {
-        "path": config.model.path,
-        "revision": config.model.revision,
-        "quant": config.model.quant,
-        "double_quant": config.model.double_quant,
-        "fingerprint": ranks.same(
-            ranks.together(weights.fingerprint), f"model.path={config.model.path}: files differ"
-        ),
-    }
-    call = engine.loaded(model) if adapted else model
-    return Built(engine, model, call, base, weights.bytes_read)
 
 
 class Trainer:
@@ -168,6 +94,15 @@ class Trainer:
         self.nonfinite = 0 if finite else self.nonfinite + 1
         return (mean, float(norm)) if finite else (None, None)
 
+    def check_finite(self, step: int) -> None:
+        """Ends the run after ``train.max_nonfinite`` skipped steps in a row."""
+        if self.nonfinite >= self.config.train.max_nonfinite:
+            raise FloatingPointError(
+                f"loss or gradient was not finite for {self.nonfinite} steps in a row, to step"
+                f" {step}. The newest checkpoint is from before them. Lower"
+                f" train.lr={self.config.train.lr}, or look at the rows of these steps"
+            )
+
     def restore(self, records: Records | None) -> int:
         """Loads the checkpoint that rank 0 picked, if any; returns the step to continue from.
 
@@ -207,9 +142,8 @@ class Trainer:
             "step": step,
             "sample_index": step * self.config.train.global_batch,
             "nonfinite_in_a_row": self.nonfinite,
-            "seed": (
-                self.config.train.seed
-            ),  # order and dropout are functions of it: no generator state
+            # Order and dropout are functions of the seed: there is no generator state.
+            "seed": self.config.train.seed,
             "base": self.built.base,
             "data": self.data_fingerprint,
             "world_size": self.ranks.world_size,
@@ -265,15 +199,15 @@ def held_out_loss(
         torch.full((1, data.PAD_TO), loss.IGNORED),
         0,
     )
-    for _, micro, label_tokens in data.Loader(rows, config, ranks, 0, steps, shuffle=False):
+    for step in data.Loader(rows, config, ranks, 0, steps, shuffle=False):
         poll()
-        for batch in [*micro, *[nothing] * (forwards - len(micro))]:
+        for batch in [*step.micro, *[nothing] * (forwards - len(step.micro))]:
             batch = batch.to(ranks.device)
             value = built.model(
                 batch.input_ids, token_labels=batch.labels, loss_chunk=config.train.loss_chunk
             )
             total[0] += float(value)
-        total[1] += label_tokens / ranks.world_size
+        total[1] += step.label_tokens / ranks.world_size
     built.model.train()
     summed, count = ranks.sum(total).tolist()
     return summed / count
@@ -295,9 +229,7 @@ def run(config: RunConfig, stop: StopFlag, resume_with_changes: bool = False) ->
     if not ranks.main_only(lambda: records is not None and records.finished()):
         try:
             code = _train(config, ranks, records, stop)
-        except (
-            Stopping
-        ):  # before the first step: nothing is trained that a checkpoint does not hold
+        except Stopping:  # before the first step: nothing is trained but what is saved
             code = STOPPED
     if records:
         records.close(code == FINISHED)
@@ -320,37 +252,12 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
     trainer = Trainer(config, ranks, built, fingerprint)
     step = saved = trainer.restore(records)
     evaluated = ranks.main_only(lambda: records.validation.last_step if records else 0)
+    _announce(trainer, records, step, total, time.monotonic() - began)
+    batches = iter(data.Loader(train_rows, config, ranks, step, total - step))
     built.model.train()
-    per_rank = ranks.gather(
-        {"bytes_read": built.bytes_read, "bytes_held": models.resident_bytes(built.model)}
-    )
-    if records:
-        count = sum(p.numel() for p in trainer.trained.values())
-        say(
-            f"training {count:,} parameters in {len(trainer.trained)} tensors, steps {step + 1} to"
-            f" {total}"
-        )
-        seconds = time.monotonic() - began
-        engine = config.engine.name
-        records.event(
-            "start",
-            step,
-            engine=engine,
-            world_size=ranks.world_size,
-            seconds=seconds,
-            per_rank=per_rank,
-        )
-    ranks.together(lambda: records.show(step, total) if records else None)
-    loader = data.Loader(train_rows, config, ranks, step, total - step)
-    batches = iter(loader)
     try:
         while True:
-            due = (
-                config.train.eval_every
-                and step
-                and (step % config.train.eval_every == 0 or step == total)
-            )
-            if valid_rows is not None and due and evaluated < step:
+            if valid_rows is not None and _due(config, step, total) and evaluated < step:
                 value = held_out_loss(config, built, valid_rows, ranks, poll)
                 evaluated = step
                 if records:
@@ -359,31 +266,24 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
                 break
             poll()
             clock = time.monotonic()
-            _, micro, label_tokens = next(batches)
+            batch = next(batches)
             lr = learning_rate(config, step, total)
-            mean, norm = trainer.step(micro, label_tokens, lr)
+            mean, norm = trainer.step(batch.micro, batch.label_tokens, lr)
             step += 1
             if records:
                 seconds = time.monotonic() - clock
-                tokens = train_rows.all_tokens([row for _, row in loader.step_pairs(step - 1)])
-                records.log(
-                    {
-                        "step": step,
-                        "loss": mean,
-                        "lr": lr,
-                        "grad_norm": norm,
-                        "label_tokens": label_tokens,
-                        "sample_index": step * config.train.global_batch,
-                        "seconds": seconds,
-                        "tokens_per_second": tokens / seconds,
-                    }
-                )
-            if trainer.nonfinite >= config.train.max_nonfinite:
-                raise FloatingPointError(
-                    f"loss or gradient was not finite for {trainer.nonfinite} steps in a row, to"
-                    f" step {step}. The newest checkpoint is from before them. Lower"
-                    f" train.lr={config.train.lr}, or look at the rows of these steps"
-                )
+                row = {
+                    "step": step,
+                    "loss": mean,
+                    "lr": lr,
+                    "grad_norm": norm,
+                    "label_tokens": batch.label_tokens,
+                    "sample_index": step * config.train.global_batch,
+                    "seconds": seconds,
+                    "tokens_per_second": batch.tokens / seconds,
+                }
+                records.log(row)
+            trainer.check_finite(step)
             if (step % config.train.save_every == 0 or step == total) and not trainer.nonfinite:
                 saved = trainer.save(step, records, final=step == total) or saved
             if step == config.train.stop_at:
@@ -395,6 +295,27 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
     trained, _ = built.engine.trainable_state(trainer.trained, trainer.optimizer)
     ranks.main_only(lambda: records.save_adapter(total, trained, built.base) if records else None)
     return FINISHED
+
+
+def _due(config: RunConfig, step: int, total: int) -> bool:
+    every = config.train.eval_every
+    return bool(every and step and (step % every == 0 or step == total))
+
+
+def _announce(
+    trainer: Trainer, records: Records | None, step: int, total: int, seconds: float
+) -> None:
+    """Tells user and events.jsonl what starts, with the bytes that each rank read and holds."""
+    built, ranks = trainer.built, trainer.ranks
+    mine = {"bytes_read": built.bytes_read, "bytes_held": resident_bytes(built.model)}
+    per_rank = ranks.gather(mine)
+    if records:
+        count = sum(p.numel() for p in trainer.trained.values())
+        tensors = len(trainer.trained)
+        say(f"training {count:,} parameters in {tensors} tensors, steps {step + 1} to {total}")
+        more = {"engine": trainer.config.engine.name, "world_size": ranks.world_size}
+        records.event("start", step, **more, seconds=seconds, per_rank=per_rank)
+    ranks.together(lambda: records.show(step, total) if records else None)
 
 
 def _rows(config: RunConfig, ranks: Ranks) -> tuple[data.TokenSet, data.TokenSet | None, int]:

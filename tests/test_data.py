@@ -557,7 +557,10 @@ def loaded(
 ) -> list[tuple[int, list[data.MicroBatch], int]]:
     given = settings("train.global_batch=12", "train.micro_batch=2", f"data.workers={workers}")
     ranks = Ranks(rank, world_size, rank)
-    return list(data.Loader(token_set(), given, ranks, first, steps, **kw))
+    return [
+        (b.step, b.micro, b.label_tokens)
+        for b in data.Loader(token_set(), given, ranks, first, steps, **kw)
+    ]
 
 
 def samples(micro: list[data.MicroBatch]) -> list[tuple[int, ...]]:

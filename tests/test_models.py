@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from scalepeft import data, models, quant
+from scalepeft import weights as weights_io
 from scalepeft.config import ModelConfig, load
 from scalepeft.lookup import UserError
 from scalepeft.parallel.mesh import Ranks
@@ -69,7 +70,7 @@ def loaded(folder: Path, precision: str = "fp32", **settings: Any) -> Any:
         for p in model.parameters():
             if p.is_floating_point():
                 p.fill_(float("nan"))  # what is not loaded must show
-    for _ in models.load_weights(model, models.Weights(folder)):
+    for _ in weights_io.load_weights(model, weights_io.Weights(folder)):
         pass
     return model.eval()
 
@@ -163,7 +164,7 @@ def test_a_quantised_base_is_the_base_with_rounded_block_weights(
 
 def test_pieces_do_not_change_the_bytes(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = loaded(llama, quant="nf4").state_dict()
-    monkeypatch.setattr(models, "PIECE_BYTES", 5 * 64 * 4)
+    monkeypatch.setattr(weights_io, "PIECE_BYTES", 5 * 64 * 4)
     pieces = loaded(llama, quant="nf4").state_dict()
     assert all(torch.equal(whole[k], pieces[k]) for k in whole)
 
@@ -183,14 +184,14 @@ def test_bytes_read_are_the_bytes_needed_and_a_tie_stays_a_tie(tmp_path: Path, f
     save_file(extra, folder / "model.safetensors", {"format": "pt"})
     model = build(folder)
     models.materialise(model, torch.device("cpu"))
-    weights = models.Weights(folder)
-    turns = len(list(models.load_weights(model, weights)))
+    weights = weights_io.Weights(folder)
+    turns = len(list(weights_io.load_weights(model, weights)))
     assert weights.bytes_read == needed_bytes(folder)
     owners = [m for m in model.modules() if list(m.parameters(recurse=False))]
     assert turns == len(owners), "a turn for each module with parameters, tied or not"
     tied = FAMILIES[family][1].get("tie_word_embeddings", False)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
-    assert models.resident_bytes(model) == needed_bytes(folder)
+    assert weights_io.resident_bytes(model) == needed_bytes(folder)
 
 
 def test_an_adapter_is_not_looked_for_in_the_files(llama: Path) -> None:
@@ -198,8 +199,8 @@ def test_an_adapter_is_not_looked_for_in_the_files(llama: Path) -> None:
 
     model = inject(build(llama), {"name": "lora", "rank": 2})
     models.materialise(model, torch.device("cpu"))
-    weights = models.Weights(llama)
-    list(models.load_weights(model, weights))
+    weights = weights_io.Weights(llama)
+    list(weights_io.load_weights(model, weights))
     assert weights.bytes_read == needed_bytes(llama)
 
 
@@ -226,21 +227,21 @@ def test_a_layer_that_cannot_be_quantised_stays_plain_and_is_named(
 
 def test_a_missing_shard_is_named(shards: list[Path]) -> None:
     shards[1].unlink()
-    message = error(lambda: models.Weights(shards[0].parent))
+    message = error(lambda: weights_io.Weights(shards[0].parent))
     assert f"{shards[1]}: shard cannot be read: No such file" in message
 
 
 @pytest.mark.parametrize("left", [0, 5, 40, -1])
 def test_a_truncated_shard_is_named(shards: list[Path], left: int) -> None:
     shards[1].write_bytes(shards[1].read_bytes()[:left])
-    message = error(lambda: models.Weights(shards[0].parent))
+    message = error(lambda: weights_io.Weights(shards[0].parent))
     assert f"{shards[1]}: truncated" in message
 
 
 def test_a_shard_with_something_behind_it_is_refused(llama: Path) -> None:
     with (llama / "model.safetensors").open("ab") as f:
         f.write(b"\0")
-    assert "model.safetensors: truncated or damaged" in error(lambda: models.Weights(llama))
+    assert "model.safetensors: truncated or damaged" in error(lambda: weights_io.Weights(llama))
 
 
 @pytest.mark.parametrize(
@@ -249,21 +250,21 @@ def test_a_shard_with_something_behind_it_is_refused(llama: Path) -> None:
 )
 def test_a_garbage_header_is_named(llama: Path, header: bytes) -> None:
     (llama / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    message = error(lambda: models.Weights(llama))
+    message = error(lambda: weights_io.Weights(llama))
     assert "model.safetensors: not a safetensors file" in message
 
 
 def test_a_git_lfs_pointer_is_no_shard(llama: Path) -> None:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5000000\n"
     (llama / "model.safetensors").write_text(pointer)
-    assert "model.safetensors: truncated" in error(lambda: models.Weights(llama))
+    assert "model.safetensors: truncated" in error(lambda: weights_io.Weights(llama))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": 3}'])
 def test_a_broken_index_is_named(shards: list[Path], text: str) -> None:
     index = shards[0].parent / "model.safetensors.index.json"
     index.write_text(text)
-    assert f"{index}: broken index" in error(lambda: models.Weights(index.parent))
+    assert f"{index}: broken index" in error(lambda: weights_io.Weights(index.parent))
 
 
 def test_a_missing_tensor_is_named(shards: list[Path]) -> None:
@@ -289,17 +290,17 @@ def test_a_shape_that_config_json_does_not_say_is_named(llama: Path, quantised: 
 
 
 def test_a_shard_that_shrinks_while_it_is_read_is_named(llama: Path) -> None:
-    weights = models.Weights(llama)
+    weights = weights_io.Weights(llama)
     file = llama / "model.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
     model = build(llama)
     models.materialise(model, torch.device("cpu"))
-    assert f"{file}: ended while" in error(lambda: list(models.load_weights(model, weights)))
+    assert f"{file}: ended while" in error(lambda: list(weights_io.load_weights(model, weights)))
 
 
 def test_a_folder_without_safetensors_is_named(llama: Path) -> None:
     (llama / "model.safetensors").rename(llama / "pytorch_model.bin")
-    message = error(lambda: models.Weights(llama))
+    message = error(lambda: weights_io.Weights(llama))
     assert f"model.path={llama}: no *.safetensors" in message
 
 
@@ -335,7 +336,7 @@ def test_an_architecture_without_a_list_of_blocks_is_refused_by_name(tmp_path: P
 
 def test_the_fingerprint_is_stable_and_sees_every_shard(shards: list[Path]) -> None:
     def fingerprint() -> str:
-        return models.Weights(shards[0].parent).fingerprint()
+        return weights_io.Weights(shards[0].parent).fingerprint()
 
     first = fingerprint()
     assert fingerprint() == first

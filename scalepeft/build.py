@@ -1,0 +1,83 @@
+"""From a config to a loaded, sharded, adapted model: where adapters and engines meet."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from scalepeft import inject, lookup, loss, models
+from scalepeft.config import RunConfig
+from scalepeft.parallel.base import Engine
+from scalepeft.parallel.mesh import Ranks
+from scalepeft.tasks.base import Task
+from scalepeft.weights import Weights, load_weights
+
+
+@dataclass
+class Built:
+    """A loaded, sharded, adapted model and what belongs to it."""
+
+    engine: Engine
+    model: nn.Module
+    call: nn.Module
+    """What training calls: the model, or the engine's wrapper around it."""
+    base: dict[str, Any]
+    """Which base this is: path, revision, storage, fingerprint."""
+    bytes_read: int
+
+
+def engine_class(config: RunConfig) -> type[Engine]:
+    """Returns the engine that ``engine.name`` picks."""
+    module = lookup.find("parallel", config.engine.name, "engine")
+    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Engine)]
+    return next(c for c in classes if c.__module__ == module.__name__)
+
+
+def task_of(config: RunConfig) -> Task:
+    """Returns the task that ``data.name`` picks."""
+    module = lookup.find("tasks", config.data.name, "task")
+    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Task)]
+    return next(c for c in classes if c.__module__ == module.__name__)(config.data)
+
+
+def start_ranks(config: RunConfig) -> Ranks:
+    """Joins the other ranks; refuses a number of them that the engine cannot take."""
+    ranks = Ranks.start(config.engine.device, engine_class(config).needs_group)
+    engine_class(config).check(ranks.world_size)
+    return ranks
+
+
+def build(config: RunConfig, ranks: Ranks, poll: Callable[[], None], adapted: bool = True) -> Built:
+    """Structure on meta -> adapters -> shard -> each rank's own rows -> start values."""
+    folder = models.resolve(config.model, ranks)
+    poll()
+
+    def structure() -> tuple[nn.Module, Weights]:
+        model = models.build(config.model, folder, config.train.precision)
+        if adapted:
+            inject.inject(model, config.adapter)
+        else:
+            model.requires_grad_(False)
+        loss.add_token_loss(model)
+        return model, Weights(folder)
+
+    model, weights = ranks.together(structure)
+    engine = engine_class(config)(config.engine, ranks)
+    engine.shard(model, models.blocks_of(model))
+    models.materialise(model, ranks.device)
+    turns = load_weights(model, weights)
+    while ranks.together(lambda: next(turns, "end")) != "end":
+        poll()
+    inject.reset_adapters(model, config.train.seed)
+    base = {
+        "path": config.model.path,
+        "revision": config.model.revision,
+        "quant": config.model.quant,
+        "double_quant": config.model.double_quant,
+        "fingerprint": ranks.same(
+            ranks.together(weights.fingerprint), f"model.path={config.model.path}: files differ"
+        ),
+    }
+    call = engine.loaded(model) if adapted else model
+    return Built(engine, model, call, base, weights.bytes_read)
