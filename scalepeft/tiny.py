@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from scalepeft.tasks import toy
@@ -64,12 +65,17 @@ def make(pretrain_steps: int) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RECIPE["seed"])
         model = _pretrained(text, tokenizer, pretrain_steps)
-    model.save_pretrained(temporary)
+    save_file(_tensors(model), temporary / "model.safetensors", {"format": "pt"})
+    model.config.save_pretrained(temporary)
     try:
         temporary.rename(folder)
     except OSError:  # another process made it meanwhile
         shutil.rmtree(temporary)
     return folder
+
+
+def _tensors(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
 
 
 def _tokenizer(text: list[str]) -> Any:
