@@ -25,7 +25,7 @@ for ((rank = 0; rank < n; rank++)); do
 done
 set +m
 pass_on() { kill -"$1" "${pids[@]}" 2>/dev/null; }
-trap 'pass_on INT' INT; trap 'pass_on TERM' TERM; trap 'pass_on USR1' USR1
+trap 'pass_on INT' INT; trap 'pass_on TERM' TERM; trap 'pass_on USR1' USR1; trap 'pass_on TERM' HUP
 
 code=0
 left=("${pids[@]}")

@@ -7,10 +7,10 @@ from typing import Any
 __version__ = "0.1.0"
 # Imported on first use: ``python -m scalepeft`` takes over the signals before torch is loaded.
 _PUBLIC = {
-    "adapt": "scalepeft.inject",
+    "adapt": "scalepeft.injection",
     "effective_weight": "scalepeft.merge",
-    "inject": "scalepeft.inject",
-    "load_adapter": "scalepeft.inject",
+    "inject": "scalepeft.injection",
+    "load_adapter": "scalepeft.injection",
 }
 __all__ = [
     "__version__",

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from scalepeft import inject, lookup, loss, models
+from scalepeft import injection, lookup, loss, models
 from scalepeft.config import RunConfig
 from scalepeft.parallel.base import Engine
 from scalepeft.parallel.mesh import Ranks
@@ -56,7 +56,7 @@ def build(config: RunConfig, ranks: Ranks, poll: Callable[[], None], adapted: bo
     def structure() -> tuple[nn.Module, Weights]:
         model = models.build(config.model, folder, config.train.precision)
         if adapted:
-            inject.inject(model, config.adapter)
+            injection.inject(model, config.adapter)
         else:
             model.requires_grad_(False)
         loss.add_token_loss(model)
@@ -69,7 +69,7 @@ def build(config: RunConfig, ranks: Ranks, poll: Callable[[], None], adapted: bo
     turns = load_weights(model, weights)
     while ranks.together(lambda: next(turns, "end")) != "end":
         poll()
-    inject.reset_adapters(model, config.train.seed)
+    injection.reset_adapters(model, config.train.seed)
     base = {
         "path": config.model.path,
         "revision": config.model.revision,

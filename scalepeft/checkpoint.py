@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,10 @@ NAME = re.compile(r"step-(\d{6,})")
 
 class Fenced(Exception):
     """A newer start of the same run owns the folder; this process must not write."""
+
+
+class NewerCheckpoint(Exception):
+    """A checkpoint that a later version of scalepeft wrote."""
 
 
 class DamagedCheckpoint(Exception):
@@ -64,6 +69,8 @@ def write_atomically(path: Path, text: str) -> None:
 class RunFolder:
     """One run's folder on the rank that writes. ``generation`` counts the starts and is the fence.
 
+    Nothing of a run that is there changes before ``claim``.
+
     Raises:
         UserError: the folder cannot be made or written.
     """
@@ -71,22 +78,35 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.generation = 0
+        """0 until the folder is claimed."""
         self._verified: set[str] = set()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.generation = self._stored_generation() + 1
-            write_atomically(path / "generation", f"{self.generation}\n")
+            with tempfile.TemporaryFile(dir=path):
+                pass
         except OSError as error:
-            raise UserError(
-                f"run_dir={path}: cannot be written: {error.strerror}; choose another folder"
-            ) from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"run_dir={self.path}: cannot be written: {error.strerror}; choose another folder"
+        )
+
+    def claim(self) -> None:
+        """Takes the next generation: an older process of this run stops at its next write."""
+        try:
+            self.generation = self._stored_generation() + 1
+            write_atomically(self.path / "generation", f"{self.generation}\n")
+        except OSError as error:
+            raise self._unwritable(error) from None
         for leftover in self.checkpoints.glob("*.tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def _stored_generation(self) -> int:
         file = self.path / "generation"
-        text = file.read_text().strip() if file.is_file() else ""
-        return int(text) if text.isdigit() else 0
+        text = file.read_bytes().decode(errors="replace").strip() if file.is_file() else ""
+        return int(text) if text.isdecimal() else 0
 
     def check_fence(self) -> None:
         """Raises Fenced if the run was started again since this process took the folder."""
@@ -133,9 +153,7 @@ class RunFolder:
             )
             fsync(temporary)
             self.check_fence()
-            if (
-                final.exists()
-            ):  # one that resume passed over as damaged, or the same step saved before
+            if final.exists():  # passed over as damaged, or the same step saved before
                 self._set_aside(final)
             temporary.rename(final)
             fsync(self.checkpoints)
@@ -160,12 +178,21 @@ class RunFolder:
         """Steps of the committed checkpoints, newest first; whether they verify is another
         question.
         """
-        found = (NAME.fullmatch(p.name) for p in self.checkpoints.iterdir())
+        return self.steps_in(self.checkpoints)
+
+    @staticmethod
+    def steps_in(checkpoints: Path) -> list[int]:
+        """The same for any ``checkpoints`` folder, without opening the run."""
+        found = (NAME.fullmatch(p.name) for p in checkpoints.glob("step-*"))
         return sorted((int(m[1]) for m in found if m), reverse=True)
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """Returns the newest checkpoint that verifies, and for each one passed over why."""
-        passed_over = []
+        """Returns the newest checkpoint that verifies, and for each one passed over why.
+
+        Raises:
+            UserError: there are checkpoints and none can be used: nobody starts over by accident.
+        """
+        passed_over: list[str] = []
         for step in self.steps():
             folder = self.checkpoints / f"step-{step:06d}"
             try:
@@ -173,9 +200,16 @@ class RunFolder:
             except DamagedCheckpoint as error:
                 passed_over.append(f"{folder.name}: {error}")
                 continue
+            except NewerCheckpoint as error:
+                raise UserError(f"{error}; update scalepeft to resume") from None
             self._verified.add(folder.name)
             return checkpoint, passed_over
-        return None, passed_over
+        if passed_over:
+            raise UserError(
+                f"run_dir={self.path}: no checkpoint verifies ({'; '.join(passed_over)}); restore"
+                f" one, or remove {self.checkpoints} to start over"
+            )
+        return None, []
 
     def _retain(self, keep: int) -> None:
         kept = 0
@@ -219,8 +253,8 @@ def verify(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / "manifest.json").read_text())
         schema, files, step = manifest["schema"], dict(manifest["files"]), manifest["step"]
         names = {"trained.safetensors", "optimizer.safetensors", "state.json"}
-        if schema != SCHEMA:
-            raise DamagedCheckpoint(f"has schema {schema}, this version reads {SCHEMA}")
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise NewerCheckpoint(f"{folder} has schema {schema}, this version reads {SCHEMA}")
         if folder.name != f"step-{step:06d}" or not names <= files.keys():
             raise DamagedCheckpoint(
                 f"manifest.json is that of step {step} with {', '.join(sorted(files))}"

@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=shape,
     )
     train.add_argument(
-        "arguments", nargs="*", metavar="[CONFIG] KEY=VALUE", help="a YAML file, then settings"
+        "settings", nargs="*", metavar="[CONFIG] KEY=VALUE", help="a YAML file, then settings"
     )
     train.add_argument(
         "--resume-with-changes",
@@ -75,9 +75,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    """Parses; flags may stand anywhere between settings, which argparse alone does not allow."""
+    parser = _parser()
+    args, left = parser.parse_known_args(argv)
+    settings = [a for a in left if "=" in a and not a.startswith("-")]
+    if len(settings) != len(left) or (settings and not hasattr(args, "settings")):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if settings:
+        args.settings = [*args.settings, *settings]
+    return args
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns the exit code."""
-    args = _parser().parse_args(argv)
+    args = _arguments(argv)
     # Before torch is imported: from here on a signal means "stop in order".
     stop = StopFlag()
     stoppable = args.command in ("train", "evaluate")
@@ -104,7 +116,7 @@ def _run(args: argparse.Namespace, stop: StopFlag) -> int:
 
     if args.command == "train":
         path = None
-        settings = args.arguments
+        settings = args.settings
         if settings and "=" not in settings[0]:
             path, *settings = settings
         run_config, notes = config.load(path, settings)
@@ -129,8 +141,12 @@ def _rank() -> int:
 
 
 def _explain(error: Exception, debug: bool) -> int:
+    from scalepeft.checkpoint import Fenced
     from scalepeft.lookup import UserError
 
+    if isinstance(error, Fenced):
+        print(f"scalepeft: stopped: {error}", file=sys.stderr)
+        return BROKEN
     if not isinstance(error, UserError):
         traceback.print_exc()
         print(

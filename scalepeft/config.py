@@ -145,6 +145,10 @@ SECTIONS = [f.name for f in dataclasses.fields(RunConfig)]
 FREE_TO_CHANGE = ("run_dir", "train.stop_at", "evaluate.")
 HARMLESS = (
     "engine.",
+    "model.path",  # a moved folder: the base's fingerprint is compared, not its place
+    "data.train",  # moved files: the tokenised rows are compared
+    "data.valid",
+    "data.test",
     "data.workers",
     "data.cache",
     "train.micro_batch",
@@ -246,14 +250,16 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
                 f"{path}: include '{include}': no such file beside it or in {config_root()}"
             )
         _merge(merged, _read(found, (*above, path.resolve())))
-    for section, value in values.items():
+    for section, value in values.items():  # first: what this file itself sets is over what it names
         if section in FOLDERS and isinstance(value, str):
             merged.pop(section, None)  # whole, as on the command line
             _merge(merged, _named_file(section, value))
-        elif section in SECTIONS and section != "run_dir" and not isinstance(value, dict | None):
+    for section, value in values.items():
+        if section in FOLDERS and isinstance(value, str):
+            continue
+        if section in SECTIONS and section != "run_dir" and not isinstance(value, dict | None):
             raise UserError(f"{path}: {section}: expected keys under it, not {value!r}")
-        else:
-            _merge(merged, {section: value})
+        _merge(merged, {section: value})
     return merged
 
 
@@ -301,7 +307,14 @@ def _apply(values: dict[str, Any], overrides: list[str], notes: list[str]) -> No
             # survives.
             values.pop(key, None)
             given.pop(key, None)
-            _merge(values, _named_file(key, text))
+            named = _named_file(key, text)
+            notes += [
+                f"{key}={text} also sets {other}.{k}={v}"
+                for other in named
+                if other != key
+                for k, v in named[other].items()
+            ]
+            _merge(values, named)
         elif len(parts) == 1:
             if key != "run_dir":
                 raise UserError(f"{key}: is a section; set a key of it, e.g. {key}.KEY=VALUE")
@@ -392,20 +405,8 @@ def _check(config: RunConfig) -> None:
         raise UserError(
             "give one of train.max_steps and train.epochs" + (", not both" if train.epochs else "")
         )
-    if train.max_steps is not None and train.warmup_steps >= train.max_steps:
-        raise UserError(
-            f"train.warmup_steps={train.warmup_steps} leaves no step of"
-            f" train.max_steps={train.max_steps}"
-        )
-    if (
-        train.stop_at is not None
-        and train.max_steps is not None
-        and train.stop_at >= train.max_steps
-    ):
-        raise UserError(
-            f"train.stop_at={train.stop_at} is not before the end,"
-            f" train.max_steps={train.max_steps}"
-        )
+    if train.max_steps is not None:
+        check_length(train, train.max_steps)
     if train.eval_every and not (data.valid or data.valid_size):
         raise UserError(
             "train.eval_every is set, but there are no held-out rows: set data.valid or"
@@ -424,6 +425,17 @@ def _check(config: RunConfig) -> None:
             f"model.revision and model.tokenizer have no effect with model.path={BUILTIN}; remove"
             " them"
         )
+
+
+def check_length(train: TrainConfig, total: int) -> None:
+    """Refuses settings that a run of ``total`` steps never reaches."""
+    end = f"train.max_steps={total}"
+    if train.max_steps is None:
+        end = f"train.epochs={train.epochs} ({total} steps)"
+    if train.warmup_steps >= total:
+        raise UserError(f"train.warmup_steps={train.warmup_steps} leaves no step of {end}")
+    if train.stop_at is not None and train.stop_at >= total:
+        raise UserError(f"train.stop_at={train.stop_at} is not before the end, {end}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

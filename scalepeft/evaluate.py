@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import yaml
 
-from scalepeft import __version__, inject, models
+from scalepeft import __version__, injection, models
 from scalepeft import config as cfg
 from scalepeft.build import Built, build, start_ranks, task_of
-from scalepeft.checkpoint import write_atomically
+from scalepeft.checkpoint import RunFolder, write_atomically
 from scalepeft.config import RunConfig
 from scalepeft.data import strip_eos
-from scalepeft.lookup import UserError
+from scalepeft.lookup import UserError, read_mapping
 from scalepeft.parallel.mesh import Ranks
 from scalepeft.preemption import FINISHED, STOPPED, StopFlag, Stopping
 from scalepeft.progress import say
@@ -30,6 +30,7 @@ ALLOWED = (
     "evaluate.",
     "data.test",
     "data.cache",
+    "engine",
     "engine.",
     "model.path",
     "model.revision",
@@ -48,16 +49,13 @@ def load_run(run_dir: str, settings: list[str]) -> RunConfig:
         raise UserError(
             f"{run_dir} is no run folder: it has no config.yaml; name the run_dir of a training"
         )
-    try:
-        values = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: not valid YAML: {' '.join(str(error).split())}") from None
+    values = read_mapping(file, yaml.safe_load, "restore the config of the run")
     for setting in settings:
         key = setting.partition("=")[0]
         if not cfg.matches_key(key, ALLOWED):
             raise UserError(
                 f"{key}: cannot be changed for an evaluation; allowed:"
-                f" {', '.join(k + '*' if k.endswith('.') else k for k in ALLOWED)}"
+                f" {', '.join(k + 'KEY' if k.endswith('.') else k for k in ALLOWED)}"
             )
     return replace(cfg.overlay(values, settings), run_dir=run_dir)
 
@@ -74,27 +72,39 @@ class Predictions:
         """Continues predictions of the same adapter and settings; sets those of others aside."""
         path = folder / "predictions.jsonl"
         marker = folder / "settings.json"
-        if path.exists() and (not marker.exists() or json.loads(marker.read_text()) != settings):
-            number = 1 + len(list(folder.parent.glob(f"{folder.name}.old-*")))
-            folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
-            say(
-                f"{folder}: predictions of another adapter or other settings: kept as"
-                f" {folder.name}.old-{number}"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(marker, json.dumps(settings, indent=1, sort_keys=True))
-        done: dict[str, dict[str, Any]] = {}
-        end = 0
-        if path.exists():
-            for line in path.read_bytes().splitlines(keepends=True):
-                if not line.endswith(b"\n"):
-                    break  # torn by a kill
-                row = json.loads(line)
-                done[row["id"]] = row
-                end += len(line)
-            with path.open("r+b") as f:
-                f.truncate(end)
+        try:
+            same = not path.exists() or json.loads(marker.read_text()) == settings
+        except (OSError, ValueError):
+            same = False
+        try:
+            if not same:
+                number = 1 + len(list(folder.parent.glob(f"{folder.name}.old-*")))
+                folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
+                say(
+                    f"{folder}: predictions of another adapter or other settings: kept as"
+                    f" {folder.name}.old-{number}"
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(marker, json.dumps(settings, indent=1, sort_keys=True))
+            done, lines = cls._read(path)
+            if path.exists() and lines != path.read_bytes():
+                write_atomically(path, lines.decode())  # without what a kill left torn
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
         return cls(path, done)
+
+    @staticmethod
+    def _read(path: Path) -> tuple[dict[str, dict[str, Any]], bytes]:
+        done: dict[str, dict[str, Any]] = {}
+        kept = b""
+        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+            try:
+                row = json.loads(line)
+                done[row["id"]] = {"id": row["id"], "prediction": str(row["prediction"])}
+            except (ValueError, KeyError, TypeError):
+                continue  # generated again
+            kept += line if line.endswith(b"\n") else line + b"\n"
+        return done, kept
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Writes a batch of predictions."""
@@ -207,7 +217,15 @@ def _evaluate(config: RunConfig, base: bool, ranks: Ranks, stop: StopFlag) -> No
     run_dir = Path(config.run_dir)
     task = task_of(config)
     examples = ranks.together(lambda: _limited(task.examples("test"), config.evaluate.limit))
-    adapter = None if base else ranks.together(lambda: inject.read_adapter(run_dir / "adapter"))
+    adapter = None if base else ranks.together(lambda: injection.read_adapter(run_dir / "adapter"))
+    step = adapter[2].get("step") if adapter else None
+    if ranks.is_main and step is not None:
+        newest = max(RunFolder.steps_in(run_dir / "checkpoints"), default=step)
+        if newest != step:
+            say(
+                f"the adapter is that of step {step}, the newest checkpoint of step {newest}: the"
+                " run went on after it, or is still training"
+            )
     settings = {
         "adapter": None if base else _digest(run_dir / "adapter" / "adapter.safetensors"),
         "task": task.Config.__name__,
@@ -233,6 +251,7 @@ def _evaluate(config: RunConfig, base: bool, ranks: Ranks, stop: StopFlag) -> No
         scores = score(task, examples, predictions.done)
         scores = {
             "task": config.data.name,
+            "step": step,
             "adapter": None if base else config.adapter.name,
             **scores,
             **_versions(task),
@@ -256,8 +275,8 @@ def _generate_all(
 ) -> None:
     built = build(config, ranks, poll, adapted=adapter is not None)
     if adapter is not None:
-        ranks.together(lambda: _check_base(config, adapter[2], built))
-        inject.load_state(built.model, adapter[1], f"{config.run_dir}/adapter")
+        ranks.together(lambda: _check_base(config, adapter[2].get("base_model", {}), built))
+        injection.load_state(built.model, adapter[1], f"{config.run_dir}/adapter")
     folder = models.resolve(config.model, ranks)
     tokenizer = ranks.together(lambda: models.load_tokenizer(config.model, folder))
     built.model.eval()

@@ -5,9 +5,10 @@ share.
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict
 
@@ -41,6 +42,25 @@ def unknown(kind: str, name: str, allowed: Iterable[str]) -> UserError:
     return UserError(
         f"no {kind} '{name}'.{nearest(name, allowed)} Available: {', '.join(allowed) or 'none'}"
     )
+
+
+def read_mapping(file: Path, parse: Callable[[str], object], remedy: str) -> dict[str, Any]:
+    """Reads a JSON or YAML file that must hold a mapping.
+
+    Raises:
+        UserError: it is missing, unreadable, broken or holds something else; ends with ``remedy``.
+    """
+    try:
+        values = parse(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; {remedy}") from None
+    except Exception as error:  # every parser has its own
+        raise UserError(f"{file}: cannot be read: {error}; {remedy}") from None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{file}: must hold keys with values, not {type(values).__name__}; {remedy}"
+        )
+    return values
 
 
 def available(package: str) -> list[str]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from scalepeft.inject import Adapted
+from scalepeft.injection import Adapted
 from scalepeft.lookup import UserError
 
 

@@ -102,6 +102,11 @@ def vocab_size(folder: Path) -> int:
     return int(_architecture(folder).vocab_size)
 
 
+def positions(folder: Path) -> int | None:
+    """Number of positions the model was made for; None where config.json does not say."""
+    return getattr(_architecture(folder), "max_position_embeddings", None)
+
+
 def _architecture(folder: Path) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig

@@ -2,6 +2,7 @@
 asked.
 """
 
+import hashlib
 import sys
 import time
 from pathlib import Path
@@ -49,8 +50,9 @@ class Progress:
             except ImportError:
                 raise UserError(f"train.wandb={config.train.wandb}: pip install wandb") from None
             name = folder.resolve().name
+            run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
             self._wandb = wandb.init(
-                project=config.train.wandb, name=name, id=name, resume="allow", dir=str(folder)
+                project=config.train.wandb, name=name, id=run_id, resume="allow", dir=str(folder)
             )
 
     def step(self, row: dict[str, Any]) -> None:
@@ -67,7 +69,8 @@ class Progress:
 
     def held_out(self, row: dict[str, Any]) -> None:
         """Shows a held-out loss."""
-        self.line(f"step {row['step']}/{self.steps} held-out loss {row['loss']:.4f}")
+        loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+        self.line(f"step {row['step']}/{self.steps} held-out loss {loss}")
         self._track("held_out", row)
 
     def line(self, text: str) -> None:

@@ -4,6 +4,7 @@ adapter/.
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from scalepeft import config as cfg
 from scalepeft.checkpoint import RunFolder, fsync, write_atomically
 from scalepeft.config import RunConfig
-from scalepeft.lookup import UserError
+from scalepeft.lookup import UserError, read_mapping
 from scalepeft.progress import Progress, say
 
 
@@ -23,17 +24,14 @@ def check_same_run(config: RunConfig, allow_changes: bool) -> None:
     """Refuses to continue a run under another config; lists the keys that differ.
 
     Raises:
-        UserError: the folder holds a run with other settings, or something that is no run.
+        UserError: the folder holds a run with other settings, or one whose config.yaml is lost.
     """
     file = Path(config.run_dir) / "config.yaml"
     # Before the first checkpoint there is nothing that another config could spoil.
-    if not file.exists() or not any(file.parent.glob("checkpoints/step-*")):
+    if not any(file.parent.glob("checkpoints/step-*")):
         return
-    try:
-        old = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); choose another run_dir") from None
-    changed = cfg.differences(old or {}, cfg.to_dict(config))
+    remedy = "restore it (the run's config cannot be compared without), or choose another run_dir"
+    changed = cfg.differences(read_mapping(file, yaml.safe_load, remedy), cfg.to_dict(config))
     if not changed:
         return
     listed = "; ".join(f"{key}: {was} there, {now} now" for key, (was, now) in changed.items())
@@ -57,29 +55,36 @@ class Records:
         check_same_run(config, allow_changes)
         self.config = config
         self.folder = RunFolder(Path(config.run_dir))
-        path = self.folder.path
-        write_atomically(path / "config.yaml", cfg.dump(config))
         self.resumed, passed_over = self.folder.newest()
         for reason in passed_over:
             say(f"checkpoint passed over: {reason}")
-        step = self.resumed.step if self.resumed else 0
+        self.metrics: RowLog
+        self.validation: RowLog
+        self.progress: Progress | None = None
+
+    def claim(self) -> None:
+        """Makes the run folder this process's own, once all that can be wrong has been checked.
+
+        A process of the same run that is still alive stops at its next write; what it saved
+        meanwhile is what resumes here.
+        """
+        self.folder.claim()
+        self.resumed, _ = self.folder.newest()
+        path, step = self.folder.path, self.resumed.step if self.resumed else 0
         if self.resumed:
             say(f"resuming {path} at step {step}")
-        elif passed_over:
-            say(f"no checkpoint of {path} verifies: starting from step 0")
+        write_atomically(path / "config.yaml", cfg.dump(self.config))
         self.metrics = RowLog(path / "metrics.jsonl", step)
         self.validation = RowLog(path / "validation.jsonl", step)
-        self.progress: Progress | None = None
+        if self.metrics.last_step < step:
+            say(f"metrics.jsonl lacks rows: it ends at step {self.metrics.last_step} of {step}")
 
     def finished(self) -> bool:
         """True if the adapter of this very config is written and no step is left to do."""
         file = self.folder.path / "adapter" / "adapter_config.json"
         if self.resumed is None or not file.is_file():
             return False
-        try:
-            done = json.loads(file.read_text())
-        except ValueError:
-            return False
+        done = read_mapping(file, json.loads, f"remove {file.parent} to have it written again")
         wanted = [self.config.train.max_steps, self.config.train.epochs]
         return done.get("length") == wanted and done.get("step") == self.resumed.step
 
@@ -107,11 +112,13 @@ class Records:
         path = self.folder.path
         if self.progress is not None:
             self.progress.close()
-        self.event("finished" if finished else "stopped", max(self.folder.steps(), default=0))
+        step = max(self.folder.steps(), default=0)
+        if self.folder.generation:
+            self.event("finished" if finished else "stopped", step)
         if finished:
             say(f"finished: adapter in {path}/adapter, loss in {path}/metrics.jsonl")
         else:
-            say(f"stopped by a signal and saved; the same command continues {path}")
+            say(f"stopped by a signal, saved at step {step}; the same command continues {path}")
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends a step to metrics.jsonl and shows it."""
@@ -176,26 +183,32 @@ def _step(line: bytes) -> int | None:
 
 
 class RowLog:
-    """A JSON-lines file of steps: appended, flushed, and cut back to the resumed step; never a
-    double or torn row.
+    """A JSON-lines file of steps: appended, flushed, cut back to the resumed step.
 
-    A row that the disk refuses waits in memory and is written before the next one.
+    Never a double or torn row. A row that the disk refuses waits in memory and is written before
+    the next one.
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
         self.path = path
         self._waiting: list[str] = []
-        self._end = 0
         self.last_step = 0
-        if path.exists():
-            with path.open("rb") as f:
-                for line in f:
-                    step = _step(line)
-                    if step is None or step > last_step:
-                        break
-                    self.last_step = step
-                    self._end += len(line)
-            os.truncate(path, self._end)
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        kept = []
+        for line in lines:
+            step = _step(line)
+            if step is not None and self.last_step < step <= last_step:
+                kept.append(line)
+                self.last_step = step
+        self._end = sum(map(len, kept))
+        if kept == lines[: len(kept)]:
+            if lines:
+                os.truncate(path, self._end)
+            return
+        damaged = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
+        say(f"{path} holds broken rows: kept as {damaged.name}")
+        shutil.copy(path, damaged)
+        write_atomically(path, b"".join(kept).decode())
 
     def append(self, row: dict[str, Any]) -> str | None:
         """Writes a row; returns the disk's complaint if it has to wait."""

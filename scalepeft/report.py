@@ -4,36 +4,47 @@ import json
 from pathlib import Path
 from typing import Any
 
-from scalepeft.lookup import UserError
+from scalepeft.lookup import UserError, read_mapping
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file; a torn last line is left out."""
-    lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+def read_lines(file: Path, *keys: str) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file that have these keys; torn and broken lines are left out."""
+    found = []
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and row.keys() >= set(keys):
+            found.append(row)
+    return found
 
 
 def run(run_dir: str) -> None:
     """Prints the run's table and writes ``RUN_DIR/loss.png``.
 
     Raises:
-        UserError: no run there, or nothing trained yet.
+        UserError: no run there, nothing trained yet, or the plot cannot be written.
     """
     folder = Path(run_dir)
-    metrics = read_lines(folder / "metrics.jsonl")
+    metrics = read_lines(folder / "metrics.jsonl", "step", "loss", "sample_index")
     if not metrics:
         raise UserError(
             f"{run_dir}: no metrics.jsonl with a step in it; name the run_dir of a training"
         )
-    starts = [e for e in read_lines(folder / "events.jsonl") if e["event"] == "start"]
+    events = read_lines(folder / "events.jsonl", "event", "step", "world_size")
+    starts = [e for e in events if e["event"] == "start"]
     print(table(folder, metrics, starts))
-    print(f"\nloss curve: {plot(folder, metrics, starts)}")
+    try:
+        print(f"\nloss curve: {plot(folder, metrics, starts)}")
+    except OSError as error:
+        raise UserError(f"{folder}/loss.png: cannot be written: {error.strerror}") from None
 
 
 def table(folder: Path, metrics: list[dict[str, Any]], starts: list[dict[str, Any]]) -> str:
     """The run in figures: training, then base and tuned scores of every evaluated task."""
     losses = [r["loss"] for r in metrics if r["loss"] is not None]
-    held_out = read_lines(folder / "validation.jsonl")
+    held_out = _held_out(folder)
     lines = [
         f"run {folder}",
         (
@@ -53,7 +64,7 @@ def table(folder: Path, metrics: list[dict[str, Any]], starts: list[dict[str, An
     if skipped:
         lines.append(f"  steps skipped as not finite: {skipped}")
     rows = [
-        (which, path.parent.name, json.loads(path.read_text()))
+        (which, path.parent.name, read_mapping(path, json.loads, "evaluate again"))
         for which, sub in (("base", "eval-base"), ("tuned", "eval"))
         for path in sorted((folder / sub).glob("*/scores.json"))
     ]
@@ -61,7 +72,7 @@ def table(folder: Path, metrics: list[dict[str, Any]], starts: list[dict[str, An
         lines += [
             "",
             (
-                f"  {'model':<8}{'task':<14}{'rows':>6}{'right':>8}"
+                f"  {'model':<8}{'step':>6}  {'task':<14}{'rows':>6}{'right':>8}"
                 f"{'95 % interval':>18}{'no answer':>11}"
             ),
         ]
@@ -69,10 +80,15 @@ def table(folder: Path, metrics: list[dict[str, Any]], starts: list[dict[str, An
         low, high = s["ci95"]
         between = f"{low:.1%} to {high:.1%}"
         lines.append(
-            f"  {which:<8}{task:<14}{s['count']:>6}{s['accuracy']:>8.1%}"
+            f"  {which:<8}{s.get('step') or '-':>6}  {task:<14}{s['count']:>6}{s['accuracy']:>8.1%}"
             f"{between:>18}{s['no_answer_found']:>11}"
         )
     return "\n".join(lines)
+
+
+def _held_out(folder: Path) -> list[dict[str, Any]]:
+    rows = read_lines(folder / "validation.jsonl", "step", "loss")
+    return [row for row in rows if row["loss"] is not None]
 
 
 def plot(folder: Path, metrics: list[dict[str, Any]], starts: list[dict[str, Any]]) -> Path:
@@ -87,7 +103,7 @@ def plot(folder: Path, metrics: list[dict[str, Any]], starts: list[dict[str, Any
     axes.plot(
         steps, [r["loss"] for r in metrics if r["loss"] is not None], lw=1.2, label="training"
     )
-    held_out = read_lines(folder / "validation.jsonl")
+    held_out = _held_out(folder)
     if held_out:
         axes.plot(
             [r["step"] for r in held_out],

@@ -7,8 +7,10 @@ from signal import SIGUSR1
 
 import torch
 
-from scalepeft import data, inject, loss, models
+from scalepeft import config as cfg
+from scalepeft import data, injection, loss, models
 from scalepeft.build import Built, build, start_ranks, task_of
+from scalepeft.checkpoint import Checkpoint
 from scalepeft.config import RunConfig
 from scalepeft.lookup import UserError
 from scalepeft.parallel.mesh import Ranks
@@ -37,8 +39,8 @@ class Trainer:
     ) -> None:
         self.config, self.ranks, self.built = config, ranks, built
         self.data_fingerprint = data_fingerprint
-        self.trained = inject.trainable(built.model)
-        decayed = inject.decayed_names(built.model)
+        self.trained = injection.trainable(built.model)
+        decayed = injection.decayed_names(built.model)
         groups = [
             {
                 "params": [p for n, p in self.trained.items() if n in decayed],
@@ -94,9 +96,9 @@ class Trainer:
         self.nonfinite = 0 if finite else self.nonfinite + 1
         return (mean, float(norm)) if finite else (None, None)
 
-    def check_finite(self, step: int) -> None:
+    def check_finite(self, step: int, total: int) -> None:
         """Ends the run after ``train.max_nonfinite`` skipped steps in a row."""
-        if self.nonfinite >= self.config.train.max_nonfinite:
+        if self.nonfinite >= min(self.config.train.max_nonfinite, total):
             raise FloatingPointError(
                 f"loss or gradient was not finite for {self.nonfinite} steps in a row, to step"
                 f" {step}. The newest checkpoint is from before them. Lower"
@@ -104,15 +106,32 @@ class Trainer:
             )
 
     def restore(self, records: Records | None) -> int:
-        """Loads the checkpoint that rank 0 picked, if any; returns the step to continue from.
-
-        Raises:
-            UserError: it belongs to another base model or to other training rows.
-        """
+        """Loads the checkpoint that rank 0 claimed, if any; returns the step to continue from."""
         resumed = self.ranks.main_only(lambda: records.resumed if records else None)
         if resumed is None:
             return 0
+        injection.load_state(
+            self.built.model, resumed.trained, f"checkpoint step-{resumed.step:06d}"
+        )
+        self.built.engine.load_optimizer_state(self.trained, self.optimizer, resumed.optimizer)
+        self.nonfinite = resumed.state["nonfinite_in_a_row"]
+        step: int = resumed.step
+        return step
+
+    def check(self, resumed: Checkpoint | None, total: int) -> None:
+        """Compares a checkpoint with what this process is about to continue.
+
+        Raises:
+            UserError: it belongs to another base model, to other training rows or a longer run.
+        """
+        if resumed is None:
+            return
         where = f"run_dir={self.config.run_dir}"
+        if resumed.step > total:
+            raise UserError(
+                f"{where}: is at step {resumed.step} already, the run is to end at {total}; raise"
+                " train.max_steps or train.epochs, or choose another run_dir"
+            )
         if resumed.state["base"]["fingerprint"] != self.built.base["fingerprint"]:
             raise UserError(
                 f"{where}: was trained on another base than model.path={self.config.model.path} now"
@@ -124,11 +143,6 @@ class Trainer:
                 f"{where}: the tokenised training rows differ from those it began with; restore the"
                 " files"
             )
-        inject.load_state(self.built.model, resumed.trained, f"checkpoint step-{resumed.step:06d}")
-        self.built.engine.load_optimizer_state(self.trained, self.optimizer, resumed.optimizer)
-        self.nonfinite = resumed.state["nonfinite_in_a_row"]
-        step: int = resumed.step
-        return step
 
     def save(self, step: int, records: Records | None, final: bool) -> int | None:
         """Gathers on all ranks, commits on rank 0; returns the step, or None where the disk refused
@@ -250,6 +264,8 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
     poll()
     built = build(config, ranks, poll)
     trainer = Trainer(config, ranks, built, fingerprint)
+    ranks.together(lambda: trainer.check(records.resumed, total) if records else None)
+    ranks.together(lambda: records.claim() if records else None)
     step = saved = trainer.restore(records)
     evaluated = ranks.main_only(lambda: records.validation.last_step if records else 0)
     _announce(trainer, records, step, total, time.monotonic() - began)
@@ -261,7 +277,13 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
                 value = held_out_loss(config, built, valid_rows, ranks, poll)
                 evaluated = step
                 if records:
-                    records.held_out({"step": step, "loss": value, "rows": len(valid_rows)})
+                    records.held_out(
+                        {
+                            "step": step,
+                            "loss": value if math.isfinite(value) else None,
+                            "rows": len(valid_rows),
+                        }
+                    )
             if step == total:
                 break
             poll()
@@ -283,8 +305,11 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
                     "tokens_per_second": batch.tokens / seconds,
                 }
                 records.log(row)
-            trainer.check_finite(step)
-            if (step % config.train.save_every == 0 or step == total) and not trainer.nonfinite:
+            trainer.check_finite(step, total)
+            # Not amid skipped steps: retention must not drop the checkpoint from before the
+            # trouble.
+            due = step % config.train.save_every == 0 and not trainer.nonfinite
+            if due or step == total:
                 saved = trainer.save(step, records, final=step == total) or saved
             if step == config.train.stop_at:
                 stop.request(SIGUSR1)
@@ -323,6 +348,12 @@ def _rows(config: RunConfig, ranks: Ranks) -> tuple[data.TokenSet, data.TokenSet
     folder = models.resolve(config.model, ranks)
 
     def prepare() -> tuple[data.TokenSet, data.TokenSet | None, list[str]]:
+        limit = models.positions(folder)
+        if limit is not None and config.data.cutoff > limit:
+            raise UserError(
+                f"data.cutoff={config.data.cutoff} is beyond the model's {limit} positions;"
+                " lower it"
+            )
         tokenizer = models.load_tokenizer(config.model, folder)
         return data.prepare(config, task_of(config), tokenizer, models.vocab_size(folder))
 
@@ -336,4 +367,5 @@ def _rows(config: RunConfig, ranks: Ranks) -> tuple[data.TokenSet, data.TokenSet
     if total is None:
         assert config.train.epochs is not None
         total = max(1, math.ceil(config.train.epochs * len(train_rows) / config.train.global_batch))
+        cfg.check_length(config.train, total)
     return train_rows, valid_rows, total

@@ -18,15 +18,21 @@ from scalepeft.lookup import UserError
 from scalepeft.records import RowLog
 
 
+def claimed(path: Path) -> RunFolder:
+    folder = RunFolder(path)
+    folder.claim()
+    return folder
+
+
 def save(folder: RunFolder, step: int, keep: int = 2) -> Path:
     trained = {"a.adapter.U": torch.full((4, 2), float(step))}
     return folder.save(step, trained, {"a.adapter.U/step": torch.tensor(1.0)}, {"step": step}, keep)
 
 
 def test_saved_state_comes_back_and_holds_no_pickle(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+    folder = claimed(tmp_path)
     path = save(folder, 3)
-    found, passed_over = RunFolder(tmp_path).newest()
+    found, passed_over = claimed(tmp_path).newest()
     assert found is not None and not passed_over
     assert found.step == 3 and torch.equal(found.trained["a.adapter.U"], torch.full((4, 2), 3.0))
     assert sorted(p.suffix for p in path.iterdir()) == [
@@ -69,11 +75,6 @@ def manifest_of_wrong_types(folder: Path) -> None:
     (folder / "manifest.json").write_text('{"schema": 1, "step": 20, "files": {"state.json": 3}}')
 
 
-def future_schema(folder: Path) -> None:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "schema": 99}))
-
-
 DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (truncate, "trained.safetensors has"),
     (flip_a_bit, "optimizer.safetensors has changed: sha256"),
@@ -82,7 +83,6 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
     (take_the_manifest_of_another, "manifest.json is that of step 10"),
     (break_the_manifest, "unreadable"),
     (manifest_of_wrong_types, "manifest.json is that of step 20"),
-    (future_schema, "has schema 99"),
 ]
 
 
@@ -90,10 +90,10 @@ DAMAGES: list[tuple[Callable[[Path], None], str]] = [
 def test_damage_is_passed_over_with_the_reason(
     damage: Callable[[Path], None], reason: str, tmp_path: Path
 ) -> None:
-    folder = RunFolder(tmp_path)
+    folder = claimed(tmp_path)
     save(folder, 10)
     damage(save(folder, 20))
-    again = RunFolder(tmp_path)
+    again = claimed(tmp_path)
     found, passed_over = again.newest()
     assert found is not None and found.step == 10
     assert (
@@ -109,20 +109,39 @@ def test_damage_is_passed_over_with_the_reason(
     ]
 
 
-def test_nothing_verifies(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    flip_a_bit(save(folder, 10))
-    found, passed_over = RunFolder(tmp_path).newest()
-    assert found is None and len(passed_over) == 1
+def test_nothing_verifies_is_an_error_and_no_fresh_start(tmp_path: Path) -> None:
+    flip_a_bit(save(claimed(tmp_path), 10))
+    with pytest.raises(UserError, match=r"no checkpoint verifies \(step-000010: .*to start over"):
+        RunFolder(tmp_path).newest()
+
+
+def test_a_checkpoint_of_a_later_version_is_not_passed_over(tmp_path: Path) -> None:
+    folder = claimed(tmp_path)
+    save(folder, 10)
+    path = save(folder, 20)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "schema": 99}))
+    with pytest.raises(UserError, match="step-000020 has schema 99, this version reads 1; update"):
+        RunFolder(tmp_path).newest()
+
+
+def test_looking_at_a_run_changes_nothing(tmp_path: Path) -> None:
+    folder = claimed(tmp_path)
+    save(folder, 1)
+    (folder.checkpoints / "step-000002.tmp-1").mkdir()
+    before = sorted(p.name for p in tmp_path.rglob("*"))
+    RunFolder(tmp_path).newest()
+    assert sorted(p.name for p in tmp_path.rglob("*")) == before
+    save(folder, 2)
 
 
 def test_retention_counts_verified_ones_only(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+    folder = claimed(tmp_path)
     for step in (1, 2, 3):
         save(folder, step)
     assert folder.steps() == [3, 2]
     flip_a_bit(folder.checkpoints / "step-000003")
-    again = RunFolder(tmp_path)
+    again = claimed(tmp_path)
     assert again.newest()[0].step == 2  # type: ignore[union-attr]
     save(again, 4)
     assert again.steps() == [
@@ -135,7 +154,7 @@ def test_retention_counts_verified_ones_only(tmp_path: Path) -> None:
 
 
 def test_a_killed_save_leaves_nothing_that_resume_would_take(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
+    folder = claimed(tmp_path)
     whole = save(folder, 1)
     for files in range(1, 5):  # killed after so many files
         torn = folder.checkpoints / "step-000002.tmp-1"
@@ -144,15 +163,15 @@ def test_a_killed_save_leaves_nothing_that_resume_would_take(tmp_path: Path) -> 
             :files
         ]:
             shutil.copy(whole / name, torn / name)
-        again = RunFolder(tmp_path)
+        again = claimed(tmp_path)
         assert again.newest()[0].step == 1  # type: ignore[union-attr]
         assert not torn.exists()
 
 
 def test_an_older_start_cannot_write(tmp_path: Path) -> None:
-    old = RunFolder(tmp_path)
+    old = claimed(tmp_path)
     save(old, 1)
-    new = RunFolder(tmp_path)
+    new = claimed(tmp_path)
     with pytest.raises(Fenced, match="start 2 of this run owns the folder, this is start 1"):
         save(old, 2)
     assert new.steps() == [1]
@@ -174,14 +193,14 @@ def test_full_disk_keeps_the_older_checkpoints(tmp_path: Path) -> None:
     ):
         pytest.skip("needs root to mount a small tmpfs")
     try:
-        folder = RunFolder(tmp_path)
+        folder = claimed(tmp_path)
         small = {"a": torch.zeros(10)}
         folder.save(1, small, {}, {}, 2)
         with pytest.raises(OSError):
             folder.save(2, {"a": torch.zeros(200_000)}, {}, {}, 2)
         assert folder.steps() == [1] and not list(folder.checkpoints.glob("*.tmp-*"))
         folder.save(3, small, {}, {}, 2)
-        assert RunFolder(tmp_path).newest()[0].step == 3  # type: ignore[union-attr]
+        assert claimed(tmp_path).newest()[0].step == 3  # type: ignore[union-attr]
         # metrics: the rows that do not fit wait and are written once there is room
         log = RowLog(tmp_path / "metrics.jsonl", 0)
         filler = tmp_path / "filler"
@@ -212,6 +231,16 @@ def test_row_log_is_cut_back_to_the_resumed_step(torn: str, tmp_path: Path) -> N
     assert [json.loads(line) for line in path.open()] == [
         {"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "again": True},
     ]  # fmt: skip
+
+
+def test_broken_rows_of_a_log_are_dropped_and_the_good_ones_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\njunk\n{"step": 2}\n{"step": 2}\n{"step": 3}\n')
+    log = RowLog(path, 3)
+    assert log.last_step == 3
+    log.append({"step": 4})
+    assert [json.loads(line)["step"] for line in path.open()] == [1, 2, 3, 4]
+    assert len(list(tmp_path.glob("metrics.jsonl.damaged-*"))) == 1
 
 
 def test_verify_names_what_is_wrong(tmp_path: Path) -> None:

@@ -87,6 +87,33 @@ def test_wrong_calls(tmp_path: Path) -> None:
     assert "cannot be written" in wrong(*BASE, f"run_dir={tmp_path}/file/run")
 
 
+def test_flags_may_stand_between_settings(tmp_path: Path) -> None:
+    line = wrong(*BASE, "--resume-with-changes", f"run_dir={tmp_path}/run", "train.lr=x")
+    assert "train.lr='x'" in line
+    assert "unrecognized arguments: --nonsense" in wrong("train", "--nonsense", "run_dir=x")
+
+
+def test_a_setting_beyond_the_end_of_the_epochs_is_refused(tmp_path: Path) -> None:
+    settings = ["train.max_steps=null", "train.epochs=0.04", f"run_dir={tmp_path}/run"]
+    line = wrong(*BASE, *settings, "train.warmup_steps=500")
+    assert "train.warmup_steps=500 leaves no step of train.epochs=0.04 (1 steps)" in line
+
+
+def test_a_cutoff_beyond_the_models_positions_is_refused(tmp_path: Path) -> None:
+    line = wrong(*BASE, "data.cutoff=4096", f"run_dir={tmp_path}/run")
+    assert "data.cutoff=4096 is beyond the model's 1024 positions" in line
+
+
+def test_an_input_that_the_prompt_would_drop_is_refused(tmp_path: Path) -> None:
+    row = {"instruction": "a", "input": "context", "output": "b", "answer": "true"}
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    settings = [s for s in BASE if not s.startswith("data")]
+    line = wrong(
+        *settings, "data=commonsense", f"data.train={tmp_path}/rows.json", f"run_dir={tmp_path}/run"
+    )
+    assert "row 1: 'input' is not empty, but data.prompt has no {input}" in line
+
+
 def test_bad_row_names_file_and_row_and_can_be_skipped(tmp_path: Path) -> None:
     good = {
         "instruction": "Is it?",
@@ -228,11 +255,51 @@ def test_evaluation_killed_and_stopped_continues_to_the_same_predictions(
 
     # Two sharded ranks, the last one short of a row: the same answers; other settings do not mix
     # with the old.
-    codes, text = Job(2, ["evaluate", str(killed), "engine.name=fsdp2", "evaluate.limit=13"]).wait()
+    codes, text = Job(2, ["evaluate", str(killed), "engine=fsdp2", "evaluate.limit=13"]).wait()
     assert codes == [0, 0], text
     assert "kept as toy.old-1" in text
     sharded = predictions(killed)
     assert len(sharded) == 13 and all(predictions(whole)[k] == v for k, v in sharded.items())
+
+
+BROKEN_FILES = {
+    "config.yaml": ["[1, 2]", "hello", "\xff\xfe"],
+    "adapter/adapter_config.json": ["[]", '{"adapter": 3}', "{}", "\xff\xfe"],
+    "generation": ["\xff\xfe"],
+    "metrics.jsonl": ["junk\n[1]\n"],
+    "events.jsonl": ['{"event": "start"}\njunk\n'],
+    "eval/toy/scores.json": ["x"],
+    "eval/toy/settings.json": ["x"],
+    "eval/toy/predictions.jsonl": ['junk\n{"id": 3}\n'],
+}
+
+
+@pytest.mark.slow
+def test_broken_files_of_a_run_never_end_in_a_traceback(finished: Path, tmp_path: Path) -> None:
+    """Each command on each broken file: it works, or says in one line what is wrong."""
+    settings = [
+        "model.quant=nf4",
+        "train.max_steps=4",
+        "train.tensorboard=true",
+        "data.test_size=40",
+    ]
+    whole = tmp_path / "whole"
+    shutil.copytree(finished, whole)
+    assert call("evaluate", str(whole), "evaluate.limit=4").returncode == 0
+    for name, contents in BROKEN_FILES.items():
+        for text in contents:
+            run = tmp_path / "run"
+            shutil.rmtree(run, ignore_errors=True)
+            shutil.copytree(whole, run)
+            (run / name).write_bytes(text.encode("latin-1"))
+            commands = [["report", str(run)], ["evaluate", str(run), "evaluate.limit=4"]]
+            if name in ("config.yaml", "adapter/adapter_config.json", "generation"):
+                commands = [["train", *TINY, *settings, f"run_dir={run}"], commands[1]]
+            for command in commands if "eval" not in name else commands[::-1]:
+                done = call(*command)
+                assert done.returncode in (0, 2), (name, text, command, done.stderr)
+                if done.returncode:
+                    assert done.stderr.strip().splitlines()[-1].startswith("scalepeft: error: ")
 
 
 @pytest.mark.slow
@@ -273,7 +340,7 @@ def test_nonfinite_steps_are_skipped_and_end_the_run(tmp_path: Path) -> None:
 def test_under_the_usual_launchers(launcher: str, tmp_path: Path) -> None:
     program = Path(sys.executable).with_name(launcher)
     first = (
-        [str(program), "--nproc-per-node", "2", "--master-port", "0"]
+        [str(program), "--nproc-per-node", "2", "--standalone"]
         if launcher == "torchrun"
         else [
             str(program),

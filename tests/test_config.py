@@ -340,7 +340,7 @@ def test_every_shipped_yaml_loads_and_its_adapter_can_be_made(path: Path) -> Non
         made, notes = config.load(str(path), ["run_dir=x"])
     else:
         made, notes = config.load(None, [*BASE, f"{sections[folder]}={path.stem}"])
-    assert notes == []
+    assert all(n.startswith(f"{sections[folder]}={path.stem} also sets train.") for n in notes)
     settings = {k: v for k, v in dataclasses.asdict(made.adapter).items() if k != "target_modules"}
     layer = scalepeft.adapt(nn.Linear(4096, 1024, device="meta"), **settings)
     parameters = list(layer.adapter.parameters())

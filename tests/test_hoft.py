@@ -9,7 +9,7 @@ from torch import nn
 import scalepeft
 from scalepeft import quant
 from scalepeft.adapters.hoft import reflect_rows
-from scalepeft.inject import trainable
+from scalepeft.injection import trainable
 from scalepeft.lookup import UserError
 
 SHAPES = [(64, 64), (192, 64), (64, 192), (16, 64)]

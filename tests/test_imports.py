@@ -68,7 +68,7 @@ def test_the_walk_sees_what_there_is() -> None:
         MODULES
     )
     assert "scalepeft.adapters.hoft" in own("scalepeft.adapters.shoft")
-    assert "scalepeft.config" in own("scalepeft.inject")
+    assert "scalepeft.config" in own("scalepeft.injection")
     assert "scalepeft.tiny" in own("scalepeft.models"), "imports inside functions count"
 
 
@@ -113,7 +113,7 @@ def test_the_lowest_layer_imports_nothing_of_ours() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["inject", "models", "data", "checkpoint", "preemption", "merge", "loss"]
+    "name", ["injection", "models", "data", "checkpoint", "preemption", "merge", "loss"]
 )
 def test_the_middle_never_imports_the_top(name: str) -> None:
     assert not own(f"scalepeft.{name}") & TOP

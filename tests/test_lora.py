@@ -51,7 +51,7 @@ def test_dropout_acts_in_training_only() -> None:
 
 
 def test_only_lora_takes_weight_decay() -> None:
-    from scalepeft.inject import decayed_names, inject
+    from scalepeft.injection import decayed_names, inject
 
     for name, decayed in (("lora", 2), ("hoft", 0), ("shoft", 0)):
         net = inject(

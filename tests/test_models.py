@@ -195,7 +195,7 @@ def test_bytes_read_are_the_bytes_needed_and_a_tie_stays_a_tie(tmp_path: Path, f
 
 
 def test_an_adapter_is_not_looked_for_in_the_files(llama: Path) -> None:
-    from scalepeft.inject import inject
+    from scalepeft.injection import inject
 
     model = inject(build(llama), {"name": "lora", "rank": 2})
     models.materialise(model, torch.device("cpu"))

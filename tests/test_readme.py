@@ -69,7 +69,7 @@ def test_the_commands_of_a_real_run(tmp_path: Path) -> None:
         if "train" in words and "model=tiny" not in words:
             words += SHORT
         if words[0] == "torchrun":
-            words[1:1] = ["--master-port", "0"]
+            words[1:1] = ["--standalone"]
         run(words, tmp_path)
         seen.append(words[0])
     assert seen == [
@@ -116,6 +116,6 @@ def test_demo(tmp_path: Path) -> None:
     )
     assert scores["tuned"]["accuracy"] > 0.9
     for which in scores:
-        assert re.search(rf"{which} +toy +200 +{scores[which]['accuracy']:.1%}", text)
+        assert re.search(rf"{which} +\S+ +toy +200 +{scores[which]['accuracy']:.1%}", text)
     assert "starts 2 (at step 0, " in text
     assert (tmp_path / "demo/loss.png").stat().st_size > 10_000

@@ -201,3 +201,56 @@ def test_another_config_in_an_old_run(tmp_path: Path) -> None:
     assert "is finished" in text or "finished:" in text
     text = train(1, tmp_path / "run", *settings, "train.save_every=1", "data.rows_seed=1", expect=2)
     assert "data.rows_seed" in text
+
+
+def test_a_start_that_cannot_train_leaves_the_running_one_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    job = start(1, folder, "train.max_steps=4000", "train.save_every=1000")
+    while step_of(folder) < 5:
+        time.sleep(0.02)
+    # Not this run's config, and a world size that its batch cannot take: both fail.
+    train(
+        1, folder, *RUN, "train.max_steps=4000", "train.save_every=1000", "data.cutoff=8", expect=2
+    )
+    text = Job(
+        5,
+        [
+            "train",
+            *TINY,
+            *RUN,
+            "train.max_steps=4000",
+            "train.save_every=1000",
+            "engine.name=ddp",
+            f"run_dir={folder}",
+        ],
+    ).wait()[1]
+    assert "cannot be shared evenly by 5 ranks" in text
+    before = step_of(folder)
+    while step_of(folder) < before + 3:
+        assert job.ranks[0].poll() is None, "the running job was stopped by a start that failed"
+        time.sleep(0.02)
+    # A start that can train takes over; the old one stops without writing, in one line.
+    second = start(1, folder, "train.max_steps=4000", "train.save_every=1000")
+    codes, text = job.wait(60)
+    assert codes == [1]
+    assert (
+        "start 2 of this run owns the folder, this is start 1" in text and "Traceback" not in text
+    )
+    while step_of(folder) < 3:
+        time.sleep(0.02)
+    second.kill(signal.SIGTERM)
+    assert second.wait()[0] == [75]
+    assert [r["step"] for r in rows(folder)] == list(range(1, step_of(folder) + 1))
+
+
+def test_a_run_that_is_longer_than_asked_for_or_lost_its_config(tmp_path: Path) -> None:
+    settings = [*RUN, "train.save_every=1"]
+    train(1, tmp_path / "run", *settings, "train.max_steps=4", "train.stop_at=3", expect=75)
+    text = train(
+        1, tmp_path / "run", *settings, "train.max_steps=2", "--resume-with-changes", expect=2
+    )
+    assert "is at step 3 already, the run is to end at 2" in text
+    train(1, tmp_path / "run", *settings, "train.max_steps=4")
+    (tmp_path / "run/config.yaml").unlink()
+    text = train(1, tmp_path / "run", *settings, "train.max_steps=4", "train.lr=0.5", expect=2)
+    assert "config.yaml: no such file; restore it" in text

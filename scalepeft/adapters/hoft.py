@@ -35,7 +35,7 @@ class HOFTConfig(AdapterConfig):
     name: str = "hoft"
     rank: Annotated[int, Field(ge=2)] = 16
     inverse: Inverse = "exact"
-    init_norm: Annotated[float, Field(gt=0)] = 1.0
+    init_norm: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
 
 
 def wy_factor(u: Tensor, inverse: Inverse = "exact") -> Tensor:

@@ -39,6 +39,8 @@ class Commonsense(Task):
             "input": text_field(row, "input", required=False),
             "output": text_field(row, "output"),
         }
+        if values["input"].strip() and "{input}" not in self.config.prompt:
+            raise UserError("'input' is not empty, but data.prompt has no {input} to hold it")
         answer = text_field(row, "answer")
         if not ANSWERS.fullmatch(answer):
             raise UserError(

@@ -2,6 +2,7 @@
 adapter's state.
 """
 
+import dataclasses
 import fnmatch
 import hashlib
 import json
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from scalepeft import config as cfg
 from scalepeft import lookup, quant
 from scalepeft.adapters.base import Adapter, AdapterConfig
-from scalepeft.lookup import UserError
+from scalepeft.lookup import UserError, read_mapping
 from scalepeft.parallel.base import copy_rows
 
 
@@ -47,6 +48,8 @@ def _adapter_class(name: str) -> type[Adapter]:
 
 
 def _attach(layer: nn.Linear, config: AdapterConfig) -> None:
+    if not isinstance(layer, nn.Linear):
+        raise UserError(f"{type(layer).__name__} cannot be adapted; nn.Linear layers can")
     if isinstance(layer, Adapted):
         raise UserError("the layer already has an adapter; a layer takes one")
     adapter = _adapter_class(config.name)(config, layer.in_features, layer.out_features)
@@ -190,30 +193,40 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
 
 
 def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[str, Any]]:
-    """Reads (config, tensors, base model description) from an adapter folder.
+    """Reads (config, tensors, the rest of ``adapter_config.json``) from an adapter folder.
 
     Raises:
         UserError: a missing or unreadable file, named.
     """
+    remedy = f"{folder} is no readable adapter folder; name the adapter/ of a finished run"
+    description = read_mapping(folder / "adapter_config.json", json.loads, remedy)
+    settings = description.pop("adapter", None)
+    if not isinstance(settings, dict):
+        raise UserError(f"{folder / 'adapter_config.json'}: has no 'adapter' settings; {remedy}")
     try:
-        description = json.loads((folder / "adapter_config.json").read_text())
         state = load_file(folder / "adapter.safetensors")
-        config = cfg.adapter_config(description["adapter"])
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
-        raise UserError(
-            f"{folder} is no readable adapter folder: {type(error).__name__}: {error}"
-        ) from None
-    return config, state, description.get("base_model", {})
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / 'adapter.safetensors'}: {error}; {remedy}") from None
+    return cfg.adapter_config(settings), state, description
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Injects the adapter of ``folder`` (a run's ``adapter/``) into a base model, in place.
+    """Injects the adapter of ``folder`` (a run's ``adapter/``) into its base model, in place.
+
+    Names and shapes must fit; that the base holds the weights the adapter was trained on is the
+    caller's to know (``scalepeft evaluate`` compares fingerprints).
 
     Raises:
-        UserError: unreadable folder, or one of another model: a tensor name or shape differs.
+        UserError: unreadable folder, or one of another model, method or settings.
     """
     config, state, _ = read_adapter(Path(folder))
-    if not any(True for _ in adapted_layers(model)):
+    found = [layer.adapter.config for _, layer in adapted_layers(model)]
+    if not found:
         inject(model, config)
+    elif any(dataclasses.replace(c, target_modules=config.target_modules) != config for c in found):
+        raise UserError(
+            f"{folder}: an adapter with settings {config}; the model has one with {found[0]}."
+            " Load it into a model without an adapter, or inject the same settings"
+        )
     load_state(model, state, str(folder))
     return model
