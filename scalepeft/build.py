@@ -9,7 +9,7 @@ from torch import nn
 from scalepeft import injection, lookup, loss, models
 from scalepeft.config import RunConfig
 from scalepeft.parallel.base import Engine
-from scalepeft.parallel.mesh import Ranks
+from scalepeft.parallel.mesh import Ranks, world_size
 from scalepeft.tasks.base import Task
 from scalepeft.weights import Weights, load_weights
 
@@ -42,10 +42,9 @@ def task_of(config: RunConfig) -> Task:
 
 
 def start_ranks(config: RunConfig) -> Ranks:
-    """Joins the other ranks; refuses a number of them that the engine cannot take."""
-    ranks = Ranks.start(config.engine.device, engine_class(config).needs_group)
-    engine_class(config).check(ranks.world_size)
-    return ranks
+    """Joins the other ranks; refuses, before it does, a number of them the engine cannot take."""
+    engine_class(config).check(world_size())
+    return Ranks.start(config.engine.device, engine_class(config).needs_group)
 
 
 def build(config: RunConfig, ranks: Ranks, poll: Callable[[], None], adapted: bool = True) -> Built:

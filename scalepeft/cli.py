@@ -5,6 +5,7 @@
 import argparse
 import os
 import sys
+import time
 import traceback
 from typing import NoReturn
 
@@ -107,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
         # forever.
         sys.stdout.flush()
         sys.stderr.flush()
+        if code == USER_ERROR:
+            time.sleep(1)  # all ranks come here: the slower ones still read what was agreed
         os._exit(code)
     return code
 

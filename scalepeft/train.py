@@ -13,16 +13,16 @@ from scalepeft.build import Built, build, start_ranks, task_of
 from scalepeft.checkpoint import Checkpoint
 from scalepeft.config import RunConfig
 from scalepeft.lookup import UserError
-from scalepeft.parallel.mesh import Ranks
+from scalepeft.parallel.mesh import Ranks, world_size
 from scalepeft.preemption import FINISHED, STOPPED, StopFlag, Stopping
 from scalepeft.progress import say
 from scalepeft.records import Records
 from scalepeft.weights import resident_bytes
 
 
-def check_batch(config: RunConfig, ranks: Ranks) -> None:
+def check_batch(config: RunConfig, world: int) -> None:
     """Refuses a world size that does not divide the global batch."""
-    size, world = config.train.global_batch, ranks.world_size
+    size = config.train.global_batch
     if size % world:
         near = min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: abs(n - world))
         raise UserError(
@@ -234,8 +234,8 @@ def run(config: RunConfig, stop: StopFlag, resume_with_changes: bool = False) ->
         UserError: a mistake in config, data or model, or a run folder of a different config.
         Fenced: the run was started again elsewhere meanwhile.
     """
+    check_batch(config, world_size())
     ranks = start_ranks(config)
-    check_batch(config, ranks)
     records = ranks.together(
         lambda: Records(config, resume_with_changes) if ranks.is_main else None
     )

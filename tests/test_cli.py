@@ -345,7 +345,7 @@ def test_under_the_usual_launchers(launcher: str, tmp_path: Path) -> None:
         else [
             str(program),
             "launch",
-            "--cpu",
+            "--multi_gpu",  # the launcher of real runs: it counts processes, not GPUs
             "--num_processes",
             "2",
             "--num_machines",

@@ -208,23 +208,9 @@ def test_a_start_that_cannot_train_leaves_the_running_one_alone(tmp_path: Path) 
     job = start(1, folder, "train.max_steps=4000", "train.save_every=1000")
     while step_of(folder) < 5:
         time.sleep(0.02)
-    # Not this run's config, and a world size that its batch cannot take: both fail.
-    train(
-        1, folder, *RUN, "train.max_steps=4000", "train.save_every=1000", "data.cutoff=8", expect=2
-    )
-    text = Job(
-        5,
-        [
-            "train",
-            *TINY,
-            *RUN,
-            "train.max_steps=4000",
-            "train.save_every=1000",
-            "engine.name=ddp",
-            f"run_dir={folder}",
-        ],
-    ).wait()[1]
-    assert "cannot be shared evenly by 5 ranks" in text
+    settings = [*RUN, "train.max_steps=4000", "train.save_every=1000"]
+    text = train(1, folder, *settings, f"model.path={tmp_path}", expect=2)  # fails after looking
+    assert "config.json" in text or "tokenizer.json" in text
     before = step_of(folder)
     while step_of(folder) < before + 3:
         assert job.ranks[0].poll() is None, "the running job was stopped by a start that failed"

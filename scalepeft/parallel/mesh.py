@@ -59,6 +59,11 @@ def launch_variables(env: Mapping[str, str]) -> dict[str, str]:
     return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
+def world_size() -> int:
+    """Number of ranks that the launcher started, known before they meet."""
+    return int(launch_variables(os.environ)["WORLD_SIZE"])
+
+
 def first_host(nodelist: str) -> str:
     """Returns the first host of a Slurm node list: ``a[07-09,12],b3`` -> ``a07``."""
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodelist)
