@@ -29,16 +29,12 @@ class Built:
 
 def engine_class(config: RunConfig) -> type[Engine]:
     """Returns the engine that ``engine.name`` picks."""
-    module = lookup.find("parallel", config.engine.name, "engine")
-    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Engine)]
-    return next(c for c in classes if c.__module__ == module.__name__)
+    return lookup.find_class("parallel", config.engine.name, "engine", Engine)
 
 
 def task_of(config: RunConfig) -> Task:
     """Returns the task that ``data.name`` picks."""
-    module = lookup.find("tasks", config.data.name, "task")
-    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Task)]
-    return next(c for c in classes if c.__module__ == module.__name__)(config.data)
+    return lookup.find_class("tasks", config.data.name, "task", Task)(config.data)
 
 
 def start_ranks(config: RunConfig) -> Ranks:

@@ -131,11 +131,11 @@ class RunConfig:
     evaluate: EvaluateConfig
 
 
-# section -> (folder of scalepeft and of configs/, what to call an entry, the name if none is given)
-NAMED = {
-    "adapter": ("adapters", "adapter", "hoft"),
-    "engine": ("parallel", "engine", "single"),
-    "data": ("tasks", "task", "toy"),
+# section -> (folder of scalepeft, what to call an entry, the name if none is given, its class)
+NAMED: dict[str, tuple[str, str, str, type]] = {
+    "adapter": ("adapters", "adapter", "hoft", AdapterConfig),
+    "engine": ("parallel", "engine", "single", EngineConfig),
+    "data": ("tasks", "task", "toy", TaskConfig),
 }
 FOLDERS = {"adapter": "adapters", "engine": "engines", "model": "models", "data": "tasks"}
 PLAIN: dict[str, type] = {"model": ModelConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
@@ -174,13 +174,8 @@ def config_root() -> Path:
 
 def config_class(section: str, name: str) -> type:
     """Returns the config dataclass of a section whose ``name`` picks it."""
-    package, kind, _ = NAMED[section]
-    module = lookup.find(package, name, kind)
-    classes = [
-        c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__
-    ]
-    found: type = next(c for c in classes if hasattr(c, "Config")).Config
-    return found
+    package, kind, _, base = NAMED[section]
+    return lookup.find_class(package, name, kind, base)
 
 
 def load(path: str | None, overrides: list[str]) -> tuple[RunConfig, list[str]]:
@@ -321,7 +316,7 @@ def _apply(values: dict[str, Any], overrides: list[str], notes: list[str]) -> No
             given[key] = text
         else:
             given.setdefault(parts[0], {})[parts[1]] = value
-    for section, (_, _, default) in NAMED.items():
+    for section, (_, _, default, _) in NAMED.items():
         wanted = given.get(section, {}).get("name")
         held = values.get(section)
         if wanted and isinstance(held, dict) and held.get("name", default) != wanted:
@@ -354,7 +349,7 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
     if isinstance(values["run_dir"], dict | list):
         raise UserError(f"run_dir={values['run_dir']}: expected the name of one folder")
     sections: dict[str, Any] = {s: _build(c, values.get(s) or {}, s) for s, c in PLAIN.items()}
-    for section, (_, _, default) in NAMED.items():
+    for section, (_, _, default, _) in NAMED.items():
         given = dict(values.get(section) or {})
         given.setdefault("name", default)
         sections[section] = _build(config_class(section, str(given["name"])), given, section)

@@ -41,18 +41,14 @@ def _adapted_class(base: type[nn.Linear]) -> type[nn.Linear]:
     return type(f"Adapted{base.__name__}", (Adapted, base), {})
 
 
-def _adapter_class(name: str) -> type[Adapter]:
-    module = lookup.find("adapters", name, "adapter")
-    classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Adapter)]
-    return next(c for c in classes if c.__module__ == module.__name__)
-
-
 def _attach(layer: nn.Linear, config: AdapterConfig) -> None:
     if not isinstance(layer, nn.Linear):
         raise UserError(f"{type(layer).__name__} cannot be adapted; nn.Linear layers can")
     if isinstance(layer, Adapted):
         raise UserError("the layer already has an adapter; a layer takes one")
-    adapter = _adapter_class(config.name)(config, layer.in_features, layer.out_features)
+    adapter = lookup.find_class("adapters", config.name, "adapter", Adapter)(
+        config, layer.in_features, layer.out_features
+    )
     layer.__class__ = _adapted_class(type(layer))  # type: ignore[arg-type]  # mypy: no Hashable
     assert isinstance(layer, Adapted)
     layer.requires_grad_(False)

@@ -8,10 +8,11 @@ import pkgutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict
 
+T = TypeVar("T")
 STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
 """Of every config dataclass: an unknown key is an error, and so is a number that is not finite."""
 
@@ -82,3 +83,10 @@ def find(package: str, name: str, kind: str) -> ModuleType:
     if name not in available(package):
         raise unknown(kind, name, available(package))
     return importlib.import_module(f"scalepeft.{package}.{name}")
+
+
+def find_class(package: str, name: str, kind: str, base: type[T]) -> type[T]:
+    """Returns the entry's own subclass of ``base``. Raises UserError as ``find`` does."""
+    module = find(package, name, kind)
+    classes = (c for c in vars(module).values() if isinstance(c, type) and issubclass(c, base))
+    return next(c for c in classes if c.__module__ == module.__name__)
