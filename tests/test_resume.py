@@ -7,11 +7,13 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Job, adapter_bytes, losses, rows, train
+from conftest import ROOT, TINY, Job, adapter_bytes, losses, rows, train
 from test_checkpoint import delete_a_file, empty, flip_a_bit, truncate
 
 pytestmark = pytest.mark.slow
@@ -240,3 +242,27 @@ def test_a_run_that_is_longer_than_asked_for_or_lost_its_config(tmp_path: Path) 
     (tmp_path / "run/config.yaml").unlink()
     text = train(1, tmp_path / "run", *settings, "train.max_steps=4", "train.lr=0.5", expect=2)
     assert "config.yaml: no such file; restore it" in text
+
+
+def test_torchrun_passes_sigusr1_on_with_the_flag_of_the_readme(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [
+        str(Path(sys.executable).with_name("torchrun")),
+        "--standalone",
+        "--nproc-per-node=2",
+        "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1",
+    ]
+    assert command[-1] in (ROOT / "README.md").read_text()
+    settings = [*TINY, *RUN, "engine.name=fsdp2", "train.max_steps=4000", "train.save_every=1000"]
+    agent = subprocess.Popen(
+        [*command, "-m", "scalepeft", "train", *settings, f"run_dir={folder}"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
+    while step_of(folder) < 3:
+        assert agent.poll() is None
+        time.sleep(0.02)
+    agent.send_signal(signal.SIGUSR1)
+    assert agent.wait(60) == 1, "torchrun has one code for every rank that does not end with 0"
+    assert newest_saved(folder) == step_of(folder) >= 3
