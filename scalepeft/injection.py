@@ -15,10 +15,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from scalepeft import config as cfg
 from scalepeft import lookup, quant
-from scalepeft.adapters.base import Adapter, AdapterConfig
+from scalepeft.adapters.base import Adapter, AdapterConfig, Scale
 from scalepeft.lookup import UserError, read_mapping
 from scalepeft.parallel.base import copy_rows
 
@@ -36,50 +37,95 @@ class Adapted(nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
+class AdaptedNorm(nn.Module):
+    """Mixin of a normalisation layer whose weight (and bias) trains: ``y = adapter(norm(x))``."""
+
+    adapter: Scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises as before, then applies the trained scale and shift."""
+        y: Tensor = super().forward(x)  # type: ignore[misc]  # the norm's own, next in line
+        return self.adapter.transform_output(y)
+
+
 @cache
-def _adapted_class(base: type[nn.Linear]) -> type[nn.Linear]:
-    return type(f"Adapted{base.__name__}", (Adapted, base), {})
+def _adapted_class(base: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Adapted{base.__name__}", (mixin, base), {})
 
 
-def _attach(layer: nn.Linear, config: AdapterConfig) -> None:
+def _attach(layer: nn.Module, config: AdapterConfig, name: str = "") -> None:
     if not isinstance(layer, nn.Linear):
         raise UserError(f"{type(layer).__name__} cannot be adapted; nn.Linear layers can")
     if isinstance(layer, Adapted):
         raise UserError("the layer already has an adapter; a layer takes one")
     adapter = lookup.find_class("adapters", config.name, "adapter", Adapter)(
-        config, layer.in_features, layer.out_features
+        config, layer.in_features, layer.out_features, name
     )
-    layer.__class__ = _adapted_class(type(layer))  # type: ignore[arg-type]  # mypy: no Hashable
+    layer.__class__ = _adapted_class(type(layer), Adapted)
     assert isinstance(layer, Adapted)
     layer.requires_grad_(False)
     layer.adapter = adapter.to(layer.weight.device)
 
 
+def _attach_norm(norm: nn.Module, config: AdapterConfig) -> None:
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if isinstance(norm, AdaptedNorm) or not isinstance(weight, Tensor) or weight.dim() != 1:
+        raise UserError(f"{type(norm).__name__} is no normalisation layer with a weight to train")
+    scale = Scale(config, weight.numel(), bias=bias is not None)
+    norm.__class__ = _adapted_class(type(norm), AdaptedNorm)
+    assert isinstance(norm, AdaptedNorm)
+    norm.adapter = scale.to(weight.device)
+
+
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
-    """Yields (name, layer) of every adapted layer, in the model's order."""
+    """Yields (name, layer) of every adapted linear layer, in the model's order."""
     for name, module in model.named_modules():
         if isinstance(module, Adapted):
             yield name, module
 
 
-def _targets(model: nn.Module, patterns: list[str]) -> list[str]:
-    linear = {name for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
+    """Yields (layer name, adapter) of linear layers and of norms, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, Adapted | AdaptedNorm):
+            yield name, module.adapter
+
+
+def _matching(
+    model: nn.Module, patterns: list[str], kind: type[nn.Module], where: str, what: str
+) -> list[str]:
+    candidates = {
+        name for name, m in model.named_modules() if isinstance(m, kind) and not list(m.children())
+    }
     found: list[str] = []
     for pattern in patterns:
         matches = [
             name
-            for name in linear
+            for name in candidates
             if name.rsplit(".", 1)[-1] == pattern or fnmatch.fnmatchcase(name, pattern)
         ]
         if not matches:
-            last = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            last = sorted({name.rsplit(".", 1)[-1] for name in candidates} - {""})
             raise UserError(
-                f"adapter.target_modules: '{pattern}' matches no linear layer of this model."
-                f"{lookup.nearest(pattern, [*last, *linear])} Linear layers: {', '.join(last)}"
+                f"{where}: '{pattern}' matches no {what} layer of this model."
+                f"{lookup.nearest(pattern, [*last, *candidates])} There are: {', '.join(last)}"
             )
         found += matches
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return sorted(set(found), key=order.__getitem__)
+
+
+def _in_layers(names: list[str], layers: list[int] | str) -> list[str]:
+    """Keeps the names that lie in the given decoder blocks (``model.layers.3.mlp`` lies in 3)."""
+    if isinstance(layers, str):
+        return names
+    block = {name: next((int(p) for p in name.split(".") if p.isdigit()), None) for name in names}
+    there = sorted({b for b in block.values() if b is not None})
+    for wanted in layers:
+        if wanted not in there:
+            known = f"{there[0]} to {there[-1]}" if there else "no numbered blocks"
+            raise UserError(f"adapter.layers={layers}: no block {wanted}; the targets have {known}")
+    return [name for name in names if block[name] in layers]
 
 
 def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int = 0) -> nn.Module:
@@ -98,14 +144,21 @@ def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int =
     """
     if isinstance(config, dict):
         config = cfg.adapter_config(config)
+    if any(True for _ in adapters(model)):
+        raise UserError("the model already has an adapter; a layer takes one")
+    linear = _matching(
+        model, config.target_modules, nn.Linear, "adapter.target_modules", "linear"
+    )
+    norms = _matching(model, config.norm_modules(), nn.Module, "adapter.norm", "normalisation")
     model.requires_grad_(False)
-    for name in _targets(model, config.target_modules):
+    for name in _in_layers(linear, config.layers):
         try:
-            _attach(model.get_submodule(name), config)  # type: ignore[arg-type]
+            _attach(model.get_submodule(name), config, name)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-    layers = [layer for _, layer in adapted_layers(model)]
-    if not any(p.is_meta for layer in layers for p in layer.parameters()):
+    for name in _in_layers(norms, config.layers):
+        _attach_norm(model.get_submodule(name), config)
+    if not any(p.is_meta for p in model.parameters()):
         reset_adapters(model, seed)
     return model
 
@@ -124,8 +177,7 @@ def reset_adapters(model: nn.Module, seed: int) -> None:
     The values are drawn on an unsharded copy on the CPU and each rank takes its rows, so a method
     needs no word about sharding and any engine, device and world size starts from the same adapter.
     """
-    for name, layer in adapted_layers(model):
-        adapter = layer.adapter
+    for name, adapter in adapters(model):
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         twin = _unsharded_copy(adapter)
         with torch.random.fork_rng(devices=[]):
@@ -156,10 +208,22 @@ def decayed_names(model: nn.Module) -> set[str]:
     """
     return {
         f"{name}.adapter.{key}"
-        for name, layer in adapted_layers(model)
-        if layer.adapter.weight_decay
-        for key, _ in layer.adapter.named_parameters()
+        for name, adapter in adapters(model)
+        if adapter.weight_decay
+        for key, _ in adapter.named_parameters()
     }
+
+
+def penalty(model: nn.Module) -> Tensor | None:
+    """Sum of the adapters' regularisers (qGOFT), to be added to the loss once; None without any.
+
+    With sharded parameters it is the whole sum too: each is computed where its rows lie.
+    """
+    found = [p for _, adapter in adapters(model) if (p := adapter.penalty()) is not None]
+    if not found:
+        return None
+    total = sum(found[1:], found[0])  # of sharded parameters: still one part a rank
+    return total.full_tensor() if isinstance(total, DTensor) else total
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, ConfigDict
+from pydantic import BeforeValidator, ConfigDict, Field
 
 T = TypeVar("T")
 STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
@@ -23,6 +23,16 @@ def _split_commas(value: object) -> object:
 
 NameList = Annotated[list[str], BeforeValidator(_split_commas)]
 """A list of names; ``a,b`` on the command line is the same as ``[a, b]``."""
+
+
+def _split_numbers(value: object) -> object:
+    return [value] if isinstance(value, int) else _split_commas(value)
+
+
+IndexList = Annotated[
+    list[Annotated[int, Field(ge=0)]], Field(min_length=1), BeforeValidator(_split_numbers)
+]
+"""A list of numbers from 0; ``0,3`` and ``5`` on the command line are the same as lists."""
 
 
 class UserError(ValueError):

@@ -21,9 +21,9 @@ def effective_weight(layer: nn.Module, chunk: int = 1024) -> tuple[Tensor, Tenso
     """
     if not isinstance(layer, Adapted):
         raise UserError(f"{type(layer).__name__} has no adapter; call adapt() or inject() first")
-    if not layer.adapter.mergeable:
+    if reason := layer.adapter.no_merge:
         raise UserError(
-            f"{type(layer.adapter).__name__} is not affine in x and cannot merge; keep the adapter"
+            f"{type(layer.adapter).__name__} cannot merge: {reason}; keep the adapter"
         )
     dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
     was_training = layer.training

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from signal import SIGUSR1
 
 import torch
+from torch import nn
 
 from scalepeft import config as cfg
 from scalepeft import data, injection, loss, models
@@ -59,6 +60,8 @@ class Trainer:
         )
         self.nonfinite = 0
         """Steps in a row that were skipped because loss or gradient was not finite."""
+        self.penalty: float | None = None
+        """Value of the adapters' regularisers before the last step; None for methods without."""
 
     def step(
         self, micro: list[data.MicroBatch], label_tokens: int, lr: float
@@ -85,6 +88,7 @@ class Trainer:
             total += value.detach()
         mean = float(self.ranks.sum(total.double().cpu()))
         parameters = list(self.trained.values())
+        self.penalty = self._add_penalty(parameters)
         norm = engine.grad_norm(parameters)
         finite = math.isfinite(mean) and math.isfinite(float(norm))
         if finite:
@@ -95,6 +99,17 @@ class Trainer:
         self.optimizer.zero_grad()
         self.nonfinite = 0 if finite else self.nonfinite + 1
         return (mean, float(norm)) if finite else (None, None)
+
+    def _add_penalty(self, parameters: list[nn.Parameter]) -> float | None:
+        """Adds the gradient of the adapters' regularisers, once: the data's is summed by now."""
+        value = injection.penalty(self.built.model)
+        if value is None:
+            return None
+        grads = torch.autograd.grad(value, parameters, allow_unused=True)
+        for parameter, grad in zip(parameters, grads, strict=True):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+        return float(value)
 
     def check_finite(self, step: int, total: int) -> None:
         """Ends the run after ``train.max_nonfinite`` skipped steps in a row."""
@@ -304,6 +319,8 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
                     "seconds": seconds,
                     "tokens_per_second": batch.tokens / seconds,
                 }
+                if trainer.penalty is not None:
+                    row["penalty"] = trainer.penalty
                 records.log(row)
             trainer.check_finite(step, total)
             # Not amid skipped steps: retention must not drop the checkpoint from before the

@@ -1,1 +1,3 @@
 """Adapter methods, one paper per file; the file name is the name in ``adapter.name``."""
+
+HELPERS = frozenset({"base", "blocks", "reflect"})

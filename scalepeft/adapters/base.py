@@ -3,14 +3,14 @@
 Letters: W frozen weight (out, in), x (..., in), y (..., out), b the base bias, r rank.
 """
 
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from scalepeft.lookup import STRICT, NameList
+from scalepeft.lookup import STRICT, IndexList, NameList
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -22,12 +22,18 @@ class AdapterConfig:
         target_modules: layers to adapt: the last part of a module name (``q_proj``), or a pattern
             over the whole name (``model.layers.1*.self_attn.*``). The default is the set behind the
             parameter counts of the HOFT, LLM-Adapters and DoRA papers.
+        layers: numbers of the decoder blocks to adapt, from 0; ``all`` for every one.
     """
 
     name: str
     target_modules: Annotated[NameList, Field(min_length=1)] = Field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
     )
+    layers: Literal["all"] | IndexList = "all"
+
+    def norm_modules(self) -> list[str]:
+        """Normalisation layers of the adapted blocks whose scale (and shift) trains too; by name."""
+        return []
 
 
 class Base(Protocol):
@@ -49,13 +55,18 @@ class Adapter(nn.Module):
     """
 
     Config: ClassVar[type[AdapterConfig]]
-    mergeable: ClassVar[bool] = True
-    """False where the map is not affine in x."""
+    no_merge: str = ""
+    """Why the layer cannot be one weight and one bias (its map is not affine in x); else empty."""
     weight_decay: ClassVar[bool] = False
     """True where decay pulls towards the base layer; never for rotations, reflections and scales.
     """
 
-    def __init__(self, config: Any, in_features: int, out_features: int) -> None:
+    paper: ClassVar[str] = ""
+    """Where the method comes from: ``arXiv 2106.09685``."""
+
+    def __init__(
+        self, config: Any, in_features: int, out_features: int, layer_name: str = ""
+    ) -> None:
         super().__init__()
         self.config = config
         self.in_features, self.out_features = in_features, out_features
@@ -85,6 +96,58 @@ class Adapter(nn.Module):
         y = base(self.transform_input(x))
         delta = self.delta(x)
         return self.transform_output(y if delta is None else y + delta)
+
+    def penalty(self) -> Tensor | None:
+        """A term that the trainer adds to the loss once a step, whatever the sharding; or None."""
+        return None
+
+    def flops(self) -> int:
+        """FLOP a token in forward, on top of the frozen layer's ``2 in out``."""
+        raise NotImplementedError(f"{type(self).__name__} must define flops")
+
+    def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """The same map for HF PEFT: (fields of its config, tensors by their PEFT name), or None.
+
+        A tensor's name is what follows the layer's: ``lora_A.weight``, ``hra_u``. The layer is on
+        one device and whole; ``base.weight`` may be read.
+        """
+        return None
+
+    def to_lora(self, base: Base) -> tuple[Tensor, Tensor] | None:
+        """``(A (k, in), B (out, k))`` with exactly ``W' = W + B A``; None where W' - W has full
+        rank.
+        """
+        return None
+
+
+class Scale(Adapter):
+    """``y = (1 + scale) * y0 + shift`` behind a normalisation layer: trains its weight (and bias).
+
+    Shift only where the layer has a bias, so that the family of maps is exactly that of the layer.
+    """
+
+    def __init__(self, config: Any, features: int, bias: bool) -> None:
+        super().__init__(config, features, features)
+        self.scale = nn.Parameter(torch.empty(features, dtype=torch.float32))
+        self.shift = nn.Parameter(torch.empty(features, dtype=torch.float32)) if bias else None
+
+    def reset_parameters(self) -> None:
+        """Zero: the layer is its base."""
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+    def transform_output(self, y: Tensor) -> Tensor:
+        """Scales and shifts (..., features)."""
+        return scale_shift(y, self.scale, self.shift)
+
+
+def scale_shift(x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
+    """``(1 + scale) * x + shift`` over the last dimension, in the dtype of x.
+
+    1 + scale is formed in the parameter's dtype: fp32 keeps what bf16 would round away near 1.
+    """
+    y = x * (1 + scale).to(x.dtype)
+    return y if shift is None else y + shift.to(x.dtype)
 
 
 def math_dtype(dtype: torch.dtype) -> torch.dtype:

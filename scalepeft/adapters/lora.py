@@ -1,11 +1,11 @@
 """LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685). The baseline of all
 others.
 
-Letters: r rank, A (r, in), B (out, r), scaling = alpha / r.
+Letters: r rank, A (r, in), B (out, r), scaling = alpha / r, or alpha / sqrt(r) (rsLoRA).
 """
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scalepeft.adapters.base import Adapter, AdapterConfig
+from scalepeft.adapters.base import Adapter, AdapterConfig, Base
 from scalepeft.lookup import STRICT
 
 
@@ -24,12 +24,14 @@ class LoRAConfig(AdapterConfig):
     Attributes:
         rank: r, columns of B and rows of A.
         alpha: the update is scaled by alpha / rank.
+        rslora: scale by alpha / sqrt(rank) instead (arXiv 2312.03732).
         dropout: probability of zeroing an entry of x on the way into A, in training only.
     """
 
     name: str = "lora"
     rank: Annotated[int, Field(ge=1)] = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
+    rslora: bool = False
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
@@ -41,11 +43,14 @@ class LoRA(Adapter):
     """
 
     Config = LoRAConfig
+    paper = "arXiv 2106.09685"
     weight_decay = True
 
-    def __init__(self, config: LoRAConfig, in_features: int, out_features: int) -> None:
-        super().__init__(config, in_features, out_features)
-        self.scaling = config.alpha / config.rank
+    def __init__(
+        self, config: LoRAConfig, in_features: int, out_features: int, layer_name: str = ""
+    ) -> None:
+        super().__init__(config, in_features, out_features, layer_name)
+        self.scaling = config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
         self.dropout = config.dropout
         self.A = nn.Parameter(torch.empty(config.rank, in_features, dtype=torch.float32))
         self.B = nn.Parameter(torch.empty(out_features, config.rank, dtype=torch.float32))
@@ -60,3 +65,23 @@ class LoRA(Adapter):
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
         return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype) * self.scaling)
+
+    def flops(self) -> int:
+        """Two thin products."""
+        return 2 * len(self.A) * (self.in_features + self.out_features)
+
+    def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """PEFT's LoRA with the same A and B."""
+        config = self.config
+        fields = {
+            "peft_type": "LORA",
+            "r": config.rank,
+            "lora_alpha": config.alpha,
+            "lora_dropout": config.dropout,
+            "use_rslora": config.rslora,
+        }
+        return fields, {"lora_A.weight": self.A.detach(), "lora_B.weight": self.B.detach()}
+
+    def to_lora(self, base: Base) -> tuple[Tensor, Tensor] | None:
+        """Itself, with the scaling in B."""
+        return self.A.detach(), self.scaling * self.B.detach()
