@@ -27,6 +27,26 @@ SECTION=NAME takes a whole file of configs/, SECTION.KEY=VALUE sets one key; the
 """
 
 
+MERGE = """\
+Writes OUT, tensor by tensor: no more memory than the largest tensor needs. A method that adds a bias
+gives the model one where its architecture has a switch for it. Prints the error of the merged
+model's logits against the adapted model's.
+
+  scalepeft merge runs/commonsense_hoft merged --base original
+"""
+EXPORT = """\
+--format peft   the same method in HF PEFT's layout, for the methods that PEFT has
+--format lora   a LoRA that is exactly the adapter (hoft: of rank 2r), for any LoRA server
+"""
+BENCH = """\
+Times forward, backward and optimiser of every method, of HF PEFT's and of the frozen base alone,
+taking turns in one process, and counts bytes saved for backward and peak memory.
+
+  scalepeft bench model --shape small --tokens 2048 --out bench
+  scalepeft bench layer --shape llama-8b-block --precision bf16 --quant nf4 --methods hoft,goft
+"""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, as for every other mistake."""
@@ -69,7 +89,59 @@ def _parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", help="loss curve and scores of a run")
     report.add_argument("run_dir", help="folder of a run")
-    for command in (train, evaluate, report):
+
+    merge = commands.add_parser(
+        "merge",
+        help="write base and adapter as one checkpoint that stock transformers loads",
+        description=MERGE,
+        formatter_class=shape,
+    )
+    export = commands.add_parser(
+        "export",
+        help="write the adapter for HF PEFT, or as a plain LoRA",
+        description=EXPORT,
+        formatter_class=shape,
+    )
+    for command in (merge, export):
+        command.add_argument("run_dir", help="folder of a finished run")
+        command.add_argument("out", help="folder to write; must not exist")
+        command.add_argument(
+            "settings", nargs="*", metavar="model.path=FOLDER", help="where the base is now"
+        )
+    merge.add_argument(
+        "--base",
+        choices=("original", "dequantized"),
+        default="original",
+        help="merge into the weights of the files, or into what the adapter saw in training",
+    )
+    merge.add_argument(
+        "--dtype", choices=("base", "fp32", "bf16"), default="base", help="of the merged weights"
+    )
+    export.add_argument("--format", choices=("peft", "lora"), required=True)
+
+    methods = commands.add_parser("methods", help="all methods: size, cost, exports, papers")
+    methods.add_argument(
+        "--model", default="llama-3.1-8b", help="a shape by name, or a model folder"
+    )
+    methods.add_argument("--json", action="store_true", help="one JSON list instead of a table")
+
+    bench = commands.add_parser(
+        "bench",
+        help="methods against HF PEFT in one run",
+        description=BENCH,
+        formatter_class=shape,
+    )
+    bench.add_argument("what", choices=("layer", "model"))
+    bench.add_argument("--shape", default="small", help="a shape by name, or a model folder")
+    bench.add_argument("--methods", default="all", help="names by comma; 'all' for every one")
+    bench.add_argument("--rank", type=int, default=16, help="of LoRA; the others follow its size")
+    bench.add_argument("--tokens", type=int, default=2048, help="a step, in rows of 512 at most")
+    bench.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    bench.add_argument("--quant", choices=("none", "nf4", "int8"), default="none")
+    bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    bench.add_argument("--repeats", type=int, default=10, help="timed steps of every method")
+    bench.add_argument("--out", default=None, help="folder for bench.json and bench.png")
+    for command in (train, evaluate, report, merge, export, methods, bench):
         command.add_argument(
             "--debug", action="store_true", help="show the traceback of a user error too"
         )
@@ -133,9 +205,26 @@ def _run(args: argparse.Namespace, stop: StopFlag) -> int:
         from scalepeft import evaluate
 
         return evaluate.run(args.run_dir, args.settings, args.base, stop)
-    from scalepeft import report
+    if args.command == "report":
+        from scalepeft import report
 
-    report.run(args.run_dir)
+        report.run(args.run_dir)
+    elif args.command == "merge":
+        from scalepeft import merge
+
+        merge.run(args.run_dir, args.out, args.settings, args.base, args.dtype)
+    elif args.command == "export":
+        from scalepeft import export
+
+        export.run(args.run_dir, args.out, args.settings, args.format)
+    elif args.command == "methods":
+        from scalepeft import methods
+
+        methods.run(args.model, args.json)
+    else:
+        from scalepeft import bench
+
+        bench.run(bench.Options.of(args))
     return FINISHED
 
 

@@ -99,15 +99,16 @@ def load_tokenizer(config: ModelConfig, folder: Path) -> Any:
 
 def vocab_size(folder: Path) -> int:
     """Number of token ids that the model's embedding has."""
-    return int(_architecture(folder).vocab_size)
+    return int(architecture(folder).vocab_size)
 
 
 def positions(folder: Path) -> int | None:
     """Number of positions the model was made for; None where config.json does not say."""
-    return getattr(_architecture(folder), "max_position_embeddings", None)
+    return getattr(architecture(folder), "max_position_embeddings", None)
 
 
-def _architecture(folder: Path) -> Any:
+def architecture(folder: Path) -> Any:
+    """Reads the transformers config of a model folder. Raises UserError: missing or broken."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -131,11 +132,11 @@ def build(config: ModelConfig, folder: Path, precision: str) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
-    architecture = _architecture(folder)
+    config_of_model = architecture(folder)
     try:
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(
-                architecture, dtype=PRECISIONS[precision], attn_implementation="sdpa"
+                config_of_model, dtype=PRECISIONS[precision], attn_implementation="sdpa"
             )
     except (ValueError, KeyError) as error:
         raise UserError(f"model.path={folder}: {str(error).splitlines()[0]}") from None

@@ -60,13 +60,20 @@ def check_rank(rank: int, features: int) -> None:
 class Reflected(Adapter):
     """What HOFT, SHOFT and HRA share: reflections of the input, and perhaps of the output.
 
-    A subclass declares ``V`` (in, r) and may declare ``U`` (out, r) and ``scale`` (out,).
+    A subclass sets ``V`` (in, r) and may set ``U`` (out, r) and ``scale`` = m - 1 (out,).
     """
 
     V: nn.Parameter
-    U: nn.Parameter | None = None
-    scale: nn.Parameter | None = None
+    U: nn.Parameter | None
+    scale: nn.Parameter | None
     inverse: Inverse = "exact"
+
+    def __init__(
+        self, config: Any, in_features: int, out_features: int, layer_name: str = ""
+    ) -> None:
+        super().__init__(config, in_features, out_features, layer_name)
+        self.register_parameter("U", None)
+        self.register_parameter("scale", None)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """The whole layer in one function, which saves neither ``Q_V x`` nor ``W Q_V x``."""
