@@ -28,8 +28,8 @@ SECTION=NAME takes a whole file of configs/, SECTION.KEY=VALUE sets one key; the
 
 
 MERGE = """\
-Writes OUT, tensor by tensor: no more memory than the largest tensor needs. A method that adds a bias
-gives the model one where its architecture has a switch for it. Prints the error of the merged
+Writes OUT, tensor by tensor: no more memory than the largest tensor needs. A method that adds a
+bias gives the model one where its architecture has a switch for it. Prints the error of the merged
 model's logits against the adapted model's.
 
   scalepeft merge runs/commonsense_hoft merged --base original

@@ -248,7 +248,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     for section, value in values.items():  # first: what this file itself sets is over what it names
         if section in FOLDERS and isinstance(value, str):
             merged.pop(section, None)  # whole, as on the command line
-            _merge(merged, _named_file(section, value))
+            _merge(merged, named_file(section, value))
     for section, value in values.items():
         if section in FOLDERS and isinstance(value, str):
             continue
@@ -266,11 +266,17 @@ def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
             into[key] = value
 
 
-def _named_file(section: str, name: str) -> dict[str, Any]:
+def config_files(section: str) -> list[Path]:
+    """The shipped YAML files that ``section=NAME`` can take."""
+    return sorted((config_root() / FOLDERS[section]).glob("*.yaml"))
+
+
+def named_file(section: str, name: str) -> dict[str, Any]:
+    """Reads the file that ``section=name`` takes. Raises UserError: there is none."""
     folder = config_root() / FOLDERS[section]
     file = folder / f"{name}.yaml"
     if not file.is_file():
-        raise unknown(f"{section} config", name, (f.stem for f in folder.glob("*.yaml")))
+        raise unknown(f"{section} config", name, (f.stem for f in config_files(section)))
     return _read(file, ())
 
 
@@ -302,7 +308,7 @@ def _apply(values: dict[str, Any], overrides: list[str], notes: list[str]) -> No
             # survives.
             values.pop(key, None)
             given.pop(key, None)
-            named = _named_file(key, text)
+            named = named_file(key, text)
             notes += [
                 f"{key}={text} also sets {other}.{k}={v}"
                 for other in named

@@ -44,12 +44,12 @@ class AdaptedNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises as before, then applies the trained scale and shift."""
-        y: Tensor = super().forward(x)  # type: ignore[misc]  # the norm's own, next in line
+        y: Tensor = super().forward(x)  # the norm's own, next in line
         return self.adapter.transform_output(y)
 
 
 @cache
-def _adapted_class(base: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
+def _adapted_class(base: Any, mixin: Any) -> Any:
     return type(f"Adapted{base.__name__}", (mixin, base), {})
 
 
@@ -146,9 +146,7 @@ def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int =
         config = cfg.adapter_config(config)
     if any(True for _ in adapters(model)):
         raise UserError("the model already has an adapter; a layer takes one")
-    linear = _matching(
-        model, config.target_modules, nn.Linear, "adapter.target_modules", "linear"
-    )
+    linear = _matching(model, config.target_modules, nn.Linear, "adapter.target_modules", "linear")
     norms = _matching(model, config.norm_modules(), nn.Module, "adapter.norm", "normalisation")
     model.requires_grad_(False)
     for name in _in_layers(linear, config.layers):

@@ -22,9 +22,7 @@ def effective_weight(layer: nn.Module, chunk: int = 1024) -> tuple[Tensor, Tenso
     if not isinstance(layer, Adapted):
         raise UserError(f"{type(layer).__name__} has no adapter; call adapt() or inject() first")
     if reason := layer.adapter.no_merge:
-        raise UserError(
-            f"{type(layer.adapter).__name__} cannot merge: {reason}; keep the adapter"
-        )
+        raise UserError(f"{type(layer.adapter).__name__} cannot merge: {reason}; keep the adapter")
     dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
     was_training = layer.training
     layer.eval()

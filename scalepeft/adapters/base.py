@@ -32,7 +32,7 @@ class AdapterConfig:
     layers: Literal["all"] | IndexList = "all"
 
     def norm_modules(self) -> list[str]:
-        """Normalisation layers of the adapted blocks whose scale (and shift) trains too; by name."""
+        """Names of normalisation layers of the adapted blocks whose weight trains too."""
         return []
 
 
@@ -61,6 +61,8 @@ class Adapter(nn.Module):
     """True where decay pulls towards the base layer; never for rotations, reflections and scales.
     """
 
+    works_on_weight: bool = False
+    """True where a changed W is made in forward and backward: a cost a batch, not a token."""
     paper: ClassVar[str] = ""
     """Where the method comes from: ``arXiv 2106.09685``."""
 
@@ -139,6 +141,10 @@ class Scale(Adapter):
     def transform_output(self, y: Tensor) -> Tensor:
         """Scales and shifts (..., features)."""
         return scale_shift(y, self.scale, self.shift)
+
+    def flops(self) -> int:
+        """A product a channel, and a sum with a shift."""
+        return sum(p.numel() for p in self.parameters())
 
 
 def scale_shift(x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """Block-diagonal products over a batch: the shared mathematics of GOFT, OFT and BOFT.
 
-Letters: n blocks of size b, d <= n b channels, x (..., d), M (n, b, b). Rows are multiplied from the
-right: ``(x M)[k] = x[k] M[k]`` for the k-th run of b channels.
+Letters: n blocks of size b, d = n b channels, x (..., d), M (n, b, b). Rows are multiplied from
+the right: ``(x M)[k] = x[k] M[k]`` for the k-th run of b channels.
 """
 
 from typing import Any

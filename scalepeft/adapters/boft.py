@@ -45,8 +45,8 @@ class BOFT(OFT):
     """``W' = diag(s) W R^T``, ``R = F_(m-1) ... F_1 F_0``, ``F_i = P_i D_i P_i^T``.
 
     D_i is block-diagonal of Cayley rotations as in OFT. ``m in (b - 1) / 2 + out`` parameters: K
-    (m in / b, b (b - 1) / 2) from 0 and s - 1 (out,) from 0. Matches HF PEFT (its CUDA extension
-    is needed there for m > 1). Paper: arXiv 2311.06243.
+    (m in / b, b (b - 1) / 2) from 0 and s - 1 (out,) from 0. Matches HF PEFT (which needs its CUDA
+    extension for m > 1). Paper: arXiv 2311.06243.
 
     Raises:
         UserError: blocks that do not tile the layer's inputs.
@@ -76,7 +76,7 @@ class BOFT(OFT):
         nn.init.zeros_(self.scale)
 
     def transform_input(self, x: Tensor) -> Tensor:
-        """``x F_(m-1) ... F_0``: gather, rotate blocks, scatter, from the last factor to the first."""
+        """``x F_(m-1) ... F_0``: gather, rotate blocks, scatter; the last factor first."""
         k = skew_symmetric(self.K.to(math_dtype(x.dtype)), self.config.block_size)
         rotations = cayley(k).chunk(self.config.factors)
         for i, rotation in reversed(list(enumerate(rotations))):

@@ -44,8 +44,8 @@ def rotation_rounds(d: int) -> list[int]:
 def _tree(levels: list[Tensor]) -> Tensor:
     """Composes rounds into matrices: ``levels[k]`` (batch, 2^(K-k-1), 2, 2) -> (batch, 2^K, 2^K).
 
-    Round k mixes the rows of its pairs' first channels, and such a row is non-zero only over its own
-    run of channels. So a level is one product: the upper row goes on, the lower one is final.
+    Round k mixes the rows of its pairs' first channels, and such a row is non-zero only over its
+    own run of channels. So a level is one product: the upper row goes on, the lower one is final.
     """
     batch, size = levels[0].shape[0], 1 << len(levels)
     lead = levels[0].new_ones(batch, size, 1)

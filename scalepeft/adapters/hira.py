@@ -44,6 +44,7 @@ class HiRA(Adapter):
     Config = HiRAConfig
     paper = "openreview TwJrTz9cRS"
     weight_decay = True
+    works_on_weight = True
 
     def __init__(
         self, config: HiRAConfig, in_features: int, out_features: int, layer_name: str = ""

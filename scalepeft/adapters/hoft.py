@@ -67,6 +67,6 @@ class HOFT(Reflected):
         with torch.no_grad():
             for u in (self.U, self.V):
                 assert u is not None
-                u.copy_(paired_columns(*u.shape, self.config.init_norm))
+                u.copy_(paired_columns(len(u), u.shape[1], self.config.init_norm))
             if self.scale is not None:
                 self.scale.zero_()

@@ -46,7 +46,7 @@ def cayley(k: Tensor) -> Tensor:
 
 
 class OFT(Adapter):
-    """``W' = W R^T``, R block-diagonal with ``R = (I - K)(I + K)^-1``; ``in (b - 1) / 2`` parameters.
+    """``W' = W R^T``, R block-diagonal, ``R = (I - K)(I + K)^-1``; ``in (b - 1) / 2`` parameters.
 
     ``K`` (in / b, b (b - 1) / 2) holds the entries above the diagonals and starts at 0. Matches HF
     PEFT given the same parameters. Paper: arXiv 2306.07280.

@@ -24,8 +24,8 @@ class SURMConfig(AdapterConfig):
     """Settings of SURM.
 
     Attributes:
-        structure: of M: ``circulant``, ``toeplitz``, ``kronecker``, ``ldr`` (low displacement rank),
-            or ``auto``: circulant on square layers, kronecker on the others.
+        structure: of M: ``circulant``, ``toeplitz``, ``kronecker``, ``ldr`` (low displacement
+            rank), or ``auto``: circulant on square layers, kronecker on the others.
         placement: ``lora``: ``y = W x + scaling M x``; ``adapter``: ``y = y0 + gelu(scaling M y0) +
             c`` behind the layer (the paper's after o_proj and down_proj), which cannot be merged.
         ldr_rank: r, terms of the sum; for ``structure: ldr``.
@@ -217,7 +217,9 @@ class SURM(Adapter):
             else:
                 nn.init.normal_(parameter, std=self.config.init_std)
 
-    def _chain(self, dtype: torch.dtype, columns: int) -> tuple[list[tuple[int, int]], list[Tensor]]:
+    def _chain(
+        self, dtype: torch.dtype, columns: int
+    ) -> tuple[list[tuple[int, int]], list[Tensor]]:
         """(cuts, kernels) of the convolutions that make up scaling M."""
         out, scaling = self.out_features, self.config.scaling
 
