@@ -390,7 +390,9 @@ def _build(cls: type, values: dict[str, Any], section: str) -> Any:
     except ValidationError as error:
         first = error.errors()[0]
         path = ".".join(str(p) for p in (section, *first["loc"]))
-        raise UserError(f"{path}={first.get('input')!r}: {first['msg']}") from None
+        raise UserError(
+            f"{path}={first.get('input')!r}: {first['msg'].removeprefix('Value error, ')}"
+        ) from None
     for key, value in values.items():
         if isinstance(value, bool) and getattr(built, key) is not value:  # true is no 1 here
             raise UserError(

@@ -6,24 +6,23 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from scalepeft import __version__, injection, models
-from scalepeft import config as cfg
 from scalepeft.build import Built, build, start_ranks, task_of
 from scalepeft.checkpoint import RunFolder, write_atomically
 from scalepeft.config import RunConfig
 from scalepeft.data import strip_eos
-from scalepeft.lookup import UserError, read_mapping
+from scalepeft.lookup import UserError
 from scalepeft.parallel.mesh import Ranks
 from scalepeft.preemption import FINISHED, STOPPED, StopFlag, Stopping
 from scalepeft.progress import say
+from scalepeft.records import check_base, load_run
 from scalepeft.tasks.base import Example, Task
 
 ALLOWED = (
@@ -36,28 +35,6 @@ ALLOWED = (
     "model.revision",
     "train.precision",
 )
-
-
-def load_run(run_dir: str, settings: list[str]) -> RunConfig:
-    """Reads a run's config and lays settings over it that do not change what was trained.
-
-    Raises:
-        UserError: not a run folder, or a setting that would make it another run.
-    """
-    file = Path(run_dir) / "config.yaml"
-    if not file.is_file():
-        raise UserError(
-            f"{run_dir} is no run folder: it has no config.yaml; name the run_dir of a training"
-        )
-    values = read_mapping(file, yaml.safe_load, "restore the config of the run")
-    for setting in settings:
-        key = setting.partition("=")[0]
-        if not cfg.matches_key(key, ALLOWED):
-            raise UserError(
-                f"{key}: cannot be changed for an evaluation; allowed:"
-                f" {', '.join(k + 'KEY' if k.endswith('.') else k for k in ALLOWED)}"
-            )
-    return replace(cfg.overlay(values, settings), run_dir=run_dir)
 
 
 @dataclass
@@ -195,7 +172,7 @@ def run(run_dir: str, settings: list[str], base: bool, stop: StopFlag) -> int:
     Raises:
         UserError: no run, no adapter yet, no test rows.
     """
-    config = load_run(run_dir, settings)
+    config = load_run(run_dir, settings, ALLOWED, "an evaluation")
     ranks = start_ranks(config)
     try:
         _evaluate(config, base, ranks, stop)
@@ -275,7 +252,8 @@ def _generate_all(
 ) -> None:
     built = build(config, ranks, poll, adapted=adapter is not None)
     if adapter is not None:
-        ranks.together(lambda: _check_base(config, adapter[2].get("base_model", {}), built))
+        trained_on, fingerprint = adapter[2].get("base_model", {}), built.base["fingerprint"]
+        ranks.together(lambda: check_base(config, trained_on, fingerprint))
         injection.load_state(built.model, adapter[1], f"{config.run_dir}/adapter")
     folder = models.resolve(config.model, ranks)
     tokenizer = ranks.together(lambda: models.load_tokenizer(config.model, folder))
@@ -303,14 +281,6 @@ def _generate_all(
                 f"{count}/{len(left)} rows, about {(now - begin) / count * (len(left) - count):.0f}"
                 " s left"
             )
-
-
-def _check_base(config: RunConfig, trained_on: dict[str, Any], built: Built) -> None:
-    if trained_on.get("fingerprint") != built.base["fingerprint"]:
-        raise UserError(
-            f"{config.run_dir}/adapter was trained on another base than"
-            f" model.path={config.model.path} now holds (the fingerprint of its files differs)"
-        )
 
 
 def _limited(examples: list[Example], limit: int | None) -> list[Example]:

@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -61,20 +61,18 @@ def _attach(layer: nn.Module, config: AdapterConfig, name: str = "") -> None:
     adapter = lookup.find_class("adapters", config.name, "adapter", Adapter)(
         config, layer.in_features, layer.out_features, name
     )
-    layer.__class__ = _adapted_class(type(layer), Adapted)
+    layer.__class__ = _adapted_class(type(layer), Adapted)  # type: ignore[arg-type]  # mypy: no Hashable
     assert isinstance(layer, Adapted)
     layer.requires_grad_(False)
     layer.adapter = adapter.to(layer.weight.device)
 
 
-def _attach_norm(norm: nn.Module, config: AdapterConfig) -> None:
-    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    if isinstance(norm, AdaptedNorm) or not isinstance(weight, Tensor) or weight.dim() != 1:
-        raise UserError(f"{type(norm).__name__} is no normalisation layer with a weight to train")
-    scale = Scale(config, weight.numel(), bias=bias is not None)
-    norm.__class__ = _adapted_class(type(norm), AdaptedNorm)
+def _attach_norm(norm: Any, config: AdapterConfig) -> None:
+    scale = Scale(config, len(norm.weight), bias=getattr(norm, "bias", None) is not None)
+    device = norm.weight.device
+    norm.__class__ = _adapted_class(type(norm), AdaptedNorm)  # type: ignore[arg-type]
     assert isinstance(norm, AdaptedNorm)
-    norm.adapter = scale.to(weight.device)
+    norm.adapter = scale.to(device)
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
@@ -91,12 +89,19 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
             yield name, module.adapter
 
 
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 1
+
+
 def _matching(
-    model: nn.Module, patterns: list[str], kind: type[nn.Module], where: str, what: str
+    model: nn.Module, patterns: list[str], fits: Callable[[nn.Module], bool], where: str, what: str
 ) -> list[str]:
-    candidates = {
-        name for name, m in model.named_modules() if isinstance(m, kind) and not list(m.children())
-    }
+    candidates = {name for name, m in model.named_modules() if fits(m)}
     found: list[str] = []
     for pattern in patterns:
         matches = [
@@ -115,17 +120,21 @@ def _matching(
     return sorted(set(found), key=order.__getitem__)
 
 
+def _block(name: str) -> int | None:
+    """Number of the decoder block that a layer lies in: 3 for ``model.layers.3.mlp.up_proj``."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
 def _in_layers(names: list[str], layers: list[int] | str) -> list[str]:
-    """Keeps the names that lie in the given decoder blocks (``model.layers.3.mlp`` lies in 3)."""
+    """Keeps the targets that lie in the given decoder blocks."""
     if isinstance(layers, str):
         return names
-    block = {name: next((int(p) for p in name.split(".") if p.isdigit()), None) for name in names}
-    there = sorted({b for b in block.values() if b is not None})
+    there = sorted({b for name in names if (b := _block(name)) is not None})
     for wanted in layers:
         if wanted not in there:
             known = f"{there[0]} to {there[-1]}" if there else "no numbered blocks"
             raise UserError(f"adapter.layers={layers}: no block {wanted}; the targets have {known}")
-    return [name for name in names if block[name] in layers]
+    return [name for name in names if _block(name) in layers]
 
 
 def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int = 0) -> nn.Module:
@@ -146,16 +155,19 @@ def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int =
         config = cfg.adapter_config(config)
     if any(True for _ in adapters(model)):
         raise UserError("the model already has an adapter; a layer takes one")
-    linear = _matching(model, config.target_modules, nn.Linear, "adapter.target_modules", "linear")
-    norms = _matching(model, config.norm_modules(), nn.Module, "adapter.norm", "normalisation")
+    linear = _matching(model, config.target_modules, _is_linear, "adapter.target_modules", "linear")
+    linear = _in_layers(linear, config.layers)
+    norms = _matching(model, config.norm_modules(), _is_norm, "adapter.norm", "normalisation")
     model.requires_grad_(False)
-    for name in _in_layers(linear, config.layers):
+    for name in linear:
         try:
             _attach(model.get_submodule(name), config, name)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-    for name in _in_layers(norms, config.layers):
-        _attach_norm(model.get_submodule(name), config)
+    blocks = {_block(name) for name in linear}
+    for name in norms:
+        if _block(name) in blocks:
+            _attach_norm(model.get_submodule(name), config)
     if not any(p.is_meta for p in model.parameters()):
         reset_adapters(model, seed)
     return model

@@ -8,9 +8,9 @@ import pkgutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict
 
 T = TypeVar("T")
 STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
@@ -25,14 +25,21 @@ NameList = Annotated[list[str], BeforeValidator(_split_commas)]
 """A list of names; ``a,b`` on the command line is the same as ``[a, b]``."""
 
 
-def _split_numbers(value: object) -> object:
-    return [value] if isinstance(value, int) else _split_commas(value)
+def _layers(value: object) -> object:
+    numbers = _split_commas([value] if isinstance(value, int) else value)
+    if value == "all":
+        return value
+    try:
+        found = [int(n) for n in numbers]  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        found = []
+    if not found or min(found) < 0 or isinstance(value, bool):
+        raise ValueError("expected 'all', or numbers of decoder blocks from 0, such as 0,1,5")
+    return found
 
 
-IndexList = Annotated[
-    list[Annotated[int, Field(ge=0)]], Field(min_length=1), BeforeValidator(_split_numbers)
-]
-"""A list of numbers from 0; ``0,3`` and ``5`` on the command line are the same as lists."""
+Layers = Annotated[Literal["all"] | list[int], BeforeValidator(_layers)]
+"""``all``, or numbers of decoder blocks; ``0,3`` and ``5`` on the command line are lists too."""
 
 
 class UserError(ValueError):

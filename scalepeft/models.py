@@ -191,11 +191,14 @@ def materialise(model: nn.Module, device: torch.device) -> None:
                         torch.empty_like(p, device=device), requires_grad=p.requires_grad
                     )
                 module._parameters[name] = made[id(p)]
+    compute_tables(model, device)
+    left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    assert not left, f"still on the meta device: {left}"
+
+
+def compute_tables(model: nn.Module, device: torch.device) -> None:
+    """Makes meta buffers real: they are in no checkpoint, so that their module is made again."""
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
             if any(b.is_meta for b in module.buffers(recurse=False)):
-                # Non-persistent tables (rotary frequencies) are in no checkpoint: compute them
-                # again.
-                setattr(parent, name, type(module)(module.config).to(device))
-    left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
-    assert not left, f"still on the meta device: {left}"
+                setattr(parent, name, type(module)(module.config).to(device))  # rotary frequencies

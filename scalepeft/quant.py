@@ -249,6 +249,27 @@ def quantise(layer: nn.Linear, fmt: Format) -> None:
     layer.weight_scale = nn.Parameter(scale, requires_grad=False)
 
 
+def bnb_linear(layer: nn.Linear) -> nn.Module:
+    """Makes bitsandbytes' own NF4 layer of a plain one: what other libraries build upon.
+
+    For comparisons only: in eval mode on CPUs with avx512_bf16 its forward would repack the weight
+    for good, so that is switched off.
+    """
+    _kernels()
+    bnb = importlib.import_module("bitsandbytes")
+    made = bnb.nn.Linear4bit(
+        layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta",
+        compute_dtype=layer.weight.dtype, compress_statistics=False, quant_type="nf4",
+    )  # fmt: skip
+    made.weight = bnb.nn.Params4bit(
+        layer.weight.detach().clone(), compress_statistics=False, quant_type="nf4", module=made
+    )
+    made.bias = layer.bias
+    made.support_avx512bf16_for_cpu = False
+    on_device: nn.Module = made.to(layer.weight.device)
+    return on_device
+
+
 def matmul(layer: nn.Linear, x: Tensor) -> Tensor:
     """``W x`` (..., out) in the dtype of x without the bias, however W is stored."""
     if isinstance(layer, QuantLinear):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,53 @@ from scalepeft.lookup import UserError, read_mapping
 from scalepeft.progress import Progress, say
 
 
+def load_run(run_dir: str, settings: list[str], allowed: tuple[str, ...], what: str) -> RunConfig:
+    """Reads a run's config and lays settings over it that do not change what was trained.
+
+    Args:
+        run_dir: the folder.
+        settings: ``key=value`` arguments.
+        allowed: keys that may be set; one that ends with a dot stands for its section.
+        what: the purpose, for the message: ``an evaluation``.
+
+    Raises:
+        UserError: not a run folder, or a setting that would make it another run.
+    """
+    file = Path(run_dir) / "config.yaml"
+    if not file.is_file():
+        raise UserError(
+            f"{run_dir} is no run folder: it has no config.yaml; name the run_dir of a training"
+        )
+    values = read_mapping(file, yaml.safe_load, "restore the config of the run")
+    for setting in settings:
+        key = setting.partition("=")[0]
+        if not cfg.matches_key(key, allowed):
+            raise UserError(
+                f"{key}: cannot be changed for {what}; allowed:"
+                f" {', '.join(k + 'KEY' if k.endswith('.') else k for k in allowed)}"
+            )
+    return replace(cfg.overlay(values, settings), run_dir=run_dir)
+
+
+def check_base(config: RunConfig, trained_on: dict[str, Any], fingerprint: str) -> None:
+    """Refuses a base whose files are not those that the adapter was trained on.
+
+    Args:
+        config: of the run, with the ``model.path`` that is used now.
+        trained_on: ``base_model`` of ``adapter_config.json``.
+        fingerprint: of the files there.
+
+    Raises:
+        UserError: they differ.
+    """
+    if trained_on.get("fingerprint") != fingerprint:
+        raise UserError(
+            f"{config.run_dir}/adapter was trained on another base than"
+            f" model.path={config.model.path} now holds (the fingerprint of its files differs);"
+            " name the folder of that base with model.path=FOLDER"
+        )
+
+
 def check_same_run(config: RunConfig, allow_changes: bool) -> None:
     """Refuses to continue a run under another config; lists the keys that differ.
 
@@ -31,7 +79,12 @@ def check_same_run(config: RunConfig, allow_changes: bool) -> None:
     if not any(file.parent.glob("checkpoints/step-*")):
         return
     remedy = "restore it (the run's config cannot be compared without), or choose another run_dir"
-    changed = cfg.differences(read_mapping(file, yaml.safe_load, remedy), cfg.to_dict(config))
+    held = read_mapping(file, yaml.safe_load, remedy)
+    try:
+        held = cfg.to_dict(cfg.from_dict(held))  # keys that are newer than the run: their defaults
+    except UserError as error:
+        raise UserError(f"{file}: {error}; {remedy}") from None
+    changed = cfg.differences(held, cfg.to_dict(config))
     if not changed:
         return
     listed = "; ".join(f"{key}: {was} there, {now} now" for key, (was, now) in changed.items())

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -35,6 +36,17 @@ class _Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int  # byte offset in the file
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of any dtype as it lies in a shard; ``dtype`` is the name safetensors gives it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
 
 
 class Weights:
@@ -113,24 +125,43 @@ class Weights:
         row = entry.dtype.itemsize
         for n in entry.shape[1:]:
             row *= n
-        buffer = bytearray((last - first) * row)
-        if buffer:
-            with entry.file.open("rb", buffering=0) as f:
-                done = 0
-                while done < len(buffer):
-                    got = os.preadv(
-                        f.fileno(), [memoryview(buffer)[done:]], entry.start + first * row + done
-                    )
-                    if not got:
-                        raise UserError(f"{entry.file}: ended while {name} was read; copy it again")
-                    done += got
-        self.bytes_read += len(buffer)
+        buffer = self._read(entry.file, entry.start + first * row, (last - first) * row)
         shape = (last - first, *entry.shape[1:])
         return (
             torch.frombuffer(buffer, dtype=entry.dtype).view(shape)
             if buffer
             else torch.empty(shape, dtype=entry.dtype)
         )
+
+    def _read(self, file: Path, start: int, size: int) -> bytearray:
+        buffer = bytearray(size)
+        if buffer:
+            with file.open("rb", buffering=0) as f:
+                done = 0
+                while done < size:
+                    got = os.preadv(f.fileno(), [memoryview(buffer)[done:]], start + done)
+                    if not got:
+                        raise UserError(f"{file}: ended while it was read; copy it again")
+                    done += got
+        self.bytes_read += size
+        return buffer
+
+    def shards(self) -> Iterator[tuple[str, dict[str, str], list[Stored]]]:
+        """Yields (file name, metadata, tensors in the order of their bytes) of every file."""
+        for file, _, header in self._headers:
+            table = json.loads(header)
+            metadata = table.pop("__metadata__", {})
+            tensors = []
+            for name, t in table.items():
+                start, stop = (8 + len(header) + offset for offset in t["data_offsets"])
+                tensors.append(Stored(name, t["dtype"], tuple(t["shape"]), start, stop))
+            yield file, metadata, sorted(tensors, key=lambda t: t.start)
+
+    def pieces(self, file: str, tensor: Stored) -> Iterator[bytearray]:
+        """Yields the bytes of a tensor as they lie in the file."""
+        for start in range(tensor.start, tensor.stop, PIECE_BYTES):
+            size = min(PIECE_BYTES, tensor.stop - start)
+            yield self._read(self.folder / file, start, size)
 
     def fingerprint(self) -> str:
         """Returns the sha256 of what tells one base from another without reading all of a 70B.
@@ -176,14 +207,24 @@ def load_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 with torch.no_grad():
-                    _fill(module, f"{module_name}.{name}", name, parameter, weights)
+                    fill(module, f"{module_name}.{name}", name, parameter, weights)
         if own:
             yield
 
 
-def _fill(
-    module: nn.Module, full_name: str, name: str, parameter: Tensor, weights: Weights
-) -> None:
+def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weights: Weights) -> None:
+    """Fills this rank's rows of one base parameter, quantising on the way.
+
+    Args:
+        module: what owns the parameter; of a quantised layer ``weight_scale`` is filled too.
+        full_name: of the tensor in the files.
+        name: of the parameter in the module.
+        parameter: real, possibly sharded.
+        weights: the folder's tensors.
+
+    Raises:
+        UserError: as ``load_weights``.
+    """
     quantised = isinstance(module, quant.QuantLinear) and name == "weight"
     shape = (parameter.shape[0], module.in_features) if quantised else tuple(parameter.shape)
     entry = weights.entries.get(full_name)
@@ -199,13 +240,16 @@ def _fill(
             f" {list(shape)}; config.json and weights are of different models"
         )
     local, first, last = local_rows(parameter)
+    step = max(1, PIECE_BYTES // max(1, math.prod(entry.shape[1:]) * entry.dtype.itemsize))
     if not quantised:
-        local.copy_(weights.rows(full_name, first, last))
+        by_rows = local if local.dim() else local[None]
+        for begin in range(first, last, step):
+            end = min(begin + step, last)
+            by_rows[begin - first : end - first] = weights.rows(full_name, begin, end)
         return
     assert isinstance(module, quant.QuantLinear)
     quant.check_device(local.device, module.fmt)
     local_scale, _, _ = local_rows(module.weight_scale)
-    step = max(1, PIECE_BYTES // (module.in_features * entry.dtype.itemsize))
     for begin in range(first, last, step):
         end = min(begin + step, last)
         rows = weights.rows(full_name, begin, end).to(local.device, torch.float32)

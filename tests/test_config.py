@@ -346,3 +346,21 @@ def test_every_shipped_yaml_loads_and_its_adapter_can_be_made(path: Path) -> Non
     parameters = list(layer.adapter.parameters())
     assert parameters
     assert all(p.is_meta and p.dtype == torch.float32 for p in parameters)
+
+
+def test_a_run_from_before_a_new_key_can_be_continued(tmp_path: Path) -> None:
+    from scalepeft.records import check_same_run
+
+    settings = [f"run_dir={tmp_path}", "train.max_steps=5", "adapter=hoft"]
+    built, _ = config.load(None, settings)
+    older = config.to_dict(built)
+    del older["adapter"]["layers"]
+    (tmp_path / "checkpoints/step-000001").mkdir(parents=True)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(older))
+    check_same_run(built, allow_changes=False)
+    other, _ = config.load(None, [*settings, "adapter.layers=0,3"])
+    with pytest.raises(UserError, match=r"adapter.layers: all there, \[0, 3\] now"):
+        check_same_run(other, allow_changes=False)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**older, "adapter": {"name": "x"}}))
+    with pytest.raises(UserError, match=r"config.yaml: no adapter 'x'.*restore it"):
+        check_same_run(built, allow_changes=False)

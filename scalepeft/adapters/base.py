@@ -3,14 +3,14 @@
 Letters: W frozen weight (out, in), x (..., in), y (..., out), b the base bias, r rank.
 """
 
-from typing import Annotated, Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from scalepeft.lookup import STRICT, IndexList, NameList
+from scalepeft.lookup import STRICT, Layers, NameList
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -29,7 +29,7 @@ class AdapterConfig:
     target_modules: Annotated[NameList, Field(min_length=1)] = Field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
     )
-    layers: Literal["all"] | IndexList = "all"
+    layers: Layers = "all"
 
     def norm_modules(self) -> list[str]:
         """Names of normalisation layers of the adapted blocks whose weight trains too."""

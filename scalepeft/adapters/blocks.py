@@ -8,22 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
-def _runs(x: Tensor, n: int, b: int) -> Tensor:
-    """(tokens, d) -> (n, tokens, b), a view where n b = d."""
-    if x.shape[1] < n * b:
-        x = F.pad(x, (0, n * b - x.shape[1]))
-    return x.view(-1, n, b).transpose(0, 1)
+def runs(x: Tensor, b: int) -> Tensor:
+    """(tokens, n b) -> (n, tokens, b), a view."""
+    return x.view(len(x), -1, b).transpose(0, 1)
 
 
-def _product(x: Tensor, m: Tensor) -> Tensor:
-    """(tokens, d) times block-diagonal M - I, plus x: near the identity nothing is rounded away."""
-    n, b, _ = m.shape
-    eye = torch.eye(b, dtype=m.dtype, device=m.device)
-    y = torch.bmm(_runs(x, n, b), (m - eye).to(x.dtype)).transpose(0, 1).reshape(len(x), n * b)
-    return y[:, : x.shape[1]] + x
+def less_identity(m: Tensor, dtype: torch.dtype) -> Tensor:
+    """``M - I`` in a lower dtype, which keeps the cosine of a small angle where M would not."""
+    return (m - torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)).to(dtype)
+
+
+def plus_product(x: Tensor, m: Tensor) -> Tensor:
+    """(tokens, n b) -> ``x + x M`` with M (n, b, b), in the dtype of both."""
+    y = x.clone()
+    runs(y, m.shape[-1]).baddbmm_(runs(x, m.shape[-1]), m)
+    return y
 
 
 class _BlockProduct(torch.autograd.Function):
@@ -32,20 +33,20 @@ class _BlockProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, m: Tensor) -> Tensor:
         ctx.save_for_backward(x, m)
-        return _product(x, m)
+        return plus_product(x, less_identity(m, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (dy,) = grads
         x, m = ctx.saved_tensors
-        n, b, _ = m.shape
-        dx = _product(dy, m.mT) if ctx.needs_input_grad[0] else None
-        dm = torch.bmm(_runs(x, n, b).mT, _runs(dy, n, b)).to(m.dtype)
+        dy, b = dy.contiguous(), m.shape[-1]
+        dx = plus_product(dy, less_identity(m, x.dtype).mT) if ctx.needs_input_grad[0] else None
+        dm = torch.bmm(runs(x, b).mT, runs(dy, b)).to(m.dtype)
         return dx, dm
 
 
 def block_product(x: Tensor, m: Tensor) -> Tensor:
-    """``x (..., d) -> x M`` with M (n, b, b) block-diagonal, n b >= d; the product in x's dtype."""
+    """``x (..., d) -> x M`` with M (n, b, b) block-diagonal; the product in x's dtype."""
     y: Tensor = _BlockProduct.apply(x.reshape(-1, x.shape[-1]), m)
     return y.view(x.shape)
 

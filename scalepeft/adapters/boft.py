@@ -63,8 +63,8 @@ class BOFT(OFT):
         if m > 1 and (b % 2 or in_features % (b << (m - 1))):
             raise UserError(
                 f"adapter.factors={m} with adapter.block_size={b}: needs an even block size, and"
-                f" {b} * 2^{m - 1} = {b << (m - 1)} to divide the layer's {in_features} inputs; take"
-                " fewer factors or another block size"
+                f" {b} * 2^{m - 1} = {b << (m - 1)} to divide the layer's {in_features} inputs;"
+                " take fewer factors or another block size"
             )
         shape = (m * in_features // b, b * (b - 1) // 2)
         self.K = nn.Parameter(torch.empty(shape, dtype=torch.float32))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scalepeft.adapters.base import Adapter, AdapterConfig, math_dtype, scale_shift
+from scalepeft.adapters.blocks import less_identity, plus_product, runs
 from scalepeft.lookup import STRICT, UserError
 
 RUN = 64
@@ -82,37 +83,34 @@ def givens_matrices(g: Tensor, d: int) -> tuple[Tensor, Tensor]:
 class _GivensProduct(torch.autograd.Function):
     """``x (tokens, d) -> x R``, saving x and the 2 x 2 blocks alone; R is formed again in backward.
 
-    Products are taken as ``x + x (M - I)``: the cosine of a small angle would round to 1 in bf16.
+    Products are taken as ``x + x (M - I)``.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, g: Tensor) -> Tensor:
         ctx.save_for_backward(x, g)
-        m1, m2 = (_less_identity(m, x.dtype) for m in givens_matrices(g, x.shape[1]))
+        m1, m2 = (less_identity(m, x.dtype) for m in givens_matrices(g, x.shape[1]))
         d, n = x.shape[1], len(m2)
         x = F.pad(x, (0, n * RUN - d)) if n * RUN > d else x.clone()
         x[:, ::RUN] += x[:, ::RUN] @ m2
-        y = x.clone()
-        _runs(y).baddbmm_(_runs(x), m1)
-        return y[:, :d].contiguous()
+        return plus_product(x, m1)[:, :d].contiguous()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor]:
-        (dy,) = grads
+        dy = grads[0].contiguous()
         x, g = ctx.saved_tensors
         d = x.shape[1]
         with torch.enable_grad():
             leaf = g.detach().requires_grad_()
             both = givens_matrices(leaf, d)
-        m1, m2 = (_less_identity(m.detach(), x.dtype) for m in both)
+        m1, m2 = (less_identity(m.detach(), x.dtype) for m in both)
         n = len(m2)
         if n * RUN > d:
             x, dy = (F.pad(t, (0, n * RUN - d)) for t in (x, dy))
         heads = x[:, ::RUN] + x[:, ::RUN] @ m2
-        dm1 = torch.bmm(_runs(x).mT, _runs(dy))
-        dm1[:, :1] = torch.bmm(heads.T[:, None], _runs(dy))  # row 0: what came out of M2
-        dx = dy.clone()
-        _runs(dx).baddbmm_(_runs(dy), m1.mT)
+        dm1 = torch.bmm(runs(x, RUN).mT, runs(dy, RUN))
+        dm1[:, :1] = torch.bmm(heads.T[:, None], runs(dy, RUN))  # row 0: what came out of M2
+        dx = plus_product(dy, m1.mT)
         d_heads = dx[:, ::RUN].clone()
         dm2 = x[:, ::RUN].T @ d_heads
         dx[:, ::RUN] += d_heads @ m2.T
@@ -121,15 +119,6 @@ class _GivensProduct(torch.autograd.Function):
         ]
         (dg,) = torch.autograd.grad([m for m, _ in pairs], leaf, [dm for _, dm in pairs])
         return dx[:, :d].contiguous(), dg
-
-
-def _less_identity(m: Tensor, dtype: torch.dtype) -> Tensor:
-    return (m - torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)).to(dtype)
-
-
-def _runs(x: Tensor) -> Tensor:
-    """(tokens, n 64) -> (n, tokens, 64), a view."""
-    return x.view(len(x), -1, RUN).transpose(0, 1)
 
 
 class GOFT(Adapter):
