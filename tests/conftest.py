@@ -31,7 +31,13 @@ TINY = [
 class Job:
     """Ranks of one run as processes, with the variables torchrun would set."""
 
-    def __init__(self, ranks: int, arguments: list[str], env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        ranks: int,
+        arguments: list[str],
+        env: dict[str, str] | None = None,
+        program: tuple[str, ...] = ("-m", "scalepeft"),
+    ) -> None:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
@@ -47,7 +53,7 @@ class Job:
                 "OMP_NUM_THREADS": "1",
                 **(env or {}),
             }
-            command = [sys.executable, "-m", "scalepeft", *arguments]
+            command = [sys.executable, *program, *arguments]
             self.ranks.append(
                 subprocess.Popen(
                     command,

@@ -8,11 +8,16 @@ from torch import nn
 
 import scalepeft
 from scalepeft import quant
-from scalepeft.adapters.hoft import reflect_rows
+from scalepeft.adapters.reflect import wy_factor
 from scalepeft.injection import trainable
 from scalepeft.lookup import UserError
 
 SHAPES = [(64, 64), (192, 64), (64, 192), (16, 64)]
+
+
+def reflect_rows(y: torch.Tensor, u: torch.Tensor, inverse: str = "exact") -> torch.Tensor:
+    """Rows ``y -> y Q^T``, ``Q = H(u1) H(u2) ... H(ur)``."""
+    return y - (y @ u) @ wy_factor(u, inverse)
 
 
 def dense_q(u: torch.Tensor) -> torch.Tensor:
@@ -114,23 +119,25 @@ def test_only_the_adapter_trains_and_counts_follow_the_formula() -> None:
         assert sum(p.numel() for p in found.values()) == 8 * (192 + 64) + extra
 
 
-@pytest.mark.parametrize("d", [256, 1024])
+@pytest.mark.parametrize("d", [256, 1024, pytest.param(4096, marks=pytest.mark.slow)])
 def test_rotation_stays_orthogonal_over_1000_optimiser_steps(d: int) -> None:
     torch.manual_seed(0)
-    layer = scalepeft.adapt(nn.Linear(d, d, bias=False), "hoft", rank=8)
-    before = torch.linalg.svdvals(layer.weight.detach().double())
+    out = d if d <= 1024 else 64  # a wide layer keeps the large case short
+    layer = scalepeft.adapt(nn.Linear(d, out, bias=False), "hoft", rank=8)
     optimizer = torch.optim.AdamW(layer.adapter.parameters(), lr=1e-2, weight_decay=0)
-    x, target = torch.randn(4, d), torch.randn(4, d)
+    x, target = torch.randn(4, d), torch.randn(4, out)
     for _ in range(1000):
         optimizer.zero_grad()
         (layer(x) - target).square().mean().backward()
         optimizer.step()
     for u in (layer.adapter.U, layer.adapter.V):
-        q = reflect_rows(torch.eye(d), u.detach())
-        assert (q - torch.eye(d)).norm() / math.sqrt(d) > 1e-2, "nothing was learnt"
-        assert (q.double() @ q.double().T - torch.eye(d)).abs().max() <= 1e-6
+        eye = torch.eye(len(u))
+        q = reflect_rows(eye, u.detach())
+        assert (q - eye).norm() / math.sqrt(len(u)) > 1e-2, "nothing was learnt"
+        rows = torch.randperm(len(u))[:1024]
+        assert (q[rows].double() @ q.double().T - eye[rows]).abs().max() <= 1e-6
     weight, _ = scalepeft.effective_weight(layer)
-    after = torch.linalg.svdvals(weight.double())
+    before, after = (torch.linalg.svdvals(w.detach().double()) for w in (layer.weight, weight))
     assert (after - before).abs().max() <= 1e-5 * before.max()
 
 
@@ -181,50 +188,32 @@ def test_bf16_layer_keeps_fp32_parameters_and_bf16_activations(name: str) -> Non
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in layer.adapter.parameters())
 
 
-def saved_bytes(layer: nn.Linear, x: torch.Tensor) -> int:
-    """Bytes that a forward keeps for backward: each storage once, no parameters."""
-    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    found: dict[int, int] = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-            kept.append(t)
-        return t
-
-    kept: list[torch.Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        layer(x)
-    return sum(found.values())
-
-
-@pytest.mark.parametrize("kind", ["plain", "nf4"])
-def test_hoft_saves_for_backward_what_lora_saves(kind: str) -> None:
-    x = torch.randn(4096, 1024, requires_grad=True)
-    hoft, lora = (saved_bytes(make(kind, name, 1024, 1024, rank=8), x) for name in ("hoft", "lora"))
-    assert lora >= x.nbytes
-    assert hoft <= 1.05 * lora
-
-
 @pytest.mark.parametrize("inverse", ["exact", "neumann2"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_fused_form_equals_the_hooks(inverse: str, bias: bool) -> None:
-    """SHOFT with m = 1 goes through the hooks: the same map and gradients, by autograd."""
-    fused, hooks = (make("fp64", n, 48, 80, inverse=inverse, bias=bias) for n in ("hoft", "shoft"))
-    for layer in (fused, hooks):
-        layer.adapter.double()
-    scatter(fused)
-    with torch.no_grad():
-        hooks.adapter.U.copy_(fused.adapter.U)
-        hooks.adapter.V.copy_(fused.adapter.V)
+@pytest.mark.parametrize("name", ["hoft", "shoft", "hra"])
+def test_fused_form_equals_its_plain_composition(name: str, bias: bool, inverse: str) -> None:
+    """One reflection of the rows after the other around F.linear, gradients by autograd."""
+    settings = {} if name == "hra" else {"inverse": inverse}
+    layer = make("fp64", name, 48, 80, bias=bias, **settings)
+    a = layer.adapter.double()
+    if name == "hra":
+        a.inverse = inverse
+    scatter(layer)
+
+    def composition(x: torch.Tensor) -> torch.Tensor:
+        y = torch.nn.functional.linear(reflect_rows(x, a.V, inverse), layer.weight)
+        y = y if a.scale is None else y * (1 + a.scale)
+        y = y if a.U is None else reflect_rows(y, a.U, inverse)
+        return y if layer.bias is None else y + layer.bias
+
     x = torch.randn(2, 7, 80, dtype=torch.float64)
-    grads = []
-    for layer in (fused, hooks):
+    results = []
+    for forward in (layer, composition):
         leaf = x.clone().requires_grad_()
-        layer(leaf).sin().sum().backward()
-        grads.append([leaf.grad, layer.adapter.U.grad, layer.adapter.V.grad])
-    assert torch.allclose(fused(x), hooks(x), atol=1e-12, rtol=0)
-    for a, b in zip(*grads, strict=True):
-        assert torch.allclose(a, b, atol=1e-11, rtol=0)
-    fused(x).sum().backward()  # an x that needs no gradient
+        layer.zero_grad()
+        y = forward(leaf)
+        y.sin().sum().backward()
+        results.append([y.detach(), leaf.grad, *(p.grad.clone() for p in a.parameters())])
+    for got, want in zip(*results, strict=True):
+        assert torch.allclose(got, want, atol=1e-11, rtol=0)
+    layer(x).sum().backward()  # an x that needs no gradient

@@ -22,6 +22,8 @@ def less_identity(m: Tensor, dtype: torch.dtype) -> Tensor:
 
 def plus_product(x: Tensor, m: Tensor) -> Tensor:
     """(tokens, n b) -> ``x + x M`` with M (n, b, b), in the dtype of both."""
+    if torch.compiler.is_compiling():  # which cannot undo the view after a product in place
+        return x + torch.bmm(runs(x, m.shape[-1]), m).transpose(0, 1).reshape(x.shape)
     y = x.clone()
     runs(y, m.shape[-1]).baddbmm_(runs(x, m.shape[-1]), m)
     return y
