@@ -156,7 +156,7 @@ SHAPES = {
     "wide172": (64, 172),
     "tall172": (172, 64),
 }
-KINDS = ("plain", "bf16", "nf4", "int8")
+KINDS = ("plain", "bf16", "nf4", "int8", "nf4-bf16")  # the last: what training runs in
 
 
 def every(
@@ -175,7 +175,9 @@ def every(
             for shape in shapes:
                 for kind in kinds:
                     # NF4 blocks of 64 lie inside a row, so a width of 172 is int8's or plain.
-                    if not variant.fits(*SHAPES[shape]) or (kind == "nf4" and shape == "wide172"):
+                    if not variant.fits(*SHAPES[shape]) or (
+                        kind.startswith("nf4") and shape == "wide172"
+                    ):
                         continue
                     where = f"{name}-{label}-{shape}-{kind}"
                     cases.append(pytest.param(name, variant, SHAPES[shape], kind, id=where))
@@ -185,10 +187,11 @@ def every(
 def base_layer(kind: str, shape: tuple[int, int], bias: bool) -> nn.Linear:
     torch.manual_seed(1)
     layer = nn.Linear(shape[1], shape[0], bias=bias)
-    if kind == "bf16":
+    storage = kind.removesuffix("bf16").removesuffix("-")
+    if kind.endswith("bf16"):
         layer = layer.bfloat16()
-    elif kind != "plain":
-        quant.quantise(layer, quant.get_format(kind))
+    if storage not in ("", "plain"):
+        quant.quantise(layer, quant.get_format(storage))
     return layer.requires_grad_(False)
 
 
@@ -248,7 +251,7 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], kind: str) -> 
     assert got.keys() == want.keys()
     for key, reference in want.items():
         difference = got[key].double() - reference.double()
-        if kind == "bf16":
+        if kind.endswith("bf16"):
             # 2^-8 a rounding, a handful of roundings; a wrong sign or transpose is of order 1.
             assert difference.norm() <= 0.03 * reference.norm(), key
         else:
@@ -272,7 +275,7 @@ def test_starts_as_the_base_counts_and_trains_its_own_alone(
         layer = base_layer(kind, shape, bias)
         plain = copy.deepcopy(layer)
         net = adapted(name, variant, layer)
-        x = random(2, 3, shape[1], dtype=torch.bfloat16 if kind == "bf16" else torch.float32)
+        x = random(2, 3, shape[1], dtype=torch.bfloat16 if kind.endswith("bf16") else torch.float32)
         product = quant.Frozen(plain)(x)
         want = product + plain.bias if bias else product
         got = net(x)
@@ -280,7 +283,7 @@ def test_starts_as_the_base_counts_and_trains_its_own_alone(
         if name in EXACT_START:
             assert torch.equal(got, want)
         else:
-            limit = 2e-2 if kind == "bf16" else 1e-6
+            limit = 2e-2 if kind.endswith("bf16") else 1e-6
             assert (got - want).abs().max() <= limit * max(1, want.abs().max())
         found = injection.trainable(net)
         assert all(".adapter." in key for key in found)
@@ -292,7 +295,7 @@ def test_starts_as_the_base_counts_and_trains_its_own_alone(
 def test_forward_and_gradients_equal_the_dense_reference(
     name: str, variant: Variant, shape: tuple[int, int], kind: str
 ) -> None:
-    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    dtype = torch.bfloat16 if kind.endswith("bf16") else torch.float32
     x, dy = random(2, 5, shape[1], dtype=dtype), random(2, 5, shape[0], dtype=dtype, seed=5)
     for bias in (True, False):
         net = adapted(name, variant, base_layer(kind, shape, bias))
@@ -303,7 +306,7 @@ def test_forward_and_gradients_equal_the_dense_reference(
         net(x).backward(dy)  # an x that needs no gradient
 
 
-@every(kinds=("plain", "nf4", "int8"))
+@every(kinds=("plain", "bf16", "nf4", "int8"))
 def test_effective_weight_equals_the_dense_reference(
     name: str, variant: Variant, shape: tuple[int, int], kind: str
 ) -> None:
