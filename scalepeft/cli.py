@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     bench.add_argument("--quant", choices=("none", "nf4", "int8"), default="none")
     bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    bench.add_argument("--repeats", type=int, default=10, help="timed steps of every method")
+    bench.add_argument("--repeats", type=int, default=5, help="timed steps of every method")
     bench.add_argument("--out", default=None, help="folder for bench.json and bench.png")
     for command in (train, evaluate, report, merge, export, methods, bench):
         command.add_argument(

@@ -105,12 +105,12 @@ def summary(
 
 
 def table(case: dict[str, Any]) -> str:
-    """One line an entry, the slowest last within its family."""
+    """One line an entry."""
     lines = [
         "",
         f"{case['title']}; noise (interquartile range of base's times) {case['noise']:.1%}",
-        f"{'':<16}{'parameters':>12}{'ms':>10}{'x peft-lora':>13}{'x base':>8}{'saved MiB':>11}"
-        f"{'peak MiB':>10}  x PEFT's neighbour",
+        f"{'':<16}{'parameters':>12}{'ms':>10}{'x peft-lora':>13}{'x base':>8}"
+        f"{'saved MiB':>11}{'peak MiB':>10}  x PEFT's neighbour",
     ]
     for row in case["entries"]:
         if row["reason"]:
@@ -124,8 +124,8 @@ def table(case: dict[str, Any]) -> str:
         x = "n/a" if row["x_peft_lora"] is None else f"{row['x_peft_lora']:.2f}"
         lines.append(
             f"{row['label']:<16}{row['parameters']:>12,}{row['median_ms']:>10.1f}{x:>13}"
-            f"{row['x_base']:>8.2f}{row['saved_bytes'] / MIB:>11.1f}{row['peak_bytes'] / MIB:>10.1f}"
-            f"  {near}{limited}".rstrip()
+            f"{row['x_base']:>8.2f}{row['saved_bytes'] / MIB:>11.1f}"
+            f"{row['peak_bytes'] / MIB:>10.1f}  {near}{limited}".rstrip()
         )
     return "\n".join(lines)
 
@@ -139,7 +139,7 @@ def write(result: dict[str, Any], folder: Path) -> str:
 
 
 def plot(result: dict[str, Any], target: Path) -> None:
-    """Horizontal bars of the time over that of PEFT's LoRA (or the base, where PEFT's cannot run)."""
+    """Horizontal bars of the time over that of PEFT's LoRA, or of the base where that is n/a."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -167,13 +167,11 @@ def plot(result: dict[str, Any], target: Path) -> None:
         axis.set_yticks(range(len(rows)), [r["label"] for r in rows], fontsize=8)
         axis.invert_yaxis()
         axis.set_xlim(0, limit * 1.1)
-        axis.set_xlabel(
-            f"time of a step / that of {name} (dashed: frozen base; cut at {limit:.0f})"
-        )
+        axis.set_xlabel(f"time of a step / that of {name} (dashed: the base; cut at {limit:.0f})")
         axis.set_title(case["title"], fontsize=9)
     colours = {"scalepeft": "ours", "peft": "HF PEFT", "base": "frozen base"}
     patches = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[k]) for k in colours]
-    axes[0, 0].legend(patches, colours.values(), fontsize=8, loc="lower right")
+    axes[0, 0].legend(patches, colours.values(), fontsize=8, loc="upper right")
     figure.suptitle(
         f"{o['what']} {o['shape']}, {o['tokens']} tokens, rank {o['rank']}, {o['precision']},"
         f" quant {o['quant']}\n{result['device']}, {result['date'][:10]}",

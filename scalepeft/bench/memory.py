@@ -10,22 +10,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-def saved_bytes(forward: Callable[[], object], held: Iterable[Tensor]) -> int:
-    """Bytes of the storages that autograd saves in ``forward``, each once, without ``held``."""
-    known = {t.untyped_storage().data_ptr() for t in held}
-    kept: dict[int, int] = {}
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Within it, counts the storages that a forward saves for backward, each once, not ``held``."""
 
-    def pack(t: Tensor) -> Tensor:
+    def __init__(self, held: Iterable[Tensor]) -> None:
+        self._known = {t.untyped_storage().data_ptr() for t in held}
+        self._kept: dict[int, int] = {}
+        super().__init__(self._pack, lambda t: t)
+
+    def _pack(self, t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
+        if storage.data_ptr() not in self._known:
+            self._kept[storage.data_ptr()] = storage.nbytes()
+        return t.detach()  # with its history an output would keep its own graph alive for good
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        graph = forward()  # alive until the count is done: no address is used twice
-    total = sum(kept.values())
-    del graph
-    return total
+    @property
+    def total(self) -> int:
+        """Bytes; what is saved lives until backward, so no address is counted for two."""
+        return sum(self._kept.values())
 
 
 class _LiveBytes(TorchDispatchMode):
