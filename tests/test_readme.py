@@ -78,8 +78,15 @@ def test_the_commands_of_a_real_run(tmp_path: Path) -> None:
         "scalepeft",
         "torchrun",
         "launch/local.sh",
-        "scalepeft",
+        "scalepeft",  # merge
+        "scalepeft",  # export
+        "scalepeft",  # a method by name
+        "scalepeft",  # methods
+        "scalepeft",  # bench
     ]
+    assert (tmp_path / "merged/model.safetensors").is_file()
+    assert json.loads((tmp_path / "lora/adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert (tmp_path / "bench/bench.png").stat().st_size > 10_000
     assert (tmp_path / "runs/commonsense_hoft/loss.png").stat().st_size > 10_000
     assert (
         json.loads((tmp_path / "runs/two/eval/commonsense/scores.json").read_text())["count"] == 40

@@ -158,7 +158,7 @@ class _RotatedMatMul(torch.autograd.Function):
                 d_u = m[:, None] * (y1.mT @ dr)
                 dy = torch.addmm(dy, dr, u.mT)
             d_m = (dy * y1).sum(0)
-            dy = dy * m
+            dy = dy * m if u is None else dy.mul_(m)  # in place only what was made here
         if u is None or m is not None:
             dn, dp = -(p.mT @ dy), -(dy @ n.mT)
             d_v = rows.mT @ dp
