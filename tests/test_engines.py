@@ -48,13 +48,30 @@ def test_losses_equal_one_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["shoft", "lora"])
-def test_other_methods_and_activation_checkpointing_under_fsdp2(name: str, tmp_path: Path) -> None:
-    common = [f"adapter.name={name}", "model.quant=nf4", "train.max_steps=6"]
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        ["adapter.name=shoft"],
+        ["adapter.name=lora"],
+        ["adapter=qgoft", "adapter.penalty=1"],
+        ["adapter=hadamard"],
+    ],
+)
+def test_other_methods_and_activation_checkpointing_under_fsdp2(
+    adapter: list[str], tmp_path: Path
+) -> None:
+    common = [*adapter, "model.quant=nf4", "train.max_steps=6"]
     train(1, tmp_path / "one", *common)
     train(2, tmp_path / "two", *common, "engine.name=fsdp2", "engine.activation_checkpointing=true")
     pairs = zip(losses(tmp_path / "two"), losses(tmp_path / "one"), strict=True)
     assert max(abs(a - b) for a, b in pairs) < 1e-5
+    # The regulariser counts once, whatever the sharding and the number of micro-batches.
+    penalties = [[r.get("penalty") for r in rows(tmp_path / n)] for n in ("one", "two")]
+    if adapter[0] == "adapter=qgoft":
+        assert penalties[0][0] == 0 < penalties[0][-1]
+        assert penalties[0] == pytest.approx(penalties[1], rel=1e-3)
+    else:
+        assert not any(penalties[0])
 
 
 @pytest.mark.slow
