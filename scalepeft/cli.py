@@ -4,6 +4,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import time
 import traceback
@@ -15,6 +16,7 @@ from scalepeft.preemption import BROKEN, FINISHED, USER_ERROR, StopFlag
 EPILOG = """\
 exit codes: 0 finished; 75 stopped by SIGTERM, SIGINT or SIGUSR1 and saved, run again to continue;
             2 a mistake in the call, config or data (one line says which); 1 a bug, a broken machine
+            merge, export, methods and bench end with 130 when they are interrupted
 """
 TRAIN = """\
 Trains an adapter. On a folder that holds a run it resumes at the newest checkpoint that verifies.
@@ -45,6 +47,9 @@ taking turns in one process, and counts bytes saved for backward and peak memory
   scalepeft bench model --shape small --tokens 2048 --out bench
   scalepeft bench layer --shape llama-8b-block --precision bf16 --quant nf4 --methods hoft,goft
 """
+
+
+INTERRUPTED = 130  # as the shell reports a death by Ctrl-C
 
 
 class _Parser(argparse.ArgumentParser):
@@ -157,6 +162,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(left)}")
     if settings:
         args.settings = [*args.settings, *settings]
+    if args.command in ("merge", "export"):
+        for name in ("run_dir", "out"):
+            if "=" in getattr(args, name):
+                parser.error(f"{name.upper()}={getattr(args, name)}: RUN_DIR and OUT come first")
     return args
 
 
@@ -168,13 +177,20 @@ def main(argv: list[str] | None = None) -> int:
     stoppable = args.command in ("train", "evaluate")
     if stoppable:
         stop.install()
+    else:  # TERM as Ctrl-C, so that what is half written goes
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return _run(args, stop)
+    except KeyboardInterrupt:
+        print("scalepeft: interrupted; nothing half-written is left", file=sys.stderr)
+        return INTERRUPTED
     except Exception as error:
         code = _explain(error, args.debug)
     finally:
         if stoppable:
             stop.release()
+        else:
+            signal.signal(signal.SIGTERM, before)
     if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1:
         # Other ranks may be gone: an orderly shutdown of the process group could wait for them
         # forever.

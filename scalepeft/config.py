@@ -389,6 +389,9 @@ def _build(cls: type, values: dict[str, Any], section: str) -> Any:
         built = cls(**values)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:  # a setting that does not go with another
+            text = first["msg"].removeprefix("Value error, ")
+            raise UserError(f"{section}.{text}") from None
         path = ".".join(str(p) for p in (section, *first["loc"]))
         raise UserError(
             f"{path}={first.get('input')!r}: {first['msg'].removeprefix('Value error, ')}"

@@ -15,14 +15,14 @@ import torch
 
 from scalepeft import __version__, injection, models
 from scalepeft.build import Built, build, start_ranks, task_of
-from scalepeft.checkpoint import RunFolder, write_atomically
+from scalepeft.checkpoint import write_atomically
 from scalepeft.config import RunConfig
 from scalepeft.data import strip_eos
 from scalepeft.lookup import UserError
 from scalepeft.parallel.mesh import Ranks
 from scalepeft.preemption import FINISHED, STOPPED, StopFlag, Stopping
 from scalepeft.progress import say
-from scalepeft.records import check_base, load_run
+from scalepeft.records import check_base, load_run, older_adapter
 from scalepeft.tasks.base import Example, Task
 
 ALLOWED = (
@@ -196,13 +196,8 @@ def _evaluate(config: RunConfig, base: bool, ranks: Ranks, stop: StopFlag) -> No
     examples = ranks.together(lambda: _limited(task.examples("test"), config.evaluate.limit))
     adapter = None if base else ranks.together(lambda: injection.read_adapter(run_dir / "adapter"))
     step = adapter[2].get("step") if adapter else None
-    if ranks.is_main and step is not None:
-        newest = max(RunFolder.steps_in(run_dir / "checkpoints"), default=step)
-        if newest != step:
-            say(
-                f"the adapter is that of step {step}, the newest checkpoint of step {newest}: the"
-                " run went on after it, or is still training"
-            )
+    if ranks.is_main and (word := older_adapter(run_dir, step)):
+        say(word)
     settings = {
         "adapter": None if base else _digest(run_dir / "adapter" / "adapter.safetensors"),
         "task": task.Config.__name__,

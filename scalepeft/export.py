@@ -78,10 +78,15 @@ def run(run_dir: str, out: str, settings: list[str], format: str) -> None:
         **_common_fields(model.model, fields),
     }
     with whole_folder(target) as folder:
-        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+        weights = folder / "adapter_model.safetensors"
+        save_file(tensors, weights, {"format": "pt"})
         text = json.dumps(description, indent=2, sort_keys=True) + "\n"
-        (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+        settings_file = folder / "adapter_config.json"
+        settings_file.write_text(text, encoding="utf-8")
+        weights.chmod(settings_file.stat().st_mode)  # safetensors makes it for the owner alone
     say(f"{description['peft_type']} adapter of {len(fields)} layers in {out}")
+    if description.get("boft_n_butterfly_factor", 1) > 1:
+        say("HF PEFT loads more than one butterfly factor only with its CUDA extension")
 
 
 def _to_peft(adapter: Adapter, layer: nn.Linear, base: Base) -> Exported:

@@ -3,7 +3,6 @@ adapter's state.
 """
 
 import dataclasses
-import fnmatch
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -64,7 +63,7 @@ def _attach(layer: nn.Module, config: AdapterConfig, name: str = "") -> None:
     layer.__class__ = _adapted_class(type(layer), Adapted)  # type: ignore[arg-type]  # mypy: no Hashable
     assert isinstance(layer, Adapted)
     layer.requires_grad_(False)
-    layer.adapter = adapter.to(layer.weight.device)
+    layer.adapter = adapter.to(layer.weight.device).train(layer.training)
 
 
 def _attach_norm(norm: Any, config: AdapterConfig) -> None:
@@ -72,7 +71,7 @@ def _attach_norm(norm: Any, config: AdapterConfig) -> None:
     device = norm.weight.device
     norm.__class__ = _adapted_class(type(norm), AdaptedNorm)  # type: ignore[arg-type]
     assert isinstance(norm, AdaptedNorm)
-    norm.adapter = scale.to(device)
+    norm.adapter = scale.to(device).train(norm.training)
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
@@ -104,11 +103,7 @@ def _matching(
     candidates = {name for name, m in model.named_modules() if fits(m)}
     found: list[str] = []
     for pattern in patterns:
-        matches = [
-            name
-            for name in candidates
-            if name.rsplit(".", 1)[-1] == pattern or fnmatch.fnmatchcase(name, pattern)
-        ]
+        matches = [name for name in candidates if lookup.names(pattern, name)]
         if not matches:
             last = sorted({name.rsplit(".", 1)[-1] for name in candidates} - {""})
             raise UserError(
@@ -130,6 +125,11 @@ def _in_layers(names: list[str], layers: list[int] | str) -> list[str]:
     if isinstance(layers, str):
         return names
     there = sorted({b for name in names if (b := _block(name)) is not None})
+    if outside := [name for name in names if _block(name) is None]:
+        raise UserError(
+            f"adapter.layers={layers}: {outside[0]} lies in no decoder block; take it out of"
+            " adapter.target_modules, or set adapter.layers=all"
+        )
     for wanted in layers:
         if wanted not in there:
             known = f"{there[0]} to {there[-1]}" if there else "no numbered blocks"
@@ -165,6 +165,11 @@ def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int =
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
     blocks = {_block(name) for name in linear}
+    if norms and not any(_block(name) in blocks for name in norms):
+        raise UserError(
+            f"adapter.norm: {norms[0]} is in none of the adapted blocks; name the layer that"
+            " follows the attention there, or set adapter.train_norm=false"
+        )
     for name in norms:
         if _block(name) in blocks:
             _attach_norm(model.get_submodule(name), config)
@@ -219,8 +224,8 @@ def decayed_names(model: nn.Module) -> set[str]:
     return {
         f"{name}.adapter.{key}"
         for name, adapter in adapters(model)
-        if adapter.weight_decay
         for key, _ in adapter.named_parameters()
+        if key in adapter.weight_decay
     }
 
 
@@ -256,6 +261,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
                 f"{where}: {name} has shape {list(tensor.shape)}, this model needs"
                 f" {list(parameters[name].shape)}"
             )
+        if not tensor.is_floating_point():
+            raise UserError(f"{where}: {name} holds {tensor.dtype}; take an older checkpoint")
         if not torch.isfinite(tensor).all():
             raise UserError(f"{where}: {name} holds NaN or infinity; take an older checkpoint")
     for name, tensor in state.items():

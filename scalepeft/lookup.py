@@ -3,6 +3,7 @@ share.
 """
 
 import difflib
+import fnmatch
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable
@@ -35,7 +36,7 @@ def _layers(value: object) -> object:
         found = []
     if not found or min(found) < 0 or isinstance(value, bool):
         raise ValueError("expected 'all', or numbers of decoder blocks from 0, such as 0,1,5")
-    return found
+    return sorted(set(found))
 
 
 Layers = Annotated[Literal["all"] | list[int], BeforeValidator(_layers)]
@@ -79,6 +80,11 @@ def read_mapping(file: Path, parse: Callable[[str], object], remedy: str) -> dic
             f"{file}: must hold keys with values, not {type(values).__name__}; {remedy}"
         )
     return values
+
+
+def names(pattern: str, layer: str) -> bool:
+    """True if ``pattern`` is the last part of the layer's name, or fits the whole of it."""
+    return layer.rsplit(".", 1)[-1] == pattern or fnmatch.fnmatchcase(layer, pattern)
 
 
 def available(package: str) -> list[str]:

@@ -104,6 +104,11 @@ def run(run_dir: str, out: str, settings: list[str], base: str, dtype: str) -> N
     say(f"merged checkpoint ({base} base) in {out}")
     adapted = model if storage == "none" else finished.structure(quantised=True)
     say(_difference(adapted, plain(target, finished.device)))
+    if storage != "none" and base == "original":
+        say(
+            f"the adapter was trained over the {storage} base, whose rounding this checkpoint does"
+            " not have; --base dequantized writes the very model that was trained"
+        )
 
 
 def _plan(finished: FinishedRun, model: Streamed, dtype: str) -> tuple[list[str], list[_Shard]]:
@@ -255,7 +260,8 @@ def _copy_small_files(
     for source in (finished.folder, Path(finished.config.model.tokenizer or finished.folder)):
         for pattern in COPIED:
             for file in source.glob(pattern):  # none where the tokenizer is a hub id
-                shutil.copyfile(file, folder / file.name)
+                if file.is_file():
+                    shutil.copyfile(file, folder / file.name)
     config = json.loads((finished.folder / "config.json").read_text(encoding="utf-8"))
     config |= dict.fromkeys(switches, True)
     if dtype != "base":

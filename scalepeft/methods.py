@@ -38,7 +38,9 @@ def run(model: str, as_json: bool) -> None:
             f"{row['lr']:>9g}  {merge:<6}{','.join(row['exports']) or '-':<11}{row['paper']}"
         )
     print("\ncost 'weight': a changed weight is made in every forward and backward, whatever the")
-    print("batch. merge 'no': keeps its adapter. export: formats of scalepeft export.")
+    print(
+        "batch; dora reads the weight once more. merge 'no': keeps its adapter. export: see --help."
+    )
 
 
 def describe(name: str, model: str) -> dict[str, Any]:

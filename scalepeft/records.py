@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -47,6 +48,17 @@ def load_run(run_dir: str, settings: list[str], allowed: tuple[str, ...], what: 
                 f" {', '.join(k + 'KEY' if k.endswith('.') else k for k in allowed)}"
             )
     return replace(cfg.overlay(values, settings), run_dir=run_dir)
+
+
+def older_adapter(run_dir: Path, step: int | None) -> str | None:
+    """Says that the run has gone on since its adapter was written; None where it has not."""
+    newest = max(RunFolder.steps_in(run_dir / "checkpoints"), default=step)
+    if step is None or newest == step:
+        return None
+    return (
+        f"the adapter is that of step {step}, the newest checkpoint of step {newest}: the run went"
+        " on after it, or is still training"
+    )
 
 
 def check_base(config: RunConfig, trained_on: dict[str, Any], fingerprint: str) -> None:
@@ -215,7 +227,10 @@ class Records:
         folder = self.folder.path / "adapter"
         folder.mkdir(exist_ok=True)
         temporary = folder / "adapter.safetensors.tmp"
-        save_file(trained, temporary)
+        try:
+            save_file(trained, temporary)
+        except SafetensorError as error:
+            raise OSError(f"{temporary}: {error}") from None
         fsync(temporary)
         temporary.replace(folder / "adapter.safetensors")
         description = {

@@ -29,7 +29,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-8b-block": _llama(4096, 14336, 1, 32, 8, 1024),
     "llama-70b-block": _llama(8192, 28672, 1, 64, 8, 1024),
     "small": _llama(1024, 2816, 4, 16, 16, 1024),
-    "tiny": _llama(256, 704, 2, 4, 2, 512),
+    "mini": _llama(256, 704, 2, 4, 2, 512),
 }
 
 

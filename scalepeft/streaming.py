@@ -4,9 +4,11 @@ What merge and export share: reading run, adapter and base together; a layer tha
 moment; a safetensors file written as its bytes come; a folder that appears whole or not at all.
 """
 
+import glob
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,15 +17,16 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from scalepeft import config as cfg
 from scalepeft import injection, models
-from scalepeft.checkpoint import fsync
+from scalepeft.checkpoint import RunFolder, fsync
 from scalepeft.config import ModelConfig, RunConfig
 from scalepeft.lookup import UserError
 from scalepeft.parallel.mesh import Ranks, pick_device
-from scalepeft.records import check_base, load_run
+from scalepeft.records import check_base, load_run, older_adapter
 from scalepeft.weights import Weights, fill
 
 ALLOWED = ("model.path", "model.revision", "engine.device")
@@ -107,7 +110,16 @@ class FinishedRun:
         """
         config = load_run(run_dir, settings, ALLOWED, what)
         where = Path(run_dir) / "adapter"
+        if not where.is_dir() and (steps := RunFolder.steps_in(Path(run_dir) / "checkpoints")):
+            raise UserError(
+                f"{run_dir} has not finished: it is at step {max(steps)} and has no adapter/ yet;"
+                " run its train command again to continue"
+            )
         adapter, state, description = injection.read_adapter(where)
+        if word := older_adapter(Path(run_dir), description.get("step")):
+            raise UserError(
+                f"{run_dir}: {word}; let it finish first (the same train command continues it)"
+            )
         trained_on = description.get("base_model")
         trained_on = trained_on if isinstance(trained_on, dict) else {}
         storage = ("quant", "double_quant")
@@ -207,14 +219,20 @@ def refuse_existing(out: Path) -> None:
 def whole_folder(out: Path) -> Iterator[Path]:
     """Yields a folder to fill; it appears as ``out`` once all is on the disk, or nothing does.
 
+    It is this process's own, so that two of them never fill the same one; those of processes that
+    were killed on this machine are removed.
+
     Raises:
         UserError: ``out`` exists, or the disk refuses; nothing is left behind.
     """
     refuse_existing(out)
-    partial = out.with_name(f"{out.name}.scalepeft-partial")
+    begin = f"{out.name}.partial-{socket.gethostname()}-"
+    partial = out.with_name(f"{begin}{os.getpid()}")
     try:
         try:
-            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+            for left in out.parent.glob(f"{glob.escape(begin)}*"):
+                if not Path("/proc", left.name.removeprefix(begin)).exists():
+                    shutil.rmtree(left, ignore_errors=True)
             partial.mkdir(parents=True)
             yield partial
             for file in partial.iterdir():
@@ -223,10 +241,11 @@ def whole_folder(out: Path) -> Iterator[Path]:
             refuse_existing(out)
             partial.rename(out)
             fsync(out.parent)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise UserError(
-                f"OUT={out}: not written: {error.strerror or error}; nothing is left there: make"
-                " room, or name another folder"
+                f"OUT={out}: not written: {reason}; nothing of it is left: make room, or name"
+                " another folder"
             ) from None
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -19,9 +19,9 @@ from scalepeft.lookup import UserError, available
 from scalepeft.quant import bnb_linear
 
 OPTIONS = bench.Options(
-    "model", shape="tiny", rank=4, tokens=8, repeats=2, device="cpu", methods="hoft,goft"
+    "model", shape="mini", rank=4, tokens=8, repeats=2, device="cpu", methods="hoft,goft"
 )
-# Layers of `tiny`: (in, out) and how often they occur in its two blocks.
+# Layers of `mini`: (in, out) and how often they occur in its two blocks.
 LAYERS = {(256, 256): 4, (256, 128): 4, (256, 704): 4, (704, 256): 2}
 
 

@@ -16,10 +16,10 @@ def test_dropout_acts_in_training_only() -> None:
     assert torch.equal(layer(x), layer(x))
 
 
-def test_only_lora_takes_weight_decay() -> None:
+def test_only_low_rank_factors_take_weight_decay() -> None:
     from scalepeft.injection import decayed_names, inject
 
-    for name, decayed in (("lora", 2), ("hoft", 0), ("shoft", 0)):
+    for name, decayed in (("lora", 2), ("dora", 2), ("hira", 2), ("hoft", 0), ("shoft", 0)):
         net = inject(
             nn.Sequential(nn.Linear(16, 16)), {"name": name, "rank": 2, "target_modules": ["0"]}
         )

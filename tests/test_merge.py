@@ -6,6 +6,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,8 @@ from finished import METHODS, adapted, distance, logits, make_run, stock, write_
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from scalepeft import cli, effective, injection, merge
 from scalepeft import config as cfg
-from scalepeft import effective, injection, merge
 from scalepeft.lookup import UserError
 
 TINY = "builtin:tiny"
@@ -488,9 +489,26 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         run(run_dir, tmp_path / "file" / "out")
 
 
+def test_a_run_that_went_on_or_has_not_finished_is_refused(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run", TINY, "hoft")
+    step = json.loads((run_dir / "adapter/adapter_config.json").read_text())["step"]
+    (run_dir / f"checkpoints/step-{step + 5:06d}").mkdir(parents=True)
+    assert f"adapter is that of step {step}, the newest" in refused(run_dir, tmp_path / "out")
+    shutil.rmtree(run_dir / "adapter")
+    assert f"has not finished: it is at step {step + 5}" in refused(run_dir, tmp_path / "out")
+
+
+def test_settings_do_not_take_the_place_of_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["merge", "run", "model.path=elsewhere"])
+    assert exit_.value.code == 2
+    assert "OUT=model.path=elsewhere: RUN_DIR and OUT come first" in capsys.readouterr().err
+
+
 def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any) -> None:
-        assert (tmp_path / "out.scalepeft-partial" / "model.safetensors").is_file()
+        (partial,) = tmp_path.glob("out.partial-*")
+        assert (partial / "model.safetensors").is_file()
         raise KeyboardInterrupt
 
     run_dir = make_run(tmp_path / "run", TINY, "hoft")
@@ -521,10 +539,12 @@ def test_a_killed_merge_is_made_again(tmp_path: Path) -> None:
     done = python(KILLED, str(run_dir), str(out))
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not out.exists()
-    assert (tmp_path / "out.scalepeft-partial").is_dir()
+    assert len(list(tmp_path.glob("out.partial-*"))) == 1
+    of_another = tmp_path / f"out.partial-{socket.gethostname()}-{os.getppid()}"
+    of_another.mkdir()  # a process that lives and writes to the same place
     run(run_dir, out)
     assert distance(logits(adapted(run_dir)), logits(stock(out))) < 1e-4
-    assert {p.name for p in tmp_path.iterdir()} == {"run", "out"}
+    assert {p.name for p in tmp_path.iterdir()} == {"run", "out", of_another.name}
 
 
 @pytest.mark.slow

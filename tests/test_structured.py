@@ -61,7 +61,9 @@ def test_n_of_11008(structure: str) -> None:
     n = 11008
     # The frozen layer is on meta: the product alone is in question.
     layer = nn.Linear(n, n, bias=False, device="meta")
-    settings = {"name": "surm", "structure": structure, "ldr_rank": 1, "target_modules": ["0"]}
+    settings = {"name": "surm", "structure": structure, "target_modules": ["0"]}
+    if structure == "ldr":
+        settings["ldr_rank"] = 1
     a = scalepeft.inject(nn.Sequential(layer), settings)[0].adapter.to_empty(device="cpu")
     a.double()
     with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from scalepeft.adapters.base import Base, math_dtype
+from scalepeft.adapters.base import Base, math_dtype, scale_shift
 from scalepeft.adapters.lora import LoRA, LoRAConfig
 from scalepeft.lookup import STRICT
 
@@ -61,8 +61,7 @@ class DoRA(LoRA):
         """``(1 + magnitude) |W| / |W + scaling B A| * (W x + scaling B A dropout(x))``."""
         before, now = self._norms(base, x.dtype)
         ratio = torch.where(before > 0, before / now, torch.ones_like(now))
-        y = base(x) + self.delta(x)
-        return y * ((1 + self.magnitude) * ratio).to(x.dtype)
+        return scale_shift(base(x) + self.delta(x), (1 + self.magnitude) * ratio - 1)
 
     def flops(self) -> int:
         """LoRA's products and a factor for each output; the norms are paid once a batch."""

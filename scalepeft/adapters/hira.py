@@ -43,7 +43,7 @@ class HiRA(Adapter):
 
     Config = HiRAConfig
     paper = "openreview TwJrTz9cRS"
-    weight_decay = True
+    weight_decay = frozenset({"A", "B"})
     works_on_weight = True
 
     def __init__(

@@ -80,8 +80,9 @@ def sandwich(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
     b[p]`` on its columns.
     """
     r, (out, inp) = len(b), w.shape
-    blocks = w.view(r, out // r, r, inp // r) * (1 + a).view(r, out // r, r, 1)
-    return (blocks * (1 + b).view(r, 1, r, inp // r)).view(out, inp)
+    blocks = w.view(r, out // r, r, inp // r)
+    blocks = torch.addcmul(blocks, blocks, a.view(r, out // r, r, 1))
+    return torch.addcmul(blocks, blocks, b.view(r, 1, r, inp // r)).view(out, inp)
 
 
 class HUT(Adapter):

@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from scalepeft.adapters.base import Adapter, AdapterConfig, Base, scale_shift
-from scalepeft.lookup import STRICT, NameList
+from scalepeft.lookup import STRICT, NameList, UserError, names
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -16,8 +16,8 @@ class IA3Config(AdapterConfig):
     """Settings of IA3.
 
     Attributes:
-        feedforward_modules: of the targets, those whose input is scaled (the last part of a name);
-            of the others it is the output.
+        feedforward_modules: of the targets, those whose input is scaled; of the others it is the
+            output. Each must be a target, word for word, unless left as it is.
     """
 
     name: str = "ia3"
@@ -25,6 +25,15 @@ class IA3Config(AdapterConfig):
         default_factory=lambda: ["k_proj", "v_proj", "down_proj"]
     )
     feedforward_modules: NameList = Field(default_factory=lambda: ["down_proj"])
+
+    def __post_init__(self) -> None:
+        """Refuses a feed-forward module that is no target."""
+        for name in self.feedforward_modules:
+            if name not in self.target_modules and self.feedforward_modules != ["down_proj"]:
+                raise UserError(
+                    f"feedforward_modules: '{name}' is none of the target_modules"
+                    f" ({', '.join(self.target_modules)}); name it as it stands there"
+                )
 
 
 class IA3(Adapter):
@@ -41,7 +50,7 @@ class IA3(Adapter):
         self, config: IA3Config, in_features: int, out_features: int, layer_name: str = ""
     ) -> None:
         super().__init__(config, in_features, out_features, layer_name)
-        self.on_input = layer_name.rsplit(".", 1)[-1] in config.feedforward_modules
+        self.on_input = any(names(p, layer_name) for p in config.feedforward_modules)
         size = in_features if self.on_input else out_features
         self.scale = nn.Parameter(torch.empty(size, dtype=torch.float32))
 

@@ -44,7 +44,7 @@ class LoRA(Adapter):
 
     Config = LoRAConfig
     paper = "arXiv 2106.09685"
-    weight_decay = True
+    weight_decay = frozenset({"A", "B"})
 
     def __init__(
         self, config: LoRAConfig, in_features: int, out_features: int, layer_name: str = ""
@@ -52,6 +52,8 @@ class LoRA(Adapter):
         super().__init__(config, in_features, out_features, layer_name)
         self.scaling = config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
         self.dropout = config.dropout
+        if config.rslora:
+            self.paper = "arXiv 2312.03732"
         self.A = nn.Parameter(torch.empty(config.rank, in_features, dtype=torch.float32))
         self.B = nn.Parameter(torch.empty(out_features, config.rank, dtype=torch.float32))
 

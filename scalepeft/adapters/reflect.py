@@ -84,8 +84,8 @@ class Reflected(Adapter):
                 continue
             u = columns.to(math_dtype(x.dtype))
             factors += [u.to(x.dtype), wy_factor(u, self.inverse).to(x.dtype)]
-        m = None if self.scale is None else (1 + self.scale).to(x.dtype)
-        y: Tensor = _RotatedMatMul.apply(x, *factors, m, base)
+        scale = None if self.scale is None else self.scale.to(x.dtype)
+        y: Tensor = _RotatedMatMul.apply(x, *factors, scale, base)
         return y
 
     def flops(self) -> int:
@@ -122,44 +122,45 @@ class _RotatedMatMul(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, v: Tensor, m_v: Tensor, u: Tensor | None, m_u: Tensor | None,
-        m: Tensor | None, base: Base,
+        scale: Tensor | None, base: Base,
     ) -> Tensor:  # fmt: skip
         rows = x.reshape(-1, x.shape[-1])
         weight = base.weight(x.dtype)
         p, n = rows @ v, m_v @ weight.mT
         y = rows @ weight.mT
         y1 = r = None
-        if m is not None:
+        if scale is not None:
             y1 = y.addmm_(p, n, alpha=-1)
-            y = y1 * m
+            y = torch.addcmul(y1, y1, scale)
         if u is not None and m_u is not None:
             r = y @ u
-            if m is None:
+            if scale is None:
                 r.addmm_(p, n @ u, alpha=-1)
                 y.addmm_(torch.cat([p, r], dim=1), torch.cat([n, m_u]), alpha=-1)
             else:
                 y.addmm_(r, m_u, alpha=-1)
-        elif m is None:
+        elif scale is None:
             y.addmm_(p, n, alpha=-1)
-        ctx.save_for_backward(rows, p, r, y1, v, m_v, u, m_u, m)
+        ctx.save_for_backward(rows, p, r, y1, v, m_v, u, m_u, scale)
         ctx.base = base
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, p, r, y1, v, m_v, u, m_u, m = ctx.saved_tensors
+        rows, p, r, y1, v, m_v, u, m_u, scale = ctx.saved_tensors
         dy = grads[0].reshape(-1, grads[0].shape[-1])
         weight = ctx.base.weight(dy.dtype)
         n = m_v @ weight.mT
-        d_u = d_mu = d_m = None
-        if m is not None:
+        d_u = d_mu = d_scale = None
+        if scale is not None:
             if u is not None:
                 d_mu, dr = -(r.mT @ dy), -(dy @ m_u.mT)
-                d_u = m[:, None] * (y1.mT @ dr)
+                d_u = y1.mT @ dr
+                d_u = torch.addcmul(d_u, d_u, scale[:, None])
                 dy = torch.addmm(dy, dr, u.mT)
-            d_m = (dy * y1).sum(0)
-            dy = dy * m if u is None else dy.mul_(m)  # in place only what was made here
-        if u is None or m is not None:
+            d_scale = (dy * y1).sum(0)
+            dy = torch.addcmul(dy, dy, scale)
+        if u is None or scale is not None:
             dn, dp = -(p.mT @ dy), -(dy @ n.mT)
             d_v = rows.mT @ dp
             left, right = dp, v.mT
@@ -179,4 +180,4 @@ class _RotatedMatMul(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = (dy @ weight).addmm_(left, right).view(*grads[0].shape[:-1], -1)
-        return dx, d_v, d_mv, d_u, d_mu, d_m, None
+        return dx, d_v, d_mv, d_u, d_mu, d_scale, None

@@ -45,6 +45,13 @@ class SURMConfig(AdapterConfig):
     init_std: Annotated[float, Field(gt=0)] = 0.02
     scaling: Annotated[float, Field(gt=0)] = 1.0
 
+    def __post_init__(self) -> None:
+        """Refuses settings of another structure."""
+        if self.factors is not None and self.structure != "kronecker":
+            raise UserError(f"factors={self.factors} need structure: kronecker; remove them")
+        if self.ldr_rank != 4 and self.structure != "ldr":
+            raise UserError(f"ldr_rank={self.ldr_rank} needs structure: ldr; remove it")
+
 
 def smooth_length(n: int) -> int:
     """The smallest even length >= n whose prime factors are 2, 3, 5 and 7."""
@@ -165,6 +172,7 @@ class SURM(Adapter):
     """
 
     Config = SURMConfig
+    weight_decay = frozenset({"a", "c0", "b", "t", "A", "B", "g", "h"})
     paper = "arXiv 2406.17740"
 
     def __init__(

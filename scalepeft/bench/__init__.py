@@ -66,7 +66,9 @@ class Options:
         for name in ("rank", "tokens", "repeats"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be 1 or more")
-        if self.what == "model" and (self.tokens < 2 or self.tokens % min(ROW, self.tokens)):
+        if self.what == "model" and self.tokens == 1:
+            raise UserError("--tokens 1: a model's loss takes 2 or more")
+        if self.what == "model" and (self.tokens % min(ROW, self.tokens)):
             near = max(ROW, self.tokens // ROW * ROW)
             raise UserError(
                 f"--tokens {self.tokens}: is cut into rows of {ROW}; take {near}, or 2 to {ROW}"

@@ -36,6 +36,11 @@ def choose(
     chosen = {name.strip() for name in methods.split(",") if name.strip()}
     if methods == "all":
         chosen = {*ours, *theirs}
+    for group, members in (("surm", set(STRUCTURES)), ("hut", {n for n in ours if "hut-" in n})):
+        if group in chosen:
+            chosen = chosen - {group} | members
+    if not chosen:
+        raise UserError(f"--methods '{methods}': names none; there are {', '.join(sorted(ours))}")
     for name in sorted(chosen - {*ours, *theirs}):
         raise lookup.unknown("method (--methods)", name, [*ours, *theirs])
     if rank % 2 and {"hoft", "shoft"} & chosen:
