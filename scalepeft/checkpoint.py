@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,6 +67,19 @@ def write_atomically(path: Path, text: str) -> None:
     fsync(path.parent)
 
 
+def try_to_write(folder: Path) -> None:
+    """Puts a few bytes on the folder's disk and takes them away again: a full disk makes empty
+    files.
+
+    Raises:
+        OSError: it cannot.
+    """
+    with tempfile.TemporaryFile(dir=folder) as f:
+        f.write(bytes(4096))
+        f.flush()
+        os.fsync(f.fileno())
+
+
 class RunFolder:
     """One run's folder on the rank that writes. ``generation`` counts the starts and is the fence.
 
@@ -83,14 +97,14 @@ class RunFolder:
         self._verified: set[str] = set()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=path):
-                pass
+            try_to_write(path)
         except OSError as error:
             raise self._unwritable(error) from None
 
     def _unwritable(self, error: OSError) -> UserError:
         return UserError(
-            f"run_dir={self.path}: cannot be written: {error.strerror}; choose another folder"
+            f"run_dir={self.path}: cannot be written on {socket.gethostname()}: {error.strerror};"
+            " make room or choose another folder"
         )
 
     def claim(self) -> None:

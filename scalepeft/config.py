@@ -335,6 +335,11 @@ def _apply(values: dict[str, Any], overrides: list[str], notes: list[str]) -> No
                     " file do not apply"
                 )
             values[section] = {k: v for k, v in held.items() if k in allowed}
+    for key, other in (("max_steps", "epochs"), ("epochs", "max_steps")):
+        set_now, held = given.get("train", {}), values.get("train") or {}
+        if set_now.get(key) is not None and other not in set_now and held.get(other) is not None:
+            notes.append(f"train.{key}={set_now[key]} replaces train.{other}={held[other]}")
+            values["train"] = {**held, other: None}
     _merge(values, given)
 
 
@@ -434,12 +439,10 @@ def _check(config: RunConfig) -> None:
 
 
 def check_length(train: TrainConfig, total: int) -> None:
-    """Refuses settings that a run of ``total`` steps never reaches."""
+    """Refuses a stop that a run of ``total`` steps never reaches."""
     end = f"train.max_steps={total}"
     if train.max_steps is None:
         end = f"train.epochs={train.epochs} ({total} steps)"
-    if train.warmup_steps >= total:
-        raise UserError(f"train.warmup_steps={train.warmup_steps} leaves no step of {end}")
     if train.stop_at is not None and train.stop_at >= total:
         raise UserError(f"train.stop_at={train.stop_at} is not before the end, {end}")
 

@@ -20,7 +20,7 @@ from scalepeft.config import RunConfig
 from scalepeft.data import strip_eos
 from scalepeft.lookup import UserError
 from scalepeft.parallel.mesh import Ranks
-from scalepeft.preemption import FINISHED, STOPPED, StopFlag, Stopping
+from scalepeft.preemption import FINISHED, STOPPED, StopFlag, Stopping, tell_job
 from scalepeft.progress import say
 from scalepeft.records import check_base, load_run, older_adapter
 from scalepeft.tasks.base import Example, Task
@@ -88,6 +88,7 @@ class Predictions:
         with self.path.open("a") as f:
             f.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         self.done.update((row["id"], row) for row in rows)
+        tell_job("progress", f"{len(self.done)} predictions")
 
 
 @torch.no_grad()
@@ -180,6 +181,7 @@ def run(run_dir: str, settings: list[str], base: bool, stop: StopFlag) -> int:
     except Stopping:
         if ranks.is_main:
             say(f"stopped; scalepeft evaluate {run_dir} continues with the rows that are left")
+            tell_job("stopped", "evaluation")
         code = STOPPED
     stop.saved = True
     ranks.finish()

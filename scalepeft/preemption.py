@@ -1,5 +1,9 @@
 """Signal -> flag -> agreed stop -> exit code. Standard library only: installed before torch is
 imported.
+
+A job script (slurm/train.sh, launch/local.sh --requeue) names a folder in ``SCALEPEFT_JOB_STATE``.
+There it finds ``progress``, what is saved so far, and ``stopped``, left by an orderly stop that a
+signal asked for: an exit code says too little, since a killed peer turns srun's into 137.
 """
 
 import os
@@ -7,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 FINISHED, BROKEN, USER_ERROR, STOPPED = 0, 1, 2, 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -22,13 +27,21 @@ class Stopping(Exception):
 class StopFlag:
     """Set by the first SIGTERM, SIGINT or SIGUSR1; a later second signal ends the process at once.
 
+    In a Slurm job only a second SIGINT does: there one preemption is USR1 or TERM, then TERM again
+    when the grace is over, in the middle of the save. Slurm itself kills what hangs.
+
     The C-level handler writes the signal number into a pipe and a thread reads it, so that a signal
     is seen at once even while the main thread sits in a collective. The handlers themselves do
     nothing.
     """
 
     def __init__(self) -> None:
+        self.launched = time.time()
+        """When this process began, in seconds of the epoch: start-up is counted from here."""
         self.signal: int | None = None
+        self.planned = False
+        """The stop is ``train.stop_at``'s: nobody asked the job to come back."""
+        self._patient = "SLURM_JOB_ID" in os.environ
         self.saved = False
         """Set once the agreed save is on disk: from then on even a second signal means exit code
         75.
@@ -61,6 +74,8 @@ class StopFlag:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._first_at = number, now
+        elif self._patient and number != signal.SIGINT:
+            return
         elif now - self._first_at >= SAME_EVENT_SECONDS:
             self._leave(number)
 
@@ -78,3 +93,20 @@ class StopFlag:
             sys.stderr.fileno(), f"scalepeft: second signal ({name}): leaving at once\n".encode()
         )
         os._exit(128 + number)  # as the shell reports a death by this signal
+
+
+def tell_job(name: str, text: str) -> None:
+    """Leaves a word for the job script, if there is one: ``progress`` or ``stopped``.
+
+    Raises:
+        OSError: its folder cannot be written; without the word the job does not come back.
+    """
+    folder = os.environ.get("SCALEPEFT_JOB_STATE")
+    if not folder:
+        return
+    temporary = Path(folder, f".{name}.{os.getpid()}")
+    with temporary.open("w") as f:
+        f.write(f"{text}\n")
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(Path(folder, name))

@@ -5,6 +5,8 @@ adapter/.
 import json
 import os
 import shutil
+import socket
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scalepeft import config as cfg
-from scalepeft.checkpoint import RunFolder, fsync, write_atomically
+from scalepeft.checkpoint import RunFolder, fsync, try_to_write, write_atomically
 from scalepeft.config import RunConfig
 from scalepeft.lookup import UserError, read_mapping
+from scalepeft.parallel.mesh import Ranks
+from scalepeft.preemption import tell_job
 from scalepeft.progress import Progress, say
 
 
@@ -48,6 +52,19 @@ def load_run(run_dir: str, settings: list[str], allowed: tuple[str, ...], what: 
                 f" {', '.join(k + 'KEY' if k.endswith('.') else k for k in allowed)}"
             )
     return replace(cfg.overlay(values, settings), run_dir=run_dir)
+
+
+def read_lines(file: Path, *keys: str) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file that have these keys; torn and broken lines are left out."""
+    found = []
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and row.keys() >= set(keys):
+            found.append(row)
+    return found
 
 
 def older_adapter(run_dir: Path, step: int | None) -> str | None:
@@ -113,6 +130,43 @@ def check_same_run(config: RunConfig, allow_changes: bool) -> None:
         )
 
 
+def check_nodes(run_dir: str, ranks: Ranks) -> None:
+    """Refuses a run folder that is not one folder on all nodes, or that one of them cannot write.
+
+    Any node may hold rank 0 after the next restart. Found out before anything is loaded.
+
+    Raises:
+        UserError: with the node's name.
+    """
+    folder = Path(run_dir)
+
+    def mark() -> Path:
+        handle, name = tempfile.mkstemp(prefix=".seen-by-all-nodes-", dir=folder)
+        os.close(handle)
+        return Path(name)
+
+    seen = ranks.main_only(mark)
+
+    def look() -> None:
+        try:
+            if not seen.exists():
+                raise UserError(
+                    f"run_dir={folder}: is another folder on {socket.gethostname()} than on rank"
+                    " 0's node; it must be on a file system that all nodes share"
+                )
+            try_to_write(folder)
+        except OSError as error:
+            raise UserError(
+                f"run_dir={folder}: cannot be written on {socket.gethostname()}: {error.strerror}"
+            ) from None
+
+    try:
+        ranks.together(lambda: look() if ranks.local_rank == 0 else None)
+    finally:
+        if ranks.is_main:
+            seen.unlink(missing_ok=True)
+
+
 class Records:
     """The run folder on rank 0: takes the next generation, finds where to resume, keeps logs."""
 
@@ -126,12 +180,17 @@ class Records:
         self.metrics: RowLog
         self.validation: RowLog
         self.progress: Progress | None = None
+        self.lost: dict[str, float] = {}
+        """What came between the last sign of life of the run and this start; for the report."""
 
-    def claim(self) -> None:
+    def claim(self, launched: float) -> None:
         """Makes the run folder this process's own, once all that can be wrong has been checked.
 
         A process of the same run that is still alive stops at its next write; what it saved
         meanwhile is what resumes here.
+
+        Args:
+            launched: when this process began, in seconds of the epoch.
         """
         self.folder.claim()
         self.resumed, _ = self.folder.newest()
@@ -139,10 +198,27 @@ class Records:
         if self.resumed:
             say(f"resuming {path} at step {step}")
         write_atomically(path / "config.yaml", cfg.dump(self.config))
+        self.lost = self._lost_since(step, launched)
+        self.tell_progress(step)
         self.metrics = RowLog(path / "metrics.jsonl", step)
         self.validation = RowLog(path / "validation.jsonl", step)
         if self.metrics.last_step < step:
             say(f"metrics.jsonl lacks rows: it ends at step {self.metrics.last_step} of {step}")
+
+    def _lost_since(self, step: int, launched: float) -> dict[str, float]:
+        events = read_lines(self.folder.path / "events.jsonl", "event", "time")
+        rows = read_lines(self.folder.path / "metrics.jsonl", "step", "seconds", "time")
+        if not events:
+            return {}
+        gap = max(0.0, launched - max(row["time"] for row in (*events, *rows)))
+        # A run that was finished, or stopped as planned, waited for nobody but its user.
+        ended = events[-1]["event"] == "finished" or events[-1].get("planned")
+        again = [row["seconds"] for row in rows if row["step"] > step]
+        return {
+            "idle" if ended else "waited": gap,
+            "recomputed_steps": len(again),
+            "recomputed": sum(again),
+        }
 
     def finished(self) -> bool:
         """True if the adapter of this very config is written and no step is left to do."""
@@ -168,25 +244,53 @@ class Records:
         except OSError as error:
             say(f"events.jsonl: {error.strerror}")
 
+    def started(self, step: int, launched: float, **more: Any) -> None:
+        """Writes the start event: where and when this start began, and what was lost before it."""
+        job = {
+            key: os.environ[name]
+            for key, name in (("job", "SLURM_JOB_ID"), ("restarts", "SLURM_RESTART_COUNT"))
+            if name in os.environ
+        }
+        host = socket.gethostname()
+        self.event("start", step, launched=launched, host=host, **job, **self.lost, **more)
+
     def show(self, first_step: int, steps: int) -> None:
         """Opens the bar and the trackers."""
         self.progress = Progress(self.config, first_step, steps)
 
-    def close(self, finished: bool) -> None:
-        """Writes the last event and tells the user how the run ended."""
+    def tell_progress(self, step: int) -> None:
+        """Tells the job script how far the run is saved."""
+        try:
+            tell_job("progress", f"step {step}")
+        except OSError as error:
+            say(f"the job script cannot be told of step {step}: {error.strerror}")
+
+    def close(self, finished: bool, planned: bool) -> None:
+        """Writes the last event and tells user and job script how the run ended.
+
+        Args:
+            finished: the adapter is written.
+            planned: the stop was ``train.stop_at``'s, so the job is not to come back by itself.
+        """
         path = self.folder.path
         if self.progress is not None:
             self.progress.close()
         step = max(self.folder.steps(), default=0)
         if self.folder.generation:
-            self.event("finished" if finished else "stopped", step)
+            self.event("finished" if finished else "stopped", step, planned=planned)
         if finished:
             say(f"finished: adapter in {path}/adapter, loss in {path}/metrics.jsonl")
+        elif planned:
+            say(
+                f"stopped by train.stop_at, saved at step {step}; the same command continues {path}"
+            )
         else:
             say(f"stopped by a signal, saved at step {step}; the same command continues {path}")
+            tell_job("stopped", f"step {step}")
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends a step to metrics.jsonl and shows it."""
+        row["time"] = time.time()
         self.folder.check_fence()
         if complaint := self.metrics.append(row):
             say(f"metrics.jsonl: {complaint}; the rows wait in memory")
@@ -207,9 +311,17 @@ class Records:
         trained: dict[str, Tensor],
         optimizer: dict[str, Tensor],
         state: dict[str, Any],
+        begin: float,
     ) -> str | None:
-        """Commits a checkpoint; returns the disk's complaint if there is none to be had."""
-        begin = time.monotonic()
+        """Commits a checkpoint; returns the disk's complaint if there is none to be had.
+
+        Args:
+            step: steps that are done.
+            trained: canonical name -> full tensor.
+            optimizer: the same of the moments.
+            state: position in the data, and what the checkpoint may be continued with.
+            begin: ``time.monotonic()`` when the ranks began to gather.
+        """
         try:
             self.metrics.sync()
             self.validation.sync()
@@ -217,6 +329,7 @@ class Records:
         except OSError as error:
             return error.strerror or str(error)
         self.event("saved", step, seconds=time.monotonic() - begin)
+        self.tell_progress(step)
         return None
 
     def save_adapter(self, step: int, trained: dict[str, Tensor], base: dict[str, Any]) -> None:

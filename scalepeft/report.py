@@ -4,20 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from scalepeft.goodput import duration, goodput
 from scalepeft.lookup import UserError, read_mapping
-
-
-def read_lines(file: Path, *keys: str) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file that have these keys; torn and broken lines are left out."""
-    found = []
-    for line in file.read_bytes().splitlines() if file.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and row.keys() >= set(keys):
-            found.append(row)
-    return found
+from scalepeft.records import read_lines
 
 
 def run(run_dir: str) -> None:
@@ -63,6 +52,15 @@ def table(folder: Path, metrics: list[dict[str, Any]], starts: list[dict[str, An
     skipped = len(metrics) - len(losses)
     if skipped:
         lines.append(f"  steps skipped as not finite: {skipped}")
+    spent = goodput(folder)
+    if spent:
+        lines += [
+            (
+                f"  goodput {spent.share:.1%}: {duration(spent.steps)} of"
+                f" {duration(spent.wall)} in steps that count"
+            ),
+            f"    lost: {spent.losses()}",
+        ]
     rows = [
         (which, path.parent.name, read_mapping(path, json.loads, "evaluate again"))
         for which, sub in (("base", "eval-base"), ("tuned", "eval"))

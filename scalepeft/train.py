@@ -17,7 +17,7 @@ from scalepeft.lookup import UserError
 from scalepeft.parallel.mesh import Ranks, world_size
 from scalepeft.preemption import FINISHED, STOPPED, StopFlag, Stopping
 from scalepeft.progress import say
-from scalepeft.records import Records
+from scalepeft.records import Records, check_nodes
 from scalepeft.weights import resident_bytes
 
 
@@ -166,6 +166,7 @@ class Trainer:
         Raises:
             OSError: the disk refused a ``final`` save.
         """
+        begin = time.monotonic()
         trained, moments = self.built.engine.trainable_state(self.trained, self.optimizer)
         state = {
             "step": step,
@@ -179,7 +180,7 @@ class Trainer:
             "engine": self.config.engine.name,
         }
         complaint = self.ranks.main_only(
-            lambda: records.save(step, trained, moments, state) if records else None
+            lambda: records.save(step, trained, moments, state, begin) if records else None
         )
         if complaint is None:
             return step
@@ -254,6 +255,7 @@ def run(config: RunConfig, stop: StopFlag, resume_with_changes: bool = False) ->
     records = ranks.together(
         lambda: Records(config, resume_with_changes) if ranks.is_main else None
     )
+    check_nodes(config.run_dir, ranks)
     code = FINISHED
     if not ranks.main_only(lambda: records is not None and records.finished()):
         try:
@@ -261,7 +263,7 @@ def run(config: RunConfig, stop: StopFlag, resume_with_changes: bool = False) ->
         except Stopping:  # before the first step: nothing is trained but what is saved
             code = STOPPED
     if records:
-        records.close(code == FINISHED)
+        records.close(code == FINISHED, stop.planned)
     stop.saved = True
     ranks.finish()
     return code
@@ -272,6 +274,7 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
         if ranks.any(stop.signal is not None):
             raise Stopping
 
+    spent = {"startup": time.time() - stop.launched}
     began = time.monotonic()
     poll()
     train_rows, valid_rows, total = _rows(config, ranks)
@@ -280,15 +283,17 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
     built = build(config, ranks, poll)
     trainer = Trainer(config, ranks, built, fingerprint)
     ranks.together(lambda: trainer.check(records.resumed, total) if records else None)
-    ranks.together(lambda: records.claim() if records else None)
+    ranks.together(lambda: records.claim(stop.launched) if records else None)
     step = saved = trainer.restore(records)
     evaluated = ranks.main_only(lambda: records.validation.last_step if records else 0)
-    _announce(trainer, records, step, total, time.monotonic() - began)
+    spent["load"] = time.monotonic() - began
+    _announce(trainer, records, step, total, stop.launched, spent)
     batches = iter(data.Loader(train_rows, config, ranks, step, total - step))
     built.model.train()
     try:
         while True:
             if valid_rows is not None and _due(config, step, total) and evaluated < step:
+                clock = time.monotonic()
                 value = held_out_loss(config, built, valid_rows, ranks, poll)
                 evaluated = step
                 if records:
@@ -297,6 +302,7 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
                             "step": step,
                             "loss": value if math.isfinite(value) else None,
                             "rows": len(valid_rows),
+                            "seconds": time.monotonic() - clock,
                         }
                     )
             if step == total:
@@ -329,6 +335,7 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
             if due or step == total:
                 saved = trainer.save(step, records, final=step == total) or saved
             if step == config.train.stop_at:
+                stop.planned = stop.signal is None
                 stop.request(SIGUSR1)
     except Stopping:
         if saved != step:
@@ -345,7 +352,12 @@ def _due(config: RunConfig, step: int, total: int) -> bool:
 
 
 def _announce(
-    trainer: Trainer, records: Records | None, step: int, total: int, seconds: float
+    trainer: Trainer,
+    records: Records | None,
+    step: int,
+    total: int,
+    launched: float,
+    seconds: dict[str, float],
 ) -> None:
     """Tells user and events.jsonl what starts, with the bytes that each rank read and holds."""
     built, ranks = trainer.built, trainer.ranks
@@ -356,7 +368,7 @@ def _announce(
         tensors = len(trainer.trained)
         say(f"training {count:,} parameters in {tensors} tensors, steps {step + 1} to {total}")
         more = {"engine": trainer.config.engine.name, "world_size": ranks.world_size}
-        records.event("start", step, **more, seconds=seconds, per_rank=per_rank)
+        records.started(step, launched, steps=total, **more, **seconds, per_rank=per_rank)
     ranks.together(lambda: records.show(step, total) if records else None)
 
 
@@ -385,4 +397,9 @@ def _rows(config: RunConfig, ranks: Ranks) -> tuple[data.TokenSet, data.TokenSet
         assert config.train.epochs is not None
         total = max(1, math.ceil(config.train.epochs * len(train_rows) / config.train.global_batch))
         cfg.check_length(config.train, total)
+    if ranks.is_main and config.train.warmup_steps >= total:  # a trial of a few steps
+        say(
+            f"train.warmup_steps={config.train.warmup_steps} is not shorter than the run of {total}"
+            f" steps: the learning rate never reaches train.lr={config.train.lr}"
+        )
     return train_rows, valid_rows, total

@@ -95,8 +95,8 @@ def test_flags_may_stand_between_settings(tmp_path: Path) -> None:
 
 def test_a_setting_beyond_the_end_of_the_epochs_is_refused(tmp_path: Path) -> None:
     settings = ["train.max_steps=null", "train.epochs=0.04", f"run_dir={tmp_path}/run"]
-    line = wrong(*BASE, *settings, "train.warmup_steps=500")
-    assert "train.warmup_steps=500 leaves no step of train.epochs=0.04 (1 steps)" in line
+    line = wrong(*BASE, *settings, "train.stop_at=500")
+    assert "train.stop_at=500 is not before the end, train.epochs=0.04 (1 steps)" in line
 
 
 def test_a_cutoff_beyond_the_models_positions_is_refused(tmp_path: Path) -> None:
@@ -190,6 +190,7 @@ def test_run_folder_holds_what_the_contract_says(finished: Path) -> None:
         "sample_index",
         "seconds",
         "tokens_per_second",
+        "time",
     ]
     assert all(list(r) == keys for r in found)
     assert (finished / "checkpoints/step-000004/manifest.json").is_file()

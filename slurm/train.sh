@@ -1,0 +1,117 @@
+# shellcheck shell=bash
+# The one job template: run, survive preemption, come back, lose nothing. A job file (hoft_llama70b.sh) sets CONFIG and
+# SETTINGS and sources this; what stands after its name on sbatch's line is laid over the settings.
+#
+# All nodes must share: the checkout with its environment, the data and the run folder; and see the base model. A shared
+# home is not needed: point SCALEPEFT_CACHE and HF_HOME to places that every node has (node-local is fine for both).
+#
+# Environment, all optional:
+#   SCALEPEFT_ROOT          the checkout (default: the folder that sbatch was called in)
+#   PYTHON                  interpreter (default: the checkout's .venv, else python3)
+#   SCALEPEFT_CONTAINER     what runs a command in a container on a node, e.g. "apptainer exec --nv image.sif"
+#   SCALEPEFT_SRUN          more options for srun, e.g. "--cpu-bind=cores --container-image=image.sqsh"
+#   SCALEPEFT_JOBS          folder for what jobs know of themselves (default: runs/.jobs)
+#   SCALEPEFT_MAX_RESTARTS  starts in a row that may gain nothing before the job gives up (default 5)
+#
+# How it comes back. The time-limit warning (--signal=B:USR1@GRACE) reaches this shell; preemption reaches the ranks as
+# TERM, or this shell as USR1 where Slurm is told to (SlurmctldParameters=preempt_send_user_signal, in newer versions
+# PreemptParameters=send_user_signal). This shell passes on what it gets. The ranks agree, save, leave a marker and end.
+# Only with the marker, and only while Slurm still calls the job running (so never after scancel), the job requeues
+# itself. After a preemption that ran out of grace and after a node failure Slurm requeues it (--requeue).
+set -uo pipefail
+COMMAND=${COMMAND:-train}
+root=${SCALEPEFT_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
+if [ ! -f "$root/slurm/train.sh" ]; then
+    echo "scalepeft job: error: no scalepeft checkout in $root; call sbatch there, or export SCALEPEFT_ROOT" >&2; exit 2
+fi
+root=$(cd "$root" && pwd)
+if [ -n "${CONFIG:-}" ] && [ ! -e "$CONFIG" ] && [ -e "$root/$CONFIG" ]; then CONFIG=$root/$CONFIG; fi
+words=("$COMMAND" ${CONFIG:+"$CONFIG"} ${SETTINGS[@]+"${SETTINGS[@]}"} "$@")
+if [ -n "${SCALEPEFT_DESCRIBE:-}" ]; then printf '%s\0' "${words[@]}"; exit 0; fi  # launch/submit asks
+
+# shellcheck source=launch/job.sh
+source "$root/launch/job.sh"
+die() { complain "error: $*"; exit 2; }
+[ -n "${SLURM_JOB_ID:-}" ] || die "not in a Slurm job; submit this with sbatch, or use launch/local.sh on one machine"
+warned=
+trap 'warned=USR1' USR1
+trap 'warned=TERM' TERM
+
+if [ -z "${PYTHON:-}" ]; then PYTHON=python3; [ ! -x "$root/.venv/bin/python" ] || PYTHON=$root/.venv/bin/python; fi
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+# Since Slurm 22.05 srun does not take it from the job.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+read -r -a in_container <<< "${SCALEPEFT_CONTAINER:-}"
+read -r -a srun_options <<< "${SCALEPEFT_SRUN:-}"
+
+begin_start "${SCALEPEFT_JOBS:-$PWD/runs/.jobs}/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}" || exit 2
+restarts=${SLURM_RESTART_COUNT:-0}
+say "start $((restarts + 1)) (restarts: $restarts) at $(date -Is), saved so far: $progress," \
+    "${SLURM_NTASKS:-1} ranks on ${SLURM_JOB_NUM_NODES:-1} nodes: ${SLURM_JOB_NODELIST:-?}, partition ${SLURM_JOB_PARTITION:-?}"
+! gains_nothing || exit 1
+
+# One line a node before any rank starts. A node that lacks the checkout, the state folder or the interpreter ends the
+# job here, with its name.
+read -r -d '' on_node << 'NODE'
+trap "" USR1 TERM  # preemption while this looks around is no reason to call the node unfit
+fail() { echo "error: node $(hostname): $*"; exit 2; }
+[ -f "$1/slurm/train.sh" ] || fail "no checkout in $1; it must be on a file system that all nodes share"
+[ -s "$2/.writable" ] || fail "$2 is not there; it must be on a file system that all nodes share"
+{ echo > "$2/.node-$(hostname)" && rm -f "$2/.node-$(hostname)"; } 2>/dev/null || fail "cannot write $2"
+versions=$("$3" -c 'import importlib.metadata as m, sys
+print("python", sys.version.split()[0], *(f"{p} {m.version(p)}" for p in ("torch", "transformers")))' 2>&1) ||
+    fail "$3 has no torch and transformers ($(tail -n 1 <<< "$versions")); set PYTHON or SCALEPEFT_CONTAINER"
+gpus=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | sort | uniq -c | tr -s " " | paste -sd,)
+echo "node $(hostname):${gpus:- no GPU that nvidia-smi sees}; $versions"
+NODE
+srun --nodes="${SLURM_JOB_NUM_NODES:-1}" --ntasks="${SLURM_JOB_NUM_NODES:-1}" --ntasks-per-node=1 --kill-on-bad-exit=1 \
+    "${srun_options[@]}" "${in_container[@]}" bash -c "$on_node" _ "$root" "$SCALEPEFT_JOB_STATE" "$PYTHON"
+fit=$?
+
+code=0
+if [ -n "$warned" ]; then
+    echo "before the first step" > "$SCALEPEFT_JOB_STATE/stopped"
+elif [ $fit -ne 0 ]; then
+    die "not all nodes are fit, see the lines above; nothing was started"
+else
+    # Until python has its handlers, a signal must not kill it: it inherits "ignore" from the shell that starts it.
+    # shellcheck disable=SC2016
+    srun --kill-on-bad-exit=1 "${srun_options[@]}" "${in_container[@]}" \
+        bash -c 'trap "" USR1 TERM; exec "$@"' _ "$PYTHON" -P -m scalepeft "${words[@]}" &
+    srun_pid=$!
+    told=
+    while kill -0 $srun_pid 2>/dev/null; do
+        if [ -n "$warned" ]; then
+            [ -n "$told" ] || say "got $warned: the ranks are to save and stop"
+            told=yes
+            # Again and again, as a rank that is just starting ignores it. To srun as USR1, which goes on to every
+            # rank; TERM would have srun kill them at once.
+            kill -USR1 $srun_pid 2>/dev/null
+            sleep 5 & wait -n $! $srun_pid
+        else
+            wait $srun_pid
+        fi
+    done
+    wait $srun_pid; code=$?
+fi
+trap '' USR1 TERM
+
+[ $code -ne 0 ] || [ -f "$SCALEPEFT_JOB_STATE/stopped" ] || { say "finished"; exit 0; }
+if [ ! -f "$SCALEPEFT_JOB_STATE/stopped" ]; then
+    complain "the ranks ended with code $code and not by an orderly stop that may be continued: no requeue"
+    exit "$code"
+fi
+saved=$(cat "$SCALEPEFT_JOB_STATE/stopped")
+phase=
+for _ in 1 2 3 4 5; do  # a controller that is just restarting
+    ! phase=$(squeue -h -j "$SLURM_JOB_ID" -o %T 2>/dev/null) || break
+    sleep 2
+done
+if [ "$phase" != RUNNING ]; then
+    say "stopped and saved ($saved); Slurm calls the job ${phase:-gone}, so it does not requeue itself"
+    exit 75
+fi
+say "stopped and saved ($saved): requeues itself"
+scontrol requeue "$SLURM_JOB_ID" || { complain "error: Slurm does not requeue the job; submit the same command to continue"; exit 75; }
+sleep 120  # Slurm ends this shell; if it ended by itself first, that could be taken for the job's end
