@@ -47,6 +47,16 @@ taking turns in one process, and counts bytes saved for backward and peak memory
   scalepeft bench model --shape small --tokens 2048 --out bench
   scalepeft bench layer --shape llama-8b-block --precision bf16 --quant nf4 --methods hoft,goft
 """
+SUBMIT = """\
+Checks config, data and run folder, keeps the code and the resolved config in RUN_DIR/submissions,
+and queues JOB_FILE with sbatch. What follows JOB_FILE is laid over its settings.
+
+  launch/submit slurm/hoft_llama70b.sh model.path=DIR --sbatch=--time=12:00:00
+  launch/submit slurm/hoft_llama70b.sh --sweep train.lr=1e-4,3e-4 --throttle 1 --dry-run
+  launch/submit slurm/hoft_llama70b.sh data.test=FILES --then evaluate
+
+JOB_FILE itself is run as far as slurm/train.sh, to learn its settings: keep slow lines out of it.
+"""
 
 
 INTERRUPTED = 130  # as the shell reports a death by Ctrl-C
@@ -146,7 +156,28 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     bench.add_argument("--repeats", type=int, default=5, help="timed steps of every method")
     bench.add_argument("--out", default=None, help="folder for bench.json and bench.png")
-    for command in (train, evaluate, report, merge, export, methods, bench):
+    submit = commands.add_parser(
+        "submit",
+        help="queue a job file of slurm/ (launch/submit)",
+        description=SUBMIT,
+        formatter_class=shape,
+    )
+    submit.add_argument("job_file", help="e.g. slurm/hoft_llama70b.sh")
+    submit.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="over the job file's")
+    submit.add_argument(
+        "--sweep", action="append", default=[], metavar="KEY=A,B,C", help="a job array, a run each"
+    )
+    submit.add_argument("--throttle", type=int, default=0, help="runs of a sweep at a time")
+    submit.add_argument("--then", choices=("evaluate",), help="a second job, after a success")
+    submit.add_argument(
+        "--sbatch", action="append", default=[], metavar="--OPTION=VALUE", help="over #SBATCH lines"
+    )
+    submit.add_argument("--dry-run", action="store_true", help="print, queue and write nothing")
+
+    status = commands.add_parser("status", help="how runs stand (launch/status)")
+    status.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="a run, or a sweep's folder")
+    status.add_argument("--json", action="store_true", help="one JSON list")
+    for command in (train, evaluate, report, merge, export, methods, bench, submit, status):
         command.add_argument(
             "--debug", action="store_true", help="show the traceback of a user error too"
         )
@@ -237,6 +268,15 @@ def _run(args: argparse.Namespace, stop: StopFlag) -> int:
         from scalepeft import methods
 
         methods.run(args.model, args.json)
+    elif args.command == "submit":
+        from scalepeft import submit
+
+        values = {k: v for k, v in vars(args).items() if k not in ("command", "debug")}
+        submit.run(submit.Options(**values))
+    elif args.command == "status":
+        from scalepeft import status
+
+        status.run(args.run_dirs, args.json)
     else:
         from scalepeft import bench
 

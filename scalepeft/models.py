@@ -44,11 +44,18 @@ def resolve(config: ModelConfig, ranks: Ranks) -> Path:
     raise AssertionError("local rank 0 of this node comes first")
 
 
-def _download(name: str, revision: str | None) -> str:
+def check_place(name: str) -> None:
+    """Refuses a ``model.path`` that can be neither a folder nor a hub id; looks at no network."""
+    if name == BUILTIN or Path(name).is_dir():
+        return
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(
             f"model.path={name}: no such folder (from {Path.cwd()}), and not a hub id (ORG/NAME)"
         )
+
+
+def _download(name: str, revision: str | None) -> str:
+    check_place(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

@@ -19,15 +19,15 @@
 # Only with the marker, and only while Slurm still calls the job running (so never after scancel), the job requeues
 # itself. After a preemption that ran out of grace and after a node failure Slurm requeues it (--requeue).
 set -uo pipefail
-COMMAND=${COMMAND:-train}
+command=${SCALEPEFT_COMMAND:-train}
 root=${SCALEPEFT_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
 if [ ! -f "$root/slurm/train.sh" ]; then
     echo "scalepeft job: error: no scalepeft checkout in $root; call sbatch there, or export SCALEPEFT_ROOT" >&2; exit 2
 fi
 root=$(cd "$root" && pwd)
 if [ -n "${CONFIG:-}" ] && [ ! -e "$CONFIG" ] && [ -e "$root/$CONFIG" ]; then CONFIG=$root/$CONFIG; fi
-words=("$COMMAND" ${CONFIG:+"$CONFIG"} ${SETTINGS[@]+"${SETTINGS[@]}"} "$@")
-if [ -n "${SCALEPEFT_DESCRIBE:-}" ]; then printf '%s\0' "${words[@]}"; exit 0; fi  # launch/submit asks
+words=("$command" ${CONFIG:+"$CONFIG"} ${SETTINGS[@]+"${SETTINGS[@]}"} "$@")
+if [ -n "${SCALEPEFT_DESCRIBE:-}" ]; then printf '\0'; printf '%s\0' "${words[@]}"; exit 0; fi  # launch/submit asks
 
 # shellcheck source=launch/job.sh
 source "$root/launch/job.sh"
@@ -38,7 +38,7 @@ trap 'warned=USR1' USR1
 trap 'warned=TERM' TERM
 
 if [ -z "${PYTHON:-}" ]; then PYTHON=python3; [ ! -x "$root/.venv/bin/python" ] || PYTHON=$root/.venv/bin/python; fi
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 # Since Slurm 22.05 srun does not take it from the job.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -45,14 +46,17 @@ class Cluster:
     ``high``.
     """
 
-    def __init__(
-        self, folder: Path, nodes: int = 4, cpus: int = 4, gpus: int = 2, port: int = 16817
-    ) -> None:
-        self.folder, self.nodes, self.port = folder, nodes, port
+    def __init__(self, nodes: int = 4, cpus: int = 4, gpus: int = 2, port: int = 16817) -> None:
+        self.nodes, self.port = nodes, port
+        self.folder = folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+        folder.chmod(0o755)  # munged runs as its own user
         self.options = ""
-        for name in ("munge", "ctld", "spool", "log", "dev", "pid"):
-            (folder / name).mkdir(parents=True)
-        folder.chmod(0o755)
+        for name in ("munge", "ctld", "spool", "log", "dev", "pid", "small-disk"):
+            (folder / name).mkdir()
+        self.small_disk = folder / "small-disk"
+        """A disk of 256 KiB that all nodes share."""
+        mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(self.small_disk)]
+        subprocess.run(mount, check=True)
         names = "".join(f"127.0.1.{k} node{k}\n" for k in range(1, nodes + 1))
         hosts = Path("/etc/hosts").read_text() + "127.0.0.1 ctl\n" + names
         (folder / "hosts").write_text(hosts)
@@ -262,3 +266,5 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMo
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        subprocess.run(["umount", str(self.small_disk)], check=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
