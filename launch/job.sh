@@ -3,6 +3,7 @@
 #   progress  what is saved so far ("step 40"), written by rank 0 at each save
 #   stopped   left by an orderly stop that a signal asked for: the job may come back
 #   starts    a line a start: the progress it found
+#   current   which start the job is in
 say() { echo "scalepeft job ${SLURM_JOB_ID:-$$}: $*"; }
 complain() { say "$*" >&2; }
 
@@ -14,6 +15,14 @@ begin_start() {
     rm -f "$1/stopped"
     progress=$(cat "$1/progress" 2>/dev/null || echo nothing)
     echo "$progress" >> "$1/starts"
+    this_start="$(hostname) $$ $(date +%s%N)"
+    echo "$this_start" > "$1/current"
+}
+
+# superseded: true, said aloud, when the job has started again elsewhere: its node froze, Slurm gave it up, and it thawed.
+superseded() {
+    [ "$(cat "$SCALEPEFT_JOB_STATE/current")" != "$this_start" ] || return 1
+    complain "this start of the job was given up while its node did not answer; a later one has taken over: ends here"
 }
 
 # gains_nothing: true, with the reason, when more than SCALEPEFT_MAX_RESTARTS starts in a row found the same progress.

@@ -65,14 +65,30 @@ print("python", sys.version.split()[0], *(f"{p} {m.version(p)}" for p in ("torch
 gpus=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | sort | uniq -c | tr -s " " | paste -sd,)
 echo "node $(hostname):${gpus:- no GPU that nvidia-smi sees}; $versions"
 NODE
-srun --nodes="${SLURM_JOB_NUM_NODES:-1}" --ntasks="${SLURM_JOB_NUM_NODES:-1}" --ntasks-per-node=1 --kill-on-bad-exit=1 \
-    "${srun_options[@]}" "${in_container[@]}" bash -c "$on_node" _ "$root" "$SCALEPEFT_JOB_STATE" "$PYTHON"
+each_node=(--nodes="${SLURM_JOB_NUM_NODES:-1}" --ntasks="${SLURM_JOB_NUM_NODES:-1}" --ntasks-per-node=1)
+srun "${each_node[@]}" --kill-on-bad-exit=1 "${srun_options[@]}" "${in_container[@]}" \
+    bash -c "$on_node" _ "$root" "$SCALEPEFT_JOB_STATE" "$PYTHON"
 fit=$?
+
+# Slurm counts steps from 0 at every start, and when a frozen node thaws, its old srun ends "step 1" of the job, which by
+# then would be the ranks of this start. So the ranks of successive starts are steps 1, 2, 3, 1, ...
+for ((i = 0; i < restarts % 3; i++)); do srun --nodes=1 --ntasks=1 true; done
+
+# A node that went down takes the ranks of the others with it before Slurm has noticed. Slurm requeues the job once it
+# has, and not on that node; so this shell must not end the job first.
+wait_if_a_node_is_gone() {
+    ! timeout 20 srun --overlap "${each_node[@]}" true > /dev/null 2>&1 || return 0
+    local limit
+    limit=$(scontrol show config 2>/dev/null | sed -n 's/^SlurmdTimeout *= *\([0-9]*\).*/\1/p')
+    complain "a node of $SLURM_JOB_NODELIST does not answer: waiting for Slurm to requeue the job"
+    sleep $((${limit:-300} + 60))
+}
 
 code=0
 if [ -n "$warned" ]; then
     echo "before the first step" > "$SCALEPEFT_JOB_STATE/stopped"
 elif [ $fit -ne 0 ]; then
+    wait_if_a_node_is_gone
     die "not all nodes are fit, see the lines above; nothing was started"
 else
     # Until python has its handlers, a signal must not kill it: it inherits "ignore" from the shell that starts it.
@@ -83,6 +99,8 @@ else
     told=
     while kill -0 $srun_pid 2>/dev/null; do
         if [ -n "$warned" ]; then
+            # What an old srun passes on reaches the new start's ranks: they are of the same step.
+            ! superseded || { kill -KILL $srun_pid; exit 1; }
             [ -n "$told" ] || say "got $warned: the ranks are to save and stop"
             told=yes
             # Again and again, as a rank that is just starting ignores it. To srun as USR1, which goes on to every
@@ -96,9 +114,11 @@ else
     wait $srun_pid; code=$?
 fi
 trap '' USR1 TERM
+! superseded || exit 1
 
 [ $code -ne 0 ] || [ -f "$SCALEPEFT_JOB_STATE/stopped" ] || { say "finished"; exit 0; }
 if [ ! -f "$SCALEPEFT_JOB_STATE/stopped" ]; then
+    wait_if_a_node_is_gone
     complain "the ranks ended with code $code and not by an orderly stop that may be continued: no requeue"
     exit "$code"
 fi

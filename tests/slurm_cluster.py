@@ -10,12 +10,24 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "munged", "unshare")
+PROGRAMS = (
+    "slurmctld",
+    "slurmd",
+    "sbatch",
+    "srun",
+    "scontrol",
+    "squeue",
+    "munged",
+    "unshare",
+    "setpriv",
+)
+DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL")  # also when the tests themselves are killed
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
@@ -41,13 +53,27 @@ def _tree(pid: int) -> list[int]:
     return found
 
 
+def _free_ports(count: int) -> int:
+    """The first of ``count`` free ports in a row."""
+    for first in range(16800, 19800, 20):
+        with contextlib.ExitStack() as stack:
+            for port in range(first, first + count):
+                try:
+                    stack.enter_context(socket.socket()).bind(("", port))
+                except OSError:
+                    break
+            else:
+                return first
+    raise RuntimeError("no free ports from 16800 to 19800")
+
+
 class Cluster:
     """``nodes`` virtual nodes of ``gpus`` fake GPUs each, partitions ``main`` and, above it,
     ``high``.
     """
 
-    def __init__(self, nodes: int = 4, cpus: int = 4, gpus: int = 2, port: int = 16817) -> None:
-        self.nodes, self.port = nodes, port
+    def __init__(self, nodes: int = 4, cpus: int = 4, gpus: int = 2) -> None:
+        self.nodes, self.port = nodes, _free_ports(nodes + 1)
         self.folder = folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         folder.chmod(0o755)  # munged runs as its own user
         self.options = ""
@@ -55,8 +81,6 @@ class Cluster:
             (folder / name).mkdir()
         self.small_disk = folder / "small-disk"
         """A disk of 256 KiB that all nodes share."""
-        mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(self.small_disk)]
-        subprocess.run(mount, check=True)
         names = "".join(f"127.0.1.{k} node{k}\n" for k in range(1, nodes + 1))
         hosts = Path("/etc/hosts").read_text() + "127.0.0.1 ctl\n" + names
         (folder / "hosts").write_text(hosts)
@@ -66,14 +90,16 @@ class Cluster:
             f"NodeName=node[1-{nodes}] Name=gpu File={folder}/dev/gpu[0-{gpus - 1}]\n"
         )
         self._nodes = "".join(
-            f"NodeName=node{k} NodeAddr=127.0.1.{k} Port={port + k} CPUs={cpus} RealMemory=64000"
-            f" Gres=gpu:{gpus} State=UNKNOWN\n"
+            f"NodeName=node{k} NodeAddr=127.0.1.{k} Port={self.port + k} CPUs={cpus}"
+            f" RealMemory=64000 Gres=gpu:{gpus} State=UNKNOWN\n"
             for k in range(1, nodes + 1)
         )
         self.env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": PATH}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._configure()
         try:
+            mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "none", str(self.small_disk)]
+            subprocess.run(mount, check=True)
             self._munge()
             self._spawn("ctl", ["--uts", "--mount"], "exec slurmctld -c -D")
             for k in range(1, nodes + 1):
@@ -139,7 +165,8 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMo
         for path in (folder, folder / "key"):
             shutil.chown(path, "munge", "munge")
         folder.chmod(0o711)
-        command = "setpriv --reuid=munge --regid=munge --clear-groups munged --foreground"
+        command = "setpriv --pdeathsig=KILL --reuid=munge --regid=munge --clear-groups"
+        command += " munged --foreground"
         files = {"key-file": "key", "socket": "sock", "pid-file": "pid", "log-file": "log"}
         files["seed-file"] = "seed"
         command += "".join(f" --{option}={folder}/{name}" for option, name in files.items())
@@ -153,7 +180,7 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMo
         script = f"mount --bind {self.folder}/hosts /etc/hosts; hostname {name}; {command}"
         with (self.folder / "log" / f"{name}.out").open("ab") as log:
             self._processes[name] = subprocess.Popen(
-                ["unshare", *namespaces, "bash", "-c", script],
+                [*DIES_WITH_US, "unshare", *namespaces, "bash", "-c", script],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -266,5 +293,5 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMo
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        subprocess.run(["umount", str(self.small_disk)], check=True)
+        subprocess.run(["umount", str(self.small_disk)], check=False)
         shutil.rmtree(self.folder, ignore_errors=True)

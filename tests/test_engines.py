@@ -112,7 +112,7 @@ def test_variables_of_srun_and_of_torchrun() -> None:
         "WORLD_SIZE": "4",
         "LOCAL_RANK": "1",
         "MASTER_ADDR": "gpu07",
-        "MASTER_PORT": "21234",
+        "MASTER_PORT": "29234",
     }
     assert launch_variables({})["WORLD_SIZE"] == "1"
     # A batch script calls python without srun: one process, although the job has four tasks.

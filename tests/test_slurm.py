@@ -1,13 +1,12 @@
 """slurm/train.sh, launch/submit and launch/status on a real Slurm of four nodes on this machine."""
 
-import json
 import os
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, TINY, adapter_bytes, losses, rows, train
@@ -16,6 +15,7 @@ from slurm_cluster import Cluster, missing
 pytestmark = pytest.mark.slow
 
 SETTINGS = [*TINY, "engine=fsdp2", "engine.device=cpu", "model.quant=nf4", "train.save_every=5"]
+SETTINGS += ["train.max_steps=50"]
 JOB = """\
 #!/bin/bash
 #SBATCH --nodes=2
@@ -82,7 +82,9 @@ class Runs:
         deadline = time.monotonic() + timeout
         while not file.exists() or file.read_text().count("\n") < step:
             log = "".join(f.read_text() for f in self.folder.glob("*.log"))
-            assert time.monotonic() < deadline, f"never came to step {step}\n{log}"
+            newest = log.rpartition(": start ")[2]
+            over = "no requeue" in newest or "finished" in newest or time.monotonic() > deadline
+            assert not over, f"never came to step {step}\n{log}"
             time.sleep(0.05)
 
     def steps(self) -> int:
@@ -110,20 +112,32 @@ def nodes_of(job: dict[str, str], cluster: Cluster) -> list[str]:
     return cluster.run("scontrol", "show", "hostnames", job["NodeList"]).split()
 
 
-def test_five_preemptions_of_every_kind_change_nothing(runs: Runs) -> None:
-    cluster, steps = runs.cluster, "train.max_steps=70"
-    first = runs.submit(str(runs.job_file(ranks=2)), steps, f"run_dir={runs.folder}/undisturbed")
-    cluster.wait(first, "COMPLETED")
-    (start,) = (
-        e for e in rows(runs.folder / "undisturbed", "events.jsonl") if e["event"] == "start"
-    )
-    assert start["host"] == nodes_of(cluster.job(first), cluster)[0] == "node1"
-    assert (start["world_size"], start["engine"], start["job"]) == (4, "fsdp2", first)
-    log = runs.log(first)
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run on two ranks that nothing happens to."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(2, folder, *SETTINGS)
+    return folder
+
+
+def starts_of(runs: Runs) -> list[dict[str, Any]]:
+    return [e for e in rows(runs.folder / "run", "events.jsonl") if e["event"] == "start"]
+
+
+def test_two_nodes_of_two_ranks(runs: Runs) -> None:
+    job = runs.submit(str(runs.job_file(ranks=2)), "train.max_steps=8")
+    done = runs.cluster.wait(job, "COMPLETED")
+    (start,) = starts_of(runs)
+    assert start["host"] == nodes_of(done, runs.cluster)[0] == "node1"
+    assert (start["world_size"], start["engine"], start["job"]) == (4, "fsdp2", job)
+    log = runs.log(job)
     assert "start 1 (restarts: 0)" in log and "4 ranks on 2 nodes: node[1-2]" in log
     assert "node node2: no GPU that nvidia-smi sees; python 3" in log
 
-    job = runs.submit(str(runs.job_file(ranks=2)), steps)
+
+def test_five_preemptions_of_every_kind_change_nothing(runs: Runs, undisturbed: Path) -> None:
+    cluster = runs.cluster
+    job = runs.submit(str(runs.job_file()))
     kinds = ["TERM with grace", "warning", "requeue", "USR1 with grace", "TERM with grace"]
     for count, kind in enumerate(kinds, 1):
         runs.wait_step(runs.steps() + 3 if count > 1 else 3)
@@ -144,11 +158,11 @@ def test_five_preemptions_of_every_kind_change_nothing(runs: Runs) -> None:
     cluster.reconfigure("")
     done = cluster.wait(job, "COMPLETED")
     assert done["Restarts"] == "5"
-    starts = [e for e in rows(runs.folder / "run", "events.jsonl") if e["event"] == "start"]
+    starts = starts_of(runs)
     assert [e.get("restarts") for e in starts] == [None, "1", "2", "3", "4", "5"]
     assert all(e.get("recomputed_steps", 0) == 0 for e in starts), "an orderly stop loses no step"
-    assert losses(runs.folder / "run") == losses(runs.folder / "undisturbed")
-    assert adapter_bytes(runs.folder / "run") == adapter_bytes(runs.folder / "undisturbed")
+    assert losses(runs.folder / "run") == losses(undisturbed)
+    assert adapter_bytes(runs.folder / "run") == adapter_bytes(undisturbed)
     assert "start 6 (restarts: 5)" in runs.log(job)
 
     report = subprocess.run(
@@ -158,17 +172,18 @@ def test_five_preemptions_of_every_kind_change_nothing(runs: Runs) -> None:
     assert "goodput" in report and "waiting" in report and "starts 6" in report
 
 
-def test_power_cuts_and_a_frozen_node(runs: Runs) -> None:
-    cluster, steps = runs.cluster, "train.max_steps=40"
+def test_power_cuts_and_a_frozen_node(runs: Runs, undisturbed: Path) -> None:
+    cluster = runs.cluster
     (runs.folder / "slow").mkdir()
     (runs.folder / "slow" / "sitecustomize.py").write_text(SLOW_DISK)
     runs.env["PYTHONPATH"] = str(runs.folder / "slow")
-    job = runs.submit(str(runs.job_file()), steps)
+    job = runs.submit(str(runs.job_file()))
 
     runs.wait_step(8)  # in mid-step, of the node with rank 1
     node = int(nodes_of(cluster.job(job), cluster)[1].removeprefix("node"))
-    cluster.crash(node)
+    cluster.crash(node, notice=False)  # Slurm finds out by itself
     cluster.restart(job, 1)
+    assert "does not answer" in runs.log(job)
     cluster.start(node)
 
     runs.wait_step(12)
@@ -187,16 +202,17 @@ def test_power_cuts_and_a_frozen_node(runs: Runs) -> None:
     first = int(nodes_of(cluster.job(job), cluster)[0].removeprefix("node"))
     frozen = cluster.freeze(first)
     cluster.run("scontrol", "update", f"nodename=node{first}", "state=down", "reason=frozen")
-    cluster.restart(job, 3)
-    runs.wait_step(27)
-    cluster.thaw(frozen)  # its old rank 0 wakes up beside the new run
+    try:
+        cluster.restart(job, 3)
+        runs.wait_step(27)
+    finally:
+        cluster.thaw(frozen)  # its old rank 0 wakes up beside the new run
     cluster.wait(job, "COMPLETED")
-    starts = [e for e in rows(runs.folder / "run", "events.jsonl") if e["event"] == "start"]
+    starts = starts_of(runs)
     assert len(starts) == 4
     assert all(0 <= e.get("recomputed_steps", 0) <= 5 for e in starts), "at most a save interval"
-    train(2, runs.folder / "undisturbed", *SETTINGS, steps)
-    assert losses(runs.folder / "run") == losses(runs.folder / "undisturbed")
-    assert adapter_bytes(runs.folder / "run") == adapter_bytes(runs.folder / "undisturbed")
+    assert losses(runs.folder / "run") == losses(undisturbed)
+    assert adapter_bytes(runs.folder / "run") == adapter_bytes(undisturbed)
 
 
 def test_scancel_is_the_end(runs: Runs) -> None:
@@ -235,18 +251,15 @@ def test_a_job_that_gains_nothing_gives_up(runs: Runs) -> None:
     assert "gives up: the last 2 starts all found the same progress (nothing)" in runs.log(job)
 
 
-def test_a_restart_on_fewer_nodes_keeps_the_global_batch(runs: Runs) -> None:
-    job = runs.submit("--nodes=2-4", str(runs.job_file()), "train.max_steps=24")
+def test_a_restart_on_fewer_nodes_keeps_the_global_batch(runs: Runs, undisturbed: Path) -> None:
+    job = runs.submit("--nodes=2-4", str(runs.job_file()))
     runs.wait_step(4)
     for node in ("node3", "node4"):
         preempt(runs, node, seconds=300)
     runs.cluster.restart(job, 1)
     runs.cluster.wait(job, "COMPLETED")
-    starts = [e for e in rows(runs.folder / "run", "events.jsonl") if e["event"] == "start"]
+    starts = starts_of(runs)
     assert [e["world_size"] for e in starts] == [4, 2]
-    train(2, runs.folder / "undisturbed", *SETTINGS, "train.max_steps=24")
-    assert losses(runs.folder / "run") == pytest.approx(
-        losses(runs.folder / "undisturbed"), rel=1e-5
-    )
-    samples = [[r["sample_index"] for r in rows(runs.folder / n)] for n in ("run", "undisturbed")]
+    assert losses(runs.folder / "run") == pytest.approx(losses(undisturbed), rel=1e-5)
+    samples = [[r["sample_index"] for r in rows(f)] for f in (runs.folder / "run", undisturbed)]
     assert samples[0] == samples[1]

@@ -26,7 +26,7 @@ def launch_variables(env: Mapping[str, str]) -> dict[str, str]:
     srun if need be.
 
     Under plain ``srun`` (one task a rank, no torchrun) the rendezvous is the first node of the step
-    and a port made from the job id, so that two jobs on one node do not meet.
+    and ``slurm_port``.
 
     Raises:
         UserError: a launcher set only some of the variables.
@@ -54,9 +54,19 @@ def launch_variables(env: Mapping[str, str]) -> dict[str, str]:
             "WORLD_SIZE": env["SLURM_NTASKS"],
             "LOCAL_RANK": env["SLURM_LOCALID"],
             "MASTER_ADDR": env.get("MASTER_ADDR") or first_host(nodes),
-            "MASTER_PORT": env.get("MASTER_PORT") or str(20000 + int(env["SLURM_JOB_ID"]) % 20000),
+            "MASTER_PORT": env.get("MASTER_PORT") or str(slurm_port(env)),
         }
     return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+
+
+def slurm_port(env: Mapping[str, str]) -> int:
+    """A port below the ephemeral ones, from job, step and restart.
+
+    Two jobs on one node do not meet, nor do a restarted job and ranks of its earlier start that
+    a hung node kept alive.
+    """
+    job, step = int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"])
+    return 10000 + (job + 101 * step + 1009 * int(env.get("SLURM_RESTART_COUNT", "0"))) % 22000
 
 
 def world_size() -> int:
