@@ -84,6 +84,15 @@ wait_if_a_node_is_gone() {
     sleep $((${limit:-300} + 60))
 }
 
+# An srun that has only just begun would die of USR1: true once it catches or blocks it.
+takes_usr1() {
+    local name mask
+    while read -r name mask; do
+        case $name in SigCgt: | SigBlk:) ! (( 16#$mask >> 9 & 1 )) || return 0 ;; esac
+    done < "/proc/$1/status"
+    return 1
+} 2>/dev/null
+
 code=0
 if [ -n "$warned" ]; then
     echo "before the first step" > "$SCALEPEFT_JOB_STATE/stopped"
@@ -105,8 +114,8 @@ else
             told=yes
             # Again and again, as a rank that is just starting ignores it. To srun as USR1, which goes on to every
             # rank; TERM would have srun kill them at once.
-            kill -USR1 $srun_pid 2>/dev/null
-            sleep 5 & wait -n $! $srun_pid
+            if takes_usr1 $srun_pid; then kill -USR1 $srun_pid 2>/dev/null; pause=5; else pause=0.2; fi
+            sleep $pause & wait -n $! $srun_pid
         else
             wait $srun_pid
         fi

@@ -1,6 +1,11 @@
 """slurm/train.sh, launch/submit and launch/status on a real Slurm of four nodes on this machine."""
 
+import contextlib
+import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -9,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import ROOT, TINY, adapter_bytes, losses, rows, train
 from slurm_cluster import Cluster, missing
+
+from scalepeft import config, tiny
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +41,7 @@ SLOW_DISK = """\
 import os, time
 fsync = os.fsync
 def slow(fd):
-    time.sleep(0.15)
+    time.sleep(0.06)
     fsync(fd)
 os.fsync = slow
 """
@@ -252,14 +260,235 @@ def test_a_job_that_gains_nothing_gives_up(runs: Runs) -> None:
 
 
 def test_a_restart_on_fewer_nodes_keeps_the_global_batch(runs: Runs, undisturbed: Path) -> None:
-    job = runs.submit("--nodes=2-4", str(runs.job_file()))
+    cluster = runs.cluster
+    job = runs.submit("--nodes=4", str(runs.job_file()))
     runs.wait_step(4)
-    for node in ("node3", "node4"):
-        preempt(runs, node, seconds=300)
-    runs.cluster.restart(job, 1)
-    runs.cluster.wait(job, "COMPLETED")
-    starts = starts_of(runs)
-    assert [e["world_size"] for e in starts] == [4, 2]
+    preempt(runs, "node3", seconds=300)
+    preempt(runs, "node4", seconds=300)
+    cluster.wait(job, "PENDING")
+    cluster.run("scontrol", "update", f"jobid={job}", "NumNodes=2", "NumTasks=2")
+    cluster.restart(job, 1)
+    cluster.wait(job, "COMPLETED")
+    assert [e["world_size"] for e in starts_of(runs)] == [4, 2]
     assert losses(runs.folder / "run") == pytest.approx(losses(undisturbed), rel=1e-5)
     samples = [[r["sample_index"] for r in rows(f)] for f in (runs.folder / "run", undisturbed)]
     assert samples[0] == samples[1]
+
+
+def test_a_folder_that_is_full_or_not_on_all_nodes_ends_the_job_before_training(
+    runs: Runs,
+) -> None:
+    cluster, small = runs.cluster, runs.cluster.small_disk
+    pair = ("-w", "node[1-2]")
+    with contextlib.suppress(OSError):
+        (small / "filler").write_bytes(bytes(1 << 20))
+    full = runs.submit(*pair, str(runs.job_file()), f"run_dir={small}/run")
+    cluster.wait(full, "FAILED")
+    assert f"run_dir={small}/run: cannot be written on node1: No space left" in runs.log(full)
+    runs.env["SCALEPEFT_JOBS"] = str(small / "jobs")
+    state = runs.submit(*pair, str(runs.job_file()))
+    cluster.wait(state, "FAILED")
+    assert f"error: cannot write {small}/jobs/{state} on node1: full, read-only" in runs.log(state)
+
+    private, locked = runs.folder / "private", runs.folder / "locked"
+    private.mkdir()
+    locked.mkdir()
+    cluster.on_node(2, f"mount -t tmpfs none {private}")
+    cluster.on_node(2, f"mount --bind {locked} {locked}; mount -o remount,bind,ro {locked}")
+    try:
+        runs.env["SCALEPEFT_JOBS"] = str(private)
+        state = runs.submit(*pair, str(runs.job_file()))
+        cluster.wait(state, "FAILED")
+        assert f"error: node node2: {private}/{state} is not there" in runs.log(state)
+        assert "nothing was started" in runs.log(state)
+        del runs.env["SCALEPEFT_JOBS"]
+        for folder, text in (
+            (private, "is another folder on node2 than on rank 0's node"),
+            (locked, "cannot be written on node2: Read-only file system"),
+        ):
+            job = runs.submit(*pair, str(runs.job_file()), f"run_dir={folder}")
+            cluster.wait(job, "FAILED")
+            errors = [x for x in runs.log(job).splitlines() if x.startswith("scalepeft: error")]
+            assert len(errors) == 1 and f"run_dir={folder}: {text}" in errors[0], runs.log(job)
+            assert not (folder / "metrics.jsonl").exists()
+    finally:
+        cluster.on_node(2, f"umount {private}; umount {locked}")
+
+
+def submit(runs: Runs, *words: str, expect: int = 0) -> str:
+    """Calls launch/submit; returns what it printed."""
+    done = subprocess.run(
+        [str(ROOT / "launch/submit"), *words], cwd=runs.folder, capture_output=True, text=True,
+        env={**runs.cluster.env, **runs.env}, check=False,
+    )  # fmt: skip
+    found = re.findall(r"^\w+: job (\d+)", done.stdout, re.M)
+    runs.jobs += found
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_submit_trains_then_evaluates(runs: Runs, undisturbed: Path) -> None:
+    cluster, file = runs.cluster, str(runs.job_file("data.test_size=20"))
+    command = (file, "evaluate.max_new_tokens=4", "--then", "evaluate", "--sbatch=--time=30")
+    submit(runs, *command)
+    job, evaluation = runs.jobs
+    folder = runs.folder / "run" / "submissions" / "001"
+    assert {p.name for p in folder.iterdir()} >= {"code", "configs", "train.sh", "evaluate.sh"}
+    assert cluster.job(job)["TimeLimit"] == "00:30:00", "over the job file's"
+    runs.wait_step(3)
+    assert cluster.job(evaluation)["Reason"] == "Dependency"
+    status = [str(ROOT / "launch/status"), str(runs.folder / "run")]
+    text = subprocess.run(
+        status, capture_output=True, text=True, check=True, env={**cluster.env, **runs.env}
+    ).stdout
+    assert "RUNNING, last sign of life" in text and f"Slurm job {job} on node" in text
+    assert "of 50 (" in text and "restarts  0" in text and "ETA" in text
+    cluster.run("scancel", "-b", "-s", "USR1", job)  # the evaluation waits through the requeue
+    cluster.restart(job, 1)
+    cluster.wait(job, "COMPLETED")
+    cluster.wait(evaluation, "COMPLETED")
+    assert adapter_bytes(runs.folder / "run") == adapter_bytes(undisturbed)
+    scores = json.loads((runs.folder / "run/eval/toy/scores.json").read_text())
+    assert scores["count"] == 20
+
+    before = {p: p.read_bytes() for p in (runs.folder / "run").rglob("*.jsonl")}
+    submit(runs, *command)  # once more: nothing that is done is done again
+    cluster.wait(runs.jobs[-1], "COMPLETED")
+    assert before == {p: p.read_bytes() for p in (runs.folder / "run").rglob("*.jsonl")}
+    log = (runs.folder / f"run/submissions/002/run-evaluate-{runs.jobs[-1]}.log").read_text()
+    assert "20 predictions are there already, 0 to go" in log
+
+    again = submit(runs, file, "train.lr=1", expect=2)
+    assert "holds a run with another config" in again and "train.lr: 0.003 there, 1" in again
+
+
+def test_a_failed_training_cancels_its_evaluation(runs: Runs) -> None:
+    model = runs.folder / "model"
+    shutil.copytree(tiny.make(0), model)
+    submit(runs, str(runs.job_file()), f"model.path={model}", "--then", "evaluate", "--sbatch=-H")
+    (model / "config.json").write_text("{")
+    runs.cluster.run("scontrol", "release", runs.jobs[0])
+    runs.cluster.wait(runs.jobs[0], "FAILED")
+    runs.cluster.run("scontrol", "release", runs.jobs[1], check=False)
+    runs.cluster.wait(runs.jobs[1], "CANCELLED")
+
+
+def test_a_sweep_is_an_array_with_a_throttle(runs: Runs) -> None:
+    file = runs.job_file("train.max_steps=3", "engine=single")
+    one = ("--sbatch=--nodes=1", "--sweep", "train.lr=1e-3,2e-3", "--throttle", "1")
+    dry = submit(runs, str(file), *one, "--dry-run")
+    assert "#SBATCH --array=0-1%1" in dry and "lr: 0.002" in dry and not runs.jobs
+    assert not (runs.folder / "run").exists()
+    submit(runs, str(file), *one)
+    (job,) = runs.jobs
+    most, deadline = 0, time.monotonic() + 90
+    while "2e-3" not in str(list((runs.folder / "run").glob("*/adapter/adapter_config.json"))):
+        running = runs.cluster.run("squeue", "-h", "-r", "-j", job, "-t", "R", "-o", "%A")
+        most = max(most, len(running.split()))
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert most == 1, "the throttle"
+    lrs = [
+        yaml.safe_load(p.read_text())["train"]["lr"]
+        for p in (runs.folder / "run").glob("*/config.yaml")
+    ]
+    assert sorted(lrs) == [1e-3, 2e-3]
+
+
+def test_submit_refuses_before_the_queue(runs: Runs) -> None:
+    file = str(runs.job_file("train.global_batch=7"))
+    assert "train.global_batch=7 cannot be shared evenly by 2 ranks" in submit(runs, file, expect=2)
+    good = str(runs.job_file())
+    for words, text in (
+        ((good, "adapter=hotf"), "Did you mean 'hoft'"),
+        ((good, "model.path=/nowhere"), "model.path=/nowhere: no such folder"),
+        ((good, "data=commonsense", "data.train=rows.json"), "rows.json: no such file"),
+        ((good, "--sweep", "train.lr"), "expected KEY=A,B,C"),
+        ((good, "--sbatch=--partition=nope"), "sbatch refuses"),
+        ((str(ROOT / "README.md"),), "is no job file"),
+        (("nofile.sh",), "nofile.sh: No such file or directory"),
+    ):
+        assert text in submit(runs, *words, expect=2)
+    assert not runs.jobs
+
+
+def test_the_70b_job_as_it_stands(tmp_path: Path, cluster: Cluster) -> None:
+    big = Cluster(nodes=2, cpus=64, gpus=8)
+    try:
+        runs = Runs(big, tmp_path)
+        row = {"instruction": "Is it?", "input": "", "output": "the correct answer is true"}
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data/commonsense_170k.json").write_text(json.dumps([row] * 200))
+        file = str(ROOT / "slurm/hoft_llama70b.sh")
+        environment = {**big.env, **runs.env}
+        test = ["sbatch", "--test-only", file]
+        done = subprocess.run(
+            test, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0 and "128 processors on nodes node[1-2]" in done.stderr
+        job = subprocess.run(
+            ["sbatch", "--parsable", file, "model=tiny", "engine.device=cpu", "train.max_steps=2"],
+            env=environment, cwd=tmp_path, capture_output=True, text=True, check=True,
+        ).stdout.strip()  # fmt: skip
+        big.wait(job, "COMPLETED", timeout=200)
+        (start,) = (
+            e
+            for e in rows(tmp_path / "runs/hoft_llama70b", "events.jsonl")
+            if e["event"] == "start"
+        )
+        assert start["world_size"] == 16
+        log = (tmp_path / f"hoft_llama70b-{job}.log").read_text()
+        assert "train.max_steps=2 replaces train.epochs" in log
+    finally:
+        big.stop()
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "slurm").glob("*_*.sh")), ids=lambda f: f.stem)
+def test_every_job_file_builds_its_config(file: Path) -> None:
+    env = {**os.environ, "SCALEPEFT_DESCRIBE": "1", "SCALEPEFT_ROOT": str(ROOT)}
+    words = subprocess.run(["bash", str(file)], env=env, capture_output=True, text=True, check=True)
+    command, path, *settings = words.stdout.split("\0")[1:-1]
+    assert command == "train"
+    built, _ = config.load(path, settings)
+    assert built.run_dir == f"runs/{file.stem}" and built.model.quant == "nf4"
+    assert built.adapter.name == file.stem.split("_")[0]
+
+
+def test_shell_scripts_pass_shellcheck() -> None:
+    if shutil.which("shellcheck") is None:
+        assert not os.environ.get("CI"), "no shellcheck (Debian: shellcheck)"
+        pytest.skip("no shellcheck")
+    files = [*ROOT.glob("slurm/*.sh"), *ROOT.glob("launch/*.sh")]
+    files += [ROOT / "launch/submit", ROOT / "launch/status", ROOT / ".ci/run"]
+    done = subprocess.run(
+        ["shellcheck", "-x", *map(str, files)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_local_requeue_comes_back_like_a_job(tmp_path: Path) -> None:
+    words = [str(ROOT / "launch/local.sh"), "--requeue", "1", "train", *SETTINGS, "engine=single"]
+    job = subprocess.Popen(
+        [*words, f"run_dir={tmp_path}/run", "train.max_steps=400"],
+        env={**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    events = tmp_path / "run/events.jsonl"
+
+    def wait(starts: int) -> None:
+        deadline = time.monotonic() + 60
+        while not events.exists() or events.read_text().count('"start"') < starts:
+            assert time.monotonic() < deadline and job.poll() is None
+            time.sleep(0.05)
+
+    wait(1)
+    job.send_signal(signal.SIGUSR1)  # a preemption
+    wait(2)
+    job.send_signal(signal.SIGTERM)  # the user
+    text = job.communicate(timeout=60)[0]
+    assert job.returncode == 75, text
+    assert text.count("comes back") == 1 and "resuming" in text
