@@ -47,8 +47,12 @@ read -r -a srun_options <<< "${SCALEPEFT_SRUN:-}"
 
 begin_start "${SCALEPEFT_JOBS:-$PWD/runs/.jobs}/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}" || exit 2
 restarts=${SLURM_RESTART_COUNT:-0}
+# A restart may get fewer nodes than the job began with; SLURM_NTASKS still tells the old number then.
+nodes=${SLURM_JOB_NUM_NODES:-1}
+ranks=${SLURM_NTASKS:-1}
+[ -z "${SLURM_NTASKS_PER_NODE:-}" ] || ranks=$((nodes * SLURM_NTASKS_PER_NODE))
 say "start $((restarts + 1)) (restarts: $restarts) at $(date -Is), saved so far: $progress," \
-    "${SLURM_NTASKS:-1} ranks on ${SLURM_JOB_NUM_NODES:-1} nodes: ${SLURM_JOB_NODELIST:-?}, partition ${SLURM_JOB_PARTITION:-?}"
+    "$ranks ranks on $nodes nodes: ${SLURM_JOB_NODELIST:-?}, partition ${SLURM_JOB_PARTITION:-?}"
 ! gains_nothing || exit 1
 
 # One line a node before any rank starts. A node that lacks the checkout, the state folder or the interpreter ends the
@@ -65,7 +69,7 @@ print("python", sys.version.split()[0], *(f"{p} {m.version(p)}" for p in ("torch
 gpus=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | sort | uniq -c | tr -s " " | paste -sd,)
 echo "node $(hostname):${gpus:- no GPU that nvidia-smi sees}; $versions"
 NODE
-each_node=(--nodes="${SLURM_JOB_NUM_NODES:-1}" --ntasks="${SLURM_JOB_NUM_NODES:-1}" --ntasks-per-node=1)
+each_node=(--nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1)
 srun "${each_node[@]}" --kill-on-bad-exit=1 "${srun_options[@]}" "${in_container[@]}" \
     bash -c "$on_node" _ "$root" "$SCALEPEFT_JOB_STATE" "$PYTHON"
 fit=$?
@@ -102,7 +106,7 @@ elif [ $fit -ne 0 ]; then
 else
     # Until python has its handlers, a signal must not kill it: it inherits "ignore" from the shell that starts it.
     # shellcheck disable=SC2016
-    srun --kill-on-bad-exit=1 "${srun_options[@]}" "${in_container[@]}" \
+    srun --nodes="$nodes" --ntasks="$ranks" --kill-on-bad-exit=1 "${srun_options[@]}" "${in_container[@]}" \
         bash -c 'trap "" USR1 TERM; exec "$@"' _ "$PYTHON" -P -m scalepeft "${words[@]}" &
     srun_pid=$!
     told=

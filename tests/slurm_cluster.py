@@ -28,6 +28,7 @@ PROGRAMS = (
     "setpriv",
 )
 DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL")  # also when the tests themselves are killed
+ENDS = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
@@ -262,7 +263,8 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMo
         while (job := self.job(number))["JobState"] not in states:
             log = Path(job["StdOut"])
             text = log.read_text() if log.is_file() else ""
-            assert time.monotonic() < deadline, f"{job['JobState']}, not {states}: {job}\n{text}"
+            waits = job["JobState"] not in ENDS and time.monotonic() < deadline
+            assert waits, f"{job['JobState']}, not {states}: {job}\n{text}"
             time.sleep(0.1)
         return job
 
@@ -274,12 +276,11 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMo
             again = int(job["Restarts"]) >= count
             if again and job["JobState"] in ("RUNNING", "COMPLETED", "FAILED"):
                 return job
-            ended = job["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
             if job["JobState"] == "PENDING":
                 self.run("scontrol", "update", f"jobid={number}", "StartTime=now", check=False)
             log = Path(job["StdOut"])
             text = log.read_text() if log.is_file() else ""
-            waits = not ended and time.monotonic() < deadline
+            waits = job["JobState"] not in ENDS and time.monotonic() < deadline
             assert waits, f"no restart {count}: {job}\n{text}"
             time.sleep(0.2)
 

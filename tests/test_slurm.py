@@ -416,7 +416,7 @@ def test_the_70b_job_as_it_stands(tmp_path: Path, cluster: Cluster) -> None:
     big = Cluster(nodes=2, cpus=64, gpus=8)
     try:
         runs = Runs(big, tmp_path)
-        row = {"instruction": "Is it?", "input": "", "output": "the correct answer is true"}
+        row = {"instruction": "Is it?", "input": "", "output": "true", "answer": "true"}
         (tmp_path / "data").mkdir()
         (tmp_path / "data/commonsense_170k.json").write_text(json.dumps([row] * 200))
         file = str(ROOT / "slurm/hoft_llama70b.sh")
