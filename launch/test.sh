@@ -1,11 +1,29 @@
 #!/usr/bin/env bash
 # Set-up, linter, type checker, tests. launch/test.sh -m "not slow" runs the fast part; other pytest arguments too.
+# The Slurm tests start a cluster of their own: Slurm is installed here where this is root and apt is there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh
+
+export PATH=$PATH:/usr/sbin:/sbin
+lacking() { for program in slurmctld slurmd srun munged shellcheck; do command -v $program > /dev/null || echo -n "$program "; done; }
+if [ -n "$(lacking)" ] && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+    echo "test: installing Slurm and shellcheck for the tests"
+    export DEBIAN_FRONTEND=noninteractive
+    { apt-get update -qq && apt-get install -qq -y --no-install-recommends \
+        slurmctld slurmd slurm-client munge shellcheck util-linux procps; } > .venv/slurm-packages.log 2>&1 ||
+        tail -n 5 .venv/slurm-packages.log >&2
+fi
+skipped=$(lacking)
+warn() { [ -z "$skipped" ] || echo "test: WARNING: no $skipped here and no root with apt: the tests that need them ARE SKIPPED" >&2; }
+warn
+[ -z "$skipped" ] || [ -z "${CI:-}" ] || { echo "test: with CI set that is a failure" >&2; exit 1; }
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/python -m pytest "$@"
+code=0
+.venv/bin/python -m pytest -rs "$@" || code=$?
+warn
+exit $code

@@ -64,7 +64,7 @@ def test_the_commands_of_a_real_run(tmp_path: Path) -> None:
     seen = []
     for command in COMMANDS:
         words = shlex.split(command)
-        if words[0] == "bash":
+        if words[0] in ("bash", "sbatch", "launch/submit"):  # test_slurm.py runs those of Slurm
             continue
         if "train" in words and "model=tiny" not in words:
             words += SHORT
@@ -78,6 +78,7 @@ def test_the_commands_of_a_real_run(tmp_path: Path) -> None:
         "scalepeft",
         "torchrun",
         "launch/local.sh",
+        "launch/status",
         "scalepeft",  # merge
         "scalepeft",  # export
         "scalepeft",  # a method by name

@@ -17,6 +17,8 @@ from conftest import ROOT, TINY, Job, adapter_bytes, losses, rows, train
 from test_checkpoint import delete_a_file, empty, flip_a_bit, truncate
 
 pytestmark = pytest.mark.slow
+# How often the random moments of kills and signals are drawn: 1 in every run, more at night.
+ROUNDS = int(os.environ.get("SCALEPEFT_TEST_ROUNDS", "1"))
 RUN = ["model.quant=nf4", "train.save_every=2", "data.valid_size=20", "train.eval_every=20"]
 
 
@@ -53,7 +55,7 @@ def kill_in_training(job: Job, folder: Path, rng: random.Random) -> None:
     job.wait()
 
 
-@pytest.mark.parametrize(("ranks", "kills"), [(1, 20), (2, 4)])
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 8 * ROUNDS), (2, 2 * ROUNDS)])
 def test_kill_9_at_random_moments_changes_nothing(ranks: int, kills: int, tmp_path: Path) -> None:
     engine = "engine.name=" + ("single" if ranks == 1 else "fsdp2")
     disturbed, undisturbed = tmp_path / "disturbed", tmp_path / "undisturbed"
@@ -68,7 +70,11 @@ def test_kill_9_at_random_moments_changes_nothing(ranks: int, kills: int, tmp_pa
     text = train(ranks, disturbed, *RUN, engine, "train.max_steps=60")
     assert f"resuming {disturbed} at step {saved}" in text or "is finished" in text or saved == 60
     assert losses(disturbed) == losses(undisturbed)
-    assert rows(disturbed, "validation.jsonl") == rows(undisturbed, "validation.jsonl")
+    validation = [
+        [(row["step"], row["loss"]) for row in rows(folder, "validation.jsonl")]
+        for folder in (disturbed, undisturbed)
+    ]
+    assert validation[0] == validation[1] != []
     assert adapter_bytes(disturbed) == adapter_bytes(undisturbed)
 
 
@@ -77,7 +83,7 @@ def test_sigusr1_ends_in_one_agreed_save_and_75(both: bool, tmp_path: Path) -> N
     folder = tmp_path / "run"
     settings = ["engine.name=fsdp2", "train.max_steps=150"]
     rng = random.Random(both)
-    for turn in range(10):
+    for turn in range(4 * ROUNDS):
         job = start(2, folder, *settings)
         job.wait_for_handlers()
         if turn % 3 == 0:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import yaml
 from conftest import ROOT, TINY, adapter_bytes, losses, rows, train
 from slurm_cluster import Cluster, missing
+from test_readme import COMMANDS
 
 from scalepeft import config, tiny
 
@@ -418,7 +420,11 @@ def test_the_70b_job_as_it_stands(tmp_path: Path, cluster: Cluster) -> None:
         runs = Runs(big, tmp_path)
         row = {"instruction": "Is it?", "input": "", "output": "true", "answer": "true"}
         (tmp_path / "data").mkdir()
-        (tmp_path / "data/commonsense_170k.json").write_text(json.dumps([row] * 200))
+        for name in ("data/commonsense_170k.json", "TRAIN", "TEST"):
+            (tmp_path / name).write_text(json.dumps([row] * 200))
+        shutil.copytree(tiny.make(0), tmp_path / "MODEL")
+        for name in ("slurm", "launch"):
+            (tmp_path / name).symlink_to(ROOT / name)
         file = str(ROOT / "slurm/hoft_llama70b.sh")
         environment = {**big.env, **runs.env}
         test = ["sbatch", "--test-only", file]
@@ -431,14 +437,19 @@ def test_the_70b_job_as_it_stands(tmp_path: Path, cluster: Cluster) -> None:
             env=environment, cwd=tmp_path, capture_output=True, text=True, check=True,
         ).stdout.strip()  # fmt: skip
         big.wait(job, "COMPLETED", timeout=200)
-        (start,) = (
-            e
-            for e in rows(tmp_path / "runs/hoft_llama70b", "events.jsonl")
-            if e["event"] == "start"
-        )
-        assert start["world_size"] == 16
+        start = rows(tmp_path / "runs/hoft_llama70b", "events.jsonl")[0]
+        assert start["event"] == "start" and start["world_size"] == 16
         log = (tmp_path / f"hoft_llama70b-{job}.log").read_text()
         assert "train.max_steps=2 replaces train.epochs" in log
+        shutil.rmtree(tmp_path / "runs")
+        slurm = [w for c in COMMANDS if (w := shlex.split(c))[0] in ("sbatch", "launch/submit")]
+        assert len(slurm) == 3, "those of the README"
+        for words in slurm:
+            words.insert(1, "--test-only" if words[0] == "sbatch" else "--dry-run")
+            done = subprocess.run(
+                words, env=environment, cwd=tmp_path, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr
     finally:
         big.stop()
 
