@@ -98,15 +98,22 @@ class StopFlag:
 def tell_job(name: str, text: str) -> None:
     """Leaves a word for the job script, if there is one: ``progress`` or ``stopped``.
 
-    Raises:
-        OSError: its folder cannot be written; without the word the job does not come back.
+    A disk that refuses is said and no more: what there was to save is saved.
     """
     folder = os.environ.get("SCALEPEFT_JOB_STATE")
     if not folder:
         return
     temporary = Path(folder, f".{name}.{os.getpid()}")
-    with temporary.open("w") as f:
-        f.write(f"{text}\n")
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(Path(folder, name))
+    try:
+        with temporary.open("w") as f:
+            f.write(f"{text}\n")
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(Path(folder, name))
+    except OSError as error:
+        effect = "it will not come back by itself" if name == "stopped" else "it may give up early"
+        print(
+            f"scalepeft: {folder}/{name}: {error.strerror}: the job script does not learn of"
+            f" {text}; {effect}",
+            file=sys.stderr,
+        )

@@ -199,7 +199,7 @@ class Records:
             say(f"resuming {path} at step {step}")
         write_atomically(path / "config.yaml", cfg.dump(self.config))
         self.lost = self._lost_since(step, launched)
-        self.tell_progress(step)
+        tell_job("progress", f"step {step}")
         self.metrics = RowLog(path / "metrics.jsonl", step)
         self.validation = RowLog(path / "validation.jsonl", step)
         if self.metrics.last_step < step:
@@ -257,13 +257,6 @@ class Records:
     def show(self, first_step: int, steps: int) -> None:
         """Opens the bar and the trackers."""
         self.progress = Progress(self.config, first_step, steps)
-
-    def tell_progress(self, step: int) -> None:
-        """Tells the job script how far the run is saved."""
-        try:
-            tell_job("progress", f"step {step}")
-        except OSError as error:
-            say(f"the job script cannot be told of step {step}: {error.strerror}")
 
     def close(self, finished: bool, planned: bool) -> None:
         """Writes the last event and tells user and job script how the run ended.
@@ -329,7 +322,7 @@ class Records:
         except OSError as error:
             return error.strerror or str(error)
         self.event("saved", step, seconds=time.monotonic() - begin)
-        self.tell_progress(step)
+        tell_job("progress", f"step {step}")
         return None
 
     def save_adapter(self, step: int, trained: dict[str, Tensor], base: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ queue.
 """
 
 import itertools
+import os
 import re
 import shlex
 import shutil
@@ -61,16 +62,22 @@ def run(options: Options) -> None:
     if not (root / "slurm" / "train.sh").is_file():
         raise UserError(f"{root} is no checkout: launch/submit takes slurm/train.sh from there")
     text = _read(options.job_file)
-    path, settings = _describe(options.job_file, root)
-    configs, base_dir = _configs(path, [*settings, *options.settings], options.sweep)
     header = _header(text, options.sbatch)
+    job_file = str(Path(options.job_file).resolve())
+    if header.get("--chdir"):  # where the job will run, and find its files
+        try:
+            os.chdir(header["--chdir"])
+        except OSError as error:
+            raise UserError(f"--chdir={header['--chdir']}: {error.strerror}") from None
+    path, settings = _describe(job_file, root)
+    configs, base_dir = _configs(path, [*settings, *options.settings], options.sweep)
     _check(configs, header, options.then)
     folder = _next(base_dir / "submissions")
     jobs = {"train": [str(folder / "configs" / f"{i}.yaml") for i in range(len(configs))]}
     if options.then:
         jobs[options.then] = [str(Path(c.run_dir).absolute()) for c in configs]
     array = _array(len(configs), options.throttle) if options.sweep else []
-    logs = [f"--output={folder}/%x-{'%A_%a' if array else '%j'}.log"]
+    logs = [f'--chdir="{Path.cwd()}"', f'--output="{folder}/%x-{"%A_%a" if array else "%j"}.log"']
     body = text[: SOURCES.search(text).start()]  # type: ignore[union-attr]  # _describe ran it
     rendered = {
         command: _render(body, [*logs, *array, *options.sbatch], folder, command, targets)
@@ -144,7 +151,7 @@ def _configs(
 
 def _header(text: str, options: list[str]) -> dict[str, str]:
     """Options of the ``#SBATCH`` lines and those laid over them, by their long names."""
-    long = {"-N": "--nodes", "-n": "--ntasks"}
+    long = {"-N": "--nodes", "-n": "--ntasks", "-D": "--chdir"}
     words = [
         w for line in re.findall(r"^#SBATCH\s+(.*)", text, re.M) for w in shlex.split(line, True)
     ]
@@ -186,7 +193,7 @@ def _render(body: str, options: list[str], folder: Path, command: str, targets: 
     lines = body.splitlines()
     last = max((i for i, line in enumerate(lines) if line.startswith("#SBATCH")), default=0)
     name = f"{Path(folder).parent.parent.name}" + ("" if command == "train" else f"-{command}")
-    added = [f"#SBATCH {option}" for option in (f"--job-name={name}", *options)]
+    added = [f"#SBATCH {option}" for option in (f'--job-name="{name}"', *options)]
     quoted = " ".join(shlex.quote(t) for t in targets)
     own = [
         "",

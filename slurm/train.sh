@@ -40,6 +40,7 @@ trap 'warned=TERM' TERM
 if [ -z "${PYTHON:-}" ]; then PYTHON=python3; [ ! -x "$root/.venv/bin/python" ] || PYTHON=$root/.venv/bin/python; fi
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+export SLURM_EXPORT_ENV=ALL  # after sbatch --export=NONE srun would keep these variables from the ranks
 # Since Slurm 22.05 srun does not take it from the job.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 read -r -a in_container <<< "${SCALEPEFT_CONTAINER:-}"
@@ -64,8 +65,10 @@ fail() { echo "error: node $(hostname): $*"; exit 2; }
 [ -s "$2/.writable" ] || fail "$2 is not there; it must be on a file system that all nodes share"
 { echo > "$2/.node-$(hostname)" && rm -f "$2/.node-$(hostname)"; } 2>/dev/null || fail "cannot write $2"
 versions=$("$3" -c 'import importlib.metadata as m, sys
-print("python", sys.version.split()[0], *(f"{p} {m.version(p)}" for p in ("torch", "transformers")))' 2>&1) ||
-    fail "$3 has no torch and transformers ($(tail -n 1 <<< "$versions")); set PYTHON or SCALEPEFT_CONTAINER"
+assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"
+m.version("pydantic"), m.version("safetensors")
+print("python", sys.version.split()[0], *("%s %s" % (p, m.version(p)) for p in ("torch", "transformers")))' 2>&1) ||
+    fail "$3 lacks what scalepeft needs ($(tail -n 1 <<< "$versions")); set PYTHON or SCALEPEFT_CONTAINER"
 gpus=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | sort | uniq -c | tr -s " " | paste -sd,)
 echo "node $(hostname):${gpus:- no GPU that nvidia-smi sees}; $versions"
 NODE
@@ -81,8 +84,10 @@ for ((i = 0; i < restarts % 3; i++)); do srun --nodes=1 --ntasks=1 true; done
 # A node that went down takes the ranks of the others with it before Slurm has noticed. Slurm requeues the job once it
 # has, and not on that node; so this shell must not end the job first.
 wait_if_a_node_is_gone() {
-    ! timeout 20 srun --overlap "${each_node[@]}" true > /dev/null 2>&1 || return 0
-    local limit
+    local said limit
+    said=$(timeout 20 srun --overlap "${each_node[@]}" true 2>&1)
+    # An error of another kind, say of an srun without --overlap, is no news of a node.
+    case $?,$said in 124,* | *ommunication* | *onnection* | *imed\ out* | *ode\ failure*) ;; *) return 0 ;; esac
     limit=$(scontrol show config 2>/dev/null | sed -n 's/^SlurmdTimeout *= *\([0-9]*\).*/\1/p')
     complain "a node of $SLURM_JOB_NODELIST does not answer: waiting for Slurm to requeue the job"
     sleep $((${limit:-300} + 60))
@@ -136,15 +141,15 @@ if [ ! -f "$SCALEPEFT_JOB_STATE/stopped" ]; then
     exit "$code"
 fi
 saved=$(cat "$SCALEPEFT_JOB_STATE/stopped")
-phase=
 for _ in 1 2 3 4 5; do  # a controller that is just restarting
-    ! phase=$(squeue -h -j "$SLURM_JOB_ID" -o %T 2>/dev/null) || break
+    phase=$(squeue -h -j "$SLURM_JOB_ID" -o %T 2>&1) && break
     sleep 2
 done
 if [ "$phase" != RUNNING ]; then
-    say "stopped and saved ($saved); Slurm calls the job ${phase:-gone}, so it does not requeue itself"
+    say "stopped and saved ($saved); does not requeue itself, as squeue says of the job: ${phase:-nothing}"
     exit 75
 fi
 say "stopped and saved ($saved): requeues itself"
+trap - TERM  # with which Slurm now ends this shell
 scontrol requeue "$SLURM_JOB_ID" || { complain "error: Slurm does not requeue the job; submit the same command to continue"; exit 75; }
-sleep 120  # Slurm ends this shell; if it ended by itself first, that could be taken for the job's end
+sleep 120  # if this shell ended by itself first, that could be taken for the job's end
