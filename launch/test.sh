@@ -24,6 +24,20 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 code=0
-.venv/bin/python -m pytest -rs "$@" || code=$?
+if [ $# -gt 0 ]; then
+    .venv/bin/python -m pytest -rs "$@" || code=$?
+else
+    # The fast part takes one core and runs beside the slow one, which begins with the Slurm tests: those wait a lot.
+    fast_log=$(mktemp)
+    .venv/bin/python -m pytest -rs -m "not slow" > "$fast_log" 2>&1 &
+    fast=$!
+    trap 'kill $fast 2>/dev/null; rm -f "$fast_log"' EXIT
+    .venv/bin/python -m pytest -rs -m slow tests/test_slurm.py tests || code=$?
+    fast_code=0
+    wait $fast || fast_code=$?
+    echo "test: the fast part (-m \"not slow\"):"
+    cat "$fast_log"
+    [ $code -ne 0 ] || code=$fast_code
+fi
 warn
 exit $code

@@ -135,18 +135,19 @@ trap '' USR1 TERM
 ! superseded || exit 1
 
 [ $code -ne 0 ] || [ -f "$SCALEPEFT_JOB_STATE/stopped" ] || { say "finished"; exit 0; }
-if [ ! -f "$SCALEPEFT_JOB_STATE/stopped" ]; then
-    wait_if_a_node_is_gone
-    complain "the ranks ended with code $code and not by an orderly stop that may be continued: no requeue"
-    exit "$code"
-fi
-saved=$(cat "$SCALEPEFT_JOB_STATE/stopped")
 for _ in 1 2 3 4 5; do  # a controller that is just restarting
     phase=$(squeue -h -j "$SLURM_JOB_ID" -o %T 2>&1) && break
     sleep 2
 done
+if [ ! -f "$SCALEPEFT_JOB_STATE/stopped" ]; then
+    [ "$phase" != RUNNING ] || wait_if_a_node_is_gone
+    complain "the ranks ended with code $code and not by an orderly stop that may be continued: no requeue by this script" \
+        "(squeue calls the job ${phase:-nothing})"
+    exit "$code"
+fi
+saved=$(cat "$SCALEPEFT_JOB_STATE/stopped")
 if [ "$phase" != RUNNING ]; then
-    say "stopped and saved ($saved); does not requeue itself, as squeue says of the job: ${phase:-nothing}"
+    say "stopped and saved ($saved); does not requeue itself, as squeue calls the job ${phase:-nothing}"
     exit 75
 fi
 say "stopped and saved ($saved): requeues itself"

@@ -55,7 +55,7 @@ def kill_in_training(job: Job, folder: Path, rng: random.Random) -> None:
     job.wait()
 
 
-@pytest.mark.parametrize(("ranks", "kills"), [(1, 8 * ROUNDS), (2, 2 * ROUNDS)])
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 6 * ROUNDS), (2, 2 * ROUNDS)])
 def test_kill_9_at_random_moments_changes_nothing(ranks: int, kills: int, tmp_path: Path) -> None:
     engine = "engine.name=" + ("single" if ranks == 1 else "fsdp2")
     disturbed, undisturbed = tmp_path / "disturbed", tmp_path / "undisturbed"
@@ -83,7 +83,7 @@ def test_sigusr1_ends_in_one_agreed_save_and_75(both: bool, tmp_path: Path) -> N
     folder = tmp_path / "run"
     settings = ["engine.name=fsdp2", "train.max_steps=150"]
     rng = random.Random(both)
-    for turn in range(4 * ROUNDS):
+    for turn in range(3 * ROUNDS):
         job = start(2, folder, *settings)
         job.wait_for_handlers()
         if turn % 3 == 0:

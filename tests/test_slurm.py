@@ -193,7 +193,6 @@ def test_power_cuts_and_a_frozen_node(runs: Runs, undisturbed: Path) -> None:
     node = int(nodes_of(cluster.job(job), cluster)[1].removeprefix("node"))
     cluster.crash(node, notice=False)  # Slurm finds out by itself
     cluster.restart(job, 1)
-    assert "does not answer" in runs.log(job)
     cluster.start(node)
 
     runs.wait_step(12)
