@@ -51,7 +51,8 @@ restarts=${SLURM_RESTART_COUNT:-0}
 # A restart may get fewer nodes than the job began with; SLURM_NTASKS still tells the old number then.
 nodes=${SLURM_JOB_NUM_NODES:-1}
 ranks=${SLURM_NTASKS:-1}
-[ -z "${SLURM_NTASKS_PER_NODE:-}" ] || ranks=$((nodes * SLURM_NTASKS_PER_NODE))
+most=$((nodes * ${SLURM_NTASKS_PER_NODE:-$ranks}))
+[ "$ranks" -le $most ] || ranks=$most
 say "start $((restarts + 1)) (restarts: $restarts) at $(date -Is), saved so far: $progress," \
     "$ranks ranks on $nodes nodes: ${SLURM_JOB_NODELIST:-?}, partition ${SLURM_JOB_PARTITION:-?}"
 ! gains_nothing || exit 1
@@ -76,10 +77,6 @@ each_node=(--nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1)
 srun "${each_node[@]}" --kill-on-bad-exit=1 "${srun_options[@]}" "${in_container[@]}" \
     bash -c "$on_node" _ "$root" "$SCALEPEFT_JOB_STATE" "$PYTHON"
 fit=$?
-
-# Slurm counts steps from 0 at every start, and when a frozen node thaws, its old srun ends "step 1" of the job, which by
-# then would be the ranks of this start. So the ranks of successive starts are steps 1, 2, 3, 1, ...
-for ((i = 0; i < restarts % 3; i++)); do srun --nodes=1 --ntasks=1 true; done
 
 # A node that went down takes the ranks of the others with it before Slurm has noticed. Slurm requeues the job once it
 # has, and not on that node; so this shell must not end the job first.
@@ -109,6 +106,9 @@ elif [ $fit -ne 0 ]; then
     wait_if_a_node_is_gone
     die "not all nodes are fit, see the lines above; nothing was started"
 else
+    # Slurm counts steps from 0 at every start, and when a frozen node thaws, its old srun ends "step 1" of the job, which
+    # by then would be the ranks of this start. So the ranks of successive starts are steps 1, 2, 3, 1, ...
+    for ((i = 0; i < restarts % 3; i++)); do srun --nodes=1 --ntasks=1 true; done
     # Until python has its handlers, a signal must not kill it: it inherits "ignore" from the shell that starts it.
     # shellcheck disable=SC2016
     srun --nodes="$nodes" --ntasks="$ranks" --kill-on-bad-exit=1 "${srun_options[@]}" "${in_container[@]}" \

@@ -269,15 +269,16 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMo
         return job
 
     def restart(self, number: str, count: int, timeout: float = 60) -> dict[str, str]:
-        """Waits for the job's ``count``-th restart; cuts Slurm's wait before it short."""
+        """Waits for the job's ``count``-th restart: Slurm leaves ``cred_expire`` and 1 s before it.
+
+        (StartTime=now cuts that short, and then a node may refuse the job, which stays "running".)
+        """
         deadline = time.monotonic() + timeout
         while True:
             job = self.job(number)
             again = int(job["Restarts"]) >= count
             if again and job["JobState"] in ("RUNNING", "COMPLETED", "FAILED"):
                 return job
-            if job["JobState"] == "PENDING":
-                self.run("scontrol", "update", f"jobid={number}", "StartTime=now", check=False)
             log = Path(job["StdOut"])
             text = log.read_text() if log.is_file() else ""
             waits = job["JobState"] not in ENDS and time.monotonic() < deadline
