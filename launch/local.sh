@@ -15,24 +15,35 @@ if [ "${1:-}" = --requeue ]; then requeue=yes; shift; fi
 case ${1:-} in
 '' | *[!0-9]* | 0) echo "usage: launch/local.sh [--requeue] N COMMAND [ARGUMENTS]   (N: number of processes, got '${1:-}')" >&2; exit 2 ;;
 esac
-n=$1; shift
+n=$((10#$1)); shift
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=python3; [ ! -x "$here/.venv/bin/python" ] || PYTHON=$here/.venv/bin/python
 fi
 if [ -z "${OMP_NUM_THREADS:-}" ]; then OMP_NUM_THREADS=$(( $(nproc) / n )); [ "$OMP_NUM_THREADS" -ge 1 ] || OMP_NUM_THREADS=1; fi
 free_port() { "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
-pids=()
-ended_by=
-# shellcheck disable=SC2317,SC2329  # called by the traps
-pass_on() { ended_by=$1; [ ${#pids[@]} -eq 0 ] || kill -"$1" "${pids[@]}" 2>/dev/null; }
-trap 'pass_on INT' INT; trap 'pass_on TERM' TERM; trap 'pass_on USR1' USR1; trap 'pass_on TERM' HUP
+# The traps only take note; the loop below passes on what came, once a rank has its handlers: before, the signal would
+# kill it unsaved. With two signals, the one that ends the run for good counts.
+signals=()
+ends_for_good=
+trap 'signals+=(USR1)' USR1
+trap 'signals+=(INT); ends_for_good=yes' INT
+trap 'signals+=(TERM); ends_for_good=yes' TERM HUP
+takes() {  # takes SIGNAL PID: true once the process handles the signal
+    local name mask number
+    number=$(kill -l "$1")
+    while read -r name mask; do
+        case $name in SigCgt:) (( 16#$mask >> (number - 1) & 1 )) && return 0 ;; esac
+    done < "/proc/$2/status"
+    return 1
+} 2>/dev/null
 
 # run_ranks ARGUMENTS: one start of the run; sets code.
 run_ranks() {
-    local port rank left still pid ended rc i
+    local port rank left still pid ended rc i sent
+    local -A passed=()  # how many of the signals a rank has got
     port=${MASTER_PORT:-$(free_port)}
-    pids=()
+    local pids=()
     set -m  # own process groups: a Ctrl-C comes here alone and is passed on once
     for ((rank = 0; rank < n; rank++)); do
         RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=$n LOCAL_WORLD_SIZE=$n MASTER_ADDR=127.0.0.1 MASTER_PORT=$port \
@@ -43,9 +54,17 @@ run_ranks() {
     code=0
     left=("${pids[@]}")
     while [ ${#left[@]} -gt 0 ]; do
+        for pid in "${left[@]}"; do
+            sent=${passed[$pid]:-0}
+            if [ "$sent" -lt ${#signals[@]} ] && takes "${signals[$sent]}" "$pid"; then
+                kill -"${signals[$sent]}" "$pid" 2>/dev/null
+                passed[$pid]=$((sent + 1))
+            fi
+        done
         ended=
-        wait -n -p ended "${left[@]}"; rc=$?
-        [ -n "${ended:-}" ] || continue   # a signal interrupted the wait
+        sleep 0.2 & tick=$!
+        wait -n -p ended "${left[@]}" $tick; rc=$?
+        case ${ended:-$tick} in "$tick") continue ;; esac   # time to look again, or a signal came
         still=(); for pid in "${left[@]}"; do [ "$pid" = "$ended" ] || still+=("$pid"); done
         left=("${still[@]}")
         if [ $rc -ne 0 ] && [ $rc -ne 75 ] && [ ${#left[@]} -gt 0 ]; then
@@ -58,7 +77,6 @@ run_ranks() {
         fi
         if [ $rc -ne 0 ] && { [ $code -eq 0 ] || [ $code -eq 75 ]; }; then code=$rc; fi
     done
-    pids=()
 }
 
 if [ -z "$requeue" ]; then run_ranks "$@"; exit "$code"; fi
@@ -70,6 +88,7 @@ while :; do
     ! gains_nothing || exit 1
     run_ranks "$@"
     [ -f "$state/stopped" ] || exit "$code"
-    case $ended_by in INT | TERM) exit 75 ;; esac
+    [ -z "$ends_for_good" ] || exit 75
+    signals=()
     say "stopped and saved ($(cat "$state/stopped")): comes back"
 done

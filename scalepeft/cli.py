@@ -51,7 +51,7 @@ SUBMIT = """\
 Checks config, data and run folder, keeps the code and the resolved config in RUN_DIR/submissions,
 and queues JOB_FILE with sbatch. What follows JOB_FILE is laid over its settings.
 
-  launch/submit slurm/hoft_llama70b.sh model.path=DIR --sbatch=--time=12:00:00
+  launch/submit slurm/hoft_llama70b.sh model.path=DIR --sbatch time=12:00:00
   launch/submit slurm/hoft_llama70b.sh --sweep train.lr=1e-4,3e-4 --throttle 1 --dry-run
   launch/submit slurm/hoft_llama70b.sh data.test=FILES --then evaluate
 
@@ -170,8 +170,9 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--throttle", type=int, default=0, help="runs of a sweep at a time")
     submit.add_argument("--then", choices=("evaluate",), help="a second job, after a success")
     submit.add_argument(
-        "--sbatch", action="append", default=[], metavar="--OPTION=VALUE", help="over #SBATCH lines"
+        "--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="over #SBATCH lines"
     )
+    submit.add_argument("--resume-with-changes", action="store_true", help="as for scalepeft train")
     submit.add_argument("--dry-run", action="store_true", help="print, queue and write nothing")
 
     status = commands.add_parser("status", help="how runs stand (launch/status)")

@@ -80,13 +80,17 @@ def goodput(run_dir: Path) -> Goodput | None:
     rows = read_lines(run_dir / "metrics.jsonl", "seconds", "time")
     if not starts or not rows or any("launched" not in e for e in starts):
         return None
+    first = starts[0]["launched"]  # the first that can be read: nothing from before it counts
+    rows = [row for row in rows if row["time"] >= first]
+    events = [event for event in events if event["time"] >= first]
 
     def total(key: str) -> float:
-        return float(sum(e.get(key, 0.0) for e in starts))
+        own = ("startup", "load")
+        return float(sum(e.get(key, 0.0) for e in (starts if key in own else starts[1:])))
 
     last = max(row["time"] for row in (*events, *rows))
     return Goodput(
-        wall=last - starts[0]["launched"] - total("idle"),
+        wall=last - first - total("idle"),
         steps=sum(row["seconds"] for row in rows),
         startup=total("startup"),
         load=total("load"),

@@ -54,6 +54,28 @@ def load_run(run_dir: str, settings: list[str], allowed: tuple[str, ...], what: 
     return replace(cfg.overlay(values, settings), run_dir=run_dir)
 
 
+def slurm_job() -> str | None:
+    """The Slurm job of this process as ``scontrol`` calls it: ``12``, ``12_3`` in an array."""
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+NUMBERS = {
+    "time", "launched", "startup", "load", "waited", "idle", "recomputed", "recomputed_steps",
+    "step", "steps", "seconds", "tokens_per_second", "sample_index", "world_size",
+}  # fmt: skip
+
+
+def _is_row(row: Any, keys: set[str]) -> bool:
+    """A mapping with these keys, and a number wherever one belongs."""
+    return (
+        isinstance(row, dict)
+        and row.keys() >= keys
+        and all(type(row[key]) in (int, float) for key in NUMBERS & row.keys())
+    )
+
+
 def read_lines(file: Path, *keys: str) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file that have these keys; torn and broken lines are left out."""
     found = []
@@ -62,7 +84,7 @@ def read_lines(file: Path, *keys: str) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and row.keys() >= set(keys):
+        if _is_row(row, set(keys)):
             found.append(row)
     return found
 
@@ -211,8 +233,10 @@ class Records:
         if not events:
             return {}
         gap = max(0.0, launched - max(row["time"] for row in (*events, *rows)))
-        # A run that was finished, or stopped as planned, waited for nobody but its user.
+        # A run that was finished, stopped as planned, or whose job was over, waited for its user.
+        jobs = [event.get("job") for event in events if event["event"] == "start"]
         ended = events[-1]["event"] == "finished" or events[-1].get("planned")
+        ended = ended or (jobs and jobs[-1] and jobs[-1] != slurm_job())
         again = [row["seconds"] for row in rows if row["step"] > step]
         return {
             "idle" if ended else "waited": gap,
@@ -246,13 +270,10 @@ class Records:
 
     def started(self, step: int, launched: float, **more: Any) -> None:
         """Writes the start event: where and when this start began, and what was lost before it."""
-        job = {
-            key: os.environ[name]
-            for key, name in (("job", "SLURM_JOB_ID"), ("restarts", "SLURM_RESTART_COUNT"))
-            if name in os.environ
-        }
+        if job := slurm_job():
+            more |= {"job": job, "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
         host = socket.gethostname()
-        self.event("start", step, launched=launched, host=host, **job, **self.lost, **more)
+        self.event("start", step, launched=launched, host=host, **self.lost, **more)
 
     def show(self, first_step: int, steps: int) -> None:
         """Opens the bar and the trackers."""
@@ -277,6 +298,7 @@ class Records:
             say(
                 f"stopped by train.stop_at, saved at step {step}; the same command continues {path}"
             )
+            tell_job("planned", f"step {step}")
         else:
             say(f"stopped by a signal, saved at step {step}; the same command continues {path}")
             tell_job("stopped", f"step {step}")

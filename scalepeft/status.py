@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from scalepeft.checkpoint import RunFolder
 from scalepeft.goodput import duration
-from scalepeft.lookup import UserError
+from scalepeft.lookup import UserError, read_mapping
 from scalepeft.records import read_lines
 
+ACTIVE = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "CONFIGURING")
 RECENT = 20  # steps that speed and ETA are taken from
 
 
@@ -22,25 +25,33 @@ def run(run_dirs: list[str], as_json: bool) -> None:
     """Prints the state of each run; a folder of a sweep stands for the runs in it.
 
     Raises:
-        UserError: a folder that holds neither a run nor a submission.
+        UserError: a folder that holds neither a run nor a submission, once the others are shown.
     """
-    found = [status(folder) for name in run_dirs for folder in _runs(Path(name))]
+    found, wrong = [], []
+    for name in run_dirs:
+        runs = _runs(Path(name))
+        found += [status(folder) for folder in runs]
+        wrong += [] if runs else [name]
     if as_json:
         print(json.dumps(found, indent=1))
-        return
-    print("\n\n".join("\n".join(_lines(one)) for one in found))
+    elif found:
+        print("\n\n".join("\n".join(_lines(one)) for one in found))
+    if wrong:
+        raise UserError(
+            f"{', '.join(wrong)}: no events.jsonl and no submission in it; name the run_dir of a"
+            " training"
+        )
 
 
 def _runs(folder: Path) -> list[Path]:
+    """The run, or the runs of a sweep, those that have not begun yet too."""
     if (folder / "events.jsonl").is_file():
         return [folder]
-    submitted = any(folder.glob("submissions/*/train.sh"))
-    inside = sorted(p.parent for p in folder.glob("*/events.jsonl"))
-    if inside or submitted:
-        return inside or [folder]
-    raise UserError(
-        f"{folder}: no events.jsonl and no submission in it; name the run_dir of a training"
-    )
+    found = {p.parent for p in folder.glob("*/events.jsonl")}
+    for file in folder.glob("submissions/*/configs/*.yaml"):
+        run_dir = Path(read_mapping(file, yaml.safe_load, "submit again").get("run_dir", "")).name
+        found.add(folder if run_dir == folder.name else folder / run_dir)
+    return sorted(found)
 
 
 def status(folder: Path) -> dict[str, Any]:
@@ -61,14 +72,14 @@ def status(folder: Path) -> dict[str, Any]:
     seconds = statistics.median(r["seconds"] for r in recent) if recent else None
     job = _job(folder, starts)
     slurm = _ask_slurm(job) if job else {}
-    ended = events[-1]["event"] if events else None
     lost = sum(
         e.get(k, 0.0) for e in starts[1:] for k in ("waited", "startup", "load", "recomputed")
     )
-    done = ended == "finished"
+    state = _state(slurm, events, rows, seconds)
+    coming = state.split()[0].rstrip(",") in (*ACTIVE, "running")
     return {
         "run": str(folder),
-        "state": _state(slurm, events, rows, seconds),
+        "state": state,
         "job": job,
         "nodes": slurm.get("NodeList"),
         "restarts": max(0, len(starts) - 1),
@@ -80,13 +91,21 @@ def status(folder: Path) -> dict[str, Any]:
         else None,
         "step_seconds": seconds,
         "lost_seconds": lost,
-        "eta_seconds": (total - step) * seconds if total and seconds and not done else None,
+        "eta_seconds": (total - step) * seconds if total and seconds and coming else None,
     }
+
+
+def job_of(folder: Path) -> tuple[str, str] | None:
+    """The newest Slurm job of a run and its state, where a Slurm here knows it."""
+    events = read_lines(folder / "events.jsonl", "event", "time")
+    job = _job(folder, [e for e in events if e["event"] == "start"])
+    state = _ask_slurm(job).get("JobState") if job else None
+    return (job, state) if job and state else None
 
 
 def _job(folder: Path, starts: list[dict[str, Any]]) -> str | None:
     """The newest Slurm job that was to train this run, as Slurm calls it."""
-    files = sorted(folder.glob("submissions/*/train.job"))
+    files = sorted(folder.glob("submissions/*/train.job"), key=lambda p: p.stat().st_mtime)
     submitted = files[-1] if files else None
     if starts and "job" in starts[-1]:
         newest = starts[-1]["time"]
@@ -100,7 +119,7 @@ def _ask_slurm(job: str) -> dict[str, str]:
     if shutil.which("scontrol"):
         text = _output("scontrol", "-o", "show", "job", job)
         if text:
-            return dict(re.findall(r"(\S+?)=(\S*)", text))
+            return dict(re.findall(r"(\S+?)=(\S*)", text.splitlines()[0]))
     if shutil.which("sacct"):  # scontrol forgets a job minutes after its end
         text = _output("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,NodeList")
         if text:
@@ -127,7 +146,7 @@ def _state(
         word = slurm["JobState"] + (f" ({reason})" if reason not in ("None", "") else "")
         return f"{word}, last sign of life {ago} ago" if ago and word == "RUNNING" else word
     if not events:
-        return "submitted; no Slurm here knows the job"
+        return "not started"
     if events[-1]["event"] in ("finished", "stopped"):
         return f"{events[-1]['event']} {ago} ago"
     alive = last is not None and time.time() - last < max(60.0, 5 * (step_seconds or 0))

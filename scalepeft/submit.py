@@ -23,9 +23,17 @@ from scalepeft.config import RunConfig
 from scalepeft.lookup import UserError
 from scalepeft.progress import say
 from scalepeft.records import check_same_run
+from scalepeft.status import ACTIVE, job_of
 from scalepeft.train import check_batch
 
 SNAPSHOT = ("scalepeft", "configs", "slurm", "launch")
+# Variables that Slurm sets in a job: in a setting they would be empty when it is resolved here.
+ON_A_NODE = "@only-in-the-job@"
+NODE_VARIABLES = [
+    f"SLURM_{name}"
+    for name in """JOB_ID JOBID JOB_NAME JOB_NODELIST JOB_NUM_NODES NNODES NTASKS NODELIST NODEID
+    ARRAY_JOB_ID ARRAY_TASK_ID ARRAY_TASK_COUNT RESTART_COUNT TMPDIR""".split()
+]
 SOURCES = re.compile(r"^\s*(?:source|\.)\s.*slurm/train\.sh", re.M)
 
 
@@ -40,6 +48,7 @@ class Options:
         throttle: runs of a sweep at a time; 0 for all.
         then: ``evaluate``: a second job once the first has succeeded.
         sbatch: options over the ``#SBATCH`` lines of the job file.
+        resume_with_changes: continue runs although harmless keys differ from their config.
         dry_run: print what would be queued, write nothing.
     """
 
@@ -49,6 +58,7 @@ class Options:
     throttle: int
     then: str | None
     sbatch: list[str]
+    resume_with_changes: bool
     dry_run: bool
 
 
@@ -61,38 +71,59 @@ def run(options: Options) -> None:
     root = Path(__file__).resolve().parent.parent
     if not (root / "slurm" / "train.sh").is_file():
         raise UserError(f"{root} is no checkout: launch/submit takes slurm/train.sh from there")
-    text = _read(options.job_file)
-    header = _header(text, options.sbatch)
+    given = [o if o.startswith("-") else f"--{o}" for o in options.sbatch]
+    lines = _read(options.job_file)
+    header = _header(lines, given)
+    if "--array" in header:
+        raise UserError("--array: launch/submit makes the array itself: --sweep KEY=A,B,C")
     job_file = str(Path(options.job_file).resolve())
-    if header.get("--chdir"):  # where the job will run, and find its files
-        try:
-            os.chdir(header["--chdir"])
-        except OSError as error:
-            raise UserError(f"--chdir={header['--chdir']}: {error.strerror}") from None
+    try:
+        os.chdir(header.get("--chdir") or ".")  # where the job will run, and find its files
+    except OSError as error:
+        raise UserError(f"--chdir={header['--chdir']}: {error.strerror}") from None
     path, settings = _describe(job_file, root)
-    configs, base_dir = _configs(path, [*settings, *options.settings], options.sweep)
-    _check(configs, header, options.then)
+    configs, base_dir = _configs(path, settings, options)
+    _check(configs, header, options)
     folder = _next(base_dir / "submissions")
-    jobs = {"train": [str(folder / "configs" / f"{i}.yaml") for i in range(len(configs))]}
+    targets = {"train": [str(folder / "configs" / f"{i}.yaml") for i in range(len(configs))]}
     if options.then:
-        jobs[options.then] = [str(Path(c.run_dir).absolute()) for c in configs]
-    array = _array(len(configs), options.throttle) if options.sweep else []
-    logs = [f'--chdir="{Path.cwd()}"', f'--output="{folder}/%x-{"%A_%a" if array else "%j"}.log"']
-    body = text[: SOURCES.search(text).start()]  # type: ignore[union-attr]  # _describe ran it
-    rendered = {
-        command: _render(body, [*logs, *array, *options.sbatch], folder, command, targets)
-        for command, targets in jobs.items()
-    }
+        targets[options.then] = [str(Path(c.run_dir).absolute()) for c in configs]
+    ours = {"--chdir": str(Path.cwd())}
+    if options.sweep:
+        throttle = f"%{options.throttle}" if options.throttle else ""
+        ours["--array"] = f"0-{len(configs) - 1}{throttle}"
+    over = _words([*given])
+    if "--output" not in over:
+        ours["--output"] = f"{folder}/%x-{'%A_%a' if options.sweep else '%j'}.log"
+    flags = ["--resume-with-changes"] if options.resume_with_changes else []
+    rendered = {}
+    for command, names in targets.items():
+        if "--job-name" not in over:
+            ours["--job-name"] = base_dir.name + ("" if command == "train" else f"-{command}")
+        more = [_option(key, value) for key, value in {**over, **ours}.items()]
+        rendered[command] = _render(
+            lines, more, folder, command, names, flags if command == "train" else []
+        )
     if options.dry_run:
         _show(rendered, configs)
         return
-    _snapshot(root, folder, configs)
-    for command, script in rendered.items():
-        write_atomically(folder / f"{command}.sh", script)
-    _queue(folder, rendered, bool(array))
+    try:
+        _snapshot(root, folder, configs)
+        for command, script in rendered.items():
+            write_atomically(folder / f"{command}.sh", script)
+        _queue(folder, rendered, bool(options.sweep))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
 
 
-def _read(job_file: str) -> str:
+def _option(key: str, value: str) -> str:
+    if not value:
+        return key
+    return f'{key}="{value}"' if key.startswith("--") else f'{key} "{value}"'
+
+
+def _read(job_file: str) -> list[str]:
+    """The lines of a job file before the one that sources train.sh."""
     try:
         text = Path(job_file).read_text()
     except (OSError, UnicodeDecodeError) as error:
@@ -100,23 +131,48 @@ def _read(job_file: str) -> str:
         raise UserError(
             f"{job_file}: {reason}; name a job file, e.g. slurm/hoft_llama70b.sh"
         ) from None
-    if not text.startswith("#!") or not SOURCES.search(text):
+    found = SOURCES.search(text)
+    if not text.startswith("#!") or not found:
         raise UserError(
             f"{job_file}: is no job file: it must begin with #! and end with"
             ' source "${SCALEPEFT_ROOT:-$SLURM_SUBMIT_DIR}/slurm/train.sh" "$@"'
         )
-    return text
+    lines = text[: found.start()].splitlines()
+    for number, line in enumerate(lines[_commands(lines) :], _commands(lines) + 1):
+        if line.startswith("#SBATCH"):
+            raise UserError(
+                f"{job_file}, line {number}: Slurm does not read an #SBATCH line below the first"
+                " command; move it up"
+            )
+    return lines
+
+
+def _commands(lines: list[str]) -> int:
+    """Index of the first line that is neither empty nor a comment."""
+    return next(
+        (i for i, line in enumerate(lines) if line.strip() and not line.startswith("#")), len(lines)
+    )
 
 
 def _describe(job_file: str, root: Path) -> tuple[str | None, list[str]]:
     """Runs the job file as far as train.sh, which then says which config and settings it got."""
-    environment = {"SCALEPEFT_DESCRIBE": "1", "SCALEPEFT_ROOT": str(root)}
-    command = ["env", *(f"{k}={v}" for k, v in environment.items()), "bash", job_file]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    known_on_a_node = dict.fromkeys(NODE_VARIABLES, ON_A_NODE)
+    environment = {"SCALEPEFT_DESCRIBE": "1", "SCALEPEFT_ROOT": str(root), **known_on_a_node}
+    done = subprocess.run(
+        ["bash", job_file], capture_output=True, text=True, env={**os.environ, **environment},
+        check=False,
+    )  # fmt: skip
     _, found, words = done.stdout.partition("\0")
     if done.returncode or not found:
         raise UserError(f"{job_file}: {done.stderr.strip() or 'did not come to slurm/train.sh'}")
     command_name, *settings = words.split("\0")[:-1]
+    for word in settings:
+        if ON_A_NODE in word:
+            raise UserError(
+                f"{job_file}: a setting takes a variable that only the job knows"
+                f" ({word.replace(ON_A_NODE, '$SLURM_...')}); launch/submit resolves settings"
+                " before queueing: use sbatch itself, or --sweep"
+            )
     if command_name != "train":
         raise UserError(f"{job_file}: runs {command_name}; launch/submit is for training jobs")
     if settings and "=" not in settings[0]:
@@ -125,58 +181,92 @@ def _describe(job_file: str, root: Path) -> tuple[str | None, list[str]]:
 
 
 def _configs(
-    path: str | None, settings: list[str], sweep: list[str]
+    path: str | None, settings: list[str], options: Options
 ) -> tuple[list[RunConfig], Path]:
     """Resolves every run of the submission; returns them and the folder that holds all."""
-    config, notes = cfg.load(path, settings)
-    for note in notes:
-        say(note)
-    if not sweep:
-        return [config], Path(config.run_dir)
-    axes: list[list[str]] = []
-    for axis in sweep:
+    axes: dict[str, list[str]] = {}
+    for axis in options.sweep:
         key, equals, values = axis.partition("=")
-        if not equals or not values or "run_dir" in key:
+        parts = values.split(",")
+        if not equals or not all(parts) or key == "run_dir" or "[" in values:
             raise UserError(f"--sweep {axis}: expected KEY=A,B,C, e.g. train.lr=1e-4,3e-4")
-        axes.append([f"{key}={value}" for value in values.split(",")])
-    found = []
-    for chosen in itertools.product(*axes):
-        one, _ = cfg.load(path, [*settings, *chosen])
+        if key in axes or len(set(parts)) < len(parts):
+            raise UserError(f"--sweep {axis}: the same run stands there twice")
+        axes[key] = [f"{key}={value}" for value in parts]
+    if options.throttle < 0 or (options.throttle and not axes):
+        raise UserError(
+            f"--throttle {options.throttle}: how many runs of a --sweep may run at a time"
+        )
+    found, notes, base_dir = [], set(), Path()
+    for chosen in itertools.product(*axes.values()):
+        # A whole section goes first: keys of the command line are laid over it in every run.
+        sections = [c for c in chosen if "." not in c.partition("=")[0]]
+        keys = [c for c in chosen if c not in sections]
+        one, said = cfg.load(path, [*settings, *sections, *options.settings, *keys])
+        notes |= set(said)
+        base_dir = Path(one.run_dir)
         name = ",".join(chosen).replace("/", "_")
-        found.append(replace(one, run_dir=str(Path(config.run_dir) / name)))
-    if len({c.run_dir for c in found}) < len(found):
-        raise UserError(f"--sweep {' --sweep '.join(sweep)}: the same run stands there twice")
-    return found, Path(config.run_dir)
+        found.append(replace(one, run_dir=str(base_dir / name)) if axes else one)
+    for note in sorted(notes):
+        say(note)
+    return found, base_dir
 
 
-def _header(text: str, options: list[str]) -> dict[str, str]:
-    """Options of the ``#SBATCH`` lines and those laid over them, by their long names."""
-    long = {"-N": "--nodes", "-n": "--ntasks", "-D": "--chdir"}
-    words = [
-        w for line in re.findall(r"^#SBATCH\s+(.*)", text, re.M) for w in shlex.split(line, True)
-    ]
-    found = {}
-    for word in [*words, *options]:
-        key, _, value = word.partition("=")
-        found[long.get(key, key)] = value
+def _words(options: list[str]) -> dict[str, str]:
+    """sbatch options by their long names: ``--nodes=2``, ``--nodes 2``, ``-N 2`` and ``-N2``."""
+    long = {"-N": "--nodes", "-n": "--ntasks", "-D": "--chdir", "-a": "--array"}
+    long |= {"-o": "--output", "-J": "--job-name", "-t": "--time", "-p": "--partition"}
+    found: dict[str, str] = {}
+    last = ""
+    for word in options:
+        if word.startswith("--"):
+            last, _, found[last] = word.partition("=")
+        elif word.startswith("-"):
+            last = long.get(word[:2], word[:2])
+            found[last] = word[2:].removeprefix("=").strip()
+        elif last:
+            found[last] = word
     return found
 
 
-def _check(configs: list[RunConfig], header: dict[str, str], then: str | None) -> None:
+def _header(lines: list[str], given: list[str]) -> dict[str, str]:
+    """Options of the ``#SBATCH`` lines, and those laid over them."""
+    words = []
+    for line in lines:
+        if line.startswith("#SBATCH"):
+            try:
+                words += shlex.split(line.removeprefix("#SBATCH"), comments=True)
+            except ValueError as error:
+                raise UserError(f"{line}: {error}") from None
+    return {**_words(words), **_words(given)}
+
+
+def _check(configs: list[RunConfig], header: dict[str, str], options: Options) -> None:
     nodes, each = header.get("--nodes", ""), header.get("--ntasks-per-node", "")
     ranks = header.get("--ntasks", "")
     if not ranks and nodes.isdecimal() and each.isdecimal():
         ranks = str(int(nodes) * int(each))
+    if not ranks and nodes.isdecimal() and int(nodes) > 1:
+        raise UserError(f"--nodes={nodes} without --ntasks-per-node: set it, one task a GPU")
+    read: set[str] = set()
     for config in configs:
-        check_same_run(config, allow_changes=False)
+        if (found := job_of(Path(config.run_dir))) and found[1] in ACTIVE:
+            raise UserError(
+                f"run_dir={config.run_dir}: job {found[0]} of this run is {found[1]}; scancel it"
+                " first, or choose another run_dir"
+            )
+        check_same_run(config, options.resume_with_changes)
         models.check_place(config.model.path)
         if ranks.isdecimal():
             engine_class(config).check(int(ranks))
             check_batch(config, int(ranks))
-    task = task_of(configs[0])
-    for split in ("train", "test") if then == "evaluate" else ("train",):
-        if not any(s.startswith("hf://") for s in getattr(configs[0].data, split)):
-            task.examples(split)
+        task = task_of(config)
+        for split in ("train", "test") if options.then == "evaluate" else ("train",):
+            sources = getattr(config.data, split)
+            key = f"{config.data}" if not sources else f"{split} {sources}"
+            if key not in read and not any(s.startswith("hf://") for s in sources):
+                task.examples(split)
+            read.add(key)
 
 
 def _next(submissions: Path) -> Path:
@@ -184,16 +274,17 @@ def _next(submissions: Path) -> Path:
     return (submissions / f"{max(numbers, default=0) + 1:03}").absolute()
 
 
-def _array(count: int, throttle: int) -> list[str]:
-    return [f"--array=0-{count - 1}" + (f"%{throttle}" if throttle else "")]
-
-
-def _render(body: str, options: list[str], folder: Path, command: str, targets: list[str]) -> str:
+def _render(
+    lines: list[str],
+    more: list[str],
+    folder: Path,
+    command: str,
+    targets: list[str],
+    flags: list[str],
+) -> str:
     """The job file with more ``#SBATCH`` lines, its last line replaced by what is resolved."""
-    lines = body.splitlines()
-    last = max((i for i, line in enumerate(lines) if line.startswith("#SBATCH")), default=0)
-    name = f"{Path(folder).parent.parent.name}" + ("" if command == "train" else f"-{command}")
-    added = [f"#SBATCH {option}" for option in (f'--job-name="{name}"', *options)]
+    first = _commands(lines)
+    last = max((i for i, x in enumerate(lines[:first]) if x.startswith("#SBATCH")), default=0) + 1
     quoted = " ".join(shlex.quote(t) for t in targets)
     own = [
         "",
@@ -204,10 +295,18 @@ def _render(body: str, options: list[str], folder: Path, command: str, targets: 
         f"SCALEPEFT_COMMAND={command}",
         f"targets=({quoted})",
         "CONFIG=${targets[${SLURM_ARRAY_TASK_ID:-0}]}",
-        "SETTINGS=()",
+        f"SETTINGS=({' '.join(flags)})",
         'source "$SCALEPEFT_ROOT/slurm/train.sh" "$@"',
     ]
-    return "\n".join([*lines[: last + 1], *added, *lines[last + 1 :], *own]) + "\n"
+    added = [f"#SBATCH {option}" for option in more]
+    script = "\n".join([*lines[:last], *added, *lines[last:], *own]) + "\n"
+    done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(
+            "the job file ends within an if, a loop or a quote where it sources train.sh"
+            f" ({_last(done.stderr)}); the source line must stand by itself at the end"
+        )
+    return script
 
 
 def _show(rendered: dict[str, str], configs: list[RunConfig]) -> None:
@@ -233,17 +332,14 @@ def _last(text: str) -> str:
 
 
 def _snapshot(root: Path, folder: Path, configs: list[RunConfig]) -> None:
-    try:
-        (folder / "configs").mkdir(parents=True)
-        for name in SNAPSHOT:
-            shutil.copytree(
-                root / name, folder / "code" / name, ignore=shutil.ignore_patterns("__pycache__")
-            )
-        write_atomically(folder / "code" / "COMMIT", "\n".join(_commit(root)) + "\n")
-        for i, config in enumerate(configs):
-            write_atomically(folder / "configs" / f"{i}.yaml", cfg.dump(config))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
+    (folder / "configs").mkdir(parents=True)
+    for name in SNAPSHOT:
+        shutil.copytree(
+            root / name, folder / "code" / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    write_atomically(folder / "code" / "COMMIT", "\n".join(_commit(root)) + "\n")
+    for i, config in enumerate(configs):
+        write_atomically(folder / "configs" / f"{i}.yaml", cfg.dump(config))
 
 
 def _commit(root: Path) -> Iterator[str]:
@@ -273,6 +369,6 @@ def _queue(folder: Path, rendered: dict[str, str], array: bool) -> None:
                 + (f"; job {parent} is queued (scancel {parent} takes it back)" if parent else "")
             )
         parent = done.stdout.strip().split(";")[0]
+        print(f"{command}: job {parent}  {' '.join(words)}", flush=True)
         write_atomically(folder / f"{command}.job", f"{parent}\n")
-        print(f"{command}: job {parent}  {' '.join(words)}")
     print(f"log and job files: {folder}\nlaunch/status {folder.parent.parent}")

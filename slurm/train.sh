@@ -10,6 +10,7 @@
 #   PYTHON                  interpreter (default: the checkout's .venv, else python3)
 #   SCALEPEFT_CONTAINER     what runs a command in a container on a node, e.g. "apptainer exec --nv image.sif"
 #   SCALEPEFT_SRUN          more options for srun, e.g. "--cpu-bind=cores --container-image=image.sqsh"
+#                           (both are split at spaces: no path in them may have one)
 #   SCALEPEFT_JOBS          folder for what jobs know of themselves (default: runs/.jobs)
 #   SCALEPEFT_MAX_RESTARTS  starts in a row that may gain nothing before the job gives up (default 5)
 #
@@ -17,7 +18,7 @@
 # TERM, or this shell as USR1 where Slurm is told to (SlurmctldParameters=preempt_send_user_signal, in newer versions
 # PreemptParameters=send_user_signal). This shell passes on what it gets. The ranks agree, save, leave a marker and end.
 # Only with the marker, and only while Slurm still calls the job running (so never after scancel), the job requeues
-# itself. After a preemption that ran out of grace and after a node failure Slurm requeues it (--requeue).
+# itself, for which scontrol must work on the nodes. After a preemption that ran out of grace and after a node failure Slurm requeues it (--requeue).
 set -uo pipefail
 command=${SCALEPEFT_COMMAND:-train}
 root=${SCALEPEFT_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
@@ -33,6 +34,8 @@ if [ -n "${SCALEPEFT_DESCRIBE:-}" ]; then printf '\0'; printf '%s\0' "${words[@]
 source "$root/launch/job.sh"
 die() { complain "error: $*"; exit 2; }
 [ -n "${SLURM_JOB_ID:-}" ] || die "not in a Slurm job; submit this with sbatch, or use launch/local.sh on one machine"
+# In a job array SLURM_JOB_ID of the last task is the id of the whole array.
+job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 warned=
 trap 'warned=USR1' USR1
 trap 'warned=TERM' TERM
@@ -46,7 +49,14 @@ export SLURM_EXPORT_ENV=ALL  # after sbatch --export=NONE srun would keep these 
 read -r -a in_container <<< "${SCALEPEFT_CONTAINER:-}"
 read -r -a srun_options <<< "${SCALEPEFT_SRUN:-}"
 
-begin_start "${SCALEPEFT_JOBS:-$PWD/runs/.jobs}/${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}" || exit 2
+described=$(scontrol -o show job "$job" 2>&1) ||
+    complain "warning: scontrol does not answer on $(hostname) ($described): the job saves when it is stopped, but it cannot requeue itself"
+case $described in *Requeue=0*) complain "warning: submitted with --no-requeue: it saves when it is stopped, but does not come back" ;; esac
+case $PWD,$described in
+/tmp,*" WorkDir=/tmp "*) ;;
+/tmp,*" WorkDir="*) die "the folder that the job is to run in is not there on $(hostname), and Slurm took /tmp instead" ;;
+esac
+begin_start "${SCALEPEFT_JOBS:-$PWD/runs/.jobs}/$job" || exit 2
 restarts=${SLURM_RESTART_COUNT:-0}
 # A restart may get fewer nodes than the job began with; SLURM_NTASKS still tells the old number then.
 nodes=${SLURM_JOB_NUM_NODES:-1}
@@ -55,6 +65,7 @@ most=$((nodes * ${SLURM_NTASKS_PER_NODE:-$ranks}))
 [ "$ranks" -le $most ] || ranks=$most
 say "start $((restarts + 1)) (restarts: $restarts) at $(date -Is), saved so far: $progress," \
     "$ranks ranks on $nodes nodes: ${SLURM_JOB_NODELIST:-?}, partition ${SLURM_JOB_PARTITION:-?}"
+[ "$ranks" -ge "$nodes" ] || die "$ranks ranks on $nodes nodes: set --ntasks-per-node, one task a GPU"
 ! gains_nothing || exit 1
 
 # One line a node before any rank starts. A node that lacks the checkout, the state folder or the interpreter ends the
@@ -135,22 +146,34 @@ trap '' USR1 TERM
 ! superseded || exit 1
 
 [ $code -ne 0 ] || [ -f "$SCALEPEFT_JOB_STATE/stopped" ] || { say "finished"; exit 0; }
-for _ in 1 2 3 4 5; do  # a controller that is just restarting
-    phase=$(squeue -h -j "$SLURM_JOB_ID" -o %T 2>&1) && break
-    sleep 2
-done
+if [ -f "$SCALEPEFT_JOB_STATE/planned" ]; then
+    say "stopped as planned ($(cat "$SCALEPEFT_JOB_STATE/planned")); the same command continues"
+    exit "$code"
+fi
+# ask COMMAND: asks Slurm until the controller answers; it may be restarting, or moving to another machine. Slurm ends
+# this shell when the job's time is over.
+ask() {
+    local said
+    until said=$("$@" 2>&1); do
+        case $said in *ontact* | *ommunication* | *onnection* | *imed\ out* | *nable\ to\ respond*) ;; *) echo "$said"; return 1 ;; esac
+        complain "the Slurm controller does not answer ($said); asks again in 10 s"
+        sleep 10 & wait $!
+    done
+    echo "$said"
+}
+phase=$(ask scontrol -o show job "$job" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p')
 if [ ! -f "$SCALEPEFT_JOB_STATE/stopped" ]; then
     [ "$phase" != RUNNING ] || wait_if_a_node_is_gone
     complain "the ranks ended with code $code and not by an orderly stop that may be continued: no requeue by this script" \
-        "(squeue calls the job ${phase:-nothing})"
+        "(Slurm calls the job ${phase:-nothing})"
     exit "$code"
 fi
 saved=$(cat "$SCALEPEFT_JOB_STATE/stopped")
 if [ "$phase" != RUNNING ]; then
-    say "stopped and saved ($saved); does not requeue itself, as squeue calls the job ${phase:-nothing}"
+    say "stopped and saved ($saved); does not requeue itself, as Slurm calls the job ${phase:-nothing}"
     exit 75
 fi
 say "stopped and saved ($saved): requeues itself"
 trap - TERM  # with which Slurm now ends this shell
-scontrol requeue "$SLURM_JOB_ID" || { complain "error: Slurm does not requeue the job; submit the same command to continue"; exit 75; }
+said=$(ask scontrol requeue "$job") || { complain "error: Slurm does not requeue the job ($said); submit the same command to continue"; exit 75; }
 sleep 120  # if this shell ended by itself first, that could be taken for the job's end

@@ -337,6 +337,7 @@ def test_submit_trains_then_evaluates(runs: Runs, undisturbed: Path) -> None:
     assert {p.name for p in folder.iterdir()} >= {"code", "configs", "train.sh", "evaluate.sh"}
     assert cluster.job(job)["TimeLimit"] == "00:30:00", "over the job file's"
     runs.wait_step(3)
+    assert f"job {job} of this run is RUNNING" in submit(runs, *command, expect=2)
     assert cluster.job(evaluation)["Reason"] == "Dependency"
     status = [str(ROOT / "launch/status"), str(runs.folder / "run")]
     text = subprocess.run(
@@ -361,12 +362,13 @@ def test_submit_trains_then_evaluates(runs: Runs, undisturbed: Path) -> None:
 
     again = submit(runs, file, "train.lr=1", expect=2)
     assert "holds a run with another config" in again and "train.lr: 0.003 there, 1" in again
+    assert "sbatch refuses" in submit(runs, file, "--sbatch", "partition=nope", expect=2)
 
 
 def test_a_failed_training_cancels_its_evaluation(runs: Runs) -> None:
     model = runs.folder / "model"
     shutil.copytree(tiny.make(0), model)
-    submit(runs, str(runs.job_file()), f"model.path={model}", "--then", "evaluate", "--sbatch=-H")
+    submit(runs, str(runs.job_file()), f"model.path={model}", "--then", "evaluate", "--sbatch=hold")
     (model / "config.json").write_text("{")
     runs.cluster.run("scontrol", "release", runs.jobs[0])
     runs.cluster.wait(runs.jobs[0], "FAILED")
@@ -396,21 +398,28 @@ def test_a_sweep_is_an_array_with_a_throttle(runs: Runs) -> None:
     assert sorted(lrs) == [1e-3, 2e-3]
 
 
-def test_submit_refuses_before_the_queue(runs: Runs) -> None:
-    file = str(runs.job_file("train.global_batch=7"))
-    assert "train.global_batch=7 cannot be shared evenly by 2 ranks" in submit(runs, file, expect=2)
-    good = str(runs.job_file())
-    for words, text in (
-        ((good, "adapter=hotf"), "Did you mean 'hoft'"),
-        ((good, "model.path=/nowhere"), "model.path=/nowhere: no such folder"),
-        ((good, "data=commonsense", "data.train=rows.json"), "rows.json: no such file"),
-        ((good, "--sweep", "train.lr"), "expected KEY=A,B,C"),
-        ((good, "--sbatch=--partition=nope"), "sbatch refuses"),
-        ((str(ROOT / "README.md"),), "is no job file"),
-        (("nofile.sh",), "nofile.sh: No such file or directory"),
-    ):
-        assert text in submit(runs, *words, expect=2)
-    assert not runs.jobs
+def test_a_preempted_array_task_comes_back_alone(runs: Runs) -> None:
+    """SLURM_JOB_ID of the last task is the whole array's: its siblings must not come along."""
+    cluster = runs.cluster
+    file = runs.job_file("engine=single")
+    file.write_text(file.read_text().replace("/run ", "/run/$SLURM_ARRAY_TASK_ID "))
+    array = runs.submit("--array=0-1", "--nodes=1", str(file), "train.max_steps=3000")
+
+    def steps(task: int) -> int:
+        log = runs.folder / f"run/{task}/metrics.jsonl"
+        return len(rows(log.parent)) if log.exists() else 0
+
+    deadline = time.monotonic() + 60
+    while min(steps(0), steps(1)) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    cluster.run("scancel", f"{array}_0")
+    cluster.wait(f"{array}_0", "CANCELLED")
+    cluster.run("scancel", "-b", "-s", "USR1", f"{array}_1")
+    cluster.restart(f"{array}_1", 1)
+    assert cluster.job(f"{array}_0")["JobState"] == "CANCELLED", "scancel is the end"
+    event = rows(runs.folder / "run/1", "events.jsonl")[0]
+    assert event["job"] == f"{array}_1"
 
 
 def test_the_70b_job_as_it_stands(tmp_path: Path, cluster: Cluster) -> None:

@@ -1,0 +1,127 @@
+"""What launch/submit refuses before the queue, and what it renders. The queue: test_slurm.py."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, train
+
+from scalepeft import submit
+from scalepeft.lookup import UserError
+
+SOURCE = 'source "${SCALEPEFT_ROOT:-$SLURM_SUBMIT_DIR}/slurm/train.sh" "$@"\n'
+HEAD = "#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=1\n"
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = [p for p in ("/usr/bin", "/bin") if not shutil.which("sbatch", path=p)]
+    (tmp_path / "bin").mkdir()
+    for name in ("bash", "git", "env"):  # a machine without Slurm
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name) or name)
+    monkeypatch.setenv("PATH", ":".join([str(tmp_path / "bin"), *path]))
+
+
+def job(*settings: str, head: str = HEAD) -> str:
+    words = " ".join([*TINY, "engine=fsdp2", "train.max_steps=4", "run_dir=run", *settings])
+    Path("job.sh").write_text(f"{head}SETTINGS=({words})\n{SOURCE}")
+    return "job.sh"
+
+
+def call(file: str, *settings: str, **more: object) -> None:
+    values = {"sweep": [], "throttle": 0, "then": None, "sbatch": [], "dry_run": True}
+    values |= {"resume_with_changes": False, **more}
+    submit.run(submit.Options(job_file=file, settings=list(settings), **values))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "more", "text"),
+    [
+        (["train.global_batch=7"], {}, "train.global_batch=7 cannot be shared evenly by 2 ranks"),
+        (["adapter=hotf"], {}, "Did you mean 'hoft'"),
+        (["model.path=/nowhere"], {}, "model.path=/nowhere: no such folder"),
+        (["data=commonsense", "data.train=rows.json"], {}, "rows.json: no such file"),
+        ([], {"sweep": ["train.lr"]}, "expected KEY=A,B,C"),
+        ([], {"sweep": ["train.seed=1,2", "train.seed=3,4"]}, "the same run stands there twice"),
+        ([], {"sweep": ["train.lr=1e-3,x"]}, "train.lr='x'"),
+        ([], {"throttle": 2}, "--throttle 2"),
+        ([], {"sbatch": ["array=0-3"]}, "--sweep KEY=A,B,C"),
+        ([], {"sbatch": ["chdir=nowhere"]}, "--chdir=nowhere: No such file"),
+        ([], {"sbatch": ["ntasks=5"]}, "cannot be shared evenly by 5 ranks"),
+    ],
+)
+def test_settings_are_refused_before_the_queue(
+    settings: list[str], more: dict[str, object], text: str
+) -> None:
+    with pytest.raises(UserError) as found:
+        call(job(), *settings, **more)
+    assert text in str(found.value) and not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("head", "tail", "text"),
+    [
+        ("", SOURCE, "is no job file"),
+        (HEAD, "", "is no job file"),
+        (HEAD + "export A=1\n#SBATCH --time=10\n", SOURCE, "line 4: Slurm does not read"),
+        ("#!/bin/bash\n#SBATCH --comment=it's\n", SOURCE, "No closing quotation"),
+        ("#!/bin/bash\n#SBATCH -N 2\n", SOURCE, "--nodes=2 without --ntasks-per-node"),
+        ("#!/bin/bash\n#SBATCH -N2 --ntasks-per-node 5\n", SOURCE, "by 10 ranks"),
+        (HEAD + "if true; then\n", SOURCE + "fi\n", "ends within an if"),
+        (HEAD + "echo broken >&2; exit 3\n", SOURCE, "broken"),
+        (HEAD + "SETTINGS=(run_dir=r/$SLURM_ARRAY_TASK_ID)\n", SOURCE, "run_dir=r/$SLURM_..."),
+    ],
+)
+def test_job_files_are_refused_before_the_queue(head: str, tail: str, text: str) -> None:
+    words = " ".join([*TINY, "engine=fsdp2", "train.max_steps=4"])
+    if "run_dir" not in head:
+        words += " run_dir=run"
+    Path("job.sh").write_text(f"{head}SETTINGS+=({words})\n{tail}")
+    with pytest.raises(UserError, match=re.escape(text)):
+        call("job.sh")
+    with pytest.raises(UserError, match="nofile.sh"):
+        call("nofile.sh")
+
+
+def test_what_is_rendered(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("sub dir").mkdir()
+    head = HEAD + '#SBATCH --time=5\n\nmodule() { :; }\nexport HF_HOME="/a b"\n'
+    file = job("'data.prompt={instruction} \"$5\"'", head=head)
+    call(
+        file,
+        "adapter.rank=2",
+        sweep=["adapter=hoft,lora", "train.lr=1e-3,2e-3"],
+        throttle=1,
+        sbatch=["chdir=sub dir", "--time=7", "-p debug"],
+        then="evaluate",
+    )
+    printed = capsys.readouterr().out
+    script = printed.partition("# ---- evaluate.sh")[0]
+    order = ["#SBATCH --time=5", '#SBATCH --time="7"', "module()", "HF_HOME", "targets=(", "source"]
+    assert [script.index(part) for part in order] == sorted(script.index(p) for p in order)
+    here = Path.cwd()
+    assert here.name == "sub dir" and f'#SBATCH --chdir="{here}"' in script
+    assert '#SBATCH --array="0-3%1"' in script and '#SBATCH --partition="debug"' in script
+    assert printed.count("rank: 2") == 4, "the command line's keys are laid over a swept section"
+    assert printed.count("prompt: '{instruction} \"$5\"'") == 4
+    assert sorted(p for p in here.iterdir()) == [], "a dry run writes nothing"
+
+
+@pytest.mark.slow
+def test_a_run_with_changes_needs_the_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(1, tmp_path / "run", "train.max_steps=2", "engine=fsdp2")
+    with pytest.raises(UserError, match="add --resume-with-changes"):
+        call(job())
+    call(job(), resume_with_changes=True)
+    assert "SETTINGS=(--resume-with-changes)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no sbatch on this machine"):
+        call(job(), resume_with_changes=True, dry_run=False)
+    folder = tmp_path / "run/submissions/001"
+    assert (folder / "code/scalepeft/train.py").read_bytes() == (
+        ROOT / "scalepeft/train.py"
+    ).read_bytes()
+    assert re.match(r"[0-9a-f]{40}\n", (folder / "code/COMMIT").read_text())
