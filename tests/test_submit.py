@@ -81,7 +81,7 @@ def test_job_files_are_refused_before_the_queue(head: str, tail: str, text: str)
     Path("job.sh").write_text(f"{head}SETTINGS+=({words})\n{tail}")
     with pytest.raises(UserError, match=re.escape(text)):
         call("job.sh")
-    with pytest.raises(UserError, match="nofile.sh"):
+    with pytest.raises(UserError, match=r"nofile\.sh"):
         call("nofile.sh")
 
 
