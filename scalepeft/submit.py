@@ -92,7 +92,7 @@ def run(options: Options) -> None:
     if options.sweep:
         throttle = f"%{options.throttle}" if options.throttle else ""
         ours["--array"] = f"0-{len(configs) - 1}{throttle}"
-    over = _words([*given])
+    over = _words(given)
     if "--output" not in over:
         ours["--output"] = f"{folder}/%x-{'%A_%a' if options.sweep else '%j'}.log"
     flags = ["--resume-with-changes"] if options.resume_with_changes else []

@@ -139,9 +139,8 @@ def test_real_runs_leave_what_the_report_needs(tmp_path: Path) -> None:
     env = {"SCALEPEFT_JOB_STATE": str(state), "SLURM_JOB_ID": "7"}
     job = Job(1, [*command(run), "train.stop_at=3"], env=env)
     assert job.wait()[0] == [75]
-    assert {p.name: p.read_text() for p in state.iterdir()} == {"progress": "step 3\n"}, (
-        "a planned stop asks for no restart"
-    )
+    left = {p.name: p.read_text() for p in state.iterdir()}
+    assert left == {"progress": "step 3\n", "planned": "step 3\n"}, "it asks for no restart"
     train(1, run, "train.max_steps=6")
     first, second = (e for e in rows(run, "events.jsonl") if e["event"] == "start")
     assert first["job"] == "7" and "idle" in second and "waited" not in second
