@@ -2,6 +2,7 @@
 # Set-up, linter, type checker, tests. launch/test.sh -m "not slow" runs the fast part; other pytest arguments too.
 # The Slurm tests start a cluster of their own: Slurm is installed here where this is root and apt is there.
 set -euo pipefail
+shopt -s extglob
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh
 
@@ -32,7 +33,6 @@ else
     .venv/bin/python -m pytest -rs -m "not slow" > "$fast_log" 2>&1 &
     fast=$!
     trap 'kill $fast 2>/dev/null; rm -f "$fast_log"' EXIT
-    shopt -s extglob
     .venv/bin/python -m pytest -rs -m slow tests/test_slurm.py tests/test_!(slurm).py || code=$?
     fast_code=0
     wait $fast || fast_code=$?
