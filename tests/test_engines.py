@@ -51,7 +51,6 @@ def test_losses_equal_one_process(
 @pytest.mark.parametrize(
     "adapter",
     [
-        ["adapter.name=shoft"],
         ["adapter.name=lora"],
         ["adapter=qgoft", "adapter.penalty=1"],
         ["adapter=hadamard"],

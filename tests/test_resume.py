@@ -55,7 +55,10 @@ def kill_in_training(job: Job, folder: Path, rng: random.Random) -> None:
     job.wait()
 
 
-@pytest.mark.parametrize(("ranks", "kills"), [(1, 6 * ROUNDS), (2, 2 * ROUNDS)])
+# Two ranks are killed by the power cuts of test_slurm.py in every run; here at random at night.
+@pytest.mark.parametrize(
+    ("ranks", "kills"), [(1, 6 * ROUNDS), *([(2, 2 * ROUNDS)] if ROUNDS > 1 else [])]
+)
 def test_kill_9_at_random_moments_changes_nothing(ranks: int, kills: int, tmp_path: Path) -> None:
     engine = "engine.name=" + ("single" if ranks == 1 else "fsdp2")
     disturbed, undisturbed = tmp_path / "disturbed", tmp_path / "undisturbed"
@@ -78,12 +81,13 @@ def test_kill_9_at_random_moments_changes_nothing(ranks: int, kills: int, tmp_pa
     assert adapter_bytes(disturbed) == adapter_bytes(undisturbed)
 
 
-@pytest.mark.parametrize("both", [False, True], ids=["one-rank", "both-0.3s-apart"])
-def test_sigusr1_ends_in_one_agreed_save_and_75(both: bool, tmp_path: Path) -> None:
+def test_sigusr1_ends_in_one_agreed_save_and_75(tmp_path: Path) -> None:
+    """To one rank, and to both 0.3 s apart, in turns."""
     folder = tmp_path / "run"
-    settings = ["engine.name=fsdp2", "train.max_steps=150"]
-    rng = random.Random(both)
-    for turn in range(3 * ROUNDS):
+    settings = ["engine.name=fsdp2", f"train.max_steps={50 + 30 * ROUNDS}"]
+    rng = random.Random(0)
+    for turn in range(5 * ROUNDS):
+        both = turn % 2 == 1
         job = start(2, folder, *settings)
         job.wait_for_handlers()
         if turn % 3 == 0:
