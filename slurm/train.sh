@@ -56,8 +56,10 @@ case $PWD,$described in
 /tmp,*" WorkDir=/tmp "*) ;;
 /tmp,*" WorkDir="*) die "the folder that the job is to run in is not there on $(hostname), and Slurm took /tmp instead" ;;
 esac
-begin_start "${SCALEPEFT_JOBS:-$PWD/runs/.jobs}/$job" || exit 2
 restarts=${SLURM_RESTART_COUNT:-0}
+state=${SCALEPEFT_JOBS:-$PWD/runs/.jobs}/$job
+[ "$restarts" -gt 0 ] || rm -f "$state"/{starts,progress} 2>/dev/null  # another cluster's job of the same number
+begin_start "$state" || exit 2
 # A restart may get fewer nodes than the job began with; SLURM_NTASKS still tells the old number then.
 nodes=${SLURM_JOB_NUM_NODES:-1}
 ranks=${SLURM_NTASKS:-1}
