@@ -221,7 +221,8 @@ class Records:
             say(f"resuming {path} at step {step}")
         write_atomically(path / "config.yaml", cfg.dump(self.config))
         self.lost = self._lost_since(step, launched)
-        tell_job("progress", f"step {step}")
+        if step:  # a start that saves nothing has gained nothing
+            tell_job("progress", f"step {step}")
         self.metrics = RowLog(path / "metrics.jsonl", step)
         self.validation = RowLog(path / "validation.jsonl", step)
         if self.metrics.last_step < step:

@@ -57,7 +57,7 @@ def kill_in_training(job: Job, folder: Path, rng: random.Random) -> None:
 
 # Two ranks are killed by the power cuts of test_slurm.py in every run; here at random at night.
 @pytest.mark.parametrize(
-    ("ranks", "kills"), [(1, 6 * ROUNDS), *([(2, 2 * ROUNDS)] if ROUNDS > 1 else [])]
+    ("ranks", "kills"), [(1, 5 * ROUNDS), *([(2, 2 * ROUNDS)] if ROUNDS > 1 else [])]
 )
 def test_kill_9_at_random_moments_changes_nothing(ranks: int, kills: int, tmp_path: Path) -> None:
     engine = "engine.name=" + ("single" if ranks == 1 else "fsdp2")
@@ -86,7 +86,7 @@ def test_sigusr1_ends_in_one_agreed_save_and_75(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     settings = ["engine.name=fsdp2", f"train.max_steps={50 + 30 * ROUNDS}"]
     rng = random.Random(0)
-    for turn in range(5 * ROUNDS):
+    for turn in range(4 * ROUNDS):
         both = turn % 2 == 1
         job = start(2, folder, *settings)
         job.wait_for_handlers()
