@@ -99,6 +99,12 @@ def test_a_setting_beyond_the_end_of_the_epochs_is_refused(tmp_path: Path) -> No
     assert "train.stop_at=500 is not before the end, train.epochs=0.04 (1 steps)" in line
 
 
+def test_a_warm_up_longer_than_the_run_is_said(tmp_path: Path) -> None:
+    done = call(*BASE, "train.max_steps=1", "train.warmup_steps=500", f"run_dir={tmp_path}/run")
+    assert done.returncode == 0, done.stderr
+    assert "train.warmup_steps=500 is not shorter than the run of 1 steps" in done.stderr
+
+
 def test_a_cutoff_beyond_the_models_positions_is_refused(tmp_path: Path) -> None:
     line = wrong(*BASE, "data.cutoff=4096", f"run_dir={tmp_path}/run")
     assert "data.cutoff=4096 is beyond the model's 1024 positions" in line

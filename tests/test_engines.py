@@ -51,6 +51,7 @@ def test_losses_equal_one_process(
 @pytest.mark.parametrize(
     "adapter",
     [
+        ["adapter.name=shoft"],
         ["adapter.name=lora"],
         ["adapter=qgoft", "adapter.penalty=1"],
         ["adapter=hadamard"],
