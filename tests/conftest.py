@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from zygote import Forked, Zygote, read_at_import
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -28,8 +30,23 @@ TINY = [
 ]
 
 
+@cache
+def zygote() -> Zygote:
+    """The session's warm process, started by the first test that needs one."""
+    return Zygote()
+
+
+def call(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``python -m scalepeft`` alone."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    return zygote().run(("-m", "scalepeft"), list(arguments), variables, timeout=120)
+
+
 class Job:
-    """Ranks of one run as processes, with the variables torchrun would set."""
+    """Ranks of one run as processes, with the variables torchrun would set.
+
+    ``fresh``: each starts its own Python, for what happens before anything is imported.
+    """
 
     def __init__(
         self,
@@ -37,11 +54,12 @@ class Job:
         arguments: list[str],
         env: dict[str, str] | None = None,
         program: tuple[str, ...] = ("-m", "scalepeft"),
+        fresh: bool = False,
     ) -> None:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        self.ranks: list[subprocess.Popen[str]] = []
+        self.ranks: list[subprocess.Popen[str] | Forked] = []
         for rank in range(ranks):
             variables = {
                 **os.environ,
@@ -53,6 +71,9 @@ class Job:
                 "OMP_NUM_THREADS": "1",
                 **(env or {}),
             }
+            if not fresh and read_at_import(variables) == zygote().env:
+                self.ranks.append(zygote().start(program, arguments, variables))
+                continue
             command = [sys.executable, *program, *arguments]
             self.ranks.append(
                 subprocess.Popen(

@@ -12,14 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, Job, rows, train
-
-
-def call(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "scalepeft", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False
-    )
+from conftest import ROOT, TINY, Job, call, rows, train
 
 
 def wrong(*arguments: str) -> str:
