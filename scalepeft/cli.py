@@ -47,6 +47,15 @@ taking turns in one process, and counts bytes saved for backward and peak memory
   scalepeft bench model --shape small --tokens 2048 --out bench
   scalepeft bench layer --shape llama-8b-block --precision bf16 --quant nf4 --methods hoft,goft
 """
+DOCTOR = """\
+Tries what a run needs, in one process or on every rank of a job, and exits with 0, or with 1 and
+the list of what to fix: versions, devices, links between the ranks, bytes through an all-gather,
+clocks, the base, and the file system of the run folder. Trains nothing and leaves nothing behind.
+
+  scalepeft doctor configs/runs/commonsense_hoft.yaml model.path=DIR run_dir=runs/x
+  srun python -m scalepeft doctor CONFIG engine=fsdp2 KEY=VALUE ...
+  SCALEPEFT_COMMAND=doctor sbatch slurm/hoft_llama70b.sh        the job's own nodes and settings
+"""
 SUBMIT = """\
 Checks config, data and run folder, keeps the code and the resolved config in RUN_DIR/submissions,
 and queues JOB_FILE with sbatch. What follows JOB_FILE is laid over its settings.
@@ -156,6 +165,20 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     bench.add_argument("--repeats", type=int, default=5, help="timed steps of every method")
     bench.add_argument("--out", default=None, help="folder for bench.json and bench.png")
+    doctor = commands.add_parser(
+        "doctor",
+        help="try what a run needs, here or on every rank",
+        description=DOCTOR,
+        formatter_class=shape,
+    )
+    doctor.add_argument(
+        "settings", nargs="*", metavar="[CONFIG] KEY=VALUE", help="of the run, as for train"
+    )
+    doctor.add_argument("--run-dir", help="folder to look at (default: the config's, or this one)")
+    doctor.add_argument(
+        "--timeout", type=float, default=120, metavar="SECONDS", help="for ranks and each check"
+    )
+    doctor.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     submit = commands.add_parser(
         "submit",
         help="queue a job file of slurm/ (launch/submit)",
@@ -178,7 +201,9 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="how runs stand (launch/status)")
     status.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="a run, or a sweep's folder")
     status.add_argument("--json", action="store_true", help="one JSON list")
-    for command in (train, evaluate, report, merge, export, methods, bench, submit, status):
+    for command in (
+        train, evaluate, report, merge, export, methods, bench, doctor, submit, status
+    ):  # fmt: skip
         command.add_argument(
             "--debug", action="store_true", help="show the traceback of a user error too"
         )
@@ -269,6 +294,10 @@ def _run(args: argparse.Namespace, stop: StopFlag) -> int:
         from scalepeft import methods
 
         methods.run(args.model, args.json)
+    elif args.command == "doctor":
+        from scalepeft import doctor
+
+        return doctor.run(doctor.Options.of(args))
     elif args.command == "submit":
         from scalepeft import submit
 
