@@ -91,9 +91,13 @@ def run(options: Options) -> int:
         else:
             say(f"error: {error}")
         _leave(BROKEN)
-    if meeting.hung:
+    if visit.stuck:
         _leave(code)
     return int(code)
+
+
+class _Gone(Exception):
+    """A rank gave no answer; the others end here."""
 
 
 class Visit:
@@ -115,21 +119,31 @@ class Visit:
         self.findings: list[Finding] = []
         self.facts: list[Any] = []
         """What each rank told of its node, for ``--json``."""
+        self.stuck = False
+        """Somewhere a thread hangs, or a rank is gone: processes can only end with ``os._exit``."""
         self._probe: Path | None = None
 
     def all(self) -> None:
         """Every check; one that needs another's success is left out without it."""
+        try:
+            self._checks()
+        except _Gone:
+            text = "what comes after this was not tried: not every rank answers any more"
+            self.findings.append(Finding("ranks", "info", text))
+
+    def _checks(self) -> None:
         usable = self._node()
         self._base()
-        if self._links("links", "gloo", links.join) and usable:
-            self._clocks()
-            if self.ranks.device.type == "cpu" or self._links(
-                "GPU links", "nccl", links.join_devices
-            ):
-                self._bytes()
+        linked = self._links("links", "gloo", links.join) and self._clocks()
+        if linked and usable:
+            if self.ranks.device.type == "cuda":
+                linked = self._links("GPU links", "nccl", links.join_devices)
+            linked = linked and self._bytes()
         self._disk()
-        if not self.meeting.hung:
+        if linked and not self.stuck:
             self.meeting.stage(self.ranks.finish)
+        else:  # leaving a group in order takes all of its ranks
+            self.stuck = True
 
     def close(self) -> None:
         """Takes the probe folder away."""
@@ -139,7 +153,11 @@ class Visit:
     def _stage(
         self, work: Callable[[], Any], judged: Callable[[list[Outcome], dict[int, str]], Any]
     ) -> bool:
-        """Runs a stage and has rank 0 judge it; True on every rank if there is nothing to fix."""
+        """Runs a stage and has rank 0 judge it; True on every rank if there is nothing to fix.
+
+        Raises:
+            _Gone: a rank gave no answer.
+        """
         outcomes = self.meeting.stage(work)
         good = True
         if self.meeting.rank == 0:
@@ -147,7 +165,12 @@ class Visit:
             found = found if isinstance(found, list) else [found]
             self.findings += found
             good = not [f for f in found if f.state == "fix"]
-        return bool(self.meeting.agree(good))
+        hangs, gone = any(o.hangs for o in outcomes), any(o.gone for o in outcomes)
+        good, hangs, gone = self.meeting.agree([good, hangs, gone])
+        self.stuck = self.stuck or hangs or gone
+        if gone:
+            raise _Gone
+        return good
 
     def _node(self) -> bool:
         """Versions, limits, devices, kernels; False if the ranks have no devices to train on."""
@@ -190,25 +213,25 @@ class Visit:
             return judge.base(outcomes, hosts, config.model.path)
 
         self._stage(lambda: node.model(config) if first else None, judged)
+        self._stage(lambda: node.data(config) if first else None, judge.data)
 
     def _links(self, check: str, kind: str, join: Callable[..., None]) -> bool:
         def work() -> dict[str, Any]:
-            join(self.ranks, self.meeting.side, self.meeting.timeout)
+            join(self.ranks, self.meeting.client(), self.meeting.timeout)
             device = self.ranks.device if kind == "nccl" else torch.device("cpu")
             return links.try_collectives(self.ranks, device)
 
         return self._stage(work, partial(links.judge_links, check, kind))
 
-    def _clocks(self) -> None:
-        def judged(outcomes: list[Outcome], hosts: dict[int, str]) -> Finding:
-            return links.judge_clocks(outcomes[0].value, hosts)
+    def _clocks(self) -> bool:
+        if self.meeting.world_size == 1:
+            return True
+        return self._stage(lambda: links.clock_offsets(self.ranks), links.judge_clocks)
 
-        if self.meeting.world_size > 1:
-            self._stage(lambda: links.clock_offsets(self.ranks), judged)
-
-    def _bytes(self) -> None:
+    def _bytes(self) -> bool:
         needed = self.config is None or judge.shards_bytes(self.config)
-        self._stage(lambda: links.try_bytes(self.ranks), partial(links.judge_bytes, needed=needed))
+        judged = partial(links.judge_bytes, needed=needed)
+        return self._stage(lambda: links.try_bytes(self.ranks), judged)
 
     def _disk(self) -> None:
         main, name = self.meeting.rank == 0, f"run_dir={self.run_dir}"
@@ -230,7 +253,7 @@ class Visit:
         if not self._stage(lambda: disk.probe(probe) if main else None, probed):
             return
         watched = disk.Publisher(
-            probe, self.meeting.side, self.meeting.rank, self.meeting.world_size
+            probe, self.meeting.client(), self.meeting.rank, self.meeting.world_size
         )
         self._stage(watched.run, partial(disk.judge_seen, name))
         self._stage(lambda: self._room() if main else None, partial(self._judge_room, name))

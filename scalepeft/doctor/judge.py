@@ -246,3 +246,17 @@ def base(outcomes: list[Outcome], hosts: Hosts, name: str) -> Finding:
         "base", "ok", f"{name}: whole shards and a tokenizer, seen by {nodes}"
         f" node{'s' * (nodes != 1)}; fingerprint {next(iter(prints.values()))}",
     )  # fmt: skip
+
+
+def data(outcomes: list[Outcome], hosts: Hosts) -> Finding:
+    """Whether every node has the files of the rows, and the same ones."""
+    if failed := {r: o.error for r, o in enumerate(outcomes) if o.error is not None}:
+        return fix("data", by_value(failed, hosts))
+    seen = {
+        r: ", ".join(f"data.{split} {n} files of {b} bytes" for split, (n, b) in o.value.items())
+        for r, o in enumerate(outcomes)
+        if o.value is not None
+    }
+    if len(set(seen.values())) > 1:
+        return fix("data", by_value(seen, hosts), "give every node the same files")
+    return Finding("data", "ok", seen[0] or "no files to look for")

@@ -261,8 +261,11 @@ def judge_bytes(outcomes: list[Outcome], hosts: dict[int, str], needed: bool) ->
     return [*listed, Finding("4-bit bytes", "info", found)]
 
 
-def judge_clocks(offsets: list[tuple[float, float]], hosts: dict[int, str]) -> Finding:
-    """The largest difference between two clocks."""
+def judge_clocks(outcomes: list[Outcome], hosts: dict[int, str]) -> Finding:
+    """The largest difference between two clocks, of what rank 0 found."""
+    if failed := {r: o.error for r, o in enumerate(outcomes) if o.error is not None}:
+        return fix("clocks", f"gloo: {by_value(failed, hosts)}")
+    offsets = outcomes[0].value
     ahead = [offset for offset, _ in offsets]
     first, last = ahead.index(min(ahead)), ahead.index(max(ahead))
     apart = ahead[last] - ahead[first]

@@ -10,7 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -35,15 +35,19 @@ class Outcome:
     Attributes:
         value: its result, of JSON's types.
         error: why there is none.
+        hangs: the work is still at it.
+        gone: the rank does not even say so.
     """
 
     value: Any = None
     error: str | None = None
+    hangs: bool = False
+    gone: bool = False
 
 
 @dataclass
 class Meeting:
-    """The ranks that came. ``store`` is this thread's; work in a stage takes ``side``."""
+    """The ranks that came. ``store`` is the main thread's; work in a stage takes a ``client``."""
 
     rank: int
     world_size: int
@@ -52,12 +56,11 @@ class Meeting:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     hosts: dict[int, str] = field(default_factory=dict)
     """Of every rank; on rank 0 alone."""
-    hung: bool = False
-    """A stage's thread never came back: the process can only end with ``os._exit``."""
+    _turn: int = 0
 
-    def __post_init__(self) -> None:
-        self.side = self.store.clone()  # one client serves one thread at a time
-        self._turn = 0
+    def client(self) -> Any:
+        """A store for another thread: one client serves one thread at a time, and may hang."""
+        return self.store.clone()
 
     def stage(self, work: Callable[[], Any]) -> list[Outcome]:
         """Runs ``work`` on every rank for ``timeout`` seconds at most; returns all outcomes on rank
@@ -71,12 +74,12 @@ class Meeting:
         if self.world_size == 1:
             return [mine]
         name = f"stage {self._turn}"
-        self.store.set(f"{name}/{self.rank}", json.dumps([mine.value, mine.error]))
+        self.store.set(f"{name}/{self.rank}", json.dumps(astuple(mine)))
         if self.rank:
             return []
         until = time.monotonic() + self.timeout + GRACE
         missing = self._wait_for(name, until)
-        gone = Outcome(error=f"no answer within {self.timeout:.0f} s: it died, or hangs")
+        gone = Outcome(error=f"no answer within {self.timeout:.0f} s: it died, or hangs", gone=True)
         return [
             gone if r in missing else Outcome(*json.loads(self.store.get(f"{name}/{r}")))
             for r in range(self.world_size)
@@ -128,8 +131,7 @@ class Meeting:
         thread.start()
         thread.join(self.timeout)
         if not done:
-            self.hung = True
-            return Outcome(error=f"still not done after {self.timeout:.0f} s")
+            return Outcome(error=f"still not done after {self.timeout:.0f} s", hangs=True)
         return done[0]
 
     def _wait_for(self, name: str, until: float) -> list[int]:

@@ -18,6 +18,7 @@ from scalepeft.config import BUILTIN, RunConfig
 from scalepeft.doctor.disk import existing
 from scalepeft.lookup import UserError
 from scalepeft.parallel.mesh import pick_device
+from scalepeft.tasks.base import expand
 from scalepeft.weights import Weights
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "bitsandbytes", "deepspeed",
@@ -182,6 +183,24 @@ def model(config: RunConfig) -> dict[str, str]:
         return {"state": "absent"}  # a download that was broken off goes on
     models.load_tokenizer(config.model, folder)
     return {"state": "here", "folder": str(folder), "fingerprint": weights.fingerprint()}
+
+
+def data(config: RunConfig) -> dict[str, list[Any]]:
+    """Looks for the files of ``data.train``, ``valid`` and ``test``, not into them.
+
+    Returns:
+        Split -> [number of files, bytes of those that are no data sets of the hub].
+
+    Raises:
+        UserError: one is missing.
+    """
+    found: dict[str, list[Any]] = {}
+    for split in ("train", "valid", "test"):
+        if sources := getattr(config.data, split):
+            files = expand(sources, f"data.{split}")
+            local = [Path(f) for f in files if not f.startswith("hf://")]
+            found[split] = [len(files), sum(f.stat().st_size for f in local)]
+    return found
 
 
 def cached(name: str, revision: str | None) -> Path | None:
