@@ -18,7 +18,7 @@ PROTOCOLS = {
 }  # fmt: skip
 TOP = {
     f"scalepeft.{name}"
-    for name in ("train", "evaluate", "pipeline", "plan", "bench", "report", "cli")
+    for name in ("train", "evaluate", "pipeline", "plan", "doctor", "bench", "report", "cli")
 }
 
 

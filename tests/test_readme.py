@@ -78,6 +78,7 @@ def test_the_commands_of_a_real_run(tmp_path: Path) -> None:
         "scalepeft",
         "torchrun",
         "launch/local.sh",
+        "scalepeft",  # doctor
         "launch/status",
         "scalepeft",  # merge
         "scalepeft",  # export

@@ -166,7 +166,7 @@ def kernels(outcomes: list[Outcome], hosts: Hosts) -> Finding:
 def environment(found: Facts, hosts: Hosts, cuda: bool) -> list[Finding]:
     """Threads, limits, shared memory, addresses, the cache folder, Slurm."""
     listed: list[Finding] = []
-    ranks_on = {h: [r for r in found if hosts[r] == h] for h in hosts.values()}
+    ranks_on = {h: [r for r in found if hosts[r] == h] for h in (hosts[r] for r in found)}
     several_hosts = len(ranks_on) > 1
     crowded = []
     for host, ranks in ranks_on.items():
