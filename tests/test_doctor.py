@@ -87,6 +87,18 @@ def test_a_wrong_clock_a_rank_that_hangs_and_one_that_dies() -> None:
 
 
 @pytest.mark.slow
+def test_links_that_are_dead(tmp_path: Path) -> None:
+    arguments = ["doctor", "--timeout", "20", "--json", "--run-dir", str(tmp_path)]
+    codes, text = Job(2, arguments, env={"GLOO_SOCKET_IFNAME": "nowhere"}).wait(60)
+    assert codes == [1, 1], text
+    (wrong,) = [f for f in report(text)["findings"] if f["state"] == "fix"]
+    assert wrong["check"] == "links" and "nowhere on ranks 0-1 on " in wrong["found"]
+    assert "GLOO_SOCKET_IFNAME" in wrong["remedy"]
+    # What needs no links is looked at all the same.
+    assert "all 2 ranks see the same folder" in text
+
+
+@pytest.mark.slow
 def test_the_size_of_a_checkpoint_is_that_of_a_real_one(tmp_path: Path) -> None:
     train(1, tmp_path / "run", "train.max_steps=2", "train.save_every=1")
     (newest, *_) = sorted(tmp_path.glob("run/checkpoints/step-*"), reverse=True)
