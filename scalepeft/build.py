@@ -20,8 +20,6 @@ class Built:
 
     engine: Engine
     model: nn.Module
-    call: nn.Module
-    """What training calls: the model, or the engine's wrapper around it."""
     base: dict[str, Any]
     """Which base this is: path, revision, storage, fingerprint."""
     bytes_read: int
@@ -74,5 +72,4 @@ def build(config: RunConfig, ranks: Ranks, poll: Callable[[], None], adapted: bo
             ranks.together(weights.fingerprint), f"model.path={config.model.path}: files differ"
         ),
     }
-    call = engine.loaded(model) if adapted else model
-    return Built(engine, model, call, base, weights.bytes_read)
+    return Built(engine, model, base, weights.bytes_read)

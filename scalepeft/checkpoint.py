@@ -2,9 +2,12 @@
 
 A checkpoint holds what was trained and where training stood, never the base and never a pickle:
 ``trained.safetensors``, ``optimizer.safetensors``, ``state.json``, and ``manifest.json``, which is
-written last.
+written last. A large one has a pair of tensor files for each rank that wrote:
+``trained-00002-of-00016.safetensors`` holds elements ``[start:stop]`` of flattened tensors. Names
+and shapes are those of the whole model, so that any engine at any world size reads it.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -12,19 +15,24 @@ import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
 from torch import Tensor
 
 from scalepeft.lookup import UserError
+from scalepeft.parallel.base import Part
+from scalepeft.progress import say
+from scalepeft.weights import DTYPES
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had no files in parts
 NAME = re.compile(r"step-(\d{6,})")
+PIECE = re.compile(r"(.+)\[(\d+):(\d+)\]")
+PIECE_BYTES = 16 << 20  # written and hashed at one time
+NO_FOLDER_RENAME = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EPERM}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Fenced(Exception):
@@ -41,11 +49,10 @@ class DamagedCheckpoint(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint in memory."""
+    """A verified checkpoint; ``Reader`` gives its tensors."""
 
     step: int
-    trained: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    folder: Path
     state: dict[str, Any]
 
 
@@ -94,7 +101,9 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.generation = 0
         """0 until the folder is claimed."""
-        self._verified: set[str] = set()
+        self._verified: dict[str, Any] = {}
+        """What verified before -> the signature it had: not hashed again unless it changed."""
+        self._told_of_rename = False
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             try_to_write(path)
@@ -110,78 +119,101 @@ class RunFolder:
     def claim(self) -> None:
         """Takes the next generation: an older process of this run stops at its next write."""
         try:
-            self.generation = self._stored_generation() + 1
+            self.generation = stored_generation(self.path) + 1
             write_atomically(self.path / "generation", f"{self.generation}\n")
         except OSError as error:
             raise self._unwritable(error) from None
         for leftover in self.checkpoints.glob("*.tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def _stored_generation(self) -> int:
-        file = self.path / "generation"
-        text = file.read_bytes().decode(errors="replace").strip() if file.is_file() else ""
-        return int(text) if text.isdecimal() else 0
-
     def check_fence(self) -> None:
         """Raises Fenced if the run was started again since this process took the folder."""
-        if (stored := self._stored_generation()) != self.generation:
-            raise Fenced(
-                f"run_dir={self.path}: start {stored} of this run owns the folder, this is start"
-                f" {self.generation}; it stops without writing"
-            )
+        check_fence(self.path, self.generation)
 
-    def save(
-        self,
-        step: int,
-        trained: dict[str, Tensor],
-        optimizer: dict[str, Tensor],
-        state: dict[str, Any],
-        keep: int,
+    def begin(self, step: int) -> Path:
+        """Makes the folder that all ranks write a checkpoint's tensors into.
+
+        Raises:
+            OSError: the disk refused.
+            Fenced: another start owns the folder.
+        """
+        self.check_fence()
+        temporary = self.checkpoints / f"step-{step:06d}.tmp-{self.generation}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        return temporary
+
+    def commit(
+        self, temporary: Path, files: dict[str, Any], state: dict[str, Any], keep: int
     ) -> Path:
-        """Writes and commits ``step-NNNNNN``, then drops what retention no longer needs.
+        """Makes ``step-NNNNNN`` of what was written, then drops what retention no longer needs.
+
+        Args:
+            temporary: from ``begin``.
+            files: what ``write_tensors`` said of each file.
+            state: position in the data, and what the checkpoint may be continued with.
+            keep: newest verified checkpoints that are kept.
 
         Raises:
             OSError: the disk refused; nothing of this checkpoint is left, the older ones are
                 untouched.
             Fenced: another start owns the folder.
         """
-        final = self.checkpoints / f"step-{step:06d}"
-        temporary = final.with_name(f"{final.name}.tmp-{self.generation}")
-        self.check_fence()
+        final = temporary.with_name(temporary.name.partition(".")[0])
+        step = int(final.name.partition("-")[2])
+        text = json.dumps(state, indent=1).encode()
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            self._write(temporary, "trained.safetensors", lambda p: save_file(trained, p))
-            self._write(temporary, "optimizer.safetensors", lambda p: save_file(optimizer, p))
-            self._write(
-                temporary, "state.json", lambda p: p.write_text(json.dumps(state, indent=1))
-            )
+            self._write(temporary / "state.json", text)
+            digest = hashlib.sha256(text).hexdigest()
+            files = files | {"state.json": {"bytes": len(text), "sha256": digest}}
             manifest = {
                 "schema": SCHEMA,
                 "step": step,
                 "generation": self.generation,
-                "files": _inventory(temporary),
+                "files": dict(sorted(files.items())),
             }
-            self._write(
-                temporary, "manifest.json", lambda p: p.write_text(json.dumps(manifest, indent=1))
-            )
+            self._write(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
             fsync(temporary)
             self.check_fence()
             if final.exists():  # passed over as damaged, or the same step saved before
                 self._set_aside(final)
-            temporary.rename(final)
+            self._rename(temporary, final)
             fsync(self.checkpoints)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise error if isinstance(error, OSError) else OSError(str(error)) from error
-        self._verified.add(final.name)
+        except OSError:
+            self.abandon(temporary)
+            raise
+        self._verified[final.name] = _signature(final)
         self._retain(keep)
         return final
 
+    def abandon(self, temporary: Path) -> None:
+        """Removes what a failed save left."""
+        shutil.rmtree(temporary, ignore_errors=True)
+
     @staticmethod
-    def _write(folder: Path, name: str, write: Callable[[Path], object]) -> None:
-        write(folder / name)
-        fsync(folder / name)
+    def _write(file: Path, text: bytes) -> None:
+        file.write_bytes(text)
+        fsync(file)
+
+    def _rename(self, temporary: Path, final: Path) -> None:
+        try:
+            temporary.rename(final)
+        except OSError as error:
+            if error.errno not in NO_FOLDER_RENAME:
+                raise
+            if not self._told_of_rename:
+                say(
+                    f"run_dir={self.path}: this file system cannot rename a folder"
+                    f" ({error.strerror}): checkpoints are moved file by file, the manifest last. A"
+                    " crash in that moment loses the checkpoint that is being saved, never an older"
+                    " one"
+                )
+                self._told_of_rename = True
+            final.mkdir()
+            for file in sorted(temporary.iterdir(), key=lambda f: f.name == "manifest.json"):
+                file.replace(final / file.name)
+            fsync(final)
+            temporary.rmdir()
 
     def _set_aside(self, folder: Path) -> None:
         target = folder.with_name(f"{folder.name}.damaged-{self.generation}")
@@ -210,13 +242,12 @@ class RunFolder:
         for step in self.steps():
             folder = self.checkpoints / f"step-{step:06d}"
             try:
-                checkpoint = read(folder)
+                checkpoint = self._read(folder)
             except DamagedCheckpoint as error:
                 passed_over.append(f"{folder.name}: {error}")
                 continue
             except NewerCheckpoint as error:
                 raise UserError(f"{error}; update scalepeft to resume") from None
-            self._verified.add(folder.name)
             return checkpoint, passed_over
         if passed_over:
             raise UserError(
@@ -234,22 +265,175 @@ class RunFolder:
             elif self._verifies(folder):
                 kept += 1
 
+    def _verify(self, folder: Path) -> None:
+        signature = _signature(folder)
+        if self._verified.get(folder.name) != signature:
+            verify(folder)
+            self._verified[folder.name] = signature
+
+    def _read(self, folder: Path) -> Checkpoint:
+        self._verify(folder)
+        try:
+            state = json.loads((folder / "state.json").read_text())
+            Reader(folder)
+        except (OSError, ValueError) as error:
+            raise DamagedCheckpoint(f"unreadable: {type(error).__name__}: {error}") from None
+        return Checkpoint(int(folder.name.partition("-")[2]), folder, state)
+
     def _verifies(self, folder: Path) -> bool:
-        if folder.name not in self._verified:
-            try:
-                verify(folder)
-            except DamagedCheckpoint:
-                return False
-            self._verified.add(folder.name)
+        try:
+            self._verify(folder)
+        except DamagedCheckpoint:
+            return False
         return True
 
 
-def _inventory(folder: Path) -> dict[str, dict[str, Any]]:
-    return {
-        file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        for file in sorted(folder.iterdir())
-        if file.name != "manifest.json"
-    }
+def stored_generation(run_dir: Path) -> int:
+    """Number of the start that owns a run folder; 0 where none ever did."""
+    file = run_dir / "generation"
+    text = file.read_bytes().decode(errors="replace").strip() if file.is_file() else ""
+    return int(text) if text.isdecimal() else 0
+
+
+def check_fence(run_dir: Path, generation: int) -> None:
+    """Raises Fenced if a run folder belongs to another start than this."""
+    if (stored := stored_generation(run_dir)) != generation:
+        raise Fenced(
+            f"run_dir={run_dir}: start {stored} of this run owns the folder, this is start"
+            f" {generation}; it stops without writing"
+        )
+
+
+def _signature(folder: Path) -> list[tuple[str, int, int, int]]:
+    """What of a folder changes when a file in it does."""
+    try:
+        stats = [(file.name, file.stat()) for file in sorted(folder.iterdir())]
+    except OSError:
+        return []
+    return [(name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats]
+
+
+def write_tensors(
+    file: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]] | None = None
+) -> dict[str, Any]:
+    """Writes a safetensors file and flushes it to the disk; hashes what was to be written, not what
+    a disk gives back.
+
+    Args:
+        file: to be made.
+        tensors: CPU tensors by name; ``name[start:stop]`` for elements of a flattened one.
+        shapes: whole shapes of the tensors that are written in part.
+
+    Returns:
+        ``bytes`` and ``sha256`` for the manifest.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    header: dict[str, Any] = {}
+    if shapes:
+        header["__metadata__"] = {"shapes": json.dumps(shapes)}
+    end = 0
+    # A multiple of 8 first: safetensors wants every tensor aligned to its numbers.
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    digest = hashlib.sha256()
+    with file.open("wb", buffering=0) as f:
+
+        def write(data: memoryview) -> None:
+            for start in range(0, len(data), PIECE_BYTES):
+                piece = data[start : start + PIECE_BYTES]
+                digest.update(piece)
+                while piece:
+                    piece = piece[f.write(piece) :]
+
+        write(memoryview(len(head).to_bytes(8, "little") + head))
+        for name in (n for n in header if n != "__metadata__"):
+            flat = tensors[name].detach().contiguous().view(-1)
+            if flat.numel():
+                write(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        os.fsync(f.fileno())
+    return {"bytes": 8 + len(head) + end, "sha256": digest.hexdigest()}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    file: Path
+    offset: int
+    start: int
+    stop: int
+
+
+class Reader:
+    """The tensors of a checkpoint, read by ranges: no byte more than asked for.
+
+    Raises:
+        ValueError: the files do not hold each element of each tensor exactly once.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.bytes_read = 0
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._pieces: dict[str, list[_Piece]] = {}
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        for file in [folder / name for name in files if name.endswith(".safetensors")]:
+            with file.open("rb") as f:
+                length = int.from_bytes(f.read(8), "little")
+                self._index(file, 8 + length, json.loads(f.read(length)))
+        for name, pieces in self._pieces.items():
+            pieces.sort(key=lambda piece: piece.start)
+            ends = [0, *(piece.stop for piece in pieces)]
+            if [p.start for p in pieces] != ends[:-1] or ends[-1] != self.numel(name):
+                raise ValueError(f"{name} is not whole: there are {ends[1:]} of {self.numel(name)}")
+
+    def _index(self, file: Path, base: int, header: dict[str, Any]) -> None:
+        wholes = json.loads(header.pop("__metadata__", {}).get("shapes", "{}"))
+        for key, info in header.items():
+            match = PIECE.fullmatch(key)
+            name = match[1] if match else key
+            numel = torch.Size(info["shape"]).numel()
+            start = int(match[2]) if match else 0
+            self.shapes[name] = tuple(wholes[name] if match else info["shape"])
+            self.dtypes[name] = DTYPES[info["dtype"]]
+            piece = _Piece(file, base + info["data_offsets"][0], start, start + numel)
+            self._pieces.setdefault(name, []).append(piece)
+
+    def numel(self, name: str) -> int:
+        """Elements of the whole tensor."""
+        return torch.Size(self.shapes[name]).numel()
+
+    def fill(self, name: str, part: Part) -> None:
+        """Reads the elements of a part into it. Raises OSError."""
+        size = self.dtypes[name].itemsize
+        for piece in self._pieces[name]:
+            first, last = max(piece.start, part.start), min(piece.stop, part.stop)
+            if first >= last:
+                continue
+            buffer = bytearray((last - first) * size)
+            with piece.file.open("rb", buffering=0) as f:
+                f.seek(piece.offset + (first - piece.start) * size)
+                view = memoryview(buffer)
+                while view:
+                    if not (got := f.readinto(view)):
+                        raise OSError(errno.EIO, f"{piece.file} ended while it was read")
+                    view = view[got:]
+            self.bytes_read += len(buffer)
+            part.put(first, torch.frombuffer(buffer, dtype=self.dtypes[name]))
+
+    def whole(self, name: str) -> Tensor:
+        """Reads a whole tensor."""
+        flat = torch.empty(self.numel(name), dtype=self.dtypes[name])
+        self.fill(name, Part(flat, 0, self.shapes[name]))
+        return flat.view(self.shapes[name])
 
 
 def _sha256(file: Path) -> str:
@@ -266,10 +450,10 @@ def verify(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         schema, files, step = manifest["schema"], dict(manifest["files"]), manifest["step"]
-        names = {"trained.safetensors", "optimizer.safetensors", "state.json"}
+        kinds = {re.split(r"[-.]", name)[0] for name in files}
         if isinstance(schema, int) and schema > SCHEMA:
             raise NewerCheckpoint(f"{folder} has schema {schema}, this version reads {SCHEMA}")
-        if folder.name != f"step-{step:06d}" or not names <= files.keys():
+        if folder.name != f"step-{step:06d}" or not {"trained", "state"} <= kinds:
             raise DamagedCheckpoint(
                 f"manifest.json is that of step {step} with {', '.join(sorted(files))}"
             )
@@ -288,16 +472,3 @@ def verify(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"unreadable: {type(error).__name__}: {error}") from None
     return dict(manifest)
-
-
-def read(folder: Path) -> Checkpoint:
-    """Verifies and loads a checkpoint. Raises DamagedCheckpoint."""
-    manifest = verify(folder)
-    try:
-        state = json.loads((folder / "state.json").read_text())
-        trained, optimizer = (
-            load_file(folder / f"{n}.safetensors") for n in ("trained", "optimizer")
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise DamagedCheckpoint(f"unreadable: {type(error).__name__}: {error}") from None
-    return Checkpoint(manifest["step"], trained, optimizer, state)

@@ -70,6 +70,9 @@ class TrainConfig:
         precision: dtype of base and activations; the adapter and its optimiser stay fp32.
         loss_chunk: tokens whose logits exist at one time.
         save_every: steps between checkpoints.
+        save_mode: ``gathered``: rank 0 writes all; ``sharded``: each rank its own part; ``async``:
+            that too, from a copy while the training goes on; ``auto``: async once parameters and
+            moments exceed 256 MiB, else gathered.
         keep_checkpoints: newest verified checkpoints that are kept.
         eval_every: steps between held-out losses; 0 switches them off.
         stop_at: save and leave with exit code 75 when this step is done (a planned stop).
@@ -94,6 +97,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16"] = "bf16"
     loss_chunk: Positive = 1024
     save_every: Positive = 100
+    save_mode: Literal["auto", "gathered", "sharded", "async"] = "auto"
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     eval_every: NotNegative = 0
     stop_at: Positive | None = None
@@ -153,6 +157,7 @@ HARMLESS = (
     "data.cache",
     "train.micro_batch",
     "train.save_every",
+    "train.save_mode",
     "train.keep_checkpoints",
     "train.eval_every",
     "train.loss_chunk",

@@ -240,12 +240,13 @@ class MicroBatch:
 
     input_ids: Tensor
     labels: Tensor
-    sample_index: int  # global index of its first sample
+    samples: Tensor
+    """Global index of each row's sample: counts on through the epochs."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Copies to the device, without waiting where the memory is pinned."""
-        ids, labels = (t.to(device, non_blocking=True) for t in (self.input_ids, self.labels))
-        return MicroBatch(ids, labels, self.sample_index)
+        tensors = (self.input_ids, self.labels, self.samples)
+        return MicroBatch(*(t.to(device, non_blocking=True) for t in tensors))
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ class _Rows(Dataset[Any]):
     def __init__(self, tokens: TokenSet) -> None:
         self.tokens = tokens
 
-    def __getitem__(self, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor, int]:
+    def __getitem__(self, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
         t = self.tokens
         length = max(int(t.offsets[r + 1] - t.offsets[r]) for _, r in pairs)
         length = -(-length // PAD_TO) * PAD_TO
@@ -277,7 +278,7 @@ class _Rows(Dataset[Any]):
             ids[i, : len(row)] = row
             start = int(t.label_start[r])
             labels[i, start : len(row)] = row[start:]
-        return ids, labels, pairs[0][0]
+        return ids, labels, torch.tensor([sample for sample, _ in pairs])
 
 
 def _quiet_worker(_: int) -> None:

@@ -252,6 +252,7 @@ def _generate_all(
         trained_on, fingerprint = adapter[2].get("base_model", {}), built.base["fingerprint"]
         ranks.together(lambda: check_base(config, trained_on, fingerprint))
         injection.load_state(built.model, adapter[1], f"{config.run_dir}/adapter")
+    built.engine.attach(built.model, None)
     folder = models.resolve(config.model, ranks)
     tokenizer = ranks.together(lambda: models.load_tokenizer(config.model, folder))
     built.model.eval()

@@ -20,7 +20,7 @@ from scalepeft import config as cfg
 from scalepeft import lookup, quant
 from scalepeft.adapters.base import Adapter, AdapterConfig, Scale
 from scalepeft.lookup import UserError, read_mapping
-from scalepeft.parallel.base import copy_rows
+from scalepeft.parallel.base import copy_rows, full_shape
 
 
 class Adapted(nn.Linear):
@@ -207,7 +207,9 @@ def _unsharded_copy(adapter: Adapter) -> Adapter:
     twin = adapter.__class__.__new__(adapter.__class__)
     twin.__dict__ = {**adapter.__dict__, "_parameters": {}}
     for key, parameter in adapter._parameters.items():
-        empty = None if parameter is None else torch.empty(parameter.shape, dtype=parameter.dtype)
+        empty = (
+            None if parameter is None else torch.empty(full_shape(parameter), dtype=parameter.dtype)
+        )
         twin._parameters[key] = None if empty is None else nn.Parameter(empty)
     return twin
 
@@ -241,6 +243,26 @@ def penalty(model: nn.Module) -> Tensor | None:
     return total.full_tensor() if isinstance(total, DTensor) else total
 
 
+def check_state(model: nn.Module, shapes: dict[str, tuple[int, ...]], where: str) -> None:
+    """Compares an adapter state with the model by names and shapes.
+
+    Raises:
+        UserError: missing, extra or misshapen tensors, with their names.
+    """
+    parameters = trainable(model)
+    if missing := sorted(parameters.keys() - shapes.keys()):
+        raise UserError(
+            f"{where}: lacks {len(missing)} of {len(parameters)} tensors, first {missing[0]}"
+        )
+    if extra := sorted(shapes.keys() - parameters.keys()):
+        raise UserError(f"{where}: has {len(extra)} tensors this model does not, first {extra[0]}")
+    for name, found in shapes.items():
+        if tuple(found) != (shape := tuple(full_shape(parameters[name]))):
+            raise UserError(
+                f"{where}: {name} has shape {list(found)}, this model needs {list(shape)}"
+            )
+
+
 def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Copies an adapter state into the model after checking names, shapes and values.
 
@@ -248,23 +270,13 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
         UserError: missing, extra, misshapen or non-finite tensors, with their names; the model is
             unchanged.
     """
-    parameters = trainable(model)
-    if missing := sorted(parameters.keys() - state.keys()):
-        raise UserError(
-            f"{where}: lacks {len(missing)} of {len(parameters)} tensors, first {missing[0]}"
-        )
-    if extra := sorted(state.keys() - parameters.keys()):
-        raise UserError(f"{where}: has {len(extra)} tensors this model does not, first {extra[0]}")
+    check_state(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, where)
     for name, tensor in state.items():
-        if tensor.shape != parameters[name].shape:
-            raise UserError(
-                f"{where}: {name} has shape {list(tensor.shape)}, this model needs"
-                f" {list(parameters[name].shape)}"
-            )
         if not tensor.is_floating_point():
             raise UserError(f"{where}: {name} holds {tensor.dtype}; take an older checkpoint")
         if not torch.isfinite(tensor).all():
             raise UserError(f"{where}: {name} holds NaN or infinity; take an older checkpoint")
+    parameters = trainable(model)
     for name, tensor in state.items():
         copy_rows(parameters[name], tensor)
 

@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from scalepeft import config as cfg
-from scalepeft.checkpoint import RunFolder, fsync, try_to_write, write_atomically
+from scalepeft.checkpoint import (
+    RunFolder,
+    fsync,
+    try_to_write,
+    write_atomically,
+    write_tensors,
+)
 from scalepeft.config import RunConfig
 from scalepeft.lookup import UserError, read_mapping
 from scalepeft.parallel.mesh import Ranks
@@ -321,30 +325,42 @@ class Records:
         if self.progress is not None:
             self.progress.held_out(row)
 
-    def save(
+    def begin_save(self, step: int) -> Path:
+        """Makes the folder that the ranks write into; the logs are on the disk before.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        self.metrics.sync()
+        self.validation.sync()
+        return self.folder.begin(step)
+
+    def commit_save(
         self,
         step: int,
-        trained: dict[str, Tensor],
-        optimizer: dict[str, Tensor],
+        temporary: Path,
+        files: dict[str, Any],
         state: dict[str, Any],
         begin: float,
+        stall: float,
     ) -> str | None:
         """Commits a checkpoint; returns the disk's complaint if there is none to be had.
 
         Args:
             step: steps that are done.
-            trained: canonical name -> full tensor.
-            optimizer: the same of the moments.
+            temporary: from ``begin_save``, with all files.
+            files: their bytes and checksums.
             state: position in the data, and what the checkpoint may be continued with.
-            begin: ``time.monotonic()`` when the ranks began to gather.
+            begin: ``time.monotonic()`` when the save began.
+            stall: seconds that the training stood still, if it went on meanwhile; else 0.
         """
         try:
-            self.metrics.sync()
-            self.validation.sync()
-            self.folder.save(step, trained, optimizer, state, self.config.train.keep_checkpoints)
+            self.folder.commit(temporary, files, state, self.config.train.keep_checkpoints)
         except OSError as error:
             return error.strerror or str(error)
-        self.event("saved", step, seconds=time.monotonic() - begin)
+        took = time.monotonic() - begin
+        size = sum(info["bytes"] for info in files.values())
+        self.event("saved", step, seconds=stall or took, written=took, bytes=size)
         tell_job("progress", f"step {step}")
         return None
 
@@ -356,17 +372,14 @@ class Records:
         folder = self.folder.path / "adapter"
         folder.mkdir(exist_ok=True)
         temporary = folder / "adapter.safetensors.tmp"
-        try:
-            save_file(trained, temporary)
-        except SafetensorError as error:
-            raise OSError(f"{temporary}: {error}") from None
-        fsync(temporary)
+        written = write_tensors(temporary, trained)
         temporary.replace(folder / "adapter.safetensors")
         description = {
             "format": 1,
             "adapter": cfg.to_dict(self.config.adapter),
             "base_model": base,
             "step": step,
+            "sha256": written["sha256"],
             "length": [self.config.train.max_steps, self.config.train.epochs],
         }
         write_atomically(folder / "adapter_config.json", json.dumps(description, indent=2) + "\n")

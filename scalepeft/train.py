@@ -10,14 +10,17 @@ from torch import nn
 
 from scalepeft import config as cfg
 from scalepeft import data, injection, loss, models
+from scalepeft.adapters.base import Adapter, Dropout
 from scalepeft.build import Built, build, start_ranks, task_of
-from scalepeft.checkpoint import Checkpoint
+from scalepeft.checkpoint import Checkpoint, Reader
 from scalepeft.config import RunConfig
 from scalepeft.lookup import UserError
+from scalepeft.parallel.base import Part, full_shape
 from scalepeft.parallel.mesh import Ranks, world_size
 from scalepeft.preemption import FINISHED, STOPPED, StopFlag, Stopping
 from scalepeft.progress import say
 from scalepeft.records import Records, check_nodes
+from scalepeft.saving import Saver, gather
 from scalepeft.weights import resident_bytes
 
 
@@ -58,6 +61,11 @@ class Trainer:
             betas=(config.train.beta1, config.train.beta2),
             eps=config.train.eps,
         )
+        self.call = built.engine.attach(built.model, self.optimizer)
+        """What training calls: the model, or the engine's wrapper around it."""
+        found = [adapter for _, adapter in injection.adapters(built.model)]
+        self.penalised = any(type(a).penalty is not Adapter.penalty for a in found)
+        self.dropouts = [m for m in built.model.modules() if isinstance(m, Dropout)]
         self.nonfinite = 0
         """Steps in a row that were skipped because loss or gradient was not finite."""
         self.penalty: float | None = None
@@ -76,39 +84,43 @@ class Trainer:
         engine, train = self.built.engine, self.config.train
         total = torch.zeros((), device=self.ranks.device)
         for i, batch in enumerate(micro):
+            # The base's own dropout, where its config has one: repeated after a resume.
+            torch.manual_seed((train.seed << 32) + int(batch.samples[0]))
             batch = batch.to(self.ranks.device)
-            # Dropout is a function of (seed, sample), so a resumed run needs no generator state.
-            torch.manual_seed((train.seed << 32) + batch.sample_index)
-            with engine.accumulate(last=i == len(micro) - 1):
-                value = self.built.call(
+            last = i == len(micro) - 1
+            # The adapter's: a function of (seed, sample), whatever the layout.
+            for dropout in self.dropouts:
+                dropout.keys = batch.samples + (train.seed << 40)
+            with engine.accumulate(last):
+                value = self.call(
                     batch.input_ids, token_labels=batch.labels, loss_chunk=train.loss_chunk
                 )
                 value = value / label_tokens
-                value.backward()
+                engine.backward(value, last)
             total += value.detach()
         mean = float(self.ranks.sum(total.double().cpu()))
         parameters = list(self.trained.values())
         self.penalty = self._add_penalty(parameters)
         norm = engine.grad_norm(parameters)
-        finite = math.isfinite(mean) and math.isfinite(float(norm))
+        finite = math.isfinite(mean) and math.isfinite(norm)
         if finite:
-            engine.clip_grad_norm(parameters, train.max_grad_norm, norm)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+            engine.update(self.optimizer, parameters, train.max_grad_norm, norm)
+        else:
+            engine.discard(self.optimizer)
         self.nonfinite = 0 if finite else self.nonfinite + 1
-        return (mean, float(norm)) if finite else (None, None)
+        return (mean, norm) if finite else (None, None)
 
     def _add_penalty(self, parameters: list[nn.Parameter]) -> float | None:
         """Adds the gradient of the adapters' regularisers, once: the data's is summed by now."""
-        value = injection.penalty(self.built.model)
-        if value is None:
-            return None
-        grads = torch.autograd.grad(value, parameters, allow_unused=True)
-        for parameter, grad in zip(parameters, grads, strict=True):
-            if grad is not None:
-                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+        engine = self.built.engine
+        with engine.gathered(parameters if self.penalised else []):
+            value = injection.penalty(self.built.model)
+            if value is None:
+                return None
+            grads = torch.autograd.grad(value, parameters, allow_unused=True)
+        engine.add_gradients(parameters, list(grads))
         return float(value)
 
     def check_finite(self, step: int, total: int) -> None:
@@ -120,18 +132,38 @@ class Trainer:
                 f" train.lr={self.config.train.lr}, or look at the rows of these steps"
             )
 
-    def restore(self, records: Records | None) -> int:
-        """Loads the checkpoint that rank 0 claimed, if any; returns the step to continue from."""
+    def restore(self, records: Records | None) -> tuple[int, int]:
+        """Reads this rank's part of the checkpoint that rank 0 claimed, if any.
+
+        Returns:
+            The step to continue from, and the bytes that were read.
+        """
         resumed = self.ranks.main_only(lambda: records.resumed if records else None)
         if resumed is None:
-            return 0
-        injection.load_state(
-            self.built.model, resumed.trained, f"checkpoint step-{resumed.step:06d}"
-        )
-        self.built.engine.load_optimizer_state(self.trained, self.optimizer, resumed.optimizer)
+            return 0, 0
+        engine, where = self.built.engine, f"checkpoint step-{resumed.step:06d}"
+
+        def read() -> int:
+            reader = Reader(resumed.folder)
+            names = [name for name in reader.shapes if "/" not in name]
+            injection.check_state(self.built.model, {n: reader.shapes[n] for n in names}, where)
+            kinds: dict[str, set[str]] = {}
+            for name, _, kind in (n.rpartition("/") for n in reader.shapes):
+                kinds.setdefault(name, set()).add(kind)
+
+            def fill(name: str, part: Part) -> None:
+                reader.fill(name, part)
+                if not torch.isfinite(part.data).all():
+                    raise UserError(f"{where}: {name} holds NaN or infinity; remove that folder")
+
+            engine.load_state_parts(self.trained, self.optimizer, kinds, fill)
+            return reader.bytes_read
+
+        read_bytes = self.ranks.together(read)
+        engine.state_loaded()
         self.nonfinite = resumed.state["nonfinite_in_a_row"]
         step: int = resumed.step
-        return step
+        return step, read_bytes
 
     def check(self, resumed: Checkpoint | None, total: int) -> None:
         """Compares a checkpoint with what this process is about to continue.
@@ -159,15 +191,8 @@ class Trainer:
                 " files"
             )
 
-    def save(self, step: int, records: Records | None, final: bool) -> int | None:
-        """Gathers on all ranks, commits on rank 0; returns the step, or None where the disk refused
-        a periodic save.
-
-        Raises:
-            OSError: the disk refused a ``final`` save.
-        """
-        begin = time.monotonic()
-        trained, moments = self.built.engine.trainable_state(self.trained, self.optimizer)
+    def save(self, saver: Saver, step: int, final: bool) -> None:
+        """Saves the state after ``step``. Raises OSError: the disk refused a ``final`` save."""
         state = {
             "step": step,
             "sample_index": step * self.config.train.global_batch,
@@ -179,22 +204,11 @@ class Trainer:
             "world_size": self.ranks.world_size,
             "engine": self.config.engine.name,
         }
-        complaint = self.ranks.main_only(
-            lambda: records.save(step, trained, moments, state, begin) if records else None
-        )
-        if complaint is None:
-            return step
-        if final:
-            raise OSError(
-                f"step {step} could not be saved to {self.config.run_dir}: {complaint}; older"
-                " checkpoints are whole"
-            )
-        if records:
-            say(
-                f"step {step} could not be saved: {complaint}; training goes on, the next save"
-                " tries again"
-            )
-        return None
+        saver.save(step, self.parts(), state, final)
+
+    def parts(self) -> dict[str, Part]:
+        """This rank's parts of parameters and moments."""
+        return self.built.engine.state_parts(self.trained, self.optimizer)
 
 
 def learning_rate(config: RunConfig, step: int, total: int) -> float:
@@ -227,7 +241,7 @@ def held_out_loss(
     nothing = data.MicroBatch(
         torch.zeros(1, data.PAD_TO, dtype=torch.int64),
         torch.full((1, data.PAD_TO), loss.IGNORED),
-        0,
+        torch.zeros(1, dtype=torch.int64),
     )
     for step in data.Loader(rows, config, ranks, 0, steps, shuffle=False):
         poll()
@@ -284,10 +298,11 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
     trainer = Trainer(config, ranks, built, fingerprint)
     ranks.together(lambda: trainer.check(records.resumed, total) if records else None)
     ranks.together(lambda: records.claim(stop.launched) if records else None)
-    step = saved = trainer.restore(records)
+    step, read_bytes = trainer.restore(records)
+    saver = Saver(config, ranks, records, saved=step)
     evaluated = ranks.main_only(lambda: records.validation.last_step if records else 0)
     spent["load"] = time.monotonic() - began
-    _announce(trainer, records, step, total, stop.launched, spent)
+    _announce(trainer, records, step, total, read_bytes, stop.launched, spent)
     batches = iter(data.Loader(train_rows, config, ranks, step, total - step))
     built.model.train()
     try:
@@ -307,6 +322,7 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
                     )
             if step == total:
                 break
+            saver.poll()
             poll()
             clock = time.monotonic()
             batch = next(batches)
@@ -333,16 +349,19 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
             # trouble.
             due = step % config.train.save_every == 0 and not trainer.nonfinite
             if due or step == total:
-                saved = trainer.save(step, records, final=step == total) or saved
+                trainer.save(saver, step, final=step == total)
             if step == config.train.stop_at:
                 stop.planned = stop.signal is None
                 stop.request(SIGUSR1)
     except Stopping:
-        if saved != step:
-            trainer.save(step, records, final=True)
+        saver.settle()
+        if saver.saved != step:
+            trainer.save(saver, step, final=True)
         return STOPPED
-    trained, _ = built.engine.trainable_state(trainer.trained, trainer.optimizer)
-    ranks.main_only(lambda: records.save_adapter(total, trained, built.base) if records else None)
+    whole = gather(ranks, {n: part for n, part in trainer.parts().items() if "/" not in n})
+    ranks.main_only(
+        lambda: records.save_adapter(total, whole, built.base) if records and whole else None
+    )
     return FINISHED
 
 
@@ -356,15 +375,20 @@ def _announce(
     records: Records | None,
     step: int,
     total: int,
+    read_bytes: int,
     launched: float,
     seconds: dict[str, float],
 ) -> None:
     """Tells user and events.jsonl what starts, with the bytes that each rank read and holds."""
     built, ranks = trainer.built, trainer.ranks
-    mine = {"bytes_read": built.bytes_read, "bytes_held": resident_bytes(built.model)}
+    mine = {
+        "bytes_read": built.bytes_read,
+        "bytes_held": resident_bytes(built.model),
+        "checkpoint_bytes_read": read_bytes,
+    }
     per_rank = ranks.gather(mine)
     if records:
-        count = sum(p.numel() for p in trainer.trained.values())
+        count = sum(full_shape(p).numel() for p in trainer.trained.values())
         tensors = len(trainer.trained)
         say(f"training {count:,} parameters in {tensors} tensors, steps {step + 1} to {total}")
         more = {"engine": trainer.config.engine.name, "world_size": ranks.world_size}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scalepeft import quant
 from scalepeft.lookup import UserError
-from scalepeft.parallel.base import local_rows
+from scalepeft.parallel.base import full_shape, local_part
 
 PIECE_BYTES = 64 << 20  # rows read and quantised at one time
 DTYPES = {
@@ -226,7 +226,8 @@ def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weight
         UserError: as ``load_weights``.
     """
     quantised = isinstance(module, quant.QuantLinear) and name == "weight"
-    shape = (parameter.shape[0], module.in_features) if quantised else tuple(parameter.shape)
+    held = tuple(full_shape(parameter))
+    shape = (held[0], module.in_features) if quantised else held
     entry = weights.entries.get(full_name)
     if entry is None:
         raise UserError(
@@ -239,25 +240,28 @@ def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weight
             f"{entry.file}: '{full_name}' has shape {list(entry.shape)}, config.json says"
             f" {list(shape)}; config.json and weights are of different models"
         )
-    local, first, last = local_rows(parameter)
+    parts = [local_part(parameter)]
+    if quantised:
+        assert isinstance(module, quant.QuantLinear)
+        parts.append(local_part(module.weight_scale))
+        quant.check_device(parts[0].data.device, module.fmt)
+    widths = [max(1, math.prod(part.shape[1:])) for part in parts]
+    rows_of = [
+        (part.start // width, -(-part.stop // width))
+        for part, width in zip(parts, widths, strict=True)
+        if part.data.numel()
+    ]
+    first = min((start for start, _ in rows_of), default=0)
+    last = max((stop for _, stop in rows_of), default=0)
     step = max(1, PIECE_BYTES // max(1, math.prod(entry.shape[1:]) * entry.dtype.itemsize))
-    if not quantised:
-        by_rows = local if local.dim() else local[None]
-        for begin in range(first, last, step):
-            end = min(begin + step, last)
-            by_rows[begin - first : end - first] = weights.rows(full_name, begin, end)
-        return
-    assert isinstance(module, quant.QuantLinear)
-    quant.check_device(local.device, module.fmt)
-    local_scale, _, _ = local_rows(module.weight_scale)
     for begin in range(first, last, step):
-        end = min(begin + step, last)
-        rows = weights.rows(full_name, begin, end).to(local.device, torch.float32)
-        packed, scale = module.fmt.encode(rows)
-        local[begin - first : end - first] = packed
-        local_scale[begin - first : end - first] = scale
+        rows = [weights.rows(full_name, begin, min(begin + step, last))]
+        if isinstance(module, quant.QuantLinear) and quantised:
+            rows = list(module.fmt.encode(rows[0].to(parts[0].data.device, torch.float32)))
+        for part, width, values in zip(parts, widths, rows, strict=True):
+            part.put(begin * width, values.reshape(-1))
 
 
 def resident_bytes(model: nn.Module) -> int:
     """Bytes of parameters that this rank holds between steps."""
-    return sum(local_rows(p)[0].numel() * p.element_size() for p in model.parameters())
+    return sum(local_part(p).data.numel() * p.element_size() for p in model.parameters())

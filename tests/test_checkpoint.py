@@ -12,8 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from scalepeft.checkpoint import DamagedCheckpoint, Fenced, RunFolder, read, verify
+from scalepeft.checkpoint import (
+    DamagedCheckpoint,
+    Fenced,
+    Reader,
+    RunFolder,
+    verify,
+    write_tensors,
+)
 from scalepeft.lookup import UserError
 from scalepeft.records import RowLog
 
@@ -24,9 +32,23 @@ def claimed(path: Path) -> RunFolder:
     return folder
 
 
+def commit(folder: RunFolder, step: int, trained: dict[str, torch.Tensor], keep: int = 2) -> Path:
+    """A save as rank 0 makes it of gathered state."""
+    temporary = folder.begin(step)
+    moments = {f"{name}/step": torch.tensor(1.0) for name in trained}
+    try:
+        files = {
+            f"{kind}.safetensors": write_tensors(temporary / f"{kind}.safetensors", tensors)
+            for kind, tensors in (("trained", trained), ("optimizer", moments))
+        }
+    except OSError:
+        folder.abandon(temporary)
+        raise
+    return folder.commit(temporary, files, {"step": step}, keep)
+
+
 def save(folder: RunFolder, step: int, keep: int = 2) -> Path:
-    trained = {"a.adapter.U": torch.full((4, 2), float(step))}
-    return folder.save(step, trained, {"a.adapter.U/step": torch.tensor(1.0)}, {"step": step}, keep)
+    return commit(folder, step, {"a.adapter.U": torch.full((4, 2), float(step))}, keep)
 
 
 def test_saved_state_comes_back_and_holds_no_pickle(tmp_path: Path) -> None:
@@ -34,7 +56,14 @@ def test_saved_state_comes_back_and_holds_no_pickle(tmp_path: Path) -> None:
     path = save(folder, 3)
     found, passed_over = claimed(tmp_path).newest()
     assert found is not None and not passed_over
-    assert found.step == 3 and torch.equal(found.trained["a.adapter.U"], torch.full((4, 2), 3.0))
+    reader = Reader(found.folder)
+    assert found.step == 3 == found.state["step"]
+    assert torch.equal(reader.whole("a.adapter.U"), torch.full((4, 2), 3.0))
+    assert reader.whole("a.adapter.U/step") == 1 and reader.bytes_read == 4 * 8 + 4
+    # Plain safetensors, for anybody's reader.
+    assert torch.equal(
+        load_file(path / "trained.safetensors")["a.adapter.U"], torch.full((4, 2), 3.0)
+    )
     assert sorted(p.suffix for p in path.iterdir()) == [
         ".json",
         ".json",
@@ -103,7 +132,7 @@ def test_damage_is_passed_over_with_the_reason(
     )
     # The damaged folder is in nobody's way: the step is saved again, the damaged one kept aside.
     save(again, 20)
-    assert read(tmp_path / "checkpoints" / "step-000020").step == 20
+    assert claimed(tmp_path).newest()[0].step == 20  # type: ignore[union-attr]
     assert [p.name for p in (tmp_path / "checkpoints").glob("*.damaged-*")] == [
         "step-000020.damaged-2"
     ]
@@ -121,7 +150,7 @@ def test_a_checkpoint_of_a_later_version_is_not_passed_over(tmp_path: Path) -> N
     path = save(folder, 20)
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps({**manifest, "schema": 99}))
-    with pytest.raises(UserError, match="step-000020 has schema 99, this version reads 1; update"):
+    with pytest.raises(UserError, match="step-000020 has schema 99, this version reads 2; update"):
         RunFolder(tmp_path).newest()
 
 
@@ -195,11 +224,11 @@ def test_full_disk_keeps_the_older_checkpoints(tmp_path: Path) -> None:
     try:
         folder = claimed(tmp_path)
         small = {"a": torch.zeros(10)}
-        folder.save(1, small, {}, {}, 2)
+        commit(folder, 1, small)
         with pytest.raises(OSError):
-            folder.save(2, {"a": torch.zeros(200_000)}, {}, {}, 2)
+            commit(folder, 2, {"a": torch.zeros(200_000)})
         assert folder.steps() == [1] and not list(folder.checkpoints.glob("*.tmp-*"))
-        folder.save(3, small, {}, {}, 2)
+        commit(folder, 3, small)
         assert claimed(tmp_path).newest()[0].step == 3  # type: ignore[union-attr]
         # metrics: the rows that do not fit wait and are written once there is room
         log = RowLog(tmp_path / "metrics.jsonl", 0)

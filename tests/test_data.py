@@ -596,7 +596,7 @@ def test_an_epoch_is_seen_once_over_steps() -> None:
 def same(a: list[Any], b: list[Any]) -> bool:
     def flat(found: list[Any]) -> list[Any]:
         return [
-            (step, n, m.sample_index, m.input_ids.tolist(), m.labels.tolist())
+            (step, n, m.samples.tolist(), m.input_ids.tolist(), m.labels.tolist())
             for step, micro, n in found
             for m in micro
         ]

@@ -176,7 +176,7 @@ def _serve(server: socket.socket) -> dict[str, Any]:
 
 
 def _warm_up() -> None:
-    import torch.distributed.checkpoint.state_dict  # noqa: F401
+    import torch.distributed.checkpoint.state_dict
     import torch.distributed.fsdp  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401

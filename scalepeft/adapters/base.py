@@ -3,12 +3,14 @@
 Letters: W frozen weight (out, in), x (..., in), y (..., out), b the base bias, r rank.
 """
 
+import hashlib
 from typing import Annotated, Any, ClassVar, Protocol
 
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from scalepeft.lookup import STRICT, Layers, NameList
 
@@ -121,6 +123,51 @@ class Adapter(nn.Module):
         rank.
         """
         return None
+
+
+class Dropout(nn.Module):
+    """Zeroes entries of x with probability p in training and scales the others by 1 / (1 - p).
+
+    With ``keys``, one for each row of the batch, what happens to an entry is a function of (key,
+    layer, position, feature) alone: the same whatever the micro-batch, the padding, the rank and
+    the number of ranks, and again in a recomputation. Without, torch's generator decides.
+
+    Args:
+        p: the probability.
+        layer_name: so that layers do not drop the same entries.
+    """
+
+    def __init__(self, p: float, layer_name: str) -> None:
+        super().__init__()
+        self.p = p
+        self._salt = int.from_bytes(hashlib.sha256(layer_name.encode()).digest()[:7], "little")
+        self.keys: Tensor | None = None
+        """int64 (rows,); the trainer sets those of the micro-batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X (rows, positions, features) -> the same shape."""
+        if not self.training or not self.p:
+            return x
+        if self.keys is None:
+            return F.dropout(x, self.p)
+        _, positions, features = x.shape
+        at = torch.arange(max(positions, features), device=x.device)
+        row = _mix(self.keys.to(x.device) + self._salt)[:, None]
+        # 32 random bits for each (row, position) and for each feature; mixed, for each entry.
+        bits = _mix(row + at[:positions]).int()[..., None] ^ _mix(at[:features] - self._salt).int()
+        bits.mul_(0x7FEB352D)
+        bits.bitwise_xor_((bits >> 15) & 0x1FFFF).mul_(-0x7B935975)
+        bits.bitwise_xor_((bits >> 16) & 0xFFFF)
+        dropped = bits < round(self.p * 2**32) - 2**31
+        return x.masked_fill(dropped, 0) / (1 - self.p)
+
+
+def _mix(n: Tensor) -> Tensor:
+    """Spreads int64 numbers over 64 bits (splitmix64, in wrapping arithmetic)."""
+    n = n * -0x61C8864680B583EB
+    n = (n ^ ((n >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    n = (n ^ ((n >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return n ^ ((n >> 31) & 0x1FFFFFFFF)
 
 
 class Scale(Adapter):

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scalepeft.adapters.base import Adapter, AdapterConfig, Base
+from scalepeft.adapters.base import Adapter, AdapterConfig, Base, Dropout
 from scalepeft.lookup import STRICT
 
 
@@ -51,7 +51,7 @@ class LoRA(Adapter):
     ) -> None:
         super().__init__(config, in_features, out_features, layer_name)
         self.scaling = config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
-        self.dropout = config.dropout
+        self.dropout = Dropout(config.dropout, layer_name)
         if config.rslora:
             self.paper = "arXiv 2312.03732"
         self.A = nn.Parameter(torch.empty(config.rank, in_features, dtype=torch.float32))
@@ -64,8 +64,7 @@ class LoRA(Adapter):
 
     def delta(self, x: Tensor) -> Tensor:
         """``scaling * B A dropout(x)``: two thin products in the dtype of x."""
-        if self.dropout:
-            x = F.dropout(x, self.dropout, self.training)
+        x = self.dropout(x)
         return F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype) * self.scaling)
 
     def flops(self) -> int:

@@ -1,7 +1,9 @@
 """The engine protocol: how parameters are spread over ranks, and how gradients come together."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass as plain_dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -30,6 +32,35 @@ class EngineConfig:
     name: str
     device: Literal["auto", "cpu", "cuda"] = "auto"
     activation_checkpointing: bool = False
+
+
+@plain_dataclass(frozen=True)
+class Part:
+    """What one rank holds of a tensor: elements ``start`` .. ``stop`` of it, row after row.
+
+    Attributes:
+        data: those elements, 1-d; the memory that is trained, not a copy.
+        start: index of the first.
+        shape: of the whole tensor.
+        mine: this rank writes it to checkpoints (exactly one of the ranks that hold it does).
+    """
+
+    data: Tensor
+    start: int
+    shape: tuple[int, ...]
+    mine: bool = True
+
+    @property
+    def stop(self) -> int:
+        """One past the index of the last element."""
+        return self.start + self.data.numel()
+
+    @torch.no_grad()
+    def put(self, at: int, values: Tensor) -> None:
+        """Copies what falls into this part of 1-d ``values``, the elements from ``at`` on."""
+        first, last = max(self.start, at), min(self.stop, at + values.numel())
+        if first < last:
+            self.data[first - self.start : last - self.start] = values[first - at : last - at]
 
 
 class Engine:
@@ -63,8 +94,13 @@ class Engine:
     def wrap(self, model: nn.Module, blocks: list[nn.Module]) -> None:
         """Shards or replicates; by default does nothing."""
 
-    def loaded(self, model: nn.Module) -> nn.Module:
-        """Called once the weights are real; returns the module to call in training."""
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> nn.Module:
+        """Called once weights and start values are there; returns the module to call.
+
+        Args:
+            model: sharded and loaded.
+            optimizer: over the trained parameters; None where nothing is to be trained.
+        """
         return model
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
@@ -73,80 +109,121 @@ class Engine:
         """
         return nullcontext()
 
-    def grad_norm(self, parameters: list[nn.Parameter]) -> Tensor:
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Adds the gradient of ``loss``, inside ``accumulate``."""
+        loss.backward()
+
+    def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+        """Context in which a formula over parameters can be computed outside of a forward."""
+        return nullcontext()
+
+    def add_gradients(self, parameters: list[nn.Parameter], grads: list[Tensor | None]) -> None:
+        """Adds to gradients that are summed over the ranks already (None: nothing)."""
+        for parameter, grad in zip(parameters, grads, strict=True):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+
+    def grad_norm(self, parameters: list[nn.Parameter]) -> float:
         """2-norm over all trained parameters, the same number on every rank."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
-    def clip_grad_norm(self, parameters: list[nn.Parameter], max_norm: float, norm: Tensor) -> None:
-        """Scales the gradients in place so that their norm is at most ``max_norm`` (0: no
-        clipping).
+    def update(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: list[nn.Parameter],
+        max_norm: float,
+        norm: float,
+    ) -> None:
+        """One optimiser step; gradients are first scaled to a norm of at most ``max_norm`` (0: no
+        clipping) and then dropped.
         """
         if max_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.tensor(norm))
+        optimizer.step()
+        optimizer.zero_grad()
 
-    def trainable_state(
+    def discard(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drops the gradients of a step that is skipped."""
+        optimizer.zero_grad()
+
+    def copies(self, tensor: Tensor) -> tuple[int, int]:
+        """Returns (number of this rank's copy of a tensor's part, how many ranks hold the same)."""
+        return self.ranks.rank, self.ranks.world_size
+
+    def state_parts(
         self, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Returns (parameters, optimizer state) as full CPU tensors under canonical names; a
-        collective.
+    ) -> dict[str, Part]:
+        """This rank's parts of what is trained, under canonical names; the same names everywhere.
 
-        Optimizer names are ``<parameter>/exp_avg``, ``/exp_avg_sq`` and ``/step``; a parameter that
+        Optimiser names are ``<parameter>/exp_avg``, ``/exp_avg_sq`` and ``/step``; a parameter that
         never had a gradient has none.
         """
-        moments = (
-            (f"{name}/{key}", value)
-            for name, parameter in trained.items()
-            for key, value in optimizer.state.get(parameter, {}).items()
-        )
-        return full_tensors(iter(trained.items())), full_tensors(moments)
+        found: dict[str, Part] = {}
+        for i, (name, parameter) in enumerate(trained.items()):
+            tensors = {name: parameter} | {
+                f"{name}/{kind}": value
+                for kind, value in optimizer.state.get(parameter, {}).items()
+            }
+            for key, tensor in tensors.items():
+                copy, count = self.copies(tensor)
+                part = local_part(tensor)
+                found[key] = Part(part.data, part.start, part.shape, i % count == copy)
+        return found
 
-    def load_optimizer_state(
+    def load_state_parts(
         self,
         trained: dict[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
-        state: dict[str, Tensor],
+        kinds: dict[str, set[str]],
+        fill: Callable[[str, Part], None],
     ) -> None:
-        """Restores what ``trainable_state`` gave, whatever engine and world size it came from."""
-        for key, value in state.items():
-            name, _, kind = key.rpartition("/")
-            held = optimizer.state[trained[name]]
-            if kind == "step":
-                held[kind] = value.clone()
-            else:
-                held[kind] = torch.zeros_like(trained[name])
-                copy_rows(held[kind], value)
+        """Restores what ``state_parts`` gave, whatever engine and world size it came from.
+
+        Args:
+            trained: the trained parameters by name.
+            optimizer: over them, without state.
+            kinds: of each parameter, the optimiser's tensors that were saved: ``exp_avg``, ...
+            fill: writes the saved elements into a part.
+        """
+        for name, parameter in trained.items():
+            fill(name, local_part(parameter))
+            for kind in kinds.get(name, ()):
+                held = torch.zeros(()) if kind == "step" else torch.zeros_like(parameter)
+                optimizer.state[parameter][kind] = held
+                fill(f"{name}/{kind}", local_part(held))
+
+    def state_loaded(self) -> None:
+        """Called on all ranks once each has restored its parts."""
 
 
-def local_rows(parameter: Tensor) -> tuple[Tensor, int, int]:
-    """Returns (the local part, its first row, one past its last) of a plain tensor or a DTensor.
+def full_shape(parameter: Tensor) -> torch.Size:
+    """Shape of the whole tensor, where ZeRO-3 keeps an empty one between forwards too."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def local_part(parameter: Tensor) -> Part:
+    """This rank's part of a plain tensor, a DTensor or a parameter that ZeRO-3 partitions.
 
     A DTensor is sharded on rows or not at all.
     """
+    shape = tuple(full_shape(parameter))
+    if (shard := getattr(parameter, "ds_tensor", None)) is not None:
+        assert isinstance(shard, Tensor)
+        start = min(parameter.ds_zero_partition_rank * shard.numel(), math.prod(shape))  # type: ignore[attr-defined]
+        return Part(shard.detach()[: math.prod(shape) - start], start, shape)
     if not isinstance(parameter, DTensor):
-        return parameter.detach(), 0, parameter.shape[0] if parameter.dim() else 1
+        return Part(parameter.detach().view(-1), 0, shape)
     assert all(p.is_replicate() or p.is_shard(0) for p in parameter.placements)
     local = parameter.to_local().detach()
-    shape, offset = compute_local_shape_and_global_offset(
+    rows, offset = compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements
     )
-    assert local.shape == tuple(shape), (local.shape, shape)
-    first = offset[0] if shape[0] else 0
-    return local, first, first + shape[0]
+    assert local.shape == tuple(rows), (local.shape, rows)
+    start = offset[0] * math.prod(shape[1:]) if local.numel() else 0
+    return Part(local.view(-1), start, shape)
 
 
-@torch.no_grad()
 def copy_rows(parameter: Tensor, full: Tensor) -> None:
-    """Copies this rank's rows of ``full`` into a plain or sharded parameter."""
-    local, first, last = local_rows(parameter)
-    local.copy_(full[first:last] if parameter.dim() else full)
-
-
-def full_tensors(named: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Gathers plain tensors or DTensors into full CPU tensors; a collective where something is
-    sharded.
-    """
-    return {
-        name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().cpu().contiguous()
-        for name, t in named
-    }
+    """Copies this rank's part of ``full`` into a parameter."""
+    local_part(parameter).put(0, full.reshape(-1))

@@ -35,10 +35,12 @@ class DDP(Engine):
     Config = DDPConfig
     _wrapped: DistributedDataParallel
 
-    def loaded(self, model: nn.Module) -> nn.Module:
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> nn.Module:
         """Wraps the loaded model. Start values are equal on all ranks by seed, so nothing is
         broadcast.
         """
+        if optimizer is None:
+            return model
         cuda = self.ranks.device.type == "cuda"
         self._wrapped = DistributedDataParallel(
             model,

@@ -1,15 +1,18 @@
-"""FSDP2: every rank holds 1/N of the rows of every parameter; a block is gathered while it
+"""FSDP2 and HSDP: a rank holds 1/N of the rows of every parameter; a block is gathered while it
 computes.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from scalepeft.lookup import STRICT, UserError
 from scalepeft.parallel.base import Engine, EngineConfig
@@ -26,15 +29,19 @@ class FSDP2Config(EngineConfig):
         reshard_after_forward: free a block after forward and gather it again for backward (less
             memory, one more all-gather a block); False keeps every block gathered until its
             backward.
+        shard_over: ``world``: one copy of the model over all ranks; ``node``: a copy on each node,
+            so that blocks are gathered inside nodes and only gradients of the adapter leave them
+            (HSDP); N: a copy on every N ranks.
     """
 
     name: str = "fsdp2"
     reshard_after_forward: bool = True
+    shard_over: Annotated[int, Field(ge=1)] | Literal["world", "node"] = "world"
 
 
 class FSDP2(Engine):
     """``fully_shard`` on every block and on the model; frozen parameters are gathered, never
-    reduced.
+    reduced. With ``shard_over`` less than the world, on a 2-D mesh: HSDP.
 
     The adapter shards with the block that holds its layer. There is no mixed-precision policy: the
     base is stored in the compute dtype (or in bytes), the adapter in fp32, and methods cast for
@@ -55,7 +62,13 @@ class FSDP2(Engine):
                 f" {torch.__version__}): earlier versions cannot shard uint8 parameters. Update"
                 " torch, take engine.name=ddp, or model.quant=none"
             )
-        mesh = init_device_mesh(self.ranks.device.type, (self.ranks.world_size,))
+        world, group = self.ranks.world_size, self.group_size()
+        device = self.ranks.device.type
+        if group == world:
+            mesh = init_device_mesh(device, (world,))
+        else:
+            names = ("replicate", "shard")
+            mesh = init_device_mesh(device, (world // group, group), mesh_dim_names=names)
         for block in blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=self.config.reshard_after_forward)
         fully_shard(model, mesh=mesh)
@@ -64,6 +77,29 @@ class FSDP2(Engine):
             unit.set_gradient_divide_factor(1.0)
             # A sum on every backend: gloo has neither AVG nor PREMUL_SUM.
             unit.set_force_sum_reduction_for_comms(True)
+
+    def group_size(self) -> int:
+        """Number of ranks that hold one copy of the model.
+
+        Raises:
+            UserError: it does not divide the world size.
+        """
+        world, over = self.ranks.world_size, self.config.shard_over
+        size = {"world": world, "node": 0}.get(str(over), over) or self.ranks.ranks_a_node()
+        assert isinstance(size, int)
+        if world % size:
+            raise UserError(
+                f"engine.shard_over={over}: {world} ranks cannot form groups of {size}; take a"
+                f" divisor of {world}, or world"
+            )
+        return size
+
+    def copies(self, tensor: Tensor) -> tuple[int, int]:
+        """A shard has one copy in each group of ranks."""
+        if not isinstance(tensor, DTensor):
+            return super().copies(tensor)
+        mesh = tensor.device_mesh
+        return (mesh.get_local_rank("replicate"), mesh.size(0)) if mesh.ndim == 2 else (0, 1)
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:

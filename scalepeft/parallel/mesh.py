@@ -137,6 +137,22 @@ class Ranks:
         ranks.control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         return ranks
 
+    def ranks_a_node(self) -> int:
+        """Number of ranks on each node; a collective.
+
+        Raises:
+            UserError: nodes have different numbers of ranks, or theirs do not follow each other.
+        """
+        local = self.gather(self.local_rank)
+        size = max(local) + 1
+        if local != [rank % size for rank in range(self.world_size)]:
+            raise UserError(
+                f"ranks {list(range(self.world_size))} have the local ranks {local}: for groups"
+                " inside nodes each node needs the same number of ranks, one after the other"
+                " (srun --distribution=block --ntasks-per-node=N)"
+            )
+        return size
+
     @property
     def is_main(self) -> bool:
         """True on the one rank that writes and prints."""
@@ -162,6 +178,14 @@ class Ranks:
             return [value]
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def gather_on_main(self, value: T) -> list[T] | None:
+        """Returns every rank's value, in rank order, on rank 0; None elsewhere."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, values, dst=0, group=self.control)
         return values
 
     def same(self, value: str, what: str) -> str:

@@ -1,0 +1,317 @@
+"""DeepSpeed's ZeRO: stage 1 splits the optimiser over the ranks, 2 its gradients too, 3 also every
+parameter.
+
+Letters: N ranks. DeepSpeed divides summed gradients by N; the loss is multiplied by N before.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from scalepeft.lookup import STRICT, UserError
+from scalepeft.parallel.base import Engine, EngineConfig, Part, full_shape, local_part
+from scalepeft.parallel.mesh import Ranks
+
+BUCKET = 50_000_000  # elements of gradient that are exchanged at one time, at most
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ZeroConfig(EngineConfig):
+    """Settings of the DeepSpeed engine.
+
+    Attributes:
+        stage: 1: each rank keeps 1/N of the optimiser's state; 2: and of the gradients; 3: and of
+            every parameter, the frozen base included. Stages 1 and 2 keep the whole base on each
+            rank: for adapters, whose optimiser is small, they save little over ``ddp``.
+        offload_optimizer: optimiser state and its step on the host.
+        offload_parameters: stage 3: the parts of the parameters too; a block is copied to the
+            device when it computes.
+    """
+
+    name: str = "zero"
+    stage: Literal[1, 2, 3] = 3
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+    def __post_init__(self) -> None:
+        if self.offload_parameters and self.stage != 3:
+            raise ValueError(
+                f"offload_parameters=true needs stage=3, not stage={self.stage}: only there are"
+                " parameters kept in parts"
+            )
+
+
+@cache
+def _deepspeed(device_type: str) -> Any:
+    """Imports DeepSpeed for this kind of device; silences all but its warnings."""
+    if device_type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Its level is read at import, from this variable.
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(
+            f"engine.name=zero needs deepspeed ({error}); pip install 'scalepeft[deepspeed]', or"
+            " take engine.name=fsdp2"
+        ) from error
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated")
+    if device_type == "cpu":
+        # It would first compile a shared-memory all-reduce; not every node has a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class Zero(Engine):
+    """ZeRO-1, 2 and 3 around the trained parameters, with torch's AdamW.
+
+    Under stage 3 a rank makes the DeepSpeed form of every parameter itself, one tensor at a time,
+    and then reads just its own 1/N from disk: no rank ever holds the model, which DeepSpeed's
+    own ways in (a whole model on each rank, or its download on each) would need.
+    """
+
+    Config = ZeroConfig
+    config: ZeroConfig
+    _engine: Any = None
+    _optimizer: Any = None
+    """DeepSpeed's wrapper around the optimiser, where there is one."""
+
+    def __init__(self, config: ZeroConfig, ranks: Ranks) -> None:
+        super().__init__(config, ranks)
+        self.sharded = config.stage == 3  # type: ignore[misc]
+        self._ds = _deepspeed(ranks.device.type)
+
+    def _settings(self, trained: int) -> dict[str, Any]:
+        """DeepSpeed's config; ``trained`` is the number of trained elements."""
+        bucket = max(1, min(BUCKET, trained))
+        zero: dict[str, Any] = {"stage": self.config.stage, "reduce_bucket_size": bucket}
+        if self.config.offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self._cuda}
+        if self.config.offload_parameters:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": self._cuda}
+        return {
+            "train_micro_batch_size_per_gpu": 1,  # counts nothing here: loss and steps are ours
+            "gradient_accumulation_steps": 1,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": None,
+        }
+
+    @property
+    def _cuda(self) -> bool:
+        return self.ranks.device.type == "cuda"
+
+    def wrap(self, model: nn.Module, blocks: list[nn.Module]) -> None:
+        """Stage 3: makes every parameter of the meta model a DeepSpeed parameter with an empty part
+        of its own.
+        """
+        os.environ.setdefault("LOCAL_RANK", str(self.ranks.local_rank))
+        self._ds.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
+        if self.config.stage != 3:
+            return
+        settings = self._settings(_count(model))
+        init = self._ds.zero.Init(
+            module=nn.Module(),
+            config_dict_or_path=settings | {"train_batch_size": self.ranks.world_size},
+        )
+        made: dict[int, nn.Parameter] = {}
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if p is None:
+                    continue
+                if id(p) not in made:
+                    # DeepSpeed cuts its part out of a whole tensor: one at a time, and empty.
+                    whole = torch.empty_like(p, device=self.ranks.device)
+                    made[id(p)] = nn.Parameter(whole, requires_grad=p.requires_grad)
+                    init._convert_to_deepspeed_param(made[id(p)])
+                    made[id(p)].partition()  # type: ignore[attr-defined]
+                module._parameters[name] = made[id(p)]
+
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> nn.Module:
+        """Hands model and optimiser to DeepSpeed, which splits the optimiser's parameters."""
+        if optimizer is None and self.config.stage != 3:
+            return model
+        rates = [group["lr"] for group in optimizer.param_groups] if optimizer else []
+        for group in optimizer.param_groups if optimizer else []:
+            group["lr"] = 0.0  # stage 3 makes the moments by a step
+        self._engine, *_ = self._ds.initialize(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            config=self._settings(_count(model)),
+            dist_init_required=False,
+        )
+        if optimizer is not None:
+            self._optimizer = self._engine.optimizer
+            optimizer.state.clear()
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+        call: nn.Module = self._engine
+        return call
+
+    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+        """Stage 1 exchanges gradients on the last micro-batch; 2 and 3 on each: they keep parts."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Adds N times the gradient, of which DeepSpeed makes the sum."""
+        self._engine.backward(loss * self.ranks.world_size)
+
+    def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
+        """Makes parameters whole on every rank for the moment, under stage 3."""
+        if self.config.stage != 3 or not parameters:
+            return nullcontext()
+        context: AbstractContextManager[Any] = self._ds.zero.GatheredParameters(parameters)
+        return context
+
+    @torch.no_grad()
+    def add_gradients(self, parameters: list[nn.Parameter], grads: list[Tensor | None]) -> None:
+        """Adds this rank's part of each."""
+        for parameter, grad in zip(parameters, grads, strict=True):
+            if grad is None:
+                continue
+            part = self._part(parameter, None)
+            values = grad.reshape(-1)[part.start : part.stop]
+            if not values.numel():
+                continue
+            if self.config.stage == 3:
+                held = self._ds.utils.safe_get_local_grad(parameter)
+                held[: values.numel()] += values
+                self._ds.utils.safe_set_local_grad(parameter, held)
+            else:
+                fragment = parameter._hp_mapping.get_lp_grad_fragment(  # type: ignore[attr-defined]
+                    parameter._index_in_param_group  # type: ignore[attr-defined]
+                )
+                fragment.view(-1).add_(values.to(fragment.device))
+
+    def grad_norm(self, parameters: list[nn.Parameter]) -> float:
+        """As DeepSpeed has it; infinite where a gradient is not finite."""
+        if self.config.stage != 3:
+            return float(self._optimizer.scaled_global_norm())
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        return float(combine_grad_norm_groups(self._optimizer._get_norm_groups()))
+
+    def update(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: list[nn.Parameter],
+        max_norm: float,
+        norm: float,
+    ) -> None:
+        """DeepSpeed's step: clips, updates this rank's part, and gathers (stages 1 and 2)."""
+        self._optimizer.clip_grad = max_norm
+        self._engine.step()
+
+    def discard(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drops the gradients as DeepSpeed does after an overflow."""
+        held = self._optimizer
+        if self.config.stage == 3:
+            held._pre_step()
+            held._partition_all_parameters()
+            held._overflow_clean_up(held.loss_scale)
+            return
+        held.micro_step_id = -1
+        held.zero_grad(set_to_none=True)
+        held._release_preflattened_grad_buffers()
+        if self.config.offload_optimizer:
+            held.reset_cpu_buffers()
+            return
+        for i in held.averaged_gradients:
+            held.averaged_gradients[i] = held.all_grad_tensors[i] = None
+
+    def _flat(self, parameter: nn.Parameter) -> tuple[Tensor, int, int, int]:
+        """Where this rank's elements of a parameter lie in the optimiser's flat fp32 memory.
+
+        Returns:
+            The flat tensor, the offset in it, the number of elements, and the index of the first in
+            the parameter.
+        """
+        if self.config.stage == 3:
+            group, offset, _ = self._optimizer.grad_position[
+                self._optimizer.get_param_id(parameter)
+            ]
+            part = local_part(parameter)
+            flat = self._optimizer.fp32_partitioned_groups_flat[group]
+            return flat, offset, part.data.numel(), part.start
+        flat = self._optimizer.single_partition_of_fp32_groups[self._group[id(parameter)]]
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return flat, 0, 0, 0
+        place, own = mapping.hp_fragment_address, mapping.lp_fragment_address
+        return flat, place.start, place.numel, own.start
+
+    @property
+    def _group(self) -> dict[int, int]:
+        """Number of the optimiser's group that a parameter is in."""
+        groups = enumerate(self._optimizer.bit16_groups)
+        return {id(p): i for i, group in groups for p in group}
+
+    def _part(self, parameter: nn.Parameter, kind: str | None) -> Part:
+        """This rank's part of the fp32 parameter, or of one of its moments."""
+        flat, offset, numel, start = self._flat(parameter)
+        held = flat if kind is None else self._optimizer.optimizer.state[flat][kind]
+        data = held.detach().view(-1)[offset : offset + numel]
+        return Part(data, start, tuple(full_shape(parameter)))
+
+    def state_parts(
+        self, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> dict[str, Part]:
+        """The parts that the optimiser is split into: of parameters as of moments."""
+        found: dict[str, Part] = {}
+        for i, (name, parameter) in enumerate(trained.items()):
+            found[name] = self._part(parameter, None)
+            flat, *_ = self._flat(parameter)
+            for kind, value in optimizer.state.get(flat, {}).items():
+                if kind == "step":
+                    step = value.detach().clone().view(-1)
+                    mine = i % self.ranks.world_size == self.ranks.rank
+                    found[f"{name}/{kind}"] = Part(step, 0, (), mine)
+                else:
+                    found[f"{name}/{kind}"] = self._part(parameter, kind)
+        return found
+
+    def load_state_parts(
+        self,
+        trained: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        kinds: dict[str, set[str]],
+        fill: Callable[[str, Part], None],
+    ) -> None:
+        """Fills the optimiser's parts; a parameter without saved moments begins with zeros."""
+        for name, parameter in trained.items():
+            fill(name, self._part(parameter, None))
+            flat, *_ = self._flat(parameter)
+            held = optimizer.state[flat]
+            for kind in kinds.get(name, ()):
+                if kind == "step":
+                    held.setdefault(kind, torch.zeros(()))
+                    fill(f"{name}/{kind}", Part(held[kind].view(-1), 0, ()))
+                else:
+                    held.setdefault(kind, torch.zeros_like(flat))
+                    fill(f"{name}/{kind}", self._part(parameter, kind))
+
+    def state_loaded(self) -> None:
+        """Copies the fp32 parts into the parameters of the model."""
+        if self.config.stage != 3:
+            self._optimizer.update_lp_params()
+            return
+        for group in self._optimizer.fp16_groups:
+            for parameter in group:
+                part = self._part(parameter, None)
+                local_part(parameter).put(part.start, part.data)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(full_shape(p).numel() for p in model.parameters() if p.requires_grad)
