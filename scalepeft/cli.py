@@ -56,6 +56,14 @@ clocks, the base, and the file system of the run folder. Trains nothing and leav
   srun python -m scalepeft doctor CONFIG engine=fsdp2 KEY=VALUE ...
   SCALEPEFT_COMMAND=doctor sbatch slurm/hoft_llama70b.sh        the job's own nodes and settings
 """
+PLAN = """\
+What a training needs, from its config alone: memory of a rank by kind, bytes read, collectives,
+checkpoint, and the grace period for Slurm's --signal; the smallest number of GPUs that fits, and
+what to change if it does not. CONFIG and settings are those of scalepeft train.
+
+  scalepeft plan configs/runs/commonsense_hoft.yaml model=llama-3.1-70b engine=fsdp2 \\
+      --nodes 2 --gpus-per-node 8 --gpu H100 --plot plan.png
+"""
 SUBMIT = """\
 Checks config, data and run folder, keeps the code and the resolved config in RUN_DIR/submissions,
 and queues JOB_FILE with sbatch. What follows JOB_FILE is laid over its settings.
@@ -179,6 +187,27 @@ def _parser() -> argparse.ArgumentParser:
         "--timeout", type=float, default=120, metavar="SECONDS", help="for ranks and each check"
     )
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of lines")
+
+    plan = commands.add_parser(
+        "plan",
+        help="memory, traffic, times and grace period of a training, before it queues",
+        description=PLAN,
+        formatter_class=shape,
+    )
+    plan.add_argument("settings", nargs="*", metavar="[CONFIG] KEY=VALUE", help="as for train")
+    plan.add_argument("--nodes", type=int, default=1)
+    plan.add_argument("--gpus-per-node", type=int, default=1, help="one rank each")
+    plan.add_argument("--gpu", help="A100-40, A100-80, H100, H200 or B200")
+    plan.add_argument("--memory", type=float, metavar="GIB", help="of a GPU, in place of its name")
+    plan.add_argument(
+        "--disk-gbps", type=float, default=1.0, metavar="GB/S", help="of the run folder's disk"
+    )
+    plan.add_argument(
+        "--step-seconds", type=float, metavar="S", help="measured, in place of the estimate"
+    )
+    plan.add_argument("--json", action="store_true", help="bytes and seconds, not a table")
+    plan.add_argument("--plot", metavar="FILE.png", help="a bar chart of memory by kind")
+
     submit = commands.add_parser(
         "submit",
         help="queue a job file of slurm/ (launch/submit)",
@@ -197,12 +226,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     submit.add_argument("--resume-with-changes", action="store_true", help="as for scalepeft train")
     submit.add_argument("--dry-run", action="store_true", help="print, queue and write nothing")
+    submit.add_argument("--gpu", help="as for plan, where the job file does not name its GPUs")
+    submit.add_argument(
+        "--no-plan", dest="plan", action="store_false", help="do not look whether the run fits"
+    )
 
     status = commands.add_parser("status", help="how runs stand (launch/status)")
     status.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="a run, or a sweep's folder")
     status.add_argument("--json", action="store_true", help="one JSON list")
     for command in (
-        train, evaluate, report, merge, export, methods, bench, doctor, submit, status
+        train, evaluate, report, merge, export, methods, bench, doctor, plan, submit, status
     ):  # fmt: skip
         command.add_argument(
             "--debug", action="store_true", help="show the traceback of a user error too"
@@ -298,6 +331,18 @@ def _run(args: argparse.Namespace, stop: StopFlag) -> int:
         from scalepeft import doctor
 
         return doctor.run(doctor.Options.of(args))
+    elif args.command == "plan":
+        from scalepeft import plan
+
+        options = plan.Options(
+            nodes=args.nodes,
+            gpus_per_node=args.gpus_per_node,
+            gpu=args.gpu,
+            memory=args.memory,
+            disk=args.disk_gbps * 1e9,
+            step_seconds=args.step_seconds,
+        )
+        plan.run(args.settings, options, args.json, args.plot)
     elif args.command == "submit":
         from scalepeft import submit
 

@@ -21,6 +21,8 @@ from scalepeft.build import engine_class, task_of
 from scalepeft.checkpoint import write_atomically
 from scalepeft.config import RunConfig
 from scalepeft.lookup import UserError
+from scalepeft.plan import planning
+from scalepeft.plan import source as sources
 from scalepeft.progress import say
 from scalepeft.records import check_same_run
 from scalepeft.status import ACTIVE, job_of
@@ -34,6 +36,8 @@ NODE_VARIABLES = [
     for name in """JOB_ID JOBID JOB_NAME JOB_NODELIST JOB_NUM_NODES NNODES NTASKS NODELIST NODEID
     ARRAY_JOB_ID ARRAY_TASK_ID ARRAY_TASK_COUNT RESTART_COUNT TMPDIR""".split()
 ]
+SIGNAL_SECONDS = 60  # Slurm's, where --signal names none
+PLANNED = ("global_batch", "micro_batch", "loss_chunk", "precision")  # of train: what plan looks at
 SOURCES = re.compile(r"^\s*(?:source|\.)\s.*slurm/train\.sh", re.M)
 
 
@@ -50,6 +54,8 @@ class Options:
         sbatch: options over the ``#SBATCH`` lines of the job file.
         resume_with_changes: continue runs although harmless keys differ from their config.
         dry_run: print what would be queued, write nothing.
+        gpu: what the job's GPUs are, where the job file does not name them.
+        plan: look whether the run fits, and saves in time for the time limit.
     """
 
     job_file: str
@@ -60,6 +66,8 @@ class Options:
     sbatch: list[str]
     resume_with_changes: bool
     dry_run: bool
+    gpu: str | None = None
+    plan: bool = True
 
 
 def run(options: Options) -> None:
@@ -84,6 +92,8 @@ def run(options: Options) -> None:
     path, settings = _describe(job_file, root)
     configs, base_dir = _configs(path, settings, options)
     _check(configs, header, options)
+    if options.plan:
+        _plan(configs, header, options)
     folder = _next(base_dir / "submissions")
     targets = {"train": [str(folder / "configs" / f"{i}.yaml") for i in range(len(configs))]}
     if options.then:
@@ -239,6 +249,69 @@ def _header(lines: list[str], given: list[str]) -> dict[str, str]:
             except ValueError as error:
                 raise UserError(f"{line}: {error}") from None
     return {**_words(words), **_words(given)}
+
+
+def _gpu_of(header: dict[str, str]) -> str | None:
+    """The GPU that ``--gpus-per-node=h100:8`` or ``--gres=gpu:h100:8`` names, if it is known."""
+    asked = " ".join(v for k, v in header.items() if "gpu" in k or k in ("--gres", "-G")).lower()
+    names = [n for n in planning.GPUS if all(part in asked for part in n.split("-"))]
+    return names[0] if len(names) == 1 else None
+
+
+def _warning(header: dict[str, str]) -> int | None:
+    """Seconds before the time limit at which ``--signal`` comes; None without it."""
+    if "--signal" not in header:
+        return None
+    seconds = header["--signal"].partition("@")[2]
+    return int(seconds) if seconds.isdecimal() else SIGNAL_SECONDS
+
+
+def _plan(configs: list[RunConfig], header: dict[str, str], options: Options) -> None:
+    nodes = int(n) if (n := header.get("--nodes", "")).isdecimal() else 1
+    each = header.get("--ntasks-per-node", "")
+    if not each.isdecimal():
+        total = header.get("--ntasks", "")
+        each = str(max(1, int(total) // nodes)) if total.isdecimal() else "1"
+    where = planning.Options(
+        nodes=nodes,
+        gpus_per_node=int(each),
+        gpu=options.gpu or _gpu_of(header),
+        network=False,
+        advise=False,
+    )
+    seen = set()
+    for config in configs:
+        kind = f"{config.model} {config.adapter} {config.engine} {config.data.cutoff}" + str(
+            [getattr(config.train, k) for k in PLANNED]
+        )
+        if kind in seen:
+            continue
+        seen.add(kind)
+        try:
+            sources.find(config.model, network=False)
+        except UserError as error:
+            say(f"not planned: {error}")
+            continue
+        _judge(planning.plan(config, where), header)
+
+
+def _judge(found: planning.Plan, header: dict[str, str]) -> None:
+    need, gpu, given = found.need / planning.GIB, found.options.target, _warning(header)
+    if gpu and not found.fits:
+        raise UserError(
+            f"the run needs {need:.1f} GiB a GPU, {gpu.name} has {gpu.gib:g}: see scalepeft plan"
+            f" ... --gpu {gpu.name} for what to change, or add --no-plan"
+        )
+    if given is not None and given < found.grace:
+        raise UserError(
+            f"--signal={header['--signal']}: comes {given} s before the time limit, a step and a"
+            f" save need {found.grace} s (assumed rates; scalepeft plan shows them): write"
+            f" --signal=B:USR1@{found.grace}, or add --no-plan"
+        )
+    say(
+        f"plan: {need:.1f} GiB a GPU at the peak, {found.grace} s for a step and a save (assumed"
+        " rates: scalepeft plan)"
+    )
 
 
 def _check(configs: list[RunConfig], header: dict[str, str], options: Options) -> None:

@@ -51,5 +51,5 @@ def test_table_and_a_config_that_the_model_cannot_take(
 
 
 def test_an_unknown_model_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["methods", "--model", "llama-2-8b"]) == 2
+    assert main(["methods", "--model", "llama-2-7"]) == 2
     assert "Did you mean 'llama-2-7b'" in capsys.readouterr().err

@@ -79,6 +79,7 @@ def test_the_commands_of_a_real_run(tmp_path: Path) -> None:
         "torchrun",
         "launch/local.sh",
         "scalepeft",  # doctor
+        "scalepeft",  # plan
         "launch/status",
         "scalepeft",  # merge
         "scalepeft",  # export
@@ -88,6 +89,7 @@ def test_the_commands_of_a_real_run(tmp_path: Path) -> None:
     ]
     assert (tmp_path / "merged/model.safetensors").is_file()
     assert json.loads((tmp_path / "lora/adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert (tmp_path / "plan.png").stat().st_size > 10_000
     assert (tmp_path / "bench/bench.png").stat().st_size > 10_000
     assert (tmp_path / "runs/commonsense_hoft/loss.png").stat().st_size > 10_000
     assert (

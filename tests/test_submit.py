@@ -125,3 +125,52 @@ def test_a_run_with_changes_needs_the_word(
         ROOT / "scalepeft/train.py"
     ).read_bytes()
     assert re.match(r"[0-9a-f]{40}\n", (folder / "code/COMMIT").read_text())
+
+
+@pytest.mark.parametrize(
+    ("head", "more", "text"),
+    [
+        (
+            HEAD + "#SBATCH --signal=B:USR1@30\n", {},
+            "comes 30 s before the time limit, a step and a save need 60 s (assumed rates;"
+            " scalepeft plan shows them): write --signal=B:USR1@60",
+        ),
+        (HEAD, {"gpu": "H1000"}, "no GPU 'H1000'"),
+        (
+            HEAD + "#SBATCH --gpus-per-node=a100:1 --constraint=a100-40\n",
+            {"gpu": "A100-40", "settings": ["model.path=meta-llama/Llama-3.1-405B"]},
+            "A100-40 has 39.4",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_plan_refuses(
+    head: str, more: dict[str, object], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = more.pop("settings", [])
+    with pytest.raises(UserError) as found:
+        call(job(head=head), *settings, **more)  # type: ignore[misc]
+    assert text in str(found.value)
+    call(job(head=head), *settings, plan=False)  # type: ignore[misc]
+    assert "GiB a GPU" not in capsys.readouterr().err
+
+
+def test_what_a_plan_says(capsys: pytest.CaptureFixture[str]) -> None:
+    call(job(head=HEAD + "#SBATCH --signal=B:USR1@60 --gres=gpu:h100:1\n"))
+    assert "GiB a GPU at the peak, 60 s for a step and a save" in capsys.readouterr().err
+    call(job(), "model.path=someone/model", sweep=["train.lr=1e-3,1e-4"])
+    assert capsys.readouterr().err.count("not planned: model.path=someone/model") == 1
+
+
+@pytest.mark.parametrize(
+    ("head", "gpu"),
+    [
+        ("--gres=gpu:h100:8", "h100"),
+        ("--gpus-per-node=nvidia_h200:8", "h200"),
+        ("--gpus-per-node=8", None),
+        ("--gres=gpu:a100:4", None),
+        ("--gres=gpu:a100_80gb:4", "a100-80"),
+        ("--gpus=b200:4", "b200"),
+    ],
+)
+def test_the_gpu_that_a_job_file_names(head: str, gpu: str | None) -> None:
+    assert submit._gpu_of(submit._header([f"#SBATCH {head}"], [])) == gpu

@@ -1,0 +1,37 @@
+"""``scalepeft plan``: memory, traffic, times and the grace period of a run, before it queues.
+
+From the config alone, on any machine. source.py finds the base's dimensions, simulate.py runs a
+step of a few blocks on fake tensors, memory.py makes a rank's bytes of it, planning.py judges them.
+"""
+
+import json
+from pathlib import Path
+
+from scalepeft import config as cfg
+from scalepeft.lookup import UserError
+from scalepeft.plan import report
+from scalepeft.plan.planning import Options, plan
+from scalepeft.progress import say
+
+
+def run(settings: list[str], options: Options, as_json: bool, picture: str | None) -> None:
+    """Plans the run of a ``train`` command's arguments and prints the plan.
+
+    Raises:
+        UserError: as ``planning.plan``; or the picture cannot be written.
+    """
+    if picture is not None and not picture.endswith(".png"):
+        raise UserError(f"--plot {picture}: expected FILE.png")
+    if picture is not None and not Path(picture).parent.is_dir():
+        raise UserError(f"--plot {picture}: no such folder")
+    path = None
+    if settings and "=" not in settings[0]:
+        path, *settings = settings
+    config, notes = cfg.load(path, settings)
+    for note in notes:
+        say(note)
+    found = plan(config, options)
+    print(json.dumps(report.as_dict(found), indent=1) if as_json else report.table(found))
+    if picture is not None:
+        report.plot(found, Path(picture))
+        say(f"wrote {picture}")
