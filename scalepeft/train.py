@@ -266,6 +266,13 @@ def run(config: RunConfig, stop: StopFlag, resume_with_changes: bool = False) ->
     """
     check_batch(config, world_size())
     ranks = start_ranks(config)
+    code = run_on(ranks, config, stop, resume_with_changes)
+    ranks.finish()
+    return code
+
+
+def run_on(ranks: Ranks, config: RunConfig, stop: StopFlag, resume_with_changes: bool) -> int:
+    """``run`` on ranks that have met."""
     records = ranks.together(
         lambda: Records(config, resume_with_changes) if ranks.is_main else None
     )
@@ -279,7 +286,6 @@ def run(config: RunConfig, stop: StopFlag, resume_with_changes: bool = False) ->
     if records:
         records.close(code == FINISHED, stop.planned)
     stop.saved = True
-    ranks.finish()
     return code
 
 

@@ -2,49 +2,164 @@
 1/N.
 """
 
+import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 from conftest import Job, adapter_bytes, losses, rows, train
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from scalepeft import tiny
 from scalepeft.lookup import UserError
 from scalepeft.parallel.mesh import first_host, launch_variables
 
-LAYOUTS = [(1, "fsdp2"), (2, "fsdp2"), (3, "fsdp2"), (2, "ddp")]
+# (ranks, engine settings): every engine at every world size from 1 to 4.
+LAYOUTS = [
+    (1, "name=single"),
+    *((ranks, "name=ddp") for ranks in (1, 2, 3, 4)),
+    *((ranks, "name=fsdp2") for ranks in (1, 2, 3, 4)),
+    (4, "name=fsdp2,shard_over=2"),
+    *((ranks, f"name=zero,stage={stage}") for ranks in (1, 2, 3, 4) for stage in (1, 2, 3)),
+]
+CELLS = [
+    (quant, adapter)
+    for adapter in (
+        "name=hoft,rank=4",
+        "name=goft",
+        "name=surm,structure=kronecker",
+        "name=lora,rank=4,dropout=0.1",
+    )
+    for quant in ("nf4", "none")
+]
+# At night all of the tables; in every run each layout has the first cell and one of the others, and
+# a run saved under it resumes under itself and under one other.
+WHOLE = int(os.environ.get("SCALEPEFT_TEST_ROUNDS", "1")) > 1
+RUN = [
+    "data=toy",
+    "data.train_size=300",
+    "train.precision=fp32",
+    "train.lr=3e-3",
+    "train.global_batch=12",
+    "train.max_steps=20",
+    "train.save_every=100",
+]
+Layout = tuple[int, str]
+
+
+def label(layout: Layout) -> str:
+    return f"{layout[0]}-{layout[1].replace('name=', '').replace(',', '-')}"
+
+
+def keys(section: str, settings: str) -> list[str]:
+    return [f"{section}.{setting}" for setting in settings.split(",")]
+
+
+def run_all(folder: Path, runs: list[tuple[Layout, Path, list[str]]]) -> None:
+    """Trains runs of one world size after another, each size in one launch."""
+    for ranks in sorted({layout[0] for layout, _, _ in runs}):
+        todo = [
+            # Other micro-batches than the reference, so that accumulation is in the tables too.
+            [str(path), [*RUN, *settings, *keys("engine", layout[1]), "train.micro_batch=2"]]
+            for layout, path, settings in runs
+            if layout[0] == ranks
+        ]
+        plan = folder / f"runs-{ranks}.json"
+        plan.write_text(json.dumps(todo))
+        program = str(Path(__file__).with_name("many_runs.py"))
+        codes, text = Job(ranks, [str(plan)], program=(program,)).wait(60 + 20 * len(todo))
+        assert codes == [0] * ranks, text
 
 
 @pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    """20 steps in one process, for each storage of the base."""
-    found = {}
-    for quant in ("nf4", "none"):
-        folder = tmp_path_factory.mktemp("single") / quant
-        train(1, folder, f"model.quant={quant}", "train.max_steps=20")
-        found[quant] = losses(folder)
-    assert found["nf4"] != found["none"]
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random base of two blocks with the built-in tokenizer."""
+    folder, source = tmp_path_factory.mktemp("base"), tiny.make(1)
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    torch.manual_seed(0)
+    vocabulary = json.loads((source / "config.json").read_text())["vocab_size"]
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+            tie_word_embeddings=True,
+        )
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def table(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every run of the tables: FOLDER/LAYOUT/CELL, and FOLDER/LAYOUT/saved, stopped at step 10."""
+    folder = tmp_path_factory.mktemp("table")
+    runs = []
+    for i, layout in enumerate(LAYOUTS):
+        everything = WHOLE or layout == LAYOUTS[0]
+        for n in range(len(CELLS)) if everything else (0, 1 + i % (len(CELLS) - 1)):
+            quant, adapter = CELLS[n]
+            settings = [f"model.path={small}", f"model.quant={quant}", *keys("adapter", adapter)]
+            if layout == LAYOUTS[0]:
+                settings.append("train.micro_batch=12")
+            runs.append((layout, folder / label(layout) / str(n), settings))
+            if n == 0:
+                saved = [*settings, "train.stop_at=10"]
+                runs.append((layout, folder / label(layout) / "saved", saved))
+    run_all(folder, runs)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS, ids=label)
+def test_losses_equal_one_process(layout: Layout, table: Path) -> None:
+    """20 steps of ragged rows, dropout included; other micro-batches than in the reference."""
+    cells = [path for path in (table / label(layout)).iterdir() if path.name != "saved"]
+    assert len(cells) >= 2
+    for path in cells:
+        reference = table / label(LAYOUTS[0]) / path.name
+        pairs = list(zip(losses(path), losses(reference), strict=True))
+        assert len(pairs) == 20 and pairs[0][0] > pairs[-1][0]
+        assert max(abs(a - b) for a, b in pairs) < 1e-5, CELLS[int(path.name)]
+
+
+@pytest.fixture(scope="module")
+def resumed(table: Path) -> list[tuple[Layout, Layout, Path]]:
+    """(saved under, resumed under, folder)."""
+    found, runs = [], []
+    for i, source in enumerate(LAYOUTS):
+        other = LAYOUTS[(i + 7) % len(LAYOUTS)]
+        for target in LAYOUTS if WHOLE else (source, other):
+            path = table / label(target) / f"from-{label(source)}"
+            shutil.copytree(table / label(source) / "saved", path)
+            found.append((source, target, path))
+            held = yaml.safe_load((path / "config.yaml").read_text())
+            settings = [f"model.path={held['model']['path']}", "model.quant=nf4"]
+            runs.append((target, path, [*settings, *keys("adapter", CELLS[0][1])]))
+    run_all(table, runs)
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "engine"), LAYOUTS)
-@pytest.mark.parametrize("name", ["hoft"])
-def test_losses_equal_one_process(
-    ranks: int, engine: str, name: str, references: dict[str, list[float]], tmp_path: Path
+def test_a_run_goes_on_under_any_engine_at_any_world_size(
+    table: Path, resumed: list[tuple[Layout, Layout, Path]]
 ) -> None:
-    for quant in ("nf4", "none") if (ranks, engine) == (2, "fsdp2") else ("nf4",):
-        folder = tmp_path / quant
-        # Other micro-batches than the reference, so that accumulation is in the test too.
-        train(
-            ranks,
-            folder,
-            f"engine.name={engine}",
-            f"model.quant={quant}",
-            "train.max_steps=20",
-            "train.micro_batch=3",
-        )
-        pairs = zip(losses(folder), references[quant], strict=True)
-        assert max(abs(a - b) for a, b in pairs) < 1e-5
+    """Saved at step 10, run to 20: the adapter and the order of samples of a run without a stop."""
+    assert {source for source, _, _ in resumed} == {t for _, t, _ in resumed} == set(LAYOUTS)
+    for source, target, path in resumed:
+        where = f"{label(source)} -> {label(target)}"
+        undisturbed = table / label(target) / "0"
+        for key in ("step", "sample_index", "label_tokens", "lr"):
+            assert [r[key] for r in rows(path)] == [r[key] for r in rows(undisturbed)], where
+        if source == target:
+            assert adapter_bytes(path) == adapter_bytes(undisturbed), where
+            continue
+        got, want = (load_file(p / "adapter/adapter.safetensors") for p in (path, undisturbed))
+        assert got.keys() == want.keys()
+        assert max((got[k] - want[k]).abs().max().item() for k in want) < 1e-5, where
 
 
 @pytest.mark.slow

@@ -1,16 +1,14 @@
 """Every rank holds the whole model; gradients of the adapter are summed once a step."""
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from pydantic.dataclasses import dataclass
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
 from scalepeft.lookup import STRICT
 from scalepeft.parallel.base import Engine, EngineConfig
+
+BUCKET = 25_000_000  # gradient elements that are summed at one time
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -20,38 +18,38 @@ class DDPConfig(EngineConfig):
     name: str = "ddp"
 
 
-def _sum_hook(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Sums a bucket over the ranks; DDP by itself would divide by their number."""
-    work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
-    assert work is not None
-    return work.get_future().then(lambda future: future.value()[0])
-
-
 class DDP(Engine):
-    """torch's DistributedDataParallel around the trained parameters; the frozen base is never
-    communicated.
+    """Data parallel over the trained parameters alone; the frozen base is never communicated.
+
+    Not torch's DistributedDataParallel: what it hides behind the backward is a thousandth of a step
+    for an adapter, and its first step sums in another order than the later ones, so that a resumed
+    run would differ in the last bit.
     """
 
     Config = DDPConfig
-    _wrapped: DistributedDataParallel
+    _trained: list[nn.Parameter]
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> nn.Module:
-        """Wraps the loaded model. Start values are equal on all ranks by seed, so nothing is
-        broadcast.
-        """
-        if optimizer is None:
-            return model
-        cuda = self.ranks.device.type == "cuda"
-        self._wrapped = DistributedDataParallel(
-            model,
-            device_ids=[self.ranks.device] if cuda else None,
-            init_sync=False,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
-        self._wrapped.register_comm_hook(None, _sum_hook)
-        return self._wrapped
+        """Start values are equal on all ranks by seed, so nothing is broadcast."""
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        return model
 
-    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
-        """Skips the exchange on all but the last micro-batch."""
-        return nullcontext() if last else self._wrapped.no_sync()
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Sums over the ranks behind the last micro-batch."""
+        loss.backward()
+        if not last:
+            return
+        bucket: list[Tensor] = []
+        for grad in [p.grad for p in self._trained if p.grad is not None]:
+            if bucket and sum(g.numel() for g in bucket) + grad.numel() > BUCKET:
+                _all_reduce(bucket)
+                bucket = []
+            bucket.append(grad)
+        _all_reduce(bucket)
+
+
+def _all_reduce(grads: list[Tensor]) -> None:
+    flat = torch.cat([grad.view(-1) for grad in grads])
+    dist.all_reduce(flat)
+    parts = flat.split([grad.numel() for grad in grads])
+    torch._foreach_copy_([grad.view(-1) for grad in grads], list(parts))
