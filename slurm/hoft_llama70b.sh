@@ -12,7 +12,7 @@
 #SBATCH --output=%x-%j.log
 #SBATCH --requeue --open-mode=append
 #SBATCH --signal=B:USR1@300
-# 300 s before the time limit the run saves and requeues itself: give a step and a save twice their time.
+# 300 s before the time limit the run saves and requeues itself: scalepeft plan says what a step and a save need.
 
 CONFIG=configs/runs/commonsense_hoft.yaml
 SETTINGS=(

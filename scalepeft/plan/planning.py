@@ -5,7 +5,7 @@ What is assumed and not computed stands here by name and in what is printed.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from scalepeft import config as cfg
@@ -27,25 +27,27 @@ NETWORK_BYTES_PER_SECOND = 20e9  # of a rank's collective between nodes
 HASH_BYTES_PER_SECOND = 0.5e9  # sha256 of a checkpoint on one core
 MARGIN_SECONDS = 30.0  # agreement, the end of the ranks, scontrol requeue
 SAFETY = 2.0  # on step and save, both of which are estimates
+NODE_GPUS = 8  # of a usual node: for advice on engines that use more than one GPU
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: memory as torch sees it, and its dense bf16 peak."""
+    """A GPU: memory as torch sees it, dense bf16 peak, fp32 peak without tensor cores."""
 
     name: str
     gib: float
     tflops: float
+    tflops_fp32: float
 
 
 GPUS = {
     gpu.name.lower(): gpu
     for gpu in (
-        Gpu("A100-40", 39.4, 312),
-        Gpu("A100-80", 79.1, 312),
-        Gpu("H100", 79.1, 989),
-        Gpu("H200", 139.7, 989),
-        Gpu("B200", 178.3, 2250),
+        Gpu("A100-40", 39.4, 312, 19.5),
+        Gpu("A100-80", 79.1, 312, 19.5),
+        Gpu("H100", 79.1, 989, 67),
+        Gpu("H200", 139.7, 989, 67),
+        Gpu("B200", 178.3, 2250, 80),
     )
 }
 
@@ -100,13 +102,13 @@ class Options:
         if self.gpu is not None and self.memory is not None:
             raise UserError("give one of --gpu and --memory, not both")
         if self.gpu is not None and self.gpu.lower() not in GPUS:
-            raise unknown("GPU", self.gpu, (g.name for g in GPUS.values())) from None
+            raise unknown("GPU", self.gpu, (g.name for g in GPUS.values()))
 
     @property
     def target(self) -> Gpu | None:
         """The GPU that is asked about."""
         if self.memory is not None:
-            return Gpu(f"{self.memory:g} GiB", self.memory, 0)
+            return Gpu(f"{self.memory:g} GiB", self.memory, 0, 0)
         return GPUS[self.gpu.lower()] if self.gpu else None
 
 
@@ -127,6 +129,8 @@ class Plan:
         fits: whether it fits ``options.target``; None without one.
         smallest: (nodes, GPUs a node) of the smallest number of GPUs that fits; None if none does.
         changes: what lowers the need, each alone; the last one is all of them together.
+        sharded: where none fits, ``smallest`` of ``engine.name=fsdp2`` in the place of single or
+            ddp, with at least ``NODE_GPUS`` a node.
     """
 
     config: RunConfig
@@ -141,6 +145,7 @@ class Plan:
     fits: bool | None = None
     smallest: tuple[int, int] | None = None
     changes: list[Change] = field(default_factory=list)
+    sharded: tuple[int, int] | None = None
 
     @property
     def world(self) -> int:
@@ -170,19 +175,24 @@ def plan(config: RunConfig, options: Options) -> Plan:
     step = measure(config, source, world, each)
     target = options.target
     fits = _fits(step, world, target) if target else None
-    compute = step.flops / ((target.tflops if target else 0) or _slowest()) / (MFU * 1e12)
+    compute = step.flops / (peak_tflops(target, config.train.precision) * MFU * 1e12)
     exchange = sum(_seconds(key, size) for key, (_, size) in step.exchanges.items())
     save, saves = _save_seconds(config, step, world, options.disk)
     step_seconds = options.step_seconds or compute + exchange
     waits = SAFETY * (step_seconds + saves * save) + MARGIN_SECONDS
-    smallest, changes = None, []
+    smallest = sharded = None
+    changes: list[Change] = []
     if target and options.advise:
-        smallest = _smallest(config, source, options, target, fits is True)
+        smallest = _smallest(config, source, options, target, fits)
         if not fits:
             changes = _changes(config, source, options, target, step)
+        if smallest is None and config.engine.name in ("single", "ddp"):
+            other = cfg.overlay(cfg.to_dict(config), ["engine.name=fsdp2"])
+            wide = replace(options, gpus_per_node=max(each, NODE_GPUS))
+            sharded = _smallest(other, source, wide, target, None)
     return Plan(
         config, options, source.where, step, _runtime(step, world), compute, exchange, save,
-        max(60, 30 * math.ceil(waits / 30)), fits, smallest, changes,
+        max(60, 30 * math.ceil(waits / 30)), fits, smallest, changes, sharded,
     )  # fmt: skip
 
 
@@ -197,8 +207,10 @@ def _save_seconds(config: RunConfig, step: Step, world: int, disk: float) -> tup
     return step.checkpoint / disk + hashed / HASH_BYTES_PER_SECOND, 1 + (mode == "async")
 
 
-def _slowest() -> float:
-    return min(gpu.tflops for gpu in GPUS.values())
+def peak_tflops(target: Gpu | None, precision: str) -> float:
+    """Peak rate of a GPU; of the slowest one where it is not named."""
+    gpu = target if target and target.tflops else GPUS["a100-80"]
+    return gpu.tflops if precision == "bf16" else gpu.tflops_fp32
 
 
 def _runtime(step: Step, world: int) -> float:
@@ -232,21 +244,25 @@ def counts(config: RunConfig, gpus_per_node: int) -> Iterator[tuple[int, int]]:
 
 
 def _smallest(
-    config: RunConfig, source: Source, options: Options, target: Gpu, fits: bool
+    config: RunConfig, source: Source, options: Options, target: Gpu, fits: bool | None
 ) -> tuple[int, int] | None:
+    """The first of ``counts`` that fits; ``fits`` of the asked count is known, or None."""
     asked = options.nodes, options.gpus_per_node
     for nodes, each in counts(config, options.gpus_per_node):
-        if nodes * each >= math.prod(asked) and fits:
-            break
         world = nodes * each
-        if (nodes, each) == asked:
-            continue  # it does not
-        step, _ = resident(config, source, world, each)
-        step.peak = dict(step.resident)
-        if _fits(step, world, target) and _fits(
-            measure(config, source, world, each), world, target
-        ):
-            return nodes, each
+        if fits and world >= math.prod(asked):
+            break
+        if fits is False and (nodes, each) == asked:
+            continue
+        try:
+            step, _ = resident(config, source, world, each)
+            step.peak = step.resident
+            if _fits(step, world, target):
+                step = measure(config, source, world, each)
+                if _fits(step, world, target):
+                    return nodes, each
+        except UserError:  # the engine cannot run on so many
+            continue
     return asked if fits else None
 
 

@@ -130,6 +130,8 @@ def _verdict(plan: Plan) -> list[str]:
             f" {', '.join(str(n * each) for n, each in planning.counts(c, o.gpus_per_node))};"
             f" train.global_batch={c.train.global_batch} allows no more)"
         )
+    if plan.sharded:
+        lines.append(f"with engine.name=fsdp2 the smallest that fits: {gpus(*plan.sharded)}")
     for i, change in enumerate(plan.changes):
         last = i == len(plan.changes) - 1 and len(change.settings) > 1
         lines.append(
@@ -142,8 +144,7 @@ def _verdict(plan: Plan) -> list[str]:
 def assumptions(plan: Plan) -> list[str]:
     """What is assumed, not computed; said in the table and in the JSON."""
     p, o = planning, plan.options
-    target = o.target
-    tflops = target.tflops if target and target.tflops else p._slowest()
+    tflops = p.peak_tflops(o.target, plan.config.train.precision)
     found = [
         f"assumed, not measured on a GPU: {p.CONTEXT_BYTES / GIB:g} GiB CUDA context"
         + (f" and {p.NCCL_BYTES / GIB:g} GiB NCCL" if plan.world > 1 else "")
@@ -164,7 +165,8 @@ def assumptions(plan: Plan) -> list[str]:
     )
     engine = plan.config.engine.name
     if engine not in SIMULATED:
-        found.append(f"{engine}: one process simulated, what the engine adds by arithmetic")
+        limit = ", gathered parameters at most" if engine == "zero" else ""
+        found.append(f"{engine}: one process simulated, what the engine adds by arithmetic{limit}")
     return found
 
 
@@ -201,6 +203,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "gpu": asdict(target) if target else None,
         "fits": plan.fits,
         "smallest": list(plan.smallest) if plan.smallest else None,
+        "smallest_with_fsdp2": list(plan.sharded) if plan.sharded else None,
         "changes": [asdict(change) for change in plan.changes],
         "assumptions": assumptions(plan),
         "simulated_layers": list(step.simulated),
