@@ -15,6 +15,7 @@ import re
 import shutil
 import socket
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from scalepeft.weights import DTYPES
 SCHEMA = 2  # 1 had no files in parts
 NAME = re.compile(r"step-(\d{6,})")
 PIECE = re.compile(r"(.+)\[(\d+):(\d+)\]")
+CLAIM_SECONDS = 5.0  # a start that is claiming is given so long to finish
 PIECE_BYTES = 16 << 20  # written and hashed at one time
 NO_FOLDER_RENAME = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EPERM}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -116,15 +118,48 @@ class RunFolder:
             " make room or choose another folder"
         )
 
-    def claim(self) -> None:
-        """Takes the next generation: an older process of this run stops at its next write."""
+    def claim(self, seen: int | None = None) -> None:
+        """Takes the next generation: an older process of this run stops at its next write.
+
+        Args:
+            seen: the generation that was looked at and found to be over; by default the stored one.
+
+        Raises:
+            UserError: another start took the folder meanwhile, or the disk refuses.
+        """
         try:
-            self.generation = stored_generation(self.path) + 1
+            seen = stored_generation(self.path) if seen is None else seen
+            self.generation = self._next_generation(seen)
             write_atomically(self.path / "generation", f"{self.generation}\n")
+            for mark in self.path.glob(".start-*"):
+                mark.unlink(missing_ok=True)
         except OSError as error:
             raise self._unwritable(error) from None
         for leftover in self.checkpoints.glob("*.tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
+
+    def _next_generation(self, seen: int) -> int:
+        """A number that no other start takes: its file is made by one of them alone."""
+        number = seen + 1
+        while True:
+            until = time.monotonic() + CLAIM_SECONDS
+            try:
+                os.close(os.open(self.path / f".start-{number}", os.O_CREAT | os.O_EXCL))
+                until = 0.0
+            except FileExistsError:
+                time.sleep(0.1)
+            while True:
+                if (stored := stored_generation(self.path)) != seen:
+                    raise UserError(
+                        f"run_dir={self.path}: start {stored} of this run took it in this very"
+                        " moment; launch a run once"
+                    )
+                if time.monotonic() > until:
+                    break
+                time.sleep(0.1)
+            if not until:
+                return number
+            number += 1  # whoever made that file ended before it could write
 
     def check_fence(self) -> None:
         """Raises Fenced if the run was started again since this process took the folder."""

@@ -19,11 +19,13 @@ from scalepeft import config as cfg
 from scalepeft.checkpoint import (
     RunFolder,
     fsync,
+    stored_generation,
     try_to_write,
     write_atomically,
     write_tensors,
 )
 from scalepeft.config import RunConfig
+from scalepeft.holder import Hold, check_free
 from scalepeft.lookup import UserError, read_mapping
 from scalepeft.parallel.mesh import Ranks
 from scalepeft.preemption import tell_job
@@ -198,7 +200,9 @@ class Records:
 
     def __init__(self, config: RunConfig, allow_changes: bool) -> None:
         check_same_run(config, allow_changes)
+        check_free(Path(config.run_dir), slurm_job())
         self.config = config
+        self._hold: Hold | None = None
         self.folder = RunFolder(Path(config.run_dir))
         self.resumed, passed_over = self.folder.newest()
         for reason in passed_over:
@@ -212,13 +216,16 @@ class Records:
     def claim(self, launched: float) -> None:
         """Makes the run folder this process's own, once all that can be wrong has been checked.
 
-        A process of the same run that is still alive stops at its next write; what it saved
+        An older process of it that was taken for dead stops at its next write; what it saved
         meanwhile is what resumes here.
 
         Args:
             launched: when this process began, in seconds of the epoch.
         """
-        self.folder.claim()
+        seen = stored_generation(self.folder.path)
+        check_free(self.folder.path, slurm_job())  # once more: loading took its time
+        self.folder.claim(seen)
+        self._hold = Hold(self.folder.path, self.folder.generation, slurm_job())
         self.resumed, _ = self.folder.newest()
         path, step = self.folder.path, self.resumed.step if self.resumed else 0
         if self.resumed:
@@ -292,6 +299,8 @@ class Records:
             planned: the stop was ``train.stop_at``'s, so the job is not to come back by itself.
         """
         path = self.folder.path
+        if self._hold is not None:
+            self._hold.release()
         if self.progress is not None:
             self.progress.close()
         step = max(self.folder.steps(), default=0)

@@ -7,10 +7,12 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, TINY, Job, adapter_bytes, losses, rows, train
@@ -219,14 +221,28 @@ def test_a_start_that_cannot_train_leaves_the_running_one_alone(tmp_path: Path) 
     while step_of(folder) < 5:
         time.sleep(0.02)
     settings = [*RUN, "train.max_steps=4000", "train.save_every=1000"]
-    text = train(1, folder, *settings, f"model.path={tmp_path}", expect=2)  # fails after looking
-    assert "config.json" in text or "tokenizer.json" in text
+    text = train(1, folder, *settings, f"model.path={tmp_path}", expect=2)
+    assert "is held by" in text
     before = step_of(folder)
     while step_of(folder) < before + 3:
         assert job.ranks[0].poll() is None, "the running job was stopped by a start that failed"
         time.sleep(0.02)
-    # A start that can train takes over; the old one stops without writing, in one line.
+    # A start that could train says who does, and leaves.
+    pid = job.ranks[0].pid
+    text = train(1, folder, *settings, expect=2)
+    assert f"is held by start 1 on {socket.gethostname()}, pid {pid}," in text
+    # The same from a machine on which the holder's pid means nothing: its heart beats.
+    held = json.loads((folder / "holder.json").read_text())
+    (folder / "holder.json").write_text(json.dumps({**held, "machine": "another", "job": "41"}))
+    text = train(1, folder, *settings, expect=2)
+    assert "Slurm job 41, which is training there; wait for it, or scancel 41" in text
+    # Frozen there: it is taken over, and once it wakes up it stops without writing, in one line.
+    os.kill(pid, signal.SIGSTOP)
     second = start(1, folder, "train.max_steps=4000", "train.save_every=1000")
+    while not any(row["event"] == "start" and row["generation"] == 2 for row in events(folder)):
+        assert second.ranks[0].poll() is None
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGCONT)
     codes, text = job.wait(60)
     assert codes == [1]
     assert (
@@ -235,8 +251,32 @@ def test_a_start_that_cannot_train_leaves_the_running_one_alone(tmp_path: Path) 
     while step_of(folder) < 3:
         time.sleep(0.02)
     second.kill(signal.SIGTERM)
-    assert second.wait()[0] == [75]
+    codes, text = second.wait()
+    assert codes == [75] and "no sign of life from start 1" in text
     assert [r["step"] for r in rows(folder)] == list(range(1, step_of(folder) + 1))
+    assert not (folder / "holder.json").exists(), "a start that ends in order holds nothing"
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    return rows(folder, "events.jsonl")
+
+
+def test_two_starts_at_once_are_one_run(tmp_path: Path) -> None:
+    settings = ["train.max_steps=4000", "train.save_every=1000"]
+    jobs = [start(1, tmp_path / "run", *settings) for _ in range(3)]
+    while sum(job.ranks[0].poll() is None for job in jobs) > 1 or not step_of(tmp_path / "run"):
+        time.sleep(0.05)
+    (alive,) = (job for job in jobs if job.ranks[0].poll() is None)
+    for job in jobs:
+        if job is not alive:
+            codes, text = job.wait()
+            assert codes == [2], text
+            assert "is held by start 1" in text or "took it in this very moment" in text
+    alive.kill(signal.SIGTERM)
+    assert alive.wait()[0] == [75]
+    starts = [row for row in events(tmp_path / "run") if row["event"] == "start"]
+    assert len(starts) == 1
+    assert newest_saved(tmp_path / "run") == step_of(tmp_path / "run") > 0
 
 
 def test_a_run_that_is_longer_than_asked_for_or_lost_its_config(tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ class DDPConfig(EngineConfig):
 class DDP(Engine):
     """Data parallel over the trained parameters alone; the frozen base is never communicated.
 
-    Not torch's DistributedDataParallel: what it hides behind the backward is a thousandth of a step
-    for an adapter, and its first step sums in another order than the later ones, so that a resumed
-    run would differ in the last bit.
+    Not torch's DistributedDataParallel: its first step sums in another order than the later ones,
+    so that a resumed run would differ in the last bit; and what it hides behind the backward, an
+    exchange of the adapter's gradients, is small beside the frozen base's work.
     """
 
     Config = DDPConfig
@@ -40,11 +40,13 @@ class DDP(Engine):
         if not last:
             return
         bucket: list[Tensor] = []
+        size = 0
         for grad in [p.grad for p in self._trained if p.grad is not None]:
-            if bucket and sum(g.numel() for g in bucket) + grad.numel() > BUCKET:
+            if bucket and size + grad.numel() > BUCKET:
                 _all_reduce(bucket)
-                bucket = []
+                bucket, size = [], 0
             bucket.append(grad)
+            size += grad.numel()
         _all_reduce(bucket)
 
 
