@@ -65,8 +65,9 @@ what to change if it does not. CONFIG and settings are those of scalepeft train.
       --nodes 2 --gpus-per-node 8 --gpu H100 --plot plan.png
 """
 SUBMIT = """\
-Checks config, data and run folder, keeps the code and the resolved config in RUN_DIR/submissions,
-and queues JOB_FILE with sbatch. What follows JOB_FILE is laid over its settings.
+Checks config, data and run folder, plans the run (does it fit, does --signal leave time to save),
+keeps the code and the resolved config in RUN_DIR/submissions, and queues JOB_FILE with sbatch. What
+follows JOB_FILE is laid over its settings.
 
   launch/submit slurm/hoft_llama70b.sh model.path=DIR --sbatch time=12:00:00
   launch/submit slurm/hoft_llama70b.sh --sweep train.lr=1e-4,3e-4 --throttle 1 --dry-run

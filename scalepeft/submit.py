@@ -94,6 +94,8 @@ def run(options: Options) -> None:
     _check(configs, header, options)
     if options.plan:
         _plan(configs, header, options)
+    elif options.gpu:
+        raise UserError(f"--gpu {options.gpu} has no effect with --no-plan; give one of them")
     folder = _next(base_dir / "submissions")
     targets = {"train": [str(folder / "configs" / f"{i}.yaml") for i in range(len(configs))]}
     if options.then:

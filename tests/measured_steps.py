@@ -22,7 +22,7 @@ from scalepeft.weights import resident_bytes
 
 
 def measure(config: cfg.RunConfig, ranks: Ranks) -> dict[str, Any]:
-    """The third step: by then the optimiser has its state and DDP its final buckets."""
+    """The third step: by then the optimiser has its state."""
     built = build(config, ranks, lambda: None)
     trainer = Trainer(config, ranks, built, "")
     mine = config.train.global_batch // ranks.world_size
@@ -47,10 +47,9 @@ def measure(config: cfg.RunConfig, ranks: Ranks) -> dict[str, Any]:
     state = [v for held in trainer.optimizer.state.values() for v in held.values()]
     held = resident_bytes(built.model) + sum(local_part(v).data.nbytes for v in state)
     trained = sum(p.numel() for p in trainer.trained.values())
-    buckets = 4 * trained if config.engine.name == "ddp" else 0
     return {
-        "held": held + buckets,
-        "peak": held + buckets + peak,
+        "held": held,
+        "peak": held + peak,
         "calls": calls,
         "trained": trained,
         "bytes_read": built.bytes_read,

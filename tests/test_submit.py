@@ -154,6 +154,11 @@ def test_what_a_plan_refuses(
     assert "GiB a GPU" not in capsys.readouterr().err
 
 
+def test_gpu_without_a_plan_is_refused() -> None:
+    with pytest.raises(UserError, match="--gpu H100 has no effect with --no-plan"):
+        call(job(), gpu="H100", plan=False)
+
+
 def test_what_a_plan_says(capsys: pytest.CaptureFixture[str]) -> None:
     call(job(head=HEAD + "#SBATCH --signal=B:USR1@60 --gres=gpu:h100:1\n"))
     assert "GiB a GPU at the peak, 60 s for a step and a save" in capsys.readouterr().err

@@ -4,22 +4,20 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from scalepeft import injection, models, quant
 from scalepeft.build import engine_class
 from scalepeft.config import RunConfig
 from scalepeft.lookup import UserError
+from scalepeft.parallel import ddp
 from scalepeft.plan import zero
-from scalepeft.plan.simulate import simulate, structure
+from scalepeft.plan.simulate import SIMULATED, simulate, structure
 from scalepeft.plan.source import Source
 from scalepeft.plan.tracker import KINDS, Bytes, Exchange, Figures, stretch
 from scalepeft.train import check_batch
 
 SHORT = (3, 4)  # blocks of the two models: with three, the first, a middle and the last one differ
-# DistributedDataParallel's own: the first bucket is small, so that its exchange begins early.
-DDP_BUCKETS = [1 << 20, 25 << 20]
 
 
 @dataclass
@@ -85,6 +83,8 @@ def shares(config: RunConfig, world: int, each: int) -> Shares:
     if engine.name == "zero":
         whole = world if engine.stage == 3 else 1
         return Shares(whole, whole, world if engine.stage > 1 else 1, world)
+    if engine.name not in SIMULATED:
+        raise UserError(f"engine.name={engine.name}: plan knows {', '.join(SIMULATED)} and zero")
     return Shares()
 
 
@@ -130,8 +130,6 @@ def resident(config: RunConfig, source: Source, world: int, each: int) -> tuple[
     }
     step.load = _load_bytes(model, source, spread.base)
     step.checkpoint = 3 * whole + 4 * len(trained)
-    if config.engine.name == "ddp":
-        step.resident["gradients"] = whole  # its buckets stay
     if config.engine.name == "zero":
         zero.hold(config.engine, step.resident, of(trained, world))
         step.host = sum(step.resident.pop(f"{kind} on the host", 0) for kind in KINDS)
@@ -169,8 +167,8 @@ def measure(config: RunConfig, source: Source, world: int, each: int) -> Step:
     """Memory, collectives and work of rank 0; ``resident``'s errors."""
     step, model = resident(config, source, world, each)
     figures, step.simulated = _figures(config, source, model, step, world, each)
-    if config.engine.name == "ddp":
-        _add_ddp(figures, step, list(injection.trainable(model).values()), world, each)
+    if config.engine.name == "ddp" and "last" in figures.exchanges:
+        _count_buckets(figures.exchanges["last"], list(injection.trainable(model).values()))
     if config.engine.name == "zero":
         zero.add(figures, config.engine, step, model, world, each)
     moments = {name: sum(kinds.values()) for name, kinds in figures.moments.items()}
@@ -211,17 +209,14 @@ def _alike(source: Source, blocks: list[nn.Module]) -> bool:
     return len(kinds) <= 1 and all(look(block) == first for block in blocks)
 
 
-def _add_ddp(
-    figures: Figures, step: Step, trained: list[nn.Parameter], world: int, each: int
+def _count_buckets(
+    exchanges: dict[Exchange, tuple[float, float]], trained: list[nn.Parameter]
 ) -> None:
-    """Buckets are there all the time. Gradients are views of them, but not before the exchange:
-    while micro-batches accumulate they are tensors of their own.
-    """
-    for kinds in figures.moments.values():
-        own = kinds.get("gradients", 0.0) if step.micro > 1 else 0.0
-        kinds["gradients"] = step.resident["gradients"] + own
-    buckets, _ = dist._compute_bucket_assignment_by_size(
-        list[Tensor](trained[::-1]), DDP_BUCKETS, [False] * len(trained)
-    )
-    key = "all-reduce", world, -(-world // each)
-    figures.exchanges.setdefault("last", {})[key] = len(buckets), step.resident["gradients"]
+    """Short models fill fewer buckets: how many, alone of all figures, is not linear."""
+    buckets, size = 1, 0
+    for p in trained:
+        if size and size + p.numel() > ddp.BUCKET:
+            buckets, size = buckets + 1, 0
+        size += p.numel()
+    ((key, (_, total)),) = exchanges.items()
+    exchanges[key] = buckets, total

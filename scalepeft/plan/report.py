@@ -163,10 +163,13 @@ def assumptions(plan: Plan) -> list[str]:
         f"every row has data.cutoff={plan.config.data.cutoff} tokens, all of them labels; training"
         " alone: scalepeft evaluate is another load"
     )
-    engine = plan.config.engine.name
-    if engine not in SIMULATED:
-        limit = ", gathered parameters at most" if engine == "zero" else ""
-        found.append(f"{engine}: one process simulated, what the engine adds by arithmetic{limit}")
+    if plan.config.train.precision == "fp32":
+        found.append("fp32: an attention kernel that keeps (length, length) scores is not counted")
+    if plan.config.engine.name not in SIMULATED:
+        found.append(
+            "zero: one process simulated, what DeepSpeed adds by arithmetic; gathered parameters"
+            " are an upper bound"
+        )
     return found
 
 

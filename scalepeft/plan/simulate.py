@@ -27,13 +27,14 @@ from scalepeft import injection, loss, models, quant
 from scalepeft.build import Built, engine_class
 from scalepeft.config import RunConfig
 from scalepeft.data import PAD_TO, MicroBatch
+from scalepeft.parallel import ddp
 from scalepeft.parallel.base import Engine
 from scalepeft.parallel.mesh import Ranks
 from scalepeft.plan.tracker import Figures, Tracker
 from scalepeft.train import Trainer
 
 # Engines whose own sharding runs here; the others are one process' step and arithmetic on top.
-SIMULATED = ("single", "fsdp2")
+SIMULATED = ("single", "ddp", "fsdp2")
 # What FSDP2 allocates in there, by kind.
 FSDP_WORK = {
     "foreach_all_gather": "gathered",
@@ -79,6 +80,7 @@ def _watched(tracker: Tracker) -> Iterator[None]:
         *((fsdp, name, kind) for name, kind in FSDP_WORK.items()),
         *((fmt, "decode", "dequantised") for fmt in (quant.NF4, quant.Int8)),
         (loss, "chunked_cross_entropy", "loss"),
+        (ddp, "_all_reduce", "gradients"),
         # DTensor asks fake tensors of the whole size what an operator's result looks like.
         (ShardingPropagator, "_propagate_tensor_meta_non_cached", None),
     ]
