@@ -121,7 +121,7 @@ class Trainer:
                 return None
             grads = torch.autograd.grad(value, parameters, allow_unused=True)
         engine.add_gradients(parameters, list(grads))
-        return float(value)
+        return float(value.detach())
 
     def check_finite(self, step: int, total: int) -> None:
         """Ends the run after ``train.max_nonfinite`` skipped steps in a row."""

@@ -5,9 +5,11 @@
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+import engine_corners
 import pytest
 import torch
 import yaml
@@ -15,9 +17,12 @@ from conftest import Job, adapter_bytes, losses, rows, train
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from scalepeft import config as cfg
 from scalepeft import tiny
 from scalepeft.lookup import UserError
-from scalepeft.parallel.mesh import first_host, launch_variables
+from scalepeft.parallel import zero
+from scalepeft.parallel.fsdp2 import FSDP2, FSDP2Config
+from scalepeft.parallel.mesh import Ranks, first_host, launch_variables
 
 # (ranks, engine settings): every engine at every world size from 1 to 4.
 LAYOUTS = [
@@ -25,7 +30,12 @@ LAYOUTS = [
     *((ranks, "name=ddp") for ranks in (1, 2, 3, 4)),
     *((ranks, "name=fsdp2") for ranks in (1, 2, 3, 4)),
     (4, "name=fsdp2,shard_over=2"),
-    *((ranks, f"name=zero,stage={stage}") for ranks in (1, 2, 3, 4) for stage in (1, 2, 3)),
+    # whole_below: else stage 3 would keep all of so small a model whole.
+    *(
+        (ranks, f"name=zero,stage={stage}" + ",whole_below=0" * (stage == 3))
+        for ranks in (1, 2, 3, 4)
+        for stage in (1, 2, 3)
+    ),
 ]
 CELLS = [
     (quant, adapter)
@@ -187,6 +197,63 @@ def test_other_methods_and_activation_checkpointing_under_fsdp2(
         assert penalties[0] == pytest.approx(penalties[1], rel=1e-3)
     else:
         assert not any(penalties[0])
+
+
+@pytest.mark.slow
+def test_corners_of_engines(small: Path) -> None:
+    """One launch; the program is engine_corners.py."""
+    settings = [
+        "data=toy", "data.train_size=60", "data.valid_size=20", f"model.path={small}",
+        "model.quant=nf4", "adapter=qgoft", "adapter.penalty=1", "train.global_batch=12",
+        "train.micro_batch=3", "train.max_steps=3", "train.max_grad_norm=0.05",
+    ]  # fmt: skip
+    program = str(Path(__file__).with_name("engine_corners.py"))
+    codes, text = Job(2, settings, program=(program,)).wait(200)
+    assert codes == [0, 0], text
+    assert text.count("ok ") == 2 * 2 * len(engine_corners.ENGINES)
+
+
+@pytest.mark.slow
+def test_evaluation_under_zero_3(tmp_path: Path) -> None:
+    """Each rank holds half of the base; the answers are those of one process."""
+    train(1, tmp_path / "run", "model.quant=nf4", "train.max_steps=1", "data.test_size=10")
+    answers = []
+    for ranks, settings in ((1, []), (2, ["engine=zero", "engine.whole_below=0"])):
+        folder = tmp_path / f"on-{ranks}"
+        shutil.copytree(tmp_path / "run", folder)
+        codes, text = Job(ranks, ["evaluate", str(folder), *settings]).wait()
+        assert codes == [0] * ranks, text
+        found = {row["id"]: row["prediction"] for row in rows(folder, "eval/toy/predictions.jsonl")}
+        answers.append(found)
+    assert answers[0] == answers[1] and len(answers[0]) > 5
+
+
+def test_settings_that_an_engine_cannot_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"engine.*offload_parameters=true needs stage=3"):
+        cfg.load(
+            None,
+            [
+                "run_dir=r",
+                "train.max_steps=1",
+                "engine.name=zero",
+                "engine.stage=2",
+                "engine.offload_parameters=true",
+            ],
+        )
+    with pytest.raises(UserError, match=r"engine\.stage"):
+        cfg.load(None, ["run_dir=r", "train.max_steps=1", "engine.name=zero", "engine.stage=4"])
+    with pytest.raises(UserError, match=r"engine\.shard_over"):
+        cfg.load(
+            None, ["run_dir=r", "train.max_steps=1", "engine.name=fsdp2", "engine.shard_over=nodes"]
+        )
+    ranks = Ranks(world_size=6)
+    with pytest.raises(UserError, match="6 ranks cannot form groups of 4"):
+        FSDP2(FSDP2Config(shard_over=4), ranks).group_size()
+    assert FSDP2(FSDP2Config(shard_over=3), ranks).group_size() == 3
+    zero._deepspeed.cache_clear()
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(UserError, match=r"engine.name=zero needs deepspeed.*scalepeft\[deepspeed"):
+        zero.Zero(zero.ZeroConfig(), Ranks())
 
 
 @pytest.mark.slow

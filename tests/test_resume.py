@@ -59,17 +59,19 @@ def kill_in_training(job: Job, folder: Path, rng: random.Random) -> None:
 
 @pytest.mark.parametrize(("ranks", "kills"), [(1, 20 * ROUNDS), (2, 4 * ROUNDS)])
 def test_kill_9_at_random_moments_changes_nothing(ranks: int, kills: int, tmp_path: Path) -> None:
-    engine = "engine.name=" + ("single" if ranks == 1 else "fsdp2")
+    engine = (
+        ["engine.name=single"] if ranks == 1 else ["engine.name=fsdp2", "train.save_mode=async"]
+    )
     disturbed, undisturbed = tmp_path / "disturbed", tmp_path / "undisturbed"
-    train(ranks, undisturbed, *RUN, engine, "train.max_steps=60")
+    train(ranks, undisturbed, *RUN, *engine, "train.max_steps=60")
     rng = random.Random(ranks)
     for _ in range(kills):
         saved = newest_saved(disturbed)
-        kill_in_training(start(ranks, disturbed, engine, "train.max_steps=60"), disturbed, rng)
+        kill_in_training(start(ranks, disturbed, *engine, "train.max_steps=60"), disturbed, rng)
         assert newest_saved(disturbed) >= saved
     saved = newest_saved(disturbed)
     assert saved > 0
-    text = train(ranks, disturbed, *RUN, engine, "train.max_steps=60")
+    text = train(ranks, disturbed, *RUN, *engine, "train.max_steps=60")
     assert f"resuming {disturbed} at step {saved}" in text or "is finished" in text or saved == 60
     assert losses(disturbed) == losses(undisturbed)
     validation = [

@@ -10,9 +10,10 @@ import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
@@ -32,6 +33,8 @@ class ZeroConfig(EngineConfig):
             every parameter, the frozen base included. Stages 1 and 2 keep the whole base on each
             rank: for adapters, whose optimiser is small, they save little over ``ddp``.
         offload_optimizer: optimiser state and its step on the host.
+        whole_below: stage 3: parameters of at most so many elements (norms, small adapters) stay
+            whole on every rank between steps, DeepSpeed's ``stage3_param_persistence_threshold``.
         offload_parameters: stage 3: the parts of the parameters too; a block is copied to the
             device when it computes.
     """
@@ -39,6 +42,7 @@ class ZeroConfig(EngineConfig):
     name: str = "zero"
     stage: Literal[1, 2, 3] = 3
     offload_optimizer: bool = False
+    whole_below: Annotated[int, Field(ge=0)] = 100_000
     offload_parameters: bool = False
 
     def __post_init__(self) -> None:
@@ -93,7 +97,11 @@ class Zero(Engine):
     def _settings(self, trained: int) -> dict[str, Any]:
         """DeepSpeed's config; ``trained`` is the number of trained elements."""
         bucket = max(1, min(BUCKET, trained))
-        zero: dict[str, Any] = {"stage": self.config.stage, "reduce_bucket_size": bucket}
+        zero: dict[str, Any] = {
+            "stage": self.config.stage,
+            "reduce_bucket_size": bucket,
+            "stage3_param_persistence_threshold": self.config.whole_below,
+        }
         if self.config.offload_optimizer:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self._cuda}
         if self.config.offload_parameters:
@@ -179,21 +187,24 @@ class Zero(Engine):
     def add_gradients(self, parameters: list[nn.Parameter], grads: list[Tensor | None]) -> None:
         """Adds this rank's part of each."""
         for parameter, grad in zip(parameters, grads, strict=True):
-            if grad is None:
+            flat, offset, numel, start = self._flat(parameter)
+            if grad is None or not numel:
                 continue
-            part = self._part(parameter, None)
-            values = grad.reshape(-1)[part.start : part.stop]
-            if not values.numel():
-                continue
-            if self.config.stage == 3:
+            values = grad.reshape(-1)[start : start + numel]
+            if self.config.offload_optimizer:
+                assert flat.grad is not None
+                held = flat.grad[offset : offset + numel].add_(values.to(flat.device))
+                # DeepSpeed took it when it copied the gradient to the host.
+                key = self._optimizer.get_param_id(parameter)
+                self._optimizer.norm_for_param_grads[key] = held.double().norm()
+            elif self.config.stage == 3:
                 held = self._ds.utils.safe_get_local_grad(parameter)
-                held[: values.numel()] += values
+                held[:numel] += values
                 self._ds.utils.safe_set_local_grad(parameter, held)
             else:
-                fragment = parameter._hp_mapping.get_lp_grad_fragment(  # type: ignore[attr-defined]
-                    parameter._index_in_param_group  # type: ignore[attr-defined]
-                )
-                fragment.view(-1).add_(values.to(fragment.device))
+                mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+                index = parameter._index_in_param_group  # type: ignore[attr-defined]
+                mapping.get_lp_grad_fragment(index).view(-1).add_(values)
 
     def grad_norm(self, parameters: list[nn.Parameter]) -> float:
         """As DeepSpeed has it; infinite where a gradient is not finite."""
