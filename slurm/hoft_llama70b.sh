@@ -17,7 +17,7 @@
 CONFIG=configs/runs/commonsense_hoft.yaml
 SETTINGS=(
     model=llama-3.1-70b     # a gated hub id; or model.path=FOLDER
-    engine=fsdp2
+    engine=hsdp             # a copy of the base on each node: blocks are gathered inside it; engine=fsdp2: one over all
     data.train=data/commonsense_170k.json
     run_dir=runs/hoft_llama70b
     train.micro_batch=1

@@ -17,7 +17,8 @@ from scalepeft.parallel.mesh import Ranks
 from scalepeft.train import Trainer, held_out_loss
 
 ENGINES = [
-    "ddp", "fsdp2", "fsdp2 shard_over=1", "zero stage=1", "zero stage=2", "zero stage=3 whole_below=0",
+    "ddp", "fsdp2", "fsdp2 shard_over=1",
+    "zero stage=1", "zero stage=2", "zero stage=3 whole_below=0",
     "zero stage=1 offload_optimizer=true", "zero stage=2 offload_optimizer=true",
     "zero stage=3 offload_optimizer=true offload_parameters=true whole_below=0",
     "zero stage=3 activation_checkpointing=true whole_below=0",

@@ -174,6 +174,37 @@ def test_a_run_continues_at_other_world_sizes_with_the_same_samples(tmp_path: Pa
         assert max(abs(a["loss"] - b["loss"]) for a, b in zip(got, want, strict=True)) < 1e-5
 
 
+@pytest.mark.parametrize("mode", ["sharded", "async"])
+def test_ranks_write_what_they_hold_and_read_what_they_need(mode: str, tmp_path: Path) -> None:
+    settings = [*RUN, "engine.name=fsdp2", f"train.save_mode={mode}", "train.max_steps=6"]
+    train(2, tmp_path / "whole", *settings)
+    train(2, tmp_path / "run", *settings, "train.stop_at=4", expect=75)
+    folder = tmp_path / "run/checkpoints/step-000004"
+    sizes = {file.name: file.stat().st_size for file in folder.glob("*.safetensors")}
+    assert sorted(sizes) == sorted(
+        f"{kind}-{rank:05d}-of-00002.safetensors"
+        for kind in ("trained", "optimizer")
+        for rank in range(2)
+    )
+    # Three numbers a parameter, and one step for each of the 40 tensors, which every rank needs.
+    numbers = 3 * 24_576 * 4
+    for kind, share in (("trained", 1 / 3), ("optimizer", 2 / 3)):
+        for rank in range(2):
+            assert sizes[f"{kind}-{rank:05d}-of-00002.safetensors"] < numbers * share / 2 + 20_000
+    for ranks in (2, 3):
+        other = tmp_path / f"on-{ranks}"
+        shutil.copytree(tmp_path / "run", other)
+        train(ranks, other, *settings)
+        start = [event for event in events(other) if event["event"] == "start"][-1]
+        read = [rank["checkpoint_bytes_read"] for rank in start["per_rank"]]
+        assert sum(read) == numbers + ranks * 40 * 4
+        assert max(read) <= numbers / ranks * 1.1
+    assert adapter_bytes(tmp_path / "on-2") == adapter_bytes(tmp_path / "whole")
+    saved = [e for e in events(tmp_path / "whole") if e["event"] == "saved"]
+    assert [e["step"] for e in saved] == [2, 4, 6]
+    assert all(0 < e["seconds"] <= e["written"] and e["bytes"] > numbers for e in saved)
+
+
 def test_the_optimiser_really_is_restored(tmp_path: Path) -> None:
     """Restarted with empty moments, the losses would part; a warm-up hides nothing here."""
     settings = [*RUN, "train.max_steps=12", "train.schedule=constant"]

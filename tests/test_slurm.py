@@ -134,15 +134,25 @@ def starts_of(runs: Runs) -> list[dict[str, Any]]:
     return [e for e in rows(runs.folder / "run", "events.jsonl") if e["event"] == "start"]
 
 
-def test_two_nodes_of_two_ranks(runs: Runs) -> None:
-    job = runs.submit(str(runs.job_file(ranks=2)), "train.max_steps=8")
-    done = runs.cluster.wait(job, "COMPLETED")
+def test_two_nodes_of_two_ranks_then_zero_3_on_two(runs: Runs) -> None:
+    steps = ["train.max_steps=8", "engine=hsdp"]
+    job = runs.submit(str(runs.job_file(ranks=2)), *steps, "train.stop_at=4")
+    done = runs.cluster.wait(job, "FAILED")  # with 75, and no requeue: a planned stop
     (start,) = starts_of(runs)
+    held = [rank["bytes_held"] for rank in start["per_rank"]]
+    assert held[:2] == held[2:], "a copy of the base on each node"
     assert start["host"] == nodes_of(done, runs.cluster)[0] == "node1"
     assert (start["world_size"], start["engine"], start["job"]) == (4, "fsdp2", job)
     log = runs.log(job)
     assert "start 1 (restarts: 0)" in log and "4 ranks on 2 nodes: node[1-2]" in log
     assert "node node2: no GPU that nvidia-smi sees; python 3" in log
+    steps[1:] = ["engine=zero", "engine.whole_below=0", "--resume-with-changes"]
+    job = runs.submit(str(runs.job_file(ranks=1)), *steps)
+    runs.cluster.wait(job, "COMPLETED")
+    _, second = starts_of(runs)
+    assert (second["step"], second["world_size"], second["engine"]) == (4, 2, "zero")
+    assert sum(held) == 2 * sum(rank["bytes_held"] for rank in second["per_rank"])
+    assert len(losses(runs.folder / "run")) == 8
 
 
 def test_five_preemptions_of_every_kind_change_nothing(runs: Runs, undisturbed: Path) -> None:
@@ -440,6 +450,8 @@ def test_the_70b_job_as_it_stands(tmp_path: Path, cluster: Cluster) -> None:
             test, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0 and "128 processors on nodes node[1-2]" in done.stderr
+        test[-1] = str(ROOT / "slurm/zero3_llama70b.sh")
+        subprocess.run(test, env=environment, cwd=tmp_path, check=True)
         job = subprocess.run(
             ["sbatch", "--parsable", file, "model=tiny", "engine.device=cpu", "train.max_steps=2"],
             env=environment, cwd=tmp_path, capture_output=True, text=True, check=True,
@@ -447,6 +459,8 @@ def test_the_70b_job_as_it_stands(tmp_path: Path, cluster: Cluster) -> None:
         big.wait(job, "COMPLETED", timeout=200)
         start = rows(tmp_path / "runs/hoft_llama70b", "events.jsonl")[0]
         assert start["event"] == "start" and start["world_size"] == 16
+        held = [rank["bytes_held"] for rank in start["per_rank"]]
+        assert held[:8] == held[8:] and held[0] < sum(held[:8]) / 6, "HSDP: a copy on each node"
         log = (tmp_path / f"hoft_llama70b-{job}.log").read_text()
         assert "train.max_steps=2 replaces train.epochs" in log
         shutil.rmtree(tmp_path / "runs")

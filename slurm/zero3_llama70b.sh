@@ -1,0 +1,28 @@
+#!/bin/bash
+# LLaMA-3.1-70B in NF4, HOFT of rank 16, commonsense rows, under DeepSpeed ZeRO-3 on 2 nodes of 8 GPUs. From the checkout:
+#   sbatch slurm/zero3_llama70b.sh
+#   sbatch slurm/zero3_llama70b.sh engine.offload_parameters=true   whatever follows is laid over the settings below
+# A run that began with slurm/hoft_llama70b.sh goes on here, and the other way round: checkpoints know no engine. Give the
+# same run_dir and --resume-with-changes.
+#SBATCH --job-name=zero3_llama70b
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%j.log
+#SBATCH --requeue --open-mode=append
+#SBATCH --signal=B:USR1@300
+# 300 s before the time limit the run saves and requeues itself: scalepeft plan says what a step and a save need.
+
+CONFIG=configs/runs/commonsense_hoft.yaml
+SETTINGS=(
+    model=llama-3.1-70b     # a gated hub id; or model.path=FOLDER
+    engine=zero             # stage 3; engine.offload_parameters=true keeps the base on the hosts
+    data.train=data/commonsense_170k.json
+    run_dir=runs/zero3_llama70b
+    train.micro_batch=1
+)
+source "${SCALEPEFT_ROOT:-$SLURM_SUBMIT_DIR}/slurm/train.sh" "$@"
+exit 2  # only reached where that is no checkout: call sbatch in it, or export SCALEPEFT_ROOT
