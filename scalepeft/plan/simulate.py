@@ -88,7 +88,8 @@ def _watched(tracker: Tracker) -> Iterator[None]:
         patches.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", resized))
         # Which looks at values, and with fake ones would give every layer a (length, length) mask.
         packed = "find_packed_sequence_indices"
-        patches.enter_context(mock.patch.object(masking_utils, packed, return_value=None))
+        if hasattr(masking_utils, packed):
+            patches.enter_context(mock.patch.object(masking_utils, packed, return_value=None))
         for owner, name, kind in work:
             if not hasattr(owner, name):  # another torch: its work counts as activations
                 continue
@@ -171,7 +172,7 @@ def structure(config: RunConfig, folder: Path) -> nn.Module:
     Raises:
         UserError: as there.
     """
-    with redirect_stderr(StringIO()):  # which layers stay unquantised is said once, elsewhere
+    with redirect_stderr(StringIO()):  # which layers stay unquantised: the run itself says it
         model = models.build(config.model, folder, config.train.precision)
     injection.inject(model, config.adapter)
     loss.add_token_loss(model)
