@@ -285,17 +285,25 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[s
     """Reads (config, tensors, the rest of ``adapter_config.json``) from an adapter folder.
 
     Raises:
-        UserError: a missing or unreadable file, named.
+        UserError: a missing, unreadable or changed file, named.
     """
     remedy = f"{folder} is no readable adapter folder; name the adapter/ of a finished run"
     description = read_mapping(folder / "adapter_config.json", json.loads, remedy)
     settings = description.pop("adapter", None)
     if not isinstance(settings, dict):
         raise UserError(f"{folder / 'adapter_config.json'}: has no 'adapter' settings; {remedy}")
+    file = folder / "adapter.safetensors"
     try:
-        state = load_file(folder / "adapter.safetensors")
+        state = load_file(file)
+        with file.open("rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / 'adapter.safetensors'}: {error}; {remedy}") from None
+        raise UserError(f"{file}: {error}; {remedy}") from None
+    if description.get("sha256", digest) != digest:
+        raise UserError(
+            f"{file}: has changed since it was written (sha256 differs from adapter_config.json);"
+            " copy it again, or remove the folder and start the training's command once more"
+        )
     return cfg.adapter_config(settings), state, description
 
 

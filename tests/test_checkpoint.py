@@ -4,6 +4,7 @@ logs.
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import random
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from scalepeft.checkpoint import (
     DamagedCheckpoint,
@@ -155,6 +156,23 @@ def test_a_checkpoint_of_a_later_version_is_not_passed_over(tmp_path: Path) -> N
     (path / "manifest.json").write_text(json.dumps({**manifest, "schema": 99}))
     with pytest.raises(UserError, match="step-000020 has schema 99, this version reads 2; update"):
         RunFolder(tmp_path).newest()
+
+
+def test_a_checkpoint_of_the_first_version_is_read(tmp_path: Path) -> None:
+    folder = claimed(tmp_path)
+    path = save(folder, 20)
+    manifest = json.loads((path / "manifest.json").read_text())
+    # It was safetensors' own file under the same names.
+    for kind in ("trained", "optimizer"):
+        file = path / f"{kind}.safetensors"
+        save_file(load_file(file), file)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": digest}
+    (path / "manifest.json").write_text(json.dumps({**manifest, "schema": 1}))
+    found, passed_over = RunFolder(tmp_path).newest()
+    assert found is not None and not passed_over
+    assert torch.equal(Reader(found.folder).whole("a.adapter.U"), torch.full((4, 2), 20.0))
+    assert Reader(found.folder).whole("a.adapter.U/step") == 1
 
 
 def test_looking_at_a_run_changes_nothing(tmp_path: Path) -> None:

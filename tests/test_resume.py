@@ -18,6 +18,9 @@ import pytest
 from conftest import ROOT, TINY, Job, adapter_bytes, losses, rows, train
 from test_checkpoint import delete_a_file, empty, flip_a_bit, truncate
 
+from scalepeft.injection import read_adapter
+from scalepeft.lookup import UserError
+
 pytestmark = pytest.mark.slow
 # How often the random moments of kills and signals are drawn: 1 in every run, more at night.
 ROUNDS = int(os.environ.get("SCALEPEFT_TEST_ROUNDS", "1"))
@@ -200,6 +203,12 @@ def test_ranks_write_what_they_hold_and_read_what_they_need(mode: str, tmp_path:
         assert sum(read) == numbers + ranks * 40 * 4
         assert max(read) <= numbers / ranks * 1.1
     assert adapter_bytes(tmp_path / "on-2") == adapter_bytes(tmp_path / "whole")
+    file = tmp_path / "on-2/adapter/adapter.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(UserError, match=r"adapter.safetensors: has changed since it was written"):
+        read_adapter(file.parent)
     saved = [e for e in events(tmp_path / "whole") if e["event"] == "saved"]
     assert [e["step"] for e in saved] == [2, 4, 6]
     assert all(0 < e["seconds"] <= e["written"] and e["bytes"] > numbers for e in saved)
