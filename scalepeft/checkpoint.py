@@ -16,6 +16,7 @@ import shutil
 import socket
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -349,7 +350,10 @@ def _signature(folder: Path) -> list[tuple[str, int, int, int]]:
 
 
 def write_tensors(
-    file: Path, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]] | None = None
+    file: Path,
+    tensors: dict[str, Tensor],
+    shapes: dict[str, tuple[int, ...]] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Writes a safetensors file and flushes it to the disk; hashes what was to be written, not what
     a disk gives back.
@@ -358,6 +362,7 @@ def write_tensors(
         file: to be made.
         tensors: CPU tensors by name; ``name[start:stop]`` for elements of a flattened one.
         shapes: whole shapes of the tensors that are written in part.
+        check: called every 16 MiB; may raise.
 
     Returns:
         ``bytes`` and ``sha256`` for the manifest.
@@ -384,6 +389,7 @@ def write_tensors(
 
         def write(data: memoryview) -> None:
             for start in range(0, len(data), PIECE_BYTES):
+                check()
                 piece = data[start : start + PIECE_BYTES]
                 digest.update(piece)
                 while piece:

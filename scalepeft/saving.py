@@ -7,6 +7,7 @@ a copy, and the commit follows at the first step boundary at which all ranks hav
 ever communicates, so nothing can race with the training's collectives.
 """
 
+import errno
 import math
 import threading
 import time
@@ -100,6 +101,12 @@ class Saver:
                 self._pending.thread.join()
             self._commit()
 
+    def stop(self, step: int) -> None:
+        """Gives up the save that goes on unless it is of ``step``: a grace period may be short."""
+        if self._pending is not None and self._pending.step != step:
+            self._pending.given_up = True
+        self.settle()
+
     def _own(self, parts: dict[str, Part], copied: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         tensors: dict[str, Tensor] = {}
         shapes = {}
@@ -126,7 +133,10 @@ class Saver:
                 check_fence(self.run_dir, self.generation)
                 own = {key.partition("[")[0] for key in tensors} & shapes.keys()
                 pending.files[name] = write_tensors(
-                    pending.folder / name, tensors, {key: shapes[key] for key in own}
+                    pending.folder / name,
+                    tensors,
+                    {key: shapes[key] for key in own},
+                    pending.check,
                 )
         except (OSError, Fenced) as error:
             pending.error = error
@@ -188,6 +198,12 @@ class _Pending:
         self.thread: threading.Thread | None = None
         self.stall = 0.0
         """Seconds that the training stood still for a save beside it."""
+        self.given_up = False
+
+    def check(self) -> None:
+        """Raises OSError where the save was given up."""
+        if self.given_up:
+            raise OSError(errno.ECANCELED, "given up for the save of the last step")
 
 
 def gather(ranks: Ranks, parts: dict[str, Part]) -> dict[str, Tensor] | None:

@@ -360,7 +360,7 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
                 stop.planned = stop.signal is None
                 stop.request(SIGUSR1)
     except Stopping:
-        saver.settle()
+        saver.stop(step)
         if saver.saved != step:
             trainer.save(saver, step, final=True)
         return STOPPED

@@ -97,7 +97,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         LlamaConfig(
             vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
-            tie_word_embeddings=True,
+            tie_word_embeddings=False,
         )
     ).save_pretrained(folder)  # fmt: skip
     return folder

@@ -45,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("six")
-    shape = LlamaConfig(**{**tiny.SPEC, "num_hidden_layers": 6})
+    shape = LlamaConfig(**{**tiny.SPEC, "num_hidden_layers": 6, "tie_word_embeddings": False})
     LlamaForCausalLM(shape).save_pretrained(folder)
     return folder
 
@@ -224,8 +224,10 @@ def test_what_to_change_where_it_does_not_fit(blocks: list[str]) -> None:
     assert found.sharded == (1, 4) and "with engine.name=fsdp2 the smallest that fits" in text
 
 
-def test_the_smallest_number_of_gpus(blocks: list[str]) -> None:
-    words = [*blocks, FEW]
+@pytest.mark.slow
+def test_the_smallest_number_of_gpus() -> None:
+    words = ["model=llama-3.1-8b", "data=toy", "run_dir=run", "train.max_steps=9", FEW]
+    words += ["engine=fsdp2", "model.quant=none", "model.double_quant=false"]
     need = {n: planned(words, gpus_per_node=n).need / GIB for n in (2, 4)}
     found = planned(words, nodes=2, gpus_per_node=8, memory=need[4])
     assert need[2] > need[4] and found.fits and found.smallest == (1, 4)

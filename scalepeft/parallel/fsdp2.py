@@ -54,7 +54,7 @@ class FSDP2(Engine):
     _units: list[FSDPModule]
 
     def wrap(self, model: nn.Module, blocks: list[nn.Module]) -> None:
-        """Shards each block, then what is left (embeddings, last norm, head) with the model."""
+        """Shards each block, the embedding, and what is left (norm, head) with the model."""
         version = tuple(int(v) for v in torch.__version__.split("+")[0].split(".")[:2])
         if version < UINT8_SHARDS_SINCE and any(p.dtype == torch.uint8 for p in model.parameters()):
             raise UserError(
@@ -71,6 +71,14 @@ class FSDP2(Engine):
             mesh = init_device_mesh(device, (world // group, group), mesh_dim_names=names)
         for block in blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=self.config.reshard_after_forward)
+        # Not in the model's unit, which stays gathered all the step; where tied, it is the head too.
+        embedding, head = (
+            getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")
+        )
+        if embedding is not None and embedding.weight is not getattr(head, "weight", None):
+            fully_shard(embedding, mesh=mesh)
+            # Else the first block's backward would gather the embedding ahead, which has none.
+            blocks[0].set_modules_to_backward_prefetch([blocks[0]])  # type: ignore[operator]
         fully_shard(model, mesh=mesh)
         self._units = [m for m in model.modules() if isinstance(m, FSDPModule)]
         for unit in self._units:
