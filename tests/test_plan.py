@@ -119,6 +119,22 @@ def test_short_models_stand_for_long_ones(model: Path) -> None:
     assert stretched.exchanges == exact.exchanges and stretched.flops == exact.flops
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_so_do_they_where_the_embedding_outweighs_a_block(quant: str, tmp_path: Path) -> None:
+    values = shapes.architecture("llama-3.1-8b").to_dict() | {"num_hidden_layers": 8}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    words = [f"model.path={tmp_path}", f"model.quant={quant}", "engine=fsdp2", FEW]
+    config, _ = cfg.load(None, [*words, "data=toy", "run_dir=run", "train.max_steps=9"])
+    found = source.find(config.model)
+    kinds = ["full_attention", "sliding_attention"] * 4
+    whole = source.Source(found.values | {"layer_types": kinds}, "", {})
+    stretched, exact = measure(config, found, 2, 2), measure(config, whole, 2, 2)
+    assert (stretched.simulated, exact.simulated) == ((3, 4), (8,))
+    assert stretched.most == pytest.approx(exact.most, rel=1e-3)
+    assert stretched.exchanges == exact.exchanges
+
+
 def bytes_by_hand(
     shape: str, quant: str, ranks: int, layers: int, rank: int = 16
 ) -> tuple[float, float]:

@@ -71,7 +71,7 @@ class FSDP2(Engine):
             mesh = init_device_mesh(device, (world // group, group), mesh_dim_names=names)
         for block in blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=self.config.reshard_after_forward)
-        # Not in the model's unit, which stays gathered all the step; where tied, it is the head too.
+        # Not in the model's unit, which stays gathered all the step. Tied, it is the head too.
         embedding, head = (
             getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")
         )
