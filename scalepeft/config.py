@@ -72,7 +72,7 @@ class TrainConfig:
         save_every: steps between checkpoints.
         save_mode: ``gathered``: rank 0 writes all; ``sharded``: each rank its own part; ``async``:
             that too, from a copy while the training goes on; ``auto``: async once parameters and
-            moments exceed 256 MiB, else gathered.
+            moments exceed 64 MiB, else gathered.
         keep_checkpoints: newest verified checkpoints that are kept.
         eval_every: steps between held-out losses; 0 switches them off.
         stop_at: save and leave with exit code 75 when this step is done (a planned stop).

@@ -24,7 +24,7 @@ from scalepeft.parallel.mesh import Ranks
 from scalepeft.progress import say
 from scalepeft.records import Records
 
-GATHERED_BYTES = 256 << 20  # state up to this size is written by rank 0 alone
+GATHERED_BYTES = 64 << 20  # state up to this size is written by rank 0 alone
 
 
 class Saver:
