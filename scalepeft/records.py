@@ -22,7 +22,6 @@ from scalepeft.checkpoint import (
     stored_generation,
     try_to_write,
     write_atomically,
-    write_tensors,
 )
 from scalepeft.config import RunConfig
 from scalepeft.holder import Hold, check_free
@@ -30,6 +29,7 @@ from scalepeft.lookup import UserError, read_mapping
 from scalepeft.parallel.mesh import Ranks
 from scalepeft.preemption import tell_job
 from scalepeft.progress import Progress, say
+from scalepeft.tensorfiles import write_tensors
 
 
 def load_run(run_dir: str, settings: list[str], allowed: tuple[str, ...], what: str) -> RunConfig:

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalepeft.checkpoint import Fenced, check_fence, write_tensors
+from scalepeft.checkpoint import Fenced, check_fence
 from scalepeft.config import RunConfig
 from scalepeft.parallel.base import Part
 from scalepeft.parallel.mesh import Ranks
 from scalepeft.progress import say
 from scalepeft.records import Records
+from scalepeft.tensorfiles import write_tensors
 
 GATHERED_BYTES = 64 << 20  # state up to this size is written by rank 0 alone
 

@@ -12,7 +12,7 @@ from scalepeft import config as cfg
 from scalepeft import data, injection, loss, models
 from scalepeft.adapters.base import Adapter, Dropout
 from scalepeft.build import Built, build, start_ranks, task_of
-from scalepeft.checkpoint import Checkpoint, Reader
+from scalepeft.checkpoint import Checkpoint
 from scalepeft.config import RunConfig
 from scalepeft.lookup import UserError
 from scalepeft.parallel.base import Part, full_shape
@@ -21,6 +21,7 @@ from scalepeft.preemption import FINISHED, STOPPED, StopFlag, Stopping
 from scalepeft.progress import say
 from scalepeft.records import Records, check_nodes
 from scalepeft.saving import Saver, gather
+from scalepeft.tensorfiles import Reader
 from scalepeft.weights import resident_bytes
 
 

@@ -20,14 +20,13 @@ from safetensors.torch import load_file, save_file
 from scalepeft.checkpoint import (
     DamagedCheckpoint,
     Fenced,
-    Reader,
     RunFolder,
     verify,
-    write_tensors,
 )
 from scalepeft.lookup import UserError
 from scalepeft.parallel.base import Part
 from scalepeft.records import RowLog
+from scalepeft.tensorfiles import Reader, write_tensors
 
 
 def claimed(path: Path) -> RunFolder:

@@ -113,7 +113,8 @@ def test_the_lowest_layer_imports_nothing_of_ours() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["injection", "models", "data", "checkpoint", "preemption", "merge", "loss"]
+    "name",
+    ["injection", "models", "data", "checkpoint", "tensorfiles", "preemption", "merge", "loss"],
 )
 def test_the_middle_never_imports_the_top(name: str) -> None:
     assert not own(f"scalepeft.{name}") & TOP
