@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ import pytest
 import torch
 from conftest import ROOT, TINY, Job, train
 
-from scalepeft import config, doctor, tiny
+from scalepeft import config, doctor, holder, tiny
 from scalepeft.doctor import disk, judge, links, node
 from scalepeft.doctor.findings import Finding, by_value, spans, summary, where
-from scalepeft.doctor.meeting import Outcome
+from scalepeft.doctor.meeting import Meeting, Outcome
 from scalepeft.lookup import UserError
+from scalepeft.parallel import zero
+from scalepeft.train import check_batch
 
 HOSTS = {0: "n1", 1: "n1", 2: "n2", 3: "n2"}
 NF4_FSDP2 = [*TINY, "engine=fsdp2", "model.quant=nf4", "train.max_steps=2"]
@@ -123,8 +127,97 @@ def test_one_process_prints_a_line_a_check(
 def test_wrong_options() -> None:
     with pytest.raises(UserError, match="--timeout 0: must be more than 0"):
         doctor.run(doctor.Options([], timeout=0))
+    for timeout in (float("inf"), float("nan"), 1e300, -1):
+        with pytest.raises(UserError, match="must be more than 0 and at most 86400 seconds"):
+            doctor.run(doctor.Options([], timeout=timeout))
     with pytest.raises(UserError, match="no such key"):
         doctor.run(doctor.Options([*TINY, "train.steps=1"], run_dir="none"))
+    # What is wrong comes before what is absent.
+    with pytest.raises(UserError, match=r"no engine 'zerro'.*Did you mean 'zero'"):
+        doctor.run(doctor.Options(["engine.name=zerro"]))
+    with pytest.raises(UserError, match="run_dir is not set"):
+        doctor.run(doctor.Options(["engine.name=zero", "train.epochs=1"]))
+    with pytest.raises(UserError, match=r"give one of train\.max_steps and train\.epochs"):
+        doctor.run(doctor.Options(["engine.name=zero"], run_dir="none"))
+
+
+def fixes(capsys: pytest.CaptureFixture[str], *settings: str) -> list[str]:
+    """Runs doctor on one process; returns what is to fix, without the numbers."""
+    wrong = doctor.run(doctor.Options(list(settings)))
+    lines = capsys.readouterr().out.splitlines()
+    found = [line.split(". ", 1)[1] for line in lines if line.startswith("  ")]
+    assert wrong == bool(found) and len(found) == sum(line[:3] == "FIX" for line in lines)
+    return found
+
+
+def test_what_training_refuses_at_its_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    settings = [*TINY, "train.max_steps=2", f"run_dir={run_dir}"]
+    shipped = str(ROOT / "configs" / "runs" / "commonsense_hoft.yaml")
+    (empty,) = fixes(capsys, shipped, "model=tiny", f"run_dir={run_dir}")
+    assert empty.startswith("rows: data.train is empty: name files")
+    (run_dir / "checkpoints" / "step-000001").mkdir(parents=True)
+    (run_dir / "config.yaml").write_text(config.dump(of()))
+    held = {"start": 1, "host": "here", "pid": os.getppid(), "machine": holder._machine(),
+            "began": holder._began(os.getppid()), "job": None}  # fmt: skip
+    (run_dir / "holder.json").write_text(json.dumps(held))
+    other, holds = fixes(capsys, *settings, "engine=fsdp2", "train.lr=1")
+    assert other.startswith(f"run config: run_dir={run_dir} holds a run with another config (")
+    assert "engine.name: single there, fsdp2 now" in other and "train.lr: 0.003 there" in other
+    assert holds.startswith(f"holder: run_dir={run_dir}: is held by start 1 on here, pid ")
+    (run_dir / "holder.json").unlink()
+    assert fixes(capsys, *settings) == []
+
+    def odd(config: Any, world: int) -> None:
+        check_batch(config, 5)
+
+    monkeypatch.setattr(doctor, "check_batch", odd)
+    (batch,) = fixes(capsys, *settings)
+    assert batch.startswith("global batch: train.global_batch=12 cannot be shared evenly by 5")
+
+
+def test_a_rank_that_is_gone_is_to_fix_whatever_the_check_is_about() -> None:
+    class Lost(Meeting):
+        def stage(self, work: Any) -> list[Outcome]:
+            return [Outcome(), Outcome(error="no answer within 1 s", gone=True)]
+
+    meeting = Lost(0, 2, torch.distributed.HashStore(), 1.0, hosts=HOSTS)
+    visit = doctor.Visit(meeting, None, ".", 0)
+    with pytest.raises(doctor._Gone):
+        visit._stage(lambda: None, partial(judge.start, "holder", ""))
+    assert [(f.check, f.found) for f in visit.findings if f.state == "fix"] == [
+        ("ranks", "no answer within 1 s on rank 1 on n1")
+    ]
+
+
+def test_deepspeed_that_cannot_be_imported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(device_type: str) -> None:
+        raise RuntimeError(f"CUDA_HOME does not exist ({device_type})\nand more")
+
+    monkeypatch.setattr(zero, "_deepspeed", fails)
+    monkeypatch.setattr(node, "versions", lambda: {**VERSIONS, "deepspeed": "0.19.8"})
+    settings = [*TINY, "train.max_steps=2", f"run_dir={tmp_path / 'run'}", "engine.device=cpu"]
+    (finding,) = fixes(capsys, *settings, "engine.name=zero")
+    assert finding.startswith("deepspeed: cannot be used: CUDA_HOME does not exist (cpu) on rank")
+    assert fixes(capsys, *settings) == []
+    monkeypatch.setattr(node, "versions", lambda: dict(VERSIONS))
+    (missing,) = fixes(capsys, *settings, "engine.name=zero")
+    assert missing.startswith("versions: engine.name=zero needs deepspeed, which is not installed")
+    assert missing.endswith("pip install 'scalepeft[deepspeed]'")
+
+
+@pytest.mark.slow
+def test_deepspeed_on_two_ranks(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    settings = [*TINY, "engine.name=zero", "train.max_steps=2", f"run_dir={tmp_path}/run"]
+    codes, text = Job(2, ["doctor", *settings, "--json"]).wait()
+    found = {f["check"]: f["found"] for f in report(text)["findings"] if f["state"] == "ok"}
+    assert codes == [0, 0] and "can be imported" in found["deepspeed"], text
+    assert "deepspeed " in found["versions"] and "6 rows a step" in found["global batch"]
 
 
 def mount(*words: str) -> None:
@@ -185,8 +278,13 @@ def test_room(small: Path) -> None:
 
 
 def copied(source: Path, target: Path) -> None:
-    """What mounts of object stores make of a rename."""
-    shutil.copytree(source, target)
+    """What mounts of object stores make of a rename, file by file."""
+
+    def slowly(one: str, other: str) -> None:
+        time.sleep(0.002)
+        shutil.copy(one, other)
+
+    shutil.copytree(source, target, copy_function=slowly)
     shutil.rmtree(source)
 
 
@@ -266,6 +364,14 @@ def test_altered_bytes_are_judged() -> None:
     assert good.state == "ok" and "scalepeft does not do that" in told.found
     (skipped,) = links.judge_bytes([Outcome({"uint8": None, "refused": "needs"})], HOSTS, True)
     assert skipped.state == "info" and "not tried: needs" in skipped.found
+
+
+def test_whose_bytes_are_gathered() -> None:
+    assert judge.shards_bytes(of("engine=fsdp2", "model.quant=int8"))
+    assert not judge.shards_bytes(of("engine=fsdp2"))
+    assert judge.shards_bytes(of("engine.name=zero", "model.quant=nf4"))
+    assert not judge.shards_bytes(of("engine.name=zero", "engine.stage=2", "model.quant=nf4"))
+    assert not judge.shards_bytes(of("engine.name=zero"))
 
 
 def test_wrong_sums_and_dead_links_are_judged() -> None:
@@ -414,6 +520,23 @@ def test_data_on_every_node(tmp_path: Path) -> None:
     assert other.state == "fix" and "3 bytes on rank 1 on n1" in other.found
     with pytest.raises(UserError, match="no such file"):
         node.data(of("data=commonsense", "data.train=/none.json"))
+
+
+def test_rows_are_read(tmp_path: Path) -> None:
+    row = {"instruction": "i", "output": "the correct answer is true", "answer": "true"}
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([row, row, {}]))
+    settings = ["data=commonsense", f"data.train={rows}"]
+    with pytest.raises(UserError, match="row 3: key 'instruction' is missing"):
+        node.rows(of(*settings))
+    found = node.rows(of(*settings, "data.on_error=skip", f"data.valid={rows}"))
+    assert found == {"train": [2, 1], "valid": [2, 1]}
+    finding = judge.rows([Outcome(found)], HOSTS)
+    assert finding.state == "warn"
+    assert finding.found.startswith("2 of data.train, 2 of data.valid; 2 broken ones are left out")
+    assert judge.rows([Outcome({"train": [2, 0]})], HOSTS).state == "ok"
+    hub = of("data=commonsense", "data.train=hf://a/b")
+    assert judge.rows([Outcome(node.rows(hub))], HOSTS).state == "info"
 
 
 def test_kernels_of_the_configured_storage() -> None:

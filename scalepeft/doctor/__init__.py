@@ -23,10 +23,15 @@ from scalepeft.config import BUILTIN, RunConfig
 from scalepeft.doctor import disk, judge, links, node
 from scalepeft.doctor.findings import Finding, by_value, fix, summary
 from scalepeft.doctor.meeting import Apart, Meeting, Outcome, meet
+from scalepeft.holder import check_free
 from scalepeft.lookup import UserError
 from scalepeft.parallel.mesh import Ranks, launch_variables, pick_device
 from scalepeft.preemption import BROKEN, FINISHED
 from scalepeft.progress import say
+from scalepeft.records import check_same_run, slurm_start
+from scalepeft.train import check_batch
+
+LONGEST = 86400  # seconds that --timeout may ask for
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,10 @@ class Options:
         Raises:
             UserError: a mistake in it, or in an option.
         """
-        if not self.timeout > 0:
-            raise UserError(f"--timeout {self.timeout}: must be more than 0 seconds")
+        if not 0 < self.timeout <= LONGEST:
+            raise UserError(
+                f"--timeout {self.timeout:g}: must be more than 0 and at most {LONGEST} seconds"
+            )
         if not self.settings:
             return None
         path, settings = None, self.settings
@@ -58,7 +65,16 @@ class Options:
             path, settings = settings[0], settings[1:]
         if self.run_dir is not None:
             settings = [*settings, f"run_dir={self.run_dir}"]
-        return cfg.load(path, settings)[0]
+        try:
+            return cfg.load(path, settings)[0]
+        except UserError:
+            # A mistake in what is given comes before what is not given yet.
+            keys = {setting.partition("=")[0] for setting in settings}
+            absent = [] if "run_dir" in keys else ["run_dir=."]
+            if not keys & {"train.max_steps", "train.epochs"}:
+                absent.append(f"train.max_steps={1 << 31}")
+            cfg.load(path, [*absent, *settings])
+            raise
 
 
 def run(options: Options) -> int:
@@ -134,6 +150,7 @@ class Visit:
     def _checks(self) -> None:
         usable = self._node()
         self._base()
+        self._start()
         linked = self._links("links", "gloo", links.join) and self._clocks()
         if linked and usable:
             if self.ranks.device.type == "cuda":
@@ -165,6 +182,8 @@ class Visit:
             found = found if isinstance(found, list) else [found]
             self.findings += found
             good = not [f for f in found if f.state == "fix"]
+            if good and (lost := {r: o.error for r, o in enumerate(outcomes) if o.gone}):
+                self.findings.append(fix("ranks", by_value(lost, self.meeting.hosts)))
         hangs, gone = any(o.hangs for o in outcomes), any(o.gone for o in outcomes)
         good, hangs, gone = self.meeting.agree([good, hangs, gone])
         self.stuck = self.stuck or hangs or gone
@@ -202,6 +221,9 @@ class Visit:
             return False
         self.ranks.device = self.meeting.device = pick_device(wanted, local_rank)
         self._stage(lambda: node.kernels(config, self.ranks.device), judge.kernels)
+        if config is not None and config.engine.name == "zero":
+            kind, first = self.ranks.device.type, local_rank == 0
+            self._stage(lambda: node.deepspeed(kind) if first else None, judge.deepspeed)
         return True
 
     def _base(self) -> None:
@@ -214,6 +236,34 @@ class Visit:
 
         self._stage(lambda: node.model(config) if first else None, judged)
         self._stage(lambda: node.data(config) if first else None, judge.data)
+        main = self.meeting.rank == 0
+        self._stage(lambda: node.rows(config) if main else None, judge.rows)
+
+    def _start(self) -> None:
+        """What training refuses before it loads anything."""
+        if (config := self.config) is None:
+            return
+        world, name = self.meeting.world_size, f"run_dir={config.run_dir}"
+        checks: list[tuple[str, Callable[[], None], str]] = [
+            (
+                "global batch",
+                lambda: check_batch(config, world),
+                f"{config.train.global_batch // world} rows a step on each rank",
+            ),
+            (
+                "run config",
+                lambda: check_same_run(config, allow_changes=False),
+                f"{name} holds no checkpoint of another config",
+            ),
+            (
+                "holder",
+                lambda: check_free(self.run_dir, *slurm_start()),
+                f"nobody trains in {name}",
+            ),
+        ]
+        for check, work, well in checks:
+            judged = partial(judge.start, check, well)
+            self._stage(work if self.meeting.rank == 0 else lambda: None, judged)
 
     def _links(self, check: str, kind: str, join: Callable[..., None]) -> bool:
         def work() -> dict[str, Any]:

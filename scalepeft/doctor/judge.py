@@ -8,10 +8,12 @@ from scalepeft.doctor.findings import Finding, by_value, fix, warn, where
 from scalepeft.doctor.meeting import Outcome
 from scalepeft.doctor.node import numbers
 from scalepeft.parallel.fsdp2 import UINT8_SHARDS_SINCE
+from scalepeft.parallel.zero import ZeroConfig
 
 Facts = dict[int, dict[str, Any]]
 Hosts = dict[int, str]
-SHOWN = ("python", "torch", "CUDA", "NCCL", "transformers", "bitsandbytes", "scalepeft", "source")
+SHOWN = ("python", "torch", "CUDA", "NCCL", "transformers", "bitsandbytes", "deepspeed",
+         "scalepeft", "source")  # fmt: skip
 OPTIONAL = {"bitsandbytes", "deepspeed", "tensorboard", "wandb"}
 OPEN_FILES = 1024
 SHARED_MEMORY = 256 << 20  # bytes: NCCL takes some of it for each pair of GPUs of a node
@@ -36,7 +38,10 @@ def needs(config: RunConfig | None) -> dict[str, str]:
 
 def shards_bytes(config: RunConfig | None) -> bool:
     """True if a run of this config shards a quantised base."""
-    return config is not None and config.engine.name == "fsdp2" and config.model.quant != "none"
+    if config is None or config.model.quant == "none":
+        return False
+    engine = config.engine
+    return engine.name == "fsdp2" or (isinstance(engine, ZeroConfig) and engine.stage == 3)
 
 
 def versions(
@@ -64,7 +69,11 @@ def versions(
             continue
         version = next(iter(held.values()))
         if version is None:
-            extra = {"bitsandbytes": "'scalepeft[quant]'", "tensorboard": "'scalepeft[track]'"}
+            extra = {
+                "bitsandbytes": "'scalepeft[quant]'",
+                "deepspeed": "'scalepeft[deepspeed]'",
+                "tensorboard": "'scalepeft[track]'",
+            }
             listed.append(
                 fix("versions", f"{needed[name]} needs {name}, which is not installed",
                     f"pip install {extra.get(name, name)}")
@@ -77,7 +86,8 @@ def versions(
                     f"pip install '{name}>={bounds[name]}'")
             )  # fmt: skip
     first = found[min(found)]
-    if shards_bytes(config) and numbers(first["torch"]) < UINT8_SHARDS_SINCE:
+    fsdp2 = config is not None and config.engine.name == "fsdp2"
+    if fsdp2 and shards_bytes(config) and numbers(first["torch"]) < UINT8_SHARDS_SINCE:
         listed.append(
             fix("versions", f"torch {first['torch']} cannot shard a quantised base",
                 f"update torch to {'.'.join(map(str, UINT8_SHARDS_SINCE))}, take engine.name=ddp,"
@@ -161,6 +171,16 @@ def kernels(outcomes: list[Outcome], hosts: Hosts) -> Finding:
     return Finding(
         "kernels", "ok", f"{outcomes[0].value}: known bytes, exact values, right products"
     )
+
+
+def deepspeed(outcomes: list[Outcome], hosts: Hosts) -> list[Finding]:
+    """Whether every node can import DeepSpeed; nothing where it is not installed."""
+    if failed := {r: o.error for r, o in enumerate(outcomes) if o.error is not None}:
+        return [fix("deepspeed", f"cannot be used: {by_value(failed, hosts)}",
+                    "repair it, or take engine.name=fsdp2")]  # fmt: skip
+    if outcomes[0].value is None:
+        return []
+    return [Finding("deepspeed", "ok", f"{outcomes[0].value} can be imported")]
 
 
 def environment(found: Facts, hosts: Hosts, cuda: bool) -> list[Finding]:
@@ -259,4 +279,24 @@ def data(outcomes: list[Outcome], hosts: Hosts) -> Finding:
     }
     if len(set(seen.values())) > 1:
         return fix("data", by_value(seen, hosts), "give every node the same files")
-    return Finding("data", "ok", seen[0] or "no files to look for")
+    return Finding("data", "ok", seen[0]) if seen[0] else Finding("data", "info", "no files")
+
+
+def rows(outcomes: list[Outcome], hosts: Hosts) -> Finding:
+    """What rank 0 made of the rows."""
+    if outcomes[0].error is not None:
+        return fix("rows", outcomes[0].error)
+    read = outcomes[0].value.items()
+    if not read:
+        return Finding("rows", "info", "of the hub: read when training starts")
+    text = ", ".join(f"{n} of data.{split}" for split, (n, _) in read)
+    if broken := sum(n for _, (_, n) in read):
+        return warn("rows", f"{text}; {broken} broken ones are left out (data.on_error=skip)")
+    return Finding("rows", "ok", text)
+
+
+def start(check: str, well: str, outcomes: list[Outcome], _: Hosts) -> Finding:
+    """What rank 0 would be told when it begins to train."""
+    if (error := outcomes[0].error) is not None:
+        return fix(check, error)
+    return Finding(check, "ok", well)

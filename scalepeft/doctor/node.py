@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from scalepeft import models, quant
+from scalepeft.build import task_of
 from scalepeft.checkpoint import try_to_write
 from scalepeft.config import BUILTIN, RunConfig
 from scalepeft.doctor.disk import existing
 from scalepeft.lookup import UserError
+from scalepeft.parallel import zero
 from scalepeft.parallel.mesh import pick_device
-from scalepeft.tasks.base import expand
+from scalepeft.tasks.base import Split, expand
 from scalepeft.weights import Weights
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "bitsandbytes", "deepspeed",
@@ -118,6 +120,21 @@ def kernels(config: RunConfig | None, place: torch.device) -> str | None:
     return " and ".join(fmt.name for fmt in checked) or None
 
 
+def deepspeed(device_type: str) -> str | None:
+    """Imports DeepSpeed as the engine does.
+
+    Returns:
+        Its version; None where it is not installed, which ``versions`` tells.
+
+    Raises:
+        Exception: whatever the import raises, as where it finds GPUs and no CUDA compiler.
+    """
+    version = versions().get("deepspeed")
+    if version is not None:
+        zero._deepspeed(device_type)
+    return version
+
+
 def limits() -> dict[str, Any]:
     """Threads, cores, resource limits, shared memory, variables, the cache folder."""
     shm = os.statvfs("/dev/shm") if Path("/dev/shm").is_dir() else None
@@ -200,6 +217,23 @@ def data(config: RunConfig) -> dict[str, list[Any]]:
             files = expand(sources, f"data.{split}")
             local = [Path(f) for f in files if not f.startswith("hf://")]
             found[split] = [len(files), sum(f.stat().st_size for f in local)]
+    return found
+
+
+def rows(config: RunConfig) -> dict[str, list[int]]:
+    """Reads the rows that training reads, as it does; data sets of the hub are left to it.
+
+    Returns:
+        Split -> [number of usable rows, number of broken ones].
+
+    Raises:
+        UserError: no rows, an unreadable file, a broken row.
+    """
+    task, found = task_of(config), dict[str, list[int]]()
+    splits: tuple[Split, ...] = ("train", "valid") if config.data.valid else ("train",)
+    for split in splits:
+        if not any(s.startswith("hf://") for s in getattr(config.data, split)):
+            found[split] = [len(task.examples(split)), len(task.skipped)]
     return found
 
 
