@@ -21,7 +21,7 @@ from scalepeft.build import engine_class, task_of
 from scalepeft.checkpoint import write_atomically
 from scalepeft.config import RunConfig
 from scalepeft.lookup import UserError
-from scalepeft.plan import planning
+from scalepeft.plan import gpus, planning
 from scalepeft.plan import source as sources
 from scalepeft.progress import say
 from scalepeft.records import check_same_run
@@ -38,6 +38,7 @@ NODE_VARIABLES = [
 ]
 SIGNAL_SECONDS = 60  # Slurm's, where --signal names none
 PLANNED = ("global_batch", "micro_batch", "loss_chunk", "precision")  # of train: what plan looks at
+GPU_OPTIONS = ("--gres", "--gpus", "--gpus-per-node", "--gpus-per-task")
 SOURCES = re.compile(r"^\s*(?:source|\.)\s.*slurm/train\.sh", re.M)
 
 
@@ -228,6 +229,7 @@ def _words(options: list[str]) -> dict[str, str]:
     """sbatch options by their long names: ``--nodes=2``, ``--nodes 2``, ``-N 2`` and ``-N2``."""
     long = {"-N": "--nodes", "-n": "--ntasks", "-D": "--chdir", "-a": "--array"}
     long |= {"-o": "--output", "-J": "--job-name", "-t": "--time", "-p": "--partition"}
+    long |= {"-G": "--gpus"}
     found: dict[str, str] = {}
     last = ""
     for word in options:
@@ -253,11 +255,24 @@ def _header(lines: list[str], given: list[str]) -> dict[str, str]:
     return {**_words(words), **_words(given)}
 
 
-def _gpu_of(header: dict[str, str]) -> str | None:
-    """The GPU that ``--gpus-per-node=h100:8`` or ``--gres=gpu:h100:8`` names, if it is known."""
-    asked = " ".join(v for k, v in header.items() if "gpu" in k or k in ("--gres", "-G")).lower()
-    names = [n for n in planning.GPUS if all(part in asked for part in n.split("-"))]
-    return names[0] if len(names) == 1 else None
+def _gpu_of(header: dict[str, str]) -> tuple[gpus.Gpu | None, str]:
+    """The GPU that the type in ``--gpus-per-node=h100:8`` or ``--gres=gpu:h100:8`` names, if it is
+    one that is known; and the options that have a type.
+    """
+    found, said = set(), []
+    for key in GPU_OPTIONS:
+        for item in header.get(key, "").split(","):
+            kind, *_ = item.removeprefix("gpu:" if key == "--gres" else "").split(":")
+            if kind and not kind.isdecimal() and (key != "--gres" or item.startswith("gpu:")):
+                found.add(gpus.named(kind))
+                said.append(f"{key}={item}")
+    return found.pop() if len(found) == 1 else None, ", ".join(said)
+
+
+def _nodes(header: dict[str, str]) -> int | None:
+    """Of ``--nodes``; the fewest of a range such as 2-4."""
+    fewest = re.match(r"\d+(?=$|[-,:])", header.get("--nodes", ""))
+    return int(fewest[0]) if fewest else None
 
 
 def _warning(header: dict[str, str]) -> int | None:
@@ -269,15 +284,23 @@ def _warning(header: dict[str, str]) -> int | None:
 
 
 def _plan(configs: list[RunConfig], header: dict[str, str], options: Options) -> None:
-    nodes = int(n) if (n := header.get("--nodes", "")).isdecimal() else 1
+    nodes = _nodes(header) or 1
     each = header.get("--ntasks-per-node", "")
     if not each.isdecimal():
         total = header.get("--ntasks", "")
         each = str(max(1, int(total) // nodes)) if total.isdecimal() else "1"
+    gpu, by = (gpus.find(options.gpu), "--gpu") if options.gpu else _gpu_of(header)
+    if gpu:
+        say(f"plan: for GPU {gpu.name}, by {by}")
+    else:
+        say(
+            f"plan: {by or 'the job file'} names no GPU that is known here: whether the run fits is"
+            " not looked at; add --gpu NAME"
+        )
     where = planning.Options(
         nodes=nodes,
         gpus_per_node=int(each),
-        gpu=options.gpu or _gpu_of(header),
+        gpu=gpu.name if gpu else None,
         network=False,
         advise=False,
     )
@@ -298,31 +321,47 @@ def _plan(configs: list[RunConfig], header: dict[str, str], options: Options) ->
 
 
 def _judge(found: planning.Plan, header: dict[str, str]) -> None:
+    """Refuses what cannot do without the assumed constants; what depends on them is only said."""
     need, gpu, given = found.need / planning.GIB, found.options.target, _warning(header)
-    if gpu and not found.fits:
+    tensors, stop = found.step.most / planning.GIB, f"{found.stop_seconds:.1f} s"
+    rows = f"rows of data.cutoff={found.config.data.cutoff} tokens"
+    if gpu and tensors > gpu.gib:
         raise UserError(
-            f"the run needs {need:.1f} GiB a GPU, {gpu.name} has {gpu.gib:g}: see scalepeft plan"
-            f" ... --gpu {gpu.name} for what to change, or add --no-plan"
+            f"the run's tensors alone, with {rows}, need {tensors:.1f} GiB a GPU, {gpu.name} has"
+            f" {gpu.gib:g}: see scalepeft plan ... --gpu {gpu.name} for what to change, or add"
+            " --no-plan"
         )
-    if given is not None and given < found.grace:
+    if given is not None and given < found.stop_seconds:
         raise UserError(
             f"--signal={header['--signal']}: comes {given} s before the time limit, a step and a"
-            f" save need {found.grace} s (assumed rates; scalepeft plan shows them): write"
-            f" --signal=B:USR1@{found.grace}, or add --no-plan"
+            f" save alone take {stop} (assumed: {planning.MFU:.0%} of a GPU's peak, {rows});"
+            f" write --signal=B:USR1@{found.grace}, or add --no-plan"
         )
     say(
-        f"plan: {need:.1f} GiB a GPU at the peak, {found.grace} s for a step and a save (assumed"
-        " rates: scalepeft plan)"
+        f"plan: {need:.1f} GiB a GPU at the peak, {stop} for a step and a save, grace period"
+        f" {found.grace} s (assumed rates: scalepeft plan)"
     )
+    if gpu and not found.fits:
+        say(
+            f"plan: tight: {tensors:.1f} GiB of tensors fit {gpu.name} ({gpu.gib:g} GiB), with what"
+            f" is assumed for CUDA, NCCL and the allocator {need:.1f} GiB do not"
+        )
+    if given is not None and given < found.grace:
+        say(
+            f"plan: --signal={header['--signal']} comes {given} s before the time limit;"
+            f" --signal=B:USR1@{found.grace} leaves {planning.SAFETY:g} times what is assumed"
+        )
 
 
 def _check(configs: list[RunConfig], header: dict[str, str], options: Options) -> None:
-    nodes, each = header.get("--nodes", ""), header.get("--ntasks-per-node", "")
+    nodes, each = _nodes(header), header.get("--ntasks-per-node", "")
     ranks = header.get("--ntasks", "")
-    if not ranks and nodes.isdecimal() and each.isdecimal():
-        ranks = str(int(nodes) * int(each))
-    if not ranks and nodes.isdecimal() and int(nodes) > 1:
-        raise UserError(f"--nodes={nodes} without --ntasks-per-node: set it, one task a GPU")
+    if not ranks and nodes and each.isdecimal():
+        ranks = str(nodes * int(each))
+    if not ranks and nodes and nodes > 1:
+        raise UserError(
+            f"--nodes={header['--nodes']} without --ntasks-per-node: set it, one task a GPU"
+        )
     read: set[str] = set()
     for config in configs:
         if (found := job_of(Path(config.run_dir))) and found[1] in ACTIVE:

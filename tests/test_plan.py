@@ -16,7 +16,7 @@ from scalepeft import plan as command
 from scalepeft import shapes, tiny
 from scalepeft.cli import main
 from scalepeft.lookup import UserError
-from scalepeft.plan import planning, report, source
+from scalepeft.plan import gpus, planning, report, source
 from scalepeft.plan.memory import measure, resident
 from scalepeft.plan.planning import GIB, Options, plan
 
@@ -279,14 +279,60 @@ def test_table_json_and_picture(
     assert found["trained_parameters"] == 98_304 and found["fits"] is None
     assert sum(v for k, v in found["peak"].items() if k != "total") == found["peak"]["total"]
     assert main(["plan", *words]) == 0
-    assert "fits A100-40, A100-80, H100, H200, B200" in capsys.readouterr().out
+    assert "fits A100-40, L40S, A100-80, H100, H200, B200" in capsys.readouterr().out
     assert [p.name for p in tmp_path.iterdir()] == ["plan.png"], "no run folder"
+
+
+def test_run_folder_and_length_may_be_absent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "model=tiny", "data=toy", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["config"]
+    assert (found["run_dir"], found["train"]["epochs"]) == ("unset", 1.0)
+    file = tmp_path / "run.yaml"
+    file.write_text("model: tiny\ndata: toy\nrun_dir: mine\ntrain: {epochs: 3}\n")
+    assert main(["plan", str(file), "train.max_steps=7", "--json"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)["config"]
+    assert (found["run_dir"], found["train"]["max_steps"]) == ("mine", 7)
+    assert "train.max_steps=7 replaces train.epochs=3" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("h100", "H100"),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("A100-SXM4-80GB", "A100-80"),
+        ("A100 80GB PCIe", "A100-80"),
+        ("NVIDIA A100-PCIE-40GB", "A100-40"),
+        ("a100_80g", "A100-80"),
+        ("NVIDIA L40S", "L40S"),
+        ("A100", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA H100 NVL", None),
+        ("H100-94GB", None),
+        ("GH200 480GB", None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+        ("80", None),
+        ("", None),
+    ],
+)
+def test_the_gpu_that_a_text_names(text: str, name: str | None) -> None:
+    found = gpus.named(text)
+    assert (found and found.name) == name
 
 
 @pytest.mark.parametrize(
     ("words", "text"),
     [
         (["--gpu", "H1000"], "no GPU 'H1000'. Did you mean 'H100'?"),
+        (
+            ["--gpu", "A100"],
+            "Did you mean 'A100-40'? Known: A100-40, L40S, A100-80, H100, H200, B200",
+        ),
+        (["--gpu", "NVIDIA H100 NVL"], "for another one: scalepeft plan --memory GIB"),
         (["--nodes", "0"], "--nodes 0: expected a number above 0"),
         (["--gpus-per-node", "-1"], "--gpus-per-node -1: expected"),
         (["--memory", "nan"], "--memory nan: expected"),
@@ -304,7 +350,8 @@ def test_table_json_and_picture(
         (["model.path=."], "no config.json there"),
         (["--plot", "no/such/plan.png"], "no such folder"),
         (["--plot", "plan.nonsense"], "expected FILE.png"),
-        (["train.max_steps=null"], "give one of train.max_steps and train.epochs"),
+        (["train.max_steps=0"], "train.max_steps=0"),
+        (["train.epochs=1"], "give one of train.max_steps and train.epochs, not both"),
     ],
 )
 def test_mistakes_are_one_line(

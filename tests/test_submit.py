@@ -9,6 +9,7 @@ from conftest import ROOT, TINY, train
 
 from scalepeft import submit
 from scalepeft.lookup import UserError
+from scalepeft.plan import planning
 
 SOURCE = 'source "${SCALEPEFT_ROOT:-$SLURM_SUBMIT_DIR}/slurm/train.sh" "$@"\n'
 HEAD = "#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=1\n"
@@ -130,11 +131,6 @@ def test_a_run_with_changes_needs_the_word(
 @pytest.mark.parametrize(
     ("head", "more", "text"),
     [
-        (
-            HEAD + "#SBATCH --signal=B:USR1@30\n", {},
-            "comes 30 s before the time limit, a step and a save need 60 s (assumed rates;"
-            " scalepeft plan shows them): write --signal=B:USR1@60",
-        ),
         (HEAD, {"gpu": "H1000"}, "no GPU 'H1000'"),
         (
             HEAD + "#SBATCH --gpus-per-node=a100:1 --constraint=a100-40\n",
@@ -154,6 +150,34 @@ def test_what_a_plan_refuses(
     assert "GiB a GPU" not in capsys.readouterr().err
 
 
+def test_a_signal_too_late_even_for_the_step_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = HEAD + "#SBATCH --signal=B:USR1@30\n"
+    call(job(head=head))
+    said = capsys.readouterr().err
+    assert "comes 30 s before the time limit; --signal=B:USR1@60 leaves 2 times" in said
+    monkeypatch.setattr(planning, "HASH_BYTES_PER_SECOND", 1.0)
+    with pytest.raises(UserError, match=r"a step and a save alone take [\d.]+ s .*@\d+, or add"):
+        call(job(head=head))
+
+
+def test_what_only_the_assumed_constants_overfill_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(planning, "CONTEXT_BYTES", 80 * planning.GIB)
+    call(job(), gpu="NVIDIA H100 80GB HBM3")
+    said = capsys.readouterr().err
+    assert "for GPU H100, by --gpu" in said and "plan: tight: 0.0 GiB of tensors fit H100" in said
+
+
+@pytest.mark.parametrize(
+    ("option", "nodes"), [("--nodes=2-4", 2), ("-N 3", 3), ("-N2-4", 2), ("-t 5", None)]
+)
+def test_a_range_of_nodes_is_its_fewest(option: str, nodes: int | None) -> None:
+    assert submit._nodes(submit._header([f"#SBATCH {option}"], [])) == nodes
+
+
 def test_gpu_without_a_plan_is_refused() -> None:
     with pytest.raises(UserError, match="--gpu H100 has no effect with --no-plan"):
         call(job(), gpu="H100", plan=False)
@@ -161,7 +185,11 @@ def test_gpu_without_a_plan_is_refused() -> None:
 
 def test_what_a_plan_says(capsys: pytest.CaptureFixture[str]) -> None:
     call(job(head=HEAD + "#SBATCH --signal=B:USR1@60 --gres=gpu:h100:1\n"))
-    assert "GiB a GPU at the peak, 60 s for a step and a save" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "for GPU H100, by --gres=gpu:h100:1\n" in said and "grace period 60 s" in said
+    assert "comes 60 s" not in said
+    call(job(head=HEAD + "#SBATCH --gres=gpu:a100:1\n"))
+    assert "--gres=gpu:a100:1 names no GPU that is known here" in capsys.readouterr().err
     call(job(), "model.path=someone/model", sweep=["train.lr=1e-3,1e-4"])
     assert capsys.readouterr().err.count("not planned: model.path=someone/model") == 1
 
@@ -169,13 +197,24 @@ def test_what_a_plan_says(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("head", "gpu"),
     [
-        ("--gres=gpu:h100:8", "h100"),
-        ("--gpus-per-node=nvidia_h200:8", "h200"),
+        ("--gres=gpu:h100:8", "H100"),
+        ("--gres=nvme:200,gpu:h100", "H100"),
+        ("--gpus-per-node=nvidia_h200:8", "H200"),
+        ("--gpus-per-task=l40s:1 --cpus-per-gpu=40", "L40S"),
+        ("--gres=gpu:a100_80gb:4", "A100-80"),
+        ("--gpus=b200:4", "B200"),
+        ("-G a100-sxm4-80gb:4", "A100-80"),
         ("--gpus-per-node=8", None),
         ("--gres=gpu:a100:4", None),
-        ("--gres=gpu:a100_80gb:4", "a100-80"),
-        ("--gpus=b200:4", "b200"),
+        ("--gres=gpu:gh200:4", None),
+        ("--gres=gpu:a100:8 --mem-per-gpu=80G", None),
+        ("--gres=gpu:a100:8 --cpus-per-gpu=40", None),
+        ("--gpus=a100:40", None),
+        ("--gres=shard:80 --constraint=h100", None),
+        ("--gres=gpu:h100_1g.10gb:2", None),
+        ("--gpus=h100:4,h200:4", None),
     ],
 )
 def test_the_gpu_that_a_job_file_names(head: str, gpu: str | None) -> None:
-    assert submit._gpu_of(submit._header([f"#SBATCH {head}"], [])) == gpu
+    found, _ = submit._gpu_of(submit._header([f"#SBATCH {head}"], []))
+    assert (found and found.name) == gpu

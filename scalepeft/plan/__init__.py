@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from scalepeft import config as cfg
+from scalepeft.config import RunConfig
 from scalepeft.lookup import UserError
 from scalepeft.plan import report
 from scalepeft.plan.planning import Options, plan
@@ -24,14 +25,26 @@ def run(settings: list[str], options: Options, as_json: bool, picture: str | Non
         raise UserError(f"--plot {picture}: expected FILE.png")
     if picture is not None and not Path(picture).parent.is_dir():
         raise UserError(f"--plot {picture}: no such folder")
-    path = None
-    if settings and "=" not in settings[0]:
-        path, *settings = settings
-    config, notes = cfg.load(path, settings)
-    for note in notes:
-        say(note)
-    found = plan(config, options)
+    found = plan(_config(settings), options)
     print(json.dumps(report.as_dict(found), indent=1) if as_json else report.table(found))
     if picture is not None:
         report.plot(found, Path(picture))
         say(f"wrote {picture}")
+
+
+def _config(settings: list[str]) -> RunConfig:
+    """As ``config.load``; what no plan reads, the run folder and the length, may be absent."""
+    path = None
+    if settings and "=" not in settings[0]:
+        path, *settings = settings
+    values = cfg._read(Path(path), ()) if path else {}
+    notes: list[str] = []
+    cfg._apply(values, settings, notes)
+    train = values["train"] = dict(values.get("train") or {})
+    if train.get("max_steps") is None and train.get("epochs") is None:
+        train["epochs"] = 1.0
+    values["run_dir"] = values.get("run_dir") or "unset"
+    config = cfg.from_dict(values)
+    for note in notes:
+        say(note)
+    return config

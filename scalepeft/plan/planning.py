@@ -10,8 +10,10 @@ from typing import Any
 
 from scalepeft import config as cfg
 from scalepeft.config import RunConfig
-from scalepeft.lookup import UserError, unknown
+from scalepeft.lookup import UserError
+from scalepeft.plan import gpus
 from scalepeft.plan import source as sources
+from scalepeft.plan.gpus import GPUS, Gpu
 from scalepeft.plan.memory import Step, measure, resident
 from scalepeft.plan.source import Source
 from scalepeft.saving import GATHERED_BYTES
@@ -28,28 +30,6 @@ HASH_BYTES_PER_SECOND = 0.5e9  # sha256 of a checkpoint on one core
 MARGIN_SECONDS = 30.0  # agreement, the end of the ranks, scontrol requeue
 SAFETY = 2.0  # on step and save, both of which are estimates
 NODE_GPUS = 8  # of a usual node: for advice on engines that use more than one GPU
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU: memory as torch sees it, dense bf16 peak, fp32 peak without tensor cores."""
-
-    name: str
-    gib: float
-    tflops: float
-    tflops_fp32: float
-
-
-GPUS = {
-    gpu.name.lower(): gpu
-    for gpu in (
-        Gpu("A100-40", 39.4, 312, 19.5),
-        Gpu("A100-80", 79.1, 312, 19.5),
-        Gpu("H100", 79.1, 989, 67),
-        Gpu("H200", 139.7, 989, 67),
-        Gpu("B200", 178.3, 2250, 80),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -76,7 +56,7 @@ class Options:
     Attributes:
         nodes: number of nodes.
         gpus_per_node: GPUs, and ranks, a node.
-        gpu: a name of ``GPUS``, or None.
+        gpu: a name that ``gpus.find`` knows, or None.
         memory: GiB a GPU, in place of a name.
         disk: bytes a second of the run folder's file system.
         step_seconds: measured, in place of the estimate.
@@ -101,15 +81,15 @@ class Options:
                 raise UserError(f"{flag} {value:g}: expected a number above 0")
         if self.gpu is not None and self.memory is not None:
             raise UserError("give one of --gpu and --memory, not both")
-        if self.gpu is not None and self.gpu.lower() not in GPUS:
-            raise unknown("GPU", self.gpu, (g.name for g in GPUS.values()))
+        if self.gpu is not None:
+            gpus.find(self.gpu)
 
     @property
     def target(self) -> Gpu | None:
         """The GPU that is asked about."""
         if self.memory is not None:
             return Gpu(f"{self.memory:g} GiB", self.memory, 0, 0)
-        return GPUS[self.gpu.lower()] if self.gpu else None
+        return gpus.find(self.gpu) if self.gpu is not None else None
 
 
 @dataclass(frozen=True)
@@ -162,6 +142,11 @@ class Plan:
         """Of one optimiser step."""
         return self.options.step_seconds or self.compute_seconds + self.exchange_seconds
 
+    @property
+    def stop_seconds(self) -> float:
+        """Of a step and a save: what a stop takes at the assumed rates, without any safety."""
+        return self.step_seconds + self.save_seconds
+
 
 def plan(config: RunConfig, options: Options) -> Plan:
     """Plans a run.
@@ -197,8 +182,8 @@ def plan(config: RunConfig, options: Options) -> Plan:
 
 
 def _save_seconds(config: RunConfig, step: Step, world: int, disk: float) -> tuple[float, int]:
-    """(seconds of a save, saves that a stop may have to wait for): an asynchronous one that is
-    under way is finished before the last one.
+    """(seconds of a save, saves to leave time for): what an asynchronous one under way has written
+    when a stop gives it up still goes to the disk.
     """
     mode = config.train.save_mode
     if mode == "auto":

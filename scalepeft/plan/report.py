@@ -9,8 +9,9 @@ from scalepeft import config as cfg
 from scalepeft.goodput import duration
 from scalepeft.lookup import UserError
 from scalepeft.plan import planning
+from scalepeft.plan.gpus import GPUS
 from scalepeft.plan.memory import Step
-from scalepeft.plan.planning import GIB, GPUS, Plan
+from scalepeft.plan.planning import GIB, Plan
 from scalepeft.plan.simulate import SIMULATED
 from scalepeft.plan.tracker import KINDS
 
@@ -156,7 +157,7 @@ def assumptions(plan: Plan) -> list[str]:
     if o.step_seconds is None:
         found.append(
             f"assumed: {p.MFU:.0%} of {tflops:g} TFLOP/s, collectives at"
-            f" {p.NODE_BYTES_PER_SECOND / 1e9:g} GB/s in a node and"
+            f" {p.NODE_BYTES_PER_SECOND / 1e9:g} GB/s in a node (NVLink) and"
             f" {p.NETWORK_BYTES_PER_SECOND / 1e9:g} GB/s between nodes, not overlapped"
         )
     found.append(
