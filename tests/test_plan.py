@@ -330,7 +330,7 @@ def test_the_gpu_that_a_text_names(text: str, name: str | None) -> None:
         (["--gpu", "H1000"], "no GPU 'H1000'. Did you mean 'H100'?"),
         (
             ["--gpu", "A100"],
-            "Did you mean 'A100-40'? Known: A100-40, L40S, A100-80, H100, H200, B200",
+            "Did you mean 'A100-80'? Known: A100-40, L40S, A100-80, H100, H200, B200",
         ),
         (["--gpu", "NVIDIA H100 NVL"], "for another one: scalepeft plan --memory GIB"),
         (["--nodes", "0"], "--nodes 0: expected a number above 0"),

@@ -53,7 +53,7 @@ def find(text: str) -> Gpu:
         known = [g.name for g in GPUS.values()]
         sizes = [name for name in known if name.startswith(f"{text.upper()}-")]
         raise UserError(
-            f"no GPU '{text}'.{nearest(text, sizes or known)} Known: {', '.join(known)}, also as nvidia-smi"
-            " writes them; for another one: scalepeft plan --memory GIB"
+            f"no GPU '{text}'.{nearest(text, sizes or known)} Known: {', '.join(known)}, also"
+            " as nvidia-smi writes them; for another one: scalepeft plan --memory GIB"
         )
     return gpu
