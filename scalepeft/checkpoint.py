@@ -62,7 +62,7 @@ def fsync(path: Path) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a small file as a whole: readers and crashes see the old or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     temporary.write_text(text)
     fsync(temporary)
     temporary.replace(path)
@@ -198,18 +198,20 @@ class RunFolder:
                 "schema": SCHEMA,
                 "step": step,
                 "generation": self.generation,
+                "tensors": state.get("tensors"),
                 "files": dict(sorted(files.items())),
             }
             self._write(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
             fsync(temporary)
+            Reader(temporary)  # is it whole?
             self.check_fence()
             if final.exists():  # passed over as damaged, or the same step saved before
                 self._set_aside(final)
             self._rename(temporary, final)
             fsync(self.checkpoints)
-        except OSError:
+        except (OSError, ValueError) as error:
             self.abandon(temporary)
-            raise
+            raise error if isinstance(error, OSError) else OSError(str(error)) from error
         self._verified[final.name] = _signature(final)
         self._retain(keep)
         return final
@@ -297,13 +299,16 @@ class RunFolder:
         signature = _signature(folder)
         if self._verified.get(folder.name) != signature:
             verify(folder)
+            try:
+                Reader(folder)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise DamagedCheckpoint(f"unreadable: {type(error).__name__}: {error}") from None
             self._verified[folder.name] = signature
 
     def _read(self, folder: Path) -> Checkpoint:
         self._verify(folder)
         try:
             state = json.loads((folder / "state.json").read_text())
-            Reader(folder)
         except (OSError, ValueError) as error:
             raise DamagedCheckpoint(f"unreadable: {type(error).__name__}: {error}") from None
         return Checkpoint(int(folder.name.partition("-")[2]), folder, state)
@@ -324,8 +329,10 @@ def stored_generation(run_dir: Path) -> int:
 
 
 def check_fence(run_dir: Path, generation: int) -> None:
-    """Raises Fenced if a run folder belongs to another start than this."""
-    if (stored := stored_generation(run_dir)) != generation:
+    """Raises Fenced if a run folder belongs to a newer start than this, OSError if it does not
+    say.
+    """
+    if (stored := stored_generation(run_dir)) > generation:
         raise Fenced(
             f"run_dir={run_dir}: start {stored} of this run owns the folder, this is start"
             f" {generation}; it stops without writing"

@@ -198,7 +198,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("settings", nargs="*", metavar="[CONFIG] KEY=VALUE", help="as for train")
     plan.add_argument("--nodes", type=int, default=1)
     plan.add_argument("--gpus-per-node", type=int, default=1, help="one rank each")
-    plan.add_argument("--gpu", help="A100-40, A100-80, H100, H200 or B200")
+    plan.add_argument(
+        "--gpu", help="A100-40, A100-80, L40S, H100, H200, B200, or nvidia-smi's name of one"
+    )
     plan.add_argument("--memory", type=float, metavar="GIB", help="of a GPU, in place of its name")
     plan.add_argument(
         "--disk-gbps", type=float, default=1.0, metavar="GB/S", help="of the run folder's disk"

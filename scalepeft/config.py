@@ -190,11 +190,20 @@ def load(path: str | None, overrides: list[str]) -> tuple[RunConfig, list[str]]:
         UserError: one line with the dotted path, the value, what is allowed, the nearest name.
     """
     notes: list[str] = []
+    return from_dict(values_of(path, overrides, notes)), notes
+
+
+def values_of(path: str | None, overrides: list[str], notes: list[str]) -> dict[str, Any]:
+    """The settings of a file and of the command line, by section, before they are checked.
+
+    Raises:
+        UserError: a file that cannot be read, a setting that is none.
+    """
     # Precedence, weakest first: 1 the dataclass defaults (fill what is absent), 2 the file and its
     # includes (a file over what it includes), 3 the command line, left to right.
     values = _read(Path(path), ()) if path else {}
     _apply(values, overrides, notes)
-    return from_dict(values), notes
+    return values
 
 
 def overlay(values: dict[str, Any], overrides: list[str]) -> RunConfig:

@@ -17,7 +17,7 @@ from scalepeft.lookup import UserError
 from scalepeft.progress import say
 
 BEAT_SECONDS = 2.0
-WATCH_SECONDS = 10.0  # without a sign of life from another machine, after which it counts as gone
+WATCH_SECONDS = 30.0  # without a sign of life from another machine, after which it counts as gone
 
 
 def _machine() -> str:
@@ -44,9 +44,10 @@ class Hold:
         run_dir: the claimed run folder.
         generation: number of this start.
         job: the Slurm job, if any.
+        restarts: how often Slurm restarted it.
     """
 
-    def __init__(self, run_dir: Path, generation: int, job: str | None) -> None:
+    def __init__(self, run_dir: Path, generation: int, job: str | None, restarts: int) -> None:
         self._file, self._beat = run_dir / "holder.json", run_dir / "heartbeat"
         self._held = {
             "start": generation,
@@ -55,6 +56,7 @@ class Hold:
             "machine": _machine(),
             "began": _began(os.getpid()),
             "job": job,
+            "restarts": restarts,
         }
         self._over = threading.Event()
         write_atomically(self._file, json.dumps(self._held) + "\n")
@@ -83,29 +85,34 @@ class Hold:
 
 
 def _read(file: Path) -> dict[str, Any]:
+    """Of a file that is broken, a holder without a name: its heartbeat tells."""
+    held: dict[str, Any] = dict.fromkeys(("start", "host", "pid"), "?")
     try:
-        held = json.loads(file.read_text())
-        return held if isinstance(held, dict) and {"start", "host", "pid"} <= held.keys() else {}
-    except (OSError, ValueError):
+        return held | json.loads(file.read_text())
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError, TypeError):
+        return held
 
 
 def _text(file: Path) -> str:
     return file.read_text(errors="replace") if file.is_file() else ""
 
 
-def check_free(run_dir: Path, job: str | None) -> None:
+def check_free(run_dir: Path, job: str | None, restarts: int) -> None:
     """Refuses a run folder in which another start is training.
 
-    An earlier start of this very Slurm job is no other: Slurm has ended it, and should its node
-    wake up again, the fence stops it. On this machine the process itself is looked for; of another
-    machine's, a sign of life is awaited for 10 s, without comparing clocks.
+    What this very Slurm job was before its restart is no other: Slurm has ended it, and should its
+    node wake up again, the fence stops it. On this machine the process itself is looked for; of
+    another machine's, a sign of life is awaited for 30 s, without comparing clocks.
 
     Raises:
         UserError: with host, process and job of the holder.
     """
     held = _read(run_dir / "holder.json")
-    if not held or (job and held.get("job") == job):
+    earlier = held.get("restarts")
+    same = job is not None and held.get("job") == job
+    if not held or (same and isinstance(earlier, int) and earlier < restarts):
         return
     name = f"start {held['start']} on {held['host']}, pid {held['pid']}"
     name += f", Slurm job {held['job']}" if held.get("job") else ""

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor
 
 from scalepeft import config as cfg
 from scalepeft.checkpoint import (
@@ -29,7 +28,7 @@ from scalepeft.lookup import UserError, read_mapping
 from scalepeft.parallel.mesh import Ranks
 from scalepeft.preemption import tell_job
 from scalepeft.progress import Progress, say
-from scalepeft.tensorfiles import write_tensors
+from scalepeft.tensorfiles import Reader, write_tensors
 
 
 def load_run(run_dir: str, settings: list[str], allowed: tuple[str, ...], what: str) -> RunConfig:
@@ -65,6 +64,11 @@ def slurm_job() -> str | None:
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def slurm_start() -> tuple[str | None, int]:
+    """The Slurm job, if any, and how often it was restarted."""
+    return slurm_job(), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 NUMBERS = {
@@ -200,7 +204,7 @@ class Records:
 
     def __init__(self, config: RunConfig, allow_changes: bool) -> None:
         check_same_run(config, allow_changes)
-        check_free(Path(config.run_dir), slurm_job())
+        check_free(Path(config.run_dir), *slurm_start())
         self.config = config
         self._hold: Hold | None = None
         self.folder = RunFolder(Path(config.run_dir))
@@ -223,9 +227,9 @@ class Records:
             launched: when this process began, in seconds of the epoch.
         """
         seen = stored_generation(self.folder.path)
-        check_free(self.folder.path, slurm_job())  # once more: loading took its time
+        check_free(self.folder.path, *slurm_start())  # once more: loading took its time
         self.folder.claim(seen)
-        self._hold = Hold(self.folder.path, self.folder.generation, slurm_job())
+        self._hold = Hold(self.folder.path, self.folder.generation, *slurm_start())
         self.resumed, _ = self.folder.newest()
         path, step = self.folder.path, self.resumed.step if self.resumed else 0
         if self.resumed:
@@ -282,8 +286,9 @@ class Records:
 
     def started(self, step: int, launched: float, **more: Any) -> None:
         """Writes the start event: where and when this start began, and what was lost before it."""
-        if job := slurm_job():
-            more |= {"job": job, "restarts": int(os.environ.get("SLURM_RESTART_COUNT", "0"))}
+        job, restarts = slurm_start()
+        if job:
+            more |= {"job": job, "restarts": restarts}
         host = socket.gethostname()
         self.event("start", step, launched=launched, host=host, **self.lost, **more)
 
@@ -320,19 +325,25 @@ class Records:
     def log(self, row: dict[str, Any]) -> None:
         """Appends a step to metrics.jsonl and shows it."""
         row["time"] = time.time()
-        self.folder.check_fence()
-        if complaint := self.metrics.append(row):
+        if complaint := self._append(self.metrics, row):
             say(f"metrics.jsonl: {complaint}; the rows wait in memory")
         if self.progress is not None:
             self.progress.step(row)
 
     def held_out(self, row: dict[str, Any]) -> None:
         """Appends a held-out loss to validation.jsonl and shows it."""
-        self.folder.check_fence()
-        if complaint := self.validation.append(row):
+        if complaint := self._append(self.validation, row):
             say(f"validation.jsonl: {complaint}; the rows wait in memory")
         if self.progress is not None:
             self.progress.held_out(row)
+
+    def _append(self, log: "RowLog", row: dict[str, Any]) -> str | None:
+        log.keep(row)
+        try:
+            self.folder.check_fence()
+        except OSError as error:
+            return error.strerror or str(error)
+        return log.flush()
 
     def begin_save(self, step: int) -> Path:
         """Makes the folder that the ranks write into; the logs are on the disk before.
@@ -373,15 +384,17 @@ class Records:
         tell_job("progress", f"step {step}")
         return None
 
-    def save_adapter(self, step: int, trained: dict[str, Tensor], base: dict[str, Any]) -> None:
-        """Writes adapter/: ``adapter.safetensors``, then ``adapter_config.json``, which says it is
-        complete.
+    def save_adapter(self, step: int, base: dict[str, Any]) -> None:
+        """Writes adapter/: ``adapter.safetensors`` out of the last checkpoint, then
+        ``adapter_config.json``, which says it is complete.
         """
         self.folder.check_fence()
         folder = self.folder.path / "adapter"
         folder.mkdir(exist_ok=True)
         temporary = folder / "adapter.safetensors.tmp"
-        written = write_tensors(temporary, trained)
+        reader = Reader(self.folder.checkpoints / f"step-{step:06d}")
+        names = [name for name in reader.shapes if "/" not in name]
+        written = write_tensors(temporary, {name: reader.whole(name) for name in names})
         temporary.replace(folder / "adapter.safetensors")
         description = {
             "format": 1,
@@ -431,8 +444,16 @@ class RowLog:
 
     def append(self, row: dict[str, Any]) -> str | None:
         """Writes a row; returns the disk's complaint if it has to wait."""
+        self.keep(row)
+        return self.flush()
+
+    def keep(self, row: dict[str, Any]) -> None:
+        """Takes a row, to be written by the next ``flush``."""
         self._waiting.append(json.dumps(row) + "\n")
         self.last_step = row["step"]
+
+    def flush(self) -> str | None:
+        """Writes the rows that wait; returns the disk's complaint if they go on waiting."""
         data = "".join(self._waiting).encode()
         try:
             with self.path.open("r+b" if self.path.exists() else "wb", buffering=0) as f:

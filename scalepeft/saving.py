@@ -25,6 +25,7 @@ from scalepeft.progress import say
 from scalepeft.records import Records
 from scalepeft.tensorfiles import write_tensors
 
+FINAL_PAUSES = (2.0, 5.0)  # seconds before a last save is tried once more
 GATHERED_BYTES = 64 << 20  # state up to this size is written by rank 0 alone
 
 
@@ -55,6 +56,17 @@ class Saver:
             OSError: the disk refused a ``final`` save; a periodic one is only said.
         """
         self.settle()
+        for pause in FINAL_PAUSES if final else ():
+            if (complaint := self._save(step, parts, state, final)) is None:
+                return
+            time.sleep(pause)  # a shared file system's hiccup must not cost the last save
+        if complaint := self._save(step, parts, state, final):
+            self._complain(step, complaint, final)
+
+    def _save(
+        self, step: int, parts: dict[str, Part], state: dict[str, Any], final: bool
+    ) -> str | None:
+        """One attempt; returns the complaint, or None where it is written or under way."""
         begin = time.monotonic()
         large = 4 * sum(math.prod(part.shape) for part in parts.values()) > GATHERED_BYTES
         mode = ("async" if large else "gathered") if self.mode == "auto" else self.mode
@@ -67,9 +79,8 @@ class Saver:
             files, shapes = self._own(parts, copied=beside)
         folder, complaint = self.ranks.main_only(lambda: self._begin(step))
         if folder is None:
-            self._complain(step, complaint, final)
-            return
-        self._pending = _Pending(step, folder, state, final, begin)
+            return complaint
+        self._pending = _Pending(step, folder, state | {"tensors": len(parts)}, begin)
         work = threading.Thread(
             target=self._write, args=(self._pending, files, shapes), daemon=True
         )
@@ -77,9 +88,9 @@ class Saver:
             work.start()
             self._pending.thread = work
             self._pending.stall = time.monotonic() - begin
-        else:
-            work.run()
-            self._commit()
+            return None
+        work.run()
+        return self._commit()
 
     def _begin(self, step: int) -> tuple[Path | None, str]:
         assert self.records is not None
@@ -93,14 +104,14 @@ class Saver:
         if self._pending is not None:
             thread = self._pending.thread
             if not self.ranks.any(thread is not None and thread.is_alive()):
-                self._commit()
+                self._committed()
 
     def settle(self) -> None:
         """Waits for the save that goes on beside the training."""
         if self._pending is not None:
             if self._pending.thread is not None:
                 self._pending.thread.join()
-            self._commit()
+            self._committed()
 
     def stop(self, step: int) -> None:
         """Gives up the save that goes on unless it is of ``step``: a grace period may be short."""
@@ -139,23 +150,28 @@ class Saver:
                     {key: shapes[key] for key in own},
                     pending.check,
                 )
-        except (OSError, Fenced) as error:
-            pending.error = error
+        except Exception as error:  # told to all ranks in the commit, whatever it is
+            fenced = isinstance(error, Fenced)
+            told = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            pending.error = (fenced, str(error) if fenced else told)
 
-    def _commit(self) -> None:
+    def _committed(self) -> None:
+        assert self._pending is not None
+        step = self._pending.step
+        if complaint := self._commit():
+            self._complain(step, complaint, final=False)
+
+    def _commit(self) -> str | None:
         pending, self._pending = self._pending, None
         assert pending is not None
         begin = time.monotonic()
         everyone = self.ranks.gather((pending.files, pending.error))
-        errors = [(rank, error) for rank, (_, error) in enumerate(everyone) if error is not None]
-        for _, error in errors:
-            if isinstance(error, Fenced):
-                raise error
+        errors = [(rank, *error) for rank, (_, error) in enumerate(everyone) if error is not None]
+        for _, fenced, text in errors:
+            if fenced:
+                raise Fenced(text)
         files = {name: info for found, _ in everyone for name, info in found.items()}
-        complaint = None
-        if errors:
-            rank, error = errors[0]
-            complaint = f"rank {rank}: {getattr(error, 'strerror', None) or error}"
+        complaint = f"rank {errors[0][0]}: {errors[0][2]}" if errors else None
 
         def commit() -> str | None:
             assert self.records is not None
@@ -170,8 +186,7 @@ class Saver:
         refused = self.ranks.main_only(lambda: commit() if self.records else None)
         if refused is None:
             self.saved = pending.step
-        else:
-            self._complain(pending.step, refused, pending.final)
+        return refused
 
     def _complain(self, step: int, complaint: str, final: bool) -> None:
         if final:
@@ -189,13 +204,11 @@ class Saver:
 class _Pending:
     """A save between its begin and its commit."""
 
-    def __init__(
-        self, step: int, folder: Path, state: dict[str, Any], final: bool, begin: float
-    ) -> None:
-        self.step, self.folder, self.state = step, folder, state
-        self.final, self.begin = final, begin
+    def __init__(self, step: int, folder: Path, state: dict[str, Any], begin: float) -> None:
+        self.step, self.folder, self.state, self.begin = step, folder, state, begin
         self.files: dict[str, Any] = {}
-        self.error: Exception | None = None
+        self.error: tuple[bool, str] | None = None
+        """Whether it was the fence, and what went wrong."""
         self.thread: threading.Thread | None = None
         self.stall = 0.0
         """Seconds that the training stood still for a save beside it."""

@@ -102,7 +102,9 @@ class Reader:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._pieces: dict[str, list[_Piece]] = {}
-        files = json.loads((folder / "manifest.json").read_text())["files"]
+        self._open: dict[Path, int] = {}
+        manifest = json.loads((folder / "manifest.json").read_text())
+        files, tensors = manifest["files"], manifest.get("tensors")
         for file in [folder / name for name in files if name.endswith(".safetensors")]:
             with file.open("rb") as f:
                 length = int.from_bytes(f.read(8), "little")
@@ -112,6 +114,13 @@ class Reader:
             ends = [0, *(piece.stop for piece in pieces)]
             if [p.start for p in pieces] != ends[:-1] or ends[-1] != self.numel(name):
                 raise ValueError(f"{name} is not whole: there are {ends[1:]} of {self.numel(name)}")
+
+        if tensors not in (None, len(self.shapes)):
+            raise ValueError(f"there are {len(self.shapes)} tensors of {tensors}")
+
+    def __del__(self) -> None:
+        for handle in self._open.values():
+            os.close(handle)
 
     def _index(self, file: Path, base: int, header: dict[str, Any]) -> None:
         wholes = json.loads(header.pop("__metadata__", {}).get("shapes", "{}"))
@@ -136,14 +145,14 @@ class Reader:
             first, last = max(piece.start, part.start), min(piece.stop, part.stop)
             if first >= last:
                 continue
+            if piece.file not in self._open:
+                self._open[piece.file] = os.open(piece.file, os.O_RDONLY)
             buffer = bytearray((last - first) * size)
-            with piece.file.open("rb", buffering=0) as f:
-                f.seek(piece.offset + (first - piece.start) * size)
-                view = memoryview(buffer)
-                while view:
-                    if not (got := f.readinto(view)):
-                        raise OSError(errno.EIO, f"{piece.file} ended while it was read")
-                    view = view[got:]
+            at, view = piece.offset + (first - piece.start) * size, memoryview(buffer)
+            while view:
+                if not (got := os.preadv(self._open[piece.file], [view], at)):
+                    raise OSError(errno.EIO, f"{piece.file} ended while it was read")
+                at, view = at + got, view[got:]
             self.bytes_read += len(buffer)
             part.put(first, torch.frombuffer(buffer, dtype=self.dtypes[name]))
 

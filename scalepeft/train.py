@@ -10,7 +10,7 @@ from torch import nn
 
 from scalepeft import config as cfg
 from scalepeft import data, injection, loss, models
-from scalepeft.adapters.base import Adapter, Dropout
+from scalepeft.adapters.base import Adapter, Dropout, dropout_keys
 from scalepeft.build import Built, build, start_ranks, task_of
 from scalepeft.checkpoint import Checkpoint
 from scalepeft.config import RunConfig
@@ -20,7 +20,7 @@ from scalepeft.parallel.mesh import Ranks, world_size
 from scalepeft.preemption import FINISHED, STOPPED, StopFlag, Stopping
 from scalepeft.progress import say
 from scalepeft.records import Records, check_nodes
-from scalepeft.saving import Saver, gather
+from scalepeft.saving import Saver
 from scalepeft.tensorfiles import Reader
 from scalepeft.weights import resident_bytes
 
@@ -91,7 +91,7 @@ class Trainer:
             last = i == len(micro) - 1
             # The adapter's: a function of (seed, sample), whatever the layout.
             for dropout in self.dropouts:
-                dropout.keys = batch.samples + (train.seed << 40)
+                dropout.keys = dropout_keys(batch.samples, train.seed)
             with engine.accumulate(last):
                 value = self.call(
                     batch.input_ids, token_labels=batch.labels, loss_chunk=train.loss_chunk
@@ -124,12 +124,14 @@ class Trainer:
         engine.add_gradients(parameters, list(grads))
         return float(value.detach())
 
-    def check_finite(self, step: int, total: int) -> None:
+    def check_finite(self, step: int, total: int, saver: Saver) -> None:
         """Ends the run after ``train.max_nonfinite`` skipped steps in a row."""
         if self.nonfinite >= min(self.config.train.max_nonfinite, total):
+            saver.settle()
+            newest = f"is of step {saver.saved}" if saver.saved else "does not exist yet"
             raise FloatingPointError(
                 f"loss or gradient was not finite for {self.nonfinite} steps in a row, to step"
-                f" {step}. The newest checkpoint is from before them. Lower"
+                f" {step}. The newest checkpoint {newest}. Lower"
                 f" train.lr={self.config.train.lr}, or look at the rows of these steps"
             )
 
@@ -307,6 +309,11 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
     ranks.together(lambda: records.claim(stop.launched) if records else None)
     step, read_bytes = trainer.restore(records)
     saver = Saver(config, ranks, records, saved=step)
+
+    def between() -> None:
+        saver.poll()
+        poll()
+
     evaluated = ranks.main_only(lambda: records.validation.last_step if records else 0)
     spent["load"] = time.monotonic() - began
     _announce(trainer, records, step, total, read_bytes, stop.launched, spent)
@@ -316,7 +323,7 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
         while True:
             if valid_rows is not None and _due(config, step, total) and evaluated < step:
                 clock = time.monotonic()
-                value = held_out_loss(config, built, valid_rows, ranks, poll)
+                value = held_out_loss(config, built, valid_rows, ranks, between)
                 evaluated = step
                 if records:
                     records.held_out(
@@ -329,8 +336,7 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
                     )
             if step == total:
                 break
-            saver.poll()
-            poll()
+            between()
             clock = time.monotonic()
             batch = next(batches)
             lr = learning_rate(config, step, total)
@@ -351,7 +357,7 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
                 if trainer.penalty is not None:
                     row["penalty"] = trainer.penalty
                 records.log(row)
-            trainer.check_finite(step, total)
+            trainer.check_finite(step, total, saver)
             # Not amid skipped steps: retention must not drop the checkpoint from before the
             # trouble.
             due = step % config.train.save_every == 0 and not trainer.nonfinite
@@ -365,10 +371,7 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
         if saver.saved != step:
             trainer.save(saver, step, final=True)
         return STOPPED
-    whole = gather(ranks, {n: part for n, part in trainer.parts().items() if "/" not in n})
-    ranks.main_only(
-        lambda: records.save_adapter(total, whole, built.base) if records and whole else None
-    )
+    ranks.main_only(lambda: records.save_adapter(total, built.base) if records else None)
     return FINISHED
 
 

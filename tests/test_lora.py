@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import scalepeft
-from scalepeft.adapters.base import Dropout
+from scalepeft.adapters.base import Dropout, dropout_keys
 
 
 def test_dropout_acts_in_training_only() -> None:
@@ -48,6 +48,13 @@ def test_dropout_is_a_function_of_the_sample_alone() -> None:
     dropout.keys = torch.tensor([8])
     assert torch.equal(dropout(x), x.masked_fill(dropped([8]), 0) / 0.7)
     assert torch.equal(dropout.eval()(x), x)
+
+
+def test_keys_of_any_seed() -> None:
+    samples = torch.tensor([0, 1, 2**31])
+    keys = [dropout_keys(samples, seed).tolist() for seed in (0, 1, 2**23, 20240101, 2**31 - 1)]
+    assert len({key for row in keys for key in row}) == 15
+    assert isinstance(scalepeft.adapt(nn.Linear(8, 8), "lora", rank=2).adapter.dropout, nn.Identity)
 
 
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.9])

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from conftest import ROOT, TINY, Job, adapter_bytes, losses, rows, train
 from test_checkpoint import delete_a_file, empty, flip_a_bit, truncate
 
+from scalepeft import holder
 from scalepeft.injection import read_adapter
 from scalepeft.lookup import UserError
 
@@ -278,9 +280,14 @@ def test_a_start_that_cannot_train_leaves_the_running_one_alone(tmp_path: Path) 
     (folder / "holder.json").write_text(json.dumps({**held, "machine": "another", "job": "41"}))
     text = train(1, folder, *settings, expect=2)
     assert "Slurm job 41, which is training there; wait for it, or scancel 41" in text
-    # Frozen there: it is taken over, and once it wakes up it stops without writing, in one line.
+    # Two shells of one allocation have the same job; its restart is the one that may take over.
+    job_41 = {"SLURM_JOB_ID": "41", "SLURM_RESTART_COUNT": "0"}
+    words = ["train", *TINY, *settings, f"run_dir={folder}"]
+    codes, text = Job(1, words, job_41).wait()
+    assert codes == [2] and "Slurm job 41, which is training there" in text
+    # Frozen, it is taken over, and once it wakes up it stops without writing, in one line.
     os.kill(pid, signal.SIGSTOP)
-    second = start(1, folder, "train.max_steps=4000", "train.save_every=1000")
+    second = Job(1, words, job_41 | {"SLURM_RESTART_COUNT": "1"})
     while not any(row["event"] == "start" and row["generation"] == 2 for row in events(folder)):
         assert second.ranks[0].poll() is None
         time.sleep(0.05)
@@ -294,9 +301,58 @@ def test_a_start_that_cannot_train_leaves_the_running_one_alone(tmp_path: Path) 
         time.sleep(0.02)
     second.kill(signal.SIGTERM)
     codes, text = second.wait()
-    assert codes == [75] and "no sign of life from start 1" in text
+    assert codes == [75], text
     assert [r["step"] for r in rows(folder)] == list(range(1, step_of(folder) + 1))
     assert not (folder / "holder.json").exists(), "a start that ends in order holds nothing"
+
+
+def test_a_holder_without_a_sign_of_life_is_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(holder, "WATCH_SECONDS", 1.0)
+    held = {"start": 3, "host": "n7", "pid": 9, "machine": "another", "began": "1", "job": None}
+    for text in (json.dumps({**held, "restarts": 0}), "", "[]", '{"start": 3}', "torn {"):
+        (tmp_path / "holder.json").write_text(text)
+        holder.check_free(tmp_path, None, 0)
+        said = capsys.readouterr()
+        assert "no sign of life from start" in said.out + said.err
+        beat = threading.Timer(0.3, lambda: (tmp_path / "heartbeat").write_text("3 1\n"))
+        beat.start()
+        with pytest.raises(UserError, match="is held by start"):
+            holder.check_free(tmp_path, None, 0)
+        beat.join()
+        (tmp_path / "heartbeat").unlink()
+
+
+FAULTS = (str(Path(__file__).with_name("faults.py")),)
+
+
+@pytest.mark.parametrize("moment", ["row", "save", "end"])
+def test_a_hiccup_of_the_file_system_is_lived_through(moment: str, tmp_path: Path) -> None:
+    """The fence cannot be read for a moment; a run without its generation file goes on too."""
+    settings = [*TINY, *RUN, "train.max_steps=6"]
+    train(1, tmp_path / "whole", *settings)
+    words = ["train", *settings, f"run_dir={tmp_path}/run"]
+    codes, text = Job(1, words, {"FAULT": moment}, FAULTS).wait()
+    assert codes == [0], text
+    assert int(text.split("looked ")[1].split()[0]) > 13, "all of the trouble came"
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("mode", ["sharded", "async"])
+def test_a_rank_whose_write_fails_commits_nothing(mode: str, tmp_path: Path) -> None:
+    """Whatever the error: the other rank's half is no checkpoint, and older ones stay."""
+    settings = ["engine.name=fsdp2", f"train.save_mode={mode}", "train.max_steps=8"]
+    words = ["train", *TINY, *RUN, *settings, f"run_dir={tmp_path}/run", "train.stop_at=7"]
+    codes, text = Job(2, words, {"FAULT": "memory"}, FAULTS).wait()
+    # On rank 1 fail the saves of steps 4 and 6, and the last one twice before it is written.
+    assert codes == [75, 75], text
+    assert text.count("could not be saved: rank 1: MemoryError: no room") == 2
+    assert [e["step"] for e in events(tmp_path / "run") if e["event"] == "saved"] == [2, 7]
+    train(2, tmp_path / "run", *RUN, *settings)
+    train(2, tmp_path / "whole", *RUN, *settings)
+    assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
 
 
 def events(folder: Path) -> list[dict[str, Any]]:

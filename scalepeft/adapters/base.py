@@ -162,6 +162,11 @@ class Dropout(nn.Module):
         return x.masked_fill(dropped, 0) / (1 - self.p)
 
 
+def dropout_keys(samples: Tensor, seed: int) -> Tensor:
+    """The keys of a micro-batch: global indices of its samples (rows,), under a seed."""
+    return samples + _mix(torch.tensor(seed, device=samples.device))
+
+
 def _mix(n: Tensor) -> Tensor:
     """Spreads int64 numbers over 64 bits (splitmix64, in wrapping arithmetic)."""
     n = n * -0x61C8864680B583EB

@@ -51,7 +51,7 @@ class LoRA(Adapter):
     ) -> None:
         super().__init__(config, in_features, out_features, layer_name)
         self.scaling = config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
-        self.dropout = Dropout(config.dropout, layer_name)
+        self.dropout = Dropout(config.dropout, layer_name) if config.dropout else nn.Identity()
         if config.rslora:
             self.paper = "arXiv 2312.03732"
         self.A = nn.Parameter(torch.empty(config.rank, in_features, dtype=torch.float32))

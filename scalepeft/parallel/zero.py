@@ -21,6 +21,7 @@ from scalepeft.lookup import STRICT, UserError
 from scalepeft.parallel.base import Engine, EngineConfig, Part, full_shape, local_part
 from scalepeft.parallel.mesh import Ranks
 
+TESTED = "0.19."
 BUCKET = 50_000_000  # elements of gradient that are exchanged at one time, at most
 
 
@@ -67,6 +68,11 @@ def _deepspeed(device_type: str) -> Any:
             f"engine.name=zero needs deepspeed ({error}); pip install 'scalepeft[deepspeed]', or"
             " take engine.name=fsdp2"
         ) from error
+    if not deepspeed.__version__.startswith(TESTED):
+        raise UserError(
+            f"engine.name=zero uses inner parts of deepspeed {TESTED}*, {deepspeed.__version__} is"
+            f" installed; pip install 'deepspeed=={TESTED}*', or take engine.name=fsdp2"
+        )
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated")
     if device_type == "cpu":
@@ -88,6 +94,8 @@ class Zero(Engine):
     _engine: Any = None
     _optimizer: Any = None
     """DeepSpeed's wrapper around the optimiser, where there is one."""
+    _group: dict[int, int]
+    """Number of its group that a parameter is in, by id."""
 
     def __init__(self, config: ZeroConfig, ranks: Ranks) -> None:
         super().__init__(config, ranks)
@@ -123,7 +131,9 @@ class Zero(Engine):
         """Stage 3: makes every parameter of the meta model a DeepSpeed parameter with an empty part
         of its own.
         """
-        os.environ.setdefault("LOCAL_RANK", str(self.ranks.local_rank))
+        # DeepSpeed's word for the number of the device, which is 0 where srun shows each task one.
+        device = self.ranks.device.index
+        os.environ["LOCAL_RANK"] = str(self.ranks.local_rank if device is None else device)
         self._ds.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
         if self.config.stage != 3:
             return
@@ -161,6 +171,9 @@ class Zero(Engine):
         )
         if optimizer is not None:
             self._optimizer = self._engine.optimizer
+            if self.config.stage != 3:
+                groups = enumerate(self._optimizer.bit16_groups)
+                self._group = {id(p): i for i, group in groups for p in group}
             optimizer.state.clear()
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
@@ -262,12 +275,6 @@ class Zero(Engine):
             return flat, 0, 0, 0
         place, own = mapping.hp_fragment_address, mapping.lp_fragment_address
         return flat, place.start, place.numel, own.start
-
-    @property
-    def _group(self) -> dict[int, int]:
-        """Number of the optimiser's group that a parameter is in."""
-        groups = enumerate(self._optimizer.bit16_groups)
-        return {id(p): i for i, group in groups for p in group}
 
     def _part(self, parameter: nn.Parameter, kind: str | None) -> Part:
         """This rank's part of the fp32 parameter, or of one of its moments."""

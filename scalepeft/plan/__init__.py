@@ -37,9 +37,8 @@ def _config(settings: list[str]) -> RunConfig:
     path = None
     if settings and "=" not in settings[0]:
         path, *settings = settings
-    values = cfg._read(Path(path), ()) if path else {}
     notes: list[str] = []
-    cfg._apply(values, settings, notes)
+    values = cfg.values_of(path, settings, notes)
     train = values["train"] = dict(values.get("train") or {})
     if train.get("max_steps") is None and train.get("epochs") is None:
         train["epochs"] = 1.0
