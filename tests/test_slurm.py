@@ -259,7 +259,8 @@ def test_a_rank_that_dies_ends_the_job(runs: Runs) -> None:
 
 def test_a_job_that_gains_nothing_gives_up(runs: Runs) -> None:
     runs.env["SCALEPEFT_MAX_RESTARTS"] = "1"
-    job = runs.submit(str(runs.job_file()), "train.max_steps=5000")
+    # So many rows take seconds to make: the signal comes before the first step.
+    job = runs.submit(str(runs.job_file()), "train.max_steps=5000", "data.train_size=30000")
     deadline = time.monotonic() + 60
     while not (runs.folder / f"{job}.log").exists() or "node node" not in runs.log(job):
         assert time.monotonic() < deadline
@@ -484,7 +485,11 @@ def test_every_job_file_builds_its_config(file: Path) -> None:
     assert command == "train"
     built, _ = config.load(path, settings)
     assert built.run_dir == f"runs/{file.stem}" and built.model.quant == "nf4"
-    assert built.adapter.name == file.stem.split("_")[0]
+    name = file.stem.split("_")[0]
+    if name == "zero3":
+        assert (built.engine.name, built.engine.stage) == ("zero", 3)  # type: ignore[attr-defined]
+    else:
+        assert built.adapter.name == name
 
 
 def test_shell_scripts_pass_shellcheck() -> None:
