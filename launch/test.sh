@@ -27,16 +27,23 @@ code=0
 if [ $# -gt 0 ]; then
     .venv/bin/python -m pytest -rs "$@" || code=$?
 else
-    # The fast part takes one core and runs beside the slow one, which begins with the Slurm tests: those wait a lot.
+    # The fast part, and slow tests that take one core, run beside the others, which begin with the Slurm tests: those
+    # wait a lot.
+    one_core=(tests/test_{bench,conformance,merge,plan}.py)
     fast_log=$(mktemp)
-    .venv/bin/python -m pytest -rs -m "not slow" > "$fast_log" 2>&1 &
+    {
+        beside=0
+        .venv/bin/python -m pytest -rs -m "not slow" || beside=$?
+        .venv/bin/python -m pytest -rs -m slow "${one_core[@]}" || beside=$?
+        exit $beside
+    } > "$fast_log" 2>&1 &
     fast=$!
     trap 'kill $fast 2>/dev/null || true; rm -f "$fast_log"' EXIT  # it has ended on the good path: kill fails then
-    mapfile -t others < <(printf '%s\n' tests/test_*.py | grep -v test_slurm)
+    mapfile -t others < <(printf '%s\n' tests/test_*.py | grep -v -x -F -e tests/test_slurm.py -f <(printf '%s\n' "${one_core[@]}"))
     .venv/bin/python -m pytest -rs -m slow tests/test_slurm.py "${others[@]}" || code=$?
     fast_code=0
     wait $fast || fast_code=$?
-    echo "test: the fast part (-m \"not slow\"):"
+    echo "test: beside them, the fast part (-m \"not slow\") and ${one_core[*]}:"
     cat "$fast_log"
     [ $code -ne 0 ] || code=$fast_code
 fi

@@ -2,6 +2,7 @@
 adapter/.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -471,7 +472,7 @@ class RowLog:
         """Puts the rows on the disk: before a checkpoint is committed, so that it never knows more
         than the log.
         """
-        if self._waiting:
-            raise OSError(28, f"{self.path.name} cannot be written")
+        if self._waiting and (complaint := self.flush()):
+            raise OSError(errno.EIO, f"{self.path.name} cannot be written: {complaint}")
         if self.path.exists():
             fsync(self.path)

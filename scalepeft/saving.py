@@ -156,10 +156,10 @@ class Saver:
             pending.error = (fenced, str(error) if fenced else told)
 
     def _committed(self) -> None:
-        assert self._pending is not None
-        step = self._pending.step
-        if complaint := self._commit():
-            self._complain(step, complaint, final=False)
+        pending = self._pending
+        assert pending is not None
+        if (complaint := self._commit()) and not pending.given_up:
+            self._complain(pending.step, complaint, final=False)
 
     def _commit(self) -> str | None:
         pending, self._pending = self._pending, None

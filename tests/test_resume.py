@@ -62,7 +62,7 @@ def kill_in_training(job: Job, folder: Path, rng: random.Random) -> None:
     job.wait()
 
 
-@pytest.mark.parametrize(("ranks", "kills"), [(1, 20 * ROUNDS), (2, 4 * ROUNDS)])
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 12 * ROUNDS), (2, 3 * ROUNDS)])
 def test_kill_9_at_random_moments_changes_nothing(ranks: int, kills: int, tmp_path: Path) -> None:
     engine = (
         ["engine.name=single"] if ranks == 1 else ["engine.name=fsdp2", "train.save_mode=async"]
@@ -92,7 +92,7 @@ def test_sigusr1_ends_in_one_agreed_save_and_75(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     settings = ["engine.name=fsdp2", f"train.max_steps={50 + 30 * ROUNDS}"]
     rng = random.Random(0)
-    for turn in range(10 * ROUNDS):
+    for turn in range(6 * ROUNDS):
         both = turn % 2 == 1
         early = turn % 5 == 0
         job = start(2, folder, *settings, fresh=early)
@@ -196,7 +196,7 @@ def test_ranks_write_what_they_hold_and_read_what_they_need(mode: str, tmp_path:
     for kind, share in (("trained", 1 / 3), ("optimizer", 2 / 3)):
         for rank in range(2):
             assert sizes[f"{kind}-{rank:05d}-of-00002.safetensors"] < numbers * share / 2 + 20_000
-    for ranks in (2, 3):
+    for ranks in (2, 3) if mode == "sharded" else (2,):
         other = tmp_path / f"on-{ranks}"
         shutil.copytree(tmp_path / "run", other)
         train(ranks, other, *settings)

@@ -327,8 +327,9 @@ def test_a_folder_that_is_full_or_not_on_all_nodes_ends_the_job_before_training(
         cluster.on_node(2, f"umount {private}; umount {locked}")
 
 
-def submit(runs: Runs, *words: str, expect: int = 0) -> str:
+def submit(runs: Runs, *words: str, expect: int = 0, plan: bool = False) -> str:
     """Calls launch/submit; returns what it printed."""
+    words = (*words, *(() if plan else ("--no-plan",)))
     done = subprocess.run(
         [str(ROOT / "launch/submit"), *words], cwd=runs.folder, capture_output=True, text=True,
         env={**runs.cluster.env, **runs.env}, check=False,
@@ -342,7 +343,7 @@ def submit(runs: Runs, *words: str, expect: int = 0) -> str:
 def test_submit_trains_then_evaluates(runs: Runs, undisturbed: Path) -> None:
     cluster, file = runs.cluster, str(runs.job_file("data.test_size=20"))
     command = (file, "evaluate.max_new_tokens=4", "--then", "evaluate", "--sbatch=--time=30")
-    submit(runs, *command)
+    assert "plan: " in submit(runs, *command, plan=True)
     job, evaluation = runs.jobs
     folder = runs.folder / "run" / "submissions" / "001"
     assert {p.name for p in folder.iterdir()} >= {"code", "configs", "train.sh", "evaluate.sh"}
