@@ -116,8 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "settings", nargs="*", metavar="KEY=VALUE", help="e.g. data.test=FILES evaluate.limit=100"
     )
-    evaluate.add_argument(
+    which = evaluate.add_mutually_exclusive_group()
+    which.add_argument(
         "--base", action="store_true", help="score the base model without the adapter"
+    )
+    which.add_argument(
+        "--merged", action="store_true", help="score the checkpoint in RUN_DIR/merged"
     )
 
     report = commands.add_parser("report", help="loss curve and scores of a run")
@@ -313,7 +317,8 @@ def _run(args: argparse.Namespace, stop: StopFlag) -> int:
     if args.command == "evaluate":
         from scalepeft import evaluate
 
-        return evaluate.run(args.run_dir, args.settings, args.base, stop)
+        subject: config.Subject = "base" if args.base else "merged" if args.merged else "adapter"
+        return evaluate.run(args.run_dir, args.settings, subject, stop)
     if args.command == "report":
         from scalepeft import report
 

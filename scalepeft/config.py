@@ -4,16 +4,17 @@ mistake.
 
 import dataclasses
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from scalepeft import lookup
 from scalepeft.adapters.base import AdapterConfig
-from scalepeft.lookup import STRICT, UserError, nearest, unknown
+from scalepeft.lookup import STRICT, TextList, UserError, nearest, split_commas, unknown
 from scalepeft.parallel.base import EngineConfig
 from scalepeft.tasks.base import TaskConfig
 
@@ -112,12 +113,44 @@ class EvaluateConfig:
     Attributes:
         batch_size: prompts a rank generates for at once.
         max_new_tokens: length limit of an answer.
+        max_tokens: of prompt and answer together; null: the model's positions.
+        num_beams: of a beam search; 1 is greedy. Nothing is ever sampled.
+        stop: texts at which an answer ends; they and what follows are cut.
         limit: score only the first so many rows of each source; null scores all.
+        backend: ``hf``: any base with its adapter, on the run's engine; ``vllm``: merged
+            checkpoints, and adapters that export as a LoRA, where vLLM is installed.
     """
 
     batch_size: Positive = 16
     max_new_tokens: Positive = 32
+    max_tokens: Positive | None = None
+    num_beams: Positive = 1
+    stop: TextList = Field(default_factory=list)
     limit: Positive | None = None
+    backend: Literal["hf", "vllm"] = "hf"
+
+
+Subject = Literal["adapter", "merged", "base"]
+"""What an evaluation scores."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PipelineConfig:
+    """What ``scalepeft pipeline`` does after the training.
+
+    Attributes:
+        merge: into the base's ``original`` weights, into what the adapter saw in training
+            (``dequantized``; the same for a base that is not quantised), or ``none``.
+        dtype: of the merged weights: as the ``base``, ``fp32`` or ``bf16``.
+        evaluate: what is scored: the ``adapter`` over the run's base, the ``merged`` checkpoint,
+            or the ``base`` alone; several by comma.
+    """
+
+    merge: Literal["dequantized", "original", "none"] = "dequantized"
+    dtype: Literal["base", "fp32", "bf16"] = "base"
+    evaluate: Annotated[list[Subject], BeforeValidator(split_commas)] = Field(
+        default_factory=lambda: list[Subject](("base", "merged"))
+    )
 
 
 @plain_dataclass(frozen=True)
@@ -133,6 +166,7 @@ class RunConfig:
     engine: EngineConfig
     train: TrainConfig
     evaluate: EvaluateConfig
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
 
 
 # section -> (folder of scalepeft, what to call an entry, the name if none is given, its class)
@@ -142,11 +176,14 @@ NAMED: dict[str, tuple[str, str, str, type]] = {
     "data": ("tasks", "task", "toy", TaskConfig),
 }
 FOLDERS = {"adapter": "adapters", "engine": "engines", "model": "models", "data": "tasks"}
-PLAIN: dict[str, type] = {"model": ModelConfig, "train": TrainConfig, "evaluate": EvaluateConfig}
+PLAIN: dict[str, type] = {
+    "model": ModelConfig, "train": TrainConfig, "evaluate": EvaluateConfig,
+    "pipeline": PipelineConfig,
+}  # fmt: skip
 SECTIONS = [f.name for f in dataclasses.fields(RunConfig)]
 
 # Keys that may differ when a run is resumed: never compared, and with --resume-with-changes.
-FREE_TO_CHANGE = ("run_dir", "train.stop_at", "evaluate.")
+FREE_TO_CHANGE = ("run_dir", "train.stop_at", "evaluate.", "pipeline.")
 HARMLESS = (
     "engine.",
     "model.path",  # a moved folder: the base's fingerprint is compared, not its place
@@ -373,14 +410,51 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
         )
     if isinstance(values["run_dir"], dict | list):
         raise UserError(f"run_dir={values['run_dir']}: expected the name of one folder")
-    sections: dict[str, Any] = {s: _build(c, values.get(s) or {}, s) for s, c in PLAIN.items()}
+    values = {section: dict(values.get(section) or {}) for section in (*PLAIN, *NAMED)} | {
+        "run_dir": values["run_dir"]
+    }
+    _fill_from_protocol(values["data"], values["evaluate"])
+    sections: dict[str, Any] = {s: _build(c, values[s], s) for s, c in PLAIN.items()}
     for section, (_, _, default, _) in NAMED.items():
-        given = dict(values.get(section) or {})
+        given = values[section]
         given.setdefault("name", default)
         sections[section] = _build(config_class(section, str(given["name"])), given, section)
     config = RunConfig(run_dir=str(values["run_dir"]), **sections)
     _check(config)
     return config
+
+
+def _fill_from_protocol(data: dict[str, Any], evaluate: dict[str, Any]) -> None:
+    """Gives keys that are not set the values of ``data.protocol``."""
+    cls: type[TaskConfig] = config_class("data", str(data.get("name", NAMED["data"][2])))
+    name = data.get("protocol", getattr(cls, "protocol", None))
+    if name is None:
+        return
+    if name not in cls.PROTOCOLS:
+        raise UserError(f"data.protocol: {unknown('protocol', str(name), cls.PROTOCOLS)}")
+    protocol = cls.PROTOCOLS[name]
+    for given, fixed in ((data, protocol.data), (evaluate, protocol.evaluate)):
+        for key, value in fixed.items():
+            given.setdefault(key, value)
+
+
+def deviations(config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (the protocol's value, the one here) where a run departs from its
+    ``data.protocol``; empty without one.
+    """
+    if config.data.protocol is None:
+        return {}
+    protocol = config.data.PROTOCOLS[config.data.protocol]
+    sections = (
+        ("data", config.data, protocol.data),
+        ("evaluate", config.evaluate, protocol.evaluate),
+    )
+    return {
+        f"{section}.{key}": (value, getattr(held, key))
+        for section, held, fixed in sections
+        for key, value in fixed.items()
+        if getattr(held, key) != value
+    }
 
 
 def adapter_config(values: dict[str, Any]) -> AdapterConfig:

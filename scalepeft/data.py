@@ -23,7 +23,7 @@ from scalepeft.loss import IGNORED
 from scalepeft.parallel.mesh import Ranks
 from scalepeft.tasks.base import Example, TaskConfig
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 PAD_TO = 8  # lengths are padded to a multiple of this, for tensor cores
 
 
@@ -38,6 +38,7 @@ class TokenSet:
     label_start: Tensor  # (n,) int32, at least 1: the first token has nothing to predict it from
     dropped: int  # examples without a label token left after the cut
     cut: int  # examples that lost their end
+    lost: int  # of these, examples that lost their whole response
 
     def __len__(self) -> int:
         return len(self.label_start)
@@ -65,27 +66,30 @@ class TokenSet:
         pieces = [self.tokens[self.offsets[r] : self.offsets[r + 1]] for r in rows.tolist()]
         lengths = torch.tensor([0] + [len(p) for p in pieces])
         tokens = torch.cat(pieces) if pieces else self.tokens[:0]
-        return TokenSet(tokens, lengths.cumsum(0), self.label_start[rows], self.dropped, self.cut)
+        return TokenSet(
+            tokens, lengths.cumsum(0), self.label_start[rows], self.dropped, self.cut, self.lost
+        )
 
 
 def tokenise(examples: list[Example], tokenizer: Any, config: TaskConfig) -> TokenSet:
-    """Tokenises prompt and completion apart, so that training sees the very prompt tokens
-    generation starts from.
-
-    A sequence is prompt (with the tokenizer's BOS), completion, end-of-text, cut at
+    """Tokenises a sequence of prompt (with the tokenizer's BOS), completion and end-of-text, cut at
     ``config.cutoff``.
+
+    With ``config.tokenise`` ``apart`` training sees the very prompt tokens generation starts from.
+    ``together`` the first label is the first token that reaches into the completion, wherever the
+    tokenizer puts the border.
     """
-    prompts = tokenizer([e.prompt for e in examples], add_special_tokens=True, verbose=False)[
-        "input_ids"
-    ]
-    completions = tokenizer(
-        [e.completion for e in examples], add_special_tokens=False, verbose=False
-    )["input_ids"]
-    rows, starts, dropped, cut = [], [], 0, 0
-    for prompt, completion in zip(prompts, completions, strict=True):
-        ids = [*strip_eos(prompt, tokenizer), *completion, tokenizer.eos_token_id]
-        start = max(1, len(ids) - len(completion) - 1 if config.train_on == "response" else 0)
+    pairs = (
+        _apart(examples, tokenizer)
+        if config.tokenise == "apart"
+        else _together(examples, tokenizer)
+    )
+    rows, starts, dropped, cut, lost = [], [], 0, 0, 0
+    for text, border in pairs:
+        ids = [*text, tokenizer.eos_token_id]
+        start = max(1, border if config.train_on == "response" else 0)
         cut += len(ids) > config.cutoff
+        lost += border >= config.cutoff
         ids = ids[: config.cutoff]
         if len(ids) <= start:
             dropped += 1
@@ -94,7 +98,30 @@ def tokenise(examples: list[Example], tokenizer: Any, config: TaskConfig) -> Tok
         starts.append(start)
     offsets = torch.tensor([0] + [len(r) for r in rows]).cumsum(0)
     tokens = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int32)
-    return TokenSet(tokens, offsets, torch.tensor(starts, dtype=torch.int32), dropped, cut)
+    return TokenSet(tokens, offsets, torch.tensor(starts, dtype=torch.int32), dropped, cut, lost)
+
+
+def _apart(examples: list[Example], tokenizer: Any) -> Iterator[tuple[list[int], int]]:
+    """Tokens of each example, and how many of them are the prompt's."""
+    prompts = tokenizer([e.prompt for e in examples], verbose=False)["input_ids"]
+    completions = tokenizer(
+        [e.completion for e in examples], add_special_tokens=False, verbose=False
+    )["input_ids"]
+    for prompt, completion in zip(prompts, completions, strict=True):
+        prompt = strip_eos(prompt, tokenizer)
+        yield [*prompt, *completion], len(prompt)
+
+
+def _together(examples: list[Example], tokenizer: Any) -> Iterator[tuple[list[int], int]]:
+    texts = [e.prompt + e.completion for e in examples]
+    made = tokenizer(texts, return_offsets_mapping=True, verbose=False)
+    for example, ids, spans in zip(
+        examples, made["input_ids"], made["offset_mapping"], strict=True
+    ):
+        ids = strip_eos(ids, tokenizer)
+        # A special token has the empty span (0, 0), so BOS is on the prompt's side.
+        inside = (i for i, (_, end) in enumerate(spans) if end > len(example.prompt))
+        yield ids, next(inside, len(ids))
 
 
 def strip_eos(ids: list[int], tokenizer: Any) -> list[int]:
@@ -110,6 +137,7 @@ def cached_tokens(examples: list[Example], tokenizer: Any, config: TaskConfig) -
     header = [
         CACHE_VERSION,
         config.train_on,
+        config.tokenise,
         config.cutoff,
         tokenizer.eos_token_id,
         tokenizer_hash(tokenizer),
@@ -126,9 +154,8 @@ def cached_tokens(examples: list[Example], tokenizer: Any, config: TaskConfig) -
         try:
             with safe_open(file, "pt") as f:
                 t, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()  # noqa: SIM118
-            held = TokenSet(
-                t["tokens"], t["offsets"], t["label_start"], int(meta["dropped"]), int(meta["cut"])
-            )
+            counts = (int(meta[key]) for key in ("dropped", "cut", "lost"))
+            held = TokenSet(t["tokens"], t["offsets"], t["label_start"], *counts)
             if held.fingerprint() == meta["sha256"]:
                 return held
         except (SafetensorError, KeyError, TypeError, ValueError, OSError):
@@ -139,7 +166,8 @@ def cached_tokens(examples: list[Example], tokenizer: Any, config: TaskConfig) -
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        meta = {"dropped": str(made.dropped), "cut": str(made.cut), "sha256": made.fingerprint()}
+        meta = {"sha256": made.fingerprint()}
+        meta |= {key: str(getattr(made, key)) for key in ("dropped", "cut", "lost")}
         save_file(tensors, temporary, meta)
         temporary.replace(file)
     except (OSError, SafetensorError) as error:
@@ -174,11 +202,9 @@ def prepare(
         report += [f"data.{split}: left out: {where}" for where in task.skipped[:3]]
         if len(task.skipped) > 3:
             report.append(f"data.{split}: left out {len(task.skipped)} broken rows in all")
-        if tokens.dropped or tokens.cut:
-            report.append(
-                f"data.{split}: {tokens.cut} rows longer than data.cutoff={config.data.cutoff} were"
-                f" cut; {tokens.dropped} of them had no token left to learn and were dropped"
-            )
+        if task.repeated:
+            report.append(f"data.{split}: {task.repeated} rows left out as duplicates")
+        report += cut_rows(tokens, config.data, split)
         if not len(tokens):
             raise UserError(
                 f"data.{split}: no row has a token to learn within"
@@ -210,6 +236,20 @@ def prepare(
         + (f", {len(valid)} held out" if valid is not None else "")
     )
     return train, valid, report
+
+
+def cut_rows(tokens: TokenSet, config: TaskConfig, split: str) -> list[str]:
+    """What the cutoff did to a split, in a line; none if nothing."""
+    if not tokens.cut and not tokens.dropped:
+        return []
+    said = (
+        f"data.{split}: {tokens.cut} rows longer than data.cutoff={config.cutoff} were cut;"
+        f" {tokens.lost} of them lost their whole response"
+    )
+    if tokens.dropped:
+        return [f"{said}; {tokens.dropped} rows had no token left to learn and were dropped"]
+    kept = " and teach their prompt alone (data.train_on=all)" if tokens.lost else ""
+    return [said + kept]
 
 
 class Order:

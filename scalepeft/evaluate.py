@@ -4,26 +4,27 @@ continues.
 
 import hashlib
 import json
-import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from scalepeft import __version__, injection, models
-from scalepeft.build import Built, build, start_ranks, task_of
+from scalepeft import __version__, injection, models, scores
+from scalepeft.build import build, start_ranks, task_of
 from scalepeft.checkpoint import write_atomically
-from scalepeft.config import RunConfig
-from scalepeft.data import strip_eos
+from scalepeft.config import RunConfig, Subject, deviations
+from scalepeft.generation import Generator
+from scalepeft.goodput import duration
 from scalepeft.lookup import UserError
 from scalepeft.parallel.mesh import Ranks
 from scalepeft.preemption import FINISHED, STOPPED, StopFlag, Stopping, tell_job
 from scalepeft.progress import say
 from scalepeft.records import check_base, load_run, older_adapter
 from scalepeft.tasks.base import Example, Task
+from scalepeft.weights import Weights
 
 ALLOWED = (
     "evaluate.",
@@ -77,7 +78,7 @@ class Predictions:
         for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
             try:
                 row = json.loads(line)
-                done[row["id"]] = {"id": row["id"], "prediction": str(row["prediction"])}
+                done[row["id"]] = {**row, "prediction": str(row["prediction"]), "cut": row["cut"]}
             except (ValueError, KeyError, TypeError):
                 continue  # generated again
             kept += line if line.endswith(b"\n") else line + b"\n"
@@ -91,92 +92,28 @@ class Predictions:
         tell_job("progress", f"{len(self.done)} predictions")
 
 
-@torch.no_grad()
-def generate(
-    model: Any, tokenizer: Any, prompts: list[str], config: RunConfig, built: Built, ranks: Ranks
-) -> list[str]:
-    """Continues each prompt greedily, left-padded, with a KV cache; returns the new text alone."""
-    ids = [
-        strip_eos(i, tokenizer)
-        for i in tokenizer(prompts, add_special_tokens=True, verbose=False)["input_ids"]
-    ]
-    room = model.config.max_position_embeddings - config.evaluate.max_new_tokens
-    if room < 1:
-        raise UserError(
-            f"evaluate.max_new_tokens={config.evaluate.max_new_tokens} fills the model's"
-            f" {model.config.max_position_embeddings} positions"
-        )
-    length = min(max(map(len, ids)), room)
-    tokens = torch.zeros(len(ids), length, dtype=torch.int64)
-    mask = torch.zeros_like(tokens)
-    for row, prompt in enumerate(ids):
-        prompt = prompt[-length:]  # the end of a prompt asks the question
-        tokens[row, length - len(prompt) :] = torch.tensor(prompt)
-        mask[row, length - len(prompt) :] = 1
-    out = model.generate(
-        input_ids=tokens.to(ranks.device),
-        attention_mask=mask.to(ranks.device),
-        max_new_tokens=config.evaluate.max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
-        synced_gpus=built.engine.sharded and ranks.world_size > 1,
-    )
-    texts: list[str] = tokenizer.batch_decode(out[:, length:], skip_special_tokens=True)
-    return texts
+FOLDERS: dict[Subject, str] = {"adapter": "eval", "merged": "eval-merged", "base": "eval-base"}
 
 
-def interval(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval of a proportion (95 %), in [0, 1]."""
-    p, n = correct / count, count
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+def run(run_dir: str, settings: list[str], subject: Subject, stop: StopFlag) -> int:
+    """Evaluates a run on ``data.test``; returns the exit code, 0 or 75.
 
+    Writes ``RUN_DIR/eval/TASK/`` (``eval-merged``, ``eval-base``): predictions.jsonl, scored.jsonl
+    and scores.json.
 
-def score(task: Task, examples: list[Example], rows: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Scores predictions: over all, and for each source file."""
-    groups: dict[str, list[Any]] = {}
-    for example in examples:
-        result = task.score(rows[example.id]["prediction"], example)
-        groups.setdefault("all", []).append(result)
-        groups.setdefault(str(example.meta.get("source", "")), []).append(result)
-
-    def summary(results: list[Any]) -> dict[str, Any]:
-        correct = sum(r.correct for r in results)
-        low, high = interval(correct, len(results))
-        return {
-            "count": len(results),
-            "correct": correct,
-            "accuracy": correct / len(results),
-            "ci95": [low, high],
-            "no_answer_found": sum(r.extracted is None for r in results),
-        }
-
-    return {
-        **summary(groups.pop("all")),
-        "sources": {name: summary(r) for name, r in sorted(groups.items())},
-    }
-
-
-def run(run_dir: str, settings: list[str], base: bool, stop: StopFlag) -> int:
-    """Evaluates a run's adapter (or its base alone) on ``data.test``; returns the exit code, 0 or
-    75.
-
-    Writes ``RUN_DIR/eval/TASK/`` (``eval-base/TASK/`` for the base): predictions.jsonl and
-    scores.json.
+    Args:
+        run_dir: the run.
+        settings: ``key=value`` arguments over its config.
+        subject: its adapter over its base, the checkpoint in ``RUN_DIR/merged``, or the base alone.
+        stop: polled between batches.
 
     Raises:
-        UserError: no run, no adapter yet, no test rows.
+        UserError: no run, no adapter or merged checkpoint yet, no test rows.
     """
     config = load_run(run_dir, settings, ALLOWED, "an evaluation")
     ranks = start_ranks(config)
     try:
-        _evaluate(config, base, ranks, stop)
+        evaluate(config, subject, ranks, stop)
         code = FINISHED
     except Stopping:
         if ranks.is_main:
@@ -188,7 +125,13 @@ def run(run_dir: str, settings: list[str], base: bool, stop: StopFlag) -> int:
     return code
 
 
-def _evaluate(config: RunConfig, base: bool, ranks: Ranks, stop: StopFlag) -> None:
+def evaluate(config: RunConfig, subject: Subject, ranks: Ranks, stop: StopFlag) -> None:
+    """``run`` among ranks that have met already.
+
+    Raises:
+        Stopping: a signal came; what is done is on the disk.
+    """
+
     def poll() -> None:
         if ranks.any(stop.signal is not None):
             raise Stopping
@@ -196,22 +139,26 @@ def _evaluate(config: RunConfig, base: bool, ranks: Ranks, stop: StopFlag) -> No
     run_dir = Path(config.run_dir)
     task = task_of(config)
     examples = ranks.together(lambda: _limited(task.examples("test"), config.evaluate.limit))
-    adapter = None if base else ranks.together(lambda: injection.read_adapter(run_dir / "adapter"))
-    step = adapter[2].get("step") if adapter else None
-    if ranks.is_main and (word := older_adapter(run_dir, step)):
-        say(word)
+    adapter, step, of = None, None, None
+    if subject == "adapter":
+        adapter = ranks.together(lambda: injection.read_adapter(run_dir / "adapter"))
+        step, of = adapter[2].get("step"), _digest(run_dir / "adapter" / "adapter.safetensors")
+        if ranks.is_main and (word := older_adapter(run_dir, step)):
+            say(word)
+    elif subject == "merged":
+        config, of = ranks.together(lambda: _merged(config))
     settings = {
-        "adapter": None if base else _digest(run_dir / "adapter" / "adapter.safetensors"),
+        "subject": of,
         "task": task.Config.__name__,
         "task_version": task.version,
-        "prompt": config.data.prompt,
-        "max_new_tokens": config.evaluate.max_new_tokens,
+        "prompt": task.template("test"),
+        "generation": [getattr(config.evaluate, key) for key in DECIDING],
         "model": config.model.path,
         "quant": [config.model.quant, config.model.double_quant],
         "precision": config.train.precision,
         "examples": hashlib.sha256("".join(e.id + e.prompt for e in examples).encode()).hexdigest(),
     }
-    folder = run_dir / ("eval-base" if base else "eval") / config.data.name
+    folder = run_dir / FOLDERS[subject] / config.data.name
     predictions = ranks.together(
         lambda: Predictions.open(folder, settings) if ranks.is_main else None
     )
@@ -222,21 +169,67 @@ def _evaluate(config: RunConfig, base: bool, ranks: Ranks, stop: StopFlag) -> No
     if left:
         _generate_all(config, adapter, left, predictions, ranks, poll)
     if predictions:
-        scores = score(task, examples, predictions.done)
-        scores = {
-            "task": config.data.name,
-            "step": step,
-            "adapter": None if base else config.adapter.name,
-            **scores,
-            **_versions(task),
-        }
-        write_atomically(folder / "scores.json", json.dumps(scores, indent=1))
-        low, high = scores["ci95"]
-        say(
-            f"{config.data.name}: {scores['correct']}/{scores['count']} right ="
-            f" {scores['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}), no answer found in"
-            f" {scores['no_answer_found']}; {folder}/scores.json"
+        _write_scores(config, task, examples, predictions, {"subject": subject, "step": step})
+
+
+DECIDING = ("max_new_tokens", "max_tokens", "num_beams", "stop", "backend")
+"""Keys of ``evaluate`` that decide what is generated."""
+
+
+def _merged(config: RunConfig) -> tuple[RunConfig, str]:
+    """The config that loads ``RUN_DIR/merged`` in place of base and adapter, and which it is."""
+    folder = Path(config.run_dir) / "merged"
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{folder}: no merged checkpoint there; scalepeft merge {config.run_dir} {folder}"
         )
+    model = replace(config.model, path=str(folder), revision=None, quant="none", double_quant=False)
+    return replace(config, model=model), Weights(folder).fingerprint()
+
+
+def _write_scores(
+    config: RunConfig,
+    task: Task,
+    examples: list[Example],
+    predictions: Predictions,
+    about: dict[str, Any],
+) -> None:
+    texts = {id_: row["prediction"] for id_, row in predictions.done.items()}
+    summed, rows = scores.summarise(task, examples, texts)
+    folder = predictions.path.parent
+    found = {
+        "task": config.data.name,
+        "protocol": config.data.protocol,
+        "deviations": deviations(config),
+        **about,
+        "adapter": config.adapter.name if about["subject"] != "base" else None,
+        "prompts_cut": sum(predictions.done[e.id]["cut"] for e in examples),
+        **summed,
+        **_versions(task),
+    }
+    scored = (
+        {
+            "id": row.example.id,
+            "prompt": row.example.prompt,
+            "expected": row.example.completion,
+            "prediction": row.prediction,
+            **asdict(row.score),
+        }
+        for row in rows
+    )
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored)
+    write_atomically(folder / "scored.jsonl", lines)
+    write_atomically(folder / "scores.json", json.dumps(found, indent=1))
+    for line in scores.lines(found):
+        say(line)
+    if found["prompts_cut"]:
+        say(
+            f"{found['prompts_cut']} prompts were longer than the model's positions, or"
+            " evaluate.max_tokens, allow beside the answer, and lost their beginning"
+        )
+    for key, (was, now) in found["deviations"].items():
+        say(f"departs from protocol {config.data.protocol}: {key} is {now!r}, not {was!r}")
+    say(f"{config.data.name}, {about['subject']}: {folder}/scores.json")
 
 
 def _generate_all(
@@ -247,15 +240,7 @@ def _generate_all(
     ranks: Ranks,
     poll: Any,
 ) -> None:
-    built = build(config, ranks, poll, adapted=adapter is not None)
-    if adapter is not None:
-        trained_on, fingerprint = adapter[2].get("base_model", {}), built.base["fingerprint"]
-        ranks.together(lambda: check_base(config, trained_on, fingerprint))
-        injection.load_state(built.model, adapter[1], f"{config.run_dir}/adapter")
-    built.engine.attach(built.model, None)
-    folder = models.resolve(config.model, ranks)
-    tokenizer = ranks.together(lambda: models.load_tokenizer(config.model, folder))
-    built.model.eval()
+    generator = _generator(config, adapter, ranks, poll)
     begin = time.monotonic()
     last_line = begin
     size = config.evaluate.batch_size
@@ -265,10 +250,11 @@ def _generate_all(
         mine = batch[ranks.rank :: ranks.world_size]
         # A rank with nothing left generates for the first prompt once more: sharded forwards are
         # collectives.
-        texts = generate(
-            built.model, tokenizer, [e.prompt for e in mine or batch[:1]], config, built, ranks
-        )
-        rows = [{"id": e.id, "prediction": t} for e, t in zip(mine, texts, strict=False)]
+        texts, cut = generator([e.prompt for e in mine or batch[:1]])
+        rows = [
+            {"id": e.id, "prediction": t, "cut": c}
+            for e, t, c in zip(mine, texts, cut, strict=False)
+        ]
         gathered = [row for part in ranks.gather(rows) for row in part]
         ranks.together(partial(predictions.append, gathered) if predictions else lambda: None)
         now = time.monotonic()
@@ -276,9 +262,28 @@ def _generate_all(
             last_line = now
             count = first + len(batch)
             say(
-                f"{count}/{len(left)} rows, about {(now - begin) / count * (len(left) - count):.0f}"
-                " s left"
+                f"{count}/{len(left)} rows, about"
+                f" {duration((now - begin) / count * (len(left) - count))} left"
             )
+
+
+def _generator(config: RunConfig, adapter: Any, ranks: Ranks, poll: Any) -> Generator:
+    built = build(config, ranks, poll, adapted=adapter is not None)
+    if adapter is not None:
+        trained_on, fingerprint = adapter[2].get("base_model", {}), built.base["fingerprint"]
+        ranks.together(lambda: check_base(config, trained_on, fingerprint))
+        injection.load_state(built.model, adapter[1], f"{config.run_dir}/adapter")
+    built.engine.attach(built.model, None)
+    folder = models.resolve(config.model, ranks)
+    tokenizer = ranks.together(lambda: models.load_tokenizer(config.model, folder))
+    built.model.eval()
+    return Generator(
+        built.model,
+        tokenizer,
+        config.evaluate,
+        ranks.device,
+        built.engine.sharded and ranks.world_size > 1,
+    )
 
 
 def _limited(examples: list[Example], limit: int | None) -> list[Example]:

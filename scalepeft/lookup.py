@@ -18,16 +18,25 @@ STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=Fa
 """Of every config dataclass: an unknown key is an error, and so is a number that is not finite."""
 
 
-def _split_commas(value: object) -> object:
+def split_commas(value: object) -> object:
+    """``a,b`` of the command line as a list."""
     return [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else value
 
 
-NameList = Annotated[list[str], BeforeValidator(_split_commas)]
+NameList = Annotated[list[str], BeforeValidator(split_commas)]
 """A list of names; ``a,b`` on the command line is the same as ``[a, b]``."""
 
 
+def _one_text(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+TextList = Annotated[list[str], BeforeValidator(_one_text)]
+"""A list of texts, which may hold commas; one text alone is a list of it."""
+
+
 def _layers(value: object) -> object:
-    numbers = _split_commas([value] if isinstance(value, int) else value)
+    numbers = split_commas([value] if isinstance(value, int) else value)
     if value == "all":
         return value
     try:

@@ -1,11 +1,11 @@
 """A run as a person wants to see it: a table on stdout and the loss across restarts as a PNG."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from scalepeft import scores
 from scalepeft.goodput import duration, goodput
-from scalepeft.lookup import UserError, read_mapping
+from scalepeft.lookup import UserError
 from scalepeft.records import read_lines
 
 
@@ -62,8 +62,8 @@ def table(folder: Path, metrics: list[dict[str, Any]], starts: list[dict[str, An
             f"    lost: {spent.losses()}",
         ]
     rows = [
-        (which, path.parent.name, read_mapping(path, json.loads, "evaluate again"))
-        for which, sub in (("base", "eval-base"), ("tuned", "eval"))
+        (which, path.parent.name, scores.read(path))
+        for which, sub in (("base", "eval-base"), ("tuned", "eval"), ("merged", "eval-merged"))
         for path in sorted((folder / sub).glob("*/scores.json"))
     ]
     if rows:
@@ -75,11 +75,10 @@ def table(folder: Path, metrics: list[dict[str, Any]], starts: list[dict[str, An
             ),
         ]
     for which, task, s in rows:
-        low, high = s["ci95"]
-        between = f"{low:.1%} to {high:.1%}"
+        metric = s["metrics"][s["headline"]]
         lines.append(
-            f"  {which:<8}{s.get('step') or '-':>6}  {task:<14}{s['count']:>6}{s['accuracy']:>8.1%}"
-            f"{between:>18}{s['no_answer_found']:>11}"
+            f"  {which:<8}{s.get('step') or '-':>6}  {task:<14}{s['count']:>6}"
+            f"{scores.shown(metric):>8}{scores.between(metric):>18}{s['no_answer_found']:>11}"
         )
     return "\n".join(lines)
 

@@ -122,7 +122,11 @@ def test_bad_row_names_file_and_row_and_can_be_skipped(tmp_path: Path) -> None:
     }
     file = tmp_path / "rows.jsonl"
     file.write_text(
-        "\n".join([json.dumps(good)] * 12 + ["{broken"] + [json.dumps({**good, "output": ""})])
+        "\n".join(
+            [json.dumps({**good, "instruction": f"Is {i}?"}) for i in range(12)]
+            + ["{broken"]
+            + [json.dumps({**good, "output": ""})]
+        )
         + "\n"
     )
     settings = [*BASE, "data=commonsense", f"data.train={file}", f"run_dir={tmp_path}/run"]
@@ -234,7 +238,8 @@ def test_evaluation_killed_and_stopped_continues_to_the_same_predictions(
         shutil.copytree(finished, folder)
     assert Job(1, ["evaluate", str(whole)]).wait()[0] == [0]
     scores = json.loads((whole / "eval/toy/scores.json").read_text())
-    assert scores["count"] == 40 and scores["ci95"][0] <= scores["accuracy"] <= scores["ci95"][1]
+    accuracy = scores["metrics"]["accuracy"]
+    assert scores["count"] == 40 and accuracy["ci95"][0] <= accuracy["value"] <= accuracy["ci95"][1]
     assert scores["versions"]["torch"] and scores["no_answer_found"] <= 40
 
     file = killed / "eval/toy/predictions.jsonl"

@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from scalepeft import config, data, evaluate, models, tiny
+from scalepeft import config, data, models, tiny
+from scalepeft.generation import Generator
 from scalepeft.lookup import UserError
 from scalepeft.parallel.mesh import Ranks
-from scalepeft.tasks import base
-from scalepeft.tasks.commonsense import Commonsense, CommonsenseConfig, fill
+from scalepeft.tasks import base, rows
+from scalepeft.tasks.commonsense import Commonsense, CommonsenseConfig
+from scalepeft.tasks.rows import fill
 
 ROWS = [
     {
@@ -78,17 +80,17 @@ def error(task: Commonsense) -> str:
 )
 def test_every_container_gives_the_same_rows(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    assert list(base.read_rows(str(tmp_path / name))) == list(enumerate(ROWS, 1))
+    assert list(rows.read_rows(str(tmp_path / name))) == list(enumerate(ROWS, 1))
 
 
 def test_row_numbers_of_json_lines_are_line_numbers(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n\n  \n{"a": 2}\n')
-    assert list(base.read_rows(str(tmp_path / "a.jsonl"))) == [(1, {"a": 1}), (4, {"a": 2})]
+    assert list(rows.read_rows(str(tmp_path / "a.jsonl"))) == [(1, {"a": 1}), (4, {"a": 2})]
 
 
 def test_a_line_separator_inside_a_string_ends_no_row(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"a": "x\u2028y\x85z"}\n', encoding="utf-8")
-    assert list(base.read_rows(str(tmp_path / "a.jsonl"))) == [(1, {"a": "x\u2028y\x85z"})]
+    assert list(rows.read_rows(str(tmp_path / "a.jsonl"))) == [(1, {"a": "x\u2028y\x85z"})]
 
 
 @pytest.mark.parametrize(
@@ -176,15 +178,15 @@ def test_patterns_are_sorted_recursive_and_take_files_only(tmp_path: Path) -> No
         (tmp_path / name).write_bytes(ARRAY)
     (tmp_path / "a-folder.json").mkdir()  # sorts before the files
     files = [str(tmp_path / name) for name in ("a.json", "b.json")]
-    assert base.expand([f"{tmp_path}/*.json"], "data.train") == files
-    found = base.expand([f"{tmp_path}/**/*.json"], "data.train")
+    assert rows.expand([f"{tmp_path}/*.json"], "data.train") == files
+    found = rows.expand([f"{tmp_path}/**/*.json"], "data.train")
     assert found == sorted([*files, str(tmp_path / "aa/c.json")])
 
 
 def test_a_file_whose_name_looks_like_a_pattern(tmp_path: Path) -> None:
     file = tmp_path / "part[1].json"
     file.write_bytes(ARRAY)
-    assert base.expand([str(file)], "data.train") == [str(file)]
+    assert rows.expand([str(file)], "data.train") == [str(file)]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +222,7 @@ def test_a_hub_source_may_be_a_local_folder(
     folder = tmp_path / "set"
     folder.mkdir()
     (folder / "train.jsonl").write_bytes(LINES)
-    assert list(base.read_rows(f"hf://{folder}")) == list(enumerate(ROWS, 1))
+    assert list(rows.read_rows(f"hf://{folder}")) == list(enumerate(ROWS, 1))
     assert len(commonsense(f"hf://{folder}::train").examples("train")) == len(ROWS)
     assert f"hf://{folder}::tset" in error(commonsense(f"hf://{folder}::tset"))
     broken = tmp_path / "broken"
@@ -256,7 +258,7 @@ def test_braces_in_the_data_stay_and_unknown_fields_are_refused() -> None:
     ],
 )
 def test_the_first_answer_word_counts(prediction: str, extracted: str | None) -> None:
-    example = commonsense("x").example(ROWS[0], "f#1")
+    example = commonsense("x").example(ROWS[0], "f#1", "train")
     got = commonsense("x").score(prediction, example)
     assert got == base.Score(extracted, extracted == "answer1")
 
@@ -342,7 +344,7 @@ def test_an_end_of_text_that_the_tokenizer_appends_is_not_in_the_prompt(tokenize
         eos_token_id = eos
 
         def __call__(
-            self, texts: list[str], add_special_tokens: bool, verbose: bool
+            self, texts: list[str], verbose: bool, add_special_tokens: bool = True
         ) -> dict[str, Any]:
             ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
             return {"input_ids": [[*i, eos] if add_special_tokens else i for i in ids]}
@@ -363,9 +365,8 @@ def test_training_prompts_are_the_tokens_that_generation_starts_from(bos_tokeniz
             return input_ids
 
     found = examples([1, 3])
-    built: Any = SimpleNamespace(engine=SimpleNamespace(sharded=False))
-    prompts = [e.prompt for e in found]
-    evaluate.generate(Model(), bos_tokenizer, prompts, settings(), built, Ranks())
+    generate = Generator(Model(), bos_tokenizer, settings().evaluate, torch.device("cpu"), False)
+    generate([e.prompt for e in found])
     tokens = data.tokenise(found, bos_tokenizer, settings().data)
     for i in range(2):
         generated_from = seen["ids"][i][seen["mask"][i].bool()].tolist()
@@ -549,7 +550,7 @@ def token_set(rows: int = 23) -> data.TokenSet:
     lengths = [3 + 5 * i % 17 for i in range(rows)]
     tokens = torch.cat([torch.full((n,), i + 1, dtype=torch.int32) for i, n in enumerate(lengths)])
     starts = torch.tensor([1 + i % 2 for i in range(rows)], dtype=torch.int32)
-    return data.TokenSet(tokens, torch.tensor([0, *lengths]).cumsum(0), starts, 0, 0)
+    return data.TokenSet(tokens, torch.tensor([0, *lengths]).cumsum(0), starts, 0, 0, 0)
 
 
 def loaded(

@@ -525,7 +525,7 @@ def test_data_on_every_node(tmp_path: Path) -> None:
 def test_rows_are_read(tmp_path: Path) -> None:
     row = {"instruction": "i", "output": "the correct answer is true", "answer": "true"}
     rows = tmp_path / "rows.json"
-    rows.write_text(json.dumps([row, row, {}]))
+    rows.write_text(json.dumps([row, {**row, "instruction": "j"}, {}]))
     settings = ["data=commonsense", f"data.train={rows}"]
     with pytest.raises(UserError, match="row 3: key 'instruction' is missing"):
         node.rows(of(*settings))

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 BASES = {"scalepeft", "scalepeft.lookup", "scalepeft.quant"}
 PROTOCOLS = {
     "scalepeft.adapters.base", "scalepeft.parallel.base", "scalepeft.parallel.mesh",
-    "scalepeft.tasks.base", "scalepeft.config",
+    "scalepeft.tasks.base", "scalepeft.tasks.rows", "scalepeft.config",
 }  # fmt: skip
 TOP = {
     f"scalepeft.{name}"

@@ -119,14 +119,16 @@ def test_demo(tmp_path: Path) -> None:
     assert "bash launch/demo.sh" in COMMANDS and "bash launch/test.sh" in COMMANDS
     text = run(["bash", str(ROOT / "launch/demo.sh"), str(tmp_path / "demo")], tmp_path)
     scores = {
-        which: json.loads((tmp_path / "demo" / folder / "toy/scores.json").read_text())
+        which: json.loads((tmp_path / "demo" / folder / "toy/scores.json").read_text())["metrics"][
+            "accuracy"
+        ]
         for which, folder in (("base", "eval-base"), ("tuned", "eval"))
     }
     assert scores["base"]["ci95"][0] <= 0.25 <= scores["base"]["ci95"][1], (
         "the base must score chance"
     )
-    assert scores["tuned"]["accuracy"] > 0.9
+    assert scores["tuned"]["value"] > 0.9
     for which in scores:
-        assert re.search(rf"{which} +\S+ +toy +200 +{scores[which]['accuracy']:.1%}", text)
+        assert re.search(rf"{which} +\S+ +toy +200 +{scores[which]['value']:.1%}", text)
     assert "starts 2 (at step 0, " in text
     assert (tmp_path / "demo/loss.png").stat().st_size > 10_000

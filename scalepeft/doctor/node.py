@@ -20,7 +20,8 @@ from scalepeft.doctor.disk import existing
 from scalepeft.lookup import UserError
 from scalepeft.parallel import zero
 from scalepeft.parallel.mesh import pick_device
-from scalepeft.tasks.base import Split, expand
+from scalepeft.tasks.base import Split
+from scalepeft.tasks.rows import expand, paths_of
 from scalepeft.weights import Weights
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "bitsandbytes", "deepspeed",
@@ -215,7 +216,7 @@ def data(config: RunConfig) -> dict[str, list[Any]]:
     for split in ("train", "valid", "test"):
         if sources := getattr(config.data, split):
             files = expand(sources, f"data.{split}")
-            local = [Path(f) for f in files if not f.startswith("hf://")]
+            local = [path for source in files for path in paths_of(source)]
             found[split] = [len(files), sum(f.stat().st_size for f in local)]
     return found
 

@@ -1,1 +1,4 @@
 """Task families, one per file; the file name is the name in ``data.name``."""
+
+HELPERS = frozenset({"base", "rows"})
+"""Modules that are no tasks."""

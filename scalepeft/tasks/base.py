@@ -2,22 +2,35 @@
 scored.
 """
 
-import glob
-import gzip
+import hashlib
 import json
-import zlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from scalepeft.lookup import STRICT, NameList, UserError
+from scalepeft.tasks.rows import expand, read_rows, source_labels
 
 Split = Literal["train", "valid", "test"]
+
+
+@plain_dataclass(frozen=True)
+class Protocol:
+    """Settings under which published numbers were made.
+
+    A key that a config leaves out takes the value given here; one that it sets otherwise stands in
+    the scores as a deviation.
+    """
+
+    about: str
+    """Where it comes from, and its oddities, in a line or two."""
+    data: dict[str, Any] = field(default_factory=dict)
+    evaluate: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -26,14 +39,19 @@ class TaskConfig:
 
     Attributes:
         name: the task, a file of ``scalepeft/tasks``.
+        protocol: settings of published numbers, by name: it fills the keys that are not set.
         train: files (json, json lines, either with .gz), patterns, or
             ``hf://DATASET[:CONFIG[:SPLIT]]``.
         valid: the same for the held-out loss; or take ``valid_size``.
         test: the same for ``scalepeft evaluate``.
         valid_size: rows taken out of ``train`` for the held-out loss, chosen by ``train.seed``.
         prompt: what the model is given; ``{instruction}`` and ``{input}`` are filled in.
+        test_prompt: what it is given in an evaluation; null: the same.
         completion: what it is to write; ``{output}`` is filled in. An end-of-text token follows.
         train_on: ``response`` puts the loss on the completion alone, ``all`` on the prompt as well.
+        tokenise: ``apart``: prompt and completion each by itself, so that training sees the very
+            tokens generation starts from; ``together``: as one text, as most published scripts do.
+        duplicates: ``drop`` leaves out training rows whose prompt and completion came before.
         cutoff: length in tokens; the end is cut. A row with no token left to learn is dropped and
             counted.
         on_error: a broken row stops the run (``stop``) or is left out and counted (``skip``).
@@ -41,14 +59,20 @@ class TaskConfig:
         cache: folder of tokenised data; default ``$SCALEPEFT_CACHE`` or ``~/.cache/scalepeft``.
     """
 
+    PROTOCOLS: ClassVar[dict[str, Protocol]] = {}
+
     name: str
+    protocol: str | None = None
     train: NameList = Field(default_factory=list)
     valid: NameList = Field(default_factory=list)
     test: NameList = Field(default_factory=list)
     valid_size: Annotated[int, Field(ge=0)] = 0
     prompt: str = "{instruction}\n"
+    test_prompt: str | None = None
     completion: str = "{output}"
     train_on: Literal["response", "all"] = "response"
+    tokenise: Literal["apart", "together"] = "apart"
+    duplicates: Literal["keep", "drop"] = "keep"
     cutoff: Annotated[int, Field(ge=8)] = 512
     on_error: Literal["stop", "skip"] = "stop"
     workers: Annotated[int, Field(ge=0)] = 0
@@ -67,12 +91,56 @@ class Example:
 
 @plain_dataclass(frozen=True)
 class Score:
-    """What was found in a prediction (None: nothing that looks like an answer) and whether it is
-    right.
+    """What was found in a prediction (None: nothing that looks like an answer) and how good it is.
+
+    Attributes:
+        extracted: the answer, as text.
+        correct: whether it is right; None where a single row has no right or wrong (translation).
+        strict: whether the published protocol's own extraction and comparison call it right, where
+            they differ from ours.
     """
 
     extracted: str | None
-    correct: bool
+    correct: bool | None
+    strict: bool | None = None
+
+
+@plain_dataclass(frozen=True)
+class Metric:
+    """A measured quantity over rows, with its 95 % interval.
+
+    Attributes:
+        value: a share in [0, 1] if ``share``, else points as the library of the metric gives them.
+        signature: what exactly was computed, as published numbers state it (sacreBLEU's).
+    """
+
+    value: float
+    low: float
+    high: float
+    share: bool = True
+    signature: str = ""
+
+
+@plain_dataclass(frozen=True)
+class Scored:
+    """One row of an evaluation."""
+
+    example: Example
+    prediction: str
+    score: Score
+
+
+def interval(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson score interval of a proportion (95 %), in [0, 1]."""
+    p, n = correct / count, count
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def share(hits: list[bool]) -> Metric:
+    """The share of true values with its Wilson interval."""
+    return Metric(sum(hits) / len(hits), *interval(sum(hits), len(hits)))
 
 
 class Task:
@@ -81,11 +149,15 @@ class Task:
     Config: ClassVar[type[TaskConfig]] = TaskConfig
     version: ClassVar[int]
     """Part of every reported number: raised when prompts or scoring change."""
+    headline: ClassVar[str] = "accuracy"
+    """The metric that tables show first."""
 
     def __init__(self, config: TaskConfig) -> None:
         self.config = config
         self.skipped: list[str] = []
-        """Where broken rows were left out (``on_error: skip``)."""
+        """Where broken rows were left out (``on_error: skip``) by the last ``examples``."""
+        self.repeated = 0
+        """Training rows left out as duplicates by the last ``examples``."""
 
     def examples(self, split: Split) -> list[Example]:
         """Reads a split.
@@ -99,12 +171,13 @@ class Task:
                 f"data.{split} is empty: name files, e.g. data.{split}=DIR/{split}.json"
             )
         files = expand(sources, f"data.{split}")
-        self.skipped = []
-        found = []
+        self.skipped, self.repeated = [], 0
+        found, seen = [], set()
+        drop = split == "train" and self.config.duplicates == "drop"
         for label, source in zip(source_labels(files), files, strict=True):
-            for number, row in read_rows(source):
+            for number, row in self.rows(source):
                 try:
-                    found.append(self.example(row, f"{label}#{number}"))
+                    example = self._example(row, f"{label}#{number}", split)
                 except UserError as error:
                     where = f"{source}, row {number}: {error}"
                     if self.config.on_error == "stop":
@@ -112,13 +185,38 @@ class Task:
                             f"{where}; repair it, or data.on_error=skip leaves it out"
                         ) from None
                     self.skipped.append(where)
+                    continue
+                text = (example.prompt, example.completion)
+                if drop and text in seen:
+                    self.repeated += 1
+                    continue
+                seen.add(text)
+                found.append(example)
         if not found:
             raise UserError(f"data.{split}: no usable row in {', '.join(files)}")
         return found
 
-    def example(self, row: Any, row_id: str) -> Example:
+    def _example(self, row: Any, row_id: str, split: Split) -> Example:
+        if isinstance(row, dict) and "prepared" in row:
+            return from_prepared(row, prepared_for(self, split))
+        return self.example(row, row_id, split)
+
+    def rows(self, source: str) -> Iterator[tuple[int, Any]]:
+        """(row number from 1, row) of a source."""
+        return read_rows(source)
+
+    def template(self, split: Split) -> str:
+        """The prompt's template of a split."""
+        if split == "test" and self.config.test_prompt is not None:
+            return self.config.test_prompt
+        return self.config.prompt
+
+    def example(self, row: Any, row_id: str, split: Split) -> Example:
         """Builds one example from a row; raises UserError for a broken one (without file and
         number).
+
+        ``meta`` holds what ``score`` needs, ``source`` (rows of a source are scored together) and
+        ``question`` (what is asked, without the prompt around it: equal ones are the same row).
         """
         raise NotImplementedError
 
@@ -126,122 +224,43 @@ class Task:
         """Finds the answer in generated text and compares it."""
         raise NotImplementedError
 
-
-def expand(sources: list[str], key: str) -> list[str]:
-    """Resolves patterns; keeps ``hf://`` sources. Raises UserError where a name matches no file."""
-    files: list[str] = []
-    for source in sources:
-        if source.startswith("hf://"):
-            files.append(source)
-            continue
-        matches = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))
-        found = [m for m in matches if Path(m).is_file()]
-        if not found:
-            what = "a folder, not a file" if Path(source).is_dir() else "no such file"
-            raise UserError(f"{key}: {source}: {what} (from {Path.cwd()})")
-        files += found
-    return files
+    def metrics(self, rows: list[Scored]) -> dict[str, Metric]:
+        """Sums scored rows up; holds ``headline``."""
+        found = {"accuracy": share([bool(r.score.correct) for r in rows])}
+        if any(r.score.strict is not None for r in rows):
+            found["strict_accuracy"] = share([bool(r.score.strict) for r in rows])
+        return found
 
 
-def source_labels(files: list[str]) -> list[str]:
-    """Names sources in example ids: the last two parts of the path, more where two files would
-    share them.
+def prepared_for(task: Task, split: Split) -> str:
+    """What of task and config decides the examples made of a row; rows that ``scalepeft pipeline``
+    has prepared carry it.
     """
-    for parts in range(2, 64):
-        labels = [f if f.startswith("hf://") else "/".join(Path(f).parts[-parts:]) for f in files]
-        if len(set(labels)) == len(set(files)):
-            break
-    seen: dict[str, int] = {}
-    for i, label in enumerate(labels):
-        seen[label] = seen.get(label, 0) + 1
-        if seen[label] > 1:  # a file listed twice is trained on twice, under its own ids
-            labels[i] = f"{label}({seen[label]})"
-    return labels
+    config = task.config
+    kept = {k: v for k, v in vars(config).items() if k not in NOT_IN_A_ROW}
+    text = json.dumps([type(task).__name__, task.version, task.template(split), kept], default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def read_rows(source: str) -> Iterator[tuple[int, Any]]:
-    """Yields (row number from 1, row) of a json array, json lines, gzip of both, or a hub data set.
-
-    The content decides between an array and lines, not the file name. A line that is no JSON comes
-    out as a ``BrokenRow``; a broken array is an error of the whole file.
-    """
-    if source.startswith("hf://"):
-        yield from enumerate(_hub_rows(source), 1)
-        return
-    try:
-        raw = Path(source).read_bytes()
-        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{source}: cannot be read: {error}") from None
-    text = raw.decode("utf-8-sig", errors="surrogateescape")
-    if text.lstrip()[:1] == "[":
-        try:
-            yield from enumerate(json.loads(text), 1)
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{source}: {_json_fault(error)}; an array must parse as a whole (json lines can be"
-                " skipped row by row)"
-            ) from None
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield number, BrokenRow(_json_fault(error))
+NOT_IN_A_ROW = {
+    "train", "valid", "test", "valid_size", "prompt", "test_prompt", "train_on", "tokenise",
+    "duplicates", "cutoff", "on_error", "workers", "cache", "protocol",
+}  # fmt: skip
 
 
-def _json_fault(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        return f"broken JSON at {line}column {error.colno}: {error.msg}"
-    return f"broken JSON: {type(error).__name__}: {str(error)[:80]}"  # huge numbers, deep nesting
+def to_prepared(example: Example, key: str) -> dict[str, Any]:
+    """A row that ``Task.examples`` takes back as it is."""
+    return {"prepared": key, **vars(example)}
 
 
-@plain_dataclass(frozen=True)
-class BrokenRow:
-    """A line that did not parse, in place of its row."""
-
-    reason: str
-
-
-def text_field(row: Any, key: str, required: bool = True) -> str:
-    """Returns ``row[key]`` as text; raises UserError for what is missing, empty, not text or not
-    UTF-8.
-    """
-    if isinstance(row, BrokenRow):
-        raise UserError(row.reason)
-    if not isinstance(row, dict):
-        raise UserError(f"a row must be an object with keys, not {type(row).__name__}")
-    if key not in row and required:
+def from_prepared(row: dict[str, Any], key: str) -> Example:
+    """The example of a prepared row. Raises UserError: made under other settings, or broken."""
+    if row["prepared"] != key:
         raise UserError(
-            f"key '{key}' is missing; the row has {', '.join(map(str, row)) or 'no keys'}"
+            "was prepared under another task, prompt or version; run scalepeft pipeline --from"
+            " prepare"
         )
-    value = row.get(key, "")
-    if not isinstance(value, str):
-        raise UserError(f"'{key}' must be text, not {type(value).__name__} ({str(value)[:40]})")
-    if required and not value.strip():
-        raise UserError(f"'{key}' is empty")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"'{key}' is not valid UTF-8") from None
-    return value
-
-
-def _hub_rows(source: str) -> Iterator[dict[str, Any]]:
-    name, _, rest = source.removeprefix("hf://").partition(":")
-    config, _, split = rest.partition(":")
-    if not name:
-        raise UserError(f"{source}: names no data set; expected hf://DATASET[:CONFIG[:SPLIT]]")
-    import datasets  # slow to import, and only hub sources need it
-
     try:
-        yield from datasets.load_dataset(name, config or None, split=split or "train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        # "An error occurred while generating the dataset" says nothing: its cause does.
-        cause = error.__cause__ or error
-        raise UserError(
-            f"{source}: {' '.join(str(cause).split())[:300] or type(cause).__name__}"
-        ) from None
+        return Example(row["id"], row["prompt"], row["completion"], row["meta"])
+    except KeyError as error:
+        raise UserError(f"key {error} is missing in a prepared row") from None

@@ -7,13 +7,13 @@ from its plain text. The rows have the LLM-Adapters format of ``commonsense``.
 """
 
 import random
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from scalepeft.lookup import STRICT, UserError
-from scalepeft.tasks.base import Example, Split
+from scalepeft.tasks.base import Example, Protocol, Split
 from scalepeft.tasks.commonsense import Commonsense, CommonsenseConfig
 
 WORLD = {
@@ -53,7 +53,10 @@ class ToyConfig(CommonsenseConfig):
         rows_seed: seed of the rows.
     """
 
+    PROTOCOLS: ClassVar[dict[str, Protocol]] = {}
+
     name: str = "toy"
+    protocol: str | None = None
     prompt: str = "### Instruction:\n{instruction}\n\n### Response:\n"
     train_size: Annotated[int, Field(ge=1)] = 4000
     test_size: Annotated[int, Field(ge=1)] = 200
@@ -105,7 +108,10 @@ class Toy(Commonsense):
         size = self.config.train_size if split == "train" else self.config.test_size
         things = slice(TRAINED) if split == "train" else slice(TRAINED, None)
         rng = random.Random(f"{self.config.rows_seed}/{split}")
-        return [self.example(make_row(rng, things), f"toy/{split}#{i}") for i in range(1, size + 1)]
+        return [
+            self.example(make_row(rng, things), f"toy/{split}#{i}", split)
+            for i in range(1, size + 1)
+        ]
 
 
 def corpus(rng: random.Random, lines: int) -> list[str]:

@@ -1,0 +1,107 @@
+"""Scored predictions summed up: scores.json, and the same as lines to read."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from scalepeft.lookup import UserError, read_mapping
+from scalepeft.tasks.base import Example, Metric, Scored, Task
+
+
+def summarise(
+    task: Task, examples: list[Example], predictions: dict[str, str]
+) -> tuple[dict[str, Any], list[Scored]]:
+    """Scores predictions over all rows and for each source.
+
+    Args:
+        task: how to score.
+        examples: the rows, each with a prediction.
+        predictions: example id -> generated text.
+
+    Returns:
+        ``headline``, ``count``, ``no_answer_found`` and ``metrics`` (name -> value, ci95, share,
+        signature), the same by source in ``sources``, and with several sources ``mean_of_sources``,
+        the unweighted mean of each metric; and the scored rows.
+    """
+    rows = [Scored(e, predictions[e.id], task.score(predictions[e.id], e)) for e in examples]
+    groups: dict[str, list[Scored]] = {}
+    for row in rows:
+        groups.setdefault(str(row.example.meta.get("source", "")), []).append(row)
+    sources = {name: _of(task, group) for name, group in sorted(groups.items())}
+    found = {"headline": task.headline, **_of(task, rows), "sources": sources}
+    if len(sources) > 1:
+        names = set.intersection(*(set(s["metrics"]) for s in sources.values()))
+        found["mean_of_sources"] = {
+            name: sum(s["metrics"][name]["value"] for s in sources.values()) / len(sources)
+            for name in sorted(names)
+        }
+    return found, rows
+
+
+def _of(task: Task, rows: list[Scored]) -> dict[str, Any]:
+    return {
+        "count": len(rows),
+        "no_answer_found": sum(row.score.extracted is None for row in rows),
+        "metrics": {name: _plain(metric) for name, metric in task.metrics(rows).items()},
+    }
+
+
+def _plain(metric: Metric) -> dict[str, Any]:
+    values = asdict(metric)
+    return {
+        "value": values["value"],
+        "ci95": [values["low"], values["high"]],
+        "share": values["share"],
+        **({"signature": metric.signature} if metric.signature else {}),
+    }
+
+
+def shown(metric: dict[str, Any], key: str = "value") -> str:
+    """A metric's value as text: 87.4%, or 31.26 points."""
+    return _text(metric["value"], metric["share"])
+
+
+def between(metric: dict[str, Any]) -> str:
+    """A metric's 95 % interval as text."""
+    low, high = metric["ci95"]
+    return f"{_text(low, metric['share'])} to {_text(high, metric['share'])}"
+
+
+def _text(value: float, as_share: bool) -> str:
+    return f"{value:.1%}" if as_share else f"{value:.2f}"
+
+
+def lines(scores: dict[str, Any]) -> list[str]:
+    """The scores as a table: a line for each source, then over all, then signatures."""
+    rows = list(scores["sources"].items()) if len(scores["sources"]) > 1 else []
+    rows.append(("all rows", scores))
+    names = list(scores["metrics"])
+    width = max(len(name) for name, _ in rows)
+    heads = "".join(f"{name:>18}{'95 % interval':>20}" for name in names)
+    found = [f"{'':<{width}}{'rows':>8}{'no answer':>11}{heads}"]
+    for name, row in rows:
+        cells = "".join(
+            f"{shown(row['metrics'][m]):>18}{between(row['metrics'][m]):>20}" for m in names
+        )
+        found.append(f"{name:<{width}}{row['count']:>8}{row['no_answer_found']:>11}{cells}")
+    if mean := scores.get("mean_of_sources"):
+        cells = "".join(
+            f"{_text(mean[m], scores['metrics'][m]['share']):>18}{'':>20}" for m in names
+        )
+        label = f"mean of {len(scores['sources'])}"
+        found.append(f"{label:<{width}}{'':>19}{cells}".rstrip())
+    found += [
+        f"{name}: {metric['signature']}"
+        for name, metric in scores["metrics"].items()
+        if metric.get("signature")
+    ]
+    return found
+
+
+def read(file: Path) -> dict[str, Any]:
+    """Reads a scores.json. Raises UserError: broken, or of another version."""
+    scores = read_mapping(file, json.loads, "evaluate again")
+    if "metrics" not in scores or "headline" not in scores:
+        raise UserError(f"{file}: written by another version of scalepeft; evaluate again")
+    return scores
