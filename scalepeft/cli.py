@@ -36,6 +36,14 @@ model's logits against the adapted model's.
 
   scalepeft merge runs/commonsense_hoft merged --base original
 """
+SCORE = """\
+Scores predictions with the code that evaluate uses: line by line, or by id where objects have one.
+
+  scalepeft score --task commonsense --predictions out.jsonl --references ARC-Easy/test.json
+  scalepeft score --task math --predictions out.txt --references gsm8k/test.jsonl
+  scalepeft score --task translation --predictions system.en --references ref.en \\
+      data.source_language=de data.target_language=en
+"""
 EXPORT = """\
 --format peft   the same method in HF PEFT's layout, for the methods that PEFT has
 --format lora   a LoRA that is exactly the adapter (hoft: of rank 2r), for any LoRA server
@@ -123,6 +131,21 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument(
         "--merged", action="store_true", help="score the checkpoint in RUN_DIR/merged"
     )
+
+    score = commands.add_parser(
+        "score",
+        help="score any system's output files; needs no model",
+        description=SCORE,
+        formatter_class=shape,
+    )
+    score.add_argument("settings", nargs="*", metavar="data.KEY=VALUE", help="e.g. data.protocol=")
+    score.add_argument("--task", required=True, help="commonsense, math or translation")
+    score.add_argument("--predictions", required=True, metavar="FILE", help="text or json (lines)")
+    score.add_argument("--references", required=True, metavar="FILE", help="rows, or text lines")
+    score.add_argument("--sources", metavar="FILE", help="source text of a translation")
+    score.add_argument("--key", help="of the predictions' objects that holds the text")
+    score.add_argument("--out", metavar="FOLDER", help="for scores.json and scored.jsonl")
+    score.add_argument("--json", action="store_true", help="print scores.json, not a table")
 
     report = commands.add_parser("report", help="loss curve and scores of a run")
     report.add_argument("run_dir", help="folder of a run")
@@ -242,7 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="a run, or a sweep's folder")
     status.add_argument("--json", action="store_true", help="one JSON list")
     for command in (
-        train, evaluate, report, merge, export, methods, bench, doctor, plan, submit, status
+        train, evaluate, score, report, merge, export, methods, bench, doctor, plan, submit, status
     ):  # fmt: skip
         command.add_argument(
             "--debug", action="store_true", help="show the traceback of a user error too"
@@ -319,7 +342,12 @@ def _run(args: argparse.Namespace, stop: StopFlag) -> int:
 
         subject: config.Subject = "base" if args.base else "merged" if args.merged else "adapter"
         return evaluate.run(args.run_dir, args.settings, subject, stop)
-    if args.command == "report":
+    if args.command == "score":
+        from scalepeft import score
+
+        values = {k: v for k, v in vars(args).items() if k not in ("command", "debug")}
+        score.run(score.Options(**values))
+    elif args.command == "report":
         from scalepeft import report
 
         report.run(args.run_dir)

@@ -5,7 +5,7 @@ continues.
 import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -207,19 +207,7 @@ def _write_scores(
         **summed,
         **_versions(task),
     }
-    scored = (
-        {
-            "id": row.example.id,
-            "prompt": row.example.prompt,
-            "expected": row.example.completion,
-            "prediction": row.prediction,
-            **asdict(row.score),
-        }
-        for row in rows
-    )
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored)
-    write_atomically(folder / "scored.jsonl", lines)
-    write_atomically(folder / "scores.json", json.dumps(found, indent=1))
+    scores.write(folder, found, rows)
     for line in scores.lines(found):
         say(line)
     if found["prompts_cut"]:

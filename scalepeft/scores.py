@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from scalepeft.checkpoint import write_atomically
 from scalepeft.lookup import UserError, read_mapping
 from scalepeft.tasks.base import Example, Metric, Scored, Task
 
@@ -57,7 +58,25 @@ def _plain(metric: Metric) -> dict[str, Any]:
     }
 
 
-def shown(metric: dict[str, Any], key: str = "value") -> str:
+def write(folder: Path, found: dict[str, Any], rows: list[Scored]) -> None:
+    """Writes scores.json, and before it scored.jsonl: each row with what was found in it."""
+    scored = (
+        {
+            "id": row.example.id,
+            "source": row.example.meta.get("source", ""),
+            "prompt": row.example.prompt,
+            "expected": row.example.completion,
+            "prediction": row.prediction,
+            **asdict(row.score),
+        }
+        for row in rows
+    )
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored)
+    write_atomically(folder / "scored.jsonl", text)
+    write_atomically(folder / "scores.json", json.dumps(found, indent=1))
+
+
+def shown(metric: dict[str, Any]) -> str:
     """A metric's value as text: 87.4%, or 31.26 points."""
     return _text(metric["value"], metric["share"])
 

@@ -1,0 +1,189 @@
+"""``scalepeft score``: any system's output files against references, with the code of evaluate."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scalepeft import __version__, lookup, scores
+from scalepeft import config as cfg
+from scalepeft.build import task_of
+from scalepeft.lookup import UserError
+from scalepeft.tasks.base import Example
+from scalepeft.tasks.rows import PAIR, BrokenRow, check_utf8, read_rows, read_text
+
+KEYS = (
+    "prediction", "output_pred", "hypothesis", "mt", "generated_text", "response", "text", "output",
+)  # fmt: skip
+"""Where rows of JSON may hold the text; the first one that they have."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``scalepeft score`` was asked for.
+
+    Attributes:
+        task: a file of ``scalepeft/tasks``.
+        predictions: a text file, line i for row i of the references, or json (lines), each a text
+            or an object; objects that all have an ``id`` of the references go by it.
+        references: rows of the task, or text lines where the task takes them.
+        sources: source text lines of a translation, line i for line i of the references.
+        settings: ``data.KEY=VALUE``.
+        key: which key of the predictions' objects holds the text.
+        out: folder for scores.json and scored.jsonl.
+        json: print scores.json instead of a table.
+    """
+
+    task: str
+    predictions: str
+    references: str
+    sources: str | None
+    settings: list[str]
+    key: str | None
+    out: str | None
+    json: bool
+
+
+def run(options: Options) -> None:
+    """Prints the scores; writes them where ``out`` is given.
+
+    Raises:
+        UserError: an unknown task, unreadable or broken files, predictions that do not belong to
+            the references.
+    """
+    config = _config(options)
+    task = task_of(config)
+    examples = task.examples("test")
+    texts = match(read(options.predictions, options.key), examples, options, len(task.skipped))
+    found, rows = scores.summarise(task, examples, texts)
+    found = {
+        "task": options.task,
+        "protocol": config.data.protocol,
+        "predictions": options.predictions,
+        "references": options.references,
+        **found,
+        "task_version": task.version,
+        "versions": {"scalepeft": __version__},
+    }
+    if options.out is not None:
+        folder = Path(options.out)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            scores.write(folder, found, rows)
+        except OSError as error:
+            raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from None
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return
+    for where in task.skipped[:3]:
+        print(f"left out: {where}")
+    print("\n".join(scores.lines(found)))
+
+
+def _config(options: Options) -> cfg.RunConfig:
+    for setting in options.settings:
+        if not setting.startswith("data."):
+            raise UserError(f"{setting}: for score, settings are data.KEY=VALUE")
+    lookup.find("tasks", options.task, "task")
+    files = [options.sources, options.references] if options.sources else [options.references]
+    values: dict[str, Any] = {
+        "run_dir": "-",  # nothing is trained: what a run needs besides is of no effect
+        "data": {"name": options.task, "test": [PAIR.join(files)]},
+        "train": {"max_steps": 1},
+    }
+    return cfg.overlay(values, options.settings)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A text, the id it came with, and where it stands."""
+
+    text: str
+    id: str | None
+    row: int
+
+
+def read(file: str, key: str | None) -> list[Prediction]:
+    """Reads predictions.
+
+    Raises:
+        UserError: unreadable, empty, or a row without a text in it.
+    """
+    if not Path(file).is_file():
+        raise UserError(f"--predictions {file}: no such file (from {Path.cwd()})")
+    text = read_text(file)
+    if text.lstrip()[:1] not in ("[", "{", '"'):
+        lines = text.split("\n")
+        if lines[-1] == "":
+            lines.pop()
+        found = [Prediction(line.rstrip("\r"), None, i) for i, line in enumerate(lines, 1)]
+    else:
+        found = [_prediction(row, key, number, file) for number, row in read_rows(file)]
+    if not found:
+        raise UserError(f"--predictions {file}: is empty")
+    for prediction in found:
+        try:
+            check_utf8(prediction.text, "the text")
+        except UserError as error:
+            raise UserError(f"{file}, row {prediction.row}: {error}") from None
+    return found
+
+
+def _prediction(row: Any, key: str | None, number: int, file: str) -> Prediction:
+    if isinstance(row, str):
+        return Prediction(row, None, number)
+    where = f"{file}, row {number}"
+    if isinstance(row, BrokenRow):
+        raise UserError(f"{where}: {row.reason}")
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: must be a text or an object, not {type(row).__name__}")
+    used = key or next((k for k in KEYS if k in row), None)
+    if used is None or used not in row:
+        raise UserError(
+            f"{where}: no key {used or ', '.join(KEYS)}; it has {', '.join(map(str, row))}; name"
+            " the one that holds the text with --key"
+        )
+    if not isinstance(row[used], str):
+        raise UserError(f"{where}: '{used}' must be text, not {type(row[used]).__name__}")
+    id_ = row.get("id")
+    return Prediction(row[used], None if id_ is None else str(id_), number)
+
+
+def match(
+    found: list[Prediction], examples: list[Example], options: Options, skipped: int
+) -> dict[str, str]:
+    """Example id -> its prediction: by id where every prediction has one, else by order.
+
+    Raises:
+        UserError: an id twice, unknown or missing ids, another number of rows.
+    """
+    known = {e.id for e in examples}
+    given = [p.id for p in found if p.id is not None]
+    if len(given) == len(found) and known & set(given):
+        seen: dict[str, int] = {}
+        for p in found:
+            if p.id in seen:
+                raise UserError(
+                    f"{options.predictions}, row {p.row}: id {p.id} stood in row {seen[p.id]}"
+                    " already; a row can be scored once"
+                )
+            seen[str(p.id)] = p.row
+        missing = [e.id for e in examples if e.id not in seen]
+        if missing:
+            raise UserError(
+                f"{options.predictions}: {len(missing)} of {len(examples)} rows of"
+                f" {options.references} have no prediction, the first is {missing[0]}"
+            )
+        return {str(p.id): p.text for p in found if p.id in known}
+    if skipped:
+        raise UserError(
+            f"{options.references}: {skipped} broken rows were left out, so that the order says no"
+            " longer which prediction belongs to which row; repair them, or give the predictions"
+            " ids"
+        )
+    if len(found) != len(examples):
+        raise UserError(
+            f"{options.predictions} has {len(found)} predictions, {options.references}"
+            f" {len(examples)} rows; they must go together one by one, or by id"
+        )
+    return {e.id: p.text for e, p in zip(examples, found, strict=True)}
