@@ -549,7 +549,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
     """Returns dotted key -> (old, new) for every key that differs, without those that are free to
     change.
     """
-    flat_old, flat_new = (dict(_flatten(d)) for d in (old, new))
+    flat_old, flat_new = (dict(flatten(d)) for d in (old, new))
     keys = sorted(flat_old.keys() | flat_new.keys())
     return {
         key: (flat_old.get(key), flat_new.get(key))
@@ -563,11 +563,12 @@ def matches_key(key: str, listed: tuple[str, ...]) -> bool:
     return any(key == entry or (entry.endswith(".") and key.startswith(entry)) for entry in listed)
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """(dotted key, value) of nested mappings."""
     flat: list[tuple[str, Any]] = []
     for key, value in values.items():
         if isinstance(value, dict):
-            flat += _flatten(value, f"{prefix}{key}.")
+            flat += flatten(value, f"{prefix}{key}.")
         else:
             flat.append((f"{prefix}{key}", value))
     return flat

@@ -29,6 +29,7 @@ from scalepeft.lookup import UserError, read_mapping
 from scalepeft.parallel.mesh import Ranks
 from scalepeft.preemption import tell_job
 from scalepeft.progress import Progress, say
+from scalepeft.provenance import commit, versions
 from scalepeft.tensorfiles import Reader, write_tensors
 
 
@@ -71,6 +72,9 @@ def slurm_start() -> tuple[str | None, int]:
     """The Slurm job, if any, and how often it was restarted."""
     return slurm_job(), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "bitsandbytes", "deepspeed")
+"""Whose versions a start writes down."""
 
 NUMBERS = {
     "time", "launched", "startup", "load", "waited", "idle", "recomputed", "recomputed_steps",
@@ -286,10 +290,13 @@ class Records:
             say(f"events.jsonl: {error.strerror}")
 
     def started(self, step: int, launched: float, **more: Any) -> None:
-        """Writes the start event: where and when this start began, and what was lost before it."""
+        """Writes the start event: where, when and with what this start began, and what was lost
+        before it.
+        """
         job, restarts = slurm_start()
         if job:
             more |= {"job": job, "restarts": restarts}
+        more |= {"versions": versions(*LIBRARIES), "commit": commit()}
         host = socket.gethostname()
         self.event("start", step, launched=launched, host=host, **self.lost, **more)
 

@@ -1,6 +1,7 @@
 """Training, top to bottom: build -> resume -> steps -> adapter; what is due is a visible ``if``."""
 
 import math
+import socket
 import time
 from collections.abc import Callable
 from signal import SIGUSR1
@@ -19,6 +20,7 @@ from scalepeft.parallel.base import Part, full_shape
 from scalepeft.parallel.mesh import Ranks, world_size
 from scalepeft.preemption import FINISHED, STOPPED, StopFlag, Stopping
 from scalepeft.progress import say
+from scalepeft.provenance import device_name
 from scalepeft.records import Records, check_nodes
 from scalepeft.saving import Saver
 from scalepeft.tensorfiles import Reader
@@ -392,6 +394,8 @@ def _announce(
     """Tells user and events.jsonl what starts, with the bytes that each rank read and holds."""
     built, ranks = trainer.built, trainer.ranks
     mine = {
+        "host": socket.gethostname(),
+        "device": device_name(ranks.device),
         "bytes_read": built.bytes_read,
         "bytes_held": resident_bytes(built.model),
         "checkpoint_bytes_read": read_bytes,
@@ -401,7 +405,11 @@ def _announce(
         count = sum(full_shape(p).numel() for p in trainer.trained.values())
         tensors = len(trainer.trained)
         say(f"training {count:,} parameters in {tensors} tensors, steps {step + 1} to {total}")
-        more = {"engine": trainer.config.engine.name, "world_size": ranks.world_size}
+        more = {
+            "engine": trainer.config.engine.name,
+            "world_size": ranks.world_size,
+            "parameters": count,
+        }
         records.started(step, launched, steps=total, **more, **seconds, per_rank=per_rank)
     ranks.together(lambda: records.show(step, total) if records else None)
 

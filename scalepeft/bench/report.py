@@ -1,7 +1,6 @@
 """What a benchmark found: medians and ratios, as a table, JSON and a picture."""
 
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from scalepeft import __version__
+from scalepeft.provenance import device_name, versions
 
 MIB = 2**20
 REFERENCE = "peft-lora"
@@ -32,31 +31,14 @@ def spread(times: list[float]) -> float:
 
 def header(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
     """Where and with what it was measured."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    versions = {"scalepeft": __version__}
-    for name in ("torch", "transformers", "peft", "bitsandbytes"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
     return {
         "options": options,
-        "device": _device_name(device),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "versions": versions,
+        "versions": versions("torch", "transformers", "peft", "bitsandbytes"),
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "step": "forward, backward, AdamW; peak: above what is held between steps",
     }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.is_file() else []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def headline(result: dict[str, Any]) -> str:
