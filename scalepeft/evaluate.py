@@ -3,8 +3,9 @@ continues.
 """
 
 import hashlib
-import json
+import random
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,15 +14,15 @@ from typing import Any
 import torch
 
 from scalepeft import __version__, injection, models, scores
-from scalepeft.build import build, start_ranks, task_of
-from scalepeft.checkpoint import write_atomically
+from scalepeft.build import Built, build, start_ranks, task_of
 from scalepeft.config import RunConfig, Subject, deviations
-from scalepeft.generation import Generator
+from scalepeft.generation import Generator, check
 from scalepeft.goodput import duration
 from scalepeft.lookup import UserError
-from scalepeft.parallel.mesh import Ranks
+from scalepeft.parallel.mesh import Ranks, world_size
+from scalepeft.predictions import Predictions
 from scalepeft.preemption import FINISHED, STOPPED, StopFlag, Stopping, tell_job
-from scalepeft.progress import say
+from scalepeft.progress import LINE_SECONDS, say
 from scalepeft.records import check_base, load_run, older_adapter
 from scalepeft.tasks.base import Example, Task
 from scalepeft.weights import Weights
@@ -36,63 +37,9 @@ ALLOWED = (
     "model.revision",
     "train.precision",
 )
-
-
-@dataclass
-class Predictions:
-    """``predictions.jsonl`` of one evaluation on rank 0: what is done already, and appending."""
-
-    path: Path
-    done: dict[str, dict[str, Any]]
-
-    @classmethod
-    def open(cls, folder: Path, settings: dict[str, Any]) -> "Predictions":
-        """Continues predictions of the same adapter and settings; sets those of others aside."""
-        path = folder / "predictions.jsonl"
-        marker = folder / "settings.json"
-        try:
-            same = not path.exists() or json.loads(marker.read_text()) == settings
-        except (OSError, ValueError):
-            same = False
-        try:
-            if not same:
-                number = 1 + len(list(folder.parent.glob(f"{folder.name}.old-*")))
-                folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
-                say(
-                    f"{folder}: predictions of another adapter or other settings: kept as"
-                    f" {folder.name}.old-{number}"
-                )
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(marker, json.dumps(settings, indent=1, sort_keys=True))
-            done, lines = cls._read(path)
-            if path.exists() and lines != path.read_bytes():
-                write_atomically(path, lines.decode())  # without what a kill left torn
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
-        return cls(path, done)
-
-    @staticmethod
-    def _read(path: Path) -> tuple[dict[str, dict[str, Any]], bytes]:
-        done: dict[str, dict[str, Any]] = {}
-        kept = b""
-        for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
-            try:
-                row = json.loads(line)
-                done[row["id"]] = {**row, "prediction": str(row["prediction"]), "cut": row["cut"]}
-            except (ValueError, KeyError, TypeError):
-                continue  # generated again
-            kept += line if line.endswith(b"\n") else line + b"\n"
-        return done, kept
-
-    def append(self, rows: list[dict[str, Any]]) -> None:
-        """Writes a batch of predictions."""
-        with self.path.open("a") as f:
-            f.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        self.done.update((row["id"], row) for row in rows)
-        tell_job("progress", f"{len(self.done)} predictions")
-
-
 FOLDERS: dict[Subject, str] = {"adapter": "eval", "merged": "eval-merged", "base": "eval-base"}
+DECIDING = ("max_new_tokens", "max_tokens", "num_beams", "stop", "backend")
+"""Keys of ``evaluate`` that decide what is generated."""
 
 
 def run(run_dir: str, settings: list[str], subject: Subject, stop: StopFlag) -> int:
@@ -111,7 +58,9 @@ def run(run_dir: str, settings: list[str], subject: Subject, stop: StopFlag) -> 
         UserError: no run, no adapter or merged checkpoint yet, no test rows.
     """
     config = load_run(run_dir, settings, ALLOWED, "an evaluation")
-    ranks = start_ranks(config)
+    # vLLM starts processes of its own; this one needs no group and no device.
+    alone = config.evaluate.backend == "vllm" and world_size() == 1
+    ranks = Ranks() if alone else start_ranks(config)
     try:
         evaluate(config, subject, ranks, stop)
         code = FINISHED
@@ -136,25 +85,23 @@ def evaluate(config: RunConfig, subject: Subject, ranks: Ranks, stop: StopFlag) 
         if ranks.any(stop.signal is not None):
             raise Stopping
 
+    check(config.evaluate)
+    if config.evaluate.backend == "vllm":
+        from scalepeft.integrations import vllm
+
+        vllm.check(config, subject, ranks.world_size)
     run_dir = Path(config.run_dir)
     task = task_of(config)
-    examples = ranks.together(lambda: _limited(task.examples("test"), config.evaluate.limit))
-    adapter, step, of = None, None, None
-    if subject == "adapter":
-        adapter = ranks.together(lambda: injection.read_adapter(run_dir / "adapter"))
-        step, of = adapter[2].get("step"), _digest(run_dir / "adapter" / "adapter.safetensors")
-        if ranks.is_main and (word := older_adapter(run_dir, step)):
-            say(word)
-    elif subject == "merged":
-        config, of = ranks.together(lambda: _merged(config))
+    examples = ranks.together(lambda: _examples(task, config.evaluate.limit))
+    chosen = Chosen.of(config, subject, ranks)
     settings = {
-        "subject": of,
+        "subject": chosen.fingerprint,
         "task": task.Config.__name__,
         "task_version": task.version,
         "prompt": task.template("test"),
         "generation": [getattr(config.evaluate, key) for key in DECIDING],
-        "model": config.model.path,
-        "quant": [config.model.quant, config.model.double_quant],
+        "model": chosen.config.model.path,
+        "quant": [chosen.config.model.quant, chosen.config.model.double_quant],
         "precision": config.train.precision,
         "examples": hashlib.sha256("".join(e.id + e.prompt for e in examples).encode()).hexdigest(),
     }
@@ -163,28 +110,175 @@ def evaluate(config: RunConfig, subject: Subject, ranks: Ranks, stop: StopFlag) 
         lambda: Predictions.open(folder, settings) if ranks.is_main else None
     )
     done: set[str] = ranks.main_only(lambda: set(predictions.done) if predictions else set())
-    left = sorted((e for e in examples if e.id not in done), key=lambda e: (-len(e.prompt), e.id))
+    left = [e for e in examples if e.id not in done]
     if ranks.is_main and done:
         say(f"{len(done)} predictions are there already, {len(left)} to go")
     if left:
-        _generate_all(config, adapter, left, predictions, ranks, poll)
-    if predictions:
-        _write_scores(config, task, examples, predictions, {"subject": subject, "step": step})
+        poll()
+        generator = _generator(chosen, left, ranks, poll)
+        _generate_all(generator, config.evaluate.batch_size, examples, predictions, ranks, poll)
+    about = {"subject": subject, "step": chosen.step}
+    ranks.together(
+        lambda: _write_scores(config, task, examples, predictions, about) if predictions else None
+    )
 
 
-DECIDING = ("max_new_tokens", "max_tokens", "num_beams", "stop", "backend")
-"""Keys of ``evaluate`` that decide what is generated."""
+@dataclass(frozen=True)
+class Chosen:
+    """What an evaluation scores.
+
+    Attributes:
+        config: loads it: for a merged checkpoint, with that in the place of the base.
+        adapter: what ``injection.read_adapter`` found; None for a base or a merged checkpoint.
+        fingerprint: of the adapter, or of the base's or merged weights.
+        step: of the training that the adapter comes from.
+    """
+
+    config: RunConfig
+    adapter: Any
+    fingerprint: str
+    step: int | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig, subject: Subject, ranks: Ranks) -> "Chosen":
+        """Finds it; a collective. Raises UserError: there is none yet."""
+        run_dir = Path(config.run_dir)
+        if subject == "adapter":
+            adapter = ranks.together(lambda: injection.read_adapter(run_dir / "adapter"))
+            step = adapter[2].get("step")
+            if ranks.is_main and (word := older_adapter(run_dir, step)):
+                say(word)
+            return cls(config, adapter, _digest(run_dir / "adapter" / "adapter.safetensors"), step)
+        if subject == "merged":
+            config = ranks.together(lambda: _with_merged(config))
+        folder = models.resolve(config.model, ranks)
+        return cls(config, None, ranks.together(lambda: Weights(folder).fingerprint()))
+
+    def load(self, ranks: Ranks, poll: Any) -> tuple[Built, Any]:
+        """Builds the model on this rank, in evaluation mode; returns it with its tokenizer.
+
+        Raises:
+            UserError: the base is not that of the adapter, or what ``build`` refuses.
+        """
+        config, adapter = self.config, self.adapter
+        built = build(config, ranks, poll, adapted=adapter is not None)
+        if adapter is not None:
+            trained_on, fingerprint = adapter[2].get("base_model", {}), built.base["fingerprint"]
+            ranks.together(lambda: check_base(config, trained_on, fingerprint))
+            injection.load_state(built.model, adapter[1], f"{config.run_dir}/adapter")
+        built.engine.attach(built.model, None)
+        folder = models.resolve(config.model, ranks)
+        tokenizer = ranks.together(lambda: models.load_tokenizer(config.model, folder))
+        built.model.eval()
+        return built, tokenizer
 
 
-def _merged(config: RunConfig) -> tuple[RunConfig, str]:
-    """The config that loads ``RUN_DIR/merged`` in place of base and adapter, and which it is."""
+def _with_merged(config: RunConfig) -> RunConfig:
     folder = Path(config.run_dir) / "merged"
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder}: no merged checkpoint there; scalepeft merge {config.run_dir} {folder}"
         )
     model = replace(config.model, path=str(folder), revision=None, quant="none", double_quant=False)
-    return replace(config, model=model), Weights(folder).fingerprint()
+    return replace(config, model=model)
+
+
+def _examples(task: Task, limit: int | None) -> list[Example]:
+    """The test rows, the first ``limit`` of each source."""
+    found = task.examples("test")
+    ((most, count),) = Counter(e.id for e in found).most_common(1)
+    if count > 1:
+        raise UserError(f"data.test: {count} rows have the id {most}; predictions are kept by id")
+    if limit is None:
+        return found
+    taken: Counter[str] = Counter()
+    kept = []
+    for example in found:
+        source = str(example.meta.get("source", ""))
+        taken[source] += 1
+        if taken[source] <= limit:
+            kept.append(example)
+    return kept
+
+
+def _generator(chosen: Chosen, left: list[Example], ranks: Ranks, poll: Any) -> Any:
+    """What maps prompts to (texts, whether the prompt was cut)."""
+    if chosen.config.evaluate.backend == "vllm":
+        from scalepeft.integrations import vllm
+
+        folder = models.resolve(chosen.config.model, ranks)
+        adapter = None if chosen.adapter is None else chosen.fingerprint
+        return vllm.Generator.load(chosen.config, folder, adapter, [e.prompt for e in left])
+    built, tokenizer = chosen.load(ranks, poll)
+    synced = built.engine.sharded and ranks.world_size > 1
+    return Generator(built.model, tokenizer, chosen.config.evaluate, ranks.device, synced)
+
+
+def batches(examples: list[Example], size: int) -> list[list[Example]]:
+    """Rows of like length together, so that little is padded.
+
+    They depend on the rows alone: an evaluation that continues generates in the batches of an
+    undisturbed one, for in bf16 a row's neighbours may decide between two tokens that are nearly as
+    likely. The longest rows come first, so that a lack of memory shows at once; the others' order
+    is shuffled, so that the rate of some batches is that of the rest.
+    """
+    rows = sorted(examples, key=lambda e: (-len(e.prompt), e.id))
+    first, *others = [rows[i : i + size] for i in range(0, len(rows), size)]
+    random.Random(0).shuffle(others)
+    return [first, *others]
+
+
+def _generate_all(
+    generator: Any,
+    batch_size: int,
+    examples: list[Example],
+    predictions: Predictions | None,
+    ranks: Ranks,
+    poll: Any,
+) -> None:
+    done: set[str] = ranks.main_only(lambda: set(predictions.done) if predictions else set())
+    every = batches(examples, batch_size * ranks.world_size)
+    todo = [batch for batch in every if not {e.id for e in batch} <= done]
+    progress = _Progress(sum(map(len, todo)))
+    for batch in todo:
+        poll()
+        mine = batch[ranks.rank :: ranks.world_size]
+        # A rank with nothing left generates for the first prompt once more: sharded forwards are
+        # collectives.
+        texts, cut = generator([e.prompt for e in mine or batch[:1]])
+        rows = [
+            {"id": e.id, "prediction": t, "cut": c}
+            for e, t, c in zip(mine, texts, cut, strict=False)
+            if e.id not in done  # of a batch that was torn
+        ]
+        gathered = [row for part in ranks.gather(rows) for row in part]
+        ranks.together(partial(predictions.append, gathered) if predictions else lambda: None)
+        if ranks.is_main:
+            progress.add(len(batch))
+
+
+class _Progress:
+    """Lines with rows a second and the time that is left; the first batch, which warms up and has
+    the longest rows, does not count.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.first = total, 0, 0
+        self.begin = self.last_line = time.monotonic()
+
+    def add(self, rows: int) -> None:
+        """Counts a batch; says a line, but not too often."""
+        now = time.monotonic()
+        self.done += rows
+        if not self.first:
+            self.first, self.begin = rows, now
+        elif now - self.last_line > LINE_SECONDS and self.done < self.total:
+            self.last_line = now
+            rate = (self.done - self.first) / (now - self.begin)
+            say(
+                f"{self.done}/{self.total} rows, {rate:.3g} rows/s, about"
+                f" {duration((self.total - self.done) / rate)} left"
+            )
 
 
 def _write_scores(
@@ -194,6 +288,7 @@ def _write_scores(
     predictions: Predictions,
     about: dict[str, Any],
 ) -> None:
+    predictions.check_ours()
     texts = {id_: row["prediction"] for id_, row in predictions.done.items()}
     summed, rows = scores.summarise(task, examples, texts)
     folder = predictions.path.parent
@@ -207,7 +302,13 @@ def _write_scores(
         **summed,
         **_versions(task),
     }
-    scores.write(folder, found, rows)
+    try:
+        scores.write(folder, found, rows)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: the scores cannot be written: {error.strerror}; all predictions are kept:"
+            " make room and run the same command again"
+        ) from None
     for line in scores.lines(found):
         say(line)
     if found["prompts_cut"]:
@@ -218,73 +319,6 @@ def _write_scores(
     for key, (was, now) in found["deviations"].items():
         say(f"departs from protocol {config.data.protocol}: {key} is {now!r}, not {was!r}")
     say(f"{config.data.name}, {about['subject']}: {folder}/scores.json")
-
-
-def _generate_all(
-    config: RunConfig,
-    adapter: Any,
-    left: list[Example],
-    predictions: Predictions | None,
-    ranks: Ranks,
-    poll: Any,
-) -> None:
-    generator = _generator(config, adapter, ranks, poll)
-    begin = time.monotonic()
-    last_line = begin
-    size = config.evaluate.batch_size
-    for first in range(0, len(left), size * ranks.world_size):
-        poll()
-        batch = left[first : first + size * ranks.world_size]
-        mine = batch[ranks.rank :: ranks.world_size]
-        # A rank with nothing left generates for the first prompt once more: sharded forwards are
-        # collectives.
-        texts, cut = generator([e.prompt for e in mine or batch[:1]])
-        rows = [
-            {"id": e.id, "prediction": t, "cut": c}
-            for e, t, c in zip(mine, texts, cut, strict=False)
-        ]
-        gathered = [row for part in ranks.gather(rows) for row in part]
-        ranks.together(partial(predictions.append, gathered) if predictions else lambda: None)
-        now = time.monotonic()
-        if ranks.is_main and now - last_line > 10:
-            last_line = now
-            count = first + len(batch)
-            say(
-                f"{count}/{len(left)} rows, about"
-                f" {duration((now - begin) / count * (len(left) - count))} left"
-            )
-
-
-def _generator(config: RunConfig, adapter: Any, ranks: Ranks, poll: Any) -> Generator:
-    built = build(config, ranks, poll, adapted=adapter is not None)
-    if adapter is not None:
-        trained_on, fingerprint = adapter[2].get("base_model", {}), built.base["fingerprint"]
-        ranks.together(lambda: check_base(config, trained_on, fingerprint))
-        injection.load_state(built.model, adapter[1], f"{config.run_dir}/adapter")
-    built.engine.attach(built.model, None)
-    folder = models.resolve(config.model, ranks)
-    tokenizer = ranks.together(lambda: models.load_tokenizer(config.model, folder))
-    built.model.eval()
-    return Generator(
-        built.model,
-        tokenizer,
-        config.evaluate,
-        ranks.device,
-        built.engine.sharded and ranks.world_size > 1,
-    )
-
-
-def _limited(examples: list[Example], limit: int | None) -> list[Example]:
-    if limit is None:
-        return examples
-    taken: dict[str, int] = {}
-    kept = []
-    for example in examples:
-        source = str(example.meta.get("source", ""))
-        taken[source] = taken.get(source, 0) + 1
-        if taken[source] <= limit:
-            kept.append(example)
-    return kept
 
 
 def _digest(file: Path) -> str:

@@ -2,6 +2,7 @@
 tensor.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -86,6 +87,9 @@ def _class_with_loss(base: type[nn.Module]) -> type[nn.Module]:
         hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
         return chunked_cross_entropy(hidden, token_labels, self.get_output_embeddings(), loss_chunk)
 
+    # generate() asks the signature what the model can do: without logits_to_keep there it has the
+    # head compute the logits of every prompt token.
+    forward.__signature__ = inspect.signature(base.forward)  # type: ignore[attr-defined]
     return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
 
 
