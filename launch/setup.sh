@@ -14,7 +14,7 @@ python=${PYTHON:-python3}
          "Set PYTHON=python3.12 and run again." >&2; exit 2; }
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 echo "setup: installing into .venv (about a minute, 1.7 GB)"
-.venv/bin/python -m pip install -qq --constraint constraints.txt --editable '.[quant,deepspeed,track,dev]'
+.venv/bin/python -m pip install -qq --constraint constraints.txt --editable '.[quant,deepspeed,track,eval,lm-eval,dev]'
 echo "$want" > "$stamp"
 .venv/bin/python - <<'PY'
 import importlib.metadata as m

@@ -192,8 +192,8 @@ class RunFolder:
         text = json.dumps(state, indent=1).encode()
         try:
             self._write(temporary / "state.json", text)
-            digest = hashlib.sha256(text).hexdigest()
-            files = files | {"state.json": {"bytes": len(text), "sha256": digest}}
+            sha256 = hashlib.sha256(text).hexdigest()
+            files = files | {"state.json": {"bytes": len(text), "sha256": sha256}}
             manifest = {
                 "schema": SCHEMA,
                 "step": step,
@@ -348,7 +348,8 @@ def _signature(folder: Path) -> list[tuple[str, int, int, int]]:
     return [(name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats]
 
 
-def _sha256(file: Path) -> str:
+def digest(file: Path) -> str:
+    """sha256 of a file."""
     with file.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -377,7 +378,7 @@ def verify(folder: Path) -> dict[str, Any]:
                 raise DamagedCheckpoint(
                     f"{name} has {size} bytes, the manifest says {expected['bytes']}"
                 )
-            if _sha256(file) != expected["sha256"]:
+            if digest(file) != expected["sha256"]:
                 raise DamagedCheckpoint(f"{name} has changed: sha256 differs from the manifest")
     except FileNotFoundError:
         raise DamagedCheckpoint("no manifest.json: never committed, or deleted") from None

@@ -36,6 +36,16 @@ model's logits against the adapted model's.
 
   scalepeft merge runs/commonsense_hoft merged --base original
 """
+STAGES = ("prepare", "train", "merge", "evaluate", "report")
+PIPELINE = """\
+Does the stages prepare, train, merge, evaluate and report of a run in RUN_DIR. What is done for the
+same inputs is passed over, what was stopped or killed goes on where it was, what depends on a
+changed input is done again (the old results are moved to RUN_DIR/replaced-N).
+
+  scalepeft pipeline configs/runs/commonsense_hoft.yaml data.train=FILES data.test=FILES
+  launch/local.sh 8 pipeline CONFIG engine=fsdp2 ...        on the GPUs of one machine
+  launch/submit slurm/hoft_llama70b.sh ... --pipeline       a chain of jobs, a stage each
+"""
 SCORE = """\
 Scores predictions with the code that evaluate uses: line by line, or by id where objects have one.
 
@@ -130,6 +140,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     which.add_argument(
         "--merged", action="store_true", help="score the checkpoint in RUN_DIR/merged"
+    )
+
+    pipeline = commands.add_parser(
+        "pipeline",
+        help="prepare, train, merge, evaluate, report: each once, resumable",
+        description=PIPELINE,
+        epilog=EPILOG,
+        formatter_class=shape,
+    )
+    pipeline.add_argument("settings", nargs="*", metavar="[CONFIG] KEY=VALUE", help="as for train")
+    which = pipeline.add_mutually_exclusive_group()
+    which.add_argument("--stage", choices=STAGES, help="this one alone; those before it are done")
+    which.add_argument("--until", choices=STAGES, help="end after this one")
+    pipeline.add_argument(
+        "--from", dest="first", choices=STAGES, help="do this one and those after it again"
     )
 
     score = commands.add_parser(
@@ -265,7 +290,7 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="a run, or a sweep's folder")
     status.add_argument("--json", action="store_true", help="one JSON list")
     for command in (
-        train, evaluate, score, report, merge, export, methods, bench, doctor, plan, submit, status
+        train, evaluate, pipeline, score, report, merge, export, methods, bench, doctor, plan, submit, status
     ):  # fmt: skip
         command.add_argument(
             "--debug", action="store_true", help="show the traceback of a user error too"
@@ -294,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
     # Before torch is imported: from here on a signal means "stop in order".
     stop = StopFlag()
-    stoppable = args.command in ("train", "evaluate")
+    stoppable = args.command in ("train", "evaluate", "pipeline")
     if stoppable:
         stop.install()
     else:  # TERM as Ctrl-C, so that what is half written goes
@@ -326,17 +351,20 @@ def _run(args: argparse.Namespace, stop: StopFlag) -> int:
     from scalepeft import config
 
     if args.command == "train":
-        path = None
-        settings = args.settings
-        if settings and "=" not in settings[0]:
-            path, *settings = settings
+        path, settings = _config_first(args.settings)
         run_config, notes = config.load(path, settings)
         from scalepeft import train
-        from scalepeft.progress import say
 
-        for note in notes if _rank() == 0 else ():
-            say(note)
+        _say_notes(notes)
         return train.run(run_config, stop, args.resume_with_changes)
+    if args.command == "pipeline":
+        from scalepeft import pipeline
+
+        path, settings = _config_first(args.settings)
+        run_config, notes = config.load(path, settings)
+        _say_notes(notes)
+        stages = pipeline.Options(args.first, args.until, args.stage)
+        return pipeline.run(run_config, stages, stop)
     if args.command == "evaluate":
         from scalepeft import evaluate
 
@@ -393,6 +421,20 @@ def _run(args: argparse.Namespace, stop: StopFlag) -> int:
 
         bench.run(bench.Options.of(args))
     return FINISHED
+
+
+def _config_first(settings: list[str]) -> tuple[str | None, list[str]]:
+    """Parts ``[CONFIG] KEY=VALUE ...``."""
+    if settings and "=" not in settings[0]:
+        return settings[0], settings[1:]
+    return None, settings
+
+
+def _say_notes(notes: list[str]) -> None:
+    from scalepeft.progress import say
+
+    for note in notes if _rank() == 0 else ():
+        say(note)
 
 
 def _rank() -> int:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from scalepeft import injection, models, quant
+from scalepeft.checkpoint import fsync
+from scalepeft.config import RunConfig
 from scalepeft.effective import (
     adds_bias,
     check_mergeable,
@@ -68,7 +70,15 @@ class _Shard:
     items: list[_Item]
 
 
-def run(run_dir: str, out: str, settings: list[str], base: str, dtype: str) -> None:
+def run(
+    run_dir: str,
+    out: str,
+    settings: list[str],
+    base: str,
+    dtype: str,
+    key: str | None = None,
+    poll: Callable[[], None] = lambda: None,
+) -> None:
     """Writes base and adapter of a run as one checkpoint, and prints its output error.
 
     Args:
@@ -79,6 +89,9 @@ def run(run_dir: str, out: str, settings: list[str], base: str, dtype: str) -> N
             adapter saw in training, every quantised weight replaced by its decoded values.
         dtype: of the written weights: ``base`` (as in the files), ``fp32`` or ``bf16``. Merged
             weights are computed in fp32 and rounded once.
+        key: what decides the result; with it, a merge that was broken off goes on at the shard it
+            was at (see ``whole_folder``).
+        poll: called between tensors; may raise to stop.
 
     Raises:
         UserError: the method or the architecture cannot merge, base and adapter do not belong
@@ -95,10 +108,13 @@ def run(run_dir: str, out: str, settings: list[str], base: str, dtype: str) -> N
         )
     model = finished.structure(quantised=base == "dequantized")
     switches, shards = _plan(finished, model, dtype)
-    with whole_folder(target) as folder:
+    with whole_folder(target, key) as folder:
         _copy_small_files(finished, folder, switches, dtype)
         for number, shard in enumerate(shards, 1):
-            _write_shard(model, shard, folder)
+            if (folder / shard.file).is_file():
+                say(f"{shard.file} is there already, {number} of {len(shards)}")
+                continue
+            _write_shard(model, shard, folder, poll)
             say(f"{shard.file} written, {number} of {len(shards)}")
         _write_index(folder, shards)
     say(f"merged checkpoint ({base} base) in {out}")
@@ -109,6 +125,14 @@ def run(run_dir: str, out: str, settings: list[str], base: str, dtype: str) -> N
             f"the adapter was trained over the {storage} base, whose rounding this checkpoint does"
             " not have; --base dequantized writes the very model that was trained"
         )
+
+
+def check_method(config: RunConfig, folder: Path) -> None:
+    """Refuses, before anything is trained, a method that cannot merge into this base."""
+    model = models.build(config.model, folder, config.train.precision)
+    injection.inject(model, config.adapter)
+    for _, layer in injection.adapted_layers(model):
+        check_mergeable(layer)
 
 
 def _plan(finished: FinishedRun, model: Streamed, dtype: str) -> tuple[list[str], list[_Shard]]:
@@ -193,10 +217,14 @@ def _shards(weights: Weights, shapes: dict[str, tuple[int, ...]], dtype: str) ->
     return shards
 
 
-def _write_shard(model: Streamed, shard: _Shard, folder: Path) -> None:
+def _write_shard(model: Streamed, shard: _Shard, folder: Path, poll: Callable[[], None]) -> None:
+    """Writes a shard; it has its name once it is whole."""
     header = [(item.name, item.dtype, item.shape, item.size) for item in shard.items]
-    with ShardWriter(folder / shard.file, header, shard.metadata) as writer:
+    begun = folder / f"{shard.file}.begun"
+    begun.unlink(missing_ok=True)
+    with ShardWriter(begun, header, shard.metadata) as writer:
         for item in shard.items:
+            poll()
             tensor = _new_value(model, item)
             if tensor is not None:
                 writer.write(_rounded(tensor, item))
@@ -206,6 +234,8 @@ def _write_shard(model: Streamed, shard: _Shard, folder: Path) -> None:
                 writer.write(model.weights.pieces(shard.source, item.stored))
             else:
                 writer.write(_cast(model.weights, item))
+    fsync(begun)
+    begun.rename(folder / shard.file)
 
 
 @torch.no_grad()

@@ -216,24 +216,29 @@ def refuse_existing(out: Path) -> None:
 
 
 @contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
+def whole_folder(out: Path, key: str | None = None) -> Iterator[Path]:
     """Yields a folder to fill; it appears as ``out`` once all is on the disk, or nothing does.
 
-    It is this process's own, so that two of them never fill the same one; those of processes that
-    were killed on this machine are removed.
+    Without a ``key`` it is this process's own, so that two of them never fill the same one; those
+    of processes that were killed on this machine are removed. With a key it stays when the filling
+    is broken off, and is handed out again, with what is in it, to whoever comes with the same key;
+    the caller sees to it that only one comes at a time.
 
     Raises:
-        UserError: ``out`` exists, or the disk refuses; nothing is left behind.
+        UserError: ``out`` exists, or the disk refuses; nothing is left behind without a key.
     """
     refuse_existing(out)
     begin = f"{out.name}.partial-{socket.gethostname()}-"
-    partial = out.with_name(f"{begin}{os.getpid()}")
+    partial = out.with_name(f"{begin}{os.getpid()}" if key is None else f"{out.name}.partial")
     try:
         try:
             for left in out.parent.glob(f"{glob.escape(begin)}*"):
                 if not Path("/proc", left.name.removeprefix(begin)).exists():
                     shutil.rmtree(left, ignore_errors=True)
-            partial.mkdir(parents=True)
+            if key is None:
+                partial.mkdir(parents=True)
+            else:
+                _take_up(partial, key)
             yield partial
             for file in partial.iterdir():
                 fsync(file)
@@ -243,10 +248,25 @@ def whole_folder(out: Path) -> Iterator[Path]:
             fsync(out.parent)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
+            state = "nothing of it is left" if key is None else f"{partial} is continued next time"
             raise UserError(
-                f"OUT={out}: not written: {reason}; nothing of it is left: make room, or name"
-                " another folder"
+                f"OUT={out}: not written: {reason}; {state}: make room, or name another folder"
             ) from None
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if key is None:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+MADE_FROM = "made_from.json"
+"""In a folder that was filled with a key: that key."""
+
+
+def _take_up(partial: Path, key: str) -> None:
+    """Makes the folder, or keeps the one that was begun with the same key."""
+    file = partial / MADE_FROM
+    if not file.is_file() or file.read_text() != key:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        file.write_text(key)
+        fsync(file)

@@ -151,6 +151,8 @@ class Task:
     """Part of every reported number: raised when prompts or scoring change."""
     headline: ClassVar[str] = "accuracy"
     """The metric that tables show first."""
+    reads_files: ClassVar[bool] = True
+    """False for a task that makes its own rows."""
 
     def __init__(self, config: TaskConfig) -> None:
         self.config = config

@@ -93,6 +93,7 @@ class Toy(Commonsense):
     Config = ToyConfig
     config: ToyConfig
     version = 1
+    reads_files = False
 
     def __init__(self, config: ToyConfig) -> None:
         super().__init__(config)
