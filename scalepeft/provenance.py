@@ -59,3 +59,21 @@ def device_name(device: torch.device) -> str:
     lines = cpu.read_text().splitlines() if cpu.is_file() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
+
+
+def peak_memory() -> dict[str, int | None]:
+    """The most memory that this process has held, in bytes.
+
+    Returns:
+        ``peak_memory``: of CUDA's allocator, None without CUDA. ``peak_resident``: of the process,
+        since its program began (``VmHWM``; what ``wait4`` tells counts the parent's too); None
+        where /proc does not say.
+    """
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    kib = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
+    return {
+        "peak_memory": torch.cuda.max_memory_allocated() if cuda else None,
+        "peak_resident": None if kib is None else kib * 1024,
+    }

@@ -29,7 +29,7 @@ from scalepeft.lookup import UserError, read_mapping
 from scalepeft.parallel.mesh import Ranks
 from scalepeft.preemption import tell_job
 from scalepeft.progress import Progress, say
-from scalepeft.provenance import commit, versions
+from scalepeft.provenance import commit, peak_memory, versions
 from scalepeft.tensorfiles import Reader, write_tensors
 
 
@@ -318,7 +318,8 @@ class Records:
             self.progress.close()
         step = max(self.folder.steps(), default=0)
         if self.folder.generation:
-            self.event("finished" if finished else "stopped", step, planned=planned)
+            name = "finished" if finished else "stopped"
+            self.event(name, step, planned=planned, **peak_memory())
         if finished:
             say(f"finished: adapter in {path}/adapter, loss in {path}/metrics.jsonl")
         elif planned:
