@@ -1,5 +1,5 @@
-"""predictions.jsonl of an evaluation: appended by example id, each batch on the disk before the next
-begins.
+"""predictions.jsonl of an evaluation: appended by example id, each batch on the disk before the
+next begins.
 """
 
 import json

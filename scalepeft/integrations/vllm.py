@@ -1,5 +1,4 @@
-"""``evaluate.backend=vllm``: generation by vLLM, for merged checkpoints, bases, and adapters that are
-a LoRA.
+"""vLLM generates (``evaluate.backend=vllm``): merged checkpoints, bases, adapters that are a LoRA.
 
 Written against the interface of vLLM 0.33 (``LLM.generate``, ``LLM.beam_search``, ``LoRARequest``)
 as its source shows it, and tested against a stand-in of the same calls: it has NOT been run with

@@ -1,0 +1,144 @@
+"""lm-eval (EleutherAI's evaluation harness) on a run folder, as the model ``scalepeft``:
+
+    python -m scalepeft.integrations.lm_eval run --model scalepeft \
+        --model_args run_dir=RUN,subject=adapter --tasks arc_easy,hellaswag --batch_size 16
+
+Everything after the module's name is lm-eval's own command line. lm-eval looks for no plug-ins, so
+that a plain ``lm-eval`` does not know the model. Its tasks are a second view: most of them compare
+likelihoods, so that the numbers are not those of ``scalepeft evaluate`` on the same data.
+"""
+
+import difflib
+import gc
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from scalepeft import evaluate
+from scalepeft.build import start_ranks
+from scalepeft.config import RunConfig
+from scalepeft.lookup import UserError
+from scalepeft.preemption import USER_ERROR
+from scalepeft.records import load_run
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ImportError as missing:
+    if __name__ == "__main__":
+        sys.exit(f"scalepeft: error: {missing}; pip install 'scalepeft[lm-eval]'")
+    raise
+
+HARNESS = (
+    "batch_size", "max_batch_size", "max_length", "truncation", "logits_cache", "add_bos_token",
+    "prefix_token_id", "softmax_dtype", "think_end_token", "enable_thinking", "chat_template_args",
+)  # fmt: skip
+"""Arguments of lm-eval's own Hugging Face model that have a meaning for a model that is loaded."""
+DEFAULT_DEVICE = "cuda:0"
+
+
+@register_model("scalepeft")
+class ScalepeftLM(HFLM):
+    """A run's adapter, its merged checkpoint or its base, loaded as ``scalepeft evaluate`` does.
+
+    In several processes (``torchrun -m scalepeft.integrations.lm_eval ...``) each takes its share
+    of the rows; the engine must hold the whole model in each (``engine=ddp``).
+
+    Args:
+        run_dir: the run.
+        subject: ``adapter``, ``merged`` (the checkpoint in ``RUN_DIR/merged``) or ``base``.
+        device: ``cpu`` or ``cuda`` in place of the run's ``engine.device``; ``cuda:0``, which lm-eval
+            sends when nothing is said, leaves the run's.
+        more: settings of the run that ``scalepeft evaluate`` takes too (``model.path=FOLDER``), and
+            of lm-eval's own model (``batch_size``, ``max_length``).
+
+    Raises:
+        UserError: what is given cannot be loaded, or is not known.
+    """
+
+    def __init__(
+        self, run_dir: str, subject: Any = "adapter", device: str | None = None, **more: Any
+    ) -> None:
+        from transformers import GenerationConfig
+
+        if subject not in evaluate.FOLDERS:
+            raise UserError(f"subject={subject}: allowed are {', '.join(evaluate.FOLDERS)}")
+        settings = [f"{k}={v}" for k, v in more.items() if "." in k or k == "engine"]
+        harness = {k: v for k, v in more.items() if "." not in k and k != "engine"}
+        for key in harness.keys() - set(HARNESS):
+            close = difflib.get_close_matches(key, [*HARNESS, "run_dir", "subject"], n=1)
+            near = f" Did you mean '{close[0]}'?" if close else ""
+            raise UserError(
+                f"--model_args {key}: not known.{near} Allowed: run_dir, subject,"
+                f" {', '.join(HARNESS)}, and settings of the run with a dot"
+            )
+        if device not in (None, DEFAULT_DEVICE):
+            settings.append(f"engine.device={device}")
+        config = load_run(str(run_dir), settings, evaluate.ALLOWED, "an evaluation")
+        _check(config)
+        self.ranks = start_ranks(config)
+        self.chosen = evaluate.Chosen.of(config, subject, self.ranks)
+        self.about = {"run_dir": str(run_dir), "subject": subject}
+        built, tokenizer = self.chosen.load(self.ranks, lambda: None)
+        # What the task asks for decides, and the tokenizer's end of text; no generation_config.json.
+        model: Any = built.model
+        model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
+        super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", **harness)
+        self._rank, self._world_size = self.ranks.rank, self.ranks.world_size
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Every rank's number, in rank order."""
+        return torch.cat([part.reshape(-1) for part in self.ranks.gather(tensor.cpu())])
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """Every rank's object, in rank order, on rank ``dst``."""
+        found = self.ranks.gather(obj)
+        return found if self.ranks.rank == dst else None
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        self.ranks.any(False)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval writes into its results: which run, and which weights of it."""
+        model = self.chosen.config.model
+        return {
+            **self.about,
+            "model_num_parameters": sum(p.numel() for p in self.model.parameters()),
+            "model_dtype": self.model.dtype,
+            "model_path": model.path,
+            "model_quant": model.quant,
+            "fingerprint": self.chosen.fingerprint,
+            "step": self.chosen.step,
+        }
+
+
+def _check(config: RunConfig) -> None:
+    if config.engine.name not in ("single", "ddp"):
+        raise UserError(
+            f"engine.name={config.engine.name}: under lm-eval each process must hold the whole"
+            " model, since its ranks go through different numbers of forwards; take engine=ddp, or"
+            " engine=single for one process"
+        )
+
+
+def main() -> int:
+    """lm-eval's command line, with the model ``scalepeft`` known to it."""
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except UserError as error:
+        print(f"scalepeft: error: {error}", file=sys.stderr)
+        return USER_ERROR
+    finally:
+        gc.collect()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
