@@ -36,7 +36,9 @@ ALMA = Protocol(
         " line that is not empty. Masked right, other than its script: all of the target and the"
         " real EOS are learnt, no token of the prompt. Its script cuts the source at 256 tokens;"
         " here the target's end is cut, in training where both exceed data.cutoff (counted), and no"
-        " source is cut in a test"
+        " source is cut in a test. As in its script, a target that begins with a quote shares a"
+        " token with the colon (6 to 7 % of its German-English rows), which no generation starts"
+        " from: data.tokenise=apart is without that"
     ),
     data={
         "prompt": PROMPT,
