@@ -29,6 +29,13 @@ SECTION=NAME takes a whole file of configs/, SECTION.KEY=VALUE sets one key; the
 """
 
 
+REPORT = """\
+Prints a table and writes report.html (one file, no network), report.md and its plots in report/:
+into RUN_DIR, for several runs into ./report, or where --out says. Of one run RUN_DIR/loss.png too.
+
+  scalepeft report runs/commonsense_hoft
+  scalepeft report runs/hoft runs/lora runs/dora --out comparison
+"""
 MERGE = """\
 Writes OUT, tensor by tensor: no more memory than the largest tensor needs. A method that adds a
 bias gives the model one where its architecture has a switch for it. Prints the error of the merged
@@ -65,6 +72,16 @@ taking turns in one process, and counts bytes saved for backward and peak memory
   scalepeft bench model --shape small --tokens 2048 --out bench
   scalepeft bench layer --shape llama-8b-block --precision bf16 --quant nf4 --methods hoft,goft
 """
+COMPARE = """\
+Trains every method on the same rows, batches and budget: a sweep of rates of equal size under one
+seed, then fresh seeds at each method's best rate. Writes compare.json, .md and .png into OUT: mean
+held-out loss with 95 % intervals, difference to the reference under the same seeds, parameters,
+time, memory. Each cell is an ordinary run in OUT/cells; what is done is never run again.
+
+  scalepeft compare CONFIG model.path=DIR data.train=FILES --methods hoft,shoft,lora --out OUT
+  scalepeft compare CONFIG ... --budget time --seconds 600 --lrs 1e-4,3e-4,1e-3 --seeds 5 --out OUT
+  scalepeft compare --out OUT            goes on with what is there, or prints it again
+"""
 DOCTOR = """\
 Tries what a run needs, in one process or on every rank of a job, and exits with 0, or with 1 and
 the list of what to fix: versions, devices, links between the ranks, bytes through an all-gather,
@@ -90,6 +107,7 @@ follows JOB_FILE is laid over its settings.
   launch/submit slurm/hoft_llama70b.sh model.path=DIR --sbatch time=12:00:00
   launch/submit slurm/hoft_llama70b.sh --sweep train.lr=1e-4,3e-4 --throttle 1 --dry-run
   launch/submit slurm/hoft_llama70b.sh data.test=FILES --then evaluate
+  launch/submit slurm/hoft_llama70b.sh data.test=FILES --pipeline --cpu-sbatch partition=cpu
 
 JOB_FILE itself is run as far as slurm/train.sh, to learn its settings: keep slow lines out of it.
 """
@@ -172,8 +190,14 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--out", metavar="FOLDER", help="for scores.json and scored.jsonl")
     score.add_argument("--json", action="store_true", help="print scores.json, not a table")
 
-    report = commands.add_parser("report", help="loss curve and scores of a run")
-    report.add_argument("run_dir", help="folder of a run")
+    report = commands.add_parser(
+        "report",
+        help="scores, curves and examples of one run, or of several compared",
+        description=REPORT,
+        formatter_class=shape,
+    )
+    report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="folder of a run")
+    report.add_argument("--out", metavar="FOLDER", help="where the report goes")
 
     merge = commands.add_parser(
         "merge",
@@ -226,6 +250,41 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     bench.add_argument("--repeats", type=int, default=5, help="timed steps of every method")
     bench.add_argument("--out", default=None, help="folder for bench.json and bench.png")
+    compare = commands.add_parser(
+        "compare",
+        help="train methods against each other, over rates and seeds",
+        description=COMPARE,
+        epilog=EPILOG,
+        formatter_class=shape,
+    )
+    compare.add_argument(
+        "settings", nargs="*", metavar="[CONFIG] KEY=VALUE", help="as for train, without an adapter"
+    )
+    compare.add_argument("--out", required=True, metavar="FOLDER", help="for runs and results")
+    compare.add_argument(
+        "--methods", metavar="A,B,C", help="files of configs/adapters by name, or YAML files"
+    )
+    compare.add_argument(
+        "--lrs",
+        default="x0.3,x1,x3",
+        help="rates for all (1e-4,3e-4), or factors on each method's usual one (%(default)s)",
+    )
+    compare.add_argument("--seeds", type=int, default=3, help="reported runs of each method")
+    compare.add_argument(
+        "--budget",
+        choices=("parameters", "time", "steps"),
+        default="parameters",
+        help="what is equal; parameters: each method at the size nearest to the reference's",
+    )
+    compare.add_argument("--reference", default="lora", help="that others are held against")
+    compare.add_argument("--rank", type=int, help="of the reference, whose size is the budget (16)")
+    compare.add_argument("--parameters", type=int, metavar="N", help="the budget as a number")
+    compare.add_argument("--seconds", type=float, metavar="S", help="of training: --budget time")
+    compare.add_argument(
+        "--evaluate", action="store_true", help="score data.test too, in the reported runs"
+    )
+    compare.add_argument("--cell", type=int, metavar="N", help="run this one cell of OUT alone")
+    compare.add_argument("--table", action="store_true", help="run nothing; print what there is")
     doctor = commands.add_parser(
         "doctor",
         help="try what a run needs, here or on every rank",
@@ -275,6 +334,13 @@ def _parser() -> argparse.ArgumentParser:
         "--sweep", action="append", default=[], metavar="KEY=A,B,C", help="a job array, a run each"
     )
     submit.add_argument("--throttle", type=int, default=0, help="runs of a sweep at a time")
+    submit.add_argument(
+        "--pipeline", action="store_true", help="a chain of jobs, one for each stage of pipeline"
+    )
+    submit.add_argument(
+        "--cpu-sbatch", action="append", default=[], metavar="OPTION=VALUE",
+        help="for the stages of --pipeline that need no GPU, e.g. partition=cpu",
+    )  # fmt: skip
     submit.add_argument("--then", choices=("evaluate",), help="a second job, after a success")
     submit.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="over #SBATCH lines"
@@ -290,7 +356,8 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="a run, or a sweep's folder")
     status.add_argument("--json", action="store_true", help="one JSON list")
     for command in (
-        train, evaluate, pipeline, score, report, merge, export, methods, bench, doctor, plan, submit, status
+        train, evaluate, pipeline, score, report, merge, export, methods, bench, compare, doctor,
+        plan, submit, status
     ):  # fmt: skip
         command.add_argument(
             "--debug", action="store_true", help="show the traceback of a user error too"
@@ -319,7 +386,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _arguments(argv)
     # Before torch is imported: from here on a signal means "stop in order".
     stop = StopFlag()
-    stoppable = args.command in ("train", "evaluate", "pipeline")
+    stoppable = args.command in ("train", "evaluate", "pipeline", "compare")
     if stoppable:
         stop.install()
     else:  # TERM as Ctrl-C, so that what is half written goes
@@ -370,6 +437,10 @@ def _run(args: argparse.Namespace, stop: StopFlag) -> int:
 
         subject: config.Subject = "base" if args.base else "merged" if args.merged else "adapter"
         return evaluate.run(args.run_dir, args.settings, subject, stop)
+    if args.command == "compare":
+        from scalepeft import compare
+
+        return compare.run(compare.Options.of(args), stop)
     if args.command == "score":
         from scalepeft import score
 
@@ -378,7 +449,7 @@ def _run(args: argparse.Namespace, stop: StopFlag) -> int:
     elif args.command == "report":
         from scalepeft import report
 
-        report.run(args.run_dir)
+        report.run(args.run_dirs, args.out)
     elif args.command == "merge":
         from scalepeft import merge
 

@@ -33,6 +33,8 @@ from scalepeft.tasks.base import Split, Task, prepared_for, to_prepared
 from scalepeft.tasks.rows import expand, paths_of
 
 STAGES = ("prepare", "train", "merge", "evaluate", "report")
+ON_RANKS = ("train", "evaluate")
+"""Stages that all ranks work in, on their GPUs; the others are rank 0's."""
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 HASHED_BYTES = 64 << 20  # larger outputs (a merged checkpoint) are known by their size
 TRAINED = (
@@ -319,7 +321,7 @@ class Pipeline:
         made = target / MADE_FROM
         # After a kill between the folder's rename and the manifest it is there, and whole.
         if not made.is_file() or made.read_text() != key:
-            settings = [f"model.path={self.config.model.path}"]
+            settings = [f"model.path={self.config.model.path}", "engine.device=auto"]
             run_dir, dtype = self.config.run_dir, self.config.pipeline.dtype
             merge.run(run_dir, str(target), settings, mode, dtype, key, self.poll)
         return [f for f in target.iterdir() if f.is_file()]
@@ -398,9 +400,12 @@ def run(config: RunConfig, options: Options, stop: StopFlag) -> int:
         UserError: a mistake in config or data, a stage whose predecessors are not done, or the
             folder is another process's.
     """
-    _check(config)
-    train.check_batch(config, world_size())
-    ranks = start_ranks(config)
+    check(config)
+    if options.only in (None, *ON_RANKS) or world_size() > 1:
+        train.check_batch(config, world_size())
+        ranks = start_ranks(config)
+    else:
+        ranks = Ranks()  # a job without a GPU, whatever engine and device the others are for
     pipeline = Pipeline(config, ranks, stop)
     stages = pipeline.folder / "stages"
 
@@ -430,7 +435,7 @@ def run(config: RunConfig, options: Options, stop: StopFlag) -> int:
     return code
 
 
-def _check(config: RunConfig) -> None:
+def check(config: RunConfig) -> None:
     """Refuses what would only be found out after the training."""
     wanted = config.pipeline
     if "merged" in wanted.evaluate and wanted.merge == "none":

@@ -60,8 +60,8 @@ def status(folder: Path) -> dict[str, Any]:
     Returns:
         ``state`` (Slurm's word and reason, or what the run's last event says), ``job``, ``nodes``,
         ``restarts``, ``step``, ``steps``, ``saved``, ``tokens_per_second`` and ``step_seconds``
-        (medians of the last steps), ``lost_seconds`` (restarts: waiting, start-up, load, recomputed
-        steps), ``eta_seconds`` (without further restarts; None where nothing is to come or known).
+        (medians of the last steps), ``stages`` of a pipeline, ``lost_seconds`` (restarts: waiting,
+        start-up, load, recomputed steps), ``eta_seconds`` (without further restarts; None where nothing is to come or known).
     """
     events = read_lines(folder / "events.jsonl", "event", "time")
     rows = read_lines(folder / "metrics.jsonl", "step", "seconds", "tokens_per_second")
@@ -91,8 +91,17 @@ def status(folder: Path) -> dict[str, Any]:
         else None,
         "step_seconds": seconds,
         "lost_seconds": lost,
+        "stages": _stages(folder),
         "eta_seconds": (total - step) * seconds if total and seconds and coming else None,
     }
+
+
+def _stages(folder: Path) -> dict[str, str]:
+    """Stage of a pipeline -> done or begun, in the order of time; empty without one."""
+    files = sorted((folder / "stages").glob("*.json"), key=lambda p: p.stat().st_mtime)
+    words = {"begun": "begun", "": "done"}
+    found = ((f.stem.partition(".")) for f in files if f.stem != "holder")
+    return {name: words[end] for name, _, end in found if end in words}
 
 
 def job_of(folder: Path) -> tuple[str, str] | None:
@@ -162,6 +171,8 @@ def _lines(one: dict[str, Any]) -> Iterator[str]:
     if one["step_seconds"]:
         tokens, seconds = one["tokens_per_second"], one["step_seconds"]
         yield f"  speed     {tokens:,.0f} tok/s, {seconds:.2f} s a step"
+    if one["stages"]:
+        yield f"  stages    {', '.join(f'{name} {word}' for name, word in one['stages'].items())}"
     yield f"  restarts  {one['restarts']}, time lost to them {duration(one['lost_seconds'])}"
     if one["eta_seconds"] is not None:
         end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + one["eta_seconds"]))

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from scalepeft.build import engine_class, task_of
 from scalepeft.checkpoint import write_atomically
 from scalepeft.config import RunConfig
 from scalepeft.lookup import UserError
+from scalepeft.pipeline import ON_RANKS, STAGES
+from scalepeft.pipeline import check as check_pipeline
 from scalepeft.plan import gpus, planning
 from scalepeft.plan import source as sources
 from scalepeft.progress import say
@@ -39,6 +41,8 @@ NODE_VARIABLES = [
 SIGNAL_SECONDS = 60  # Slurm's, where --signal names none
 PLANNED = ("global_batch", "micro_batch", "loss_chunk", "precision")  # of train: what plan looks at
 GPU_OPTIONS = ("--gres", "--gpus", "--gpus-per-node", "--gpus-per-task")
+ALONE = {"--nodes": "1", "--ntasks": "1", "--ntasks-per-node": "1"}
+NOT_ALONE = (*GPU_OPTIONS, *ALONE, "--mem", "--exclusive", "--ntasks-per-gpu", "--cpus-per-gpu")
 SOURCES = re.compile(r"^\s*(?:source|\.)\s.*slurm/train\.sh", re.M)
 
 
@@ -52,6 +56,8 @@ class Options:
         sweep: ``key=a,b,c``; several give their product. Each run has its own folder.
         throttle: runs of a sweep at a time; 0 for all.
         then: ``evaluate``: a second job once the first has succeeded.
+        pipeline: the stages of ``scalepeft pipeline`` as a chain of jobs in place of a training.
+        cpu_sbatch: options of the stages that need no GPU, e.g. ``partition=cpu``.
         sbatch: options over the ``#SBATCH`` lines of the job file.
         resume_with_changes: continue runs although harmless keys differ from their config.
         dry_run: print what would be queued, write nothing.
@@ -69,6 +75,8 @@ class Options:
     dry_run: bool
     gpu: str | None = None
     plan: bool = True
+    pipeline: bool = False
+    cpu_sbatch: tuple[str, ...] = ()
 
 
 def run(options: Options) -> None:
@@ -80,7 +88,13 @@ def run(options: Options) -> None:
     root = Path(__file__).resolve().parent.parent
     if not (root / "slurm" / "train.sh").is_file():
         raise UserError(f"{root} is no checkout: launch/submit takes slurm/train.sh from there")
-    given = [o if o.startswith("-") else f"--{o}" for o in options.sbatch]
+    given = _long(options.sbatch)
+    if options.then and options.pipeline:
+        raise UserError(f"--then {options.then} has no effect with --pipeline, which evaluates")
+    if options.cpu_sbatch and not options.pipeline:
+        raise UserError("--cpu-sbatch is for the CPU stages of --pipeline")
+    if options.resume_with_changes and options.pipeline:
+        raise UserError("--resume-with-changes: a pipeline does again what a change asks for")
     lines = _read(options.job_file)
     header = _header(lines, given)
     if "--array" in header:
@@ -98,9 +112,17 @@ def run(options: Options) -> None:
     elif options.gpu:
         raise UserError(f"--gpu {options.gpu} has no effect with --no-plan; give one of them")
     folder = _next(base_dir / "submissions")
-    targets = {"train": [str(folder / "configs" / f"{i}.yaml") for i in range(len(configs))]}
+    files = [str(folder / "configs" / f"{i}.yaml") for i in range(len(configs))]
+    flags = ["--resume-with-changes"] if options.resume_with_changes else []
+    jobs = {"train": _Job("train", files, flags)}
     if options.then:
-        targets[options.then] = [str(Path(c.run_dir).absolute()) for c in configs]
+        runs = [str(Path(c.run_dir).absolute()) for c in configs]
+        jobs[options.then] = _Job(options.then, runs, [])
+    if options.pipeline:
+        jobs = {
+            stage: _Job("pipeline", files, ["--stage", stage], gpus=stage in ON_RANKS)
+            for stage in STAGES
+        }
     ours = {"--chdir": str(Path.cwd())}
     if options.sweep:
         throttle = f"%{options.throttle}" if options.throttle else ""
@@ -108,15 +130,14 @@ def run(options: Options) -> None:
     over = _words(given)
     if "--output" not in over:
         ours["--output"] = f"{folder}/%x-{'%A_%a' if options.sweep else '%j'}.log"
-    flags = ["--resume-with-changes"] if options.resume_with_changes else []
     rendered = {}
-    for command, names in targets.items():
+    for name, job in jobs.items():
         if "--job-name" not in over:
-            ours["--job-name"] = base_dir.name + ("" if command == "train" else f"-{command}")
-        more = [_option(key, value) for key, value in {**over, **ours}.items()]
-        rendered[command] = _render(
-            lines, more, folder, command, names, flags if command == "train" else []
-        )
+            ours["--job-name"] = base_dir.name + ("" if name == "train" else f"-{name}")
+        own = {} if job.gpus else {**ALONE, **_words(_long(options.cpu_sbatch))}
+        more = [_option(key, value) for key, value in {**over, **own, **ours}.items()]
+        header_lines = lines if job.gpus else _without(lines, NOT_ALONE)
+        rendered[name] = _render(header_lines, more, folder, job)
     if options.dry_run:
         _show(rendered, configs)
         return
@@ -127,6 +148,33 @@ def run(options: Options) -> None:
         _queue(folder, rendered, bool(options.sweep))
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A job of the submission: ``scalepeft COMMAND TARGET FLAGS``, a target for each run."""
+
+    command: str
+    targets: list[str]
+    flags: list[str]
+    gpus: bool = True
+
+
+def _long(options: Iterable[str]) -> list[str]:
+    """``time=1:00`` as sbatch takes it."""
+    return [o if o.startswith("-") else f"--{o}" for o in options]
+
+
+def _without(lines: list[str], keys: Iterable[str]) -> list[str]:
+    """Job file lines without these options in the ``#SBATCH`` ones."""
+    kept = []
+    for line in lines:
+        if line.startswith("#SBATCH"):
+            words = _words(shlex.split(line.removeprefix("#SBATCH"), comments=True))
+            left = [_option(k, v) for k, v in words.items() if k not in keys]
+            line = "#SBATCH " + " ".join(left) if left else "#"
+        kept.append(line)
+    return kept
 
 
 def _option(key: str, value: str) -> str:
@@ -375,7 +423,9 @@ def _check(configs: list[RunConfig], header: dict[str, str], options: Options) -
             engine_class(config).check(int(ranks))
             check_batch(config, int(ranks))
         task = task_of(config)
-        for split in ("train", "test") if options.then == "evaluate" else ("train",):
+        if options.pipeline:
+            check_pipeline(config)
+        for split in ("train", "test") if options.then or options.pipeline else ("train",):
             sources = getattr(config.data, split)
             key = f"{config.data}" if not sources else f"{split} {sources}"
             if key not in read and not any(s.startswith("hf://") for s in sources):
@@ -388,28 +438,21 @@ def _next(submissions: Path) -> Path:
     return (submissions / f"{max(numbers, default=0) + 1:03}").absolute()
 
 
-def _render(
-    lines: list[str],
-    more: list[str],
-    folder: Path,
-    command: str,
-    targets: list[str],
-    flags: list[str],
-) -> str:
+def _render(lines: list[str], more: list[str], folder: Path, job: _Job) -> str:
     """The job file with more ``#SBATCH`` lines, its last line replaced by what is resolved."""
     first = _commands(lines)
     last = max((i for i, x in enumerate(lines[:first]) if x.startswith("#SBATCH")), default=0) + 1
-    quoted = " ".join(shlex.quote(t) for t in targets)
+    quoted = " ".join(shlex.quote(t) for t in job.targets)
     own = [
         "",
         "# By launch/submit: code and resolved configs as they were when this was queued.",
         f"SCALEPEFT_ROOT={shlex.quote(str(folder / 'code'))}",
         f"SCALEPEFT_JOBS={shlex.quote(str(folder / 'jobs'))}",
         f"PYTHON=${{PYTHON:-{shlex.quote(sys.executable)}}}",
-        f"SCALEPEFT_COMMAND={command}",
+        f"SCALEPEFT_COMMAND={job.command}",
         f"targets=({quoted})",
         "CONFIG=${targets[${SLURM_ARRAY_TASK_ID:-0}]}",
-        f"SETTINGS=({' '.join(flags)})",
+        f"SETTINGS=({' '.join(job.flags)})",
         'source "$SCALEPEFT_ROOT/slurm/train.sh" "$@"',
     ]
     added = [f"#SBATCH {option}" for option in more]
@@ -428,13 +471,14 @@ def _show(rendered: dict[str, str], configs: list[RunConfig]) -> None:
         print(f"# ---- {command}.sh\n{script}")
     for i, config in enumerate(configs):
         print(f"# ---- configs/{i}.yaml\n{cfg.dump(config)}")
+    first = next(iter(rendered))
     if shutil.which("sbatch"):
         done = subprocess.run(
-            ["sbatch", "--test-only"], input=rendered["train"], capture_output=True, text=True,
+            ["sbatch", "--test-only"], input=rendered[first], capture_output=True, text=True,
             check=False,
         )  # fmt: skip
         if done.returncode:
-            raise UserError(f"sbatch --test-only refuses train.sh: {_last(done.stderr)}")
+            raise UserError(f"sbatch --test-only refuses {first}.sh: {_last(done.stderr)}")
         say(_last(done.stderr))
     else:
         say("no sbatch here, so Slurm has not been asked whether it takes the job")

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, TINY, adapter_bytes, losses, rows, train
+from conftest import ROOT, TINY, adapter_bytes, call, losses, rows, train
 from slurm_cluster import Cluster, missing
 from test_readme import COMMANDS
 
@@ -340,47 +340,44 @@ def submit(runs: Runs, *words: str, expect: int = 0, plan: bool = False) -> str:
     return done.stdout + done.stderr
 
 
-def test_submit_trains_then_evaluates(runs: Runs, undisturbed: Path) -> None:
+def test_submit_queues_the_stages_as_a_chain(runs: Runs, undisturbed: Path) -> None:
     cluster, file = runs.cluster, str(runs.job_file("data.test_size=20"))
-    command = (file, "evaluate.max_new_tokens=4", "--then", "evaluate", "--sbatch=--time=30")
+    words = ("evaluate.max_new_tokens=4", "pipeline.evaluate=adapter,merged")
+    command = (file, *words, "--pipeline", "--sbatch=--time=30", "--sbatch=gpus-per-node=1",
+               "--cpu-sbatch=mem=500M")  # fmt: skip
     assert "plan: " in submit(runs, *command, plan=True)
-    job, evaluation = runs.jobs
+    prepare, job, merge, evaluation, report = runs.jobs
     folder = runs.folder / "run" / "submissions" / "001"
     assert {p.name for p in folder.iterdir()} >= {"code", "configs", "train.sh", "evaluate.sh"}
     assert cluster.job(job)["TimeLimit"] == "00:30:00", "over the job file's"
+    for one, nodes, gpus in ((prepare, "1", 0), (job, "2", 1), (merge, "1", 0), (report, "1", 0)):
+        described = cluster.job(one)
+        assert described["NumNodes"].partition("-")[0] == nodes
+        assert ("gpu" in described.get("TresPerNode", "")) == bool(gpus)
     runs.wait_step(3)
-    assert f"job {job} of this run is RUNNING" in submit(runs, *command, expect=2)
-    assert cluster.job(evaluation)["Reason"] == "Dependency"
-    status = [str(ROOT / "launch/status"), str(runs.folder / "run")]
-    text = subprocess.run(
-        status, capture_output=True, text=True, check=True, env={**cluster.env, **runs.env}
-    ).stdout
+    env = {**cluster.env, **runs.env}
+    text = call("status", str(runs.folder / "run"), **env).stdout
     assert "RUNNING, last sign of life" in text and f"Slurm job {job} on node" in text
     assert "of 50 (" in text and "restarts  0" in text and "ETA" in text
-    cluster.run("scancel", "-b", "-s", "USR1", job)  # the evaluation waits through the requeue
+    assert "stages    prepare done, train begun" in text
+    assert cluster.job(evaluation)["Reason"] == "Dependency"
+    cluster.run("scancel", "-b", "-s", "USR1", job)  # the others wait through the requeue
     cluster.restart(job, 1)
-    cluster.wait(job, "COMPLETED")
-    cluster.wait(evaluation, "COMPLETED")
+    cluster.wait(report, "COMPLETED")
     assert adapter_bytes(runs.folder / "run") == adapter_bytes(undisturbed)
-    scores = json.loads((runs.folder / "run/eval/toy/scores.json").read_text())
-    assert scores["count"] == 20
-
-    before = {p: p.read_bytes() for p in (runs.folder / "run").rglob("*.jsonl")}
-    submit(runs, *command)  # once more: nothing that is done is done again
-    cluster.wait(runs.jobs[-1], "COMPLETED")
-    assert before == {p: p.read_bytes() for p in (runs.folder / "run").rglob("*.jsonl")}
-    log = (runs.folder / f"run/submissions/002/run-evaluate-{runs.jobs[-1]}.log").read_text()
-    assert "20 predictions are there already, 0 to go" in log
-
-    again = submit(runs, file, "train.lr=1", expect=2)
-    assert "holds a run with another config" in again and "train.lr: 0.003 there, 1" in again
+    for sub in ("eval", "eval-merged"):
+        assert json.loads((runs.folder / f"run/{sub}/toy/scores.json").read_text())["count"] == 20
+    assert (runs.folder / "run/report.html").is_file()
     assert "sbatch refuses" in submit(runs, file, "--sbatch", "partition=nope", expect=2)
 
 
 def test_a_failed_training_cancels_its_evaluation(runs: Runs) -> None:
+    """And a submission beside a queued job of the run, or with another config, is refused."""
     model = runs.folder / "model"
     shutil.copytree(tiny.make(0), model)
-    submit(runs, str(runs.job_file()), f"model.path={model}", "--then", "evaluate", "--sbatch=hold")
+    command = (str(runs.job_file()), f"model.path={model}", "--then", "evaluate", "--sbatch=hold")
+    submit(runs, *command)
+    assert f"job {runs.jobs[0]} of this run is PENDING" in submit(runs, *command, expect=2)
     (model / "config.json").write_text("{")
     runs.cluster.run("scontrol", "release", runs.jobs[0])
     runs.cluster.wait(runs.jobs[0], "FAILED")

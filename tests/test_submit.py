@@ -110,6 +110,25 @@ def test_what_is_rendered(capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(p for p in here.iterdir()) == [], "a dry run writes nothing"
 
 
+def test_stages_that_need_no_gpu_ask_for_none(capsys: pytest.CaptureFixture[str]) -> None:
+    head = "#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=1 --mem=0\n#SBATCH --gres=gpu:8\n"
+    file = job(head=head)
+    call(file, pipeline=True, plan=False, cpu_sbatch=["partition=cpu", "mem=4G"])
+    scripts = re.split(r"# ---- (\w+)\.(?:sh|yaml)\n", capsys.readouterr().out)
+    found = dict(zip(scripts[1::2], scripts[2::2], strict=True))
+    assert list(found)[:5] == ["prepare", "train", "merge", "evaluate", "report"]
+    for stage in ("prepare", "merge", "report"):
+        assert "gres" not in found[stage] and "--mem=0" not in found[stage]
+        assert '--nodes="1"' in found[stage] and '--partition="cpu"' in found[stage]
+    for stage in ("train", "evaluate"):
+        assert "#SBATCH --gres=gpu:8" in found[stage] and "--partition" not in found[stage]
+        assert f"SETTINGS=(--stage {stage})" in found[stage]
+    with pytest.raises(UserError, match="has no effect with --pipeline"):
+        call(file, pipeline=True, then="evaluate")
+    with pytest.raises(UserError, match="--cpu-sbatch is for the CPU stages"):
+        call(file, cpu_sbatch=["partition=cpu"])
+
+
 @pytest.mark.slow
 def test_a_run_with_changes_needs_the_word(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
