@@ -242,7 +242,10 @@ class Runner:
         if method.refused:
             return {"state": "failed", "reason": method.refused}
         if cell.lr is None:
-            found = chosen(method, self.swept(method))
+            swept = self.swept(method)
+            if None in swept.values():
+                return None  # nothing is chosen from half a sweep
+            found = chosen(method, swept)
             if found is None:
                 return {"state": "failed", "reason": "no rate of the sweep trained"}
             cell = dataclasses.replace(cell, lr=found[0])
