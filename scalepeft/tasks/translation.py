@@ -29,8 +29,8 @@ PROMPT = (
     "{source_language}: {source}\n{target_language}:"
 )
 RESAMPLES = 1000
-"""Of the bootstrap. One core needs 4 s for 2,000 rows, all three metrics; for the 13,500 of CoVoST-2's
-German test set 40 s and 2 GB.
+"""Of the bootstrap. For all three metrics a core needs 4 s at 2,000 rows, and 40 s and 2 GB at the
+13,500 of CoVoST-2's German test set.
 """
 
 ALMA = Protocol(
