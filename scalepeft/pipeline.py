@@ -39,7 +39,7 @@ SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 HASHED_BYTES = 64 << 20  # larger outputs (a merged checkpoint) are known by their size
 TRAINED = (
     "checkpoints", "adapter", "config.yaml", "metrics.jsonl", "validation.jsonl", "events.jsonl",
-    "loss.png",
+    "loss.png", "report.html", "report.md", "report",
 )  # fmt: skip
 """What belongs to one training of a run folder; its generation goes on."""
 
@@ -327,8 +327,7 @@ class Pipeline:
         return [f for f in target.iterdir() if f.is_file()]
 
     def _report(self) -> list[Path]:
-        report.run(str(self.folder))
-        return [self.folder / "loss.png"]
+        return report.write([self.folder])
 
 
 def _plain(section: Any, but: tuple[str, ...]) -> dict[str, Any]:
