@@ -202,7 +202,7 @@ def _examples(task: Task, limit: int | None) -> list[Example]:
 
 
 def _generator(chosen: Chosen, left: list[Example], ranks: Ranks, poll: Any) -> Any:
-    """What maps prompts to (texts, whether the prompt was cut)."""
+    """What maps prompts to (texts, whether each prompt was cut), and tells their ``lengths``."""
     if chosen.config.evaluate.backend == "vllm":
         from scalepeft.integrations import vllm
 
@@ -214,15 +214,16 @@ def _generator(chosen: Chosen, left: list[Example], ranks: Ranks, poll: Any) -> 
     return Generator(built.model, tokenizer, chosen.config.evaluate, ranks.device, synced)
 
 
-def batches(examples: list[Example], size: int) -> list[list[Example]]:
-    """Rows of like length together, so that little is padded.
+def batches(examples: list[Example], lengths: list[int], size: int) -> list[list[Example]]:
+    """Rows of like length (in tokens) together, so that little is padded.
 
     They depend on the rows alone: an evaluation that continues generates in the batches of an
     undisturbed one, for in bf16 a row's neighbours may decide between two tokens that are nearly as
     likely. The longest rows come first, so that a lack of memory shows at once; the others' order
     is shuffled, so that the rate of some batches is that of the rest.
     """
-    rows = sorted(examples, key=lambda e: (-len(e.prompt), e.id))
+    length = {e.id: n for e, n in zip(examples, lengths, strict=True)}
+    rows = sorted(examples, key=lambda e: (-length[e.id], e.id))
     first, *others = [rows[i : i + size] for i in range(0, len(rows), size)]
     random.Random(0).shuffle(others)
     return [first, *others]
@@ -237,7 +238,8 @@ def _generate_all(
     poll: Any,
 ) -> None:
     done: set[str] = ranks.main_only(lambda: set(predictions.done) if predictions else set())
-    every = batches(examples, batch_size * ranks.world_size)
+    lengths = generator.lengths([e.prompt for e in examples])
+    every = batches(examples, lengths, batch_size * ranks.world_size)
     todo = [batch for batch in every if not {e.id for e in batch} <= done]
     progress = _Progress(sum(map(len, todo)))
     for batch in todo:

@@ -67,6 +67,15 @@ class Generator:
         answers = [row[:limit] for row, limit in zip(out, limits, strict=True)]
         return texts_of(answers, self.tokenizer, self.config), cut
 
+    def lengths(self, prompts: list[str]) -> list[int]:
+        """Tokens of each prompt, before any of it is cut."""
+        return lengths(prompts, self.tokenizer)
+
+
+def lengths(prompts: list[str], tokenizer: Any) -> list[int]:
+    """Tokens of each prompt."""
+    return [len(ids) for ids in tokenizer(prompts, verbose=False)["input_ids"]]
+
 
 def check(config: EvaluateConfig) -> None:
     """Refuses settings that no backend can follow; found out before a model is loaded.

@@ -49,8 +49,8 @@ class ScalepeftLM(HFLM):
     Args:
         run_dir: the run.
         subject: ``adapter``, ``merged`` (the checkpoint in ``RUN_DIR/merged``) or ``base``.
-        device: ``cpu`` or ``cuda`` in place of the run's ``engine.device``; ``cuda:0``, which lm-eval
-            sends when nothing is said, leaves the run's.
+        device: ``cpu`` or ``cuda`` in place of the run's ``engine.device``; ``cuda:0``, which
+            lm-eval sends when nothing is said, leaves the run's.
         more: settings of the run that ``scalepeft evaluate`` takes too (``model.path=FOLDER``), and
             of lm-eval's own model (``batch_size``, ``max_length``).
 
@@ -82,7 +82,7 @@ class ScalepeftLM(HFLM):
         self.chosen = evaluate.Chosen.of(config, subject, self.ranks)
         self.about = {"run_dir": str(run_dir), "subject": subject}
         built, tokenizer = self.chosen.load(self.ranks, lambda: None)
-        # What the task asks for decides, and the tokenizer's end of text; no generation_config.json.
+        # The task decides, and the tokenizer's end of text; what the model's files say does not.
         model: Any = built.model
         model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", **harness)

@@ -15,7 +15,7 @@ from typing import Any
 
 from scalepeft import export, models
 from scalepeft.config import EvaluateConfig, RunConfig, Subject
-from scalepeft.generation import answer_limits, encode, texts_of
+from scalepeft.generation import answer_limits, encode, lengths, texts_of
 from scalepeft.lookup import UserError, read_mapping
 from scalepeft.progress import say
 
@@ -92,6 +92,10 @@ class Generator:
         limits = answer_limits(ids, self.config)
         answers = [row[:limit] for row, limit in zip(answers, limits, strict=True)]
         return texts_of(answers, self.tokenizer, self.config), cut
+
+    def lengths(self, prompts: list[str]) -> list[int]:
+        """Tokens of each prompt, before any of it is cut."""
+        return lengths(prompts, self.tokenizer)
 
     def _greedy(self, ids: list[list[int]]) -> list[list[int]]:
         from vllm import SamplingParams, TokensPrompt
