@@ -133,7 +133,9 @@ class RunFolder:
 
     def _next_generation(self, seen: int) -> int:
         """A number that no other start takes: its file is made by one of them alone."""
-        number = seen + 1
+        # A generation file that was lost must not let the count begin anew, below that of a frozen
+        # writer.
+        number = max(seen, _largest_generation(self.path)) + 1
         while True:
             until = time.monotonic() + CLAIM_SECONDS
             try:
@@ -326,6 +328,18 @@ def stored_generation(run_dir: Path) -> int:
     file = run_dir / "generation"
     text = file.read_bytes().decode(errors="replace").strip() if file.is_file() else ""
     return int(text) if text.isdecimal() else 0
+
+
+def _largest_generation(run_dir: Path) -> int:
+    """The largest generation that the run's events and checkpoints were written under."""
+    manifests = run_dir.glob("checkpoints/*/manifest.json")
+    files = [file for file in (run_dir / "events.jsonl", *manifests) if file.is_file()]
+    found = (
+        int(number)
+        for file in files
+        for number in re.findall(r'"generation": (\d+)', file.read_text(errors="replace"))
+    )
+    return max(found, default=0)
 
 
 def check_fence(run_dir: Path, generation: int) -> None:

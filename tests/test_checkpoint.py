@@ -235,6 +235,18 @@ def expected(step: int) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in TENSORS.items()}
 
 
+def test_a_lost_generation_file_does_not_let_an_older_start_write(tmp_path: Path) -> None:
+    for _ in range(3):
+        frozen = claimed(tmp_path)
+    save(frozen, 1)
+    (tmp_path / "generation").unlink()
+    newer = claimed(tmp_path)
+    assert newer.generation == 4, "the checkpoint knows that there were three"
+    save(newer, 2)
+    with pytest.raises(Fenced):
+        save(frozen, 3)
+
+
 def save_in_parts(folder: RunFolder, step: int, writers: int) -> Path:
     """A save as several ranks make it: each its elements of every tensor."""
     temporary = folder.begin(step)
