@@ -204,6 +204,7 @@ def prepare(
             report.append(f"data.{split}: left out {len(task.skipped)} broken rows in all")
         if task.repeated:
             report.append(f"data.{split}: {task.repeated} rows left out as duplicates")
+        report += [f"data.{split}: {note}" for note in task.notes]
         report += cut_rows(tokens, config.data, split)
         if not len(tokens):
             raise UserError(

@@ -6,14 +6,15 @@ import hashlib
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from scalepeft import __version__, injection, models, scores
+from scalepeft import __version__, comet, injection, models, scores
 from scalepeft.build import Built, build, start_ranks, task_of
 from scalepeft.config import RunConfig, Subject, deviations
 from scalepeft.generation import Generator, check
@@ -27,6 +28,7 @@ from scalepeft.records import check_base, load_run, older_adapter
 from scalepeft.tasks.base import Example, Task
 from scalepeft.weights import Weights
 
+T = TypeVar("T")
 ALLOWED = (
     "evaluate.",
     "data.test",
@@ -63,6 +65,7 @@ def run(run_dir: str, settings: list[str], subject: Subject, stop: StopFlag) -> 
     ranks = Ranks() if alone else start_ranks(config)
     try:
         evaluate(config, subject, ranks, stop)
+        add_comet(config, subject, ranks, stop)
         code = FINISHED
     except Stopping:
         if ranks.is_main:
@@ -189,6 +192,11 @@ def _examples(task: Task, limit: int | None) -> list[Example]:
     ((most, count),) = Counter(e.id for e in found).most_common(1)
     if count > 1:
         raise UserError(f"data.test: {count} rows have the id {most}; predictions are kept by id")
+    if bare := next((e for e in found if not e.prompt), None):
+        raise UserError(
+            f"data.test: {bare.id} is a reference alone, without what is asked; name"
+            " FILE_SOURCE::FILE_TARGET (scalepeft score takes references alone)"
+        )
     if limit is None:
         return found
     taken: Counter[str] = Counter()
@@ -311,6 +319,8 @@ def _write_scores(
             f"{folder}: the scores cannot be written: {error.strerror}; all predictions are kept:"
             " make room and run the same command again"
         ) from None
+    if task.translates:
+        comet.write(folder, rows)
     for line in scores.lines(found):
         say(line)
     if found["prompts_cut"]:
@@ -321,6 +331,43 @@ def _write_scores(
     for key, (was, now) in found["deviations"].items():
         say(f"departs from protocol {config.data.protocol}: {key} is {now!r}, not {was!r}")
     say(f"{config.data.name}, {about['subject']}: {folder}/scores.json")
+
+
+def add_comet(config: RunConfig, subject: Subject, ranks: Ranks, stop: StopFlag) -> None:
+    """Scores translations with COMET as well, where a program for it is named; its own process, so
+    after ``evaluate`` has let the model go.
+
+    Raises:
+        UserError: the program fails.
+        Stopping: a signal came; it was ended.
+    """
+    if not task_of(config).translates:
+        return
+    folder = Path(config.run_dir) / FOLDERS[subject] / config.data.name
+
+    def work() -> None:
+        comet.compute(folder, stop)
+        say(f"COMET: {comet.line(folder)}")
+
+    alone(ranks, work)
+
+
+def alone(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Runs ``work`` on rank 0 while the others wait; its Stopping is everyone's."""
+    stopped = False
+
+    def guarded() -> T | None:
+        nonlocal stopped
+        try:
+            return work()
+        except Stopping:
+            stopped = True
+            return None
+
+    found = ranks.main_only(guarded)
+    if ranks.any(stopped):
+        raise Stopping
+    return found  # type: ignore[return-value]
 
 
 def _digest(file: Path) -> str:

@@ -251,6 +251,7 @@ class Pipeline:
             found: list[Path] = []
             for subject in self.config.pipeline.evaluate:
                 evaluate.evaluate(self.config, subject, self.ranks, self.stop)
+                evaluate.add_comet(self.config, subject, self.ranks, self.stop)
                 where = self.folder / evaluate.FOLDERS[subject] / self.config.data.name
                 found += [f for f in where.glob("*.json*") if f.is_file()]
             return FINISHED, found
@@ -258,22 +259,9 @@ class Pipeline:
         alone: dict[str, Callable[[], list[Path]]] = {
             "prepare": lambda: self._prepare(folder),
             "merge": self._merge,
-            "report": self._report,
+            "report": lambda: report.write([self.folder]),
         }
-        stopped = False
-
-        def work() -> list[Path]:
-            nonlocal stopped
-            try:
-                return alone[stage]()
-            except Stopping:
-                stopped = True
-                return []
-
-        files = self.ranks.main_only(work)
-        if self.ranks.any(stopped):
-            raise Stopping
-        return FINISHED, files
+        return FINISHED, evaluate.alone(self.ranks, alone[stage])
 
     def _prepare(self, folder: Path) -> list[Path]:
         """Reads, checks and counts all rows once, and tokenises those to train on."""
@@ -326,9 +314,6 @@ class Pipeline:
             merge.run(run_dir, str(target), settings, mode, dtype, key, self.poll)
         return [f for f in target.iterdir() if f.is_file()]
 
-    def _report(self) -> list[Path]:
-        return report.write([self.folder])
-
 
 def _plain(section: Any, but: tuple[str, ...]) -> dict[str, Any]:
     return {k: v for k, v in cfg.to_dict(section).items() if k not in but}
@@ -378,10 +363,13 @@ def _write_rows(task: Task, split: Split, path: Path) -> dict[str, Any]:
         say(f"data.{split}: {len(task.skipped)} broken rows left out, listed in {listed}")
     if task.repeated:
         say(f"data.{split}: {task.repeated} rows left out as duplicates")
+    for note in task.notes:
+        say(f"data.{split}: {note}")
     return {
         "rows": len(examples),
         "left_out": len(task.skipped),
         "duplicates": task.repeated,
+        "notes": task.notes,
         "file": _facts(path),
     }
 

@@ -61,7 +61,8 @@ def status(folder: Path) -> dict[str, Any]:
         ``state`` (Slurm's word and reason, or what the run's last event says), ``job``, ``nodes``,
         ``restarts``, ``step``, ``steps``, ``saved``, ``tokens_per_second`` and ``step_seconds``
         (medians of the last steps), ``stages`` of a pipeline, ``lost_seconds`` (restarts: waiting,
-        start-up, load, recomputed steps), ``eta_seconds`` (without further restarts; None where nothing is to come or known).
+        start-up, load, recomputed steps), ``eta_seconds`` (without further restarts; None where
+        nothing is to come or known).
     """
     events = read_lines(folder / "events.jsonl", "event", "time")
     rows = read_lines(folder / "metrics.jsonl", "step", "seconds", "tokens_per_second")

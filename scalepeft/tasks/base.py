@@ -154,12 +154,17 @@ class Task:
     reads_files: ClassVar[bool] = True
     """False for a task that makes its own rows."""
 
+    translates: ClassVar[bool] = False
+    """True if ``question`` and ``reference`` of a row are texts of one meaning, as COMET wants."""
+
     def __init__(self, config: TaskConfig) -> None:
         self.config = config
         self.skipped: list[str] = []
         """Where broken rows were left out (``on_error: skip``) by the last ``examples``."""
         self.repeated = 0
         """Training rows left out as duplicates by the last ``examples``."""
+        self.notes: list[str] = []
+        """What else the user should know of the rows of the last ``examples``, a line each."""
 
     def examples(self, split: Split) -> list[Example]:
         """Reads a split.
@@ -173,7 +178,7 @@ class Task:
                 f"data.{split} is empty: name files, e.g. data.{split}=DIR/{split}.json"
             )
         files = expand(sources, f"data.{split}")
-        self.skipped, self.repeated = [], 0
+        self.skipped, self.repeated, self.notes = [], 0, []
         found, seen = [], set()
         drop = split == "train" and self.config.duplicates == "drop"
         for label, source in zip(source_labels(files), files, strict=True):

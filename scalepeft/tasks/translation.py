@@ -117,6 +117,7 @@ class Translation(Task):
     config: TranslationConfig
     version = 1
     headline = "BLEU"
+    translates = True
 
     def __init__(self, config: TranslationConfig) -> None:
         super().__init__(config)
