@@ -41,7 +41,7 @@ def choose(evaluation: Evaluation) -> list[tuple[str, Rows]]:
     """(heading, rows): right and wrong ones over all sources, or best and worst translations."""
     file = evaluation.folder / "scored.jsonl"
     sources = max(1, len(evaluation.scores["sources"]))
-    each = min(8, max(4, sources))
+    each = min(10, max(4, sources))
     kept: dict[Any, dict[str, list[tuple[int, int, dict[str, Any]]]]] = {}
     for number, row in enumerate(rows_of(file)):
         verdict = row.get("correct") if isinstance(row.get("correct"), bool) else None

@@ -280,6 +280,8 @@ def not_comparable(one: Evaluation, other: Evaluation) -> list[str]:
     ]
     if one.scores["count"] != other.scores["count"] and "rows" not in found:
         found.append("rows")
+    if one.scores["headline"] != other.scores["headline"]:
+        found.append("metric")
     how: list[Any] = [a.about.get("generation") for a in (one, other)]
     # The last of them is the backend, which decides nothing.
     if all(isinstance(v, list) for v in how) and how[0][:-1] != how[1][:-1]:

@@ -35,7 +35,7 @@ def configs(runs: list[Run]) -> list[Block]:
     for run in runs:
         name = "all settings" if len(runs) == 1 else f"all settings of {run.name}"
         dumped = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
-        found.append(Fold(f"{name} (config.yaml)", [Code(shown(dumped, 50_000))]))
+        found.append(Fold(f"{name} (config.yaml)", [Code(dumped[:50_000])]))
     return found
 
 

@@ -66,15 +66,22 @@ def _task(task: str, found: list[tuple[Run, Evaluation]], one: bool) -> list[Blo
 def _score_plot(task: str, found: list[tuple[Run, Evaluation]], one: bool) -> Picture:
     rows: list[tuple[str, list[tuple[str, dict[str, Any]]]]] = []
     name = found[0][1].scores["headline"]
+
+    def held(some: list[tuple[Run, Evaluation]]) -> list[tuple[str, dict[str, Any]]]:
+        metrics = [(e.which, e.scores["metrics"]) for _, e in some]
+        return [(which, known[name]) for which, known in metrics if name in known]
+
     if one:
         sources = dict.fromkeys(s for _, e in found for s in e.scores["sources"])
         for source in sources if len(sources) > 1 else ():
             parts = [(e.which, e.scores["sources"].get(source)) for _, e in found]
-            rows.append((source, [(w, p["metrics"][name]) for w, p in parts if p]))
-        rows.append(("all rows", [(e.which, e.metric) for _, e in found]))
+            rows.append(
+                (source, [(w, p["metrics"][name]) for w, p in parts if p and name in p["metrics"]])
+            )
+        rows.append(("all rows", held(found)))
     else:
         for run in {id(run): run for run, _ in found}.values():
-            rows.append((run.name, [(e.which, e.metric) for r, e in found if r is run]))
+            rows.append((run.name, held([pair for pair in found if pair[0] is run])))
     title = f"{task}: {name} with 95 % intervals"
     return picture(f"scores-{task}", title, partial(plots.intervals, title, rows))
 
