@@ -108,6 +108,7 @@ follows JOB_FILE is laid over its settings.
   launch/submit slurm/hoft_llama70b.sh --sweep train.lr=1e-4,3e-4 --throttle 1 --dry-run
   launch/submit slurm/hoft_llama70b.sh data.test=FILES --then evaluate
   launch/submit slurm/hoft_llama70b.sh data.test=FILES --pipeline --cpu-sbatch partition=cpu
+  launch/submit slurm/hoft_llama70b.sh run_dir=runs/all --compare methods=hoft,lora,goft
 
 JOB_FILE itself is run as far as slurm/train.sh, to learn its settings: keep slow lines out of it.
 """
@@ -345,6 +346,10 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="over #SBATCH lines"
     )
+    submit.add_argument(
+        "--compare", action="append", default=[], metavar="OPTION=VALUE",
+        help="scalepeft compare in run_dir as job arrays, e.g. methods=hoft,lora",
+    )  # fmt: skip
     submit.add_argument("--resume-with-changes", action="store_true", help="as for scalepeft train")
     submit.add_argument("--dry-run", action="store_true", help="print, queue and write nothing")
     submit.add_argument("--gpu", help="as for plan, where the job file does not name its GPUs")

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from scalepeft import compare, models
 from scalepeft import config as cfg
-from scalepeft import models
 from scalepeft.build import engine_class, task_of
 from scalepeft.checkpoint import write_atomically
 from scalepeft.config import RunConfig
@@ -58,6 +58,8 @@ class Options:
         then: ``evaluate``: a second job once the first has succeeded.
         pipeline: the stages of ``scalepeft pipeline`` as a chain of jobs in place of a training.
         cpu_sbatch: options of the stages that need no GPU, e.g. ``partition=cpu``.
+        compare: options of ``scalepeft compare`` (``methods=hoft,lora``): its cells as job arrays
+            in place of a training.
         sbatch: options over the ``#SBATCH`` lines of the job file.
         resume_with_changes: continue runs although harmless keys differ from their config.
         dry_run: print what would be queued, write nothing.
@@ -77,6 +79,7 @@ class Options:
     plan: bool = True
     pipeline: bool = False
     cpu_sbatch: tuple[str, ...] = ()
+    compare: tuple[str, ...] = ()
 
 
 def run(options: Options) -> None:
@@ -91,8 +94,10 @@ def run(options: Options) -> None:
     given = _long(options.sbatch)
     if options.then and options.pipeline:
         raise UserError(f"--then {options.then} has no effect with --pipeline, which evaluates")
-    if options.cpu_sbatch and not options.pipeline:
-        raise UserError("--cpu-sbatch is for the CPU stages of --pipeline")
+    if options.cpu_sbatch and not (options.pipeline or options.compare):
+        raise UserError("--cpu-sbatch is for the CPU stages of --pipeline and --compare")
+    if options.compare and (options.then or options.pipeline or options.sweep):
+        raise UserError("--compare goes without --then, --pipeline and --sweep; it sweeps itself")
     if options.resume_with_changes and options.pipeline:
         raise UserError("--resume-with-changes: a pipeline does again what a change asks for")
     lines = _read(options.job_file)
@@ -123,18 +128,26 @@ def run(options: Options) -> None:
             stage: _Job("pipeline", files, ["--stage", stage], gpus=stage in ON_RANKS)
             for stage in STAGES
         }
+    design = None
+    if options.compare:
+        design = _design(path, settings, options, base_dir)
+        out = ["--out", shlex.quote(str(base_dir.absolute()))]
+        jobs = {
+            step: _Job("compare", words, out, gpus=step != "table", array=step != "table")
+            for step, words in compare.arguments(design).items()
+        }
     ours = {"--chdir": str(Path.cwd())}
-    if options.sweep:
-        throttle = f"%{options.throttle}" if options.throttle else ""
-        ours["--array"] = f"0-{len(configs) - 1}{throttle}"
+    throttle = f"%{options.throttle}" if options.throttle else ""
     over = _words(given)
-    if "--output" not in over:
-        ours["--output"] = f"{folder}/%x-{'%A_%a' if options.sweep else '%j'}.log"
     rendered = {}
     for name, job in jobs.items():
         if "--job-name" not in over:
             ours["--job-name"] = base_dir.name + ("" if name == "train" else f"-{name}")
         own = {} if job.gpus else {**ALONE, **_words(_long(options.cpu_sbatch))}
+        if array := job.array or options.sweep:
+            own["--array"] = f"0-{len(job.targets) - 1}{throttle}"
+        if "--output" not in over:
+            own["--output"] = f"{folder}/%x-{'%A_%a' if array else '%j'}.log"
         more = [_option(key, value) for key, value in {**over, **own, **ours}.items()]
         header_lines = lines if job.gpus else _without(lines, NOT_ALONE)
         rendered[name] = _render(header_lines, more, folder, job)
@@ -145,7 +158,12 @@ def run(options: Options) -> None:
         _snapshot(root, folder, configs)
         for command, script in rendered.items():
             write_atomically(folder / f"{command}.sh", script)
-        _queue(folder, rendered, bool(options.sweep))
+        if design is not None:
+            with compare.kept(base_dir, design):
+                pass  # the jobs read it there
+        # A cell that failed is a row of the table and no reason to leave it out.
+        after = "afterany" if design else "aftercorr" if options.sweep else "afterok"
+        _queue(folder, rendered, after)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
 
@@ -158,6 +176,7 @@ class _Job:
     targets: list[str]
     flags: list[str]
     gpus: bool = True
+    array: bool = False
 
 
 def _long(options: Iterable[str]) -> list[str]:
@@ -254,9 +273,10 @@ def _configs(
         if key in axes or len(set(parts)) < len(parts):
             raise UserError(f"--sweep {axis}: the same run stands there twice")
         axes[key] = [f"{key}={value}" for value in parts]
-    if options.throttle < 0 or (options.throttle and not axes):
+    if options.throttle < 0 or (options.throttle and not (axes or options.compare)):
         raise UserError(
-            f"--throttle {options.throttle}: how many runs of a --sweep may run at a time"
+            f"--throttle {options.throttle}: how many runs of a --sweep or --compare may run at a"
+            " time"
         )
     found, notes, base_dir = [], set(), Path()
     for chosen in itertools.product(*axes.values()):
@@ -271,6 +291,18 @@ def _configs(
     for note in sorted(notes):
         say(note)
     return found, base_dir
+
+
+def _design(
+    path: str | None, settings: list[str], options: Options, base_dir: Path
+) -> compare.Design:
+    """The comparison in ``run_dir``, without what the job file says of an adapter of its own."""
+    own = [s for s in settings if s.startswith(("adapter=", "adapter.", "train.lr=", "run_dir="))]
+    if left := [s for s in own if not s.startswith("run_dir=")]:
+        say(f"{options.job_file}: {', '.join(left)}: left out, each method brings its own")
+    given = [s for s in options.settings if not s.startswith("run_dir=")]
+    rest = [*([path] if path else []), *(s for s in settings if s not in own), *given]
+    return compare.prepare(compare.Options.parse(list(options.compare), rest, str(base_dir)))
 
 
 def _words(options: list[str]) -> dict[str, str]:
@@ -509,13 +541,12 @@ def _commit(root: Path) -> Iterator[str]:
         yield done.stdout.strip() if done.returncode == 0 else "no git"
 
 
-def _queue(folder: Path, rendered: dict[str, str], array: bool) -> None:
+def _queue(folder: Path, rendered: dict[str, str], after: str) -> None:
     parent = ""
     for command in rendered:
         words = ["sbatch", "--parsable"]
         if parent:
-            kind = "aftercorr" if array else "afterok"
-            words += [f"--dependency={kind}:{parent}", "--kill-on-invalid-dep=yes"]
+            words += [f"--dependency={after}:{parent}", "--kill-on-invalid-dep=yes"]
         words.append(str(folder / f"{command}.sh"))
         try:
             done = subprocess.run(words, capture_output=True, text=True, check=False)

@@ -237,3 +237,44 @@ def test_what_a_plan_says(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_gpu_that_a_job_file_names(head: str, gpu: str | None) -> None:
     found, _ = submit._gpu_of(submit._header([f"#SBATCH {head}"], []))
     assert (found and found.name) == gpu
+
+
+def test_a_comparison_is_two_arrays_and_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    head = "#!/bin/bash\n#SBATCH --nodes=1 --ntasks-per-node=2 --gpus-per-node=2\n"
+    file = job("data.valid_size=20", "adapter.rank=4", "train.lr=1e-3", head=head)
+    words = ["methods=hoft,lora,goft", "lrs=1e-4,1e-3", "seeds=2"]
+    call(file, compare=words, plan=False, throttle=3, cpu_sbatch=["mem=2G"])
+    read = capsys.readouterr()
+    assert "adapter.rank=4, train.lr=1e-3: left out, each method brings its own" in read.err
+    scripts = re.split(r"# ---- (\w+)\.(?:sh|yaml)\n", read.out)
+    found = dict(zip(scripts[1::2], scripts[2::2], strict=True))
+    assert list(found)[:3] == ["sweep", "seeds", "table"]
+    for name, first, last in (("sweep", 0, 5), ("seeds", 6, 11)):
+        assert '#SBATCH --array="0-5%3"' in found[name] and "%A_%a.log" in found[name]
+        cells = " ".join(f"--cell={i}" for i in range(first, last + 1))
+        assert f"targets=({cells})\n" in found[name] and "gpus-per-node" in found[name]
+        assert "SCALEPEFT_COMMAND=compare\n" in found[name]
+    assert "targets=(--table)\n" in found["table"] and "--array" not in found["table"]
+    assert "gpus-per-node" not in found["table"] and '#SBATCH --mem="2G"' in found["table"]
+    assert f"SETTINGS=(--out {Path.cwd()}/run)" in found["table"]
+    assert not Path("run").exists(), "a dry run writes nothing"
+
+
+@pytest.mark.parametrize(
+    ("words", "more", "text"),
+    [
+        (["seeds=2"], {}, "--methods is missing"),
+        (["methods=hoft", "seed=2"], {}, "--compare seed=2: expected methods=..."),
+        (["methods=hoft", "seeds=two"], {}, "expected a number"),
+        (["methods=hoft", "budget=memory"], {}, "one of parameters, time, steps"),
+        (["methods=hotf"], {}, "Did you mean 'hoft'"),
+        (["methods=hoft"], {"then": "evaluate"}, "--compare goes without --then"),
+        (["methods=hoft"], {"sweep": ["train.lr=1,2"]}, "--compare goes without --then"),
+    ],
+)
+def test_a_comparison_is_refused_before_the_queue(
+    words: list[str], more: dict[str, object], text: str
+) -> None:
+    with pytest.raises(UserError) as found:
+        call(job("data.valid_size=20"), compare=words, plan=False, **more)
+    assert text in str(found.value) and not Path("run").exists()

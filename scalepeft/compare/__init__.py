@@ -22,10 +22,11 @@ from scalepeft.compare import plots, table
 from scalepeft.compare.cells import FINAL, Cell, Runner, left, lock, rank, reported, sweep
 from scalepeft.compare.design import AT_THE_END, Design, Method
 from scalepeft.lookup import UserError
-from scalepeft.preemption import FINISHED, STOPPED, StopFlag, Stopping, tell_job
+from scalepeft.preemption import BROKEN, FINISHED, STOPPED, StopFlag, Stopping, tell_job
 from scalepeft.progress import say
 
 FILE = "design.json"
+BUDGETS = ("parameters", "time", "steps")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,32 @@ class Options:
     def of(cls, args: argparse.Namespace) -> "Options":
         """Takes the fields from the command line."""
         return cls(**{f.name: getattr(args, f.name) for f in dataclasses.fields(cls)})
+
+    @classmethod
+    def parse(cls, words: list[str], settings: list[str], out: str) -> "Options":
+        """From ``methods=hoft,lora``, ``seeds=3``, ``evaluate``: for ``launch/submit --compare``.
+
+        Raises:
+            UserError: no such option, or not a number where one belongs.
+        """
+        kinds = {"rank": int, "parameters": int, "seconds": float, "seeds": int}
+        texts = ("methods", "reference", "budget", "lrs")
+        found: dict[str, Any] = {}
+        for word in words:
+            key, equals, value = word.partition("=")
+            if key == "evaluate" and not equals:
+                found[key] = True
+            elif key not in (*texts, *kinds) or not value:
+                allowed = ", ".join(f"{name}=..." for name in (*texts, *kinds))
+                raise UserError(f"--compare {word}: expected {allowed} or evaluate")
+            else:
+                try:
+                    found[key] = kinds.get(key, str)(value)
+                except ValueError:
+                    raise UserError(f"--compare {word}: expected a number") from None
+        if found.get("budget", "parameters") not in BUDGETS:
+            raise UserError(f"--compare budget={found['budget']}: one of {', '.join(BUDGETS)}")
+        return cls(settings, out, **found)
 
     def check(self) -> None:
         """Refuses numbers that cannot be used, and options without effect.
@@ -85,7 +112,7 @@ def run(options: Options, stop: StopFlag) -> int:
     """
     design = prepare(options)
     out = Path(options.out)
-    with _kept(out, design):
+    with kept(out, design):
         runner = Runner(out, design, stop)
         try:
             if options.cell is not None:
@@ -167,7 +194,7 @@ def _checked(values: dict[str, Any], first: Method, options: Options) -> dict[st
         train |= {"max_steps": 1, "epochs": None}  # each method has its own number
     if not train.get("eval_every"):
         train["eval_every"] = AT_THE_END
-    full = {**values, "train": train, "adapter": first.adapter, "run_dir": options.out}
+    full = {**values, "train": train, "adapter": first.adapter, "run_dir": "cells"}
     data = full.get("data") or {}
     if not data.get("valid") and not data.get("valid_size"):
         raise UserError(
@@ -186,7 +213,7 @@ def _checked(values: dict[str, Any], first: Method, options: Options) -> dict[st
 
 
 @contextmanager
-def _kept(out: Path, design: Design) -> Iterator[None]:
+def kept(out: Path, design: Design) -> Iterator[None]:
     """Keeps the design in ``OUT``; two comparisons there must be of the same.
 
     Raises:
@@ -212,21 +239,30 @@ def _same(out: Path, design: Design) -> bool:
     return (out / FILE).is_file() and (out / FILE).read_text() == design.text()
 
 
-def run_cell(out: str, index: int, stop: StopFlag) -> int:
-    """Runs one cell of the comparison in ``out``, for a task of a job array; returns 0 or 75."""
-    return run(Options([], out, cell=index), stop)
+def arguments(design: Design) -> dict[str, list[str]]:
+    """Words for ``scalepeft compare`` of each step of a comparison that is run as jobs, a word for
+    each task: ``sweep`` (none where there is one rate), ``seeds`` (after it), ``table`` (at last).
+    """
+    first, then = sweep(design), reported(design)
+    named = {"sweep": first, "seeds": then}
+    found = {name: [f"--cell={c.index}" for c in cells] for name, cells in named.items() if cells}
+    return {**found, "table": ["--table"]}
 
 
 def _one(runner: Runner, index: int) -> int:
+    """Runs one cell, in a task of a job array; a crash is the task's failure too."""
     cells = [*sweep(runner.design), *reported(runner.design)]
     if not 0 <= index < len(cells):
         raise UserError(f"--cell {index}: there are 0 to {len(cells) - 1}")
 
+    ends: list[str] = []
+
     def done(cell: Cell, held: dict[str, Any]) -> None:
+        ends.append(held["state"])
         say(f"cell {index}: {cell}: {_in_words(held)}")
 
     runner.work([cells[index]], done)
-    return FINISHED
+    return BROKEN if "broke" in ends else FINISHED
 
 
 def _all(runner: Runner) -> None:
