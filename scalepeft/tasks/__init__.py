@@ -1,4 +1,16 @@
 """Task families, one per file; the file name is the name in ``data.name``."""
 
-HELPERS = frozenset({"base", "bitext", "languages", "rows"})
+HELPERS = frozenset(
+    {
+        "answers",
+        "base",
+        "bitext",
+        "equivalence",
+        "hendrycks",
+        "languages",
+        "leaks",
+        "problems",
+        "rows",
+    }
+)
 """Modules that are no tasks."""

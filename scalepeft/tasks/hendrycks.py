@@ -1,0 +1,91 @@
+r"""String equivalence of answers to the MATH data set, and the last \boxed{} of a solution.
+
+The rules are those of Hendrycks et al., "Measuring Mathematical Problem Solving With the MATH
+Dataset" (arXiv 2103.03874), whose comparison all published MATH numbers are made with. They compare
+texts, not values: 1/2 equals \frac12 and 0.5, but 2/4 or 0.50 does not.
+"""
+
+import re
+
+# In this order, before units are looked for.
+_REMOVED = (
+    ("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), ("\\left", ""),
+    ("\\right", ""), ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", ""),
+)  # fmt: skip
+
+
+def is_equiv(one: str, other: str) -> bool:
+    """True if both texts are the same after ``normalise``, or as they stand where that fails."""
+    try:
+        return normalise(one) == normalise(other)
+    except (IndexError, ValueError):
+        return one == other
+
+
+def normalise(text: str) -> str:
+    r"""The form that texts are compared in.
+
+    Raises:
+        ValueError, IndexError: broken latex, or units at several places.
+    """
+    for old, new in _REMOVED:
+        text = text.replace(old, new)
+    text, *units = text.split("\\text{ ")  # with the space: what follows is a unit
+    if len(units) > 1:
+        raise ValueError("units at several places")
+    text = text.replace("\\%", "").replace("%", "")
+    text = text.replace(" .", " 0.").replace("{.", "{0.")
+    if not text:
+        return text
+    if text[0] == ".":
+        text = "0" + text
+    before, *after = text.split("=")
+    if len(after) == 1 and len(before) <= 2:  # "k = 5"
+        text = after[0]
+    text = _roots(text).replace(" ", "")
+    text = _fractions(text)
+    if text == "0.5":
+        return "\\frac{1}{2}"
+    if found := re.fullmatch("(0|-?[1-9][0-9]*)/(0|-?[1-9][0-9]*)", text):
+        return f"\\frac{{{found[1]}}}{{{found[2]}}}"
+    return text
+
+
+def _roots(text: str) -> str:
+    r"""\sqrt3 -> \sqrt{3}."""
+    head, *pieces = text.split("\\sqrt")
+    braced = (piece if piece[0] == "{" else f"{{{piece[0]}}}{piece[1:]}" for piece in pieces)
+    return "\\sqrt".join([head, *braced])
+
+
+def _fractions(text: str) -> str:
+    r"""\frac12 -> \frac{1}{2}, \frac1{72} -> \frac{1}{72}."""
+    head, *pieces = text.split("\\frac")
+    braced = []
+    for piece in pieces:
+        if piece[0] == "{":
+            braced.append(piece)
+        elif len(piece) < 2:
+            return text
+        else:
+            below = piece[1:] if piece[1] == "{" else f"{{{piece[1]}}}{piece[2:]}"
+            braced.append(f"{{{piece[0]}}}{below}")
+    return "\\frac".join([head, *braced])
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What stands in the last \boxed{} (or \fbox{}, or after "\boxed "); None: there is none, or
+    it does not end.
+    """
+    begin = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if begin < 0:
+        return None
+    rest = text[begin:].removeprefix("\\boxed").removeprefix("\\fbox")
+    if not rest.lstrip().startswith("{"):
+        return rest.split("$")[0].strip() or None if rest[:1] == " " else None
+    depth = 0
+    for end, letter in enumerate(rest):
+        depth += (letter == "{") - (letter == "}")
+        if letter == "}" and depth == 0:
+            return rest[rest.index("{") + 1 : end]
+    return None
