@@ -117,7 +117,7 @@ def test_the_lowest_layer_imports_nothing_of_ours() -> None:
     ["injection", "models", "data", "checkpoint", "tensorfiles", "preemption", "merge", "loss"],
 )
 def test_the_middle_never_imports_the_top(name: str) -> None:
-    assert not own(f"scalepeft.{name}") & TOP
+    assert not own(f"scalepeft.{name}") & {*TOP, *within("integrations")}
 
 
 def test_no_module_but_main_imports_the_command_line() -> None:
@@ -130,6 +130,8 @@ def test_no_module_but_main_imports_the_command_line() -> None:
         ("bitsandbytes", {"scalepeft.quant"}),
         ("deepspeed", {"scalepeft.parallel.zero"}),
         ("peft", {"scalepeft.bench", "scalepeft.integrations.peft"}),
+        ("vllm", {"scalepeft.integrations.vllm"}),
+        ("lm_eval", {"scalepeft.integrations.lm_eval"}),
     ],
 )
 def test_a_library_is_imported_in_one_place(library: str, allowed: set[str]) -> None:
