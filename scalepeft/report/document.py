@@ -147,15 +147,20 @@ def _time(runs: list[Run]) -> list[Block]:
     if not known:
         return [*without]
     bar = picture("goodput", "shares of wall time", partial(plots.wall_time, known))
-    rows = []
-    for name, (key, _) in plots.SHARES.items():
-        cells = []
-        for run in known:
-            assert run.goodput
-            spent = getattr(run.goodput, key)
-            cells.append(f"{duration(spent)} ({spent / run.goodput.wall:.1%})")
-        rows.append([name, *cells])
-    walls = [duration(run.goodput.wall) for run in known if run.goodput]
-    head = ["", *(run.name for run in known)] if len(runs) > 1 else ["", "time"]
-    table = Table(head, [*rows, ["wall time", *walls]], "l" + "r" * len(known))
-    return [bar, table, *without]
+    return [bar, _shares(known, len(runs) == 1), *without]
+
+
+def _shares(runs: list[Run], one: bool) -> Table:
+    """Of one run times and shares, a line each; of several the shares, a line a run."""
+    spent = [(run.name, run.goodput) for run in runs if run.goodput]
+    if one:
+        _, held = spent[0]
+        parts = [(name, getattr(held, key)) for name, (key, _) in plots.SHARES.items()]
+        rows = [[n, duration(took), f"{took / held.wall:.1%}"] for n, took in parts]
+        return Table(["", "time", "share"], [*rows, ["wall time", duration(held.wall), ""]], "lrr")
+    rows = [
+        [name, *(f"{getattr(held, key) / held.wall:.1%}" for key, _ in plots.SHARES.values()),
+         duration(held.wall)]
+        for name, held in spent
+    ]  # fmt: skip
+    return Table(["run", *plots.SHARES, "wall time"], rows, "l" + "r" * (len(plots.SHARES) + 1))

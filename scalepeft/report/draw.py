@@ -36,7 +36,8 @@ POINTS = 600  # of a curve, at most: what a screen shows
 LINES = ("-", "--", ":", "-.")
 STYLE: dict[Any, Any] = {
     "font.size": 11, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "legend.fontsize": 10, "legend.frameon": False, "axes.spines.top": False,
+    "legend.fontsize": 10, "legend.edgecolor": "none",
+    "legend.facecolor": PAPER["paper"], "axes.spines.top": False,
     "axes.spines.right": False, "svg.fonttype": "none", "text.parse_math": False,
     "figure.constrained_layout.use": True, "axes.axisbelow": True,
 }  # fmt: skip
@@ -101,6 +102,12 @@ def extremes(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     parts = np.array_split(kept, POINTS // 2)
     found = sorted({i for p in parts for i in (p[np.argmin(y[p])], p[np.argmax(y[p])])})
     return x[found], y[found]
+
+
+def thinned(values: np.ndarray, points: int = POINTS) -> np.ndarray:
+    """Every so many values, and the last."""
+    every = max(1, -(-len(values) // points))
+    return np.unique([*range(0, len(values), every), len(values) - 1])
 
 
 def medians(x: np.ndarray, y: np.ndarray, parts: int = 200) -> tuple[np.ndarray, np.ndarray]:

@@ -10,13 +10,17 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from scalepeft import scores
 from scalepeft.goodput import Goodput, duration
-from scalepeft.report.draw import PAPER, POINTS, extremes, label, legend, line, medians, smooth
+from scalepeft.report.draw import PAPER, extremes, label, legend, line, medians, smooth, thinned
 from scalepeft.report.facts import Run, same_rows
 
 
 def curves(runs: list[Run]) -> Figure:
     """Loss above, tokens a second below, over steps, with restarts."""
-    figure, (loss, speed) = plt.subplots(2, sharex=True, figsize=(8.5, 5.4), height_ratios=(2.3, 1))
+    below = len(runs) > 4  # the legend
+    height = 5.4 + (0.3 * (len(runs) // 3 + 1) if below else 0)
+    figure, (loss, speed) = plt.subplots(
+        2, sharex=True, figsize=(8.5, height), height_ratios=(2.3, 1)
+    )
     tops: list[float] = []
     lows: list[float] = []
     for i, run in enumerate(runs):
@@ -38,9 +42,11 @@ def curves(runs: list[Run]) -> Figure:
     speed.set_title(_speed_title(runs), fontsize=11)
     for axes in (loss, speed):
         axes.grid(axis="y", lw=0.8)
+    if len(runs) > 1 and any(len(run.starts) > 1 for run in runs):
+        loss.plot([], [], "|", color=PAPER["ink"], ms=11, mew=1.6, label="restart")
     if len(runs) > 1 and any(run.held_out for run in runs):
         loss.plot([], [], "o", color=PAPER["c6"], mec=PAPER["ink"], mew=0.6, label="held out")
-    if len(runs) > 4:
+    if below:
         handles, labels = loss.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower left", ncols=3)
     else:
@@ -69,16 +75,20 @@ def _loss(axes: Axes, run: Run, i: int, alone: bool) -> tuple[float, float]:
     name = f"training, mean of {width} steps" if alone else label(run.name)
     if alone and width > 1:
         axes.plot(*extremes(steps, losses), color=colour, lw=0.8, alpha=0.3, label="training, each")
-    thin = slice(None, None, max(1, len(steps) // POINTS))
+    thin = thinned(steps)
     lone = "o" if len(steps) == 1 else ""
     axes.plot(steps[thin], means[thin], color=colour, ls=style, lw=2, label=name, marker=lone)
     seen = [v for v in means if np.isfinite(v)]
+    again = [e["step"] for e in run.starts[1:] if e["step"] > 0]
+    if again and seen and not alone:
+        at = np.interp(again, steps[np.isfinite(means)], seen)
+        axes.plot(again, at, "|", color=PAPER["ink"], ms=11, mew=1.6, zorder=3)
     if run.held_out:
         x, y = np.array(run.held_out, dtype=float).T
-        every = max(1, -(-len(x) // 60))
+        few = thinned(x, 60)
         held = PAPER["c1"] if alone else colour
         axes.plot(
-            x[::every], y[::every], "o" if not alone else "o-", color=held, ms=5, lw=1.4,
+            x[few], y[few], "o" if not alone else "o-", color=held, ms=5, lw=1.4,
             mec=PAPER["ink"], mew=0.6, label="held out" if alone else None,
         )  # fmt: skip
         seen += list(y)
