@@ -190,6 +190,7 @@ HARMLESS = (
     "data.train",  # moved files: the tokenised rows are compared
     "data.valid",
     "data.test",
+    "data.on_error",  # so they are here
     "data.workers",
     "data.cache",
     "train.micro_batch",

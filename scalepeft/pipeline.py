@@ -132,7 +132,7 @@ class Pipeline:
         config, task = self.given, task_of(self.given)
         if stage == "prepare":
             return {
-                "data": _plain(config.data, but=("workers", "cache", "on_error")),
+                "data": _plain(config.data, but=("workers", "cache")),
                 "task_version": task.version,
                 "files": {
                     split: {
@@ -357,8 +357,9 @@ def _write_rows(task: Task, split: Split, path: Path) -> dict[str, Any]:
     rows = (json.dumps(to_prepared(e, key), ensure_ascii=False) + "\n" for e in examples)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, "".join(rows))
+    listed = path.with_name(f"{split}.left-out.txt")
+    listed.unlink(missing_ok=True)  # of an earlier reading
     if task.skipped:
-        listed = path.with_name(f"{split}.left-out.txt")
         write_atomically(listed, "".join(f"{where}\n" for where in task.skipped))
         say(f"data.{split}: {len(task.skipped)} broken rows left out, listed in {listed}")
     if task.repeated:

@@ -14,7 +14,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from scalepeft.lookup import STRICT, NameList, UserError
-from scalepeft.tasks.rows import expand, read_rows, source_labels
+from scalepeft.tasks.rows import expand, hint, one_line, read_rows, source_labels
 
 Split = Literal["train", "valid", "test"]
 
@@ -180,31 +180,42 @@ class Task:
         files = expand(sources, f"data.{split}")
         self.skipped, self.repeated, self.notes = [], 0, []
         found, seen = [], set()
+        ids: dict[str, int] = {}
         drop = split == "train" and self.config.duplicates == "drop"
         for label, source in zip(source_labels(files), files, strict=True):
+            number = 0
             for number, row in self.rows(source):
                 try:
                     example = self._example(row, f"{label}#{number}", split)
-                except UserError as error:
-                    where = f"{source}, row {number}: {error}"
-                    if self.config.on_error == "stop":
-                        raise UserError(
-                            f"{where}; repair it, or data.on_error=skip leaves it out"
-                        ) from None
-                    self.skipped.append(where)
+                    if example.id in ids:
+                        raise UserError(f"id {example.id} stood in row {ids[example.id]} already")
+                except (UserError, RecursionError) as error:
+                    reason = str(error) if isinstance(error, UserError) else "nested too deeply"
+                    reason = one_line(reason + hint(row, reason))
+                    self._leave_out(f"{source}, row {number}: {reason}", "repair it")
                     continue
+                ids[example.id] = number
                 text = (example.prompt, example.completion)
                 if drop and text in seen:
                     self.repeated += 1
                     continue
                 seen.add(text)
                 found.append(example)
+            if not number:
+                self._leave_out(f"{source}: no usable row, the file is empty", "copy it again")
         if not found:
-            raise UserError(f"data.{split}: no usable row in {', '.join(files)}")
+            count = len(self.skipped)
+            why = f": {count} left out, the first is {self.skipped[0]}" if count else ""
+            raise UserError(f"data.{split}: no usable row in {', '.join(files)[:500]}{why}")
         return found
 
+    def _leave_out(self, what: str, remedy: str) -> None:
+        if self.config.on_error == "stop":
+            raise UserError(f"{what}; {remedy}, or data.on_error=skip leaves it out") from None
+        self.skipped.append(what)
+
     def _example(self, row: Any, row_id: str, split: Split) -> Example:
-        if isinstance(row, dict) and "prepared" in row:
+        if isinstance(row, dict) and "prepared" in row and len(row.keys() & PREPARED) > 2:
             return from_prepared(row, prepared_for(self, split))
         return self.example(row, row_id, split)
 
@@ -255,19 +266,31 @@ NOT_IN_A_ROW = {
 }  # fmt: skip
 
 
+PREPARED = {"prepared", "id", "prompt", "completion", "meta", "sum"}
+"""Keys of a prepared row."""
+
+
 def to_prepared(example: Example, key: str) -> dict[str, Any]:
     """A row that ``Task.examples`` takes back as it is."""
-    return {"prepared": key, **vars(example)}
+    return {"prepared": key, "sum": _sum(vars(example)), **vars(example)}
 
 
 def from_prepared(row: dict[str, Any], key: str) -> Example:
-    """The example of a prepared row. Raises UserError: made under other settings, or broken."""
+    """The example of a prepared row. Raises UserError: made under other settings, or changed."""
+    again = "run scalepeft pipeline --from prepare"
+    if missing := sorted(PREPARED - row.keys()):
+        raise UserError(f"key '{missing[0]}' is missing in a prepared row; {again}")
     if row["prepared"] != key:
+        raise UserError(f"was prepared under another task, prompt or version; {again}")
+    held = {name: row[name] for name in ("id", "prompt", "completion", "meta")}
+    if row["sum"] != _sum(held):
         raise UserError(
-            "was prepared under another task, prompt or version; run scalepeft pipeline --from"
-            " prepare"
+            "was changed after scalepeft pipeline wrote it: change the file it came from, and"
+            f" {again}"
         )
-    try:
-        return Example(row["id"], row["prompt"], row["completion"], row["meta"])
-    except KeyError as error:
-        raise UserError(f"key {error} is missing in a prepared row") from None
+    return Example(**held)
+
+
+def _sum(held: dict[str, Any]) -> str:
+    """Of what an example holds: a changed one would train, or be scored, as something else."""
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:16]
