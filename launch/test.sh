@@ -27,23 +27,23 @@ code=0
 if [ $# -gt 0 ]; then
     .venv/bin/python -m pytest -rs "$@" || code=$?
 else
-    # The fast part, and slow tests that take one core, run beside the others, which begin with the Slurm tests: those
-    # wait a lot.
-    one_core=(tests/test_{bench,conformance,merge,plan}.py)
+    # Two halves of about the same time, one beside the other: the fast part and these, mostly of one process at a time;
+    # and the others, which begin with the Slurm tests: those wait a lot.
+    second_half=(tests/test_{bench,compare,conformance,merge,pipeline,plan,readme,resume}.py)
     fast_log=$(mktemp)
     {
         beside=0
         .venv/bin/python -m pytest -rs -m "not slow" || beside=$?
-        .venv/bin/python -m pytest -rs -m slow "${one_core[@]}" || beside=$?
+        .venv/bin/python -m pytest -rs -m slow "${second_half[@]}" || beside=$?
         exit $beside
     } > "$fast_log" 2>&1 &
     fast=$!
     trap 'kill $fast 2>/dev/null || true; rm -f "$fast_log"' EXIT  # it has ended on the good path: kill fails then
-    mapfile -t others < <(printf '%s\n' tests/test_*.py | grep -v -x -F -e tests/test_slurm.py -f <(printf '%s\n' "${one_core[@]}"))
+    mapfile -t others < <(printf '%s\n' tests/test_*.py | grep -v -x -F -e tests/test_slurm.py -f <(printf '%s\n' "${second_half[@]}"))
     .venv/bin/python -m pytest -rs -m slow tests/test_slurm.py "${others[@]}" || code=$?
     fast_code=0
     wait $fast || fast_code=$?
-    echo "test: beside them, the fast part (-m \"not slow\") and ${one_core[*]}:"
+    echo "test: beside them, the fast part (-m \"not slow\") and ${second_half[*]}:"
     cat "$fast_log"
     [ $code -ne 0 ] || code=$fast_code
 fi

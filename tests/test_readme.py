@@ -58,6 +58,7 @@ def test_the_commands_of_a_real_run(tmp_path: Path) -> None:
     ]
     for name in ("TRAIN", "TEST"):
         (tmp_path / name).write_text(json.dumps(rows))
+    (tmp_path / "OUTPUTS").write_text("".join(row["output"] + "\n" for row in rows))
     shutil.copytree(tiny.make(0), tmp_path / "MODEL")
     for name in ("configs", "launch"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -66,8 +67,10 @@ def test_the_commands_of_a_real_run(tmp_path: Path) -> None:
         words = shlex.split(command)
         if words[0] in ("bash", "sbatch", "launch/submit"):  # test_slurm.py runs those of Slurm
             continue
-        if "train" in words and "model=tiny" not in words:
+        if {"train", "pipeline", "compare"} & set(words) and "model=tiny" not in words:
             words += SHORT
+        if "compare" in words:
+            words = [{"x0.3,x1,x3": "x1", "3": "1"}.get(word, word) for word in words]
         if words[0] == "torchrun":
             words[1:1] = ["--standalone"]
         run(words, tmp_path)
@@ -78,6 +81,10 @@ def test_the_commands_of_a_real_run(tmp_path: Path) -> None:
         "scalepeft",
         "torchrun",
         "launch/local.sh",
+        "scalepeft",  # pipeline
+        "scalepeft",  # report
+        "scalepeft",  # score
+        "scalepeft",  # compare
         "scalepeft",  # doctor
         "scalepeft",  # plan
         "launch/status",
@@ -87,6 +94,8 @@ def test_the_commands_of_a_real_run(tmp_path: Path) -> None:
         "scalepeft",  # methods
         "scalepeft",  # bench
     ]
+    assert (tmp_path / "runs/whole/report.html").is_file()
+    assert (tmp_path / "compared-methods/compare.png").is_file()
     assert (tmp_path / "merged/model.safetensors").is_file()
     assert json.loads((tmp_path / "lora/adapter_config.json").read_text())["peft_type"] == "LORA"
     assert (tmp_path / "plan.png").stat().st_size > 10_000
