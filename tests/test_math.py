@@ -505,6 +505,12 @@ def test_a_missing_math_verify_is_said_before_any_generation(
         task(test=[write(tmp_path / "test.json", [GSM8K])]).examples("test")
 
 
+def test_rows_without_a_marked_answer_are_told_of(tmp_path: Path) -> None:
+    made = task(test=[write(tmp_path / "test.json", [GSM8K, ORCA])])
+    assert [e.meta["answer"] for e in made.examples("test")] == ["3,000", "12"]
+    assert len(made.notes) == 1 and made.notes[0].startswith("1 rows mark no answer with ####")
+
+
 def test_long_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     at_limit = {"query": "q" * 600, "response": "r" * 699}  # 600 + a space + 699
     longer = {"query": "q" * 600, "response": "r" * 700}
@@ -570,6 +576,9 @@ def test_gsm8k_train_and_its_rephrasings_pass(shared_data: Path, tmp_path: Path)
         for row in shared(file.parent, file.name)[:200]
     ]
     assert task(train=[write(tmp_path / "q.json", rephrased)]).examples("train")
+    rephrased[7]["original_question"] = shared(file.parent, test.name)[0]["question"]
+    with pytest.raises(UserError, match=r"1 of 200 rows .*\(1 GSM8K\), the first is .*#8:"):
+        task(train=[write(tmp_path / "q.json", rephrased)]).examples("train")
 
 
 def test_questions_of_data_test_are_refused_as_training_rows(tmp_path: Path) -> None:

@@ -53,13 +53,15 @@ def same_number(right: Fraction, prediction: Fraction, repeating: bool) -> bool:
 def agree(right: str, prediction: str) -> bool | None:
     """Compares without math-verify: None if only that can tell."""
     right, prediction = right.strip(), prediction.strip()
+    if right == prediction:
+        return True
     ours, theirs = plain(right), plain(prediction)
     if ours is not None and theirs is not None:
         repeating = bool(re.search(r"\.[0-9]{10,}$", right))
         if same_number(ours, theirs, repeating):
             return True
         return prediction.endswith("%") and same_number(ours, theirs / 100, repeating)
-    return True if right == prediction or is_equiv(right, prediction) else None
+    return True if is_equiv(right, prediction) else None
 
 
 def find(prediction: str, kind: str) -> str | None:

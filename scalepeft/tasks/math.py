@@ -102,8 +102,9 @@ class MathConfig(TaskConfig):
         max_chars: training rows whose question and response are longer together are left out and
             counted; null: none.
         test_rows: training rows that are questions of a public test set (GSM8K, SVAMP, MultiArith,
-            SingleEq, AddSub, AQuA, MAWPS) or of ``data.test`` stop the run (``refuse``), are left
-            out and counted (``drop``), or are trained on (``keep``).
+            SingleEq, AddSub, AQuA, MAWPS), or rephrase one (``original_question``), or are in
+            ``data.test``, stop the run (``refuse``), are left out and counted (``drop``), or are
+            trained on (``keep``).
     """
 
     PROTOCOLS: ClassVar[dict[str, Protocol]] = {
@@ -142,7 +143,13 @@ class Math(Task):
         if split == "test":
             equivalence.check_installed()  # now, and not after hours of generation
         if split != "train":
-            return super().examples(split)
+            found = super().examples(split)
+            if split == "test" and (guessed := sum("guessed" in e.meta for e in found)):
+                self.notes.append(
+                    f"{guessed} rows mark no answer with ####: the last number of their text is"
+                    " taken for it"
+                )
+            return found
         try:
             found = super().examples(split)
         except UserError:
@@ -170,7 +177,9 @@ class Math(Task):
         if self.config.test:
             own = Math(self.config).examples("test")
             sets = {leaks.fingerprint(e.meta["question"]): "data.test" for e in own} | sets
-        hits = [sets.get(leaks.fingerprint(e.meta["question"])) for e in rows]
+        hits = [
+            sets.get(leaks.fingerprint(e.meta["question"])) or e.meta.get("rephrases") for e in rows
+        ]
         counts = Counter(hit for hit in hits if hit)
         if not counts:
             return rows
@@ -206,6 +215,9 @@ class Math(Task):
         if "{input}" in template:
             asked, _, rest = problem.question.partition("\n")
         values = {"instruction": asked, "input": rest}
+        more: dict[str, Any] = {"guessed": True} if problem.guessed else {}
+        if seen := leaks.known().get(leaks.fingerprint(problem.original)):
+            more["rephrases"] = seen
         return Example(
             row_id,
             fill(template, values, "data.prompt"),
@@ -219,6 +231,7 @@ class Math(Task):
                 "question": problem.question,
                 "answer": problem.answer,
                 "kind": problem.kind,
+                **more,
             },
         )
 

@@ -26,12 +26,20 @@ from scalepeft.tasks.rows import fill, text_field
 
 @dataclass(frozen=True)
 class Problem:
-    """What a row of any format says; ``answer`` is None where a training row does not tell."""
+    """What a row of any format says.
+
+    Attributes:
+        answer: None where a training row does not tell.
+        original: the question that this one was made from, where a row tells.
+        guessed: the answer is the last number of a text without a mark.
+    """
 
     question: str
     output: str
     answer: str | None
     kind: Literal["number", "math", "letter"]
+    original: str = ""
+    guessed: bool = False
 
 
 def read(row: Any, split: Split, ending: str) -> Problem:
@@ -81,7 +89,8 @@ def _metamath(row: dict[str, Any]) -> Problem:
     kind = _kind(answer)
     if text_field(row, "type", required=False).startswith("MATH_"):
         kind = "math"
-    return Problem(question, response, answer or None, kind)
+    original = text_field(row, "original_question", required=False)
+    return Problem(question, response, answer or None, kind, original)
 
 
 def _math(row: dict[str, Any], split: Split, ending: str) -> Problem:
@@ -112,7 +121,7 @@ def _gsm8k(row: dict[str, Any], ending: str) -> Problem:
     _, mark, answer = solution.rpartition("####")
     if not mark:  # Orca-Math: prose that tells its answer somewhere near the end
         found = answers.find(solution, "number")
-        return Problem(question, solution, found, _kind(found))
+        return Problem(question, solution, found, _kind(found), guessed=True)
     answer = answer.strip()
     if answers.plain(answer) is None:
         raise UserError(f"'answer' has {answer!r} after ####; expected a number")
