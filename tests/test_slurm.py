@@ -528,3 +528,29 @@ def test_local_requeue_comes_back_like_a_job(tmp_path: Path) -> None:
     text = job.communicate(timeout=60)[0]
     assert job.returncode == 75, text
     assert text.count("comes back") == 1 and "resuming" in text
+
+
+def test_a_comparison_runs_as_arrays_and_ends_in_a_table(runs: Runs) -> None:
+    """A cell that its job is warned in saves, comes back with the job and goes on."""
+    settings = ("data.valid_size=20", "train.max_steps=30", "model.quant=none")
+    file = str(runs.job_file(*settings, ranks=1))
+    words = ("--compare=methods=lora", "--compare=lrs=1e-3,3e-3", "--compare=seeds=1")
+    submit(runs, file, *words, "--compare=budget=steps", "--throttle=1", "--cpu-sbatch=mem=500M")
+    sweep, seeds, table = runs.jobs
+    assert runs.cluster.job(table)["Reason"] == "Dependency"
+    warned = runs.folder / "run/cells/lora/lr=0.001,seed=0"
+    deadline = time.monotonic() + 120
+    while not (warned / "metrics.jsonl").is_file() or len(rows(warned)) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    runs.cluster.run("scancel", "-b", "-s", "USR1", f"{sweep}_0")
+    runs.cluster.restart(f"{sweep}_0", 1)
+    runs.cluster.wait(table, "COMPLETED", timeout=300)
+    begun = [e["step"] for e in rows(warned, "events.jsonl") if e["event"] == "start"]
+    assert len(begun) == 2 and begun[1] >= 3 and len(losses(warned)) == 30
+    found = json.loads((runs.folder / "run" / "compare.json").read_text())
+    held_out = {c["lr"]: c["loss"] for c in found["sweep"]}
+    (cell,) = found["cells"]
+    assert cell["lr"] == min(held_out, key=held_out.__getitem__) and cell["ranks"] == 2
+    start = rows(runs.folder / f"run/cells/lora/lr={cell['lr']:g},seed=1", "events.jsonl")[0]
+    assert start["job"] == f"{seeds}_0" and len({r["host"] for r in start["per_rank"]}) == 2
