@@ -286,7 +286,7 @@ class _Progress:
             self.last_line = now
             rate = (self.done - self.first) / (now - self.begin)
             say(
-                f"{self.done}/{self.total} rows, {rate:.3g} rows/s, about"
+                f"{self.done}/{self.total} rows, {rate:.2f} rows/s, about"
                 f" {duration((self.total - self.done) / rate)} left"
             )
 

@@ -428,8 +428,8 @@ def test_the_time_left_is_that_of_the_rate(
     for _ in range(4):
         progress.add(40)
     first, second = capsys.readouterr().err.splitlines()
-    assert first.endswith("80/400 rows, 2 rows/s, about 3 min left")  # 160 s
-    assert second.endswith("160/400 rows, 2 rows/s, about 2 min left")
+    assert first.endswith("80/400 rows, 2.00 rows/s, about 3 min left")  # 160 s
+    assert second.endswith("160/400 rows, 2.00 rows/s, about 2 min left")
 
 
 def test_the_merged_checkpoint_answers_as_the_adapter(stories: Path, tmp_path: Path) -> None:

@@ -6,6 +6,9 @@ vLLM itself. Compare some predictions with ``evaluate.backend=hf`` before number
 
 Greedy answers are those of ``hf`` up to ties that other kernels decide otherwise. The beam search
 is vLLM's own: it ranks hypotheses by the same score, and ends its search by another rule.
+
+A signal that also reaches vLLM's own processes (Slurm sends it to the whole step) ends the
+evaluation with an error instead of 75; what is in predictions.jsonl counts all the same.
 """
 
 import json
@@ -129,11 +132,12 @@ class Generator:
             ),
             lora_request=self.lora,
         )
-        # A hypothesis begins with its prompt.
-        return [
-            list(output.sequences[0].tokens[len(prompt) :])
-            for output, prompt in zip(found, ids, strict=True)
-        ]
+        best = [list(output.sequences[0].tokens) for output in found]
+        answers = []
+        for tokens, prompt in zip(best, ids, strict=True):
+            assert tokens[: len(prompt)] == prompt, "a hypothesis of vLLM begins with its prompt"
+            answers.append(tokens[len(prompt) :])
+        return answers
 
 
 def check(config: RunConfig, subject: Subject, world_size: int) -> None:
