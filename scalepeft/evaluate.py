@@ -16,7 +16,7 @@ import torch
 
 from scalepeft import __version__, comet, injection, models, scores
 from scalepeft.build import Built, build, start_ranks, task_of
-from scalepeft.config import RunConfig, Subject, deviations
+from scalepeft.config import RunConfig, Subject, deviations, to_dict
 from scalepeft.generation import Generator, check
 from scalepeft.goodput import duration
 from scalepeft.lookup import UserError
@@ -96,6 +96,8 @@ def evaluate(config: RunConfig, subject: Subject, ranks: Ranks, stop: StopFlag) 
     run_dir = Path(config.run_dir)
     task = task_of(config)
     examples = ranks.together(lambda: _examples(task, config.evaluate.limit))
+    for note in task.notes if ranks.is_main else ():
+        say(f"data.test: {note}")
     chosen = Chosen.of(config, subject, ranks)
     settings = {
         "subject": chosen.fingerprint,
@@ -306,6 +308,7 @@ def _write_scores(
         "task": config.data.name,
         "protocol": config.data.protocol,
         "deviations": deviations(config),
+        "evaluate": to_dict(config.evaluate),
         **about,
         "adapter": config.adapter.name if about["subject"] != "base" else None,
         "prompts_cut": sum(predictions.done[e.id]["cut"] for e in examples),

@@ -1,6 +1,7 @@
 """``scalepeft score``: any system's output files against references, with the code of evaluate."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,17 @@ from scalepeft import __version__, lookup, scores
 from scalepeft import config as cfg
 from scalepeft.build import task_of
 from scalepeft.lookup import UserError
+from scalepeft.progress import say
 from scalepeft.tasks.base import Example
-from scalepeft.tasks.rows import PAIR, BrokenRow, check_utf8, read_rows, read_text
+from scalepeft.tasks.rows import (
+    PAIR,
+    BrokenRow,
+    absent,
+    check_utf8,
+    one_line,
+    read_rows,
+    read_text,
+)
 
 KEYS = (
     "prediction", "output_pred", "hypothesis", "mt", "generated_text", "response", "text", "output",
@@ -75,8 +85,8 @@ def run(options: Options) -> None:
     if options.json:
         print(json.dumps(found, indent=1))
         return
-    for where in task.skipped[:3]:
-        print(f"left out: {where}")
+    for line in [*task.notes, *(f"left out: {where}" for where in task.skipped[:3])]:
+        print(line)
     print("\n".join(scores.lines(found)))
 
 
@@ -110,9 +120,9 @@ def read(file: str, key: str | None) -> list[Prediction]:
         UserError: unreadable, empty, or a row without a text in it.
     """
     if not Path(file).is_file():
-        raise UserError(f"--predictions {file}: no such file (from {Path.cwd()})")
+        raise UserError(f"--predictions {file}: {absent(Path(file))}")
     text = read_text(file)
-    if text.lstrip()[:1] not in ("[", "{", '"'):
+    if not _is_json(file, text):
         lines = text.split("\n")
         if lines[-1] == "":
             lines.pop()
@@ -129,6 +139,16 @@ def read(file: str, key: str | None) -> list[Prediction]:
     return found
 
 
+def _is_json(file: str, text: str) -> bool:
+    """A text may begin with a quote or a bracket too: the file name or the lines decide."""
+    if Path(file).name.removesuffix(".gz").endswith((".json", ".jsonl")):
+        return True
+    if re.match(r'\s*(\[\s*["\[{\]]|\{\s*["}])', text):
+        return True
+    lines = (line.lstrip() for line in text.split("\n"))
+    return bool(text.strip()) and all(line[:1] in ("", '"', "{") for line in lines)
+
+
 def _prediction(row: Any, key: str | None, number: int, file: str) -> Prediction:
     if isinstance(row, str):
         return Prediction(row, None, number)
@@ -140,8 +160,8 @@ def _prediction(row: Any, key: str | None, number: int, file: str) -> Prediction
     used = key or next((k for k in KEYS if k in row), None)
     if used is None or used not in row:
         raise UserError(
-            f"{where}: no key {used or ', '.join(KEYS)}; it has {', '.join(map(str, row))}; name"
-            " the one that holds the text with --key"
+            f"{where}: no key {used or ', '.join(KEYS)}; it has"
+            f" {one_line(', '.join(map(str, row)))}; name the one that holds the text with --key"
         )
     if not isinstance(row[used], str):
         raise UserError(f"{where}: '{used}' must be text, not {type(row[used]).__name__}")
@@ -152,29 +172,36 @@ def _prediction(row: Any, key: str | None, number: int, file: str) -> Prediction
 def match(
     found: list[Prediction], examples: list[Example], options: Options, skipped: int
 ) -> dict[str, str]:
-    """Example id -> its prediction: by id where every prediction has one, else by order.
+    """Example id -> its prediction: by id where ids of the references are given, else by order.
 
     Raises:
-        UserError: an id twice, unknown or missing ids, another number of rows.
+        UserError: an id twice, no id beside others, rows without a prediction, another number of
+            rows.
     """
     known = {e.id for e in examples}
-    given = [p.id for p in found if p.id is not None]
-    if len(given) == len(found) and known & set(given):
-        seen: dict[str, int] = {}
-        for p in found:
-            if p.id in seen:
-                raise UserError(
-                    f"{options.predictions}, row {p.row}: id {p.id} stood in row {seen[p.id]}"
-                    " already; a row can be scored once"
-                )
-            seen[str(p.id)] = p.row
+    seen: dict[str, Prediction] = {}
+    twice, bare = "", 0
+    for p in found:
+        if p.id is None:
+            bare = bare or p.row
+        elif (first := seen.setdefault(p.id, p)) is not p and not twice:
+            twice = f"row {p.row}: id {p.id} stood in row {first.row} already"
+    if known & seen.keys():
+        if twice or bare:
+            said = twice or f"row {bare}: has no id, others have"
+            raise UserError(f"{options.predictions}, {said}; a row can be scored once")
         missing = [e.id for e in examples if e.id not in seen]
         if missing:
             raise UserError(
                 f"{options.predictions}: {len(missing)} of {len(examples)} rows of"
                 f" {options.references} have no prediction, the first is {missing[0]}"
             )
-        return {str(p.id): p.text for p in found if p.id in known}
+        if others := [i for i in seen if i not in known]:
+            say(
+                f"{options.predictions}: {len(others)} predictions are of no row of"
+                f" {options.references} and left out, the first is {others[0]}"
+            )
+        return {e.id: seen[e.id].text for e in examples}
     if skipped:
         raise UserError(
             f"{options.references}: {skipped} broken rows were left out, so that the order says no"
@@ -185,5 +212,6 @@ def match(
         raise UserError(
             f"{options.predictions} has {len(found)} predictions, {options.references}"
             f" {len(examples)} rows; they must go together one by one, or by id"
+            f"{f' ({twice})' if twice else ''}"
         )
     return {e.id: p.text for e, p in zip(examples, found, strict=True)}
