@@ -1,6 +1,5 @@
 """The picture of a comparison: held-out loss against trained parameters, and against time."""
 
-import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,13 @@ COLOURS = (
     "#A5AA00", "#882255",
 )  # fmt: skip
 MARKERS = "osD^vPX*<>"
-# Where a name may stand, in points from its mark: near places first.
+WIDTH, APART = 340, 10  # of an axis, and between the marks of methods of one size, in points
+# Where a name may stand: beside its mark, over or under its bar, there lying or standing.
 PLACES = [
-    (round(r * math.cos(a)), round(r * math.sin(a)))
-    for r in (11, 20, 32, 46)
-    for a in (math.pi * k / 4 for k in (0, 4, 1, 7, 3, 5, 2, 6))
-]
+    ("mark", 11, 0, 0), ("mark", -11, 0, 0), ("top", 0, 4, 0), ("low", 0, -4, 0),
+    ("top", 0, 4, 90), ("low", 0, -4, 90), ("top", 0, 20, 0), ("low", 0, -20, 0),
+    ("top", 0, 20, 90), ("low", 0, -20, 90),
+]  # fmt: skip
 
 
 def plot(result: dict[str, Any], design: Design, target: Path) -> None:
@@ -45,7 +45,8 @@ def plot(result: dict[str, Any], design: Design, target: Path) -> None:
             axis.set_xlim(min(values) - room, max(values) + room)
         for i, row in enumerate(rows):
             _mark(axis, row, key, i, aside[i])
-        axis.set_xlabel(labels[key])
+        beside = ", marks of one size side by side" if any(aside) else ""
+        axis.set_xlabel(labels[key] + beside)
         axis.grid(alpha=0.25, lw=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("held-out loss per label token (nats), lower is better")
@@ -54,8 +55,8 @@ def plot(result: dict[str, Any], design: Design, target: Path) -> None:
     axes[0].set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
     n = len(design.seeds)
     spread = f"mean of {n} seeds, bars: 95 % interval" if n > 1 else "1 seed"
-    figure.suptitle(f"{_subject(design)}: {spread}", fontsize=11, y=0.985)
-    figure.text(0.5, 0.925, f"budget: {result['budget']}", ha="center", fontsize=8.5)
+    figure.suptitle(f"{_subject(design)}: {spread}", fontsize=11, y=0.98)
+    figure.text(0.5, 0.905, f"budget: {result['budget']}", ha="center", fontsize=8.5)
     figure.text(
         0.5,
         0.012,
@@ -64,7 +65,7 @@ def plot(result: dict[str, Any], design: Design, target: Path) -> None:
         fontsize=7.5,
         color="#555555",
     )
-    figure.tight_layout(rect=(0, 0.03, 1, 0.925))
+    figure.tight_layout(rect=(0, 0.03, 1, 0.955))
     for axis, key, aside in zip(axes, labels, asides, strict=True):
         _name_all(figure, axis, rows, key, aside)
     figure.savefig(target)
@@ -78,13 +79,21 @@ def _subject(design: Design) -> str:
 
 
 def _apart(values: list[float]) -> list[float]:
-    """Points to move marks aside by, where several have the same value to 2 %."""
-    order = sorted(range(len(values)), key=values.__getitem__)
+    """Points to move marks aside by on the logarithmic axis, so that none stands on another."""
+    low, high = _log_room(values)
+    place = [WIDTH * math.log(v / low) / math.log(high / low) for v in values]
+    order = sorted(range(len(values)), key=place.__getitem__)
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and place[i] - place[groups[-1][-1]] < APART:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
     found = [0.0] * len(values)
-    for _, group in itertools.groupby(order, key=lambda i: round(math.log(values[i]) / 0.02)):
-        same = list(group)
-        for k, i in enumerate(same):
-            found[i] = 9.0 * (k - (len(same) - 1) / 2)
+    for group in groups:
+        middle = sum(place[i] for i in group) / len(group)
+        for k, i in enumerate(group):
+            found[i] = middle + APART * (k - (len(group) - 1) / 2) - place[i]
     return found
 
 
@@ -116,7 +125,6 @@ def _mark(axis: Any, row: dict[str, Any], key: str, number: int, aside: float) -
         mec="white",
         mew=0.7,
         label=row["method"],
-        transform=moved,
     )
     for part in [bars[0], *bars[1], *bars[2]]:
         part.set_transform(moved)
@@ -134,17 +142,19 @@ def _name_all(
     area = axis.get_window_extent(renderer)
     left_over = False
     for number, (row, aside) in enumerate(zip(rows, asides, strict=True)):
-        x, y = axis.transData.transform((row[key], row["loss"]))
-        x += aside * figure.dpi / 72
-        for dx, dy in PLACES:
+        half = row["loss_ci"] or 0.0
+        heights = {"mark": 0.0, "top": half, "low": -half}
+        for of, dx, dy, turned in PLACES:
+            x, y = axis.transData.transform((row[key], row["loss"] + heights[of]))
             text = axis.annotate(
                 row["method"],
-                (x, y),
+                (x + aside * figure.dpi / 72, y),
                 xycoords="figure pixels",
                 xytext=(dx, dy),
                 textcoords="offset points",
-                ha="left" if dx > 2 else "right" if dx < -2 else "center",
-                va="bottom" if dy > 2 else "top" if dy < -2 else "center",
+                ha="left" if dx > 0 else "right" if dx < 0 else "center",
+                va="bottom" if dy > 0 else "top" if dy < 0 else "center",
+                rotation=turned,
                 fontsize=9,
                 color=COLOURS[number % len(COLOURS)],
             )
