@@ -33,18 +33,19 @@ def expand(sources: list[str], key: str) -> list[str]:
         if PAIR in source:
             for path in paths_of(source):
                 if not path.is_file():
-                    raise UserError(f"{key}: {path}: {_absent(path)}")
+                    raise UserError(f"{key}: {path}: {absent(path)}")
             files.append(source)
             continue
         matches = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))
         found = [m for m in matches if Path(m).is_file()]
         if not found:
-            raise UserError(f"{key}: {source}: {_absent(Path(source))}")
+            raise UserError(f"{key}: {source}: {absent(Path(source))}")
         files += found
     return files
 
 
-def _absent(path: Path) -> str:
+def absent(path: Path) -> str:
+    """Says of a path that is no file what it is."""
     what = "a folder, not a file" if path.is_dir() else "no such file"
     return f"{what} (from {Path.cwd()})"
 
