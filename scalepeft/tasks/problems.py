@@ -133,5 +133,7 @@ def _answer(row: dict[str, Any]) -> str:
     """The answer of a row, also where it is a JSON number."""
     value = row["answer"]
     if isinstance(value, int | float) and not isinstance(value, bool):
+        if not re.fullmatch(r"-?\d+(\.\d+)?", str(value)):  # NaN, 1e999, 1e22
+            raise UserError(f"'answer' is {value}; expected a plain number, or a text")
         return str(value)
     return text_field(row, "answer").strip()
