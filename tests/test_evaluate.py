@@ -411,7 +411,7 @@ def test_rows_with_the_same_id_are_refused(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_limit_takes_the_first_rows_of_each_source() -> None:
-    found = [Example(f"{s}{i}", "", "", {"source": s}) for i in range(3) for s in "ab"]
+    found = [Example(f"{s}{i}", "p", "c", {"source": s}) for i in range(3) for s in "ab"]
 
     class Task:
         examples = staticmethod(lambda split: found)
