@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from scalepeft import compare, shapes
 from scalepeft.cli import main
-from scalepeft.compare import cells, design, plots, table
+from scalepeft.compare import cells, children, design, plots, table
 from scalepeft.lookup import UserError
 from scalepeft.preemption import StopFlag
 
@@ -139,7 +139,7 @@ def test_the_difference_is_taken_seed_by_seed() -> None:
 )
 def test_why_a_cell_failed(code: int, said: str, found: tuple[str, str], tmp_path: Path) -> None:
     (tmp_path / "log").write_text("scalepeft: error: of an earlier start\n" + said)
-    assert cells.why(code, tmp_path / "log", 38) == found
+    assert children.why(code, tmp_path / "log", 38) == found
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,8 @@ from scalepeft.build import task_of
 from scalepeft.checkpoint import write_atomically
 from scalepeft.compare import design as designs
 from scalepeft.compare import plots, table
-from scalepeft.compare.cells import FINAL, Cell, Runner, left, lock, rank, reported, sweep
+from scalepeft.compare.cells import FINAL, Cell, Runner, reported, sweep
+from scalepeft.compare.children import left, lock, rank
 from scalepeft.compare.design import AT_THE_END, Design, Method
 from scalepeft.lookup import UserError
 from scalepeft.preemption import BROKEN, FINISHED, STOPPED, StopFlag, Stopping, tell_job

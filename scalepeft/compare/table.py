@@ -207,6 +207,15 @@ def legend(result: dict[str, Any], design: Design) -> list[str]:
             f"less {design.reference}'s: difference to {design.reference} under the same seed, so"
             " with the same rows in the same order; below zero is better"
         )
+    train, held_out = design.values["train"], design.values["data"]["valid_size"]
+    steps = sorted({round(r["steps"]) for r in result["methods"] if "steps" in r})
+    if len(steps) == 1:
+        lines.append(f"{steps[0]} steps of {train['global_batch']} rows")
+    if held_out and n > 1:
+        lines.append(
+            f"the {held_out} held-out rows are drawn by the seed too: the interval of a loss holds"
+            " their chance, that of a difference does not"
+        )
     if design.swept:
         tried = len(design.methods[0].rates)
         lines.append(
