@@ -113,7 +113,7 @@ class EvaluateConfig:
     Attributes:
         batch_size: prompts a rank generates for at once.
         max_new_tokens: length limit of an answer.
-        max_tokens: of prompt and answer together; null: the model's positions.
+        max_tokens: of prompt and answer together, greedy only; null: the model's positions.
         num_beams: of a beam search; 1 is greedy. Nothing is ever sampled.
         stop: texts at which an answer ends; they and what follows are cut.
         limit: score only the first so many rows of each source; null scores all.
