@@ -63,7 +63,7 @@ def fsync(path: Path) -> None:
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a small file as a whole: readers and crashes see the old or the new one."""
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     fsync(temporary)
     temporary.replace(path)
     fsync(path.parent)

@@ -157,6 +157,10 @@ ROWS: dict[str, tuple[Spoil, str]] = {
     ),
     "a row as a text": (lambda r, *_: json.dumps(json.dumps(r)), "an object with keys, not str"),
     "a row as a list": (lambda r, *_: json.dumps(list(r.values())), "with keys, not list"),
+    "a key twice among many": (
+        lambda r, *_: json.dumps({f"key{i}": 1 for i in range(50_000)})[:-1] + ', "key49999": 2}',
+        "key 'key49999' stands twice in one object",
+    ),
     "a megabyte of keys": (
         lambda r, *_: json.dumps({f"key{i}": 1 for i in range(50_000)}), " ... ",
     ),

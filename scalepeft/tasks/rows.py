@@ -6,6 +6,7 @@ import json
 import re
 import reprlib
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,8 +112,7 @@ def _object(pairs: list[tuple[str, Any]]) -> Any:
     """A dict; json would take the last of two equal keys without a word."""
     held = dict(pairs)
     if len(held) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         return BrokenRow(f"key '{twice}' stands twice in one object")
     return next((value for value in held.values() if isinstance(value, BrokenRow)), held)
 
@@ -223,7 +223,8 @@ def one_line(reason: str) -> str:
 def hint(row: Any, reason: str) -> str:
     """What else to say of a row that was refused for this reason."""
     for key, value in row.items() if isinstance(row, dict) else ():
-        if isinstance(value, list) and value and isinstance(value[0], dict):
+        objects = isinstance(value, list) and value and isinstance(value[0], dict)
+        if objects and ("is missing" in reason or "the row has" in reason):
             return (
                 f"; if the {len(value)} objects in '{key}' are the rows, that list must be the file"
             )
