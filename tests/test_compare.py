@@ -361,11 +361,19 @@ def test_killed_and_stopped_it_ends_as_if_undisturbed(
 
 
 @pytest.mark.slow
-def test_the_same_time_is_other_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_time_is_other_steps_and_answers_are_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(cells, "child", warm)
     words = ["compare", *RUN, "--methods", "lora", "--budget", "time", "--seconds", "0.5"]
-    words += ["--lrs", "1e-3", "--seeds", "1", "--out", str(tmp_path)]
+    words += ["--lrs", "1e-3", "--seeds", "1", "--out", str(tmp_path), "--evaluate"]
+    words += ["data.test_size=8", "evaluate.max_new_tokens=4"]
     assert compare.run(compare.Options.of(_parsed(words)), StopFlag()) == 0
     speed = json.loads((tmp_path / "cells/lora/calibration/cell.json").read_text())
     steps = len(losses(tmp_path / "cells/lora/lr=0.001,seed=1"))
     assert steps == max(1, int(0.5 / speed["seconds_a_step"]))
+    (file,) = tmp_path.glob("cells/lora/lr=*/eval/toy/scores.json")
+    share = json.loads(file.read_text())["metrics"]["accuracy"]["value"]
+    (method,) = json.loads((tmp_path / "compare.json").read_text())["methods"]
+    assert method["metric"] == "accuracy" and method["score"] == share
+    assert f"{100 * share:.2f} %" in capsys.readouterr().out
