@@ -148,7 +148,8 @@ def run(options: Options) -> None:
             own["--array"] = f"0-{len(job.targets) - 1}{throttle}"
         if "--output" not in over:
             own["--output"] = f"{folder}/%x-{'%A_%a' if array else '%j'}.log"
-        more = [_option(key, value) for key, value in {**over, **own, **ours}.items()]
+        asked = {k: v for k, v in over.items() if job.gpus or k not in NOT_ALONE}
+        more = [_option(key, value) for key, value in {**asked, **own, **ours}.items()]
         header_lines = lines if job.gpus else _without(lines, NOT_ALONE)
         rendered[name] = _render(header_lines, more, folder, job)
     if options.dry_run:

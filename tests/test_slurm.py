@@ -354,7 +354,7 @@ def test_submit_queues_the_stages_as_a_chain(runs: Runs, undisturbed: Path) -> N
         described = cluster.job(one)
         assert described["NumNodes"].partition("-")[0] == nodes
         assert ("gpu" in described.get("TresPerNode", "")) == bool(gpus)
-    runs.wait_step(3)
+    runs.wait_step(3, timeout=240)  # the preparation comes first
     env = {**cluster.env, **runs.env}
     text = call("status", str(runs.folder / "run"), **env).stdout
     assert "RUNNING, last sign of life" in text and f"Slurm job {job} on node" in text

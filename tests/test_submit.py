@@ -113,11 +113,15 @@ def test_what_is_rendered(capsys: pytest.CaptureFixture[str]) -> None:
 def test_stages_that_need_no_gpu_ask_for_none(capsys: pytest.CaptureFixture[str]) -> None:
     head = "#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=1 --mem=0\n#SBATCH --gres=gpu:8\n"
     file = job(head=head)
-    call(file, pipeline=True, plan=False, cpu_sbatch=["partition=cpu", "mem=4G"])
+    call(
+        file, pipeline=True, plan=False, sbatch=["gpus-per-node=4", "time=9"],
+        cpu_sbatch=["partition=cpu", "mem=4G"],
+    )  # fmt: skip
     scripts = re.split(r"# ---- (\w+)\.(?:sh|yaml)\n", capsys.readouterr().out)
     found = dict(zip(scripts[1::2], scripts[2::2], strict=True))
     assert list(found)[:5] == ["prepare", "train", "merge", "evaluate", "report"]
     for stage in ("prepare", "merge", "report"):
+        assert "--gpus" not in found[stage] and '--time="9"' in found[stage]
         assert "gres" not in found[stage] and "--mem=0" not in found[stage]
         assert '--nodes="1"' in found[stage] and '--partition="cpu"' in found[stage]
     for stage in ("train", "evaluate"):
