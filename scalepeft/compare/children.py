@@ -143,8 +143,8 @@ def measured(folder: Path, evaluated: bool) -> dict[str, Any]:
     if evaluated:
         (file,) = folder.glob("eval/*/scores.json")
         held = scores.read(file)
-        metric = held["metrics"][held["headline"]]
-        found |= {"metric": held["headline"], "score": metric["value"], "share": metric["share"]}
+        name, metric = scores.first(held)
+        found |= {"metric": name, "score": metric["value"], "share": metric["share"]}
     return found
 
 

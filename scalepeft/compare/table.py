@@ -214,7 +214,7 @@ def legend(result: dict[str, Any], design: Design) -> list[str]:
     if held_out and n > 1:
         lines.append(
             f"the {held_out} held-out rows are drawn by the seed too: the interval of a loss holds"
-            " their chance, that of a difference does not"
+            " their chance; a difference is taken on the same ones"
         )
     if design.swept:
         tried = len(design.methods[0].rates)
