@@ -340,6 +340,11 @@ def _apply(values: dict[str, Any], overrides: list[str], notes: list[str]) -> No
     for override in overrides:
         key, equals, text = override.partition("=")
         parts = key.split(".")
+        if equals and not text:
+            raise UserError(
+                f"'{override}': nothing stands after the equals sign (an empty variable?); for no"
+                f" value write {key}=null, for an empty text {key}='\"\"'"
+            )
         if not equals or not all(parts) or len(parts) > 2:
             raise UserError(
                 f"'{override}': expected section.key=value, e.g. train.lr=1e-4 or adapter=hoft"
@@ -450,7 +455,10 @@ def deviations(config: RunConfig) -> dict[str, tuple[Any, Any]]:
         ("data", config.data, protocol.data),
         ("evaluate", config.evaluate, protocol.evaluate),
     )
-    return {
+    limit = (
+        {} if config.evaluate.limit is None else {"evaluate.limit": (None, config.evaluate.limit)}
+    )
+    return limit | {
         f"{section}.{key}": (value, getattr(held, key))
         for section, held, fixed in sections
         for key, value in fixed.items()

@@ -16,7 +16,9 @@ import torch
 
 from scalepeft import __version__, comet, injection, models, scores
 from scalepeft.build import Built, build, start_ranks, task_of
+from scalepeft.checkpoint import digest
 from scalepeft.config import RunConfig, Subject, deviations, to_dict
+from scalepeft.data import tokenizer_hash
 from scalepeft.generation import Generator, check
 from scalepeft.goodput import duration
 from scalepeft.lookup import UserError
@@ -108,6 +110,7 @@ def evaluate(config: RunConfig, subject: Subject, ranks: Ranks, stop: StopFlag) 
         "model": chosen.config.model.path,
         "quant": [chosen.config.model.quant, chosen.config.model.double_quant],
         "precision": config.train.precision,
+        "tokenizer": chosen.tokenizer,
         "examples": hashlib.sha256("".join(e.id + e.prompt for e in examples).encode()).hexdigest(),
     }
     folder = run_dir / FOLDERS[subject] / config.data.name
@@ -136,28 +139,41 @@ class Chosen:
         config: loads it: for a merged checkpoint, with that in the place of the base.
         adapter: what ``injection.read_adapter`` found; None for a base or a merged checkpoint.
         fingerprint: of the adapter, or of the base's or merged weights.
+        tokenizer: hash of the tokenizer.
         step: of the training that the adapter comes from.
     """
 
     config: RunConfig
     adapter: Any
     fingerprint: str
+    tokenizer: str
     step: int | None = None
 
     @classmethod
     def of(cls, config: RunConfig, subject: Subject, ranks: Ranks) -> "Chosen":
         """Finds it; a collective. Raises UserError: there is none yet."""
-        run_dir = Path(config.run_dir)
-        if subject == "adapter":
-            adapter = ranks.together(lambda: injection.read_adapter(run_dir / "adapter"))
-            step = adapter[2].get("step")
-            if ranks.is_main and (word := older_adapter(run_dir, step)):
-                say(word)
-            return cls(config, adapter, _digest(run_dir / "adapter" / "adapter.safetensors"), step)
+        where = Path(config.run_dir) / "adapter"
+        adapter = None
+        if subject == "adapter" or (subject == "base" and where.is_dir()):
+            adapter = ranks.together(lambda: injection.read_adapter(where))
         if subject == "merged":
             config = ranks.together(lambda: _with_merged(config))
         folder = models.resolve(config.model, ranks)
-        return cls(config, None, ranks.together(lambda: Weights(folder).fingerprint()))
+        weights = ranks.together(lambda: Weights(folder).fingerprint())
+        tokenizer = ranks.together(
+            lambda: tokenizer_hash(models.load_tokenizer(config.model, folder))
+        )
+        if adapter is None:
+            return cls(config, None, weights, tokenizer)
+        # Base and adapter are compared in reports: they must be of one base.
+        trained_on = adapter[2].get("base_model", {})
+        ranks.together(lambda: check_base(config, trained_on, weights))
+        if subject == "base":
+            return cls(config, None, weights, tokenizer)
+        step = adapter[2].get("step")
+        if ranks.is_main and (word := older_adapter(where.parent, step)):
+            say(word)
+        return cls(config, adapter, digest(where / "adapter.safetensors"), tokenizer, step)
 
     def load(self, ranks: Ranks, poll: Any) -> tuple[Built, Any]:
         """Builds the model on this rank, in evaluation mode; returns it with its tokenizer.
@@ -168,8 +184,6 @@ class Chosen:
         config, adapter = self.config, self.adapter
         built = build(config, ranks, poll, adapted=adapter is not None)
         if adapter is not None:
-            trained_on, fingerprint = adapter[2].get("base_model", {}), built.base["fingerprint"]
-            ranks.together(lambda: check_base(config, trained_on, fingerprint))
             injection.load_state(built.model, adapter[1], f"{config.run_dir}/adapter")
         built.engine.attach(built.model, None)
         folder = models.resolve(config.model, ranks)
@@ -371,11 +385,6 @@ def alone(ranks: Ranks, work: Callable[[], T]) -> T:
     if ranks.any(stopped):
         raise Stopping
     return found  # type: ignore[return-value]
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _versions(task: Task) -> dict[str, Any]:

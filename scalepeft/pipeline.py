@@ -21,6 +21,7 @@ from scalepeft import config as cfg
 from scalepeft.build import start_ranks, task_of
 from scalepeft.checkpoint import digest, fsync, write_atomically
 from scalepeft.config import RunConfig
+from scalepeft.data import tokenizer_hash
 from scalepeft.goodput import duration
 from scalepeft.holder import Hold, check_free
 from scalepeft.lookup import UserError
@@ -31,12 +32,12 @@ from scalepeft.records import read_lines, slurm_start
 from scalepeft.streaming import MADE_FROM
 from scalepeft.tasks.base import Split, Task, prepared_for, to_prepared
 from scalepeft.tasks.rows import expand, paths_of
+from scalepeft.weights import Weights
 
 STAGES = ("prepare", "train", "merge", "evaluate", "report")
 ON_RANKS = ("train", "evaluate")
 """Stages that all ranks work in, on their GPUs; the others are rank 0's."""
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
-HASHED_BYTES = 64 << 20  # larger outputs (a merged checkpoint) are known by their size
 TRAINED = (
     "checkpoints", "adapter", "config.yaml", "metrics.jsonl", "validation.jsonl", "events.jsonl",
     "loss.png", "report.html", "report.md", "report",
@@ -69,11 +70,29 @@ class Pipeline:
         files: dict[str, Any] = {s: [str(self._rows(s))] for s in SPLITS if getattr(config.data, s)}
         self.config = replace(config, data=replace(config.data, **files))
         """The config over the prepared rows."""
+        folder = models.resolve(config.model, ranks)
+        self.base = ranks.together(
+            lambda: {
+                "weights": Weights(folder).fingerprint(),
+                "tokenizer": tokenizer_hash(models.load_tokenizer(config.model, folder)),
+            }
+        )
+        """Which base this is, wherever it lies."""
 
     def poll(self) -> None:
         """Raises Stopping once a signal came; for work of rank 0 alone."""
         if self.stop.signal is not None:
             raise Stopping
+
+    def check_merged(self) -> None:
+        """Refuses, before a night of training, a merged checkpoint that somebody else made."""
+        folder = self.folder / "merged"
+        wanted = self.given.pipeline.merge != "none"
+        if wanted and folder.exists() and not (folder / MADE_FROM).is_file():
+            raise UserError(
+                f"{folder}: is there and was not made by this pipeline; move it away"
+                f" (mv {folder} {folder}-by-hand), or take pipeline.merge=none"
+            )
 
     def _rows(self, split: str) -> Path:
         return self.folder / "data" / f"{split}.jsonl"
@@ -134,9 +153,10 @@ class Pipeline:
             return {
                 "data": _plain(config.data, but=("workers", "cache")),
                 "task_version": task.version,
+                "base": self.base,
                 "files": {
                     split: {
-                        str(path): _facts(path, whole=True)
+                        str(path): _facts(path)
                         for source in expand(getattr(config.data, split), f"data.{split}")
                         for path in paths_of(source)
                     }
@@ -150,7 +170,8 @@ class Pipeline:
                 if not cfg.matches_key(key, (*cfg.FREE_TO_CHANGE, *cfg.HARMLESS))
             }
             length = {"max_steps": config.train.max_steps, "epochs": config.train.epochs}
-            return {"config": kept, "length": length, "rows": self._prepared("train", "valid")}
+            rows = self._prepared("train", "valid")
+            return {"config": kept, "length": length, "rows": rows, "base": self.base}
         adapter = self._outputs("train")
         if stage == "merge":
             settings = {"base": config.pipeline.merge, "dtype": config.pipeline.dtype}
@@ -160,6 +181,7 @@ class Pipeline:
                 "adapter": adapter,
                 "merged": self._outputs("merge"),
                 "rows": self._prepared("test"),
+                "base": self.base,
                 "evaluate": _plain(config.evaluate, but=("batch_size",)),
                 "subjects": config.pipeline.evaluate,
                 "task_version": task.version,
@@ -255,7 +277,7 @@ class Pipeline:
                 where = self.folder / evaluate.FOLDERS[subject] / self.config.data.name
                 found += [f for f in where.glob("*.json*") if f.is_file()]
             return FINISHED, found
-        folder = models.resolve(self.config.model, self.ranks) if stage == "prepare" else Path()
+        folder = models.resolve(self.config.model, self.ranks)
         alone: dict[str, Callable[[], list[Path]]] = {
             "prepare": lambda: self._prepare(folder),
             "merge": self._merge,
@@ -319,11 +341,10 @@ def _plain(section: Any, but: tuple[str, ...]) -> dict[str, Any]:
     return {k: v for k, v in cfg.to_dict(section).items() if k not in but}
 
 
-def _facts(path: Path, whole: bool = False) -> dict[str, Any]:
-    """Size and, unless it is large, sha256 of a file."""
-    size = path.stat().st_size
-    known: dict[str, Any] = {"bytes": size}
-    if whole or size <= HASHED_BYTES:
+def _facts(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file; of merged weights, which may be hundreds of GB, the size alone."""
+    known: dict[str, Any] = {"bytes": path.stat().st_size}
+    if path.parent.name != "merged" or path.suffix != ".safetensors":
         known["sha256"] = digest(path)
     return known
 
@@ -394,8 +415,7 @@ def run(config: RunConfig, options: Options, stop: StopFlag) -> int:
         ranks = start_ranks(config)
     else:
         ranks = Ranks()  # a job without a GPU, whatever engine and device the others are for
-    pipeline = Pipeline(config, ranks, stop)
-    stages = pipeline.folder / "stages"
+    stages = Path(config.run_dir) / "stages"
 
     def claim() -> Hold | None:
         if not ranks.is_main:
@@ -409,6 +429,8 @@ def run(config: RunConfig, options: Options, stop: StopFlag) -> int:
 
     hold = ranks.together(claim)
     try:
+        pipeline = Pipeline(config, ranks, stop)
+        ranks.main_only(pipeline.check_merged)
         code = pipeline.run(options)
     except Stopping:
         if ranks.is_main:

@@ -28,6 +28,13 @@ KEYS = (
 """Where rows of JSON may hold the text; the first one that they have."""
 
 
+NOT_SCORED = {
+    "name", "train", "valid", "test", "valid_size", "prompt", "test_prompt", "completion",
+    "train_on", "tokenise", "duplicates", "cutoff", "workers", "cache",
+}  # fmt: skip
+"""Keys of ``data`` that scoring does not look at."""
+
+
 @dataclass(frozen=True)
 class Options:
     """What ``scalepeft score`` was asked for.
@@ -92,8 +99,11 @@ def run(options: Options) -> None:
 
 def _config(options: Options) -> cfg.RunConfig:
     for setting in options.settings:
-        if not setting.startswith("data."):
+        key = setting.partition("=")[0]
+        if not key.startswith("data."):
             raise UserError(f"{setting}: for score, settings are data.KEY=VALUE")
+        if key.removeprefix("data.") in NOT_SCORED:
+            raise UserError(f"{setting}: decides nothing in score, which makes no predictions")
     lookup.find("tasks", options.task, "task")
     files = [options.sources, options.references] if options.sources else [options.references]
     values: dict[str, Any] = {
@@ -202,6 +212,9 @@ def match(
                 f" {options.references} and left out, the first is {others[0]}"
             )
         return {e.id: seen[e.id].text for e in examples}
+    ids = [i for i in seen if re.search(r"#\d+$", i)]
+    if ids:  # our own predictions.jsonl, which is not in the order of the rows
+        return _by_number(seen, examples, options, twice or (bare and f"row {bare}: has no id"))
     if skipped:
         raise UserError(
             f"{options.references}: {skipped} broken rows were left out, so that the order says no"
@@ -215,3 +228,27 @@ def match(
             f"{f' ({twice})' if twice else ''}"
         )
     return {e.id: p.text for e, p in zip(examples, found, strict=True)}
+
+
+def _by_number(
+    seen: dict[str, Prediction], examples: list[Example], options: Options, wrong: str | int
+) -> dict[str, str]:
+    """Predictions with ids LABEL#NUMBER of another copy of the references: by their number.
+
+    Raises:
+        UserError: several files, or other rows.
+    """
+    labels = {i.rpartition("#")[0] for i in seen}
+    numbers = {i.rpartition("#")[2]: p for i, p in seen.items()}
+    wanted = [e.id.rpartition("#")[2] for e in examples]
+    if wrong or len(labels) > 1 or set(wanted) != set(numbers) or len(set(wanted)) < len(wanted):
+        raise UserError(
+            f"{options.predictions}: its ids ({next(iter(seen))}, ...) are not those of"
+            f" {options.references} ({examples[0].id}, ...)"
+            + (f", and {wrong}" if wrong else "")
+            + "; give the file that was predicted for, or predictions without ids in its order"
+        )
+    say(
+        f"{options.predictions}: made for {labels.pop()}; taken row by row for {options.references}"
+    )
+    return {e.id: numbers[n].text for e, n in zip(examples, wanted, strict=True)}

@@ -1,6 +1,7 @@
 """Scored predictions summed up: scores.json, and the same as lines to read."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ def summarise(
 
     Returns:
         ``headline``, ``count``, ``no_answer_found`` and ``metrics`` (name -> value, ci95, share,
-        signature), the same by source in ``sources``, and with several sources ``mean_of_sources``,
-        the unweighted mean of each metric; and the scored rows.
+        signature), the same by source in ``sources``, with several sources ``mean_of_sources``,
+        the unweighted mean of each metric, and for a task whose papers report that mean ``mean``,
+        the headline's with an interval; ``left_out``, broken rows of the test that are in none of
+        these, and ``notes``; and the scored rows.
     """
     rows = [Scored(e, predictions[e.id], task.score(predictions[e.id], e)) for e in examples]
     groups: dict[str, list[Scored]] = {}
@@ -39,7 +42,37 @@ def summarise(
             name: sum(s["metrics"][name]["value"] for s in sources.values()) / len(sources)
             for name in sorted(names)
         }
-    return found, rows
+        if task.sources_weigh_the_same:
+            found["mean"] = _mean(
+                [s["metrics"][task.headline] for s in sources.values()],
+                [s["count"] for s in sources.values()],
+            )
+    return found | {"left_out": len(task.skipped), "notes": task.notes}, rows
+
+
+def _mean(shares: list[dict[str, Any]], counts: list[int]) -> dict[str, Any]:
+    """The unweighted mean of shares p_i over n_i rows, with its interval.
+
+    The variance is the sum of p (1 - p) / n over k^2, with two right and two wrong answers added to
+    each source (Agresti and Coull 1998), so that a source with none right is not taken for exact.
+    """
+    value = sum(s["value"] for s in shares) / len(shares)
+    variance = 0.0
+    for held, count in zip(shares, counts, strict=True):
+        n = count + 4
+        p = (held["value"] * count + 2) / n
+        variance += p * (1 - p) / n / len(shares) ** 2
+    half = 1.96 * math.sqrt(variance)
+    return {"value": value, "ci95": [max(0.0, value - half), min(1.0, value + half)], "share": True}
+
+
+def first(scores: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The metric that tables show first, with its name: the mean of the sources where the task's
+    papers report that, else the headline over all rows.
+    """
+    if "mean" in scores:
+        return f"mean {scores['headline']} of {len(scores['sources'])}", scores["mean"]
+    return scores["headline"], scores["metrics"][scores["headline"]]
 
 
 def _of(task: Task, rows: list[Scored]) -> dict[str, Any]:
@@ -108,10 +141,18 @@ def lines(scores: dict[str, Any]) -> list[str]:
         found.append(f"{name:<{width}}{row['count']:>8}{row['no_answer_found']:>11}{cells}")
     if mean := scores.get("mean_of_sources"):
         cells = "".join(
-            f"{_text(mean[m], scores['metrics'][m]['share']):>18}{'':>20}" for m in names
+            f"{_text(mean[m], scores['metrics'][m]['share']):>18}"
+            + (
+                f"{between(scores['mean'] if m == scores['headline'] else {}):>20}"
+                if m == scores["headline"] and "mean" in scores
+                else f"{'':>20}"
+            )
+            for m in names
         )
         label = f"mean of {len(scores['sources'])}"
         found.append(f"{label:<{width}}{'':>19}{cells}".rstrip())
+    if scores.get("left_out"):
+        found.append(f"left out: {scores['left_out']} broken rows, in none of these numbers")
     found += [
         f"{name}: {metric['signature']}"
         for name, metric in scores["metrics"].items()

@@ -24,7 +24,7 @@ from scalepeft.provenance import device_name
 from scalepeft.records import Records, check_nodes
 from scalepeft.saving import Saver
 from scalepeft.tensorfiles import Reader
-from scalepeft.weights import resident_bytes
+from scalepeft.weights import Weights, resident_bytes
 
 
 def check_batch(config: RunConfig, world: int) -> None:
@@ -35,6 +35,42 @@ def check_batch(config: RunConfig, world: int) -> None:
         raise UserError(
             f"train.global_batch={size} cannot be shared evenly by {world} ranks; start {near}"
             f" ranks, or take train.global_batch={max(1, size // world) * world}"
+        )
+
+
+def check_resumed(
+    config: RunConfig, resumed: Checkpoint | None, total: int, weights: str, rows: str
+) -> None:
+    """Compares a checkpoint with what this process is about to continue, or calls finished.
+
+    Args:
+        config: of the run.
+        resumed: the newest checkpoint, if there is one.
+        total: steps of the whole run.
+        weights: fingerprint of the base's files.
+        rows: fingerprint of the tokenised training rows.
+
+    Raises:
+        UserError: it belongs to another base model, to other training rows or a longer run.
+    """
+    if resumed is None:
+        return
+    where = f"run_dir={config.run_dir}"
+    if resumed.step > total:
+        raise UserError(
+            f"{where}: is at step {resumed.step} already, the run is to end at {total}; raise"
+            " train.max_steps or train.epochs, or choose another run_dir"
+        )
+    if resumed.state["base"]["fingerprint"] != weights:
+        raise UserError(
+            f"{where}: was trained on another base than model.path={config.model.path} now"
+            " holds (the fingerprint of its files differs); give the old base, or choose"
+            " another run_dir"
+        )
+    if resumed.state["data"] != rows:
+        raise UserError(
+            f"{where}: the tokenised training rows differ from those it began with; restore the"
+            " files"
         )
 
 
@@ -170,32 +206,6 @@ class Trainer:
         step: int = resumed.step
         return step, read_bytes
 
-    def check(self, resumed: Checkpoint | None, total: int) -> None:
-        """Compares a checkpoint with what this process is about to continue.
-
-        Raises:
-            UserError: it belongs to another base model, to other training rows or a longer run.
-        """
-        if resumed is None:
-            return
-        where = f"run_dir={self.config.run_dir}"
-        if resumed.step > total:
-            raise UserError(
-                f"{where}: is at step {resumed.step} already, the run is to end at {total}; raise"
-                " train.max_steps or train.epochs, or choose another run_dir"
-            )
-        if resumed.state["base"]["fingerprint"] != self.built.base["fingerprint"]:
-            raise UserError(
-                f"{where}: was trained on another base than model.path={self.config.model.path} now"
-                " holds (the fingerprint of its files differs); give the old base, or choose"
-                " another run_dir"
-            )
-        if resumed.state["data"] != self.data_fingerprint:
-            raise UserError(
-                f"{where}: the tokenised training rows differ from those it began with; restore the"
-                " files"
-            )
-
     def save(self, saver: Saver, step: int, final: bool) -> None:
         """Saves the state after ``step``. Raises OSError: the disk refused a ``final`` save."""
         state = {
@@ -283,7 +293,9 @@ def run_on(ranks: Ranks, config: RunConfig, stop: StopFlag, resume_with_changes:
     )
     check_nodes(config.run_dir, ranks)
     code = FINISHED
-    if not ranks.main_only(lambda: records is not None and records.finished()):
+    if ranks.main_only(lambda: records is not None and records.finished()):
+        _check_finished(config, ranks, records)
+    else:
         try:
             code = _train(config, ranks, records, stop)
         except Stopping:  # before the first step: nothing is trained but what is saved
@@ -292,6 +304,18 @@ def run_on(ranks: Ranks, config: RunConfig, stop: StopFlag, resume_with_changes:
         records.close(code == FINISHED, stop.planned)
     stop.saved = True
     return code
+
+
+def _check_finished(config: RunConfig, ranks: Ranks, records: Records | None) -> None:
+    """A finished run is finished for its own base and rows; others are named, not passed over."""
+    rows, _, total = _rows(config, ranks)
+    folder = models.resolve(config.model, ranks)
+    resumed = records.resumed if records else None
+    ranks.together(
+        lambda: check_resumed(
+            config, resumed, total, Weights(folder).fingerprint(), rows.fingerprint()
+        )
+    )
 
 
 def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopFlag) -> int:
@@ -307,7 +331,9 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
     poll()
     built = build(config, ranks, poll)
     trainer = Trainer(config, ranks, built, fingerprint)
-    ranks.together(lambda: trainer.check(records.resumed, total) if records else None)
+    resumed = records.resumed if records else None
+    base = built.base["fingerprint"]
+    ranks.together(lambda: check_resumed(config, resumed, total, base, fingerprint))
     ranks.together(lambda: records.claim(stop.launched) if records else None)
     step, read_bytes = trainer.restore(records)
     saver = Saver(config, ranks, records, saved=step)

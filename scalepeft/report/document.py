@@ -64,12 +64,13 @@ def _cards(run: Run) -> list[Block]:
     for found in [e for e in (tuned, base) if e]:
         low_high = scores.between(found.metric)
         note = f"95 % interval {low_high}, {found.scores['count']:,} rows"
-        if found.mean is not None:
-            mean = scores.shown({**found.metric, "value": found.mean})
+        pooled = found.scores["metrics"][found.scores["headline"]]
+        if "mean" in found.scores:
+            note += f"; over all rows {scores.shown(pooled)}"
+        elif found.mean is not None:
+            mean = scores.shown({**pooled, "value": found.mean})
             note += f"; mean of {len(found.scores['sources'])} sources {mean}"
-        items.append(
-            (f"{found.scores['headline']}, {found.which}", scores.shown(found.metric), note)
-        )
+        items.append((f"{found.metric_name}, {found.which}", scores.shown(found.metric), note))
     if tuned and base and tuned.task == base.task:
         blocks += _verdict(tuned, base)
     if run.held_out:
@@ -101,7 +102,7 @@ def _verdict(tuned: Evaluation, base: Evaluation) -> list[Block]:
     unit = f"{100 * gain:+.1f} percentage points" if one["share"] else f"{gain:+.2f} points"
     apart = one["ci95"][0] > other["ci95"][1] or other["ci95"][0] > one["ci95"][1]
     meaning = "do not overlap" if apart else "overlap, so the difference may be chance"
-    name = tuned.scores["headline"]
+    name = tuned.metric_name
     blocks.append(Text(f"{name}: {unit} against the base; the 95 % intervals {meaning}."))
     for found in (tuned, base):
         missing, count = found.scores["no_answer_found"], found.scores["count"]

@@ -42,8 +42,12 @@ class Evaluation:
     @property
     def metric(self) -> dict[str, Any]:
         """The one that tables show first."""
-        found: dict[str, Any] = self.scores["metrics"][self.scores["headline"]]
-        return found
+        return scores.first(self.scores)[1]
+
+    @property
+    def metric_name(self) -> str:
+        """Its name."""
+        return scores.first(self.scores)[0]
 
     @property
     def mean(self) -> float | None:

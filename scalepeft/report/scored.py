@@ -134,7 +134,11 @@ def _by_run(found: list[tuple[Run, Evaluation]]) -> Table:
     with_mean = any(e.mean is not None for _, e in found)
     rows = []
     for run, e in found:
-        mean = "–" if e.mean is None else scores.shown({**e.metric, "value": e.mean})
+        mean = (
+            "–"
+            if e.mean is None
+            else scores.shown({**e.scores["metrics"][e.scores["headline"]], "value": e.mean})
+        )
         part = [mean] if with_mean else []
         counts = f"{e.scores['count']:,}", f"{e.scores['no_answer_found']:,}"
         cells = [_cell(e, m) for m in names]

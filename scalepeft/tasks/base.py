@@ -151,6 +151,8 @@ class Task:
     """Part of every reported number: raised when prompts or scoring change."""
     headline: ClassVar[str] = "accuracy"
     """The metric that tables show first."""
+    sources_weigh_the_same: ClassVar[bool] = False
+    """True if papers report the unweighted mean of the sources' headlines."""
     reads_files: ClassVar[bool] = True
     """False for a task that makes its own rows."""
 
