@@ -111,11 +111,16 @@ def evaluate(config: RunConfig, subject: Subject, ranks: Ranks, stop: StopFlag) 
         "quant": [chosen.config.model.quant, chosen.config.model.double_quant],
         "precision": config.train.precision,
         "tokenizer": chosen.tokenizer,
+        "batch": config.evaluate.batch_size * ranks.world_size,
         "examples": hashlib.sha256("".join(e.id + e.prompt for e in examples).encode()).hexdigest(),
     }
     folder = run_dir / FOLDERS[subject] / config.data.name
     predictions = ranks.together(
-        lambda: Predictions.open(folder, settings) if ranks.is_main else None
+        lambda: (
+            Predictions.open(folder, settings, {e.id: e.prompt for e in examples})
+            if ranks.is_main
+            else None
+        )
     )
     done: set[str] = ranks.main_only(lambda: set(predictions.done) if predictions else set())
     left = [e for e in examples if e.id not in done]

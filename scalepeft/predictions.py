@@ -2,6 +2,7 @@
 next begins.
 """
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -13,6 +14,10 @@ from scalepeft.lookup import UserError
 from scalepeft.preemption import tell_job
 from scalepeft.progress import say
 
+TOLD = ("examples", "model", "batch")
+"""Settings that are told, and change no prediction that is there: each row knows what it asks, and
+weights are known by their fingerprint."""
+
 
 @dataclass
 class Predictions:
@@ -21,19 +26,29 @@ class Predictions:
     Attributes:
         path: predictions.jsonl; settings.json beside it says what was evaluated and how.
         settings: that.
-        done: example id -> row with ``id``, ``prediction`` and ``cut`` (the prompt lost its
-            beginning).
+        asked: example id -> digest of its prompt, of every row of this evaluation.
+        done: example id -> row with ``id``, ``asked``, ``prediction`` and ``cut`` (the prompt lost
+            its beginning), of rows that still ask the same.
     """
 
     path: Path
     settings: dict[str, Any]
+    asked: dict[str, str]
     done: dict[str, dict[str, Any]]
 
     @classmethod
-    def open(cls, folder: Path, settings: dict[str, Any]) -> "Predictions":
-        """Continues predictions of the same adapter and settings; sets those of others aside."""
+    def open(cls, folder: Path, settings: dict[str, Any], prompts: dict[str, str]) -> "Predictions":
+        """Continues predictions of the same adapter and settings; sets those of others aside.
+
+        Args:
+            folder: of the evaluation.
+            settings: what is evaluated and how.
+            prompts: example id -> prompt. More rows, fewer or other ones change nothing for those
+                that stay.
+        """
         path = folder / "predictions.jsonl"
-        found = cls(path, settings, {})
+        asked = {i: hashlib.sha256(p.encode()).hexdigest()[:16] for i, p in prompts.items()}
+        found = cls(path, settings, asked, {})
         try:
             if path.exists() and not found._ours():
                 number = 1 + len(list(folder.parent.glob(f"{folder.name}.old-*")))
@@ -60,7 +75,10 @@ class Predictions:
             held: Any = json.loads(self._marker.read_text())
         except (OSError, ValueError):
             return False
-        return bool(held == self.settings)
+        if not isinstance(held, dict):
+            return False
+        both = ({k: v for k, v in s.items() if k not in TOLD} for s in (held, self.settings))
+        return next(both) == next(both)
 
     def _read(self) -> bytes:
         """Fills ``done``; returns the lines that are whole."""
@@ -68,12 +86,15 @@ class Predictions:
         for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
             try:
                 row = json.loads(line)
-                types = [type(row[key]) for key in ("id", "prediction", "cut")]
+                types = [type(row[key]) for key in ("id", "asked", "prediction", "cut")]
             except (ValueError, KeyError, TypeError):
                 continue  # generated again
-            if types == [str, str, bool]:
-                self.done[row["id"]] = row
-                kept += line + b"\n"
+            if types == [str, str, str, bool]:
+                now = self.asked.get(row["id"])
+                if now == row["asked"]:
+                    self.done[row["id"]] = row
+                if now in (None, row["asked"]):  # None: of a test set that may come back
+                    kept += line + b"\n"
         return kept
 
     def append(self, rows: list[dict[str, Any]]) -> None:
@@ -83,6 +104,7 @@ class Predictions:
             UserError: the disk refuses, or another evaluation has taken the folder.
         """
         self.check_ours()
+        rows = [{**row, "asked": self.asked[row["id"]]} for row in rows]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         try:
             with self.path.open("a", encoding="utf-8") as f:

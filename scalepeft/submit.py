@@ -100,6 +100,8 @@ def run(options: Options) -> None:
         raise UserError("--compare goes without --then, --pipeline and --sweep; it sweeps itself")
     if options.resume_with_changes and options.pipeline:
         raise UserError("--resume-with-changes: a pipeline does again what a change asks for")
+    if options.resume_with_changes and options.compare:
+        raise UserError("--resume-with-changes: a comparison runs again what a change asks for")
     lines = _read(options.job_file)
     header = _header(lines, given)
     if "--array" in header:
@@ -112,8 +114,9 @@ def run(options: Options) -> None:
     path, settings = _describe(job_file, root)
     configs, base_dir = _configs(path, settings, options)
     _check(configs, header, options)
+    design = _design(path, settings, options, base_dir) if options.compare else None
     if options.plan:
-        _plan(configs, header, options)
+        _plan(configs if design is None else _competitors(design), header, options)
     elif options.gpu:
         raise UserError(f"--gpu {options.gpu} has no effect with --no-plan; give one of them")
     folder = _next(base_dir / "submissions")
@@ -128,9 +131,7 @@ def run(options: Options) -> None:
             stage: _Job("pipeline", files, ["--stage", stage], gpus=stage in ON_RANKS)
             for stage in STAGES
         }
-    design = None
-    if options.compare:
-        design = _design(path, settings, options, base_dir)
+    if design is not None:
         out = ["--out", shlex.quote(str(base_dir.absolute()))]
         jobs = {
             step: _Job("compare", words, out, gpus=step != "table", array=step != "table")
@@ -153,7 +154,8 @@ def run(options: Options) -> None:
         header_lines = lines if job.gpus else _without(lines, NOT_ALONE)
         rendered[name] = _render(header_lines, more, folder, job)
     if options.dry_run:
-        _show(rendered, configs)
+        texts = {f"configs/{i}.yaml": cfg.dump(c) for i, c in enumerate(configs)}
+        _show(rendered, texts if design is None else {compare.FILE: design.text()})
         return
     try:
         _snapshot(root, folder, configs)
@@ -306,6 +308,11 @@ def _design(
     return compare.prepare(compare.Options.parse(list(options.compare), rest, str(base_dir)))
 
 
+def _competitors(design: compare.Design) -> list[RunConfig]:
+    """A config of each method, at its usual rate."""
+    return [design.config(m, m.usual_lr, design.seeds[0]) for m in design.methods if not m.refused]
+
+
 def _words(options: list[str]) -> dict[str, str]:
     """sbatch options by their long names: ``--nodes=2``, ``--nodes 2``, ``-N 2`` and ``-N2``."""
     long = {"-N": "--nodes", "-n": "--ntasks", "-D": "--chdir", "-a": "--array"}
@@ -419,7 +426,7 @@ def _judge(found: planning.Plan, header: dict[str, str]) -> None:
             f" write --signal=B:USR1@{found.grace}, or add --no-plan"
         )
     say(
-        f"plan: {need:.1f} GiB a GPU at the peak, {stop} for a step and a save, grace period"
+        f"plan: {found.config.adapter.name}: {need:.1f} GiB a GPU at the peak, {stop} for a step and a save, grace period"
         f" {found.grace} s (assumed rates: scalepeft plan)"
     )
     if gpu and not found.fits:
@@ -499,11 +506,11 @@ def _render(lines: list[str], more: list[str], folder: Path, job: _Job) -> str:
     return script
 
 
-def _show(rendered: dict[str, str], configs: list[RunConfig]) -> None:
+def _show(rendered: dict[str, str], texts: dict[str, str]) -> None:
     for command, script in rendered.items():
         print(f"# ---- {command}.sh\n{script}")
-    for i, config in enumerate(configs):
-        print(f"# ---- configs/{i}.yaml\n{cfg.dump(config)}")
+    for name, text in texts.items():
+        print(f"# ---- {name}\n{text}")
     first = next(iter(rendered))
     if shutil.which("sbatch"):
         done = subprocess.run(

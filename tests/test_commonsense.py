@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import call
 
-from scalepeft import config, data, score
+from scalepeft import config, data, score, scores
 from scalepeft.lookup import UserError
 from scalepeft.tasks.commonsense import Commonsense, CommonsenseConfig
 
@@ -355,6 +355,44 @@ def test_score_reads_lines_objects_and_ids(references: Path) -> None:
 def test_score_names_what_is_wrong(references: Path, content: str, said: str) -> None:
     code, text = scored(references, content)
     assert code == 2 and said in text and len(text.splitlines()) == 1, text
+
+
+def test_ids_of_another_copy_are_taken_by_their_number(references: Path) -> None:
+    """predictions.jsonl is not in the order of its rows: order must never be taken for it."""
+    rows = [{"id": f"cluster/test.json#{i}", "prediction": w}
+            for i, w in ((3, "true"), (1, "true"), (2, "false"))]  # fmt: skip
+    code, text = scored(references, "".join(json.dumps(row) + "\n" for row in rows))
+    assert code == 0 and "made for cluster/test.json" in text and "100.0%" in text
+    rows[0]["id"] = None
+    code, text = scored(references, "".join(json.dumps(row) + "\n" for row in rows))
+    assert code == 2 and "row 1: has no id" in text
+    rows[0]["id"] = "other/test.json#3"
+    code, text = scored(references, "".join(json.dumps(row) + "\n" for row in rows))
+    assert code == 2 and "are not those of" in text
+
+
+def test_the_mean_of_the_tasks_comes_first(tmp_path: Path) -> None:
+    """As in the papers; a large task does not outweigh the others."""
+    for name, count in (("large", 40), ("small", 10)):
+        rows = [{**ROW, "instruction": f"{name} {i}"} for i in range(count)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    chosen = task(test=[str(tmp_path / "large.json"), str(tmp_path / "small.json")])
+    examples = chosen.examples("test")
+    said = {e.id: "true" if "large.json" in e.id else "false" for e in examples}
+    found, _ = scores.summarise(chosen, examples, said)
+    assert found["metrics"]["accuracy"]["value"] == 0.8
+    name, metric = scores.first(found)
+    assert name == "mean accuracy of 2" and metric["value"] == 0.5
+    # Agresti and Coull by hand: 42 of 44 and 2 of 14.
+    half = 1.96 * (42 / 44 * 2 / 44 / 44 / 4 + 2 / 14 * 12 / 14 / 14 / 4) ** 0.5
+    assert metric["ci95"] == pytest.approx([0.5 - half, 0.5 + half])
+    one, _ = scores.summarise(chosen, examples[:5], said)
+    assert scores.first(one)[0] == "accuracy"
+
+
+def test_settings_that_score_does_not_look_at_are_refused(references: Path) -> None:
+    code, text = scored(references, "true\nfalse\ntrue\n", "data.prompt=x")
+    assert code == 2 and "decides nothing in score" in text
 
 
 def test_score_refuses_a_row_twice_and_rows_without_a_prediction(references: Path) -> None:

@@ -291,12 +291,19 @@ def test_batches_pad_little(shared_data: Path) -> None:
     assert made == again, "a function of the rows alone"
 
 
+ASKED = {str(i): f"question {i}" for i in range(40)}
+
+
 def row(name: str, text: str = "t") -> dict[str, Any]:
     return {"id": name, "prediction": text, "cut": False}
 
 
+def kept(found: Predictions) -> dict[str, str]:
+    return {name: held["prediction"] for name, held in found.done.items()}
+
+
 def test_predictions_that_a_kill_tore_are_made_again(tmp_path: Path) -> None:
-    first = Predictions.open(tmp_path / "toy", {"a": 1})
+    first = Predictions.open(tmp_path / "toy", {"a": 1}, ASKED)
     first.append([row("1"), row("2", "ü\n\u2028")])
     broken = [
         '{"id": "3", "predic', '{"id": "4", "prediction": "old"}', '{"id": 5, "prediction": "",'
@@ -304,16 +311,16 @@ def test_predictions_that_a_kill_tore_are_made_again(tmp_path: Path) -> None:
     ]  # fmt: skip
     with first.path.open("ab") as f:
         f.write("\n".join(broken).encode("latin-1"))
-    again = Predictions.open(tmp_path / "toy", {"a": 1})
-    assert again.done == {"1": row("1"), "2": row("2", "ü\n\u2028")}
+    again = Predictions.open(tmp_path / "toy", {"a": 1}, ASKED)
+    assert kept(again) == {"1": "t", "2": "ü\n\u2028"}
     again.append([row("3")])
     assert [json.loads(line)["id"] for line in again.path.open()] == ["1", "2", "3"]
 
 
 def test_predictions_of_other_settings_never_mix(tmp_path: Path) -> None:
-    first = Predictions.open(tmp_path / "toy", {"a": 1})
+    first = Predictions.open(tmp_path / "toy", {"a": 1}, ASKED)
     first.append([row("1")])
-    second = Predictions.open(tmp_path / "toy", {"a": 2})
+    second = Predictions.open(tmp_path / "toy", {"a": 2}, ASKED)
     assert not second.done and (tmp_path / "toy.old-1" / "predictions.jsonl").is_file()
     with pytest.raises(UserError, match="another evaluation of this run has begun"):
         first.append([row("2")])
@@ -321,12 +328,26 @@ def test_predictions_of_other_settings_never_mix(tmp_path: Path) -> None:
     assert [json.loads(line)["id"] for line in second.path.open()] == ["9"]
 
 
+def test_other_rows_keep_the_predictions_of_those_that_stay(tmp_path: Path) -> None:
+    """An eighth task, or evaluate.limit taken away, costs the new rows alone."""
+    first = Predictions.open(tmp_path / "toy", {"a": 1, "examples": "x"}, {"1": "p", "2": "q"})
+    first.append([row("1"), row("2")])
+    more = {"1": "p", "2": "another question", "3": "r"}
+    second = Predictions.open(tmp_path / "toy", {"a": 1, "examples": "y"}, more)
+    assert list(second.done) == ["1"], "what asks something else now is asked again"
+    second.append([row("2", "new"), row("3")])
+    fewer = Predictions.open(tmp_path / "toy", {"a": 1, "examples": "z"}, {"3": "r"})
+    assert list(fewer.done) == ["3"]
+    again = Predictions.open(tmp_path / "toy", {"a": 1, "examples": "y"}, more)
+    assert kept(again) == {"1": "t", "2": "new", "3": "t"}, "and what was not asked for stays"
+
+
 def test_a_full_disk_keeps_what_is_there(tmp_path: Path) -> None:
-    first = Predictions.open(tmp_path / "toy", {"a": 1})
+    first = Predictions.open(tmp_path / "toy", {"a": 1}, ASKED)
     first.append([row(str(i)) for i in range(20)])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (first.path.stat().st_size + 70, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (first.path.stat().st_size + 100, hard))
     try:
         with pytest.raises(UserError, match=r"cannot be written: .*; the 20 predictions before"):
             first.append([row(str(i)) for i in range(20, 40)])
@@ -335,7 +356,7 @@ def test_a_full_disk_keeps_what_is_there(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, before)
     torn = first.path.read_bytes()
     assert not torn.endswith(b"\n"), "the disk took a part of the batch"
-    again = Predictions.open(tmp_path / "toy", {"a": 1})
+    again = Predictions.open(tmp_path / "toy", {"a": 1}, ASKED)
     assert list(again.done) == [str(i) for i in range(21)]
 
 
@@ -457,6 +478,9 @@ def test_a_changed_base_is_not_scored_with_old_predictions(tmp_path: Path, stori
     evaluate.run(str(run_dir), [], "base", StopFlag())
     text = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**text, "rms_norm_eps": 0.1}))
+    with pytest.raises(UserError, match="was trained on another base"):
+        evaluate.run(str(run_dir), [], "base", StopFlag())
+    shutil.rmtree(run_dir / "adapter")  # without one to compare it with it is just another base
     evaluate.run(str(run_dir), [], "base", StopFlag())
     assert (run_dir / "eval-base" / "toy.old-1").is_dir()
 

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 
 import pytest
 from conftest import Job, call
+from safetensors.torch import load_file, save_file
 
-from scalepeft import pipeline
+from scalepeft import pipeline, tiny
 
 ROUNDS = int(os.environ.get("SCALEPEFT_TEST_ROUNDS", "1"))
 SHORT = [
@@ -197,6 +199,39 @@ def test_what_depends_on_a_change_is_done_again(finished: tuple[Path, list[str]]
         "prepare": "done already", "train": "done again as asked by --from",
     }  # fmt: skip
     assert (run / "replaced-2/adapter/adapter.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_another_base_or_a_foreign_training_is_not_taken(
+    finished: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    _, settings = finished
+    model = tmp_path / "model"
+    shutil.copytree(tiny.make(0), model)
+    run = tmp_path / "run"
+    words = [*settings, f"model.path={model}", "pipeline.evaluate=base", "pipeline.merge=none"]
+    whole(run, *words)
+    moved = tmp_path / "moved"
+    model.rename(moved)
+    words[-3] = f"model.path={moved}"
+    assert whole(run, *words).count("done already") == 5, "a moved folder is the same base"
+    file = moved / "model.safetensors"
+    tensors = load_file(file)
+    save_file({k: v * 1.01 for k, v in tensors.items()}, file, {"format": "pt"})
+    found = said(whole(run, *words))
+    assert "base.weights" in found["train"] and found["evaluate"].startswith("done again")
+    assert (run / "replaced-1/adapter").is_dir()
+    # A training of other rows in the folder is named, and stays.
+    other = tmp_path / "other"
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([question(i) for i in range(30, 60)]))
+    done = call("train", *SHORT, *settings, f"data.train={rows}", f"run_dir={other}")
+    assert done.returncode == 0, done.stderr
+    text = whole(other, *settings, expect=2)
+    assert "the tokenised training rows differ from those it began with" in text
+    # So is a merged checkpoint of somebody else's, before anything is done.
+    (other / "merged").mkdir()
+    assert "was not made by this pipeline" in whole(other, *settings, expect=2)
 
 
 @pytest.mark.slow

@@ -442,3 +442,31 @@ def test_a_start_writes_down_what_it_ran_with() -> None:
         pytest.skip("this checkout has no git")
     assert str(provenance.commit()).removesuffix("+changes") == head.stdout.strip()
     assert provenance.device_name(torch.device("cpu"))
+
+
+def test_a_paired_difference_is_that_of_the_same_rows(tmp_path: Path) -> None:
+    """Against the definition; 3 rows right in the first alone, 1 in the second alone, of 20."""
+    right = {"a": [1] * 13 + [0] * 7, "b": [1] * 10 + [0] * 9 + [1]}
+    found = []
+    for name, flags in right.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        rows = [
+            {"id": f"s#{i}", "source": "s", "prompt": "", "expected": "", "prediction": "",
+             "correct": bool(flag)} for i, flag in enumerate(flags)
+        ]  # fmt: skip
+        (folder / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        metric = {"value": sum(flags) / 20, "ci95": [0, 1], "share": True}
+        held = {
+            "headline": "accuracy",
+            "count": 20,
+            "metrics": {"accuracy": metric},
+            "sources": {"s": {}},
+        }
+        found.append(facts.Evaluation(name, "t", folder, held, {}, None))
+    difference, low, high = scored.paired(*found) or (0.0, 0.0, 0.0)
+    assert difference == pytest.approx(2 / 20)
+    half = 1.96 * ((3 + 1 + 1 - 2**2 / 21) / 21**2) ** 0.5
+    assert (low, high) == (pytest.approx(0.1 - half), pytest.approx(0.1 + half))
+    (found[1].folder / "scored.jsonl").write_text("")
+    assert scored.paired(*found) is None, "not the same rows"

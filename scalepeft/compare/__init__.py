@@ -106,7 +106,7 @@ def run(options: Options, stop: StopFlag) -> int:
     """Runs what is missing, then prints the table and writes ``compare.json``, ``.md``, ``.png``.
 
     Returns:
-        The exit code: 0, or 75 after a signal.
+        The exit code: 0, 75 after a signal, or 1 where a cell of the sweep broke twice.
 
     Raises:
         UserError: an option, the config or every method is at fault.
@@ -118,8 +118,8 @@ def run(options: Options, stop: StopFlag) -> int:
         try:
             if options.cell is not None:
                 return _one(runner, options.cell)
-            if not options.table:
-                _all(runner)
+            if not options.table and not _all(runner):
+                return BROKEN
         except Stopping:
             say("stopped; the same command goes on with the cells that are left")
             tell_job("stopped", "comparison")
@@ -266,8 +266,12 @@ def _one(runner: Runner, index: int) -> int:
     return BROKEN if "broke" in ends else FINISHED
 
 
-def _all(runner: Runner) -> None:
-    """The sweep, then the seeds; ends early where no method can be trained at all."""
+def _all(runner: Runner) -> bool:
+    """The sweep, then the seeds; ends early where no method can be trained at all.
+
+    Returns:
+        False where the sweep has a cell that broke: no rate is chosen from the others.
+    """
     design = runner.design
     first, then = sweep(design), reported(design)
     cells = [*first, *then]
@@ -293,7 +297,15 @@ def _all(runner: Runner) -> None:
             raise UserError(f"no method can be trained: {held['reason']}")
 
     runner.work(first, done)
+    broken = [c for c in first if (held := runner.result(c)) and held["state"] == "broke"]
+    if broken:
+        say(
+            f"stopped: broke: {'; '.join(map(str, broken))}: no rate is chosen without (logs:"
+            f" {runner.out}/cells); the same command tries again"
+        )
+        return False
     runner.work(then, done)
+    return True
 
 
 def _in_words(held: dict[str, Any]) -> str:

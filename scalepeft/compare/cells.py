@@ -2,12 +2,12 @@
 of its own.
 
 ``OUT/cells/METHOD/lr=R,seed=S`` is the run folder. ``cell.json`` in it is written last and holds
-the hash of all that decides the result; a cell whose hash still fits is never run again. A cell
-that was killed goes on at the trainer's own checkpoint.
+a hash of what decides the training and one of what decides the evaluation; a cell for which both
+still fit is never run again, one for which the second does not is evaluated again and not trained.
+A cell that was killed goes on at the trainer's own checkpoint.
 """
 
 import dataclasses
-import hashlib
 import json
 import statistics
 import time
@@ -18,11 +18,13 @@ from typing import Any
 
 from scalepeft import config as cfg
 from scalepeft.checkpoint import write_atomically
+from scalepeft.compare import keys
 from scalepeft.compare.children import child, lock, measured, rank, why
 from scalepeft.compare.design import AT_THE_END, CALIBRATION_STEPS, Design, Method
 from scalepeft.config import RunConfig
 from scalepeft.holder import check_free
 from scalepeft.lookup import UserError
+from scalepeft.parallel.mesh import world_size
 from scalepeft.preemption import FINISHED, USER_ERROR, StopFlag, Stopping
 from scalepeft.progress import say
 from scalepeft.records import read_lines, slurm_start
@@ -68,13 +70,26 @@ def reported(design: Design) -> list[Cell]:
     return [Cell(first + i, label, None, seed) for i, (seed, label) in enumerate(pairs)]
 
 
+def lacking(swept: dict[float, dict[str, Any] | None]) -> dict[float, str]:
+    """Rate -> why the sweep says nothing of it: it was not run, or its run broke, which tells
+    nothing of the rate.
+    """
+    return {
+        lr: "not run yet" if result is None else f"broke: {result['reason']}"
+        for lr, result in swept.items()
+        if result is None or result["state"] == "broke"
+    }
+
+
 def chosen(method: Method, swept: dict[float, dict[str, Any] | None]) -> tuple[float, str] | None:
     """(the rate with the lowest held-out loss in the sweep, where it lies: ``lowest``, ``highest``
-    or empty); None where no rate trained. A rate that failed bounds the sweep as well as one that
-    lost.
+    or empty); None where no rate trained, or before all of them were tried. A rate that failed
+    bounds the sweep as well as one that lost; one whose run broke was not tried.
     """
     if len(method.rates) == 1:
         return method.rates[0], ""
+    if lacking(swept):
+        return None
     losses = {lr: r["loss"] for lr, r in swept.items() if r and r["state"] == "done"}
     if not losses:
         return None
@@ -110,10 +125,11 @@ class Runner:
             return cell
         method = self.design.method(cell.method)
         rates = self.swept(method)
-        if missing := [str(lr) for lr, result in rates.items() if result is None]:
+        if missing := lacking(rates):
+            listed = ", ".join(f"lr {lr:g} ({reason})" for lr, reason in missing.items())
             raise UserError(
-                f"--cell {cell.index}: the sweep of {method.label} lacks lr {', '.join(missing)};"
-                " run its cells first"
+                f"--cell {cell.index}: the sweep of {method.label} lacks {listed}; no rate is"
+                " chosen without it: run its cells first"
             )
         found = chosen(method, rates)
         return cell if found is None else dataclasses.replace(cell, lr=found[0])
@@ -140,16 +156,28 @@ class Runner:
 
     def calibrated(self, method: Method) -> dict[str, Any] | None:
         """What the short run of ``--budget time`` has measured; None where it is missing."""
-        return self._held_result(self._calibrating(method))
+        config = self._calibrating(method)
+        return self._held_result(config, keys.speed(config, self.design.inputs))
 
-    def _held_result(self, config: RunConfig) -> dict[str, Any] | None:
-        """What ``cell.json`` says, if it is of this very config and data."""
-        try:
-            held: dict[str, Any] = json.loads((Path(config.run_dir) / "cell.json").read_text())
-            same = held["hash"] == self._hash(config) and held["state"] != "begun"
-        except (OSError, ValueError, KeyError, TypeError):
+    def _held_result(self, config: RunConfig, hashed: str) -> dict[str, Any] | None:
+        """What ``cell.json`` says, if it is of this very training and evaluation."""
+        held = _read(Path(config.run_dir))
+        if held.get("hash") != hashed or held["state"] == "begun":
             return None
-        return held if same else None
+        if held["state"] == "failed":  # it may have come from what decides no result
+            return held if held["attempt"] == self._attempt(config) else None
+        stale = held.get("evaluation") != self._evaluation(config)
+        return None if stale and self._evaluated(config) else held
+
+    def _evaluated(self, config: RunConfig) -> bool:
+        return self.design.evaluate and config.train.seed in self.design.seeds
+
+    def _evaluation(self, config: RunConfig) -> str | None:
+        known = self.design.inputs
+        return keys.evaluation(config, known) if self._evaluated(config) else None
+
+    def _attempt(self, config: RunConfig) -> str:
+        return keys.attempt(config, self.design.inputs, self._evaluated(config))
 
     def _calibration(self, method: Method) -> Path:
         return self.out / "cells" / method.label / "calibration"
@@ -164,9 +192,7 @@ class Runner:
         return dataclasses.replace(config, run_dir=folder, train=train)
 
     def _hash(self, config: RunConfig) -> str:
-        values = {k: v for k, v in cfg.to_dict(config).items() if k not in ("run_dir", "pipeline")}
-        known = [values, self.design.inputs, self.design.evaluate]
-        return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+        return keys.training(config, self.design.inputs)
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
         """What a cell has come to under this very config; None where it has not been run."""
@@ -175,7 +201,7 @@ class Runner:
             return {"state": "failed", "reason": method.refused}
         if cell.lr is None:
             swept = self.swept(method)
-            if None in swept.values():
+            if lacking(swept):
                 return None  # nothing is chosen from half a sweep
             found = chosen(method, swept)
             if found is None:
@@ -185,10 +211,12 @@ class Runner:
             speed = self.calibrated(method)
             if speed is None or speed["state"] != "done":
                 return speed
-        return self._held_result(self.config(cell))
+        config = self.config(cell)
+        return self._held_result(config, self._hash(config))
 
     def work(self, cells: list[Cell], done: Callable[[Cell, dict[str, Any]], None]) -> None:
         """Runs the cells that have no result; those that another comparison runs are waited for.
+        A cell of the sweep that breaks is tried once more: without it no rate can be chosen.
 
         Raises:
             Stopping: a signal came; what there was to save is saved.
@@ -201,6 +229,10 @@ class Runner:
                 held = self.result(cell)
                 if held is None or held["state"] not in FINAL:
                     held = self._locked(self.settled(cell))
+                    # The ranks of a job could not agree on it: one may have failed, one broken.
+                    if held and held["state"] == "broke" and self._blocks(cell):
+                        say(f"{cell}: broke: {held['reason']}; tried once more")
+                        held = self._locked(cell)
                 if held is None:
                     busy.append(cell)
                 else:
@@ -209,6 +241,9 @@ class Runner:
                 self._say_once(f"waiting for cells that another comparison runs: {len(busy)}")
                 time.sleep(1)
             waiting = busy
+
+    def _blocks(self, cell: Cell) -> bool:
+        return cell.lr is not None and self.design.swept and world_size() == 1
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:
@@ -248,17 +283,32 @@ class Runner:
             "lr": cell.lr,
             "seed": cell.seed,
         }
-        begun = time.time()
-        state, reason_text = self._train(config, about)
-        result = {**about, "state": state, "reason": reason_text}
-        if state == "done":
-            result |= measured(folder, self.design.evaluate and cell.seed in self.design.seeds)
-            if result["loss"] is None:
-                result |= {"state": "failed", "reason": "diverged: held-out loss is not finite"}
-        result["wall"] = time.time() - begun
+        held = _read(folder)
+        trained = held.get("hash") == about["hash"] and held.get("trained", False)
+        begun, wall = time.time(), held.get("wall", 0.0) if trained else 0.0
+        result = {**about, "trained": trained, **self._work(config, about, trained)}
+        result |= {"evaluation": self._evaluation(config), "attempt": self._attempt(config)}
+        result["wall"] = wall + time.time() - begun
         if not rank():
             write_atomically(folder / "cell.json", json.dumps(result, indent=1) + "\n")
         return result
+
+    def _work(self, config: RunConfig, about: dict[str, Any], trained: bool) -> dict[str, Any]:
+        """Trains and evaluates what is not there; returns the state and what was measured."""
+        folder = Path(config.run_dir)
+        if not trained:
+            state, reason = self._train(config, about)
+            if state != "done":
+                return {"state": state, "reason": reason}
+        state, reason = "done", ""
+        if self._evaluated(config):
+            settings = keys.evaluate_settings(config, folder)
+            state, reason = self._child(["evaluate", str(folder), *settings], folder)
+        found = measured(folder, self._evaluated(config) and state == "done")
+        if found["loss"] is None:
+            reason = "diverged: held-out loss is not finite"
+            return {**found, "state": "failed", "reason": reason, "trained": False}
+        return {**found, "state": state, "reason": reason, "trained": True}
 
     def _train(self, config: RunConfig, about: dict[str, Any]) -> tuple[str, str]:
         """Trains a run folder to its end; returns (state, reason)."""
@@ -268,30 +318,25 @@ class Runner:
         file = self.out / "configs" / f"{about['hash'][:16]}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, cfg.dump(config))  # every rank the same
-        commands = [["train", str(file)]]
-        if self.design.evaluate and about["seed"] in self.design.seeds:
-            commands.append(["evaluate", str(folder)])
-        for command in commands:
-            folder.mkdir(parents=True, exist_ok=True)
-            log = folder / ("log.txt" if not rank() else f"log-{rank()}.txt")
-            while True:
-                self._wait_until_free(folder)
-                start = log.stat().st_size if log.is_file() else 0
-                code = child(command, log, self.stop)
-                if code == USER_ERROR and self._held(folder):
-                    continue  # another start was faster
-                break
-            if code != FINISHED:
-                return why(code, log, start)
-        return "done", ""
+        # What differs from a run that was begun is harmless: the hash was compared.
+        return self._child(["train", str(file), "--resume-with-changes"], folder)
+
+    def _child(self, command: list[str], folder: Path) -> tuple[str, str]:
+        """Runs a command of scalepeft on a run folder; returns (state, reason)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / ("log.txt" if not rank() else f"log-{rank()}.txt")
+        while True:
+            self._wait_until_free(folder)
+            start = log.stat().st_size if log.is_file() else 0
+            code = child(command, log, self.stop)
+            if code == USER_ERROR and self._held(folder):
+                continue  # another start was faster
+            return ("done", "") if code == FINISHED else why(code, log, start)
 
     def _prepare(self, folder: Path, about: dict[str, Any]) -> None:
         """Sets what another config has made of this cell aside, and says so."""
         file = folder / "cell.json"
-        try:
-            old = json.loads(file.read_text())["hash"] if file.is_file() else None
-        except (OSError, ValueError, KeyError, TypeError):
-            old = "?"
+        old = _read(folder).get("hash", "?") if file.is_file() else None
         if old != about["hash"] and any(folder.glob("checkpoints/step-*")):
             number = 1 + len(list(folder.parent.glob(f"{folder.name}.old-*")))
             folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
@@ -329,7 +374,12 @@ class Runner:
 
     def _measure(self, method: Method) -> dict[str, Any]:
         config = self._calibrating(method)
-        about = {"hash": self._hash(config), "method": method.label, "seed": None}
+        about = {
+            "hash": keys.speed(config, self.design.inputs),
+            "attempt": self._attempt(config),
+            "method": method.label,
+            "seed": None,
+        }
         state, reason = self._train(config, about)
         held = {**about, "state": state, "reason": reason}
         if state == "done":
@@ -339,3 +389,13 @@ class Runner:
             file = Path(config.run_dir) / "cell.json"
             write_atomically(file, json.dumps(held, indent=1) + "\n")
         return held
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """A run folder's ``cell.json``; empty where there is none, or a broken one."""
+    try:
+        held: dict[str, Any] = json.loads((folder / "cell.json").read_text())
+        whole = {"hash", "state"} <= held.keys()
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return held if whole else {}

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from scalepeft import config as cfg
-from scalepeft import injection, lookup, shapes
+from scalepeft import injection, lookup, models, shapes
 from scalepeft.adapters.base import Adapter, AdapterConfig
 from scalepeft.config import BUILTIN, RunConfig
+from scalepeft.data import tokenizer_hash
 from scalepeft.lookup import UserError, read_mapping
 from scalepeft.plan import source as sources
 from scalepeft.progress import say
@@ -68,7 +69,7 @@ class Design:
         target: parameters, for ``parameters``.
         reference: the method that the others are held against.
         evaluate: generate and score ``data.test`` too.
-        inputs: sha256 of each data file, and the base's fingerprint.
+        inputs: what ``inputs`` finds: data files by content, base and tokenizer.
     """
 
     values: dict[str, Any]
@@ -81,7 +82,7 @@ class Design:
     target: int | None
     reference: str
     evaluate: bool
-    inputs: dict[str, str]
+    inputs: dict[str, Any]
 
     @property
     def swept(self) -> bool:
@@ -283,20 +284,34 @@ def target_of(base: nn.Module, reference: str, rank: int | None, own: dict[str, 
     return count(base, adapter)
 
 
-def inputs(config: RunConfig, evaluate: bool) -> dict[str, str]:
-    """What the numbers depend on beside the config: data files by content, the base."""
-    found = {}
-    splits = ("train", "valid", "test") if evaluate else ("train", "valid")
-    for split in splits:
+def inputs(config: RunConfig, evaluate: bool) -> dict[str, Any]:
+    """What the numbers depend on beside the config, wherever it lies.
+
+    Returns:
+        For each split the sha256 of its files in their order (of a data set of the hub its name);
+        ``base`` and ``tokenizer`` where they are folders.
+    """
+    found: dict[str, Any] = {}
+    for split in ("train", "valid", "test") if evaluate else ("train", "valid"):
         given: list[str] = getattr(config.data, split)
-        for source in expand(given, f"data.{split}"):
-            for path in paths_of(source):
-                with path.open("rb") as f:
-                    found[str(path)] = hashlib.file_digest(f, "sha256").hexdigest()
-    folder = Path(config.model.path)
-    if config.model.path != BUILTIN and folder.is_dir():
+        found[split] = [
+            part for source in expand(given, f"data.{split}") for part in _contents(source)
+        ]
+    model = config.model
+    folder = Path(model.path)
+    if model.path != BUILTIN and folder.is_dir():
         found["base"] = Weights(folder).fingerprint()
+    if model.path != BUILTIN and Path(model.tokenizer or folder).is_dir():
+        found["tokenizer"] = tokenizer_hash(models.load_tokenizer(model, folder))
     return found
+
+
+def _contents(source: str) -> list[str]:
+    found = []
+    for path in paths_of(source):
+        with path.open("rb") as f:
+            found.append(hashlib.file_digest(f, "sha256").hexdigest())
+    return found or [source]
 
 
 def read_settings(path: str | None, settings: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:

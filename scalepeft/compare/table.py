@@ -5,7 +5,7 @@ import statistics
 import time
 from typing import Any
 
-from scalepeft.compare.cells import Runner, chosen, reported
+from scalepeft.compare.cells import FINAL, Runner, chosen, lacking, reported
 from scalepeft.compare.design import Design, Method
 from scalepeft.goodput import duration
 
@@ -77,6 +77,7 @@ def _row(
         "size": method.size,
         "rates": method.rates,
         "seeds": [c["seed"] for c in good],
+        "wanted": len(own),
         "notes": _notes(design, method, own, swept),
     }
     if not good:
@@ -117,15 +118,16 @@ def _notes(
     if method.refused:
         return [f"not run: {method.refused}"]
     found = []
-    if design.budget == "parameters":
+    bad = [c for c in own if c["state"] != "done"]
+    if design.budget == "parameters" and len(bad) < len(own):
         found.append(method.size)
     best = chosen(method, swept)
     if best is not None and best[1] and design.swept:
         found.append(f"best rate is the {best[1]} of the sweep: widen it")
     for lr, result in swept.items():
-        if result and result["state"] in ("failed", "broke"):
+        if result and result["state"] == "failed":
             found.append(f"sweep, lr {lr:g}: {result['reason']}")
-    bad = [c for c in own if c["state"] != "done"]
+    found += [f"sweep, lr {lr:g}: {reason}" for lr, reason in lacking(swept).items()]
     if bad:
         found.append(f"{len(own) - len(bad)} of {len(own)} seeds")
     if best is not None:
@@ -138,18 +140,21 @@ def _plus_minus(mean: float, half: float | None, digits: int = 4, sign: str = ""
     return f"{mean:{sign}.{digits}f}{spread}"
 
 
-def _cells_of(row: dict[str, Any], metric: str, timed: bool) -> list[str]:
-    first = [row["method"], f"{row['parameters']:,}" if row["parameters"] else "-"]
+def _cells_of(row: dict[str, Any], metric: str, timed: bool, compared: bool) -> list[str]:
+    have, wanted = len(row["seeds"]), row["wanted"]
+    name = row["method"] + (f" ({have} of {wanted} seeds)" if 0 < have < wanted else "")
+    first = [name, f"{row['parameters']:,}" if row["parameters"] else "-"]
     if "loss" not in row:
-        return [*first, *["-"] * (6 + bool(metric) + timed)]
+        return [*first, *["-"] * (5 + bool(metric) + timed + compared)]
     gap = row["difference"]
     peak = row["peak_memory"]
     found = [
         *first,
         f"{row['lr']:g}",
         _plus_minus(row["loss"], row["loss_ci"]),
-        _plus_minus(gap["mean"], gap["ci"], sign="+") if gap else "",
     ]
+    if compared:
+        found.append(_plus_minus(gap["mean"], gap["ci"], sign="+") if gap else "")
     if metric:
         scale = 100 if row["share"] else 1
         half = row["score_ci"]
@@ -172,10 +177,15 @@ def heads(result: dict[str, Any], reference: str) -> list[str]:
     metric = next((r["metric"] for r in result["methods"] if r.get("metric")), "")
     timed = _steps_differ(result)
     return [
-        "method", "parameters", "lr", "held-out loss", f"less {reference}'s",
+        "method", "parameters", "lr", "held-out loss",
+        *([f"less {reference}'s"] if _compared(result) else []),
         *([metric] if metric else []), *(["steps"] if timed else []),
         "seconds", "tokens/s", "peak MiB",
     ]  # fmt: skip
+
+
+def _compared(result: dict[str, Any]) -> bool:
+    return any(r.get("difference") for r in result["methods"])
 
 
 def _steps_differ(result: dict[str, Any]) -> bool:
@@ -183,10 +193,15 @@ def _steps_differ(result: dict[str, Any]) -> bool:
 
 
 def body(result: dict[str, Any]) -> list[list[str]]:
-    """The table's rows: the lowest loss first, what has none at the end."""
+    """The table's rows: the lowest loss first, then what lacks a seed (it may be its worst one),
+    what has no loss at the end.
+    """
     metric = next((r["metric"] for r in result["methods"] if r.get("metric")), "")
-    rows = sorted(result["methods"], key=lambda r: r.get("loss", math.inf))
-    return [_cells_of(row, metric, _steps_differ(result)) for row in rows]
+    rows = sorted(
+        result["methods"], key=lambda r: (len(r["seeds"]) < r["wanted"], r.get("loss", math.inf))
+    )
+    shown = metric, _steps_differ(result), _compared(result)
+    return [_cells_of(row, *shown) for row in rows]
 
 
 def legend(result: dict[str, Any], design: Design) -> list[str]:
@@ -202,11 +217,15 @@ def legend(result: dict[str, Any], design: Design) -> list[str]:
             else f"1 seed ({design.seeds[0]}): no interval"
         ),
     ]
-    if any(r.get("difference") for r in result["methods"]):
+    if _compared(result):
         lines.append(
             f"less {design.reference}'s: difference to {design.reference} under the same seed, so"
             " with the same rows in the same order; below zero is better"
         )
+    elif design.reference not in [m.label for m in design.methods]:
+        lines.append(f"no differences: the reference, {design.reference}, is not among the methods")
+    if any(len(r["seeds"]) < r["wanted"] for r in result["methods"]):
+        lines.append("a method that lacks seeds stands after those that have all")
     train, held_out = design.values["train"], design.values["data"]["valid_size"]
     steps = sorted({round(r["steps"]) for r in result["methods"] if "steps" in r})
     if len(steps) == 1:
@@ -214,12 +233,17 @@ def legend(result: dict[str, Any], design: Design) -> list[str]:
     if held_out and n > 1:
         lines.append(
             f"the {held_out} held-out rows are drawn by the seed too: the interval of a loss holds"
-            " their chance; a difference is taken on the same ones"
+            " their chance; that of a difference, taken on the same rows, holds less of it: which"
+            " rows suit one method better than the other is chance still"
+        )
+    if design.evaluate and n > 1:
+        lines.append(
+            "the interval of a score is over the seeds alone; that the test rows are a sample too"
+            " is not in it"
         )
     if design.swept:
-        tried = len(design.methods[0].rates)
         lines.append(
-            f"lr: chosen by held-out loss among {tried} ({design.lrs}) under seed"
+            f"lr: chosen by held-out loss among {_tried(result, design)} ({design.lrs}) under seed"
             f" {design.sweep_seed}, which is not among those reported"
         )
     else:
@@ -232,6 +256,17 @@ def legend(result: dict[str, Any], design: Design) -> list[str]:
             else "peak MiB: resident, of the whole process (Python and torch are some hundred)"
         )
     return lines
+
+
+def _tried(result: dict[str, Any], design: Design) -> str:
+    """How many rates were tried; of each method where that differs."""
+    count = {m.label: 0 for m in design.methods if not m.refused}
+    for cell in result["sweep"]:
+        if cell["method"] in count and cell["state"] in FINAL:
+            count[cell["method"]] += 1
+    if len(set(count.values())) == 1:
+        return str(next(iter(count.values())))
+    return ", ".join(f"{number} of {label}" for label, number in count.items())
 
 
 def notes(result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from scalepeft.report.draw import picture
 from scalepeft.report.examples import examples
 from scalepeft.report.facts import Evaluation, Run, not_comparable, same_rows
 from scalepeft.report.origins import configs, origins
-from scalepeft.report.scored import scored, with_interval
+from scalepeft.report.scored import paired, scored, with_interval
 from scalepeft.report.values import about, base_of, method_of, standing, step_of
 
 
@@ -97,13 +97,19 @@ def _verdict(tuned: Evaluation, base: Evaluation) -> list[Block]:
         text = f"{tuned.which} and base must not be compared: they differ in {words}."
         return [Text(f"{text} Evaluate both again with the same settings.", warns=True)]
     blocks: list[Block] = []
-    one, other = tuned.metric, base.metric
-    gain = one["value"] - other["value"]
-    unit = f"{100 * gain:+.1f} percentage points" if one["share"] else f"{gain:+.2f} points"
-    apart = one["ci95"][0] > other["ci95"][1] or other["ci95"][0] > one["ci95"][1]
-    meaning = "do not overlap" if apart else "overlap, so the difference may be chance"
-    name = tuned.metric_name
-    blocks.append(Text(f"{name}: {unit} against the base; the 95 % intervals {meaning}."))
+    name, one, other = tuned.metric_name, tuned.metric, base.metric
+    if pairs := paired(tuned, base):
+        gain, low, high = (100 * v for v in pairs)
+        sure = low > 0 or high < 0
+        text = f"{name}: {gain:+.1f} percentage points against the base, 95 % interval"
+        text += f" {low:+.1f} to {high:+.1f} (paired, over the same rows)"
+        blocks.append(Text(text + ("." if sure else "; that may be chance.")))
+    else:
+        gain = one["value"] - other["value"]
+        unit = f"{100 * gain:+.1f} percentage points" if one["share"] else f"{gain:+.2f} points"
+        apart = one["ci95"][0] > other["ci95"][1] or other["ci95"][0] > one["ci95"][1]
+        meaning = "do not overlap" if apart else "overlap"
+        blocks.append(Text(f"{name}: {unit} against the base; the 95 % intervals {meaning}."))
     for found in (tuned, base):
         missing, count = found.scores["no_answer_found"], found.scores["count"]
         if count and missing > 0.2 * count:

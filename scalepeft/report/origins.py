@@ -2,6 +2,7 @@
 commands.
 """
 
+import json
 import shlex
 import time
 from pathlib import Path
@@ -150,5 +151,10 @@ def commands(run: Run) -> str:
         if evaluation.which == "merged":
             lines.append(f"scalepeft merge {shlex.quote(new)} {shlex.quote(new + '/merged')}")
         if evaluation.which in flags:
-            lines.append(f"{launch} evaluate {shlex.quote(new)}{flags[evaluation.which]}")
+            words = [f"{launch} evaluate {shlex.quote(new)}{flags[evaluation.which]}"]
+            used = evaluation.scores.get("evaluate")
+            for key, value in used.items() if isinstance(used, dict) else ():
+                if value != run.get(f"evaluate.{key}"):
+                    words.append(shlex.quote(f"evaluate.{key}={json.dumps(value)}"))
+            lines.append(" ".join(words))
     return "\n".join(lines)

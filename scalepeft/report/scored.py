@@ -1,5 +1,6 @@
 """Every score of the runs: a plot and a table for each task, signatures, what departs."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -7,6 +8,7 @@ from scalepeft import scores
 from scalepeft.report import plots
 from scalepeft.report.blocks import Block, Fold, Heading, Picture, Table, Text
 from scalepeft.report.draw import picture
+from scalepeft.report.examples import rows_of, source_of
 from scalepeft.report.facts import Evaluation, Run, not_comparable
 from scalepeft.report.values import shown
 
@@ -79,11 +81,53 @@ def _score_plot(task: str, found: list[tuple[Run, Evaluation]], one: bool) -> Pi
                 (source, [(w, p["metrics"][name]) for w, p in parts if p and name in p["metrics"]])
             )
         rows.append(("all rows", held(found)))
+        if means := [(e.which, e.scores["mean"]) for _, e in found if "mean" in e.scores]:
+            rows.append((f"mean of {len(sources)}", means))
     else:
         for run in {id(run): run for run, _ in found}.values():
             rows.append((run.name, held([pair for pair in found if pair[0] is run])))
     title = f"{task}: {name} with 95 % intervals"
     return picture(f"scores-{task}", title, partial(plots.intervals, title, rows))
+
+
+def paired(one: Evaluation, other: Evaluation) -> tuple[float, float, float] | None:
+    """Difference of the first metric of two evaluations of the same rows, with its 95 % interval.
+
+    Over n rows, b right in the first alone and c in the second alone: d = (b - c) / n with variance
+    (b + c - (b - c)^2 / n) / n^2, after half an answer is added to b and to c of each source, so
+    that no disagreement is not taken for certainty (Agresti and Min 2005). Sources are averaged
+    where the metric is their mean.
+
+    Returns:
+        (difference, low, high); None for metrics that are no shares, or without scored rows.
+    """
+    if not one.metric["share"]:
+        return None
+    held = [_right(e) for e in (one, other)]
+    whole = one.scores.get("count") == len(held[0])  # neither file is of another evaluation
+    if not held[0] or not whole or held[0].keys() != held[1].keys():
+        return None
+    groups: dict[str, list[tuple[bool, bool]]] = {}
+    for key, (source, right) in held[0].items():
+        label = source if "mean" in one.scores else ""
+        groups.setdefault(label, []).append((right, held[1][key][1]))
+    difference = variance = 0.0
+    for pairs in groups.values():
+        b = sum(x and not y for x, y in pairs)
+        c = sum(y and not x for x, y in pairs)
+        n, d = len(pairs) + 1, b - c
+        difference += (b - c) / len(pairs) / len(groups)
+        variance += (b + c + 1 - d * d / n) / n**2 / len(groups) ** 2
+    half = 1.96 * math.sqrt(variance)
+    return difference, difference - half, difference + half
+
+
+def _right(e: Evaluation) -> dict[str, tuple[str, bool]]:
+    """Example id -> (source, right) of scored.jsonl."""
+    rows = rows_of(e.folder / "scored.jsonl")
+    return {
+        r["id"]: (source_of(r), r["correct"]) for r in rows if isinstance(r.get("correct"), bool)
+    }
 
 
 def _metrics(found: list[tuple[Run, Evaluation]]) -> list[str]:

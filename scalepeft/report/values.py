@@ -61,6 +61,11 @@ def departures(run: Run) -> str:
         found = cfg.deviations(cfg.from_dict({**run.config, "run_dir": str(run.folder)}))
     except ValueError as error:
         return f"cannot be told: config.yaml is not one of this version ({error})"
+    if run.evaluations:  # what was generated with stands in the scores, and may be other than here
+        found = {key: pair for key, pair in found.items() if not key.startswith("evaluate.")}
+    for evaluation in run.evaluations:
+        held = evaluation.scores.get("deviations") or {}
+        found |= {key: tuple(pair) for key, pair in held.items() if key.startswith("evaluate.")}
     listed = (f"{key} is {shown(now)}, not {shown(was)}" for key, (was, now) in found.items())
     return "; ".join(listed) or "none"
 
