@@ -536,6 +536,17 @@ def test_fingerprints_are_those_of_the_public_test_sets(shared_data: Path) -> No
     assert held == {name: leaks.packed(questions) for name, questions in rows.items()}
 
 
+@pytest.mark.parametrize(
+    "around",
+    ["Question: {}", "Q: {}\nA:", "{} Let's think step by step.", "Problem: {}\nSolution:",
+     "Question: {} Think step by step.\nAnswer:"],
+)  # fmt: skip
+def test_what_prompts_put_around_a_question_hides_no_leak(around: str) -> None:
+    question = "A robe takes 2 bolts of blue fiber and half that much white fiber. How many bolts?"
+    assert leaks.fingerprint(around.format(question)) == leaks.fingerprint(question)
+    assert leaks.fingerprint("Q " + question) != leaks.fingerprint(question)
+
+
 def test_the_leaky_training_file_is_refused(shared_data: Path, tmp_path: Path) -> None:
     file = shared_data / "llm_adapters/ft-training_set/math_data.json.gz"
     with pytest.raises(UserError) as caught:

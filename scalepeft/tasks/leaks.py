@@ -19,6 +19,11 @@ BYTES = 6
 FILE = Path(__file__).with_name("test_questions.json")
 # Signs of arithmetic stay: in short questions they are the difference.
 _MARKS = re.compile(r"[.,;:!?]+(?![0-9])")
+# What prompts put around a question.
+_AROUND = re.compile(
+    r"^\s*(?:question|problem|q)\s*:\s*|"
+    r"\s*(?:(?:let.s )?think step by step\W*)?(?:\b(?:answer|solution|a)\s*:)?\s*$"
+)
 _DROPPED = str.maketrans("", "", "\"'`´‘’“”$\\")
 
 
@@ -27,7 +32,7 @@ def fingerprint(question: str) -> bytes:
     without the answer choices that AQuA's have (in another order they are the same question).
     """
     text = unicodedata.normalize("NFKC", question) if not question.isascii() else question
-    text = text.casefold()
+    text = _AROUND.sub("", text.casefold())
     stem = text.partition("answer choices")[0]
     text = _MARKS.sub("", stem if len(stem) >= 40 else text).translate(_DROPPED)
     text = "".join(text.split())
