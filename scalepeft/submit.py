@@ -426,8 +426,8 @@ def _judge(found: planning.Plan, header: dict[str, str]) -> None:
             f" write --signal=B:USR1@{found.grace}, or add --no-plan"
         )
     say(
-        f"plan: {found.config.adapter.name}: {need:.1f} GiB a GPU at the peak, {stop} for a step and a save, grace period"
-        f" {found.grace} s (assumed rates: scalepeft plan)"
+        f"plan: {found.config.adapter.name}: {need:.1f} GiB a GPU at the peak, {stop} for a step"
+        f" and a save, grace period {found.grace} s (assumed rates: scalepeft plan)"
     )
     if gpu and not found.fits:
         say(

@@ -259,6 +259,170 @@ def warm(arguments: list[str], log: Path, stop: StopFlag) -> int:
     return done.returncode
 
 
+class Child:
+    """In place of ``cells.child``: leaves at once what a training or an evaluation leaves."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.ran, self.codes = out, list[str](), dict[str, list[int]]()
+        self.said = "OSError: gone"
+
+    def __call__(self, arguments: list[str], log: Path, stop: StopFlag) -> int:
+        folder = log.parent
+        name = str(folder.relative_to(self.out / "cells"))
+        self.ran.append(" ".join([arguments[0], name, *arguments[2:]]))
+        with log.open("a") as f:
+            f.write(f"{self.said}\n")
+        if codes := self.codes.get(name):
+            return codes.pop(0)
+        if arguments[0] == "evaluate":
+            (folder / "eval" / "toy").mkdir(parents=True, exist_ok=True)
+            metric = {"accuracy": {"value": 0.5, "share": True}}
+            found = {"headline": "accuracy", "metrics": metric}
+            (folder / "eval/toy/scores.json").write_text(json.dumps(found))
+            return 0
+        (folder / "config.yaml").write_text(Path(arguments[1]).read_text())
+        # Better the higher the rate, so that a rate that was never tried would be missed.
+        loss = 1.0 / float(re.findall("lr=(.*),", name)[0])
+        per_rank = [{"device": "CPU"}]
+        files = {
+            "metrics": {"step": 4, "seconds": 1.0, "tokens_per_second": 10.0},
+            "validation": {"step": 4, "loss": loss, "rows": 16},
+            "events": {
+                "event": "start", "time": 1.0, "parameters": 8, "world_size": 1,
+                "versions": {"torch": "2"}, "per_rank": per_rank,
+            },
+        }  # fmt: skip
+        for file, row in files.items():
+            (folder / f"{file}.jsonl").write_text(json.dumps(row) + "\n")
+        return 0
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Child:
+    found = Child(tmp_path / "out")
+    monkeypatch.setattr(cells, "child", found)
+    monkeypatch.setattr(plots, "plot", lambda *_: None)
+    return found
+
+
+def start(fake: Child, *words: str) -> int:
+    """``scalepeft compare`` of one method at two rates; returns the exit code."""
+    fake.ran.clear()
+    given = ["--methods", "lora", "--budget", "steps", "--lrs", "1,2", "--seeds", "1"]
+    words = ("compare", *RUN, *given, "--out", str(fake.out), *words)
+    return compare.run(compare.Options.of(_parsed(list(words))), StopFlag())
+
+
+def test_a_crash_in_the_sweep_is_tried_again_and_chooses_no_rate(
+    fake: Child, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best, other, reported = "lora/lr=2,seed=0", "lora/lr=1,seed=0", "lora/lr=2,seed=1"
+    fake.codes[best] = [-9, -9]
+    assert start(fake) == 1
+    assert [word.split()[1] for word in fake.ran] == [other, best, best], "and no seed"
+    assert "lora lr=2,seed=0: no rate is chosen without" in capsys.readouterr().err
+    fake.codes[best] = [-9, -9]
+    assert start(fake, "--cell", "1") == 1, "a task of the sweep's array"
+    with pytest.raises(UserError, match=r"lora lacks lr 2 \(broke: killed by SIGKILL"):
+        start(fake, "--cell", "2")
+    with pytest.raises(UserError, match=r"no method has a result: .*lr 2: broke: killed"):
+        start(fake, "--table")
+    assert "among 1 (1,2)" in capsys.readouterr().out, "rates tried, not rates asked for"
+    fake.codes[best] = [1]
+    assert start(fake) == 0
+    assert [word.split()[1] for word in fake.ran] == [best, best, reported]
+    assert "among 2 (1,2)" in capsys.readouterr().out
+
+
+def test_what_changes_no_result_trains_nothing_again(fake: Child, tmp_path: Path) -> None:
+    assert start(fake) == 0 and len(fake.ran) == 3
+    for words in (
+        ["train.save_every=1", "train.micro_batch=2", "train.eval_every=2", "data.workers=1"],
+        [f"data.cache={tmp_path}", "engine.device=cpu", "evaluate.batch_size=2"],
+        ["evaluate.max_new_tokens=5"],  # nothing is evaluated
+    ):
+        assert start(fake, *words) == 0 and fake.ran == [], words
+    scored = "evaluate lora/lr=2,seed=1"
+    assert start(fake, "--evaluate") == 0 and fake.ran == [scored], "no cell of the sweep"
+    assert start(fake, "--evaluate", "evaluate.batch_size=2") == 0 and fake.ran == []
+    assert start(fake, "--evaluate", "evaluate.limit=3") == 0
+    assert fake.ran == [f"{scored} evaluate.limit=3"]
+    assert start(fake) == 0 and fake.ran == [], "without the score"
+    fake.codes["lora/lr=2,seed=1"] = [1]
+    with pytest.raises(UserError, match="seed 1: exit code 1: OSError: gone"):
+        start(fake, "--evaluate", "evaluate.limit=4")
+    assert start(fake, "--evaluate", "evaluate.limit=4") == 0
+    assert fake.ran == [f"{scored} evaluate.limit=4"], "a crash of the evaluation trains nothing"
+    for words in (["train.max_steps=5"], ["data.train_size=100"], ["train.seed=7"]):
+        assert start(fake, *words) == 0 and len(fake.ran) == 3, words
+        assert all(word.startswith("train ") for word in fake.ran)
+
+
+def test_files_count_by_content_and_a_failure_by_all_there_is(fake: Child, tmp_path: Path) -> None:
+    def own(file: Path, *words: str) -> int:
+        data = ["data=commonsense", f"data.train={file}", "data.valid_size=2"]
+        return start(fake, *data, *words)
+
+    first, moved = tmp_path / "a.json", tmp_path / "b.json"
+    rows = [
+        {"instruction": f"1 + 1 of {i}?", "input": "", "answer": "true", "output": "true"}
+        for i in range(6)
+    ]
+    first.write_text(json.dumps(rows))
+    moved.write_bytes(first.read_bytes())
+    assert own(first) == 0 and len(fake.ran) == 3
+    assert own(moved) == 0 and fake.ran == []
+    moved.write_text(moved.read_text().replace("1 + 1", "1 + 2"))
+    assert own(moved) == 0 and len(fake.ran) == 3
+    assert own(first, "data.on_error=skip") == 0 and len(fake.ran) == 3, "it decides the rows"
+    fake.codes["lora/lr=2,seed=0"] = [2]
+    fake.said = "scalepeft: error: no room"
+    prompt = "data.prompt={instruction}"
+    assert own(first, prompt) == 0 and len(fake.ran) == 3
+    assert own(first, prompt) == 0 and fake.ran == [], "a mistake would come again"
+    assert own(first, prompt, "train.micro_batch=2") == 0
+    again = [f"train lora/lr=2,seed={seed} --resume-with-changes" for seed in (0, 1)]
+    assert fake.ran == again, "tried under another config, it was the better rate"
+
+
+def summary(*rows: tuple[str, float, int]) -> dict[str, Any]:
+    found = result_of([(m, 8, 1.0, loss, 0.1) for m, loss, _ in rows])
+    for row, (_, _, have) in zip(found["methods"], rows, strict=True):
+        row |= {"seeds": list(range(have)), "wanted": 3}
+    return found
+
+
+def test_a_method_that_lost_a_seed_says_so_and_stands_behind() -> None:
+    found = table.body(summary(("a", 0.1, 2), ("b", 0.3, 3), ("c", 0.2, 3)))
+    assert [row[0] for row in found] == ["c", "b", "a (2 of 3 seeds)"]
+
+
+def test_without_the_reference_there_is_no_column_of_differences() -> None:
+    names = ["hoft", "shoft"]
+    methods = [design.Method(n, {}, 1.0, [1.0]) for n in names]
+    values = {"train": {"global_batch": 4}, "data": {"valid_size": 16}}
+    given = design.Design(values, methods, "x1", 0, [1, 2], "steps", None, None, "lora", True, {})
+    found = summary(("hoft", 0.1, 3), ("shoft", 0.2, 3))
+    for row in found["methods"]:
+        row |= {"metric": "accuracy", "score": 0.5, "score_ci": 0.1, "share": True}
+    assert table.heads(found, "lora")[3:5] == ["held-out loss", "accuracy"]
+    assert {len(row) for row in table.body(found)} == {len(table.heads(found, "lora"))}
+    said = "\n".join(table.legend(found, given))
+    assert "the reference, lora, is not among the methods" in said
+    assert "holds less of it" in said and "the interval of a score is over the seeds alone" in said
+    found["methods"][0]["difference"] = {"mean": 0.1, "ci": None, "seeds": 1}
+    del found["methods"][1]["loss"]
+    assert table.heads(found, "lora")[4] == "less lora's"
+    assert {len(row) for row in table.body(found)} == {len(table.heads(found, "lora"))}
+
+
+def test_the_table_of_an_empty_folder_says_what_lacks(fake: Child) -> None:
+    with pytest.raises(UserError) as found:
+        start(fake, "--table")
+    text = "0 of 1 seeds; sweep, lr 1: not run yet; sweep, lr 2: not run yet"
+    assert str(found.value) == f"no method has a result: {text}"
+
+
 @pytest.mark.slow
 def test_a_comparison_in_which_some_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

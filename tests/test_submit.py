@@ -262,6 +262,10 @@ def test_a_comparison_is_two_arrays_and_a_table(capsys: pytest.CaptureFixture[st
     assert "gpus-per-node" not in found["table"] and '#SBATCH --mem="2G"' in found["table"]
     assert f"SETTINGS=(--out {Path.cwd()}/run)" in found["table"]
     assert not Path("run").exists(), "a dry run writes nothing"
+    assert "# ---- design.json" in read.out and "# ---- configs/0.yaml" not in read.out
+    call(file, compare=["methods=hoft,goft", "lrs=1e-3"])
+    said = capsys.readouterr().err
+    assert "plan: hoft: " in said and "plan: goft: " in said and "plan: lora: " not in said
 
 
 @pytest.mark.parametrize(
@@ -274,6 +278,7 @@ def test_a_comparison_is_two_arrays_and_a_table(capsys: pytest.CaptureFixture[st
         (["methods=hotf"], {}, "Did you mean 'hoft'"),
         (["methods=hoft"], {"then": "evaluate"}, "--compare goes without --then"),
         (["methods=hoft"], {"sweep": ["train.lr=1,2"]}, "--compare goes without --then"),
+        (["methods=hoft"], {"resume_with_changes": True}, "runs again what a change asks for"),
     ],
 )
 def test_a_comparison_is_refused_before_the_queue(

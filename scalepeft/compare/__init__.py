@@ -288,7 +288,7 @@ def _all(runner: Runner) -> bool:
         count += 1
         if held["state"] == "done":
             walls.append(held["wall"])
-        else:
+        elif held["state"] == "failed" or cell not in first or not design.swept:
             failed.append(cell)
         rest = left(walls, len(cells) - count)
         say(f"cell {count} of {len(cells)}: {cell}: {_in_words(held)}{rest}")
