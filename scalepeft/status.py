@@ -6,6 +6,7 @@ import shutil
 import statistics
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,22 @@ from scalepeft.lookup import UserError, read_mapping
 from scalepeft.records import read_lines
 
 ACTIVE = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "CONFIGURING")
+COMPARISON = "design.json"  # what a comparison keeps in its folder
 RECENT = 20  # steps that speed and ETA are taken from
 
 
 def run(run_dirs: list[str], as_json: bool) -> None:
-    """Prints the state of each run; a folder of a sweep stands for the runs in it.
+    """Prints the state of each run; a folder of a sweep stands for the runs in it, one of a
+    comparison for its cells.
 
     Raises:
         UserError: a folder that holds neither a run nor a submission, once the others are shown.
     """
     found, wrong = [], []
     for name in run_dirs:
-        runs = _runs(Path(name))
-        found += [status(folder) for folder in runs]
+        compared = (Path(name) / COMPARISON).is_file()
+        runs = [Path(name)] if compared else _runs(Path(name))
+        found += [comparison(folder) if compared else status(folder) for folder in runs]
         wrong += [] if runs else [name]
     if as_json:
         print(json.dumps(found, indent=1))
@@ -39,7 +43,7 @@ def run(run_dirs: list[str], as_json: bool) -> None:
     if wrong:
         raise UserError(
             f"{', '.join(wrong)}: no events.jsonl and no submission in it; name the run_dir of a"
-            " training"
+            " training or a comparison"
         )
 
 
@@ -105,12 +109,69 @@ def _stages(folder: Path) -> dict[str, str]:
     return {name: words[end] for name, _, end in found if end in words}
 
 
+def comparison(folder: Path) -> dict[str, Any]:
+    """How a comparison stands.
+
+    Returns:
+        ``cells``: how many are ``done``, ``running`` (their trainer has given a sign of life),
+        ``failed``, ``broke`` (tried again by the next call), ``left`` (neither), of ``all``.
+        ``jobs``: step of the newest submission -> its Slurm ``job``, and in ``states`` how many of
+        its tasks are in which.
+    """
+    from scalepeft.compare.cells import Runner, reported, sweep
+    from scalepeft.compare.design import Design
+    from scalepeft.preemption import StopFlag
+
+    runner = Runner(folder, Design.read(folder / COMPARISON), StopFlag())
+    cells = [*sweep(runner.design), *reported(runner.design)]
+    count = dict.fromkeys(("done", "running", "failed", "broke", "left"), 0)
+    going = _begun(folder)
+    for cell in cells:
+        held = runner.result(cell)
+        count[held["state"] if held else "left"] += 1
+    count["running"] = min(going, count["left"])
+    count["left"] -= count["running"]
+    jobs = {}
+    for step, job in _newest_jobs(folder).items():
+        states = Counter(_word(task) for task in _ask_all(job))
+        jobs[step] = {"job": job, "states": dict(states)}
+    return {"run": str(folder), "cells": {**count, "all": len(cells)}, "jobs": jobs}
+
+
+def _begun(folder: Path) -> int:
+    """Cells that are begun and whose trainer has given a sign of life."""
+    found = 0
+    for file in folder.glob("cells/*/*/cell.json"):
+        held = read_mapping(file, json.loads, f"remove {file.parent}: it is run again")
+        if held.get("state") == "begun":
+            found += status(file.parent)["state"].lower().startswith("running")
+    return found
+
+
+def _word(task: dict[str, str]) -> str:
+    """Slurm's state of a job with its reason."""
+    reason = task.get("Reason", "None")
+    return task["JobState"] + (f" ({reason})" if reason not in ("None", "") else "")
+
+
 def job_of(folder: Path) -> tuple[str, str] | None:
-    """The newest Slurm job of a run and its state, where a Slurm here knows it."""
+    """The first Slurm job that has still to do with a run, with its state: any step of the newest
+    submission, or the job that the run was last started in; None where all have ended.
+    """
     events = read_lines(folder / "events.jsonl", "event", "time")
-    job = _job(folder, [e for e in events if e["event"] == "start"])
-    state = _ask_slurm(job).get("JobState") if job else None
-    return (job, state) if job and state else None
+    started = _job(folder, [e for e in events if e["event"] == "start"])
+    for job in dict.fromkeys([started, *_newest_jobs(folder).values()]):
+        for task in _ask_all(job) if job else ():
+            if task["JobState"] in ACTIVE:
+                return str(job), task["JobState"]
+    return None
+
+
+def _newest_jobs(folder: Path) -> dict[str, str]:
+    """Step of the newest submission -> its job, in the order in which they were queued."""
+    files = sorted(folder.glob("submissions/*/*.job"), key=lambda p: p.stat().st_mtime_ns)
+    own = [f for f in files if f.parent == files[-1].parent]
+    return {f.stem: f.read_text().strip() for f in own}
 
 
 def _job(folder: Path, starts: list[dict[str, Any]]) -> str | None:
@@ -126,16 +187,20 @@ def _job(folder: Path, starts: list[dict[str, Any]]) -> str | None:
 
 def _ask_slurm(job: str) -> dict[str, str]:
     """JobState, Reason, Restarts, NodeList of a job; empty where no Slurm knows it."""
+    return next(iter(_ask_all(job)), {})
+
+
+def _ask_all(job: str) -> list[dict[str, str]]:
+    """The same of each task of an array; of another job the one."""
     if shutil.which("scontrol"):
         text = _output("scontrol", "-o", "show", "job", job)
-        if text:
-            return dict(re.findall(r"(\S+?)=(\S*)", text.splitlines()[0]))
+        if found := [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in text.splitlines()]:
+            return [task for task in found if "JobState" in task]
     if shutil.which("sacct"):  # scontrol forgets a job minutes after its end
         text = _output("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,NodeList")
-        if text:
-            state, _, nodes = text.strip().splitlines()[-1].partition("|")
-            return {"JobState": state.split()[0], "NodeList": nodes}
-    return {}
+        rows = [line.partition("|") for line in reversed(text.strip().splitlines())]
+        return [{"JobState": state.split()[0], "NodeList": nodes} for state, _, nodes in rows]
+    return []
 
 
 def _output(*command: str) -> str:
@@ -152,8 +217,7 @@ def _state(
     last = max((r["time"] for r in (*events[-1:], *rows[-1:]) if "time" in r), default=None)
     ago = duration(max(0.0, time.time() - last)) if last else None
     if "JobState" in slurm:
-        reason = slurm.get("Reason", "None")
-        word = slurm["JobState"] + (f" ({reason})" if reason not in ("None", "") else "")
+        word = _word(slurm)
         return f"{word}, last sign of life {ago} ago" if ago and word == "RUNNING" else word
     if not events:
         return "not started"
@@ -163,7 +227,21 @@ def _state(
     return f"running, last sign of life {ago} ago" if alive else f"no sign of life for {ago}"
 
 
+def _comparison_lines(one: dict[str, Any]) -> Iterator[str]:
+    yield f"comparison {one['run']}"
+    count = dict(one["cells"])
+    total = count.pop("all")
+    said = ", ".join(f"{n} {state}" for state, n in count.items() if n)
+    yield f"  cells     {said} of {total}"
+    for step, job in one["jobs"].items():
+        states = ", ".join(f"{n} {state}" for state, n in job["states"].items())
+        yield f"  {step:9} Slurm job {job['job']}: {states or 'not known to a Slurm here'}"
+
+
 def _lines(one: dict[str, Any]) -> Iterator[str]:
+    if "cells" in one:
+        yield from _comparison_lines(one)
+        return
     yield f"run {one['run']}"
     job = f" (Slurm job {one['job']}" + (f" on {one['nodes']}" if one["nodes"] else "")
     yield f"  state     {one['state']}{job + ')' if one['job'] else ''}"

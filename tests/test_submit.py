@@ -1,15 +1,19 @@
 """What launch/submit refuses before the queue, and what it renders. The queue: test_slurm.py."""
 
+import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, train
 
-from scalepeft import submit
+from scalepeft import compare, status, submit
+from scalepeft.compare import cells
 from scalepeft.lookup import UserError
 from scalepeft.plan import planning
+from scalepeft.preemption import StopFlag
 
 SOURCE = 'source "${SCALEPEFT_ROOT:-$SLURM_SUBMIT_DIR}/slurm/train.sh" "$@"\n'
 HEAD = "#!/bin/bash\n#SBATCH --nodes=2 --ntasks-per-node=1\n"
@@ -287,3 +291,93 @@ def test_a_comparison_is_refused_before_the_queue(
     with pytest.raises(UserError) as found:
         call(job("data.valid_size=20"), compare=words, plan=False, **more)
     assert text in str(found.value) and not Path("run").exists()
+
+
+def slurm(**jobs: list[str]) -> None:
+    """A Slurm that knows these jobs: number after ``j`` -> the states of its tasks."""
+    cases = ""
+    for name, states in jobs.items():
+        said = "; ".join(f"echo JobId={name[1:]} {state} NodeList=n1" for state in states)
+        cases += f"{name[1:]}) {said} ;;\n"
+    file = Path("bin/scontrol")
+    file.write_text(f'#!/bin/bash\ncase "$4" in\n{cases}*) exit 1;;\nesac\n')
+    file.chmod(0o755)
+
+
+def queued(**steps: int) -> None:
+    for number, names in (("001", {"train": 1}), ("002", steps)):
+        folder = Path("run/submissions") / number
+        folder.mkdir(parents=True)
+        for name, n in names.items():
+            (folder / f"{name}.job").write_text(f"{n}\n")
+
+
+@pytest.mark.parametrize(
+    ("steps", "jobs", "text"),
+    [
+        ({"sweep": 2, "seeds": 3}, {"j3": ["JobState=PENDING Reason=Dependency"]}, "3 of this run"),
+        (
+            {"prepare": 2, "train": 3, "evaluate": 4},
+            {"j3": ["JobState=COMPLETED"], "j4": ["JobState=PENDING"]},
+            "job 4 of this run is PENDING",
+        ),
+        (
+            {"sweep": 2},
+            {"j2": ["JobState=FAILED", "JobState=RUNNING"]},
+            "job 2 of this run is RUNNING",
+        ),
+        (
+            {"sweep": 2},
+            {"j1": ["JobState=RUNNING"], "j2": ["JobState=FAILED"]},
+            "job 1 of this run is RUNNING",
+        ),
+        ({"sweep": 2}, {"j1": ["JobState=COMPLETED"], "j2": ["JobState=FAILED"] * 2}, ""),
+    ],
+)
+def test_a_run_with_a_job_in_the_queue_is_refused(
+    steps: dict[str, int], jobs: dict[str, list[str]], text: str
+) -> None:
+    slurm(**jobs)
+    queued(**steps)
+    file = job()
+    if not text:
+        assert status.job_of(Path("run")) is None
+        return
+    with pytest.raises(UserError) as found:
+        call(file, plan=False)
+    assert text in str(found.value)
+
+
+def test_status_of_a_comparison(capsys: pytest.CaptureFixture[str]) -> None:
+    options = compare.Options.parse(
+        ["methods=lora", "lrs=1,2", "seeds=3", "budget=steps"],
+        ["model=tiny", "data=toy", "train.max_steps=4", "data.valid_size=20"],
+        "run",
+    )
+    design = compare.prepare(options)
+    with compare.kept(Path("run"), design):
+        runner = cells.Runner(Path("run"), design, StopFlag())
+    tried = [*cells.sweep(design), cells.Cell(9, "lora", 2.0, 1), cells.Cell(9, "lora", 2.0, 2)]
+    states = ["done", "done", "broke", "begun"]
+    for cell, state in zip(tried, states, strict=True):
+        runner.folder(cell).mkdir(parents=True)
+        held = {"hash": runner._hash(runner.config(cell)), "state": state, "reason": ""}
+        held |= {"loss": 1 / (cell.lr or 1)}
+        (runner.folder(cell) / "cell.json").write_text(json.dumps(held))
+    begun = {"event": "start", "time": time.time(), "steps": 4}
+    (runner.folder(tried[-1]) / "events.jsonl").write_text(json.dumps(begun) + "\n")
+    slurm(j2=["JobState=COMPLETED"], j3=["JobState=RUNNING", "JobState=PENDING Reason=Priority"])
+    queued(sweep=2, seeds=3, table=4)
+    status.run(["run"], as_json=False)
+    assert capsys.readouterr().out.splitlines() == [
+        "comparison run",
+        "  cells     2 done, 1 running, 1 broke, 1 left of 5",
+        "  sweep     Slurm job 2: 1 COMPLETED",
+        "  seeds     Slurm job 3: 1 RUNNING, 1 PENDING (Priority)",
+        "  table     Slurm job 4: not known to a Slurm here",
+    ]
+    status.run(["run"], as_json=True)
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["cells"] == {
+        "done": 2, "running": 1, "failed": 0, "broke": 1, "left": 1, "all": 5,
+    }  # fmt: skip
