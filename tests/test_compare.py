@@ -275,7 +275,9 @@ class Child:
         if codes := self.codes.get(name):
             return codes.pop(0)
         if arguments[0] == "evaluate":
-            (folder / "eval" / "toy").mkdir(parents=True, exist_ok=True)
+            if (folder / "eval").is_dir():  # under other settings: scalepeft evaluate keeps both
+                (folder / "eval/toy").rename(folder / f"eval/toy.old-{time.monotonic_ns()}")
+            (folder / "eval" / "toy").mkdir(parents=True)
             metric = {"accuracy": {"value": 0.5, "share": True}}
             found = {"headline": "accuracy", "metrics": metric}
             (folder / "eval/toy/scores.json").write_text(json.dumps(found))

@@ -304,7 +304,8 @@ class Runner:
         if self._evaluated(config):
             settings = keys.evaluate_settings(config, folder)
             state, reason = self._child(["evaluate", str(folder), *settings], folder)
-        found = measured(folder, self._evaluated(config) and state == "done")
+        scored = self._evaluated(config) and state == "done"
+        found = measured(folder, config.data.name if scored else None)
         if found["loss"] is None:
             reason = "diverged: held-out loss is not finite"
             return {**found, "state": "failed", "reason": reason, "trained": False}

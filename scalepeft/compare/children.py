@@ -109,8 +109,12 @@ def why(code: int, log: Path, start: int) -> tuple[str, str]:
     return "broke", f"exit code {code}: {last}"[:300]
 
 
-def measured(folder: Path, evaluated: bool) -> dict[str, Any]:
+def measured(folder: Path, task: str | None) -> dict[str, Any]:
     """The figures of a finished run.
+
+    Args:
+        folder: the run.
+        task: whose scores to read; None where it was not evaluated.
 
     Returns:
         ``loss``: held-out, after the last step (None: not finite). ``seconds``: of the training
@@ -140,9 +144,8 @@ def measured(folder: Path, evaluated: bool) -> dict[str, Any]:
         "peak_memory": max(cuda or resident, default=None),
         "memory": "cuda" if cuda else "resident",
     }
-    if evaluated:
-        (file,) = folder.glob("eval/*/scores.json")
-        held = scores.read(file)
+    if task is not None:
+        held = scores.read(folder / "eval" / task / "scores.json")
         name, metric = scores.first(held)
         found |= {"metric": name, "score": metric["value"], "share": metric["share"]}
     return found
