@@ -89,7 +89,7 @@ def _read(file: Path) -> dict[str, Any]:
     held: dict[str, Any] = dict.fromkeys(("start", "host", "pid"), "?")
     try:
         return held | json.loads(file.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, TypeError):
         return held

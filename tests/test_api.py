@@ -14,6 +14,7 @@ from scalepeft.lookup import UserError
 NAMES = ("adapt", "effective_weight", "inject", "load_adapter")
 
 
+@pytest.mark.slow
 def test_public_names_stay_functions_in_every_order_of_use() -> None:
     program = f"""
 import importlib, sys

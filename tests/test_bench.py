@@ -49,6 +49,7 @@ def check_ratios(found: dict[str, dict[str, Any]]) -> None:
             assert value == pytest.approx(statistics.median(t / r for t, r in rounds))
 
 
+@pytest.mark.slow
 def test_a_model_is_measured_and_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

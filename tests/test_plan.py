@@ -77,7 +77,8 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_plan_is_what_really_happens(ranks: int, model: Path) -> None:
     """Peaks to 10 % of the profiler's (they are within 0.2), all else exactly."""
     cases = [settings(model, *more) for more in CASES[ranks]]
@@ -211,6 +212,7 @@ def test_70b_on_a_laptop() -> None:
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4_000_000
 
 
+@pytest.mark.slow
 def test_a_checkpoint_has_the_size_it_was_said_to_have(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train(1, run, "train.max_steps=1")
@@ -222,6 +224,7 @@ def test_a_checkpoint_has_the_size_it_was_said_to_have(tmp_path: Path) -> None:
     assert tensors == step.checkpoint
 
 
+@pytest.mark.slow
 def test_what_to_change_where_it_does_not_fit(blocks: list[str]) -> None:
     words = [*blocks, FEW, "engine=single", "model.quant=none", "data.cutoff=1024"]
     found = planned(words, memory=8.0)

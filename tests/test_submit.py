@@ -177,6 +177,7 @@ def test_what_a_plan_refuses(
     assert "GiB a GPU" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_signal_too_late_even_for_the_step_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -247,6 +248,7 @@ def test_the_gpu_that_a_job_file_names(head: str, gpu: str | None) -> None:
     assert (found and found.name) == gpu
 
 
+@pytest.mark.slow
 def test_a_comparison_is_two_arrays_and_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     head = "#!/bin/bash\n#SBATCH --nodes=1 --ntasks-per-node=2 --gpus-per-node=2\n"
     file = job("data.valid_size=20", "adapter.rank=4", "train.lr=1e-3", head=head)
