@@ -318,6 +318,7 @@ class Pipeline:
         for line in summary["said"]:
             say(line)
         target = self.folder / "data" / "summary.json"
+        target.parent.mkdir(exist_ok=True)  # a task that reads no files has written no rows
         write_atomically(target, json.dumps(summary, indent=1))
         return [*files, target]
 
