@@ -8,6 +8,7 @@ which is made again from what is there.
 """
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scalepeft import __version__, data, evaluate, merge, models, report, train
+from scalepeft import __version__, comet, data, evaluate, merge, models, report, train
 from scalepeft import config as cfg
 from scalepeft.build import start_ranks, task_of
 from scalepeft.checkpoint import digest, fsync, write_atomically
@@ -185,6 +186,7 @@ class Pipeline:
                 "evaluate": _plain(config.evaluate, but=("batch_size",)),
                 "subjects": config.pipeline.evaluate,
                 "task_version": task.version,
+                "comet": os.environ.get(comet.VARIABLE) if task.translates else None,
             }
         return {"adapter": adapter, "scores": self._outputs("evaluate"), "scalepeft": __version__}
 
@@ -221,9 +223,7 @@ class Pipeline:
         inputs = json.loads(json.dumps(self.inputs(stage)))
         manifest, begun = self.read(stage), self.read(stage, begun=True)
         forced = options.first is not None and STAGES.index(stage) >= STAGES.index(options.first)
-        if begun.get("inputs") == inputs and (begun.get("forced") or not forced):
-            say(f"{stage}: continues where it was stopped")
-            return inputs, "continued"
+        # A stage that is begun has no manifest.
         current = manifest.get("inputs") == inputs and self.outputs_hold(stage)
         if current and not forced:
             say(f"{stage}: done already")
@@ -234,6 +234,9 @@ class Pipeline:
                 f" these settings{_why(manifest or begun, inputs)}; run scalepeft pipeline with"
                 f" --stage {stage} first, or without --stage"
             )
+        if begun.get("inputs") == inputs and (begun.get("forced") or not forced):
+            say(f"{stage}: continues where it was stopped")
+            return inputs, "continued"
         held = manifest or begun
         if held:
             why = " as asked by --from" if forced else _why(held, inputs) or ": outputs changed"
