@@ -260,7 +260,8 @@ def test_evaluation_killed_and_stopped_continues_to_the_same_predictions(
 
     # Two sharded ranks, the last one short of a row: the same answers; other settings do not mix
     # with the old.
-    codes, text = Job(2, ["evaluate", str(killed), "engine=fsdp2", "evaluate.limit=13"]).wait()
+    more = ["engine=fsdp2", "evaluate.limit=13", "evaluate.stop=nowhere in an answer"]
+    codes, text = Job(2, ["evaluate", str(killed), *more]).wait()
     assert codes == [0, 0], text
     assert "kept as toy.old-1" in text
     sharded = predictions(killed)

@@ -435,10 +435,11 @@ def test_the_70b_job_as_it_stands(tmp_path: Path, cluster: Cluster) -> None:
     big = Cluster(nodes=2, cpus=64, gpus=8)
     try:
         runs = Runs(big, tmp_path)
-        row = {"instruction": "Is it?", "input": "", "output": "true", "answer": "true"}
+        row = {"input": "", "output": "true", "answer": "true"}
+        rows_made = [{**row, "instruction": f"Is it {i}?"} for i in range(200)]
         (tmp_path / "data").mkdir()
         for name in ("data/commonsense_170k.json", "TRAIN", "TEST"):
-            (tmp_path / name).write_text(json.dumps([row] * 200))
+            (tmp_path / name).write_text(json.dumps(rows_made))
         shutil.copytree(tiny.make(0), tmp_path / "MODEL")
         for name in ("slurm", "launch"):
             (tmp_path / name).symlink_to(ROOT / name)
