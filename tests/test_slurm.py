@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, TINY, adapter_bytes, call, losses, rows, train
-from slurm_cluster import Cluster, missing
+from slurm_cluster import ENDS, Cluster, missing
 from test_readme import COMMANDS
 
 from scalepeft import config, tiny
@@ -93,7 +93,10 @@ class Runs:
         while not file.exists() or file.read_text().count("\n") < step:
             log = "".join(f.read_text() for f in self.folder.glob("*.log"))
             newest = log.rpartition(": start ")[2]
-            over = "no requeue" in newest or "finished" in newest or time.monotonic() > deadline
+            # What an old start says last may come after Slurm has begun the next one.
+            said = "no requeue" in newest or "finished" in newest
+            over = said and self.cluster.job(self.jobs[-1])["JobState"] in ENDS
+            over = over or time.monotonic() > deadline
             assert not over, f"never came to step {step}\n{log}"
             time.sleep(0.05)
 
