@@ -29,7 +29,7 @@ if [ $# -gt 0 ]; then
 else
     # Two halves of about the same time, one beside the other: the fast part and these, mostly of one process at a time;
     # and the others, which begin with the Slurm tests: those wait a lot.
-    second_half=(tests/test_{bench,compare,conformance,merge,pipeline,plan,readme,resume}.py)
+    second_half=(tests/test_{compare,conformance,pipeline,plan,readme,resume}.py)
     fast_log=$(mktemp)
     {
         beside=0
