@@ -19,6 +19,54 @@ SETS = {
 }  # fmt: skip
 
 
+def task(protocol: str = "clean", **settings: Any) -> Commonsense:
+    values = {"name": "commonsense", "protocol": protocol, **settings}
+    found = config.from_dict({"run_dir": "x", "train": {"max_steps": 1}, "data": values})
+    assert isinstance(found.data, CommonsenseConfig)
+    return Commonsense(found.data)
+
+
+def file_of(shared: Path, name: str) -> Path:
+    kind = "test.reconstructed" if name == "hellaswag" else "test"
+    return shared / f"llm_adapters/dataset/{name}/{kind}.json.gz"
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with gzip.open(file, "rt", encoding="utf-8") as f:
+        found: list[dict[str, str]] = json.load(f)
+    return found
+
+
+# ---- prompts ------------------------------------------------------------------------------------
+
+
+def published(instruction: str, output: str | None) -> str:
+    """``generate_prompt`` as it stands in finetune.py (with output) and commonsense_evaluate.py of
+    github.com/AGI-Edgerunners/LLM-Adapters, whose source indentation is part of the prompt.
+    """
+    if output is not None:
+        return f"""Below is an instruction that describes a task. Write a response that appropriately completes the request.  
+
+                ### Instruction:
+                {instruction}
+                
+                ### Response:
+                {output}"""  # noqa: E501, W291, W293
+    return f"""Below is an instruction that describes a task. Write a response that appropriately completes the request. 
+
+                ### Instruction:
+                {instruction}
+
+                ### Response:
+                """  # noqa: E501, W291
+
+
+ROW = {
+    "instruction": "Please answer: {x}?\n\nAnswer format: true/false", "input": "",
+    "output": "the correct answer is true", "answer": "true",
+}  # fmt: skip
+
+
 def test_llm_adapters_prompts_are_the_published_ones_byte_for_byte() -> None:
     chosen = task("llm-adapters")
     trained = chosen.example(ROW, "f#1", "train")
