@@ -107,11 +107,13 @@ class Zygote:
         arguments: list[str],
         env: dict[str, str],
         stderr: int | None = None,
+        cwd: Path | None = None,
     ) -> Forked:
         """Runs ``python PROGRAM ARGUMENTS``; stderr goes where stdout goes, or to a descriptor."""
         status, their_status = os.pipe()
         stdout, their_stdout = os.pipe()
-        message = json.dumps({"program": program, "arguments": arguments, "env": env})
+        asked = {"program": program, "arguments": arguments, "env": env}
+        message = json.dumps({**asked, "cwd": None if cwd is None else str(cwd)})
         their_stderr = their_stdout if stderr is None else stderr
         fds = array.array("i", [their_status, their_stdout, their_stderr])
         self._socket.sendmsg(
@@ -124,11 +126,16 @@ class Zygote:
         return Forked(int(answer), status, stdout)
 
     def run(
-        self, program: tuple[str, ...], arguments: list[str], env: dict[str, str], timeout: float
+        self,
+        program: tuple[str, ...],
+        arguments: list[str],
+        env: dict[str, str],
+        timeout: float,
+        cwd: Path | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """As ``subprocess.run`` with captured output."""
         with tempfile.TemporaryFile() as stderr:
-            process = self.start(program, arguments, env, stderr.fileno())
+            process = self.start(program, arguments, env, stderr.fileno(), cwd)
             out, _ = process.communicate(timeout)
             stderr.seek(0)
             return subprocess.CompletedProcess(
@@ -209,6 +216,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(request["env"])
+    if request["cwd"] is not None:
+        os.chdir(request["cwd"])
     program = request["program"]
     import runpy
 
