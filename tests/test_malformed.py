@@ -600,6 +600,7 @@ def test_prepare_stops_at_a_broken_row_and_goes_on_once_it_is_repaired(
     assert not (run / "data/train.left-out.txt").exists()
 
 
+@pytest.mark.slow
 def test_a_prepare_that_fails_loses_nothing(tmp_path: Path) -> None:
     """A finished training stands while its data are broken, and counts again once they are not."""
     name = "commonsense"

@@ -174,6 +174,7 @@ def test_what_stays_is_arithmetic(
     ), "the simulated ranks hold what arithmetic says"
 
 
+@pytest.mark.slow
 def test_zero_by_arithmetic(blocks: list[str]) -> None:
     base, trained = bytes_by_hand("llama-3.1-8b", "nf4", 1, layers=2)
     one = [*blocks, "engine.name=zero"]
@@ -267,6 +268,7 @@ def test_grace_follows_step_and_save(blocks: list[str]) -> None:
     assert 0 <= beside.grace - (2 * (100 + 2 * save) + 30) < 30, "one under way, and the last one"
 
 
+@pytest.mark.slow
 def test_table_json_and_picture(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +288,7 @@ def test_table_json_and_picture(
     assert [p.name for p in tmp_path.iterdir()] == ["plan.png"], "no run folder"
 
 
+@pytest.mark.slow
 def test_run_folder_and_length_may_be_absent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -90,6 +90,7 @@ def test_job_files_are_refused_before_the_queue(head: str, tail: str, text: str)
         call("nofile.sh")
 
 
+@pytest.mark.slow
 def test_what_is_rendered(capsys: pytest.CaptureFixture[str]) -> None:
     Path("sub dir").mkdir()
     head = HEAD + '#SBATCH --time=5\n\nmodule() { :; }\nexport HF_HOME="/a b"\n'
@@ -211,6 +212,7 @@ def test_gpu_without_a_plan_is_refused() -> None:
         call(job(), gpu="H100", plan=False)
 
 
+@pytest.mark.slow
 def test_what_a_plan_says(capsys: pytest.CaptureFixture[str]) -> None:
     call(job(head=HEAD + "#SBATCH --signal=B:USR1@60 --gres=gpu:h100:1\n"))
     said = capsys.readouterr().err
