@@ -72,7 +72,7 @@ class Pipeline:
         self.config = replace(config, data=replace(config.data, **files))
         """The config over the prepared rows."""
         folder = models.resolve(config.model, ranks)
-        self.base = ranks.together(
+        self.base = ranks.main_only(
             lambda: {
                 "weights": Weights(folder).fingerprint(),
                 "tokenizer": tokenizer_hash(models.load_tokenizer(config.model, folder)),
