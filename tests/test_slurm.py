@@ -364,6 +364,8 @@ def test_submit_queues_the_stages_as_a_chain(runs: Runs, undisturbed: Path) -> N
     assert "of 50 (" in text and "restarts  0" in text and "ETA" in text
     assert "stages    prepare done, train begun" in text
     assert cluster.job(evaluation)["Reason"] == "Dependency"
+    refused = submit(runs, *command, expect=2)
+    assert re.search(r"job \d+ of this run is (RUNNING|PENDING)", refused), refused
     cluster.run("scancel", "-b", "-s", "USR1", job)  # the others wait through the requeue
     cluster.restart(job, 1)
     cluster.wait(report, "COMPLETED")
@@ -371,6 +373,8 @@ def test_submit_queues_the_stages_as_a_chain(runs: Runs, undisturbed: Path) -> N
     for sub in ("eval", "eval-merged"):
         assert json.loads((runs.folder / f"run/{sub}/toy/scores.json").read_text())["count"] == 20
     assert (runs.folder / "run/report.html").is_file()
+    again = submit(runs, file, "train.lr=1", expect=2)
+    assert "holds a run with another config" in again and "train.lr: 0.003 there, 1" in again
     assert "sbatch refuses" in submit(runs, file, "--sbatch", "partition=nope", expect=2)
 
 
