@@ -29,7 +29,7 @@ if [ $# -gt 0 ]; then
 else
     # Two halves of about the same time, one beside the other: the fast part and these, mostly of one process at a time;
     # and the others, which begin with the Slurm tests: those wait a lot.
-    second_half=(tests/test_{compare,conformance,pipeline,plan,readme,resume}.py)
+    second_half=(tests/{analysis/test_compare,adapters/test_conformance,test_pipeline,cluster/test_plan,test_readme,run/test_resume}.py)
     fast_log=$(mktemp)
     {
         beside=0
@@ -39,8 +39,8 @@ else
     } > "$fast_log" 2>&1 &
     fast=$!
     trap 'kill $fast 2>/dev/null || true; rm -f "$fast_log"' EXIT  # it has ended on the good path: kill fails then
-    mapfile -t others < <(printf '%s\n' tests/test_*.py | grep -v -x -F -e tests/test_slurm.py -f <(printf '%s\n' "${second_half[@]}"))
-    .venv/bin/python -m pytest -rs -m slow tests/test_slurm.py "${others[@]}" || code=$?
+    mapfile -t others < <(printf '%s\n' tests/test_*.py tests/*/test_*.py | grep -v -x -F -e tests/cluster/test_slurm.py -f <(printf '%s\n' "${second_half[@]}"))
+    .venv/bin/python -m pytest -rs -m slow tests/cluster/test_slurm.py "${others[@]}" || code=$?
     fast_code=0
     wait $fast || fast_code=$?
     echo "test: beside them, the fast part (-m \"not slow\") and ${second_half[*]}:"

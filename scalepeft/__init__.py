@@ -7,10 +7,10 @@ from typing import Any
 __version__ = "0.1.0"
 # Imported on first use: ``python -m scalepeft`` takes over the signals before torch is loaded.
 _PUBLIC = {
-    "adapt": "scalepeft.injection",
-    "effective_weight": "scalepeft.merge",
-    "inject": "scalepeft.injection",
-    "load_adapter": "scalepeft.injection",
+    "adapt": "scalepeft.adapters.inject",
+    "effective_weight": "scalepeft.export.merge",
+    "inject": "scalepeft.adapters.inject",
+    "load_adapter": "scalepeft.adapters.inject",
 }
 __all__ = [
     "__version__",

@@ -6,12 +6,16 @@ from typing import Any
 
 from torch import nn
 
-from scalepeft import injection, lookup, loss, models
-from scalepeft.config import RunConfig
+from scalepeft.adapters import inject as injection
+from scalepeft.config.schema import RunConfig
+from scalepeft.core import registry
+from scalepeft.core.errors import UserError
+from scalepeft.data.tasks.base import Task
+from scalepeft.models import hub as models
+from scalepeft.models import loss, structure
+from scalepeft.models.weights import Weights, load_weights
 from scalepeft.parallel.base import Engine
-from scalepeft.parallel.mesh import Ranks, world_size
-from scalepeft.tasks.base import Task
-from scalepeft.weights import Weights, load_weights
+from scalepeft.parallel.ranks import Ranks, world_size
 
 
 @dataclass
@@ -27,12 +31,12 @@ class Built:
 
 def engine_class(config: RunConfig) -> type[Engine]:
     """Returns the engine that ``engine.name`` picks."""
-    return lookup.find_class("parallel", config.engine.name, "engine", Engine)
+    return registry.find_class("parallel", config.engine.name, "engine", Engine)
 
 
 def task_of(config: RunConfig) -> Task:
     """Returns the task that ``data.name`` picks."""
-    return lookup.find_class("tasks", config.data.name, "task", Task)(config.data)
+    return registry.find_class("data.tasks", config.data.name, "task", Task)(config.data)
 
 
 def start_ranks(config: RunConfig) -> Ranks:
@@ -46,8 +50,8 @@ def build(config: RunConfig, ranks: Ranks, poll: Callable[[], None], adapted: bo
     folder = models.resolve(config.model, ranks)
     poll()
 
-    def structure() -> tuple[nn.Module, Weights]:
-        model = models.build(config.model, folder, config.train.precision)
+    def make() -> tuple[nn.Module, Weights]:
+        model = structure.build(config.model, folder, config.train.precision)
         if adapted:
             injection.inject(model, config.adapter)
         else:
@@ -55,10 +59,10 @@ def build(config: RunConfig, ranks: Ranks, poll: Callable[[], None], adapted: bo
         loss.add_token_loss(model)
         return model, Weights(folder)
 
-    model, weights = ranks.together(structure)
+    model, weights = ranks.together(make)
     engine = engine_class(config)(config.engine, ranks)
-    engine.shard(model, models.blocks_of(model))
-    models.materialise(model, ranks.device)
+    engine.shard(model, structure.blocks_of(model))
+    structure.materialise(model, ranks.device)
     turns = load_weights(model, weights)
     while ranks.together(lambda: next(turns, "end")) != "end":
         poll()
@@ -73,3 +77,14 @@ def build(config: RunConfig, ranks: Ranks, poll: Callable[[], None], adapted: bo
         ),
     }
     return Built(engine, model, base, weights.bytes_read)
+
+
+def check_batch(config: RunConfig, world: int) -> None:
+    """Refuses a world size that does not divide the global batch."""
+    size = config.train.global_batch
+    if size % world:
+        near = min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: abs(n - world))
+        raise UserError(
+            f"train.global_batch={size} cannot be shared evenly by {world} ranks; start {near}"
+            f" ranks, or take train.global_batch={max(1, size // world) * world}"
+        )

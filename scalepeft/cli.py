@@ -11,7 +11,7 @@ import traceback
 from typing import NoReturn
 
 from scalepeft import __version__
-from scalepeft.preemption import BROKEN, FINISHED, USER_ERROR, StopFlag
+from scalepeft.core.preemption import BROKEN, FINISHED, USER_ERROR, StopFlag
 
 EPILOG = """\
 exit codes: 0 finished; 75 stopped by SIGTERM, SIGINT or SIGUSR1 and saved, run again to continue;
@@ -420,11 +420,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, stop: StopFlag) -> int:
-    from scalepeft import config
+    from scalepeft.config import files as config_files
+    from scalepeft.config import schema as config
 
     if args.command == "train":
-        path, settings = _config_first(args.settings)
-        run_config, notes = config.load(path, settings)
+        path, settings = config_files._config_first(args.settings)
+        run_config, notes = config_files.load(path, settings)
         from scalepeft import train
 
         _say_notes(notes)
@@ -432,47 +433,47 @@ def _run(args: argparse.Namespace, stop: StopFlag) -> int:
     if args.command == "pipeline":
         from scalepeft import pipeline
 
-        path, settings = _config_first(args.settings)
-        run_config, notes = config.load(path, settings)
+        path, settings = config_files._config_first(args.settings)
+        run_config, notes = config_files.load(path, settings)
         _say_notes(notes)
         stages = pipeline.Options(args.first, args.until, args.stage)
         return pipeline.run(run_config, stages, stop)
     if args.command == "evaluate":
-        from scalepeft import evaluate
+        from scalepeft.eval import evaluate
 
         subject: config.Subject = "base" if args.base else "merged" if args.merged else "adapter"
         return evaluate.run(args.run_dir, args.settings, subject, stop)
     if args.command == "compare":
-        from scalepeft import compare
+        from scalepeft.analysis.compare import command as compare
 
         return compare.run(compare.Options.of(args), stop)
     if args.command == "score":
-        from scalepeft import score
+        from scalepeft.eval import score_files as score
 
         values = {k: v for k, v in vars(args).items() if k not in ("command", "debug")}
         score.run(score.Options(**values))
     elif args.command == "report":
-        from scalepeft import report
+        from scalepeft.analysis.report import command as report
 
         report.run(args.run_dirs, args.out)
     elif args.command == "merge":
-        from scalepeft import merge
+        from scalepeft.export import merge
 
         merge.run(args.run_dir, args.out, args.settings, args.base, args.dtype)
     elif args.command == "export":
-        from scalepeft import export
+        from scalepeft.export import peft as export
 
         export.run(args.run_dir, args.out, args.settings, args.format)
     elif args.command == "methods":
-        from scalepeft import methods
+        from scalepeft.analysis import methods
 
         methods.run(args.model, args.json)
     elif args.command == "doctor":
-        from scalepeft import doctor
+        from scalepeft.cluster.doctor import command as doctor
 
         return doctor.run(doctor.Options.of(args))
     elif args.command == "plan":
-        from scalepeft import plan
+        from scalepeft.cluster.plan import command as plan
 
         options = plan.Options(
             nodes=args.nodes,
@@ -484,30 +485,23 @@ def _run(args: argparse.Namespace, stop: StopFlag) -> int:
         )
         plan.run(args.settings, options, args.json, args.plot)
     elif args.command == "submit":
-        from scalepeft import submit
+        from scalepeft.cluster import submit
 
         values = {k: v for k, v in vars(args).items() if k not in ("command", "debug")}
         submit.run(submit.Options(**values))
     elif args.command == "status":
-        from scalepeft import status
+        from scalepeft.cluster import status
 
         status.run(args.run_dirs, args.json)
     else:
-        from scalepeft import bench
+        from scalepeft.analysis.bench import command as bench
 
         bench.run(bench.Options.of(args))
     return FINISHED
 
 
-def _config_first(settings: list[str]) -> tuple[str | None, list[str]]:
-    """Parts ``[CONFIG] KEY=VALUE ...``."""
-    if settings and "=" not in settings[0]:
-        return settings[0], settings[1:]
-    return None, settings
-
-
 def _say_notes(notes: list[str]) -> None:
-    from scalepeft.progress import say
+    from scalepeft.core.log import say
 
     for note in notes if _rank() == 0 else ():
         say(note)
@@ -518,8 +512,8 @@ def _rank() -> int:
 
 
 def _explain(error: Exception, debug: bool) -> int:
-    from scalepeft.checkpoint import Fenced
-    from scalepeft.lookup import UserError
+    from scalepeft.core.errors import UserError
+    from scalepeft.run.checkpoint import Fenced
 
     if isinstance(error, Fenced):
         print(f"scalepeft: stopped: {error}", file=sys.stderr)

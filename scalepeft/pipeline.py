@@ -17,23 +17,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scalepeft import __version__, comet, data, evaluate, merge, models, report, train
-from scalepeft import config as cfg
+from scalepeft import __version__, build, train
+from scalepeft.analysis.report import command as report
 from scalepeft.build import start_ranks, task_of
-from scalepeft.checkpoint import digest, fsync, write_atomically
-from scalepeft.config import RunConfig
-from scalepeft.data import tokenizer_hash
-from scalepeft.goodput import duration
-from scalepeft.holder import Hold, check_free
-from scalepeft.lookup import UserError
-from scalepeft.parallel.mesh import Ranks, world_size
-from scalepeft.preemption import FINISHED, STOPPED, StopFlag, Stopping, tell_job
-from scalepeft.progress import say
-from scalepeft.records import read_lines, slurm_start
-from scalepeft.streaming import MADE_FROM
-from scalepeft.tasks.base import Split, Task, prepared_for, to_prepared
-from scalepeft.tasks.rows import expand, paths_of
-from scalepeft.weights import Weights
+from scalepeft.config import changes
+from scalepeft.config import schema as cfg
+from scalepeft.config.schema import RunConfig
+from scalepeft.core.errors import UserError
+from scalepeft.core.files import digest, fsync, read_lines, write_atomically
+from scalepeft.core.log import say
+from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping, tell_job
+from scalepeft.core.slurm import slurm_start
+from scalepeft.core.text import duration
+from scalepeft.data import tokens as data
+from scalepeft.data.rows import expand, paths_of
+from scalepeft.data.tasks.base import Split, Task, prepared_for, to_prepared
+from scalepeft.data.tokens import tokenizer_hash
+from scalepeft.eval import comet, evaluate
+from scalepeft.export import merge
+from scalepeft.export.streaming import MADE_FROM
+from scalepeft.models import hub as models
+from scalepeft.models.weights import Weights
+from scalepeft.parallel import ranks as ranks_
+from scalepeft.parallel.ranks import Ranks, world_size
+from scalepeft.run.lease import Hold, check_free
 
 STAGES = ("prepare", "train", "merge", "evaluate", "report")
 ON_RANKS = ("train", "evaluate")
@@ -167,8 +174,8 @@ class Pipeline:
         if stage == "train":
             kept = {
                 key: value
-                for key, value in cfg.flatten(cfg.to_dict(config))
-                if not cfg.matches_key(key, (*cfg.FREE_TO_CHANGE, *cfg.HARMLESS))
+                for key, value in changes.flatten(cfg.to_dict(config))
+                if not changes.matches_key(key, (*changes.FREE_TO_CHANGE, *changes.HARMLESS))
             }
             length = {"max_steps": config.train.max_steps, "epochs": config.train.epochs}
             rows = self._prepared("train", "valid")
@@ -286,7 +293,7 @@ class Pipeline:
             "merge": self._merge,
             "report": lambda: report.write([self.folder]),
         }
-        return FINISHED, evaluate.alone(self.ranks, alone[stage])
+        return FINISHED, ranks_.alone(self.ranks, alone[stage])
 
     def _prepare(self, folder: Path) -> list[Path]:
         """Reads, checks and counts all rows once, and tokenises those to train on."""
@@ -317,7 +324,7 @@ class Pipeline:
         tokenizer = models.load_tokenizer(self.config.model, folder)
         task = task_of(self.config)
         vocabulary = models.vocab_size(folder)
-        _, _, summary["said"] = data.prepare(self.config, task, tokenizer, vocabulary)
+        _, _, summary["said"] = data.prepare(task, tokenizer, vocabulary, self.config.train.seed)
         for line in summary["said"]:
             say(line)
         target = self.folder / "data" / "summary.json"
@@ -357,7 +364,7 @@ def _why(held: dict[str, Any], inputs: dict[str, Any]) -> str:
     """Names the inputs that differ."""
     if not held:
         return ""
-    was, now = (dict(cfg.flatten(d)) for d in (held.get("inputs") or {}, inputs))
+    was, now = (dict(changes.flatten(d)) for d in (held.get("inputs") or {}, inputs))
     changed = [k for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)]
     said = {}
     for key in changed:
@@ -415,7 +422,7 @@ def run(config: RunConfig, options: Options, stop: StopFlag) -> int:
     """
     check(config)
     if options.only in (None, *ON_RANKS) or world_size() > 1:
-        train.check_batch(config, world_size())
+        build.check_batch(config, world_size())
         ranks = start_ranks(config)
     else:
         ranks = Ranks()  # a job without a GPU, whatever engine and device the others are for

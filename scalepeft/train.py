@@ -7,35 +7,25 @@ from collections.abc import Callable
 from signal import SIGUSR1
 
 import torch
-from torch import nn
 
-from scalepeft import config as cfg
-from scalepeft import data, injection, loss, models
-from scalepeft.adapters.base import Adapter, Dropout, dropout_keys
-from scalepeft.build import Built, build, start_ranks, task_of
-from scalepeft.checkpoint import Checkpoint
-from scalepeft.config import RunConfig
-from scalepeft.lookup import UserError
-from scalepeft.parallel.base import Part, full_shape
-from scalepeft.parallel.mesh import Ranks, world_size
-from scalepeft.preemption import FINISHED, STOPPED, StopFlag, Stopping
-from scalepeft.progress import say
-from scalepeft.provenance import device_name
-from scalepeft.records import Records, check_nodes
-from scalepeft.saving import Saver
-from scalepeft.tensorfiles import Reader
-from scalepeft.weights import Weights, resident_bytes
-
-
-def check_batch(config: RunConfig, world: int) -> None:
-    """Refuses a world size that does not divide the global batch."""
-    size = config.train.global_batch
-    if size % world:
-        near = min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: abs(n - world))
-        raise UserError(
-            f"train.global_batch={size} cannot be shared evenly by {world} ranks; start {near}"
-            f" ranks, or take train.global_batch={max(1, size // world) * world}"
-        )
+from scalepeft.build import Built, build, check_batch, start_ranks, task_of
+from scalepeft.config import schema as cfg
+from scalepeft.config.schema import RunConfig
+from scalepeft.core.errors import UserError
+from scalepeft.core.log import say
+from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping
+from scalepeft.data import loader, tokens
+from scalepeft.data import tokens as data
+from scalepeft.models import hub as models
+from scalepeft.models.weights import Weights, resident_bytes
+from scalepeft.parallel.base import full_shape
+from scalepeft.parallel.ranks import Ranks, world_size
+from scalepeft.run.checkpoint import Checkpoint
+from scalepeft.run.folder import check_nodes
+from scalepeft.run.provenance import device_name
+from scalepeft.run.records import Records
+from scalepeft.run.saver import Saver
+from scalepeft.trainer import Trainer, batches
 
 
 def check_resumed(
@@ -74,158 +64,6 @@ def check_resumed(
         )
 
 
-class Trainer:
-    """Everything that a step, a save or a resume touches."""
-
-    def __init__(
-        self, config: RunConfig, ranks: Ranks, built: Built, data_fingerprint: str
-    ) -> None:
-        self.config, self.ranks, self.built = config, ranks, built
-        self.data_fingerprint = data_fingerprint
-        self.trained = injection.trainable(built.model)
-        decayed = injection.decayed_names(built.model)
-        groups = [
-            {
-                "params": [p for n, p in self.trained.items() if n in decayed],
-                "weight_decay": config.train.weight_decay,
-            },
-            {
-                "params": [p for n, p in self.trained.items() if n not in decayed],
-                "weight_decay": 0.0,
-            },
-        ]
-        self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]],
-            lr=config.train.lr,
-            betas=(config.train.beta1, config.train.beta2),
-            eps=config.train.eps,
-        )
-        self.call = built.engine.attach(built.model, self.optimizer)
-        """What training calls: the model, or the engine's wrapper around it."""
-        found = [adapter for _, adapter in injection.adapters(built.model)]
-        self.penalised = any(type(a).penalty is not Adapter.penalty for a in found)
-        self.dropouts = [m for m in built.model.modules() if isinstance(m, Dropout)]
-        self.nonfinite = 0
-        """Steps in a row that were skipped because loss or gradient was not finite."""
-        self.penalty: float | None = None
-        """Value of the adapters' regularisers before the last step; None for methods without."""
-
-    def step(
-        self, micro: list[data.MicroBatch], label_tokens: int, lr: float
-    ) -> tuple[float | None, float | None]:
-        """One optimiser step; returns (mean loss over the global batch's label tokens, gradient
-        norm).
-
-        ``loss = sum over ranks and micro-batches of the summed cross-entropy / label_tokens``: sums
-        all the way, divided once, so that how rows are dealt to ranks and micro-batches changes
-        nothing. A step that is not finite changes no parameter and returns (None, None).
-        """
-        engine, train = self.built.engine, self.config.train
-        total = torch.zeros((), device=self.ranks.device)
-        for i, batch in enumerate(micro):
-            # The base's own dropout, where its config has one: repeated after a resume.
-            torch.manual_seed((train.seed << 32) + int(batch.samples[0]))
-            batch = batch.to(self.ranks.device)
-            last = i == len(micro) - 1
-            # The adapter's: a function of (seed, sample), whatever the layout.
-            for dropout in self.dropouts:
-                dropout.keys = dropout_keys(batch.samples, train.seed)
-            with engine.accumulate(last):
-                value = self.call(
-                    batch.input_ids, token_labels=batch.labels, loss_chunk=train.loss_chunk
-                )
-                value = value / label_tokens
-                engine.backward(value, last)
-            total += value.detach()
-        mean = float(self.ranks.sum(total.double().cpu()))
-        parameters = list(self.trained.values())
-        self.penalty = self._add_penalty(parameters)
-        norm = engine.grad_norm(parameters)
-        finite = math.isfinite(mean) and math.isfinite(norm)
-        if finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            engine.update(self.optimizer, parameters, train.max_grad_norm, norm)
-        else:
-            engine.discard(self.optimizer)
-        self.nonfinite = 0 if finite else self.nonfinite + 1
-        return (mean, norm) if finite else (None, None)
-
-    def _add_penalty(self, parameters: list[nn.Parameter]) -> float | None:
-        """Adds the gradient of the adapters' regularisers, once: the data's is summed by now."""
-        engine = self.built.engine
-        with engine.gathered(parameters if self.penalised else []):
-            value = injection.penalty(self.built.model)
-            if value is None:
-                return None
-            grads = torch.autograd.grad(value, parameters, allow_unused=True)
-        engine.add_gradients(parameters, list(grads))
-        return float(value.detach())
-
-    def check_finite(self, step: int, total: int, saver: Saver) -> None:
-        """Ends the run after ``train.max_nonfinite`` skipped steps in a row."""
-        if self.nonfinite >= min(self.config.train.max_nonfinite, total):
-            saver.settle()
-            newest = f"is of step {saver.saved}" if saver.saved else "does not exist yet"
-            raise FloatingPointError(
-                f"loss or gradient was not finite for {self.nonfinite} steps in a row, to step"
-                f" {step}. The newest checkpoint {newest}. Lower"
-                f" train.lr={self.config.train.lr}, or look at the rows of these steps"
-            )
-
-    def restore(self, records: Records | None) -> tuple[int, int]:
-        """Reads this rank's part of the checkpoint that rank 0 claimed, if any.
-
-        Returns:
-            The step to continue from, and the bytes that were read.
-        """
-        resumed = self.ranks.main_only(lambda: records.resumed if records else None)
-        if resumed is None:
-            return 0, 0
-        engine, where = self.built.engine, f"checkpoint step-{resumed.step:06d}"
-
-        def read() -> int:
-            reader = Reader(resumed.folder)
-            names = [name for name in reader.shapes if "/" not in name]
-            injection.check_state(self.built.model, {n: reader.shapes[n] for n in names}, where)
-            kinds: dict[str, set[str]] = {}
-            for name, _, kind in (n.rpartition("/") for n in reader.shapes):
-                kinds.setdefault(name, set()).add(kind)
-
-            def fill(name: str, part: Part) -> None:
-                reader.fill(name, part)
-                if not torch.isfinite(part.data).all():
-                    raise UserError(f"{where}: {name} holds NaN or infinity; remove that folder")
-
-            engine.load_state_parts(self.trained, self.optimizer, kinds, fill)
-            return reader.bytes_read
-
-        read_bytes = self.ranks.together(read)
-        engine.state_loaded()
-        self.nonfinite = resumed.state["nonfinite_in_a_row"]
-        step: int = resumed.step
-        return step, read_bytes
-
-    def save(self, saver: Saver, step: int, final: bool) -> None:
-        """Saves the state after ``step``. Raises OSError: the disk refused a ``final`` save."""
-        state = {
-            "step": step,
-            "sample_index": step * self.config.train.global_batch,
-            "nonfinite_in_a_row": self.nonfinite,
-            # Order and dropout are functions of the seed: there is no generator state.
-            "seed": self.config.train.seed,
-            "base": self.built.base,
-            "data": self.data_fingerprint,
-            "world_size": self.ranks.world_size,
-            "engine": self.config.engine.name,
-        }
-        saver.save(step, self.parts(), state, final)
-
-    def parts(self) -> dict[str, Part]:
-        """This rank's parts of parameters and moments."""
-        return self.built.engine.state_parts(self.trained, self.optimizer)
-
-
 def learning_rate(config: RunConfig, step: int, total: int) -> float:
     """The rate of step ``step`` (from 0) of ``total``: linear warm-up, then linear or cosine to
     zero, or constant.
@@ -253,12 +91,12 @@ def held_out_loss(
     steps = math.ceil(len(rows) / size)
     forwards = math.ceil(math.ceil(size / ranks.world_size) / config.train.micro_batch)
     total = torch.zeros(2, dtype=torch.float64)
-    nothing = data.MicroBatch(
+    nothing = loader.MicroBatch(
         torch.zeros(1, data.PAD_TO, dtype=torch.int64),
-        torch.full((1, data.PAD_TO), loss.IGNORED),
+        torch.full((1, data.PAD_TO), tokens.IGNORED),
         torch.zeros(1, dtype=torch.int64),
     )
-    for step in data.Loader(rows, config, ranks, 0, steps, shuffle=False):
+    for step in batches(config, rows, ranks, 0, steps, shuffle=False):
         poll()
         for batch in [*step.micro, *[nothing] * (forwards - len(step.micro))]:
             batch = batch.to(ranks.device)
@@ -345,7 +183,7 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
     evaluated = ranks.main_only(lambda: records.validation.last_step if records else 0)
     spent["load"] = time.monotonic() - began
     _announce(trainer, records, step, total, read_bytes, stop.launched, spent)
-    batches = iter(data.Loader(train_rows, config, ranks, step, total - step))
+    stream = iter(batches(config, train_rows, ranks, step, total - step))
     built.model.train()
     try:
         while True:
@@ -366,7 +204,7 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
                 break
             between()
             clock = time.monotonic()
-            batch = next(batches)
+            batch = next(stream)
             lr = learning_rate(config, step, total)
             mean, norm = trainer.step(batch.micro, batch.label_tokens, lr)
             step += 1
@@ -452,7 +290,9 @@ def _rows(config: RunConfig, ranks: Ranks) -> tuple[data.TokenSet, data.TokenSet
                 " lower it"
             )
         tokenizer = models.load_tokenizer(config.model, folder)
-        return data.prepare(config, task_of(config), tokenizer, models.vocab_size(folder))
+        return data.prepare(
+            task_of(config), tokenizer, models.vocab_size(folder), config.train.seed
+        )
 
     found = ranks.together(lambda: prepare() if ranks.local_rank == 0 else None)
     found = ranks.together(lambda: found or prepare())  # now from the cache

@@ -16,7 +16,11 @@ import pytest
 from zygote import Forked, Zygote, read_at_import
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
 SHARED = ROOT.parent / "shared" / "data"
+
+
 TINY = [
     "model=tiny",
     "data=toy",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import scalepeft
-from scalepeft.lookup import UserError
+from scalepeft.core.errors import UserError
 
 NAMES = ("adapt", "effective_weight", "inject", "load_adapter")
 
@@ -41,7 +41,8 @@ def test_load_adapter_compares_settings_of_an_adapter_that_is_there(tmp_path) ->
 
     from safetensors.torch import save_file
 
-    from scalepeft import config, injection
+    from scalepeft.adapters import inject as injection
+    from scalepeft.config import schema as config
 
     def net(alpha: float) -> nn.Module:
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Who may import whom (architecture.md), read from the source."""
+"""Imports go one way (docs/architecture.md), read from the source."""
 
 import ast
 import subprocess
@@ -11,14 +11,13 @@ import scalepeft
 
 PACKAGE = Path(scalepeft.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-BASES = {"scalepeft", "scalepeft.lookup", "scalepeft.quant"}
-PROTOCOLS = {
-    "scalepeft.adapters.base", "scalepeft.parallel.base", "scalepeft.parallel.mesh",
-    "scalepeft.tasks.base", "scalepeft.tasks.rows", "scalepeft.config",
-}  # fmt: skip
-TOP = {
-    f"scalepeft.{name}"
-    for name in ("train", "evaluate", "pipeline", "plan", "doctor", "bench", "report", "cli")
+# A room imports rooms to its left alone; rooms in one group do not import each other.
+ORDER = (
+    "core < parallel < data < models < adapters < config < run, build < export, trainer"
+    " < train, eval < analysis < pipeline < cluster < integrations < cli < __main__"
+)
+FLOOR = {
+    room.strip(): floor for floor, rooms in enumerate(ORDER.split("<")) for room in rooms.split(",")
 }
 
 
@@ -28,6 +27,10 @@ def module_of(file: Path) -> str:
 
 
 MODULES = {module_of(f): f for f in FILES}
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
 
 
 def imports_of(file: Path) -> set[str]:
@@ -52,7 +55,8 @@ IMPORTS = {name: imports_of(file) for name, file in MODULES.items()}
 
 
 def own(name: str) -> set[str]:
-    return {i for i in IMPORTS[name] if i == "scalepeft" or i.startswith("scalepeft.")}
+    """The scalepeft modules that a module imports; the package itself gives names of any."""
+    return {i for i in IMPORTS[name] if i.startswith("scalepeft.")}
 
 
 def within(folder: str) -> list[str]:
@@ -64,73 +68,52 @@ def users_of(library: str) -> set[str]:
 
 
 def test_the_walk_sees_what_there_is() -> None:
-    assert {"scalepeft.quant", "scalepeft.adapters.hoft", "scalepeft.parallel.fsdp2"} <= set(
-        MODULES
-    )
-    assert "scalepeft.adapters.hoft" in own("scalepeft.adapters.shoft")
-    assert "scalepeft.config" in own("scalepeft.injection")
-    assert "scalepeft.tiny" in own("scalepeft.models"), "imports inside functions count"
+    assert {"scalepeft.models.quant", "scalepeft.parallel.fsdp2"} <= set(MODULES)
+    assert "scalepeft.adapters.methods.hoft" in own("scalepeft.adapters.methods.shoft")
+    assert "scalepeft.models.tiny" in own("scalepeft.models.hub"), "inside functions counts too"
 
 
 def test_every_import_of_our_own_exists() -> None:
     assert {i for m in MODULES for i in own(m)} <= set(MODULES)
 
 
-def test_adapters_and_engines_never_meet() -> None:
-    for name in [*within("adapters"), "scalepeft.adapters"]:
-        assert not [i for i in own(name) if i.startswith("scalepeft.parallel")], name
-    for name in [*within("parallel"), "scalepeft.parallel"]:
-        assert not [i for i in own(name) if i.startswith("scalepeft.adapters")], name
+@pytest.mark.parametrize("name", [m for m in MODULES if m != "scalepeft"])
+def test_imports_go_one_way(name: str) -> None:
+    here = room(name)
+    upward = {i for i in own(name) if room(i) != here and FLOOR[room(i)] >= FLOOR[here]}
+    assert not upward, f"order: {ORDER}"
 
 
-@pytest.mark.parametrize("name", [m for m in within("adapters") if not m.endswith(".base")])
-def test_an_adapter_needs_its_base_and_one_sibling_at_most(name: str) -> None:
-    siblings = own(name) - {"scalepeft.lookup", "scalepeft.adapters.base"}
-    assert all(s.startswith("scalepeft.adapters.") for s in siblings), siblings
-    assert len(siblings) <= 1, siblings
+def test_rooms_and_modules_are_those_of_the_order() -> None:
+    assert {room(m) for m in MODULES if m != "scalepeft"} == set(FLOOR)
+    assert len(list(PACKAGE.glob("*.py"))) <= 8
 
 
-@pytest.mark.parametrize("name", [m for m in within("parallel") if not m.endswith("mesh")])
+@pytest.mark.parametrize("name", within("adapters.methods"))
+def test_a_method_needs_the_protocol_and_one_sibling_at_most(name: str) -> None:
+    siblings = {i for i in own(name) if i.startswith("scalepeft.adapters.")}
+    assert len(siblings - {"scalepeft.adapters.base"}) <= 1, siblings
+    assert all(room(i) in ("core", "adapters") for i in own(name))
+
+
+@pytest.mark.parametrize("name", [m for m in within("parallel") if not m.endswith("ranks")])
 def test_an_engine_needs_the_base_of_engines_alone(name: str) -> None:
-    allowed = {"scalepeft.lookup", "scalepeft.parallel.base", "scalepeft.parallel.mesh"}
-    assert own(name) <= allowed
+    others = {i for i in own(name) if room(i) != "core"}
+    assert others <= {"scalepeft.parallel.base", "scalepeft.parallel.ranks"}
 
 
-@pytest.mark.parametrize("name", within("tasks"))
-def test_a_task_needs_tasks_alone(name: str) -> None:
-    assert all(i == "scalepeft.lookup" or i.startswith("scalepeft.tasks.") for i in own(name))
-
-
-@pytest.mark.parametrize("name", sorted(PROTOCOLS))
-def test_protocols_import_only_what_lies_below(name: str) -> None:
-    assert own(name) <= BASES | PROTOCOLS
-
-
-def test_the_lowest_layer_imports_nothing_of_ours() -> None:
-    assert own("scalepeft.lookup") == set()
-    assert own("scalepeft.quant") <= {"scalepeft.lookup"}
-    assert own("scalepeft.preemption") <= {"scalepeft.lookup"}
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["injection", "models", "data", "checkpoint", "tensorfiles", "preemption", "merge", "loss"],
-)
-def test_the_middle_never_imports_the_top(name: str) -> None:
-    assert not own(f"scalepeft.{name}") & {*TOP, *within("integrations")}
-
-
-def test_no_module_but_main_imports_the_command_line() -> None:
-    assert {m for m in MODULES if "scalepeft.cli" in own(m)} == {"scalepeft.__main__"}
+@pytest.mark.parametrize("name", within("data.tasks"))
+def test_a_task_needs_data_alone(name: str) -> None:
+    assert all(room(i) in ("core", "data") for i in own(name))
 
 
 @pytest.mark.parametrize(
     ("library", "allowed"),
     [
-        ("bitsandbytes", {"scalepeft.quant"}),
+        ("bitsandbytes", {"scalepeft.models.quant"}),
         ("deepspeed", {"scalepeft.parallel.zero"}),
-        ("peft", {"scalepeft.bench", "scalepeft.integrations.peft"}),
-        ("vllm", {"scalepeft.integrations.vllm"}),
+        ("peft", {"scalepeft.analysis.bench.command", "scalepeft.integrations.peft"}),
+        ("vllm", {"scalepeft.eval.vllm"}),
         ("lm_eval", {"scalepeft.integrations.lm_eval"}),
     ],
 )
@@ -139,7 +122,7 @@ def test_a_library_is_imported_in_one_place(library: str, allowed: set[str]) -> 
 
 
 def test_bitsandbytes_is_found_by_the_walk() -> None:
-    assert users_of("bitsandbytes") == {"scalepeft.quant"}
+    assert users_of("bitsandbytes") == {"scalepeft.models.quant"}
 
 
 def test_imports_among_modules_have_no_cycle() -> None:
@@ -148,7 +131,7 @@ def test_imports_among_modules_have_no_cycle() -> None:
     def walk(name: str, above: tuple[str, ...]) -> None:
         assert name not in above, " -> ".join([*above, name])
         if name not in done:
-            for other in own(name) - {"scalepeft"}:
+            for other in own(name):
                 walk(other, (*above, name))
             done.add(name)
 
@@ -156,7 +139,7 @@ def test_imports_among_modules_have_no_cycle() -> None:
         walk(name, ())
 
 
-@pytest.mark.parametrize("module", ["scalepeft", "scalepeft.cli", "scalepeft.preemption"])
+@pytest.mark.parametrize("module", ["scalepeft", "scalepeft.cli", "scalepeft.core.preemption"])
 def test_signals_can_be_taken_over_before_torch_is_loaded(module: str) -> None:
     code = (
         f"import sys, {module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"

@@ -15,9 +15,12 @@ import pytest
 from conftest import Job, call
 from safetensors.torch import load_file, save_file
 
-from scalepeft import pipeline, tiny
+from scalepeft import pipeline
+from scalepeft.models import tiny
 
 ROUNDS = int(os.environ.get("SCALEPEFT_TEST_ROUNDS", "1"))
+
+
 SHORT = [
     "adapter=hoft", "adapter.rank=4", "train.precision=fp32", "train.lr=1e-3",
     "train.global_batch=8", "train.micro_batch=4", "train.max_steps=6", "train.save_every=2",

@@ -1,3 +1,1 @@
-"""Adapter methods, one paper per file; the file name is the name in ``adapter.name``."""
-
-HELPERS = frozenset({"base", "blocks", "reflect"})
+"""The adapter protocol, adapters into a model, and the mathematics that methods share."""

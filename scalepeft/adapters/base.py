@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scalepeft.lookup import STRICT, Layers, NameList
+from scalepeft.core.fields import STRICT, Layers, NameList
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

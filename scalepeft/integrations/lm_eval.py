@@ -15,13 +15,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
 
-from scalepeft import evaluate
 from scalepeft.build import start_ranks
-from scalepeft.config import RunConfig
-from scalepeft.lookup import UserError
-from scalepeft.preemption import USER_ERROR
-from scalepeft.records import load_run
+from scalepeft.config.schema import RunConfig
+from scalepeft.core.errors import UserError
+from scalepeft.core.preemption import USER_ERROR
+from scalepeft.eval import evaluate, target
+from scalepeft.run.folder import load_run
 
 try:
     from lm_eval.api.registry import register_model
@@ -79,7 +81,7 @@ class ScalepeftLM(HFLM):
         config = load_run(str(run_dir), settings, evaluate.ALLOWED, "an evaluation")
         _check(config)
         self.ranks = start_ranks(config)
-        self.chosen = evaluate.Chosen.of(config, subject, self.ranks)
+        self.chosen = target.Chosen.of(config, subject, self.ranks)
         self.about = {"run_dir": str(run_dir), "subject": subject}
         built, tokenizer = self.chosen.load(self.ranks, lambda: None)
         # The task decides, and the tokenizer's end of text; what the model's files say does not.

@@ -1,3 +1,3 @@
 """Sharding engines, one per file; the file name is the name in ``engine.name``."""
 
-HELPERS = frozenset({"base", "mesh"})
+HELPERS = frozenset({"base", "ranks"})

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
 
-from scalepeft.lookup import STRICT
-from scalepeft.parallel.mesh import Ranks
+from scalepeft.core.fields import STRICT
+from scalepeft.parallel.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

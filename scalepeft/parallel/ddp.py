@@ -5,7 +5,7 @@ import torch.distributed as dist
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from scalepeft.lookup import STRICT
+from scalepeft.core.fields import STRICT
 from scalepeft.parallel.base import Engine, EngineConfig
 
 BUCKET = 25_000_000  # gradient elements that are summed at one time

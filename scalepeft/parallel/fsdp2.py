@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from scalepeft.lookup import STRICT, UserError
+from scalepeft.core.errors import UserError
+from scalepeft.core.fields import STRICT
 from scalepeft.parallel.base import Engine, EngineConfig
 
 # Sharding uint8 parameters needs pytorch PR #177948.

@@ -2,7 +2,8 @@
 
 from pydantic.dataclasses import dataclass
 
-from scalepeft.lookup import STRICT, UserError
+from scalepeft.core.errors import UserError
+from scalepeft.core.fields import STRICT
 from scalepeft.parallel.base import Engine, EngineConfig
 
 

@@ -17,9 +17,10 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from scalepeft.lookup import STRICT, UserError
+from scalepeft.core.errors import UserError
+from scalepeft.core.fields import STRICT
 from scalepeft.parallel.base import Engine, EngineConfig, Part, full_shape, local_part
-from scalepeft.parallel.mesh import Ranks
+from scalepeft.parallel.ranks import Ranks
 
 TESTED = "0.19."
 BUCKET = 50_000_000  # elements of gradient that are exchanged at one time, at most

@@ -1,0 +1,183 @@
+"""Products of Householder reflections around a frozen layer: the mathematics of HOFT, SHOFT, HRA.
+
+Letters: r rank (even), U (out, r), V (in, r), m (out,), Q = I - U S^-1 U^T with
+S = triu(U^T U), diagonal halved (compact WY). Row form for a batch: y Q^T = y - (y U) M_U with
+M_U = S^-T U^T (r, out).
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from scalepeft.adapters.base import Adapter, Base, math_dtype
+from scalepeft.core.errors import UserError
+
+Inverse = Literal["exact", "neumann2"]
+
+
+def wy_factor(u: Tensor, inverse: Inverse = "exact") -> Tensor:
+    """Returns ``S^-T U^T`` (r, d), so that ``Q = I - U S^-1 U^T`` maps rows as ``y -> y - (y U)
+    (S^-T U^T)``.
+
+    Args:
+        u: reflection vectors as columns, (d, r), of any length > 0; computed in fp32 or better.
+        inverse: ``exact`` by triangular solve, or the paper's ``neumann2``: S^-1 ~ D^-1 - D^-1 A
+            D^-1.
+    """
+    gram = u.mT @ u
+    strict = torch.triu(gram, diagonal=1)
+    half = torch.diagonal(gram) / 2
+    if inverse == "exact":
+        s = strict + torch.diag(half)
+        return torch.linalg.solve_triangular(s.mT, u.mT, upper=False)
+    t = torch.diag(1 / half) - strict / (half[:, None] * half)
+    return t.mT @ u.mT
+
+
+def paired_columns(d: int, rank: int, norm: float) -> Tensor:
+    """Draws (u1|u1|u2|u2|...) with orthonormal u1, u2, ... from the QR of a Gaussian, times
+    ``norm``: Q = I.
+    """
+    q, _ = torch.linalg.qr(torch.randn(d, rank // 2, dtype=torch.float64))
+    return (norm * q).repeat_interleave(2, dim=1).to(torch.float32)
+
+
+def check_rank(rank: int, features: int) -> None:
+    """Refuses an odd rank and one that has no ``rank / 2`` orthonormal pairs in ``features``."""
+    if rank % 2:
+        raise UserError(
+            f"adapter.rank={rank}: the start pairs equal reflections, so the rank must be"
+            f" even; take {rank - 1 or 2} or {rank + 1}"
+        )
+    if rank // 2 > features:
+        raise UserError(
+            f"adapter.rank={rank}: a side of {features} channels has room for rank {2 * features}"
+            " at most"
+        )
+
+
+class Reflected(Adapter):
+    """What HOFT, SHOFT and HRA share: reflections of the input, and perhaps of the output.
+
+    A subclass sets ``V`` (in, r) and may set ``U`` (out, r) and ``scale`` = m - 1 (out,).
+    """
+
+    V: nn.Parameter
+    U: nn.Parameter | None
+    scale: nn.Parameter | None
+    inverse: Inverse = "exact"
+
+    def __init__(
+        self, config: Any, in_features: int, out_features: int, layer_name: str = ""
+    ) -> None:
+        super().__init__(config, in_features, out_features, layer_name)
+        self.register_parameter("U", None)
+        self.register_parameter("scale", None)
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        """The whole layer in one function, which saves neither ``Q_V x`` nor ``W Q_V x``."""
+        factors: list[Tensor | None] = []
+        for columns in (self.V, self.U):
+            if columns is None:
+                factors += [None, None]
+                continue
+            u = columns.to(math_dtype(x.dtype))
+            factors += [u.to(x.dtype), wy_factor(u, self.inverse).to(x.dtype)]
+        scale = None if self.scale is None else self.scale.to(x.dtype)
+        y: Tensor = _RotatedMatMul.apply(x, *factors, scale, base)
+        return y
+
+    def flops(self) -> int:
+        """Four thin products, two a side; and the scale."""
+        two_sided = self.U is not None
+        thin = 4 * self.V.shape[1] * (self.in_features + self.out_features * two_sided)
+        return thin + self.out_features * (self.scale is not None)
+
+    def to_lora(self, base: Base) -> tuple[Tensor, Tensor] | None:
+        """Rank r for each side: ``W' = W - N^T V^T - M_U^T U^T (W - N^T V^T)``, ``N = M_V W^T``."""
+        if self.scale is not None:
+            return None
+        dtype = math_dtype(self.V.dtype)
+        w, v = base.weight(dtype), self.V.detach().to(dtype)
+        n = wy_factor(v, self.inverse) @ w.mT
+        a, b = v.mT, -n.mT
+        if self.U is not None:
+            u = self.U.detach().to(dtype)
+            a = torch.cat([a, u.mT @ w - (u.mT @ n.mT) @ v.mT])
+            b = torch.cat([b, -wy_factor(u, self.inverse).mT], dim=1)
+        return a, b
+
+
+class _RotatedMatMul(torch.autograd.Function):
+    """``y = Q_U (m * W Q_V x)`` over rows; ``Q_U``, m or both may be absent.
+
+    ``y0 = x W^T`` and r more rows ``N = M_V W^T`` through the same weight give ``x Q_V^T W^T = y0 -
+    (x V) N`` without forming ``Q_V x``. Backward needs no y0 either: the product ``y0^T dR`` is ``W
+    (x^T dR)``, r columns through the weight that is at hand. Saved are x, x V and y U: what LoRA
+    saves, and (tokens, r) more. With m it is one (tokens, out) more: the gradient of m takes every
+    element of ``W Q_V x``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, v: Tensor, m_v: Tensor, u: Tensor | None, m_u: Tensor | None,
+        scale: Tensor | None, base: Base,
+    ) -> Tensor:  # fmt: skip
+        rows = x.reshape(-1, x.shape[-1])
+        weight = base.weight(x.dtype)
+        p, n = rows @ v, m_v @ weight.mT
+        y = rows @ weight.mT
+        y1 = r = None
+        if scale is not None:
+            y1 = y.addmm_(p, n, alpha=-1)
+            y = torch.addcmul(y1, y1, scale)
+        if u is not None and m_u is not None:
+            r = y @ u
+            if scale is None:
+                r.addmm_(p, n @ u, alpha=-1)
+                y.addmm_(torch.cat([p, r], dim=1), torch.cat([n, m_u]), alpha=-1)
+            else:
+                y.addmm_(r, m_u, alpha=-1)
+        elif scale is None:
+            y.addmm_(p, n, alpha=-1)
+        ctx.save_for_backward(rows, p, r, y1, v, m_v, u, m_u, scale)
+        ctx.base = base
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, p, r, y1, v, m_v, u, m_u, scale = ctx.saved_tensors
+        dy = grads[0].reshape(-1, grads[0].shape[-1])
+        weight = ctx.base.weight(dy.dtype)
+        n = m_v @ weight.mT
+        d_u = d_mu = d_scale = None
+        if scale is not None:
+            if u is not None:
+                d_mu, dr = -(r.mT @ dy), -(dy @ m_u.mT)
+                d_u = y1.mT @ dr
+                d_u = torch.addcmul(d_u, d_u, scale[:, None])
+                dy = torch.addmm(dy, dr, u.mT)
+            d_scale = (dy * y1).sum(0)
+            dy = torch.addcmul(dy, dy, scale)
+        if u is None or scale is not None:
+            dn, dp = -(p.mT @ dy), -(dy @ n.mT)
+            d_v = rows.mT @ dp
+            left, right = dp, v.mT
+        else:
+            # dy1 = dy + dr u^T is never formed: its products with p and n are put together.
+            small = torch.cat([r, p], dim=1).mT @ dy
+            thin = dy @ torch.cat([m_u, n]).mT
+            rank = len(m_u)
+            d_mu, dr = -small[:rank], -thin[:, :rank]
+            p_dr = p.mT @ dr
+            dn = -small[rank:] - p_dr @ u.mT
+            dp = -thin[:, rank:] - dr @ (n @ u).mT
+            left, right = torch.cat([dr, dp], dim=1), torch.cat([u.mT @ weight, v.mT])
+            x_left = rows.mT @ left
+            d_u, d_v = weight @ x_left[:, :rank] - n.mT @ p_dr, x_left[:, rank:]
+        d_mv = dn @ weight
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (dy @ weight).addmm_(left, right).view(*grads[0].shape[:-1], -1)
+        return dx, d_v, d_mv, d_u, d_mu, d_scale, None

@@ -1,0 +1,340 @@
+"""Puts adapters into a model: find the layers, swap their class, freeze the rest, name the
+adapter's state.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from scalepeft.adapters.base import Adapter, AdapterConfig, Scale
+from scalepeft.core import errors, registry
+from scalepeft.core.errors import UserError, unknown
+from scalepeft.core.fields import _build
+from scalepeft.core.files import read_mapping
+from scalepeft.models import quant
+from scalepeft.parallel.base import copy_rows, full_shape
+
+
+class Adapted(nn.Linear):
+    """Mixin of an adapted layer: ``y = adapter(x, W .) + b``. The names of the base parameters do
+    not move.
+    """
+
+    adapter: Adapter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the adapter around the frozen layer; the base bias is added last."""
+        y = self.adapter(x, quant.Frozen(self))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class AdaptedNorm(nn.Module):
+    """Mixin of a normalisation layer whose weight (and bias) trains: ``y = adapter(norm(x))``."""
+
+    adapter: Scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises as before, then applies the trained scale and shift."""
+        y: Tensor = super().forward(x)  # the norm's own, next in line
+        return self.adapter.transform_output(y)
+
+
+@cache
+def _adapted_class(base: Any, mixin: Any) -> Any:
+    return type(f"Adapted{base.__name__}", (mixin, base), {})
+
+
+def _attach(layer: nn.Module, config: AdapterConfig, name: str = "") -> None:
+    if not isinstance(layer, nn.Linear):
+        raise UserError(f"{type(layer).__name__} cannot be adapted; nn.Linear layers can")
+    if isinstance(layer, Adapted):
+        raise UserError("the layer already has an adapter; a layer takes one")
+    adapter = registry.find_class("adapters.methods", config.name, "adapter", Adapter)(
+        config, layer.in_features, layer.out_features, name
+    )
+    layer.__class__ = _adapted_class(type(layer), Adapted)  # type: ignore[arg-type]  # mypy: no Hashable
+    assert isinstance(layer, Adapted)
+    layer.requires_grad_(False)
+    layer.adapter = adapter.to(layer.weight.device).train(layer.training)
+
+
+def _attach_norm(norm: Any, config: AdapterConfig) -> None:
+    scale = Scale(config, len(norm.weight), bias=getattr(norm, "bias", None) is not None)
+    device = norm.weight.device
+    norm.__class__ = _adapted_class(type(norm), AdaptedNorm)  # type: ignore[arg-type]
+    assert isinstance(norm, AdaptedNorm)
+    norm.adapter = scale.to(device).train(norm.training)
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
+    """Yields (name, layer) of every adapted linear layer, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, Adapted):
+            yield name, module
+
+
+def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
+    """Yields (layer name, adapter) of linear layers and of norms, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, Adapted | AdaptedNorm):
+            yield name, module.adapter
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 1
+
+
+def _matching(
+    model: nn.Module, patterns: list[str], fits: Callable[[nn.Module], bool], where: str, what: str
+) -> list[str]:
+    candidates = {name for name, m in model.named_modules() if fits(m)}
+    found: list[str] = []
+    for pattern in patterns:
+        matches = [name for name in candidates if registry.names(pattern, name)]
+        if not matches:
+            last = sorted({name.rsplit(".", 1)[-1] for name in candidates} - {""})
+            raise UserError(
+                f"{where}: '{pattern}' matches no {what} layer of this model."
+                f"{errors.nearest(pattern, [*last, *candidates])} There are: {', '.join(last)}"
+            )
+        found += matches
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return sorted(set(found), key=order.__getitem__)
+
+
+def _block(name: str) -> int | None:
+    """Number of the decoder block that a layer lies in: 3 for ``model.layers.3.mlp.up_proj``."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _in_layers(names: list[str], layers: list[int] | str) -> list[str]:
+    """Keeps the targets that lie in the given decoder blocks."""
+    if isinstance(layers, str):
+        return names
+    there = sorted({b for name in names if (b := _block(name)) is not None})
+    if outside := [name for name in names if _block(name) is None]:
+        raise UserError(
+            f"adapter.layers={layers}: {outside[0]} lies in no decoder block; take it out of"
+            " adapter.target_modules, or set adapter.layers=all"
+        )
+    for wanted in layers:
+        if wanted not in there:
+            known = f"{there[0]} to {there[-1]}" if there else "no numbered blocks"
+            raise UserError(f"adapter.layers={layers}: no block {wanted}; the targets have {known}")
+    return [name for name in names if _block(name) in layers]
+
+
+def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int = 0) -> nn.Module:
+    """Adapts every layer that ``config.target_modules`` names and freezes everything else, in
+    place.
+
+    Args:
+        model: any module with ``nn.Linear`` (or quantised) layers; on the meta device only the
+            structure is made, and ``reset_adapters`` draws the start values once the parameters are
+            real.
+        config: a method's config or the same as a dict with ``name``.
+        seed: of the start values.
+
+    Raises:
+        UserError: a target that matches nothing, a setting that the method or a layer cannot take.
+    """
+    if isinstance(config, dict):
+        config = adapter_config(config)
+    if any(True for _ in adapters(model)):
+        raise UserError("the model already has an adapter; a layer takes one")
+    linear = _matching(model, config.target_modules, _is_linear, "adapter.target_modules", "linear")
+    linear = _in_layers(linear, config.layers)
+    norms = _matching(model, config.norm_modules(), _is_norm, "adapter.norm", "normalisation")
+    model.requires_grad_(False)
+    for name in linear:
+        try:
+            _attach(model.get_submodule(name), config, name)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+    blocks = {_block(name) for name in linear}
+    if norms and not any(_block(name) in blocks for name in norms):
+        raise UserError(
+            f"adapter.norm: {norms[0]} is in none of the adapted blocks; name the layer that"
+            " follows the attention there, or set adapter.train_norm=false"
+        )
+    for name in norms:
+        if _block(name) in blocks:
+            _attach_norm(model.get_submodule(name), config)
+    if not any(p.is_meta for p in model.parameters()):
+        reset_adapters(model, seed)
+    return model
+
+
+def adapt(layer: nn.Linear, name: str, *, seed: int = 0, **settings: Any) -> nn.Linear:
+    """Adapts one layer in place and returns it: ``adapt(linear, "hoft", rank=8)``."""
+    inject_config = adapter_config({"name": name, **settings})
+    _attach(layer, inject_config)
+    reset_adapters(layer, seed)
+    return layer
+
+
+def reset_adapters(model: nn.Module, seed: int) -> None:
+    """Draws every adapter's start values as a function of (seed, layer name) alone.
+
+    The values are drawn on an unsharded copy on the CPU and each rank takes its rows, so a method
+    needs no word about sharding and any engine, device and world size starts from the same adapter.
+    """
+    for name, adapter in adapters(model):
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        twin = _unsharded_copy(adapter)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            twin.reset_parameters()
+        full = dict(twin.named_parameters())
+        for key, parameter in adapter.named_parameters():
+            copy_rows(parameter, full[key].detach())
+
+
+def _unsharded_copy(adapter: Adapter) -> Adapter:
+    twin = adapter.__class__.__new__(adapter.__class__)
+    twin.__dict__ = {**adapter.__dict__, "_parameters": {}}
+    for key, parameter in adapter._parameters.items():
+        empty = (
+            None if parameter is None else torch.empty(full_shape(parameter), dtype=parameter.dtype)
+        )
+        twin._parameters[key] = None if empty is None else nn.Parameter(empty)
+    return twin
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the trained parameters under their canonical names ``<layer>.adapter.<param>``."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def decayed_names(model: nn.Module) -> set[str]:
+    """Returns the names of trained parameters that take weight decay: not rotations, reflections,
+    scales.
+    """
+    return {
+        f"{name}.adapter.{key}"
+        for name, adapter in adapters(model)
+        for key, _ in adapter.named_parameters()
+        if key in adapter.weight_decay
+    }
+
+
+def penalty(model: nn.Module) -> Tensor | None:
+    """Sum of the adapters' regularisers (qGOFT), to be added to the loss once; None without any.
+
+    With sharded parameters it is the whole sum too: each is computed where its rows lie.
+    """
+    found = [p for _, adapter in adapters(model) if (p := adapter.penalty()) is not None]
+    if not found:
+        return None
+    total = sum(found[1:], found[0])  # of sharded parameters: still one part a rank
+    return total.full_tensor() if isinstance(total, DTensor) else total
+
+
+def check_state(model: nn.Module, shapes: dict[str, tuple[int, ...]], where: str) -> None:
+    """Compares an adapter state with the model by names and shapes.
+
+    Raises:
+        UserError: missing, extra or misshapen tensors, with their names.
+    """
+    parameters = trainable(model)
+    if missing := sorted(parameters.keys() - shapes.keys()):
+        raise UserError(
+            f"{where}: lacks {len(missing)} of {len(parameters)} tensors, first {missing[0]}"
+        )
+    if extra := sorted(shapes.keys() - parameters.keys()):
+        raise UserError(f"{where}: has {len(extra)} tensors this model does not, first {extra[0]}")
+    for name, found in shapes.items():
+        if tuple(found) != (shape := tuple(full_shape(parameters[name]))):
+            raise UserError(
+                f"{where}: {name} has shape {list(found)}, this model needs {list(shape)}"
+            )
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Copies an adapter state into the model after checking names, shapes and values.
+
+    Raises:
+        UserError: missing, extra, misshapen or non-finite tensors, with their names; the model is
+            unchanged.
+    """
+    check_state(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, where)
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise UserError(f"{where}: {name} holds {tensor.dtype}; take an older checkpoint")
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{where}: {name} holds NaN or infinity; take an older checkpoint")
+    parameters = trainable(model)
+    for name, tensor in state.items():
+        copy_rows(parameters[name], tensor)
+
+
+def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[str, Any]]:
+    """Reads (config, tensors, the rest of ``adapter_config.json``) from an adapter folder.
+
+    Raises:
+        UserError: a missing, unreadable or changed file, named.
+    """
+    remedy = f"{folder} is no readable adapter folder; name the adapter/ of a finished run"
+    description = read_mapping(folder / "adapter_config.json", json.loads, remedy)
+    settings = description.pop("adapter", None)
+    if not isinstance(settings, dict):
+        raise UserError(f"{folder / 'adapter_config.json'}: has no 'adapter' settings; {remedy}")
+    file = folder / "adapter.safetensors"
+    try:
+        state = load_file(file)
+        with file.open("rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{file}: {error}; {remedy}") from None
+    if description.get("sha256", digest) != digest:
+        raise UserError(
+            f"{file}: has changed since it was written (sha256 differs from adapter_config.json);"
+            " copy it again, or remove the folder and start the training's command once more"
+        )
+    return adapter_config(settings), state, description
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Injects the adapter of ``folder`` (a run's ``adapter/``) into its base model, in place.
+
+    Names and shapes must fit; that the base holds the weights the adapter was trained on is the
+    caller's to know (``scalepeft evaluate`` compares fingerprints).
+
+    Raises:
+        UserError: unreadable folder, or one of another model, method or settings.
+    """
+    config, state, _ = read_adapter(Path(folder))
+    found = [layer.adapter.config for _, layer in adapted_layers(model)]
+    if not found:
+        inject(model, config)
+    elif any(dataclasses.replace(c, target_modules=config.target_modules) != config for c in found):
+        raise UserError(
+            f"{folder}: an adapter with settings {config}; the model has one with {found[0]}."
+            " Load it into a model without an adapter, or inject the same settings"
+        )
+    load_state(model, state, str(folder))
+    return model
+
+
+def adapter_config(values: dict[str, Any]) -> AdapterConfig:
+    """Builds a method's config from a mapping with ``name``."""
+    if "name" not in values:
+        raise unknown("adapter", "", registry.available("adapters.methods"))
+    found = registry.find_class("adapters.methods", str(values["name"]), "adapter", AdapterConfig)
+    built: AdapterConfig = _build(found, values, "adapter")
+    return built

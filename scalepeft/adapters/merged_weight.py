@@ -1,0 +1,102 @@
+"""What an adapted layer amounts to: its weight and bias, measured and not derived."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scalepeft.adapters.inject import Adapted, AdaptedNorm
+from scalepeft.core.errors import UserError
+
+
+@torch.no_grad()
+def effective_weight(layer: nn.Module, chunk: int = 1024) -> tuple[Tensor, Tensor | None]:
+    """Returns ``(W', b')`` in fp32 (fp64 for an fp64 layer), so that the layer equals ``W' x +
+    b'``.
+
+    One rule for every method: push zero through the layer for b', then the identity, ``chunk`` rows
+    at a time, for the columns of W'. b' is None where the layer has no bias and the method adds
+    none.
+
+    Raises:
+        UserError: the layer has no adapter, or its method is not affine in x.
+    """
+    if not isinstance(layer, Adapted):
+        raise UserError(f"{type(layer).__name__} has no adapter; call adapt() or inject() first")
+    check_mergeable(layer)
+    was_training = layer.training
+    layer.eval()
+    zero = effective_bias(layer)
+    weight = zero.new_empty(layer.out_features, layer.in_features)
+    for first in range(0, layer.in_features, chunk):
+        rows = min(chunk, layer.in_features - first)
+        x = zero.new_zeros(rows, layer.in_features)
+        x[torch.arange(rows), first + torch.arange(rows)] = 1
+        weight[:, first : first + rows] = (layer(x) - zero).T
+    layer.train(was_training)
+    has_bias = layer.bias is not None or bool(zero.any())
+    return weight, zero if has_bias else None
+
+
+def check_mergeable(layer: Adapted) -> None:
+    """Raises UserError, with the reason, if the layer's method is not affine in x."""
+    if reason := layer.adapter.no_merge:
+        raise UserError(f"{type(layer.adapter).__name__} cannot merge: {reason}; keep the adapter")
+
+
+@torch.no_grad()
+def effective_bias(layer: Adapted) -> Tensor:
+    """What the layer makes of zero, (out,)."""
+    dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
+    bias: Tensor = layer(torch.zeros(1, layer.in_features, dtype=dtype, device=layer.weight.device))
+    return bias[0]
+
+
+class _AnyWeight:
+    """A base (the protocol of ``adapters.base``) with some weight: is there a bias, whatever W?"""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        row = torch.cos(1 + torch.arange(layer.in_features, dtype=torch.float32))
+        self._weight = row.expand(layer.out_features, -1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight(x.dtype))
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        return self._weight.to(dtype)
+
+
+@torch.no_grad()
+def adds_bias(layer: Adapted) -> bool:
+    """True if the adapter makes something of zero; W is not needed to know, and not read."""
+    device = next(layer.adapter.parameters()).device
+    with device:
+        return bool(layer.adapter(torch.zeros(1, layer.in_features), _AnyWeight(layer)).any())
+
+
+@torch.no_grad()
+def norm_parameter(name: str, norm: AdaptedNorm, key: str) -> Tensor:
+    """``weight (1 + scale)`` or ``bias (1 + scale) + shift`` of a norm with a trained scale.
+
+    Args:
+        name: of the norm, for the message.
+        norm: with real parameters.
+        key: ``weight`` or ``bias``.
+
+    Raises:
+        UserError: the norm does not multiply by its weight (Gemma's multiplies by 1 + weight).
+    """
+    scale, shift = norm.adapter.scale, norm.adapter.shift
+    merged = {k: p * (1 + scale) for k, p in norm.named_parameters(recurse=False)}
+    if shift is not None:
+        merged["bias"] = merged["bias"] + shift
+    x = torch.linspace(-3, 3, scale.numel(), device=scale.device)[None]
+    wanted, original = norm(x), dict(norm._parameters)
+    norm._parameters.update({k: nn.Parameter(p, requires_grad=False) for k, p in merged.items()})
+    got = super(AdaptedNorm, norm).forward(x)  # the norm without its adapter
+    norm._parameters.update(original)
+    if (got - wanted).abs().max() > 1e-5 * wanted.abs().max():
+        raise UserError(
+            f"{name}: {type(norm).__mro__[2].__name__} does not multiply by its weight, so that a"
+            " trained scale cannot merge; keep the adapter"
+        )
+    return merged[key]

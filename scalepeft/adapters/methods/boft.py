@@ -1,0 +1,109 @@
+"""BOFT: orthogonal fine-tuning by butterfly factors (arXiv 2311.06243).
+
+Letters: m factors, b block size, n = in / b blocks; R (in, in) is a product of m block-diagonal
+rotations, each between a permutation and its inverse. Rows x -> x R.
+"""
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from scalepeft.adapters.base import Base, math_dtype, scale_shift
+from scalepeft.adapters.methods.oft import OFT, OFTConfig, block_product, cayley, skew_symmetric
+from scalepeft.core.errors import UserError
+from scalepeft.core.fields import STRICT
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class BOFTConfig(OFTConfig):
+    """Settings of BOFT.
+
+    Attributes:
+        block_size: b, even where factors > 1.
+        factors: m; the blocks of factor i reach over b 2^i channels. Needs in divisible by
+            b 2^(m - 1).
+    """
+
+    name: str = "boft"
+    block_size: Annotated[int, Field(ge=2)] = 8
+    factors: Annotated[int, Field(ge=1)] = 2
+
+
+def butterfly(d: int, b: int, i: int, device: torch.device) -> Tensor:
+    """Index (d,) of factor i: place j of the permuted vector takes channel ``index[j]``.
+
+    In runs of b 2^i channels, cut into pieces of b / 2, the even pieces come first and then the odd
+    ones.
+    """
+    pieces = torch.arange(d, device=device).view(-1, 2 << i, b // 2)
+    return torch.cat([pieces[:, ::2], pieces[:, 1::2]], dim=1).reshape(-1)
+
+
+class BOFT(OFT):
+    """``W' = diag(s) W R^T``, ``R = F_(m-1) ... F_1 F_0``, ``F_i = P_i D_i P_i^T``.
+
+    D_i is block-diagonal of Cayley rotations as in OFT. ``m in (b - 1) / 2 + out`` parameters: K
+    (m in / b, b (b - 1) / 2) from 0 and s - 1 (out,) from 0. Matches HF PEFT (which needs its CUDA
+    extension for m > 1). Paper: arXiv 2311.06243.
+
+    Raises:
+        UserError: blocks that do not tile the layer's inputs.
+    """
+
+    Config = BOFTConfig
+    paper = "arXiv 2311.06243"
+
+    def __init__(
+        self, config: BOFTConfig, in_features: int, out_features: int, layer_name: str = ""
+    ) -> None:
+        super().__init__(config, in_features, out_features, layer_name)
+        b, m = config.block_size, config.factors
+        if m > 1 and (b % 2 or in_features % (b << (m - 1))):
+            raise UserError(
+                f"adapter.factors={m} with adapter.block_size={b}: needs an even block size, and"
+                f" {b} * 2^{m - 1} = {b << (m - 1)} to divide the layer's {in_features} inputs;"
+                " take fewer factors or another block size"
+            )
+        shape = (m * in_features // b, b * (b - 1) // 2)
+        self.K = nn.Parameter(torch.empty(shape, dtype=torch.float32))
+        self.scale = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        """Zeros: R = I, s = 1."""
+        nn.init.zeros_(self.K)
+        nn.init.zeros_(self.scale)
+
+    def transform_input(self, x: Tensor) -> Tensor:
+        """``x F_(m-1) ... F_0``: gather, rotate blocks, scatter; the last factor first."""
+        k = skew_symmetric(self.K.to(math_dtype(x.dtype)), self.config.block_size)
+        rotations = cayley(k).chunk(self.config.factors)
+        for i, rotation in reversed(list(enumerate(rotations))):
+            if i == 0:
+                return block_product(x, rotation)
+            # (x P)_j = x_k with P_kj = 1, and row k of P holds its 1 at index[k].
+            index = butterfly(self.in_features, self.config.block_size, i, x.device)
+            x = block_product(x[..., index.argsort()], rotation)[..., index]
+        raise AssertionError("factors >= 1")
+
+    def transform_output(self, y: Tensor) -> Tensor:
+        """``s * y``."""
+        return scale_shift(y, self.scale)
+
+    def flops(self) -> int:
+        """One product a factor, and the scale."""
+        return super().flops() * int(self.config.factors) + self.out_features
+
+    def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """PEFT's BOFT with the same blocks."""
+        b, m = self.config.block_size, self.config.factors
+        fields = {
+            "peft_type": "BOFT",
+            "boft_block_size": b,
+            "boft_block_num": 0,
+            "boft_n_butterfly_factor": m,
+        }
+        k = skew_symmetric(self.K.detach(), b).view(m, -1, b, b)
+        return fields, {"boft_R": k, "boft_s": (1 + self.scale.detach())[:, None]}

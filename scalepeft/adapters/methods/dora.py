@@ -1,0 +1,78 @@
+"""DoRA: weight-decomposed low-rank adaptation (arXiv 2402.09353).
+
+Letters: r, A, B, scaling as in LoRA; m (out,) the magnitude of each row of W.
+"""
+
+from typing import Any
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from scalepeft.adapters.base import Base, math_dtype, scale_shift
+from scalepeft.adapters.methods.lora import LoRA, LoRAConfig
+from scalepeft.core.fields import STRICT
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class DoRAConfig(LoRAConfig):
+    """Settings of DoRA: those of LoRA."""
+
+    name: str = "dora"
+
+
+class DoRA(LoRA):
+    """``W' = m (W + scaling B A) / |W + scaling B A|`` by rows; ``r (in + out) + out`` parameters.
+
+    ``m = |W| (1 + magnitude)``: the trained vector is the relative difference from the start, so
+    that it starts at 0 (the paper's m starts at ``|W|``: the same maps, gradients scaled by |W|).
+    The norm in the denominator takes no gradient, as in section 4.3 of the paper; it comes from r
+    products with W, never from a dense B A. Paper: arXiv 2402.09353.
+    """
+
+    Config = DoRAConfig
+    paper = "arXiv 2402.09353"
+
+    def __init__(
+        self, config: DoRAConfig, in_features: int, out_features: int, layer_name: str = ""
+    ) -> None:
+        super().__init__(config, in_features, out_features, layer_name)
+        self.magnitude = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        """A and B as LoRA, the magnitude at that of W."""
+        super().reset_parameters()
+        nn.init.zeros_(self.magnitude)
+
+    @torch.no_grad()
+    def _norms(self, base: Base, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Row norms of W and of ``W + scaling B A``, (out,) each.
+
+        ``|w_i + s b_i A|^2 = |w_i|^2 + 2 s b_i (A w_i) + s^2 b_i (A A^T) b_i``.
+        """
+        exact = math_dtype(dtype)
+        w = base.weight(dtype)
+        a, b = self.A.to(exact), self.scaling * self.B.to(exact)
+        square = torch.linalg.vector_norm(w, dim=1, dtype=exact).square()
+        cross = 2 * (w @ a.mT.to(dtype)).to(exact) + b @ (a @ a.mT)
+        return square.sqrt(), (square + (b * cross).sum(1)).clamp_min(0).sqrt()
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        """``(1 + magnitude) |W| / |W + scaling B A| * (W x + scaling B A dropout(x))``."""
+        before, now = self._norms(base, x.dtype)
+        ratio = torch.where(before > 0, before / now, torch.ones_like(now))
+        return scale_shift(base(x) + self.delta(x), (1 + self.magnitude) * ratio - 1)
+
+    def flops(self) -> int:
+        """LoRA's products and a factor for each output; the norms are paid once a batch."""
+        return super().flops() + self.out_features
+
+    def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """PEFT's LoRA with ``use_dora``; its magnitude is ``m`` itself."""
+        fields, tensors = super().to_peft(base)
+        before, _ = self._norms(base, math_dtype(self.A.dtype))
+        m = before * (1 + self.magnitude.detach())
+        return {**fields, "use_dora": True}, {**tensors, "lora_magnitude_vector": m}
+
+    def to_lora(self, base: Base) -> None:
+        """None: the factor on every row of W has full rank."""

@@ -1,0 +1,73 @@
+"""Hadamard adapter: elementwise scale and shift of the attention output (arXiv 2407.11033)."""
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from scalepeft.adapters.base import Adapter, AdapterConfig, scale_shift
+from scalepeft.core.fields import STRICT, NameList
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class HadamardConfig(AdapterConfig):
+    """Settings of the Hadamard adapter.
+
+    Attributes:
+        position: ``after`` the target layer (its output), or ``before`` (its input).
+        train_norm: train the weight of ``norm`` too.
+        norm: name of the normalisation layer that follows the attention.
+    """
+
+    name: str = "hadamard"
+    target_modules: Annotated[NameList, Field(min_length=1)] = Field(
+        default_factory=lambda: ["o_proj"]
+    )
+    position: Literal["after", "before"] = "after"
+    train_norm: bool = True
+    norm: str = "post_attention_layernorm"
+
+    def norm_modules(self) -> list[str]:
+        """``norm`` where it trains."""
+        return [self.norm] if self.train_norm else []
+
+
+class Hadamard(Adapter):
+    """``A' = w * A + c`` on the output of ``o_proj`` (or on its input); ``2 d`` parameters.
+
+    w starts at 1 (stored as ``scale = w - 1``), c (``shift``) at 0. The normalisation layer behind
+    it trains as well, ``d`` more. A bias of the layer is added after the adapter. On LLaMA, which
+    the paper did not try, this is a choice; so is training in one stage (the paper tunes a
+    classifier's head first). The shift becomes a bias when merged. Paper: arXiv 2407.11033.
+    """
+
+    Config = HadamardConfig
+    paper = "arXiv 2407.11033"
+
+    def __init__(
+        self, config: HadamardConfig, in_features: int, out_features: int, layer_name: str = ""
+    ) -> None:
+        super().__init__(config, in_features, out_features, layer_name)
+        self.before = config.position == "before"
+        size = in_features if self.before else out_features
+        self.scale = nn.Parameter(torch.empty(size, dtype=torch.float32))
+        self.shift = nn.Parameter(torch.empty(size, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        """Zeros: w = 1, c = 0."""
+        nn.init.zeros_(self.scale)
+        nn.init.zeros_(self.shift)
+
+    def transform_input(self, x: Tensor) -> Tensor:
+        """``w * x + c`` before the layer."""
+        return scale_shift(x, self.scale, self.shift) if self.before else x
+
+    def transform_output(self, y: Tensor) -> Tensor:
+        """``w * y + c`` after it."""
+        return y if self.before else scale_shift(y, self.scale, self.shift)
+
+    def flops(self) -> int:
+        """A product and a sum a channel."""
+        return 2 * self.scale.numel()

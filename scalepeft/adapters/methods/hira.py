@@ -1,0 +1,72 @@
+"""HiRA: Hadamard high-rank adaptation (ICLR 2025, openreview TwJrTz9cRS).
+
+Letters: r rank, A (r, in), B (out, r).
+"""
+
+import math
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from scalepeft.adapters.base import Adapter, AdapterConfig, Base
+from scalepeft.adapters.methods.hut import weight_product
+from scalepeft.core.fields import STRICT
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class HiRAConfig(AdapterConfig):
+    """Settings of HiRA.
+
+    Attributes:
+        rank: r, columns of B and rows of A.
+    """
+
+    name: str = "hira"
+    rank: Annotated[int, Field(ge=1)] = 32
+
+
+def low_rank_factor(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``W * (1 + B A)``."""
+    return torch.addcmul(w, w, b @ a)
+
+
+class HiRA(Adapter):
+    """``W' = W * (1 + B A)`` elementwise; A (r, in) Kaiming-uniform, B (out, r) zero; ``r (in +
+    out)`` parameters.
+
+    W' is a weight made on the spot, in forward and again in backward: the one form in which W and
+    B A can be multiplied elementwise. Matches HF PEFT. Paper: openreview TwJrTz9cRS.
+    """
+
+    Config = HiRAConfig
+    paper = "openreview TwJrTz9cRS"
+    weight_decay = frozenset({"A", "B"})
+    works_on_weight = True
+
+    def __init__(
+        self, config: HiRAConfig, in_features: int, out_features: int, layer_name: str = ""
+    ) -> None:
+        super().__init__(config, in_features, out_features, layer_name)
+        self.A = nn.Parameter(torch.empty(config.rank, in_features, dtype=torch.float32))
+        self.B = nn.Parameter(torch.empty(out_features, config.rank, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        """As LoRA: A Kaiming uniform, B zero."""
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        nn.init.zeros_(self.B)
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        """``(W * (1 + B A)) x``."""
+        return weight_product(x, base, low_rank_factor, self.A, self.B)
+
+    def flops(self) -> int:
+        """The work is on the weight, once a batch."""
+        return 0
+
+    def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """PEFT's HiRA with the same A and B."""
+        fields = {"peft_type": "HIRA", "r": self.config.rank}
+        return fields, {"hira_A": self.A.detach(), "hira_B": self.B.detach()}

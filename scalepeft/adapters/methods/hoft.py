@@ -1,0 +1,72 @@
+"""HOFT: Householder orthogonal fine-tuning (arXiv 2505.16531). The mathematics is in reflect.py."""
+
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import nn
+
+from scalepeft.adapters.base import AdapterConfig
+from scalepeft.adapters.householder import Inverse, Reflected, check_rank, paired_columns
+from scalepeft.core.fields import STRICT
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class HOFTConfig(AdapterConfig):
+    """Settings of HOFT.
+
+    Attributes:
+        rank: r, the number of reflections on each side; even, because the start pairs equal
+            columns.
+        inverse: ``exact`` solves the triangular system, so Q is orthogonal at every step.
+            ``neumann2`` is the paper's two-term series, for parity with its numbers only: it is not
+            the identity at the start for rank >= 4 unless the pairs are orthogonal, and loses
+            orthogonality in training.
+        init_norm: length of a start column. Only its direction enters Q, so the length divides the
+            effective learning rate.
+    """
+
+    name: str = "hoft"
+    rank: Annotated[int, Field(ge=2)] = 16
+    inverse: Inverse = "exact"
+    init_norm: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
+
+
+class HOFT(Reflected):
+    """``W' = Q_U W Q_V``; U (out, r), V (in, r), r even; ``r (in + out)`` parameters, as LoRA of
+    rank r.
+
+    Every singular value of W is kept. The bias is added after Q_U (the paper is silent): rotating
+    it would make the layer differ from ``W' x + b``. Paper: arXiv 2505.16531.
+
+    Raises:
+        UserError: odd rank, or a rank too large for the layer.
+    """
+
+    Config = HOFTConfig
+    paper = "arXiv 2505.16531"
+    scaled: ClassVar[bool] = False
+    """True in SHOFT: ``m`` (out,) between the rotations, stored as ``scale = m - 1``."""
+
+    def __init__(
+        self, config: HOFTConfig, in_features: int, out_features: int, layer_name: str = ""
+    ) -> None:
+        check_rank(config.rank, min(in_features, out_features))
+        super().__init__(config, in_features, out_features, layer_name)
+        self.inverse = config.inverse
+        self.U = nn.Parameter(torch.empty(out_features, config.rank, dtype=torch.float32))
+        self.V = nn.Parameter(torch.empty(in_features, config.rank, dtype=torch.float32))
+        if self.scaled:
+            self.scale = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        """Sets pairs of equal, mutually orthonormal columns (Q = I under both inverses) and m - 1 =
+        0.
+        """
+        with torch.no_grad():
+            for u in (self.U, self.V):
+                assert u is not None
+                u.copy_(paired_columns(len(u), u.shape[1], self.config.init_norm))
+            if self.scale is not None:
+                self.scale.zero_()

@@ -1,0 +1,59 @@
+"""HRA: Householder reflection adaptation (arXiv 2405.17484): HOFT on the input side alone."""
+
+import math
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from scalepeft.adapters.base import AdapterConfig, Base
+from scalepeft.adapters.householder import Reflected, check_rank
+from scalepeft.core.fields import STRICT
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class HRAConfig(AdapterConfig):
+    """Settings of HRA.
+
+    Attributes:
+        rank: r, the number of reflections; even, because the start pairs equal ones.
+    """
+
+    name: str = "hra"
+    rank: Annotated[int, Field(ge=2)] = 32
+
+
+class HRA(Reflected):
+    """``W' = W H(u1) ... H(ur)``, ``H(u) = I - 2 u u^T / |u|^2``; V (in, r); ``r in`` parameters.
+
+    The paper's order of reflections and its start (pairs of equal Kaiming-uniform columns); its
+    penalty on inner products between columns is not offered. Matches HF PEFT. Paper: arXiv
+    2405.17484.
+
+    Raises:
+        UserError: odd rank, or a rank too large for the layer.
+    """
+
+    Config = HRAConfig
+    paper = "arXiv 2405.17484"
+
+    def __init__(
+        self, config: HRAConfig, in_features: int, out_features: int, layer_name: str = ""
+    ) -> None:
+        check_rank(config.rank, in_features)
+        super().__init__(config, in_features, out_features, layer_name)
+        self.V = nn.Parameter(torch.empty(in_features, config.rank, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        """Draws r / 2 columns as PEFT does and pairs them: the product is I."""
+        half = torch.empty(self.in_features, self.V.shape[1] // 2)
+        nn.init.kaiming_uniform_(half, a=math.sqrt(5))
+        with torch.no_grad():
+            self.V.copy_(half.repeat_interleave(2, dim=1))
+
+    def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """PEFT's HRA with the same columns."""
+        fields = {"peft_type": "HRA", "r": self.config.rank, "apply_GS": False}
+        return fields, {"hra_u": self.V.detach()}

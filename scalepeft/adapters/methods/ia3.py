@@ -1,0 +1,79 @@
+"""IA3: few-shot fine-tuning by scaling activations (arXiv 2205.05638)."""
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from scalepeft.adapters.base import Adapter, AdapterConfig, Base, scale_shift
+from scalepeft.core.errors import UserError
+from scalepeft.core.fields import STRICT, NameList
+from scalepeft.core.registry import names
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class IA3Config(AdapterConfig):
+    """Settings of IA3.
+
+    Attributes:
+        feedforward_modules: of the targets, those whose input is scaled; of the others it is the
+            output. Each must be a target, word for word, unless left as it is.
+    """
+
+    name: str = "ia3"
+    target_modules: Annotated[NameList, Field(min_length=1)] = Field(
+        default_factory=lambda: ["k_proj", "v_proj", "down_proj"]
+    )
+    feedforward_modules: NameList = Field(default_factory=lambda: ["down_proj"])
+
+    def __post_init__(self) -> None:
+        """Refuses a feed-forward module that is no target."""
+        for name in self.feedforward_modules:
+            if name not in self.target_modules and self.feedforward_modules != ["down_proj"]:
+                raise UserError(
+                    f"feedforward_modules: '{name}' is none of the target_modules"
+                    f" ({', '.join(self.target_modules)}); name it as it stands there"
+                )
+
+
+class IA3(Adapter):
+    """``W' = diag(l) W`` (out parameters), or ``W diag(l)`` in feed-forward layers (in parameters).
+
+    l starts at 1 and is stored as ``scale = l - 1``. A bias is added afterwards (PEFT scales it
+    too, in the first form). Paper: arXiv 2205.05638.
+    """
+
+    Config = IA3Config
+    paper = "arXiv 2205.05638"
+
+    def __init__(
+        self, config: IA3Config, in_features: int, out_features: int, layer_name: str = ""
+    ) -> None:
+        super().__init__(config, in_features, out_features, layer_name)
+        self.on_input = any(names(p, layer_name) for p in config.feedforward_modules)
+        size = in_features if self.on_input else out_features
+        self.scale = nn.Parameter(torch.empty(size, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        """Zero: l = 1."""
+        nn.init.zeros_(self.scale)
+
+    def transform_input(self, x: Tensor) -> Tensor:
+        """``l * x`` in feed-forward layers."""
+        return scale_shift(x, self.scale) if self.on_input else x
+
+    def transform_output(self, y: Tensor) -> Tensor:
+        """``l * y`` in the others."""
+        return y if self.on_input else scale_shift(y, self.scale)
+
+    def flops(self) -> int:
+        """One product a channel."""
+        return self.scale.numel()
+
+    def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """PEFT's IA3 with the same l."""
+        fields = {"peft_type": "IA3", "feedforward_modules": self.config.feedforward_modules}
+        scale = 1 + self.scale.detach()
+        return fields, {"ia3_l": scale[None] if self.on_input else scale[:, None]}

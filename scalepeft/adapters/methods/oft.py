@@ -1,0 +1,95 @@
+"""OFT: orthogonal fine-tuning with block-diagonal Cayley rotations (arXiv 2306.07280).
+
+Letters: b block size, n = in / b blocks, K (n, b, b) skew-symmetric, R (n, b, b); rows x -> x R.
+"""
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+
+from scalepeft.adapters.base import Adapter, AdapterConfig, Base, math_dtype
+from scalepeft.adapters.block_orthogonal import block_product, skew_symmetric
+from scalepeft.core.errors import UserError
+from scalepeft.core.fields import STRICT
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OFTConfig(AdapterConfig):
+    """Settings of OFT.
+
+    Attributes:
+        block_size: b, channels that a rotation mixes; must divide the width of every target layer.
+    """
+
+    name: str = "oft"
+    block_size: Annotated[int, Field(ge=2)] = 32
+
+
+def check_block(block: int, features: int) -> None:
+    """Refuses a block size that does not divide the width of the layer."""
+    if features % block:
+        fits = [b for b in range(2, features + 1) if features % b == 0]
+        near = sorted(sorted(fits, key=lambda b: abs(b - block))[:4])
+        raise UserError(
+            f"adapter.block_size={block} does not divide the layer's {features} inputs; take one of"
+            f" {', '.join(map(str, near))}, or leave the layer out of adapter.target_modules"
+        )
+
+
+def cayley(k: Tensor) -> Tensor:
+    """``(I - K)(I + K)^-1`` by an exact solve: orthogonal for every skew-symmetric K (n, b, b)."""
+    eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+    # R (I + K) = I - K; transposed, because (I + K)^T = I - K and (I - K)^T = I + K.
+    return torch.linalg.solve(eye - k, eye + k).mT
+
+
+class OFT(Adapter):
+    """``W' = W R^T``, R block-diagonal, ``R = (I - K)(I + K)^-1``; ``in (b - 1) / 2`` parameters.
+
+    ``K`` (in / b, b (b - 1) / 2) holds the entries above the diagonals and starts at 0. Matches HF
+    PEFT given the same parameters. Paper: arXiv 2306.07280.
+
+    Raises:
+        UserError: the block size does not divide the layer's inputs.
+    """
+
+    Config = OFTConfig
+    paper = "arXiv 2306.07280"
+
+    def __init__(
+        self, config: OFTConfig, in_features: int, out_features: int, layer_name: str = ""
+    ) -> None:
+        check_block(config.block_size, in_features)
+        super().__init__(config, in_features, out_features, layer_name)
+        b = config.block_size
+        self.K = nn.Parameter(torch.empty(in_features // b, b * (b - 1) // 2, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        """Zero: R = I."""
+        nn.init.zeros_(self.K)
+
+    def rotation(self, k: Tensor) -> Tensor:
+        """K (n, b, b) -> R (n, b, b)."""
+        return cayley(k)
+
+    def transform_input(self, x: Tensor) -> Tensor:
+        """``x R``."""
+        k = skew_symmetric(self.K.to(math_dtype(x.dtype)), self.config.block_size)
+        return block_product(x, self.rotation(k))
+
+    def flops(self) -> int:
+        """One product with b x b blocks."""
+        return 2 * self.in_features * int(self.config.block_size)
+
+    def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """PEFT's OFT with the same entries."""
+        fields = {
+            "peft_type": "OFT",
+            "r": 0,
+            "oft_block_size": self.config.block_size,
+            "use_cayley_neumann": False,
+        }
+        return fields, {"oft_R.weight": self.K.detach()}

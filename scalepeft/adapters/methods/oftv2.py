@@ -1,0 +1,40 @@
+"""OFTv2: OFT with a Neumann series in place of the solve (arXiv 2506.19847)."""
+
+from typing import Any
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from scalepeft.adapters.base import Base
+from scalepeft.adapters.methods.oft import OFT, OFTConfig
+from scalepeft.core.fields import STRICT
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OFTv2Config(OFTConfig):
+    """Settings of OFTv2: those of OFT."""
+
+    name: str = "oftv2"
+
+
+class OFTv2(OFT):
+    """``W' = W R^T`` with ``R = I + 2K + 2K^2 + 2K^3 + K^4``, PEFT's Cayley-Neumann of 5 terms.
+
+    R is orthogonal only to the order of K^4 and drifts for large K; the sign of K is the opposite
+    of ``OFT``'s, as in PEFT. Parameters and blocks as there. Paper: arXiv 2506.19847.
+    """
+
+    Config = OFTv2Config
+    paper = "arXiv 2506.19847"
+
+    def rotation(self, k: Tensor) -> Tensor:
+        """K (n, b, b) -> R (n, b, b)."""
+        square = k @ k
+        eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+        return eye + 2 * (k + square + square @ k) + square @ square
+
+    def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """PEFT's OFT with its series of 5 terms."""
+        fields, tensors = super().to_peft(base)
+        return {**fields, "use_cayley_neumann": True, "num_cayley_neumann_terms": 5}, tensors

@@ -1,0 +1,1 @@
+"""Methods timed against HF PEFT."""

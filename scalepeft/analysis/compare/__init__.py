@@ -1,0 +1,1 @@
+"""Methods trained against each other over rates and seeds."""

@@ -1,0 +1,1 @@
+"""One run or several as HTML, Markdown and a terminal table."""

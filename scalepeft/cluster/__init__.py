@@ -1,0 +1,1 @@
+"""Before and around a job: plan, doctor, submit, status."""

@@ -1,0 +1,1 @@
+"""Memory, traffic and times of a training from its config alone."""

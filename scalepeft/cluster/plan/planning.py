@@ -1,0 +1,310 @@
+"""From a simulated step to a plan: times, the grace period, whether it fits and what would.
+
+What is assumed and not computed stands here by name and in what is printed.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from scalepeft.cluster.plan import gpus
+from scalepeft.cluster.plan.gpus import GPUS, Gpu
+from scalepeft.cluster.plan.memory import Step, measure, resident
+from scalepeft.config import files as config_files
+from scalepeft.config import schema as cfg
+from scalepeft.config.schema import RunConfig
+from scalepeft.core.errors import UserError
+from scalepeft.models import dimensions as sources
+from scalepeft.models.dimensions import Source
+from scalepeft.run.saver import GATHERED_BYTES
+
+GIB = 2**30
+# Assumed: never measured by this project on a GPU.
+CONTEXT_BYTES = 0.75 * GIB  # CUDA context, kernels, cuBLAS workspaces of a process
+NCCL_BYTES = 0.75 * GIB  # buffers of the communicators, with more than one rank
+FRAGMENTED = 0.05  # of what comes and goes in a step: holes in the caching allocator
+MFU = 0.35  # of the dense bf16 peak
+NODE_BYTES_PER_SECOND = 150e9  # of a rank's collective inside a node (NVLink)
+NETWORK_BYTES_PER_SECOND = 20e9  # of a rank's collective between nodes
+HASH_BYTES_PER_SECOND = 0.5e9  # sha256 of a checkpoint on one core
+MARGIN_SECONDS = 30.0  # agreement, the end of the ranks, scontrol requeue
+SAFETY = 2.0  # on step and save, both of which are estimates
+NODE_GPUS = 8  # of a usual node: for advice on engines that use more than one GPU
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that lowers the need.
+
+    Attributes:
+        settings: ``key=value`` to add.
+        saves: bytes of the need.
+        need: bytes with it.
+        fits: whether that is within the GPU.
+    """
+
+    settings: list[str]
+    saves: float
+    need: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where the run is to go.
+
+    Attributes:
+        nodes: number of nodes.
+        gpus_per_node: GPUs, and ranks, a node.
+        gpu: a name that ``gpus.find`` knows, or None.
+        memory: GiB a GPU, in place of a name.
+        disk: bytes a second of the run folder's file system.
+        step_seconds: measured, in place of the estimate.
+        network: whether the hub may be asked for ``config.json``.
+        advise: search for the smallest number of GPUs, and for changes if it does not fit.
+    """
+
+    nodes: int = 1
+    gpus_per_node: int = 1
+    gpu: str | None = None
+    memory: float | None = None
+    disk: float = 1e9
+    step_seconds: float | None = None
+    network: bool = True
+    advise: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "gpus_per_node", "memory", "disk", "step_seconds"):
+            value = getattr(self, name)
+            if value is not None and not (0 < value < math.inf):
+                flag = "--disk-gbps" if name == "disk" else f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag} {value:g}: expected a number above 0")
+        if self.gpu is not None and self.memory is not None:
+            raise UserError("give one of --gpu and --memory, not both")
+        if self.gpu is not None:
+            gpus.find(self.gpu)
+
+    @property
+    def target(self) -> Gpu | None:
+        """The GPU that is asked about."""
+        if self.memory is not None:
+            return Gpu(f"{self.memory:g} GiB", self.memory, 0, 0)
+        return gpus.find(self.gpu) if self.gpu is not None else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs. Bytes and seconds; of one rank unless it says otherwise.
+
+    Attributes:
+        config: of the run.
+        options: where it is to go.
+        source: where the base's dimensions came from.
+        step: memory and work of a rank.
+        runtime: bytes of CUDA, NCCL and the allocator (assumed).
+        compute_seconds: of a step (assumed rate).
+        exchange_seconds: of a step (assumed rates), not overlapped.
+        save_seconds: of a checkpoint (assumed rates).
+        grace: seconds that ``--signal=B:USR1@SECONDS`` needs.
+        fits: whether it fits ``options.target``; None without one.
+        smallest: (nodes, GPUs a node) of the smallest number of GPUs that fits; None if none does.
+        changes: what lowers the need, each alone; the last one is all of them together.
+        sharded: where none fits, ``smallest`` of ``engine.name=fsdp2`` in the place of single or
+            ddp, with at least ``NODE_GPUS`` a node.
+    """
+
+    config: RunConfig
+    options: Options
+    source: str
+    step: Step
+    runtime: float
+    compute_seconds: float
+    exchange_seconds: float
+    save_seconds: float
+    grace: int
+    fits: bool | None = None
+    smallest: tuple[int, int] | None = None
+    changes: list[Change] = field(default_factory=list)
+    sharded: tuple[int, int] | None = None
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.options.nodes * self.options.gpus_per_node
+
+    @property
+    def need(self) -> float:
+        """Bytes of a GPU: the peak and the runtime's part."""
+        return self.step.most + self.runtime
+
+    @property
+    def step_seconds(self) -> float:
+        """Of one optimiser step."""
+        return self.options.step_seconds or self.compute_seconds + self.exchange_seconds
+
+    @property
+    def stop_seconds(self) -> float:
+        """Of a step and a save: what a stop takes at the assumed rates, without any safety."""
+        return self.step_seconds + self.save_seconds
+
+
+def plan(config: RunConfig, options: Options) -> Plan:
+    """Plans a run.
+
+    Raises:
+        UserError: a mistake in the config, or a number of ranks that it cannot take; a base whose
+            dimensions cannot be had; a GPU that is not known.
+    """
+    source = sources.find(config.model, options.network)
+    world, each = options.nodes * options.gpus_per_node, options.gpus_per_node
+    step = measure(config, source, world, each)
+    target = options.target
+    fits = _fits(step, world, target) if target else None
+    compute = step.flops / (peak_tflops(target, config.train.precision) * MFU * 1e12)
+    exchange = sum(_seconds(key, size) for key, (_, size) in step.exchanges.items())
+    save, saves = _save_seconds(config, step, world, options.disk)
+    step_seconds = options.step_seconds or compute + exchange
+    waits = SAFETY * (step_seconds + saves * save) + MARGIN_SECONDS
+    smallest = sharded = None
+    changes: list[Change] = []
+    if target and options.advise:
+        smallest = _smallest(config, source, options, target, fits)
+        if not fits:
+            changes = _changes(config, source, options, target, step)
+        if smallest is None and config.engine.name in ("single", "ddp"):
+            other = config_files.overlay(cfg.to_dict(config), ["engine.name=fsdp2"])
+            wide = replace(options, gpus_per_node=max(each, NODE_GPUS))
+            sharded = _smallest(other, source, wide, target, None)
+    return Plan(
+        config, options, source.where, step, _runtime(step, world), compute, exchange, save,
+        max(60, 30 * math.ceil(waits / 30)), fits, smallest, changes, sharded,
+    )  # fmt: skip
+
+
+def _save_seconds(config: RunConfig, step: Step, world: int, disk: float) -> tuple[float, int]:
+    """(seconds of a save, saves to leave time for): what an asynchronous one under way has written
+    when a stop gives it up still goes to the disk.
+    """
+    mode = config.train.save_mode
+    if mode == "auto":
+        mode = "async" if step.checkpoint > GATHERED_BYTES else "gathered"
+    hashed = step.checkpoint / (1 if mode == "gathered" else world)
+    return step.checkpoint / disk + hashed / HASH_BYTES_PER_SECOND, 1 + (mode == "async")
+
+
+def peak_tflops(target: Gpu | None, precision: str) -> float:
+    """Peak rate of a GPU; of the slowest one where it is not named."""
+    gpu = target if target and target.tflops else GPUS["a100-80"]
+    return gpu.tflops if precision == "bf16" else gpu.tflops_fp32
+
+
+def _runtime(step: Step, world: int) -> float:
+    return CONTEXT_BYTES + NCCL_BYTES * (world > 1) + FRAGMENTED * max(0.0, step.most - step.held)
+
+
+def _fits(step: Step, world: int, target: Gpu) -> bool:
+    return step.most + _runtime(step, world) <= target.gib * GIB
+
+
+def _seconds(key: tuple[str, int, int], size: float) -> float:
+    name, ranks, nodes = key
+    rate = NODE_BYTES_PER_SECOND if nodes == 1 else NETWORK_BYTES_PER_SECOND
+    return (2 if name == "all-reduce" else 1) * size * (ranks - 1) / ranks / rate
+
+
+def counts(config: RunConfig, gpus_per_node: int) -> Iterator[tuple[int, int]]:
+    """(nodes, GPUs a node) to try, smallest first: 1, 2, 4, ... of a node, then whole nodes."""
+    batch = config.train.global_batch
+    most = 1 if config.engine.name == "single" else batch
+    each = 1
+    while each < gpus_per_node:
+        if batch % each == 0 and each <= most:
+            yield 1, each
+        each *= 2
+    nodes = 1
+    while nodes * gpus_per_node <= most:
+        if batch % (nodes * gpus_per_node) == 0:
+            yield nodes, gpus_per_node
+        nodes *= 2
+
+
+def _smallest(
+    config: RunConfig, source: Source, options: Options, target: Gpu, fits: bool | None
+) -> tuple[int, int] | None:
+    """The first of ``counts`` that fits; ``fits`` of the asked count is known, or None."""
+    asked = options.nodes, options.gpus_per_node
+    for nodes, each in counts(config, options.gpus_per_node):
+        world = nodes * each
+        if fits and world >= math.prod(asked):
+            break
+        if fits is False and (nodes, each) == asked:
+            continue
+        try:
+            step, _ = resident(config, source, world, each)
+            step.peak = step.resident
+            if _fits(step, world, target):
+                step = measure(config, source, world, each)
+                if _fits(step, world, target):
+                    return nodes, each
+        except UserError:  # the engine cannot run on so many
+            continue
+    return asked if fits else None
+
+
+def candidates(config: RunConfig, step: Step, world: int) -> list[str]:
+    """Settings that may lower the need of this config, one by one; none changes what is learnt
+    before the last.
+    """
+    engine: Any = config.engine
+    found = []
+    if not engine.activation_checkpointing:
+        found.append("engine.activation_checkpointing=true")
+    if step.rows > 1:
+        found.append("train.micro_batch=1")
+    if config.train.loss_chunk > 256:
+        found.append("train.loss_chunk=256")
+    if engine.name in ("single", "ddp") and world > 1:
+        found.append("engine.name=fsdp2")
+    if not getattr(engine, "reshard_after_forward", True):
+        found.append("engine.reshard_after_forward=true")
+    if getattr(engine, "shard_over", "world") != "world":
+        found.append("engine.shard_over=world")
+    if engine.name == "zero":
+        found += [f"engine.stage={n}" for n in (2, 3) if n > engine.stage]
+        if not engine.offload_optimizer:
+            found.append("engine.offload_optimizer=true")
+        if engine.stage == 3 and not engine.offload_parameters:
+            found.append("engine.offload_parameters=true")
+    if config.train.precision == "fp32":
+        found.append("train.precision=bf16")
+    if config.model.quant != "nf4":
+        found.append("model.quant=nf4")
+    elif not config.model.double_quant:
+        found.append("model.double_quant=true")
+    if config.data.cutoff > 512:
+        found.append(f"data.cutoff={config.data.cutoff // 2}")
+    return found
+
+
+def _changes(
+    config: RunConfig, source: Source, options: Options, target: Gpu, before: Step
+) -> list[Change]:
+    world, each = options.nodes * options.gpus_per_node, options.gpus_per_node
+    need = before.most + _runtime(before, world)
+
+    def change(settings: list[str]) -> Change:
+        other = config_files.overlay(cfg.to_dict(config), settings)
+        step = measure(other, source, world, each)
+        after = step.most + _runtime(step, world)
+        return Change(settings, need - after, after, _fits(step, world, target))
+
+    found = []
+    for setting in candidates(config, before, world):
+        try:
+            found.append(change([setting]))
+        except UserError:  # a setting that does not go with another, or with this model
+            continue
+    found = sorted((c for c in found if c.saves > 0), key=lambda c: -c.saves)
+    together = [s for c in found for s in c.settings if not s.startswith("data.cutoff")]
+    return [*found, change(together)] if len(together) > 1 else found

@@ -1,0 +1,468 @@
+"""``launch/submit``: code and resolved config into the run folder, then sbatch.
+
+What a look at config, data and run folder can refuse is refused here and not after hours in the
+queue.
+"""
+
+import itertools
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from scalepeft.analysis.compare import command as compare
+from scalepeft.build import check_batch, engine_class, task_of
+from scalepeft.cluster.plan import gpus, planning
+from scalepeft.cluster.sbatch import (
+    ALONE,
+    NOT_ALONE,
+    _commands,
+    _gpu_of,
+    _header,
+    _long,
+    _nodes,
+    _option,
+    _read,
+    _warning,
+    _without,
+    _words,
+)
+from scalepeft.config import files as config_files
+from scalepeft.config import schema as cfg
+from scalepeft.config.schema import RunConfig
+from scalepeft.core.errors import UserError
+from scalepeft.core.files import write_atomically
+from scalepeft.core.log import say
+from scalepeft.core.slurm import ACTIVE
+from scalepeft.models import dimensions as sources
+from scalepeft.models import hub as models
+from scalepeft.pipeline import ON_RANKS, STAGES
+from scalepeft.pipeline import check as check_pipeline
+from scalepeft.run.folder import check_same_run
+from scalepeft.run.status import job_of
+
+SNAPSHOT = ("scalepeft", "configs", "slurm", "launch")
+# Variables that Slurm sets in a job: in a setting they would be empty when it is resolved here.
+ON_A_NODE = "@only-in-the-job@"
+NODE_VARIABLES = [
+    f"SLURM_{name}"
+    for name in """JOB_ID JOBID JOB_NAME JOB_NODELIST JOB_NUM_NODES NNODES NTASKS NODELIST NODEID
+    ARRAY_JOB_ID ARRAY_TASK_ID ARRAY_TASK_COUNT RESTART_COUNT TMPDIR""".split()
+]
+PLANNED = ("global_batch", "micro_batch", "loss_chunk", "precision")  # of train: what plan looks at
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``launch/submit`` was asked for.
+
+    Attributes:
+        job_file: a file of ``slurm/``, or a copy of one.
+        settings: ``key=value``, over those of the job file.
+        sweep: ``key=a,b,c``; several give their product. Each run has its own folder.
+        throttle: runs of a sweep at a time; 0 for all.
+        then: ``evaluate``: a second job once the first has succeeded.
+        pipeline: the stages of ``scalepeft pipeline`` as a chain of jobs in place of a training.
+        cpu_sbatch: options of the stages that need no GPU, e.g. ``partition=cpu``.
+        compare: options of ``scalepeft compare`` (``methods=hoft,lora``): its cells as job arrays
+            in place of a training.
+        sbatch: options over the ``#SBATCH`` lines of the job file.
+        resume_with_changes: continue runs although harmless keys differ from their config.
+        dry_run: print what would be queued, write nothing.
+        gpu: what the job's GPUs are, where the job file does not name them.
+        plan: look whether the run fits, and saves in time for the time limit.
+    """
+
+    job_file: str
+    settings: list[str]
+    sweep: list[str]
+    throttle: int
+    then: str | None
+    sbatch: list[str]
+    resume_with_changes: bool
+    dry_run: bool
+    gpu: str | None = None
+    plan: bool = True
+    pipeline: bool = False
+    cpu_sbatch: tuple[str, ...] = ()
+    compare: tuple[str, ...] = ()
+
+
+def run(options: Options) -> None:
+    """Checks, snapshots, renders and queues; prints the job ids.
+
+    Raises:
+        UserError: a mistake in job file, config or data, or sbatch refuses.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "slurm" / "train.sh").is_file():
+        raise UserError(f"{root} is no checkout: launch/submit takes slurm/train.sh from there")
+    given = _long(options.sbatch)
+    if options.then and options.pipeline:
+        raise UserError(f"--then {options.then} has no effect with --pipeline, which evaluates")
+    if options.cpu_sbatch and not (options.pipeline or options.compare):
+        raise UserError("--cpu-sbatch is for the CPU stages of --pipeline and --compare")
+    if options.compare and (options.then or options.pipeline or options.sweep):
+        raise UserError("--compare goes without --then, --pipeline and --sweep; it sweeps itself")
+    if options.resume_with_changes and options.pipeline:
+        raise UserError("--resume-with-changes: a pipeline does again what a change asks for")
+    if options.resume_with_changes and options.compare:
+        raise UserError("--resume-with-changes: a comparison runs again what a change asks for")
+    lines = _read(options.job_file)
+    header = _header(lines, given)
+    if "--array" in header:
+        raise UserError("--array: launch/submit makes the array itself: --sweep KEY=A,B,C")
+    job_file = str(Path(options.job_file).resolve())
+    try:
+        os.chdir(header.get("--chdir") or ".")  # where the job will run, and find its files
+    except OSError as error:
+        raise UserError(f"--chdir={header['--chdir']}: {error.strerror}") from None
+    path, settings = _describe(job_file, root)
+    configs, base_dir = _configs(path, settings, options)
+    _check(configs, header, options)
+    design = _design(path, settings, options, base_dir) if options.compare else None
+    if options.plan:
+        _plan(configs if design is None else _competitors(design), header, options)
+    elif options.gpu:
+        raise UserError(f"--gpu {options.gpu} has no effect with --no-plan; give one of them")
+    folder = _next(base_dir / "submissions")
+    files = [str(folder / "configs" / f"{i}.yaml") for i in range(len(configs))]
+    flags = ["--resume-with-changes"] if options.resume_with_changes else []
+    jobs = {"train": _Job("train", files, flags)}
+    if options.then:
+        runs = [str(Path(c.run_dir).absolute()) for c in configs]
+        jobs[options.then] = _Job(options.then, runs, [])
+    if options.pipeline:
+        jobs = {
+            stage: _Job("pipeline", files, ["--stage", stage], gpus=stage in ON_RANKS)
+            for stage in STAGES
+        }
+    if design is not None:
+        out = ["--out", shlex.quote(str(base_dir.absolute()))]
+        jobs = {
+            step: _Job("compare", words, out, gpus=step != "table", array=step != "table")
+            for step, words in compare.arguments(design).items()
+        }
+    ours = {"--chdir": str(Path.cwd())}
+    throttle = f"%{options.throttle}" if options.throttle else ""
+    over = _words(given)
+    rendered = {}
+    for name, job in jobs.items():
+        if "--job-name" not in over:
+            ours["--job-name"] = base_dir.name + ("" if name == "train" else f"-{name}")
+        own = {} if job.gpus else {**ALONE, **_words(_long(options.cpu_sbatch))}
+        if array := job.array or options.sweep:
+            own["--array"] = f"0-{len(job.targets) - 1}{throttle}"
+        if "--output" not in over:
+            own["--output"] = f"{folder}/%x-{'%A_%a' if array else '%j'}.log"
+        asked = {k: v for k, v in over.items() if job.gpus or k not in NOT_ALONE}
+        more = [_option(key, value) for key, value in {**asked, **own, **ours}.items()]
+        header_lines = lines if job.gpus else _without(lines, NOT_ALONE)
+        rendered[name] = _render(header_lines, more, folder, job)
+    if options.dry_run:
+        texts = {f"configs/{i}.yaml": cfg.dump(c) for i, c in enumerate(configs)}
+        _show(rendered, texts if design is None else {compare.FILE: design.text()})
+        return
+    try:
+        _snapshot(root, folder, configs)
+        for command, script in rendered.items():
+            write_atomically(folder / f"{command}.sh", script)
+        if design is not None:
+            with compare.kept(base_dir, design):
+                pass  # the jobs read it there
+        # A cell that failed is a row of the table and no reason to leave it out.
+        after = "afterany" if design else "aftercorr" if options.sweep else "afterok"
+        _queue(folder, rendered, after)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A job of the submission: ``scalepeft COMMAND TARGET FLAGS``, a target for each run."""
+
+    command: str
+    targets: list[str]
+    flags: list[str]
+    gpus: bool = True
+    array: bool = False
+
+
+def _describe(job_file: str, root: Path) -> tuple[str | None, list[str]]:
+    """Runs the job file as far as train.sh, which then says which config and settings it got."""
+    known_on_a_node = dict.fromkeys(NODE_VARIABLES, ON_A_NODE)
+    environment = {"SCALEPEFT_DESCRIBE": "1", "SCALEPEFT_ROOT": str(root), **known_on_a_node}
+    done = subprocess.run(
+        ["bash", job_file], capture_output=True, text=True, env={**os.environ, **environment},
+        check=False,
+    )  # fmt: skip
+    _, found, words = done.stdout.partition("\0")
+    if done.returncode or not found:
+        raise UserError(f"{job_file}: {done.stderr.strip() or 'did not come to slurm/train.sh'}")
+    command_name, *settings = words.split("\0")[:-1]
+    for word in settings:
+        if ON_A_NODE in word:
+            raise UserError(
+                f"{job_file}: a setting takes a variable that only the job knows"
+                f" ({word.replace(ON_A_NODE, '$SLURM_...')}); launch/submit resolves settings"
+                " before queueing: use sbatch itself, or --sweep"
+            )
+    if command_name != "train":
+        raise UserError(f"{job_file}: runs {command_name}; launch/submit is for training jobs")
+    if settings and "=" not in settings[0]:
+        return settings[0], settings[1:]
+    return None, settings
+
+
+def _configs(
+    path: str | None, settings: list[str], options: Options
+) -> tuple[list[RunConfig], Path]:
+    """Resolves every run of the submission; returns them and the folder that holds all."""
+    axes: dict[str, list[str]] = {}
+    for axis in options.sweep:
+        key, equals, values = axis.partition("=")
+        parts = values.split(",")
+        if not equals or not all(parts) or key == "run_dir" or "[" in values:
+            raise UserError(f"--sweep {axis}: expected KEY=A,B,C, e.g. train.lr=1e-4,3e-4")
+        if key in axes or len(set(parts)) < len(parts):
+            raise UserError(f"--sweep {axis}: the same run stands there twice")
+        axes[key] = [f"{key}={value}" for value in parts]
+    if options.throttle < 0 or (options.throttle and not (axes or options.compare)):
+        raise UserError(
+            f"--throttle {options.throttle}: how many runs of a --sweep or --compare may run at a"
+            " time"
+        )
+    found, notes, base_dir = [], set(), Path()
+    for chosen in itertools.product(*axes.values()):
+        # A whole section goes first: keys of the command line are laid over it in every run.
+        sections = [c for c in chosen if "." not in c.partition("=")[0]]
+        keys = [c for c in chosen if c not in sections]
+        one, said = config_files.load(path, [*settings, *sections, *options.settings, *keys])
+        notes |= set(said)
+        base_dir = Path(one.run_dir)
+        name = ",".join(chosen).replace("/", "_")
+        found.append(replace(one, run_dir=str(base_dir / name)) if axes else one)
+    for note in sorted(notes):
+        say(note)
+    return found, base_dir
+
+
+def _design(
+    path: str | None, settings: list[str], options: Options, base_dir: Path
+) -> compare.Design:
+    """The comparison in ``run_dir``, without what the job file says of an adapter of its own."""
+    own = [s for s in settings if s.startswith(("adapter=", "adapter.", "train.lr=", "run_dir="))]
+    if left := [s for s in own if not s.startswith("run_dir=")]:
+        say(f"{options.job_file}: {', '.join(left)}: left out, each method brings its own")
+    given = [s for s in options.settings if not s.startswith("run_dir=")]
+    rest = [*([path] if path else []), *(s for s in settings if s not in own), *given]
+    return compare.prepare(compare.Options.parse(list(options.compare), rest, str(base_dir)))
+
+
+def _competitors(design: compare.Design) -> list[RunConfig]:
+    """A config of each method, at its usual rate."""
+    return [design.config(m, m.usual_lr, design.seeds[0]) for m in design.methods if not m.refused]
+
+
+def _plan(configs: list[RunConfig], header: dict[str, str], options: Options) -> None:
+    nodes = _nodes(header) or 1
+    each = header.get("--ntasks-per-node", "")
+    if not each.isdecimal():
+        total = header.get("--ntasks", "")
+        each = str(max(1, int(total) // nodes)) if total.isdecimal() else "1"
+    gpu, by = (gpus.find(options.gpu), "--gpu") if options.gpu else _gpu_of(header)
+    if gpu:
+        say(f"plan: for GPU {gpu.name}, by {by}")
+    else:
+        say(
+            f"plan: {by or 'the job file'} names no GPU that is known here: whether the run fits is"
+            " not looked at; add --gpu NAME"
+        )
+    where = planning.Options(
+        nodes=nodes,
+        gpus_per_node=int(each),
+        gpu=gpu.name if gpu else None,
+        network=False,
+        advise=False,
+    )
+    seen = set()
+    for config in configs:
+        kind = f"{config.model} {config.adapter} {config.engine} {config.data.cutoff}" + str(
+            [getattr(config.train, k) for k in PLANNED]
+        )
+        if kind in seen:
+            continue
+        seen.add(kind)
+        try:
+            sources.find(config.model, network=False)
+        except UserError as error:
+            say(f"not planned: {error}")
+            continue
+        _judge(planning.plan(config, where), header)
+
+
+def _judge(found: planning.Plan, header: dict[str, str]) -> None:
+    """Refuses what cannot do without the assumed constants; what depends on them is only said."""
+    need, gpu, given = found.need / planning.GIB, found.options.target, _warning(header)
+    tensors, stop = found.step.most / planning.GIB, f"{found.stop_seconds:.1f} s"
+    rows = f"rows of data.cutoff={found.config.data.cutoff} tokens"
+    if gpu and tensors > gpu.gib:
+        raise UserError(
+            f"the run's tensors alone, with {rows}, need {tensors:.1f} GiB a GPU, {gpu.name} has"
+            f" {gpu.gib:g}: see scalepeft plan ... --gpu {gpu.name} for what to change, or add"
+            " --no-plan"
+        )
+    if given is not None and given < found.stop_seconds:
+        raise UserError(
+            f"--signal={header['--signal']}: comes {given} s before the time limit, a step and a"
+            f" save alone take {stop} (assumed: {planning.MFU:.0%} of a GPU's peak, {rows});"
+            f" write --signal=B:USR1@{found.grace}, or add --no-plan"
+        )
+    say(
+        f"plan: {found.config.adapter.name}: {need:.1f} GiB a GPU at the peak, {stop} for a step"
+        f" and a save, grace period {found.grace} s (assumed rates: scalepeft plan)"
+    )
+    if gpu and not found.fits:
+        say(
+            f"plan: tight: {tensors:.1f} GiB of tensors fit {gpu.name} ({gpu.gib:g} GiB), with what"
+            f" is assumed for CUDA, NCCL and the allocator {need:.1f} GiB do not"
+        )
+    if given is not None and given < found.grace:
+        say(
+            f"plan: --signal={header['--signal']} comes {given} s before the time limit;"
+            f" --signal=B:USR1@{found.grace} leaves {planning.SAFETY:g} times what is assumed"
+        )
+
+
+def _check(configs: list[RunConfig], header: dict[str, str], options: Options) -> None:
+    nodes, each = _nodes(header), header.get("--ntasks-per-node", "")
+    ranks = header.get("--ntasks", "")
+    if not ranks and nodes and each.isdecimal():
+        ranks = str(nodes * int(each))
+    if not ranks and nodes and nodes > 1:
+        raise UserError(
+            f"--nodes={header['--nodes']} without --ntasks-per-node: set it, one task a GPU"
+        )
+    read: set[str] = set()
+    for config in configs:
+        if (found := job_of(Path(config.run_dir))) and found[1] in ACTIVE:
+            raise UserError(
+                f"run_dir={config.run_dir}: job {found[0]} of this run is {found[1]}; scancel it"
+                " first, or choose another run_dir"
+            )
+        check_same_run(config, options.resume_with_changes)
+        models.check_place(config.model.path)
+        if ranks.isdecimal():
+            engine_class(config).check(int(ranks))
+            check_batch(config, int(ranks))
+        task = task_of(config)
+        if options.pipeline:
+            check_pipeline(config)
+        for split in ("train", "test") if options.then or options.pipeline else ("train",):
+            sources = getattr(config.data, split)
+            key = f"{config.data}" if not sources else f"{split} {sources}"
+            if key not in read and not any(s.startswith("hf://") for s in sources):
+                task.examples(split)
+            read.add(key)
+
+
+def _next(submissions: Path) -> Path:
+    numbers = [int(p.name) for p in submissions.glob("[0-9]*") if p.name.isdecimal()]
+    return (submissions / f"{max(numbers, default=0) + 1:03}").absolute()
+
+
+def _render(lines: list[str], more: list[str], folder: Path, job: _Job) -> str:
+    """The job file with more ``#SBATCH`` lines, its last line replaced by what is resolved."""
+    first = _commands(lines)
+    last = max((i for i, x in enumerate(lines[:first]) if x.startswith("#SBATCH")), default=0) + 1
+    quoted = " ".join(shlex.quote(t) for t in job.targets)
+    own = [
+        "",
+        "# By launch/submit: code and resolved configs as they were when this was queued.",
+        f"SCALEPEFT_ROOT={shlex.quote(str(folder / 'code'))}",
+        f"SCALEPEFT_JOBS={shlex.quote(str(folder / 'jobs'))}",
+        f"PYTHON=${{PYTHON:-{shlex.quote(sys.executable)}}}",
+        f"SCALEPEFT_COMMAND={job.command}",
+        f"targets=({quoted})",
+        "CONFIG=${targets[${SLURM_ARRAY_TASK_ID:-0}]}",
+        f"SETTINGS=({' '.join(job.flags)})",
+        'source "$SCALEPEFT_ROOT/slurm/train.sh" "$@"',
+    ]
+    added = [f"#SBATCH {option}" for option in more]
+    script = "\n".join([*lines[:last], *added, *lines[last:], *own]) + "\n"
+    done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(
+            "the job file ends within an if, a loop or a quote where it sources train.sh"
+            f" ({_last(done.stderr)}); the source line must stand by itself at the end"
+        )
+    return script
+
+
+def _show(rendered: dict[str, str], texts: dict[str, str]) -> None:
+    for command, script in rendered.items():
+        print(f"# ---- {command}.sh\n{script}")
+    for name, text in texts.items():
+        print(f"# ---- {name}\n{text}")
+    first = next(iter(rendered))
+    if shutil.which("sbatch"):
+        done = subprocess.run(
+            ["sbatch", "--test-only"], input=rendered[first], capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise UserError(f"sbatch --test-only refuses {first}.sh: {_last(done.stderr)}")
+        say(_last(done.stderr))
+    else:
+        say("no sbatch here, so Slurm has not been asked whether it takes the job")
+    say("dry run: nothing was written or queued")
+
+
+def _last(text: str) -> str:
+    return (text.strip().splitlines() or ["no reason given"])[-1]
+
+
+def _snapshot(root: Path, folder: Path, configs: list[RunConfig]) -> None:
+    (folder / "configs").mkdir(parents=True)
+    for name in SNAPSHOT:
+        shutil.copytree(
+            root / name, folder / "code" / name, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    write_atomically(folder / "code" / "COMMIT", "\n".join(_commit(root)) + "\n")
+    for i, config in enumerate(configs):
+        write_atomically(folder / "configs" / f"{i}.yaml", cfg.dump(config))
+
+
+def _commit(root: Path) -> Iterator[str]:
+    """The commit that the snapshot is of, and the names of files that differ from it."""
+    for words in (["rev-parse", "HEAD"], ["status", "--short"]):
+        done = subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=False
+        )
+        yield done.stdout.strip() if done.returncode == 0 else "no git"
+
+
+def _queue(folder: Path, rendered: dict[str, str], after: str) -> None:
+    parent = ""
+    for command in rendered:
+        words = ["sbatch", "--parsable"]
+        if parent:
+            words += [f"--dependency={after}:{parent}", "--kill-on-invalid-dep=yes"]
+        words.append(str(folder / f"{command}.sh"))
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            raise UserError(f"no sbatch on this machine; {folder}/{command}.sh is ready") from None
+        if done.returncode:
+            raise UserError(
+                f"sbatch refuses {folder}/{command}.sh: {_last(done.stderr)}"
+                + (f"; job {parent} is queued (scancel {parent} takes it back)" if parent else "")
+            )
+        parent = done.stdout.strip().split(";")[0]
+        print(f"{command}: job {parent}  {' '.join(words)}", flush=True)
+        write_atomically(folder / f"{command}.job", f"{parent}\n")
+    print(f"log and job files: {folder}\nlaunch/status {folder.parent.parent}")

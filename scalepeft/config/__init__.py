@@ -1,0 +1,1 @@
+"""Typed settings from YAML files and the command line."""

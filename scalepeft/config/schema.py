@@ -1,0 +1,283 @@
+"""Typed dataclasses <- YAML files <- ``dotted.key=value``; one line with the dotted path for every
+mistake.
+"""
+
+import dataclasses
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field
+from pydantic.dataclasses import dataclass
+
+from scalepeft.adapters.base import AdapterConfig
+from scalepeft.core import registry
+from scalepeft.core.errors import UserError, nearest, unknown
+from scalepeft.core.fields import (
+    STRICT,
+    NotNegative,
+    Positive,
+    Seed,
+    TextList,
+    _build,
+    split_commas,
+)
+from scalepeft.data.tasks.base import TaskConfig
+from scalepeft.models.hub import BUILTIN, ModelConfig
+from scalepeft.parallel.base import EngineConfig
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainConfig:
+    """The optimisation.
+
+    Attributes:
+        max_steps: optimiser steps; or give ``epochs``.
+        epochs: passes over the training data, a fraction allowed.
+        global_batch: rows a step over all ranks; fixed for the life of a run.
+        micro_batch: rows a forward on one rank, at most.
+        lr: peak learning rate.
+        schedule: after warm-up: ``linear`` or ``cosine`` to zero, or ``constant``.
+        warmup_steps: linear from zero.
+        weight_decay: AdamW's, on parameters where decay means "towards the base" (never on
+            rotations, scales).
+        beta1: AdamW.
+        beta2: AdamW.
+        eps: AdamW.
+        max_grad_norm: clipping; 0 switches it off.
+        max_nonfinite: a step whose loss or gradient is not finite is skipped; so many in a row stop
+            the run.
+        seed: of start values, data order, dropout.
+        precision: dtype of base and activations; the adapter and its optimiser stay fp32.
+        loss_chunk: tokens whose logits exist at one time.
+        save_every: steps between checkpoints.
+        save_mode: ``gathered``: rank 0 writes all; ``sharded``: each rank its own part; ``async``:
+            that too, from a copy while the training goes on; ``auto``: async once parameters and
+            moments exceed 64 MiB, else gathered.
+        keep_checkpoints: newest verified checkpoints that are kept.
+        eval_every: steps between held-out losses; 0 switches them off.
+        stop_at: save and leave with exit code 75 when this step is done (a planned stop).
+        tensorboard: write TensorBoard events to RUN_DIR/tensorboard.
+        wandb: W&B project to log to.
+    """
+
+    max_steps: Positive | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    global_batch: Positive = 16
+    micro_batch: Positive = 4
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: NotNegative = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    max_nonfinite: Positive = 5
+    seed: Seed = 0
+    precision: Literal["fp32", "bf16"] = "bf16"
+    loss_chunk: Positive = 1024
+    save_every: Positive = 100
+    save_mode: Literal["auto", "gathered", "sharded", "async"] = "auto"
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    eval_every: NotNegative = 0
+    stop_at: Positive | None = None
+    tensorboard: bool = False
+    wandb: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class EvaluateConfig:
+    """Generation for ``scalepeft evaluate``.
+
+    Attributes:
+        batch_size: prompts a rank generates for at once.
+        max_new_tokens: length limit of an answer.
+        max_tokens: of prompt and answer together, greedy only; null: the model's positions.
+        num_beams: of a beam search; 1 is greedy. Nothing is ever sampled.
+        stop: texts at which an answer ends; they and what follows are cut.
+        limit: score only the first so many rows of each source; null scores all.
+        backend: ``hf``: any base with its adapter, on the run's engine; ``vllm``: merged
+            checkpoints, and adapters that export as a LoRA, where vLLM is installed.
+    """
+
+    batch_size: Positive = 16
+    max_new_tokens: Positive = 32
+    max_tokens: Positive | None = None
+    num_beams: Positive = 1
+    stop: TextList = Field(default_factory=list)
+    limit: Positive | None = None
+    backend: Literal["hf", "vllm"] = "hf"
+
+
+Subject = Literal["adapter", "merged", "base"]
+"""What an evaluation scores."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PipelineConfig:
+    """What ``scalepeft pipeline`` does after the training.
+
+    Attributes:
+        merge: into the base's ``original`` weights, into what the adapter saw in training
+            (``dequantized``; the same for a base that is not quantised), or ``none``.
+        dtype: of the merged weights: as the ``base``, ``fp32`` or ``bf16``.
+        evaluate: what is scored: the ``adapter`` over the run's base, the ``merged`` checkpoint,
+            or the ``base`` alone; several by comma.
+    """
+
+    merge: Literal["dequantized", "original", "none"] = "dequantized"
+    dtype: Literal["base", "fp32", "bf16"] = "base"
+    evaluate: Annotated[list[Subject], BeforeValidator(split_commas)] = Field(
+        default_factory=lambda: list[Subject](("base", "merged"))
+    )
+
+
+@plain_dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run; ``adapter``, ``engine`` and ``data`` are of the class their
+    ``name`` picks.
+    """
+
+    run_dir: str
+    model: ModelConfig
+    data: TaskConfig
+    adapter: AdapterConfig
+    engine: EngineConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+
+
+# section -> (folder of scalepeft, what to call an entry, the name if none is given, its class)
+NAMED: dict[str, tuple[str, str, str, type]] = {
+    "adapter": ("adapters.methods", "adapter", "hoft", AdapterConfig),
+    "engine": ("parallel", "engine", "single", EngineConfig),
+    "data": ("data.tasks", "task", "toy", TaskConfig),
+}
+PLAIN: dict[str, type] = {
+    "model": ModelConfig, "train": TrainConfig, "evaluate": EvaluateConfig,
+    "pipeline": PipelineConfig,
+}  # fmt: skip
+SECTIONS = [f.name for f in dataclasses.fields(RunConfig)]
+
+
+def config_class(section: str, name: str) -> type:
+    """Returns the config dataclass of a section whose ``name`` picks it."""
+    package, kind, _, base = NAMED[section]
+    return registry.find_class(package, name, kind, base)
+
+
+def from_dict(values: dict[str, Any]) -> RunConfig:
+    """Builds the typed config from nested mappings (``config.yaml``, or merged files)."""
+    for section in values:
+        if section not in SECTIONS:
+            raise UserError(
+                f"no section '{section}'.{nearest(str(section), SECTIONS)} Allowed:"
+                f" {', '.join(SECTIONS)}"
+            )
+        if section != "run_dir" and not isinstance(values[section] or {}, dict):
+            raise UserError(f"{section}: expected keys under it, not {values[section]!r}")
+    if not values.get("run_dir"):
+        raise UserError(
+            "run_dir is not set: add run_dir=runs/NAME, the folder for checkpoints and results"
+        )
+    if isinstance(values["run_dir"], dict | list):
+        raise UserError(f"run_dir={values['run_dir']}: expected the name of one folder")
+    values = {section: dict(values.get(section) or {}) for section in (*PLAIN, *NAMED)} | {
+        "run_dir": values["run_dir"]
+    }
+    _fill_from_protocol(values["data"], values["evaluate"])
+    sections: dict[str, Any] = {s: _build(c, values[s], s) for s, c in PLAIN.items()}
+    for section, (_, _, default, _) in NAMED.items():
+        given = values[section]
+        given.setdefault("name", default)
+        sections[section] = _build(config_class(section, str(given["name"])), given, section)
+    config = RunConfig(run_dir=str(values["run_dir"]), **sections)
+    _check(config)
+    return config
+
+
+def _fill_from_protocol(data: dict[str, Any], evaluate: dict[str, Any]) -> None:
+    """Gives keys that are not set the values of ``data.protocol``."""
+    cls: type[TaskConfig] = config_class("data", str(data.get("name", NAMED["data"][2])))
+    name = data.get("protocol", getattr(cls, "protocol", None))
+    if name is None:
+        return
+    if name not in cls.PROTOCOLS:
+        raise UserError(f"data.protocol: {unknown('protocol', str(name), cls.PROTOCOLS)}")
+    protocol = cls.PROTOCOLS[name]
+    for given, fixed in ((data, protocol.data), (evaluate, protocol.evaluate)):
+        for key, value in fixed.items():
+            given.setdefault(key, value)
+
+
+def deviations(config: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (the protocol's value, the one here) where a run departs from its
+    ``data.protocol``; empty without one.
+    """
+    if config.data.protocol is None:
+        return {}
+    protocol = config.data.PROTOCOLS[config.data.protocol]
+    sections = (
+        ("data", config.data, protocol.data),
+        ("evaluate", config.evaluate, protocol.evaluate),
+    )
+    limit = (
+        {} if config.evaluate.limit is None else {"evaluate.limit": (None, config.evaluate.limit)}
+    )
+    return limit | {
+        f"{section}.{key}": (value, getattr(held, key))
+        for section, held, fixed in sections
+        for key, value in fixed.items()
+        if getattr(held, key) != value
+    }
+
+
+def _check(config: RunConfig) -> None:
+    """Refuses combinations in which a setting cannot take effect."""
+    train, model, data = config.train, config.model, config.data
+    if (train.max_steps is None) == (train.epochs is None):
+        raise UserError(
+            "give one of train.max_steps and train.epochs" + (", not both" if train.epochs else "")
+        )
+    if train.max_steps is not None:
+        check_length(train, train.max_steps)
+    if train.eval_every and not (data.valid or data.valid_size):
+        raise UserError(
+            "train.eval_every is set, but there are no held-out rows: set data.valid or"
+            " data.valid_size"
+        )
+    if data.valid and data.valid_size:
+        raise UserError("give one of data.valid and data.valid_size, not both")
+    if model.double_quant and model.quant != "nf4":
+        raise UserError(f"model.double_quant=true needs model.quant=nf4, not {model.quant}")
+    if model.path != BUILTIN and model.pretrain_steps:
+        raise UserError(
+            f"model.pretrain_steps is for model.path={BUILTIN} alone, not for {model.path}"
+        )
+    if model.path == BUILTIN and (model.revision or model.tokenizer):
+        raise UserError(
+            f"model.revision and model.tokenizer have no effect with model.path={BUILTIN}; remove"
+            " them"
+        )
+
+
+def check_length(train: TrainConfig, total: int) -> None:
+    """Refuses a stop that a run of ``total`` steps never reaches."""
+    end = f"train.max_steps={total}"
+    if train.max_steps is None:
+        end = f"train.epochs={train.epochs} ({total} steps)"
+    if train.stop_at is not None and train.stop_at >= total:
+        raise UserError(f"train.stop_at={train.stop_at} is not before the end, {end}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Returns nested plain values: YAML, JSON and ``from_dict`` take them."""
+    return dataclasses.asdict(config)
+
+
+def dump(config: RunConfig) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)

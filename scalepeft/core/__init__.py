@@ -1,0 +1,1 @@
+"""The ground: errors, fields, files, text, statistics, Slurm. Imports nobody."""

@@ -1,0 +1,96 @@
+"""Small files: atomic writes, fsync, digests, JSON lines, mappings."""
+
+import hashlib
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from scalepeft.core.errors import UserError
+
+
+def fsync(path: Path) -> None:
+    """Flushes a file, or a folder's entries, to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a small file as a whole: readers and crashes see the old or the new one."""
+    temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    fsync(temporary)
+    temporary.replace(path)
+    fsync(path.parent)
+
+
+def try_to_write(folder: Path) -> None:
+    """Puts a few bytes on the folder's disk and takes them away again: a full disk makes empty
+    files.
+
+    Raises:
+        OSError: it cannot.
+    """
+    with tempfile.TemporaryFile(dir=folder) as f:
+        f.write(bytes(4096))
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def digest(file: Path) -> str:
+    """sha256 of a file."""
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def read_mapping(file: Path, parse: Callable[[str], object], remedy: str) -> dict[str, Any]:
+    """Reads a JSON or YAML file that must hold a mapping.
+
+    Raises:
+        UserError: it is missing, unreadable, broken or holds something else; ends with ``remedy``.
+    """
+    try:
+        values = parse(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; {remedy}") from None
+    except Exception as error:  # every parser has its own
+        raise UserError(f"{file}: cannot be read: {error}; {remedy}") from None
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{file}: must hold keys with values, not {type(values).__name__}; {remedy}"
+        )
+    return values
+
+
+NUMBERS = {
+    "time", "launched", "startup", "load", "waited", "idle", "recomputed", "recomputed_steps",
+    "step", "steps", "seconds", "tokens_per_second", "sample_index", "world_size",
+}  # fmt: skip
+
+
+def _is_row(row: Any, keys: set[str]) -> bool:
+    """A mapping with these keys, and a number wherever one belongs."""
+    return (
+        isinstance(row, dict)
+        and row.keys() >= keys
+        and all(type(row[key]) in (int, float) for key in NUMBERS & row.keys())
+    )
+
+
+def read_lines(file: Path, *keys: str) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file that have these keys; torn and broken lines are left out."""
+    found = []
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if _is_row(row, set(keys)):
+            found.append(row)
+    return found

@@ -1,0 +1,50 @@
+"""What Slurm says: the job of this process, and answers of its commands."""
+
+import os
+import re
+import shutil
+import subprocess
+
+
+def slurm_job() -> str | None:
+    """The Slurm job of this process as ``scontrol`` calls it: ``12``, ``12_3`` in an array."""
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def slurm_start() -> tuple[str | None, int]:
+    """The Slurm job, if any, and how often it was restarted."""
+    return slurm_job(), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+ACTIVE = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "CONFIGURING")
+
+
+def _word(task: dict[str, str]) -> str:
+    """Slurm's state of a job with its reason."""
+    reason = task.get("Reason", "None")
+    return task["JobState"] + (f" ({reason})" if reason not in ("None", "") else "")
+
+
+def _ask_slurm(job: str) -> dict[str, str]:
+    """JobState, Reason, Restarts, NodeList of a job; empty where no Slurm knows it."""
+    return next(iter(_ask_all(job)), {})
+
+
+def _ask_all(job: str) -> list[dict[str, str]]:
+    """The same of each task of an array; of another job the one."""
+    if shutil.which("scontrol"):
+        text = _output("scontrol", "-o", "show", "job", job)
+        if found := [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in text.splitlines()]:
+            return [task for task in found if "JobState" in task]
+    if shutil.which("sacct"):  # scontrol forgets a job minutes after its end
+        text = _output("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,NodeList")
+        rows = [line.partition("|") for line in reversed(text.strip().splitlines())]
+        return [{"JobState": state.split()[0], "NodeList": nodes} for state, _, nodes in rows]
+    return []
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout if done.returncode == 0 else ""

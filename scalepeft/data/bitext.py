@@ -1,0 +1,159 @@
+"""Files of translations: CoVoST's tsv, parallel text files, reference lines, JSON rows."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scalepeft.core.errors import UserError
+from scalepeft.data.rows import PAIR, BrokenRow, paths_of, read_rows, read_text
+from scalepeft.data.tasks.base import Split
+
+Numbered = Iterator[tuple[int, Any]]
+COVOST_SPLITS = {"train": ("train", "train_covost"), "valid": ("dev",), "test": ("test",)}
+"""Ours -> column ``split`` of CoVoST-2's own files, as its get_covost_splits.py reads it."""
+
+
+@dataclass(frozen=True)
+class ReferenceLine:
+    """A line of the target language alone: enough to score a translation, not to make one."""
+
+    text: str
+
+
+def read(source: str, split: Split) -> Numbered:
+    """Yields (row number, row) of a source.
+
+    JSON (array or lines) and data sets of the hub give their rows as they are. A tsv gives rows
+    with its columns, numbered by line. ``A::B`` are two text files, or CoVoST-2's translations and
+    Common Voice's validated.tsv, in either order. Any other file is read as reference lines, for
+    the test alone.
+
+    Raises:
+        UserError: an unreadable file, two files that do not go together, missing columns, a text
+            file alone to train on.
+    """
+    if source.startswith("hf://"):
+        yield from read_rows(source)
+        return
+    files = [str(path) for path in paths_of(source)]
+    if len(files) > 2:
+        raise UserError(f"{source}: {len(files)} files joined by {PAIR}; a pair is two")
+    if len(files) == 2:
+        texts = [read_text(file) for file in files]
+        join = _joined if all(map(_is_tsv, files, texts)) else _parallel
+        yield from join(files, texts, split)
+        return
+    if Path(source).name.removesuffix(".gz").endswith((".json", ".jsonl")):
+        yield from read_rows(source)
+        return
+    text = read_text(source)
+    if re.match(r'\s*\[?\s*\{\s*["}]', text):
+        yield from read_rows(source)
+    elif _is_tsv(source, text):
+        yield from _table(source, text, {"sentence", "translation"})
+    elif split == "test":
+        for number, line in enumerate(_lines(text), 1):
+            yield number, ReferenceLine(line)
+    else:
+        raise UserError(
+            f"{source}: neither JSON nor a tsv with a header; text files come in pairs, as"
+            f" FILE_SOURCE{PAIR}FILE_TARGET"
+        )
+
+
+def _lines(text: str) -> list[str]:
+    """Lines as sacreBLEU and ``wc -l`` count them: other separators of Unicode belong to a text."""
+    lines = text.split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
+
+def _parallel(files: list[str], texts: list[str], _: Split) -> Numbered:
+    for file, text in zip(files, texts, strict=True):
+        if Path(file).name.removesuffix(".gz").endswith((".json", ".jsonl", ".tsv")):
+            raise UserError(
+                f"{PAIR.join(files)}: {file} is no text file; a pair is two text files, or"
+                " CoVoST-2's translations and Common Voice's validated.tsv"
+            )
+        if not text:
+            raise UserError(f"{file}: is empty")
+    first, second = map(_lines, texts)
+    if len(first) != len(second):
+        raise UserError(
+            f"{files[0]} has {len(first)} lines, {files[1]} {len(second)}: they must go together"
+            " line by line"
+        )
+    for number, (source, target) in enumerate(zip(first, second, strict=True), 1):
+        yield number, {"source": source, "target": target}
+
+
+def _is_tsv(file: str, text: str) -> bool:
+    columns = set(_header(text))
+    return Path(file).name.removesuffix(".gz").endswith(".tsv") or (
+        len(columns) > 1 and bool(columns & {"sentence", "translation"})
+    )
+
+
+def _header(text: str) -> list[str]:
+    return text.partition("\n")[0].removesuffix("\r").split("\t")
+
+
+def _table(file: str, text: str, needed: set[str]) -> Numbered:
+    """(line number, row by column) of a tsv; the first line is its header."""
+    columns = _header(text)
+    if missing := sorted(needed - set(columns)):
+        hint = ""
+        if missing == ["sentence"] and {"path", "translation"} <= set(columns):
+            hint = f"; for these translations name {file}{PAIR}VALIDATED_TSV, with Common Voice's"
+        raise UserError(
+            f"{file}: no column {', '.join(missing)}; its first line has"
+            f" {', '.join(columns)[:200]}{hint}"
+        )
+    for number, line in enumerate(_lines(text)[1:], 2):
+        if line:
+            cells = _cells(line)
+            row = dict(zip(columns, cells, strict=False))
+            wrong = f"{len(cells)} cells, the header has {len(columns)} columns"
+            yield number, row if len(cells) == len(columns) else BrokenRow(wrong)
+
+
+def _cells(line: str) -> list[str]:
+    """Cells of a line without quoting, a backslash before what is to be taken as it is."""
+    cells = [""]
+    for escaped, tab, plain in re.findall(r"\\(.?)|(\t)|([^\\\t]+)", line):
+        if tab:
+            cells.append("")
+        else:
+            cells[-1] += escaped or plain
+    return cells
+
+
+def _joined(files: list[str], texts: list[str], split: Split) -> Numbered:
+    """CoVoST-2's translations with the sentences of Common Voice, in the order of the latter, as
+    get_covost_splits.py writes them.
+    """
+    if "translation" not in _header(texts[0]):
+        files, texts = files[::-1], texts[::-1]
+    wanted: dict[str, Any] = {}
+    for number, row in _table(files[0], texts[0], {"path", "translation", "split"}):
+        if isinstance(row, BrokenRow):
+            yield number, BrokenRow(f"{row.reason} ({files[0]})")
+        elif row["split"] in COVOST_SPLITS[split]:
+            wanted[row["path"]] = row["translation"]
+    if not wanted:
+        raise UserError(
+            f"{files[0]}: no row with split {' or '.join(COVOST_SPLITS[split])} for data.{split}"
+        )
+    for number, row in _table(files[1], texts[1], {"path", "sentence"}):
+        # A broken line of other recordings is not ours to judge; a missing one is found below.
+        if not isinstance(row, BrokenRow) and row["path"] in wanted:
+            translation = wanted.pop(row["path"])
+            yield number, {"sentence": row["sentence"], "translation": translation}
+    if wanted:
+        raise UserError(
+            f"{files[1]}: {len(wanted)} sentences of {files[0]} are not in it, the first is"
+            f" {next(iter(wanted))}; CoVoST-2 belongs to Common Voice 4.0"
+        )

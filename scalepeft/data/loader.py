@@ -1,0 +1,151 @@
+"""The global order of samples, and each rank's micro-batches of a step."""
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from scalepeft.data.tokens import IGNORED, PAD_TO, TokenSet
+from scalepeft.parallel.ranks import Ranks
+
+
+class Order:
+    """The global sample order: ``index -> row`` is a permutation of the rows in each epoch, a
+    function of (seed, epoch).
+    """
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.rows, self.seed = rows, seed
+        self._epoch, self._permutation = -1, [0]
+
+    def __getitem__(self, index: int) -> int:
+        epoch, position = divmod(index, self.rows)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+            self._epoch, self._permutation = (
+                epoch,
+                torch.randperm(self.rows, generator=generator).tolist(),
+            )
+        return self._permutation[position]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A rank's part of a step: right-padded ``input_ids`` and ``labels`` (rows, length), -100 where
+    not learnt.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    samples: Tensor
+    """Global index of each row's sample: counts on through the epochs."""
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """Copies to the device, without waiting where the memory is pinned."""
+        tensors = (self.input_ids, self.labels, self.samples)
+        return MicroBatch(*(t.to(device, non_blocking=True) for t in tensors))
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One step: this rank's micro-batches; label tokens and tokens of the whole global batch."""
+
+    step: int
+    micro: list[MicroBatch]
+    label_tokens: int
+    tokens: int
+
+
+class _Rows(Dataset[Any]):
+    """Micro-batches of one rank as a map-style data set: item = (global index, row) pairs -> padded
+    tensors.
+    """
+
+    def __init__(self, tokens: TokenSet) -> None:
+        self.tokens = tokens
+
+    def __getitem__(self, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+        t = self.tokens
+        length = max(int(t.offsets[r + 1] - t.offsets[r]) for _, r in pairs)
+        length = -(-length // PAD_TO) * PAD_TO
+        ids = torch.zeros(len(pairs), length, dtype=torch.int64)
+        labels = torch.full((len(pairs), length), IGNORED)
+        for i, (_, r) in enumerate(pairs):
+            row = t.tokens[t.offsets[r] : t.offsets[r + 1]]
+            ids[i, : len(row)] = row
+            start = int(t.label_start[r])
+            labels[i, start : len(row)] = row[start:]
+        return ids, labels, torch.tensor([sample for sample, _ in pairs])
+
+
+def _quiet_worker(_: int) -> None:
+    # A signal to the process group is the trainer's to handle; a worker ends when the trainer does.
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Loader:
+    """Yields each step from ``first_step``: this rank's micro-batches and the global counts.
+
+    Sample ``i`` of a step goes to rank ``i % world_size``. No attention mask is needed: the padding
+    is on the right of a causal model and carries no label.
+    """
+
+    def __init__(
+        self,
+        tokens: TokenSet,
+        ranks: Ranks,
+        first_step: int,
+        steps: int,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        seed: int = 0,
+        workers: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        self.tokens, self.ranks = tokens, ranks
+        self.global_batch, self.micro_batch, self.workers = global_batch, micro_batch, workers
+        self.first_step, self.steps = first_step, steps
+        self.order: Any = Order(len(tokens), seed) if shuffle else range(len(tokens))
+
+    def step_pairs(self, step: int) -> list[tuple[int, int]]:
+        """(global sample index, row) of every sample of a step."""
+        size = self.global_batch
+        last = (
+            (step + 1) * size
+            if isinstance(self.order, Order)
+            else min((step + 1) * size, len(self.tokens))
+        )
+        return [(i, self.order[i]) for i in range(step * size, last)]
+
+    def _micro(self, step: int) -> list[list[tuple[int, int]]]:
+        mine = self.step_pairs(step)[self.ranks.rank :: self.ranks.world_size]
+        size = self.micro_batch
+        return [mine[i : i + size] for i in range(0, len(mine), size)]
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        last = self.first_step + self.steps
+        batches = (m for step in range(self.first_step, last) for m in self._micro(step))
+        workers = self.workers
+        loader = DataLoader(
+            _Rows(self.tokens),
+            sampler=batches,
+            batch_size=None,
+            num_workers=workers,
+            worker_init_fn=_quiet_worker if workers else None,
+            pin_memory=self.ranks.device.type == "cuda",
+            generator=torch.Generator(),  # its workers' seed, else from the global one
+        )
+        stream = iter(loader)
+        for step in range(self.first_step, last):
+            rows = [row for _, row in self.step_pairs(step)]
+            micro = [MicroBatch(*next(stream)) for _ in self._micro(step)]
+            yield StepBatch(
+                step, micro, self.tokens.label_tokens(rows), self.tokens.all_tokens(rows)
+            )

@@ -1,0 +1,134 @@
+"""Mathematical equivalence of two answers, by math-verify in a process of its own.
+
+A prediction may hold anything: ``10^{10^{10}}`` keeps Python in one C call, where no alarm reaches
+it, and nested text overflows parsers. A process can be killed, its memory limited, and the signals
+of the run stay untouched.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import weakref
+from typing import IO, Any
+
+from scalepeft.core.errors import UserError
+
+SECONDS = 3  # math-verify's own limit, for each of its steps
+LIMIT = 4 * SECONDS  # then the process is killed
+START = 120  # until it has loaded
+MEMORY = 4 << 30
+LONGEST = 400  # characters; a longer text is no answer
+
+
+def check_installed() -> None:
+    """Raises UserError where math-verify is missing."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise UserError(
+            "data.name=math scores with math-verify, which is not installed: pip install"
+            " 'scalepeft[eval]'"
+        )
+
+
+class Judge:
+    """Says whether a prediction equals the right answer; starts its process when first asked."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._end: Any = None
+
+    def __call__(self, right: str, prediction: str) -> bool:
+        """True if ``prediction`` is mathematically ``right`` (in this order: math-verify's relation
+        is not symmetric). What takes too long, crashes or does not parse is not.
+        """
+        if not prediction.strip() or max(len(right), len(prediction)) > LONGEST:
+            return False
+        asked = json.dumps([right, prediction]).encode() + b"\n"
+        for _ in range(2):  # again where the process died: it may have been somebody's signal
+            process = self._running()
+            try:
+                process.stdin.write(asked)  # type: ignore[union-attr]
+                answer = _line(process.stdout, LIMIT)  # type: ignore[arg-type]
+            except BrokenPipeError:
+                answer = b""
+            if answer:
+                return answer == b"true\n"
+            self.stop()
+            if answer is None:
+                return False
+        return False
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            check_installed()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "scalepeft.data.math.equivalence"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                bufsize=0,
+            )
+            self._end = weakref.finalize(self, _end, self._process)
+            if _line(self._process.stdout, START) != b"ready\n":  # type: ignore[arg-type]
+                self.stop()
+                raise UserError(
+                    "math-verify does not start; see: python -m scalepeft.data.math.equivalence"
+                )
+        return self._process
+
+    def stop(self) -> None:
+        """Ends the process; the next question starts another."""
+        if self._process is not None:
+            self._end()
+            self._process = None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()  # type: ignore[union-attr]
+
+
+def _line(pipe: IO[bytes], seconds: float) -> bytes | None:
+    """The next line; empty at the pipe's end, None if nothing comes in time."""
+    ready, _, _ = select.select([pipe], [], [], seconds)
+    return pipe.readline() if ready else None
+
+
+def serve() -> None:
+    """The process: a line with [right, prediction] in, ``true`` or ``false`` out."""
+    import logging
+    import resource
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # the end of the input ends it
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    sys.stdout = sys.stderr  # nothing a library prints is taken for an answer
+
+    from math_verify import parse, verify
+
+    def parsed(text: str) -> Any:
+        return parse(text if "$" in text else f"${text}$", parsing_timeout=SECONDS)
+
+    logging.disable(logging.CRITICAL)  # a time-out is an answer like another
+    out.write("ready\n")
+    for line in sys.stdin:
+        right, prediction = json.loads(line)
+        try:
+            same = verify(parsed(right), parsed(prediction), timeout_seconds=SECONDS)
+        except Exception:  # of sympy, antlr, math-verify: none says more than "not equal"
+            same = False
+        out.write(f"{json.dumps(bool(same))}\n")
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,278 @@
+"""Rows of files: json arrays, json lines, either gzipped, and data sets of the hub."""
+
+import glob
+import gzip
+import json
+import re
+import reprlib
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scalepeft.core.errors import UserError
+
+PAIR = "::"  # between two parallel files, line i of one belonging to line i of the other
+
+
+def paths_of(source: str) -> list[Path]:
+    """The files of a source; none for a data set of the hub."""
+    return [] if source.startswith("hf://") else [Path(p) for p in source.split(PAIR)]
+
+
+def expand(sources: list[str], key: str) -> list[str]:
+    """Resolves patterns; keeps ``hf://`` sources and pairs of files. Raises UserError where a name
+    matches no file.
+    """
+    files: list[str] = []
+    for source in sources:
+        if source.startswith("hf://"):
+            files.append(source)
+            continue
+        if PAIR in source:
+            for path in paths_of(source):
+                if not path.is_file():
+                    raise UserError(f"{key}: {path}: {absent(path)}")
+            files.append(source)
+            continue
+        matches = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))
+        found = [m for m in matches if Path(m).is_file()]
+        if not found:
+            raise UserError(f"{key}: {source}: {absent(Path(source))}")
+        files += found
+    return files
+
+
+def absent(path: Path) -> str:
+    """Says of a path that is no file what it is."""
+    what = "a folder, not a file" if path.is_dir() else "no such file"
+    return f"{what} (from {Path.cwd()})"
+
+
+def source_labels(files: list[str]) -> list[str]:
+    """Names sources in example ids: the last two parts of the path, more where two files would
+    share them.
+    """
+    for parts in range(2, 64):
+        labels = [f if f.startswith("hf://") else "/".join(Path(f).parts[-parts:]) for f in files]
+        if len(set(labels)) == len(set(files)):
+            break
+    seen: dict[str, int] = {}
+    for i, label in enumerate(labels):
+        seen[label] = seen.get(label, 0) + 1
+        if seen[label] > 1:  # a file listed twice is trained on twice, under its own ids
+            labels[i] = f"{label}({seen[label]})"
+    return labels
+
+
+def read_rows(source: str) -> Iterator[tuple[int, Any]]:
+    """Yields (row number from 1, row) of a json array, json lines, gzip of both, or a hub data set.
+
+    The content decides between an array and lines, not the file name. A line that is no JSON comes
+    out as a ``BrokenRow``, an object with a key twice too; a broken array is an error of the whole
+    file. A file of one object over several lines is one row.
+    """
+    if source.startswith("hf://"):
+        yield from enumerate(_hub_rows(source), 1)
+        return
+    text = read_text(source)
+    if text.lstrip()[:1] == "[":
+        rows = _parsed(text)
+        if isinstance(rows, BrokenRow):
+            raise UserError(
+                f"{source}: {rows.reason}; an array must parse as a whole (json lines can be"
+                " skipped row by row)"
+            )
+        yield from enumerate(rows, 1)
+        return
+    first = True
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.removeprefix("\ufeff")  # of files with a BOM that were put together
+        if not line.strip():
+            continue
+        row = _parsed(line)
+        if first and isinstance(row, BrokenRow) and isinstance(whole := _parsed(text), dict):
+            yield number, whole
+            return
+        first = False
+        yield number, row
+
+
+def _parsed(text: str) -> Any:
+    """A value of JSON, or why it is none."""
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        return BrokenRow(_json_fault(error))
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Any:
+    """A dict; json would take the last of two equal keys without a word."""
+    held = dict(pairs)
+    if len(held) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        return BrokenRow(f"key '{twice}' stands twice in one object")
+    return next((value for value in held.values() if isinstance(value, BrokenRow)), held)
+
+
+def read_text(source: str) -> str:
+    """A file's text, unzipped. Bytes that are no UTF-8 come out as lone surrogates, which
+    ``check_utf8`` finds: a bad row is one bad row and not a bad file.
+
+    Raises:
+        UserError: it cannot be read, or is plainly something else than text in UTF-8.
+    """
+    try:
+        raw = Path(source).read_bytes()
+        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+    except (EOFError, zlib.error) as error:
+        raise UserError(
+            f"{source}: cannot be read: {error}; it is cut off: copy it again"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read: {error}") from None
+    for head, what in NO_TEXT:
+        if re.match(head, raw[:200]):
+            raise UserError(f"{source}: is {what}")
+    if raw and not raw.strip(b"\0"):
+        raise UserError(f"{source}: holds NUL bytes alone, as after a crash: copy it again")
+    encoding = json.detect_encoding(raw[:4])
+    if not encoding.startswith("utf-8") and raw[:2] != b"\0\0":
+        name = encoding.upper()
+        raise UserError(f"{source}: is {name}; files must be UTF-8: iconv -f {name} -t UTF-8")
+    text = raw.decode("utf-8-sig", errors="surrogateescape")
+    return text if "\n" in text else text.replace("\r", "\n")  # line ends of the old Mac
+
+
+NO_TEXT = (
+    (rb"version https://git-lfs", "a git-lfs pointer and not the file: git lfs pull fetches it"),
+    (rb"(?i)\s*<(!doctype\s+html|html)\b", "a page of HTML, likely an error: download it again"),
+    (rb"PAR1", "parquet: name its folder, hf://FOLDER"),
+    (rb"PK\x03\x04|BZh\d|\xfd7zXZ|\x28\xb5\x2f\xfd", "packed, and not by gzip: unpack it"),
+)
+"""How files begin that some rows could still be read of."""
+
+
+def _json_fault(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        where = f"broken JSON at {line}column {error.colno}"
+        return f"{where}: {error.msg}{_json_hint(error.doc, error.pos, error.msg)}"
+    if isinstance(error, RecursionError):
+        return "broken JSON: nested too deeply"
+    return f"broken JSON: {type(error).__name__}: {str(error)[:80]}"  # huge numbers
+
+
+def _json_hint(text: str, at: int, message: str) -> str:
+    """What is behind the common faults."""
+    char, before = text[at : at + 1], text[max(0, at - 99) : at].rstrip()[-1:]
+    if char and char in "'NTF" and before in ("{", ":", ",", "["):
+        return " (Python's repr is no JSON: write rows with json.dumps)"
+    if char and char in "/#":
+        return " (JSON has no comments)"
+    if char and char in "]}" and before == ",":
+        return " (a comma too many)"
+    if message == "Extra data":
+        return " (more than one value: one array per file, or one object per line)"
+    if message.startswith("Unterminated string") or not char:
+        return " (cut off, or broken over lines: a row of json lines is one line, as jq -c writes)"
+    return " (rows of JSON begin with {)" if not before else ""
+
+
+@dataclass(frozen=True)
+class BrokenRow:
+    """A line that did not parse, in place of its row."""
+
+    reason: str
+
+
+def text_field(row: Any, key: str, required: bool = True) -> str:
+    """Returns ``row[key]`` as text; raises UserError for what is missing, empty, not text or not
+    UTF-8. Null is missing where it may be.
+    """
+    if isinstance(row, BrokenRow):
+        raise UserError(row.reason)
+    if not isinstance(row, dict):
+        raise UserError(f"a row must be an object with keys, not {type(row).__name__}")
+    if key not in row and required:
+        raise UserError(
+            f"key '{key}' is missing; the row has {', '.join(map(str, row)) or 'no keys'}"
+        )
+    value = row.get(key)
+    if value is None and not required:
+        return ""
+    if not isinstance(value, str):
+        shown = reprlib.repr(value)[:40]
+        raise UserError(f"'{key}' must be text, not {type(value).__name__} ({shown})")
+    if required and not value.strip():
+        raise UserError(f"'{key}' is empty")
+    check_utf8(value, f"'{key}'")
+    if "\0" in value:
+        raise UserError(f"'{key}' holds a NUL character")
+    return value
+
+
+def one_line(reason: str) -> str:
+    """A reason fit for one line of a terminal or a file, whatever the row put into it."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in reason[:2000])
+    return shown if len(shown) <= 500 else f"{shown[:400]} ... {shown[-80:]}"
+
+
+def hint(row: Any, reason: str) -> str:
+    """What else to say of a row that was refused for this reason."""
+    for key, value in row.items() if isinstance(row, dict) else ():
+        objects = isinstance(value, list) and value and isinstance(value[0], dict)
+        if objects and ("is missing" in reason or "the row has" in reason):
+            return (
+                f"; if the {len(value)} objects in '{key}' are the rows, that list must be the file"
+            )
+        exact = key.strip().lower()
+        if exact != key and re.search(rf"\b{re.escape(exact)}\b", reason):
+            return f"; '{key}' is not '{exact}': keys are taken as they stand"
+    return ""
+
+
+def check_utf8(value: str, what: str) -> None:
+    """Refuses text that was no UTF-8 in its file."""
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{what} is not valid UTF-8") from None
+
+
+def _hub_rows(source: str) -> Iterator[dict[str, Any]]:
+    name, _, rest = source.removeprefix("hf://").partition(":")
+    config, _, split = rest.partition(":")
+    if not name:
+        raise UserError(f"{source}: names no data set; expected hf://DATASET[:CONFIG[:SPLIT]]")
+    import datasets  # slow to import, and only hub sources need it
+
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "train")
+        media = (datasets.Audio, datasets.Image, datasets.Video)
+        heavy = [key for key, kind in rows.features.items() if isinstance(kind, media)]
+        yield from rows.remove_columns(heavy)  # CoVoST's sound would be decoded row by row
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        # "An error occurred while generating the dataset" says nothing: its cause does.
+        cause = error.__cause__ or error
+        raise UserError(
+            f"{source}: {' '.join(str(cause).split())[:300] or type(cause).__name__}"
+        ) from None
+
+
+def fill(template: str, values: dict[str, str], key: str) -> str:
+    """Replaces ``{name}`` for the given names only, so that braces in the data or template stay as
+    they are.
+
+    Raises:
+        UserError: the template names a field that rows do not have.
+    """
+    for name in re.findall(r"\{([a-z_]+)\}", template):
+        if name not in values:
+            raise UserError(
+                f"{key} uses {{{name}}}; rows have {', '.join('{' + v + '}' for v in values)}"
+            )
+    return re.sub(r"\{([a-z_]+)\}", lambda m: values[m[1]], template)

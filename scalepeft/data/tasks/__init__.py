@@ -1,0 +1,1 @@
+"""Task families, one per file; the file name is the name in ``data.name``."""

@@ -1,0 +1,291 @@
+"""The task protocol: rows of a file -> prompt and completion to train on -> an answer found and
+scored.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass as plain_dataclass
+from dataclasses import field
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from scalepeft.core.errors import UserError
+from scalepeft.core.fields import STRICT, NameList
+from scalepeft.core.stats import interval
+from scalepeft.data.rows import expand, hint, one_line, read_rows, source_labels
+
+Split = Literal["train", "valid", "test"]
+
+
+@plain_dataclass(frozen=True)
+class Protocol:
+    """Settings under which published numbers were made.
+
+    A key that a config leaves out takes the value given here; one that it sets otherwise stands in
+    the scores as a deviation.
+    """
+
+    about: str
+    """Where it comes from, and its oddities, in a line or two."""
+    data: dict[str, Any] = field(default_factory=dict)
+    evaluate: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TaskConfig:
+    """What every task's config has (section ``data``).
+
+    Attributes:
+        name: the task, a file of ``scalepeft/tasks``.
+        protocol: settings of published numbers, by name: it fills the keys that are not set.
+        train: files (json, json lines, either with .gz), patterns, or
+            ``hf://DATASET[:CONFIG[:SPLIT]]``.
+        valid: the same for the held-out loss; or take ``valid_size``.
+        test: the same for ``scalepeft evaluate``.
+        valid_size: rows taken out of ``train`` for the held-out loss, chosen by ``train.seed``.
+        prompt: what the model is given; ``{instruction}`` and ``{input}`` are filled in.
+        test_prompt: what it is given in an evaluation; null: the same.
+        completion: what it is to write; ``{output}`` is filled in. An end-of-text token follows.
+        train_on: ``response`` puts the loss on the completion alone, ``all`` on the prompt as well.
+        tokenise: ``apart``: prompt and completion each by itself, so that training sees the very
+            tokens generation starts from; ``together``: as one text, as most published scripts do.
+        duplicates: ``drop`` leaves out training rows whose prompt and completion came before.
+        cutoff: length in tokens; the end is cut. A row with no token left to learn is dropped and
+            counted.
+        on_error: a broken row stops the run (``stop``) or is left out and counted (``skip``).
+        workers: loader processes; 0 pads the batches in the training process.
+        cache: folder of tokenised data; default ``$SCALEPEFT_CACHE`` or ``~/.cache/scalepeft``.
+    """
+
+    PROTOCOLS: ClassVar[dict[str, Protocol]] = {}
+
+    name: str
+    protocol: str | None = None
+    train: NameList = Field(default_factory=list)
+    valid: NameList = Field(default_factory=list)
+    test: NameList = Field(default_factory=list)
+    valid_size: Annotated[int, Field(ge=0)] = 0
+    prompt: str = "{instruction}\n"
+    test_prompt: str | None = None
+    completion: str = "{output}"
+    train_on: Literal["response", "all"] = "response"
+    tokenise: Literal["apart", "together"] = "apart"
+    duplicates: Literal["keep", "drop"] = "keep"
+    cutoff: Annotated[int, Field(ge=8)] = 512
+    on_error: Literal["stop", "skip"] = "stop"
+    workers: Annotated[int, Field(ge=0)] = 0
+    cache: str | None = None
+
+
+@plain_dataclass(frozen=True)
+class Example:
+    """One row, ready to train on or to generate from. ``id`` is stable: source and row number."""
+
+    id: str
+    prompt: str
+    completion: str
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@plain_dataclass(frozen=True)
+class Score:
+    """What was found in a prediction (None: nothing that looks like an answer) and how good it is.
+
+    Attributes:
+        extracted: the answer, as text.
+        correct: whether it is right; None where a single row has no right or wrong (translation).
+        strict: whether the published protocol's own extraction and comparison call it right, where
+            they differ from ours.
+    """
+
+    extracted: str | None
+    correct: bool | None
+    strict: bool | None = None
+
+
+@plain_dataclass(frozen=True)
+class Metric:
+    """A measured quantity over rows, with its 95 % interval.
+
+    Attributes:
+        value: a share in [0, 1] if ``share``, else points as the library of the metric gives them.
+        signature: what exactly was computed, as published numbers state it (sacreBLEU's).
+    """
+
+    value: float
+    low: float
+    high: float
+    share: bool = True
+    signature: str = ""
+
+
+@plain_dataclass(frozen=True)
+class Scored:
+    """One row of an evaluation."""
+
+    example: Example
+    prediction: str
+    score: Score
+
+
+def share(hits: list[bool]) -> Metric:
+    """The share of true values with its Wilson interval."""
+    return Metric(sum(hits) / len(hits), *interval(sum(hits), len(hits)))
+
+
+class Task:
+    """A family of data sets with one row format, one prompt and one way to score."""
+
+    Config: ClassVar[type[TaskConfig]] = TaskConfig
+    version: ClassVar[int]
+    """Part of every reported number: raised when prompts or scoring change."""
+    headline: ClassVar[str] = "accuracy"
+    """The metric that tables show first."""
+    sources_weigh_the_same: ClassVar[bool] = False
+    """True if papers report the unweighted mean of the sources' headlines."""
+    reads_files: ClassVar[bool] = True
+    """False for a task that makes its own rows."""
+
+    translates: ClassVar[bool] = False
+    """True if ``question`` and ``reference`` of a row are texts of one meaning, as COMET wants."""
+
+    def __init__(self, config: TaskConfig) -> None:
+        self.config = config
+        self.skipped: list[str] = []
+        """Where broken rows were left out (``on_error: skip``) by the last ``examples``."""
+        self.repeated = 0
+        """Training rows left out as duplicates by the last ``examples``."""
+        self.notes: list[str] = []
+        """What else the user should know of the rows of the last ``examples``, a line each."""
+
+    def examples(self, split: Split) -> list[Example]:
+        """Reads a split.
+
+        Raises:
+            UserError: no files, an unreadable file, or a broken row under ``on_error: stop``.
+        """
+        sources: list[str] = getattr(self.config, split)
+        if not sources:
+            raise UserError(
+                f"data.{split} is empty: name files, e.g. data.{split}=DIR/{split}.json"
+            )
+        files = expand(sources, f"data.{split}")
+        self.skipped, self.repeated, self.notes = [], 0, []
+        found, seen = [], set()
+        ids: dict[str, int] = {}
+        drop = split == "train" and self.config.duplicates == "drop"
+        for label, source in zip(source_labels(files), files, strict=True):
+            number = 0
+            for number, row in self.rows(source):
+                try:
+                    example = self._example(row, f"{label}#{number}", split)
+                    if example.id in ids:
+                        raise UserError(f"id {example.id} stood in row {ids[example.id]} already")
+                except (UserError, RecursionError) as error:
+                    reason = str(error) if isinstance(error, UserError) else "nested too deeply"
+                    reason = one_line(reason + hint(row, reason))
+                    self._leave_out(f"{source}, row {number}: {reason}", "repair it")
+                    continue
+                ids[example.id] = number
+                text = (example.prompt, example.completion)
+                if drop and text in seen:
+                    self.repeated += 1
+                    continue
+                seen.add(text)
+                found.append(example)
+            if not number:
+                self._leave_out(f"{source}: no usable row, the file is empty", "copy it again")
+        if not found:
+            count = len(self.skipped)
+            why = f": {count} left out, the first is {self.skipped[0]}" if count else ""
+            raise UserError(f"data.{split}: no usable row in {', '.join(files)[:500]}{why}")
+        return found
+
+    def _leave_out(self, what: str, remedy: str) -> None:
+        if self.config.on_error == "stop":
+            raise UserError(f"{what}; {remedy}, or data.on_error=skip leaves it out") from None
+        self.skipped.append(what)
+
+    def _example(self, row: Any, row_id: str, split: Split) -> Example:
+        if isinstance(row, dict) and "prepared" in row and len(row.keys() & PREPARED) > 2:
+            return from_prepared(row, prepared_for(self, split))
+        return self.example(row, row_id, split)
+
+    def rows(self, source: str) -> Iterator[tuple[int, Any]]:
+        """(row number from 1, row) of a source."""
+        return read_rows(source)
+
+    def template(self, split: Split) -> str:
+        """The prompt's template of a split."""
+        if split == "test" and self.config.test_prompt is not None:
+            return self.config.test_prompt
+        return self.config.prompt
+
+    def example(self, row: Any, row_id: str, split: Split) -> Example:
+        """Builds one example from a row; raises UserError for a broken one (without file and
+        number).
+
+        ``meta`` holds what ``score`` needs, ``source`` (rows of a source are scored together) and
+        ``question`` (what is asked, without the prompt around it: equal ones are the same row).
+        """
+        raise NotImplementedError
+
+    def score(self, prediction: str, example: Example) -> Score:
+        """Finds the answer in generated text and compares it."""
+        raise NotImplementedError
+
+    def metrics(self, rows: list[Scored]) -> dict[str, Metric]:
+        """Sums scored rows up; holds ``headline``."""
+        found = {"accuracy": share([bool(r.score.correct) for r in rows])}
+        if any(r.score.strict is not None for r in rows):
+            found["strict_accuracy"] = share([bool(r.score.strict) for r in rows])
+        return found
+
+
+def prepared_for(task: Task, split: Split) -> str:
+    """What of task and config decides the examples made of a row; rows that ``scalepeft pipeline``
+    has prepared carry it.
+    """
+    config = task.config
+    kept = {k: v for k, v in vars(config).items() if k not in NOT_IN_A_ROW}
+    text = json.dumps([type(task).__name__, task.version, task.template(split), kept], default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+NOT_IN_A_ROW = {
+    "train", "valid", "test", "valid_size", "prompt", "test_prompt", "train_on", "tokenise",
+    "duplicates", "cutoff", "on_error", "workers", "cache", "protocol",
+}  # fmt: skip
+
+
+PREPARED = {"prepared", "id", "prompt", "completion", "meta", "sum"}
+"""Keys of a prepared row."""
+
+
+def to_prepared(example: Example, key: str) -> dict[str, Any]:
+    """A row that ``Task.examples`` takes back as it is."""
+    return {"prepared": key, "sum": _sum(vars(example)), **vars(example)}
+
+
+def from_prepared(row: dict[str, Any], key: str) -> Example:
+    """The example of a prepared row. Raises UserError: made under other settings, or changed."""
+    again = "run scalepeft pipeline --from prepare"
+    if missing := sorted(PREPARED - row.keys()):
+        raise UserError(f"key '{missing[0]}' is missing in a prepared row; {again}")
+    if row["prepared"] != key:
+        raise UserError(f"was prepared under another task, prompt or version; {again}")
+    held = {name: row[name] for name in ("id", "prompt", "completion", "meta")}
+    if row["sum"] != _sum(held):
+        raise UserError(
+            "was changed after scalepeft pipeline wrote it: change the file it came from, and"
+            f" {again}"
+        )
+    return Example(**held)
+
+
+def _sum(held: dict[str, Any]) -> str:
+    """Of what an example holds: a changed one would train, or be scored, as something else."""
+    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,252 @@
+"""Math word problems and MATH: GSM8K, MetaMathQA, MATH-500, AQuA, SVAMP, MAWPS and their like."""
+
+from collections import Counter
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from scalepeft.core.errors import UserError
+from scalepeft.core.fields import STRICT
+from scalepeft.data.math import answers, equivalence
+from scalepeft.data.math import contamination as leaks
+from scalepeft.data.math.problems import read
+from scalepeft.data.rows import fill
+from scalepeft.data.tasks.base import Example, Protocol, Score, Split, Task, TaskConfig
+from scalepeft.data.tasks.commonsense import LLM_ADAPTERS as COMMONSENSE
+
+ASKED = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
+PROMPT = f"Below is an instruction that describes a task. {ASKED}{{instruction}}\n\n### Response:"
+METAMATH_DATA = {
+    "prompt": PROMPT,
+    "input_prompt": (
+        "Below is an instruction that describes a task, paired with an input that provides further"
+        f" context. {ASKED}{{instruction}}\n\n### Input:\n{{input}}\n\n### Response:"
+    ),
+    "test_prompt": f"{PROMPT} Let's think step by step.",
+    "completion": "{output}",
+    "ending": "The answer is: {answer}",
+    "train_on": "response",
+    "tokenise": "together",
+    "cutoff": 512,
+    "max_chars": None,
+    "duplicates": "keep",
+}
+METAMATH_STOP = [
+    "Question:", "Question", "USER:", "USER", "ASSISTANT:", "ASSISTANT", "Instruction:",
+    "Instruction", "Response:", "Response",
+]  # fmt: skip
+METAMATH = Protocol(
+    about=(
+        "MetaMath (arXiv 2309.12284) with GSM8K's answer length; metamath-math has MATH's. Only the"
+        " test prompt says \"Let's think step by step.\", in training the lines after a query's"
+        " first are its ### Input:. Its GSM8K rule cuts numbers at the second comma and rounds"
+        " decimals (strict_accuracy keeps that). HRA and HOFT follow it with 1024 new tokens and"
+        " fewer stops"
+    ),
+    data=METAMATH_DATA,
+    evaluate={
+        "num_beams": 1, "max_new_tokens": 512, "max_tokens": None, "stop": METAMATH_STOP,
+    },
+)  # fmt: skip
+METAMATH_MATH = Protocol(
+    about="metamath with the answer length of MetaMath's evaluation on MATH",
+    data=METAMATH_DATA,
+    evaluate={**METAMATH.evaluate, "max_new_tokens": 2048},
+)
+PEFT_BENCHMARK = Protocol(
+    about=(
+        "method_comparison/MetaMathQA of HF PEFT: loss on prompt and response, training rows longer"
+        " than 1300 characters left out, GSM8K test. Its rule takes a number with thousands commas"
+        " for a text, which only the same text equals (strict_accuracy keeps that)"
+    ),
+    data={
+        "prompt": "Question: {instruction} Think step by step.\nAnswer:",
+        "input_prompt": None,
+        "test_prompt": None,
+        "completion": "{output}",
+        "ending": "The answer is: {answer}",
+        "train_on": "all",
+        "tokenise": "together",
+        "cutoff": 768,
+        "max_chars": 1300,
+        "duplicates": "keep",
+    },
+    evaluate={"num_beams": 1, "max_new_tokens": 300, "max_tokens": 800, "stop": []},
+)
+LLM_ADAPTERS = Protocol(
+    about=(
+        "LLM-Adapters (arXiv 2304.01933), its two templates as they are. The last number counts, of"
+        " AQuA the first capital A to E of any word (strict_accuracy keeps that). Its README takes"
+        " MultiArith, AddSub and SingleEq back as tests of math_10k, which has their questions"
+    ),
+    data={
+        **{key: value for key, value in COMMONSENSE.data.items() if key != "passage"},
+        "input_prompt": None,
+        "ending": "The answer is {answer}.",
+        "max_chars": None,
+        "duplicates": "keep",
+    },
+    evaluate={**COMMONSENSE.evaluate, "max_new_tokens": 256, "max_tokens": None},
+)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MathConfig(TaskConfig):
+    """Settings of the math tasks.
+
+    Attributes:
+        input_prompt: prompt of training questions of several lines: the first is {instruction},
+            the others are {input}; null: ``prompt`` for all.
+        ending: put after the solutions of GSM8K and MATH rows, in a line of its own, so that the
+            answer is found; ``{answer}`` is filled in. Empty: nothing.
+        max_chars: training rows whose question and response are longer together are left out and
+            counted; null: none.
+        test_rows: training rows that are questions of a public test set (GSM8K, SVAMP, MultiArith,
+            SingleEq, AddSub, AQuA, MAWPS), or rephrase one (``original_question``), or are in
+            ``data.test``, stop the run (``refuse``), are left out and counted (``drop``), or are
+            trained on (``keep``).
+    """
+
+    PROTOCOLS: ClassVar[dict[str, Protocol]] = {
+        "metamath": METAMATH,
+        "metamath-math": METAMATH_MATH,
+        "peft-benchmark": PEFT_BENCHMARK,
+        "llm-adapters": LLM_ADAPTERS,
+    }
+
+    name: str = "math"
+    protocol: str | None = "metamath"
+    input_prompt: str | None = None
+    ending: str = "The answer is: {answer}"
+    max_chars: Annotated[int, Field(ge=1)] | None = None
+    test_rows: Literal["refuse", "drop", "keep"] = "refuse"
+
+
+class Math(Task):
+    """Questions with a number, a latex expression or a letter as the answer."""
+
+    Config: ClassVar[type[TaskConfig]] = MathConfig
+    config: MathConfig
+    version = 1
+
+    def __init__(self, config: TaskConfig) -> None:
+        super().__init__(config)
+        self.judge = equivalence.Judge()
+
+    def examples(self, split: Split) -> list[Example]:
+        """Reads a split; training rows go through ``max_chars`` and ``test_rows``.
+
+        Raises:
+            UserError: as ``Task.examples``; test questions among the training rows; no math-verify
+                to score a test with.
+        """
+        if split == "test":
+            equivalence.check_installed()  # now, and not after hours of generation
+        if split != "train":
+            found = super().examples(split)
+            if split == "test" and (guessed := sum("guessed" in e.meta for e in found)):
+                self.notes.append(
+                    f"{guessed} rows mark no answer with ####: the last number of their text is"
+                    " taken for it"
+                )
+            return found
+        try:
+            found = super().examples(split)
+        except UserError:
+            # Nobody should repair the broken rows of a file that must not be trained on.
+            if self.config.on_error == "stop":
+                Math(replace(self.config, on_error="skip")).examples(split)
+            raise
+        return self._without_test_rows(self._short(found))
+
+    def _short(self, rows: list[Example]) -> list[Example]:
+        limit = self.config.max_chars
+        if limit is None:
+            return rows
+        kept = [e for e in rows if len(f"{e.meta['question']} {e.completion}") <= limit]
+        if not kept:
+            raise UserError(f"data.max_chars={limit} leaves none of the {len(rows)} training rows")
+        if len(kept) < len(rows):
+            self.notes.append(
+                f"{len(rows) - len(kept)} rows longer than data.max_chars={limit} left out"
+            )
+        return kept
+
+    def _without_test_rows(self, rows: list[Example]) -> list[Example]:
+        sets = leaks.known()
+        if self.config.test:
+            own = Math(self.config).examples("test")
+            sets = {leaks.fingerprint(e.meta["question"]): "data.test" for e in own} | sets
+        hits = [
+            sets.get(leaks.fingerprint(e.meta["question"])) or e.meta.get("rephrases") for e in rows
+        ]
+        counts = Counter(hit for hit in hits if hit)
+        if not counts:
+            return rows
+        said = (
+            f"{counts.total()} of {len(rows)} rows are questions of test sets"
+            f" ({', '.join(f'{count} {name}' for name, count in counts.most_common())})"
+        )
+        first = rows[next(i for i, hit in enumerate(hits) if hit)].id
+        if self.config.test_rows == "refuse":
+            raise UserError(
+                f"data.train: {said}, the first is {first}: a model trained on them scores what it"
+                " has seen; data.test_rows=drop leaves them out, data.test_rows=keep trains on them"
+                " all the same"
+            )
+        kept = [e for e, hit in zip(rows, hits, strict=True) if not hit]
+        if self.config.test_rows == "keep":
+            self.notes.append(f"{said}: its scores on these sets mean nothing")
+            return rows
+        if not kept:
+            raise UserError(f"data.train: {said}: data.test_rows=drop leaves nothing")
+        self.notes.append(f"{said}: left out")
+        return kept
+
+    def example(self, row: Any, row_id: str, split: Split) -> Example:
+        """Fills the templates; a test row must tell its answer."""
+        problem = read(row, split, self.config.ending)
+        if split == "test" and problem.answer is None:
+            raise UserError("tells no answer to score with")
+        template = self.template(split)
+        if self.config.input_prompt and split != "test" and problem.question.partition("\n")[2]:
+            template = self.config.input_prompt
+        asked, rest = problem.question, ""
+        if "{input}" in template:
+            asked, _, rest = problem.question.partition("\n")
+        values = {"instruction": asked, "input": rest}
+        more: dict[str, Any] = {"guessed": True} if problem.guessed else {}
+        if seen := leaks.known().get(leaks.fingerprint(problem.original)):
+            more["rephrases"] = seen
+        return Example(
+            row_id,
+            fill(template, values, "data.prompt"),
+            fill(
+                self.config.completion,
+                {**values, "output": problem.output, "answer": problem.answer or ""},
+                "data.completion",
+            ),
+            {
+                "source": row_id.rsplit("#", 1)[0],
+                "question": problem.question,
+                "answer": problem.answer,
+                "kind": problem.kind,
+                **more,
+            },
+        )
+
+    def score(self, prediction: str, example: Example) -> Score:
+        """``correct``: equal to the right answer by math-verify, wherever the answer stands;
+        ``strict``: what the script of the protocol says.
+        """
+        right, kind = example.meta["answer"], example.meta["kind"]
+        found = answers.find(prediction, kind)
+        correct: bool | None = False
+        if found is not None:
+            correct = found == right if kind == "letter" else answers.agree(right, found)
+            if correct is None:
+                correct = self.judge(right, found)
+        rule = answers.RULES.get(self.config.protocol or "")
+        return Score(found, correct, rule(prediction, right, kind) if rule else None)

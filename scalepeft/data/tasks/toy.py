@@ -1,0 +1,135 @@
+"""A commonsense-like toy task with its own small world, for the demo and the tests: no download,
+real learning.
+
+Sixty-four things are of four kinds. A question names a thing; the answers are the kinds. Training
+asks about 40 of the things and the test about the other 24: what those are only the base knows,
+from its plain text. The rows have the LLM-Adapters format of ``commonsense``.
+"""
+
+import random
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from scalepeft.core.errors import UserError
+from scalepeft.core.fields import STRICT
+from scalepeft.data.tasks.base import Example, Protocol, Split
+from scalepeft.data.tasks.commonsense import Commonsense, CommonsenseConfig
+
+WORLD = {
+    "animal": (
+        "dog cat horse cow sheep goat lion tiger bear wolf fox deer rabbit mouse duck goose"
+    ).split(),
+    "fruit": (
+        "apple pear plum peach cherry grape lemon orange mango melon fig kiwi banana berry lime "
+        "date"
+    ).split(),
+    "tool": (
+        "hammer saw drill wrench pliers axe shovel rake chisel file knife spade screwdriver ladder "
+        "nail rope"
+    ).split(),
+    "vehicle": (
+        "car bus train truck bicycle boat ship plane tram van wagon canoe taxi rocket ferry sled"
+    ).split(),
+}
+KINDS = sorted(WORLD)
+LOOKS = "big small old new red blue green heavy plain fine".split()
+QUESTIONS = (
+    "What kind of thing is the {look} {thing}?",
+    "The {look} {thing} is which of these?",
+    "Which word fits the {look} {thing}?",
+    "Where does the {look} {thing} belong?",
+)
+TRAINED = 10  # of the 16 things of a kind; the test asks about the others
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ToyConfig(CommonsenseConfig):
+    """Settings of the toy task.
+
+    Attributes:
+        train_size: training rows made.
+        test_size: test and held-out rows made, about things that training never asks about.
+        rows_seed: seed of the rows.
+    """
+
+    PROTOCOLS: ClassVar[dict[str, Protocol]] = {}
+
+    name: str = "toy"
+    protocol: str | None = None
+    prompt: str = "### Instruction:\n{instruction}\n\n### Response:\n"
+    train_size: Annotated[int, Field(ge=1)] = 4000
+    test_size: Annotated[int, Field(ge=1)] = 200
+    rows_seed: int = 0
+
+
+def make_row(rng: random.Random, things: slice) -> dict[str, str]:
+    """Draws a question about one of these things of some kind."""
+    kind = rng.choice(KINDS)
+    question = rng.choice(QUESTIONS).format(
+        look=rng.choice(LOOKS), thing=rng.choice(WORLD[kind][things])
+    )
+    label = f"answer{KINDS.index(kind) + 1}"
+    listed = " ".join(f"Answer{i}: {kind}" for i, kind in enumerate(KINDS, 1))
+    form = "/".join(f"answer{i}" for i in range(1, len(KINDS) + 1))
+    return {
+        "instruction": (
+            f"Please choose the correct answer to the question: {question}\n\n{listed}\n\nAnswer"
+            f" format: {form}"
+        ),
+        "input": "",
+        "output": f"the correct answer is {label}",
+        "answer": label,
+    }
+
+
+class Toy(Commonsense):
+    """Rows made on the spot from ``rows_seed``; it reads no files.
+
+    Raises:
+        UserError: ``data.train``, ``valid`` or ``test`` is set, which would have no effect.
+    """
+
+    Config = ToyConfig
+    config: ToyConfig
+    version = 1
+    reads_files = False
+
+    def __init__(self, config: ToyConfig) -> None:
+        super().__init__(config)
+        for split in ("train", "valid", "test"):
+            if files := getattr(config, split):
+                raise UserError(
+                    f"data.{split}={','.join(files)}: data.name=toy makes its own rows; take "
+                    "data=commonsense to read files"
+                )
+
+    def examples(self, split: Split) -> list[Example]:
+        """Makes the rows of a split."""
+        size = self.config.train_size if split == "train" else self.config.test_size
+        things = slice(TRAINED) if split == "train" else slice(TRAINED, None)
+        rng = random.Random(f"{self.config.rows_seed}/{split}")
+        return [
+            self.example(make_row(rng, things), f"toy/{split}#{i}", split)
+            for i in range(1, size + 1)
+        ]
+
+
+def corpus(rng: random.Random, lines: int) -> list[str]:
+    """Plain text of the toy world to pretrain the built-in model on: facts, and questions answered
+    at random.
+
+    The random answers teach the form of an answer and nothing about which one is right: the base
+    scores chance.
+    """
+    text = []
+    for _ in range(lines):
+        if rng.random() < 0.6:
+            kind = rng.choice(KINDS)
+            text.append(f"The {rng.choice(LOOKS)} {rng.choice(WORLD[kind])} is a kind of {kind}.")
+        else:
+            row = make_row(rng, slice(None))
+            answer = f"the correct answer is answer{rng.randint(1, len(KINDS))}"
+            text.append(f"### Instruction:\n{row['instruction']}\n\n### Response:\n{answer}")
+    return text

@@ -1,0 +1,250 @@
+"""Examples -> tokens (once, cached by content) -> micro-batches in the order of the global sample
+index.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scalepeft.core.errors import UserError
+from scalepeft.data.tasks.base import Example, Split, Task, TaskConfig
+
+IGNORED = -100
+
+CACHE_VERSION = 2
+PAD_TO = 8  # lengths are padded to a multiple of this, for tensor cores
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Tokenised examples: ``tokens`` of all in one row, cut at ``offsets``; labels begin at
+    ``label_start``.
+    """
+
+    tokens: Tensor  # (total,) int32
+    offsets: Tensor  # (n + 1,) int64
+    label_start: Tensor  # (n,) int32, at least 1: the first token has nothing to predict it from
+    dropped: int  # examples without a label token left after the cut
+    cut: int  # examples that lost their end
+    lost: int  # of these, examples that lost their whole response
+
+    def __len__(self) -> int:
+        return len(self.label_start)
+
+    def label_tokens(self, rows: list[int]) -> int:
+        """Number of label tokens in these rows."""
+        index = torch.tensor(rows)
+        lengths = self.offsets[index + 1] - self.offsets[index]
+        return int((lengths - self.label_start[index]).sum())
+
+    def all_tokens(self, rows: list[int]) -> int:
+        """Number of tokens in these rows, without padding."""
+        index = torch.tensor(rows)
+        return int((self.offsets[index + 1] - self.offsets[index]).sum())
+
+    def fingerprint(self) -> str:
+        """sha256 of tokens, cuts and labels: a resumed run must see the same data."""
+        digest = hashlib.sha256()
+        for tensor in (self.tokens, self.offsets, self.label_start):
+            digest.update(tensor.numpy().tobytes())
+        return digest.hexdigest()
+
+    def take(self, rows: Tensor) -> "TokenSet":
+        """The subset of these rows, in this order."""
+        pieces = [self.tokens[self.offsets[r] : self.offsets[r + 1]] for r in rows.tolist()]
+        lengths = torch.tensor([0] + [len(p) for p in pieces])
+        tokens = torch.cat(pieces) if pieces else self.tokens[:0]
+        return TokenSet(
+            tokens, lengths.cumsum(0), self.label_start[rows], self.dropped, self.cut, self.lost
+        )
+
+
+def tokenise(examples: list[Example], tokenizer: Any, config: TaskConfig) -> TokenSet:
+    """Tokenises a sequence of prompt (with the tokenizer's BOS), completion and end-of-text, cut at
+    ``config.cutoff``.
+
+    With ``config.tokenise`` ``apart`` training sees the very prompt tokens generation starts from.
+    ``together`` the first label is the first token that reaches into the completion, wherever the
+    tokenizer puts the border.
+    """
+    pairs = (
+        _apart(examples, tokenizer)
+        if config.tokenise == "apart"
+        else _together(examples, tokenizer)
+    )
+    rows, starts, dropped, cut, lost = [], [], 0, 0, 0
+    for text, border in pairs:
+        ids = [*text, tokenizer.eos_token_id]
+        start = max(1, border if config.train_on == "response" else 0)
+        cut += len(ids) > config.cutoff
+        lost += border >= config.cutoff
+        ids = ids[: config.cutoff]
+        if len(ids) <= start:
+            dropped += 1
+            continue
+        rows.append(torch.tensor(ids, dtype=torch.int32))
+        starts.append(start)
+    offsets = torch.tensor([0] + [len(r) for r in rows]).cumsum(0)
+    tokens = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int32)
+    return TokenSet(tokens, offsets, torch.tensor(starts, dtype=torch.int32), dropped, cut, lost)
+
+
+def _apart(examples: list[Example], tokenizer: Any) -> Iterator[tuple[list[int], int]]:
+    """Tokens of each example, and how many of them are the prompt's."""
+    prompts = tokenizer([e.prompt for e in examples], verbose=False)["input_ids"]
+    completions = tokenizer(
+        [e.completion for e in examples], add_special_tokens=False, verbose=False
+    )["input_ids"]
+    for prompt, completion in zip(prompts, completions, strict=True):
+        prompt = strip_eos(prompt, tokenizer)
+        yield [*prompt, *completion], len(prompt)
+
+
+def _together(examples: list[Example], tokenizer: Any) -> Iterator[tuple[list[int], int]]:
+    texts = [e.prompt + e.completion for e in examples]
+    made = tokenizer(texts, return_offsets_mapping=True, verbose=False)
+    for example, ids, spans in zip(
+        examples, made["input_ids"], made["offset_mapping"], strict=True
+    ):
+        ids = strip_eos(ids, tokenizer)
+        # A special token has the empty span (0, 0), so BOS is on the prompt's side.
+        inside = (i for i, (_, end) in enumerate(spans) if end > len(example.prompt))
+        yield ids, next(inside, len(ids))
+
+
+def strip_eos(ids: list[int], tokenizer: Any) -> list[int]:
+    """Removes an end-of-text token that some tokenizers put after every text: a prompt must stay
+    open.
+    """
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def cached_tokens(examples: list[Example], tokenizer: Any, config: TaskConfig) -> TokenSet:
+    """``tokenise`` through a cache keyed by everything that decides the result."""
+    key = hashlib.sha256()
+    header = [
+        CACHE_VERSION,
+        config.train_on,
+        config.tokenise,
+        config.cutoff,
+        tokenizer.eos_token_id,
+        tokenizer_hash(tokenizer),
+    ]
+    key.update(json.dumps(header).encode())
+    for example in examples:
+        key.update(
+            f"{len(example.prompt)} {len(example.completion)} ".encode()
+            + f"{example.prompt}{example.completion}".encode()
+        )
+    root = config.cache or os.environ.get("SCALEPEFT_CACHE") or Path.home() / ".cache" / "scalepeft"
+    file = Path(root) / "tokens" / f"{key.hexdigest()[:32]}.safetensors"
+    if file.is_file():
+        try:
+            with safe_open(file, "pt") as f:
+                t, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()  # noqa: SIM118
+            counts = (int(meta[key]) for key in ("dropped", "cut", "lost"))
+            held = TokenSet(t["tokens"], t["offsets"], t["label_start"], *counts)
+            if held.fingerprint() == meta["sha256"]:
+                return held
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError):
+            pass
+        file.unlink(missing_ok=True)  # a damaged cache is made again
+    made = tokenise(examples, tokenizer, config)
+    tensors = {"tokens": made.tokens, "offsets": made.offsets, "label_start": made.label_start}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        meta = {"sha256": made.fingerprint()}
+        meta |= {key: str(getattr(made, key)) for key in ("dropped", "cut", "lost")}
+        save_file(tensors, temporary, meta)
+        temporary.replace(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"data.cache: {file.parent} cannot be written: {error}; set data.cache=FOLDER"
+        ) from None
+    return made
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """sha256 of the tokenizer's full definition."""
+    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+
+
+def prepare(
+    task: Task, tokenizer: Any, vocab_size: int, seed: int
+) -> tuple[TokenSet, TokenSet | None, list[str]]:
+    """Reads and tokenises the training and held-out rows; returns them with a line for what was
+    left out.
+
+    Raises:
+        UserError: bad files or rows, nothing left to train on, or token ids beyond the model's
+            vocabulary.
+    """
+    config = task.config
+    report = []
+    sets: list[TokenSet | None] = []
+    splits: tuple[Split, ...] = ("train", "valid")
+    for split in splits:
+        if split == "valid" and not config.valid:
+            sets.append(None)
+            continue
+        tokens = cached_tokens(task.examples(split), tokenizer, config)
+        report += [f"data.{split}: left out: {where}" for where in task.skipped[:3]]
+        if len(task.skipped) > 3:
+            report.append(f"data.{split}: left out {len(task.skipped)} broken rows in all")
+        if task.repeated:
+            report.append(f"data.{split}: {task.repeated} rows left out as duplicates")
+        report += [f"data.{split}: {note}" for note in task.notes]
+        report += cut_rows(tokens, config, split)
+        if not len(tokens):
+            raise UserError(
+                f"data.{split}: no row has a token to learn within"
+                f" data.cutoff={config.cutoff}; raise it"
+            )
+        if (largest := int(tokens.tokens.max())) >= vocab_size:
+            raise UserError(
+                f"model.tokenizer: makes token id {largest}, the model has {vocab_size} ids"
+                f" (0..{vocab_size - 1}): tokenizer and model do not belong together; set"
+                " model.tokenizer to the model's own"
+            )
+        sets.append(tokens)
+    train, valid = sets
+    assert train is not None
+    if size := config.valid_size:
+        if size >= len(train):
+            raise UserError(
+                f"data.valid_size={size} leaves nothing of the {len(train)} training rows"
+            )
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+        valid, train = (
+            train.take(order[:size].sort().values),
+            train.take(order[size:].sort().values),
+        )
+    report.append(
+        f"data: {len(train)} training rows"
+        + (f", {len(valid)} held out" if valid is not None else "")
+    )
+    return train, valid, report
+
+
+def cut_rows(tokens: TokenSet, config: TaskConfig, split: str) -> list[str]:
+    """What the cutoff did to a split, in a line; none if nothing."""
+    if not tokens.cut and not tokens.dropped:
+        return []
+    said = (
+        f"data.{split}: {tokens.cut} rows longer than data.cutoff={config.cutoff} were cut;"
+        f" {tokens.lost} of them lost their whole response"
+    )
+    if tokens.dropped:
+        return [f"{said}; {tokens.dropped} rows had no token left to learn and were dropped"]
+    kept = " and teach their prompt alone (data.train_on=all)" if tokens.lost else ""
+    return [said + kept]

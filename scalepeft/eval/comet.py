@@ -1,0 +1,216 @@
+"""COMET of translations, by ``comet-score`` in an environment of its own, on files.
+
+unbabel-comet pins older versions of transformers and numpy than this package runs with, so it is
+never imported. ``write`` leaves the texts beside scores.json (``comet/src.txt``, ``mt.txt``,
+``ref.txt``), ``compute`` runs the program that ``SCALEPEFT_COMET`` names on them, once for the same
+texts: the path of comet-score, with options of its own if need be ("ENV/bin/comet-score --gpus 0").
+
+    python -m venv ENV && ENV/bin/pip install unbabel-comet
+
+Paper: COMET-22 (Rei et al., WMT 2022); the model's scores times 100, averaged over the rows.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from scalepeft.core.errors import UserError
+from scalepeft.core.files import write_atomically
+from scalepeft.core.preemption import StopFlag, Stopping
+from scalepeft.data.tasks.base import Scored
+
+VARIABLE = "SCALEPEFT_COMET"
+MODEL = "Unbabel/wmt22-comet-da"
+HOW = (
+    "not computed (pip install unbabel-comet in an environment of its own, then"
+    f" {VARIABLE}=ENV/bin/comet-score)"
+)
+NO_SOURCE = "not computed (the references came without the text that was translated)"
+TEXTS = ("src.txt", "mt.txt", "ref.txt")
+# comet-score would take itself for a rank of our job.
+OURS = ("SLURM_", "PMI", "TORCHELASTIC_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_",
+        "ROLE_", "PYTHON", "VIRTUAL_ENV")  # fmt: skip
+
+
+def write(folder: Path, rows: list[Scored]) -> None:
+    """Writes the texts to ``folder/comet``, a row a line; none where a row has no source text."""
+    inputs = folder / "comet"
+    if any(not row.example.meta.get("question") for row in rows):
+        shutil.rmtree(inputs, ignore_errors=True)
+        (folder / "comet.json").unlink(missing_ok=True)
+        return
+    columns = {
+        "src.txt": [row.example.meta["question"] for row in rows],
+        "mt.txt": [row.score.extracted or "" for row in rows],
+        "ref.txt": [row.example.meta["reference"] for row in rows],
+        "set.txt": [str(row.example.meta.get("source", "")) for row in rows],
+    }
+    inputs.mkdir(parents=True, exist_ok=True)
+    for name, texts in columns.items():
+        lines = (re.sub(r"[\r\n]+", " ", text) for text in texts)
+        write_atomically(inputs / name, "".join(line + "\n" for line in lines))
+
+
+def compute(folder: Path, stop: StopFlag | None = None) -> dict[str, Any] | None:
+    """Scores the texts in ``folder/comet``; returns what ``folder/comet.json`` then holds.
+
+    Returns:
+        ``score`` and ``ci95`` (times 100), ``rows``, ``sources`` (name -> score), ``model``,
+        ``version`` (of unbabel-comet, null if it cannot be asked), ``command``; None if
+        ``SCALEPEFT_COMET`` is not set and these texts have not been scored yet, or there are none.
+
+    Raises:
+        UserError: no such program, it failed, or its output is not COMET's.
+        Stopping: a signal came; the program was ended.
+    """
+    inputs, result = folder / "comet", folder / "comet.json"
+    if not (inputs / TEXTS[0]).is_file():
+        return None
+    digest = hashlib.sha256(b"\0".join((inputs / name).read_bytes() for name in TEXTS)).hexdigest()
+    command = _command()
+    held = read(folder)
+    if held and held["texts"] == digest and (not command or held["model"] == _model(command)):
+        return held
+    result.unlink(missing_ok=True)  # of other texts
+    if not command:
+        return None
+    output = inputs / "segments.json"
+    output.unlink(missing_ok=True)
+    arguments = ["-s", "src.txt", "-t", "mt.txt", "-r", "ref.txt", "--quiet", "--only_system"]
+    arguments += ["--to_json", output.name]
+    _run([*command, *arguments], inputs, stop)
+    names = (inputs / "set.txt").read_text().split("\n")[:-1]
+    scores = _segments(output, len(names))
+    found = {
+        "score": statistics.fmean(scores),
+        "ci95": _interval(scores),
+        "rows": len(scores),
+        "sources": {
+            name: statistics.fmean(s for s, n in zip(scores, names, strict=True) if n == name)
+            for name in sorted(set(names))
+        },
+        "model": _model(command),
+        "version": _version(command[0]),
+        "command": shlex.join([*command, *arguments]),
+        "texts": digest,
+    }
+    write_atomically(result, json.dumps(found, indent=1))
+    return found
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """What ``compute`` left in a folder; None if nothing, or nothing whole."""
+    try:
+        held: dict[str, Any] = json.loads((folder / "comet.json").read_text())
+        return held if {"score", "ci95", "rows", "model", "texts"} <= held.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def line(folder: Path) -> str:
+    """COMET as a line of a table, or how to get it. Call ``compute`` before."""
+    if found := read(folder):
+        low, high = found["ci95"]
+        version = found.get("version") or "of unknown version"
+        return (
+            f"COMET: {found['score']:.2f}, 95 % interval {low:.2f} to {high:.2f}"
+            f" ({found['model']}, unbabel-comet {version}, {found['rows']} rows)"
+        )
+    return f"COMET: {HOW if (folder / 'comet' / TEXTS[0]).is_file() else NO_SOURCE}"
+
+
+def _command() -> list[str]:
+    """The program and the user's options for it, with a model; empty if not set."""
+    try:
+        words = shlex.split(os.environ.get(VARIABLE, ""))
+    except ValueError as error:
+        raise UserError(f"{VARIABLE}={os.environ[VARIABLE]}: {error}") from None
+    if not words:
+        return []
+    if (program := shutil.which(words[0])) is None:
+        raise UserError(
+            f"{VARIABLE}={words[0]}: no such program; it is the path of comet-score in the"
+            " environment where unbabel-comet is installed"
+        )
+    named = any(word.split("=")[0] == "--model" for word in words)
+    return [os.path.abspath(program), *words[1:], *([] if named else ["--model", MODEL])]
+
+
+def _model(command: list[str]) -> str:
+    at = next(i for i, word in enumerate(command) if word.split("=")[0] == "--model")
+    return command[at].partition("=")[2] or command[at + 1]
+
+
+def _run(command: list[str], inputs: Path, stop: StopFlag | None) -> None:
+    log = inputs / "log.txt"
+    env = {key: value for key, value in os.environ.items() if not key.startswith(OURS)}
+    with log.open("w") as out:
+        try:
+            # A session of its own: a signal to our job is ours to handle.
+            process = subprocess.Popen(
+                command, cwd=inputs, env=env, stdin=subprocess.DEVNULL, stdout=out,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        except OSError as error:
+            raise UserError(f"{VARIABLE}: {command[0]} cannot be run: {error.strerror}") from None
+        try:
+            while process.poll() is None:
+                if stop is not None and stop.signal is not None:
+                    raise Stopping
+                time.sleep(0.05)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, 9)
+                process.wait()
+    if process.returncode:
+        said = [text for text in log.read_text(errors="replace").splitlines() if text.strip()]
+        raise UserError(
+            f"{command[0]} ended with {process.returncode}:"
+            f" {said[-1].strip()[:300] if said else 'it said nothing'}; all of it: {log}"
+        )
+
+
+def _segments(file: Path, rows: int) -> list[float]:
+    """The rows' scores times 100 out of what --to_json wrote: {"mt.txt": [{"COMET": 0.8, ...}]}."""
+    try:
+        (listed,) = json.loads(file.read_text()).values()
+        scores = [100 * float(row["COMET"]) for row in listed]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{file}: is not what comet-score --to_json writes"
+            f" ({type(error).__name__}: {str(error)[:100]}); it said: {file.with_name('log.txt')}"
+        ) from None
+    if len(scores) != rows or not all(map(math.isfinite, scores)):
+        raise UserError(f"{file}: {len(scores)} scores, not {rows} finite ones")
+    return scores
+
+
+def _interval(scores: list[float]) -> list[float]:
+    """95 % interval of the mean over rows, normal approximation."""
+    mean = statistics.fmean(scores)
+    half = 1.96 * statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else 0.0
+    return [mean - half, mean + half]
+
+
+def _version(program: str) -> str | None:
+    """unbabel-comet's version in the environment of the program; None where that has no Python
+    beside it (a wrapper).
+    """
+    python = Path(program).resolve().parent / "python"
+    ask = "from importlib.metadata import version; print(version('unbabel-comet'))"
+    try:
+        done = subprocess.run(
+            [str(python), "-I", "-c", ask], capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,239 @@
+"""From prompts to continuations with the run's own model: left-padded batches, KV cache, beams."""
+
+import random
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scalepeft.config.schema import EvaluateConfig
+from scalepeft.core.errors import UserError
+from scalepeft.core.log import LINE_SECONDS, say
+from scalepeft.core.text import duration
+from scalepeft.data.tasks.base import Example
+from scalepeft.data.tokens import strip_eos
+
+
+class _Progress:
+    """Lines with rows a second and the time that is left; the first batch, which warms up and has
+    the longest rows, does not count.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.first = total, 0, 0
+        self.begin = self.last_line = time.monotonic()
+
+    def add(self, rows: int) -> None:
+        """Counts a batch; says a line, but not too often."""
+        now = time.monotonic()
+        self.done += rows
+        if not self.first:
+            self.first, self.begin = rows, now
+        elif now - self.last_line > LINE_SECONDS and self.done < self.total:
+            self.last_line = now
+            rate = (self.done - self.first) / (now - self.begin)
+            say(
+                f"{self.done}/{self.total} rows, {rate:.2f} rows/s, about"
+                f" {duration((self.total - self.done) / rate)} left"
+            )
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Continues prompts on this rank's device. Only ``config`` decides how: whatever generation
+    settings came with the model's files are left out.
+
+    Attributes:
+        model: a causal LM.
+        tokenizer: its tokenizer; prompts get its special tokens (BOS).
+        config: length limits, beams, stop texts.
+        device: of the model.
+        synced: ranks must go through the same number of forwards (sharded parameters).
+    """
+
+    model: Any
+    tokenizer: Any
+    config: EvaluateConfig
+    device: torch.device
+    synced: bool
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str]) -> tuple[list[str], list[bool]]:
+        """Returns the new text alone of each prompt, and which prompts lost their beginning.
+
+        Raises:
+            UserError: the answer alone would fill the model's positions, or a prompt is empty.
+        """
+        if not prompts:
+            return [], []
+        from transformers import GenerationConfig
+
+        positions = self.model.config.max_position_embeddings
+        ids, cut = encode(prompts, self.tokenizer, self.config, positions)
+        tokens, mask = _left_padded(ids)
+        limits = answer_limits(ids, self.config)
+        # What is not set in the call is taken from here, which is filled from the model's files.
+        self.model.generation_config = GenerationConfig()
+        out = self.model.generate(
+            input_ids=tokens.to(self.device),
+            attention_mask=mask.to(self.device),
+            generation_config=GenerationConfig(
+                max_new_tokens=max(limits),
+                num_beams=self.config.num_beams,
+                do_sample=False,
+                use_cache=True,
+                eos_token_id=self.tokenizer.eos_token_id,
+                pad_token_id=self.tokenizer.eos_token_id,
+            ),
+            # Beams are cut afterwards: a search must see its hypotheses to their end.
+            stopping_criteria=[_Ends(self.tokenizer, self.config.stop, limits, tokens.shape[1])]
+            if self.config.num_beams == 1
+            else None,
+            synced_gpus=self.synced,
+        )[:, tokens.shape[1] :].tolist()
+        answers = [row[:limit] for row, limit in zip(out, limits, strict=True)]
+        return texts_of(answers, self.tokenizer, self.config), cut
+
+    def lengths(self, prompts: list[str]) -> list[int]:
+        """Tokens of each prompt, before any of it is cut."""
+        return lengths(prompts, self.tokenizer)
+
+
+def lengths(prompts: list[str], tokenizer: Any) -> list[int]:
+    """Tokens of each prompt."""
+    return [len(ids) for ids in tokenizer(prompts, verbose=False)["input_ids"]]
+
+
+def check(config: EvaluateConfig) -> None:
+    """Refuses settings that no backend can follow; found out before a model is loaded.
+
+    Raises:
+        UserError: an empty stop text, or a length limit of prompt and answer with beams.
+    """
+    if "" in config.stop:
+        raise UserError("evaluate.stop: an empty text would end every answer before it begins")
+    if config.max_tokens is not None and config.num_beams > 1:
+        raise UserError(
+            f"evaluate.max_tokens={config.max_tokens} with evaluate.num_beams={config.num_beams}: a"
+            " beam search has one length for its whole batch; set evaluate.max_new_tokens alone, or"
+            " evaluate.num_beams=1"
+        )
+
+
+def encode(
+    prompts: list[str], tokenizer: Any, config: EvaluateConfig, positions: int
+) -> tuple[list[list[int]], list[bool]]:
+    """Token ids of prompts, and which of them lost their beginning (all but BOS) to fit in.
+
+    Raises:
+        UserError: a prompt without a token, or no room for one.
+    """
+    room = prompt_room(config, positions)
+    found, cut = [], []
+    for prompt in tokenizer(prompts, verbose=False)["input_ids"]:
+        ids = strip_eos(prompt, tokenizer)
+        if not ids:
+            raise UserError(
+                "a prompt of data.test is empty, and the tokenizer puts no BOS before it: there is"
+                " nothing to continue; set data.prompt, or repair the row"
+            )
+        cut.append(len(ids) > room)
+        if cut[-1]:  # the end of a prompt asks the question
+            kept = ids[:1] if ids[0] == tokenizer.bos_token_id and room > 1 else []
+            ids = kept + ids[len(ids) - room + len(kept) :]
+        found.append(ids)
+    return found, cut
+
+
+def prompt_room(config: EvaluateConfig, positions: int) -> int:
+    """Tokens a prompt may have; longer ones lose their beginning."""
+    if positions <= config.max_new_tokens:
+        raise UserError(
+            f"evaluate.max_new_tokens={config.max_new_tokens} fills the model's {positions}"
+            " positions"
+        )
+    room = positions - config.max_new_tokens
+    if config.max_tokens is not None:
+        room = min(room, config.max_tokens - 1)
+    if room < 1:
+        raise UserError(
+            f"evaluate.max_tokens={config.max_tokens} leaves no room for a prompt and an answer"
+        )
+    return room
+
+
+def answer_limits(ids: list[list[int]], config: EvaluateConfig) -> list[int]:
+    """Tokens that the answer to each prompt may have."""
+    if config.max_tokens is None:
+        return [config.max_new_tokens] * len(ids)
+    return [min(config.max_new_tokens, config.max_tokens - len(prompt)) for prompt in ids]
+
+
+def texts_of(answers: list[list[int]], tokenizer: Any, config: EvaluateConfig) -> list[str]:
+    """Answers as text, up to the first stop text."""
+    return [cut_at(text, config.stop) for text in _decode(answers, tokenizer)]
+
+
+def cut_at(text: str, stop: list[str]) -> str:
+    """The text before the first of the stop texts in it."""
+    return text[: min((i for i in map(text.find, stop) if i >= 0), default=len(text))]
+
+
+def _decode(answers: list[list[int]], tokenizer: Any) -> list[str]:
+    # Some tokenizers' settings would "clean up" spaces: French " ?" would become "?".
+    found: list[str] = tokenizer.batch_decode(
+        answers, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return found
+
+
+def _left_padded(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Tokens (rows, length) and attention mask; which id the padding has does not matter."""
+    length = max(map(len, ids))
+    tokens = torch.zeros(len(ids), length, dtype=torch.int64)
+    mask = torch.zeros_like(tokens)
+    for row, prompt in enumerate(ids):
+        tokens[row, length - len(prompt) :] = torch.tensor(prompt)
+        mask[row, length - len(prompt) :] = 1
+    return tokens, mask
+
+
+class _Ends:
+    """Stopping criterion of greedy rows: a stop text, or the row's own length limit.
+
+    It only saves forwards: what an answer is, ``cut_at`` decides on the whole text. (The criterion
+    that transformers has for stop texts goes through the whole vocabulary for every batch.)
+    """
+
+    def __init__(self, tokenizer: Any, stop: list[str], limits: list[int], begin: int) -> None:
+        self.tokenizer, self.stop, self.limits, self.begin = tokenizer, stop, limits, begin
+        # A token is at least a byte of the text; one more, as the first may lose its space.
+        self.window = 1 + max((len(text.encode()) for text in stop), default=0)
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        new = input_ids[:, self.begin :]
+        done = [new.shape[1] >= limit for limit in self.limits]
+        if self.stop:
+            ends = _decode(new[:, -self.window :].tolist(), self.tokenizer)
+            for row, end in enumerate(ends):
+                if not done[row] and any(text in end for text in self.stop):
+                    (whole,) = _decode([new[row].tolist()], self.tokenizer)
+                    done[row] = any(text in whole for text in self.stop)
+        return torch.tensor(done, device=input_ids.device)
+
+
+def batches(examples: list[Example], lengths: list[int], size: int) -> list[list[Example]]:
+    """Rows of like length (in tokens) together, so that little is padded.
+
+    They depend on the rows alone: an evaluation that continues generates in the batches of an
+    undisturbed one, for in bf16 a row's neighbours may decide between two tokens that are nearly as
+    likely. The longest rows come first, so that a lack of memory shows at once; the others' order
+    is shuffled, so that the rate of some batches is that of the rest.
+    """
+    length = {e.id: n for e, n in zip(examples, lengths, strict=True)}
+    rows = sorted(examples, key=lambda e: (-length[e.id], e.id))
+    first, *others = [rows[i : i + size] for i in range(0, len(rows), size)]
+    random.Random(0).shuffle(others)
+    return [first, *others]

@@ -1,0 +1,1 @@
+"""Merged checkpoints and adapters for other systems."""

@@ -1,0 +1,153 @@
+"""A run's adapter for HF PEFT, or as a plain LoRA that any LoRA server takes; peft is not needed.
+
+Both formats are PEFT's: ``adapter_config.json`` and ``adapter_model.safetensors`` with names
+``base_model.model.<layer>.<tensor>``.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from scalepeft.adapters import inject as injection
+from scalepeft.adapters.base import Adapter, Base
+from scalepeft.core.errors import UserError
+from scalepeft.core.log import say
+from scalepeft.export.streaming import FinishedRun, Streamed, refuse_existing, whole_folder
+from scalepeft.models import quant
+from scalepeft.models.hub import BUILTIN
+
+Exported = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+class _Real:
+    """The frozen layer as a ``Base`` that reads W when asked, and no longer holds it afterwards."""
+
+    def __init__(self, model: Streamed, layer: nn.Linear) -> None:
+        self._model, self._layer = model, layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        with self._model.held(self._layer):
+            return quant.Frozen(self._layer)(x)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        with self._model.held(self._layer):
+            return quant.Frozen(self._layer).weight(dtype)
+
+
+@torch.no_grad()
+def run(run_dir: str, out: str, settings: list[str], format: str) -> None:
+    """Writes a run's adapter in PEFT's layout.
+
+    Where the result depends on W (the LoRA of HOFT and HRA, DoRA's magnitudes), W is what the
+    adapter saw in training: dequantised where the run's base was quantised.
+
+    Args:
+        run_dir: a run with an ``adapter/``.
+        out: the folder to write; must not exist.
+        settings: where the base is now (``model.path=FOLDER``).
+        format: ``peft``, the same method there; ``lora``, a LoRA of scaling 1 with ``B A = W' -
+            W``.
+
+    Raises:
+        UserError: the format has no place for the method; base and adapter do not belong together;
+            ``out`` cannot be written. Nothing is written then.
+    """
+    target = Path(out)
+    refuse_existing(target)
+    finished = FinishedRun.open(run_dir, settings, "an export")
+    model = finished.structure(quantised=True)
+    convert = {"peft": _to_peft, "lora": _to_lora}[format]
+    fields: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, layer in injection.adapted_layers(model.model):
+        fields[name], parts = convert(layer.adapter.double(), layer, _Real(model, layer))
+        for key, tensor in parts.items():  # computed in fp64, rounded once
+            tensors[f"base_model.model.{name}.{key}"] = tensor.float().cpu().contiguous()
+    adapters = dict(injection.adapters(model.model))
+    assert fields.keys() == adapters.keys(), "no method with trained norms has an export"
+    path = finished.config.model.path
+    description = {
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+        "base_model_name_or_path": str(finished.folder) if path == BUILTIN else path,
+        "revision": finished.config.model.revision,
+        **_common_fields(model.model, fields),
+    }
+    with whole_folder(target) as folder:
+        weights = folder / "adapter_model.safetensors"
+        save_file(tensors, weights, {"format": "pt"})
+        text = json.dumps(description, indent=2, sort_keys=True) + "\n"
+        settings_file = folder / "adapter_config.json"
+        settings_file.write_text(text, encoding="utf-8")
+        weights.chmod(settings_file.stat().st_mode)  # safetensors makes it for the owner alone
+    say(f"{description['peft_type']} adapter of {len(fields)} layers in {out}")
+    if description.get("boft_n_butterfly_factor", 1) > 1:
+        say("HF PEFT loads more than one butterfly factor only with its CUDA extension")
+
+
+def _to_peft(adapter: Adapter, layer: nn.Linear, base: Base) -> Exported:
+    found = adapter.to_peft(base)
+    method = type(adapter).__name__
+    if found is None:
+        other = " or --format lora" if adapter.to_lora(base) else ""
+        raise UserError(
+            f"--format peft: HF PEFT has no method that computes what {method} does with these"
+            f" settings; {_instead(adapter)}{other}"
+        )
+    if found[0]["peft_type"] == "IA3" and layer.bias is not None and len(found[1]["ia3_l"]) > 1:
+        raise UserError(
+            "--format peft: HF PEFT's IA3 scales a layer's bias too, ours does not, and"
+            f" this model's layers have one; {_instead(adapter)}"
+        )
+    return found
+
+
+def _to_lora(adapter: Adapter, layer: nn.Linear, base: Base) -> Exported:
+    factors = adapter.to_lora(base)
+    if factors is None:
+        reason = adapter.no_merge or "W' - W has full rank"
+        other = " or --format peft" if adapter.to_peft(base) else ""
+        raise UserError(
+            f"--format lora: {type(adapter).__name__} is not W plus a matrix of low rank: {reason};"
+            f" {_instead(adapter)}{other}"
+        )
+    a, b = factors
+    fields = {"peft_type": "LORA", "r": len(a), "lora_alpha": len(a), "use_rslora": False}
+    return fields, {"lora_A.weight": a, "lora_B.weight": b}
+
+
+def _instead(adapter: Adapter) -> str:
+    return "keep the adapter" if adapter.no_merge else "use scalepeft merge"
+
+
+def _common_fields(model: nn.Module, fields: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """One config for all layers: equal fields, PEFT's pattern for C3A's block sizes, and targets.
+
+    Targets are the last parts of names where every such layer of the model is adapted, else full
+    names.
+    """
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+    def last(name: str) -> str:
+        return name.rsplit(".", 1)[-1]
+
+    short = {last(n) for n in fields} - {last(n) for n in linear if n not in fields}
+    targets = sorted({last(n) if last(n) in short else n for n in fields})
+    common = dict(next(iter(fields.values())))
+    if common["peft_type"] == "C3A":
+        sizes = {name: f.pop("block_size") for name, f in fields.items()}
+        common["block_size"] = Counter(sizes.values()).most_common(1)[0][0]
+        common["block_size_pattern"] = {
+            name: size for name, size in sizes.items() if size != common["block_size"]
+        }
+        fields = {name: {"peft_type": "C3A"} for name in fields}
+    if common["peft_type"] == "IA3":  # PEFT wants them in the form of the targets
+        inputs = common["feedforward_modules"]
+        common["feedforward_modules"] = [t for t in targets if last(t) in inputs]
+    assert len({json.dumps(f, sort_keys=True) for f in fields.values()}) == 1, fields
+    return {**common, "target_modules": targets}

@@ -1,0 +1,276 @@
+"""A finished run and its base without a whole model in memory: one layer, one tensor at a time.
+
+What merge and export share: reading run, adapter and base together; a layer that is real for a
+moment; a safetensors file written as its bytes come; a folder that appears whole or not at all.
+"""
+
+import glob
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from scalepeft.adapters import inject as injection
+from scalepeft.config import schema as cfg
+from scalepeft.config.schema import RunConfig
+from scalepeft.core.errors import UserError
+from scalepeft.core.files import fsync
+from scalepeft.models import hub as models
+from scalepeft.models import structure
+from scalepeft.models.hub import ModelConfig
+from scalepeft.models.weights import Weights, fill
+from scalepeft.parallel.ranks import Ranks, pick_device
+from scalepeft.run.checkpoint import RunFolder
+from scalepeft.run.folder import check_base, load_run, older_adapter
+
+ALLOWED = ("model.path", "model.revision", "engine.device")
+
+
+class Streamed:
+    """A model on the meta device; a module's own base parameters become real where asked for.
+
+    Adapters and tables (rotary frequencies) are real all the time.
+    """
+
+    def __init__(self, model: nn.Module, weights: Weights, device: torch.device) -> None:
+        structure.compute_tables(model, device)
+        self.model, self.weights, self.device = model.eval(), weights, device
+        self.modules = dict(model.named_modules())
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        """Of tied parameters the first name, which is the one in the files."""
+
+    def _take(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        own = {key: p for key, p in module._parameters.items() if p is not None and p.is_meta}
+        for key, p in own.items():
+            real = torch.empty_like(p, device=self.device)
+            module._parameters[key] = nn.Parameter(real, requires_grad=False)
+        with torch.no_grad():
+            for key, p in own.items():
+                if key != "weight_scale":  # comes with its weight
+                    fill(module, self.names[id(p)], key, getattr(module, key), self.weights)
+        return own
+
+    @contextmanager
+    def held(self, module: nn.Module) -> Iterator[None]:
+        """Inside, the parameters that are the module's own are real; quantised where it is."""
+        own = self._take(module)
+        try:
+            yield
+        finally:
+            module._parameters.update(own)
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor) -> Tensor:
+        """ids (rows, tokens) -> logits (rows, tokens, vocabulary), on the CPU."""
+        taken: dict[nn.Module, dict[str, nn.Parameter]] = {}
+
+        def before(module: nn.Module, _args: Any) -> None:
+            taken[module] = self._take(module)
+
+        def after(module: nn.Module, _args: Any, _out: Any) -> None:
+            module._parameters.update(taken.pop(module))
+
+        hooks = []
+        for module in self.modules.values():
+            if any(p.is_meta for p in module.parameters(recurse=False)):
+                hooks.append(module.register_forward_pre_hook(before))
+                hooks.append(module.register_forward_hook(after))
+        try:
+            out: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return out.float().cpu()
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run's config, its adapter and the files of its base, checked to belong together."""
+
+    config: RunConfig
+    folder: Path
+    weights: Weights
+    state: dict[str, Tensor]
+    device: torch.device
+
+    @classmethod
+    def open(cls, run_dir: str, settings: list[str], what: str) -> "FinishedRun":
+        """Reads and compares them.
+
+        Raises:
+            UserError: no run or no adapter; an adapter of other settings than the run's, or of
+                another base than ``model.path`` holds; unreadable files; a setting that cannot be
+                changed for ``what``.
+        """
+        config = load_run(run_dir, settings, ALLOWED, what)
+        where = Path(run_dir) / "adapter"
+        if not where.is_dir() and (steps := RunFolder.steps_in(Path(run_dir) / "checkpoints")):
+            raise UserError(
+                f"{run_dir} has not finished: it is at step {max(steps)} and has no adapter/ yet;"
+                " run its train command again to continue"
+            )
+        adapter, state, description = injection.read_adapter(where)
+        if word := older_adapter(Path(run_dir), description.get("step")):
+            raise UserError(
+                f"{run_dir}: {word}; let it finish first (the same train command continues it)"
+            )
+        trained_on = description.get("base_model")
+        trained_on = trained_on if isinstance(trained_on, dict) else {}
+        storage = ("quant", "double_quant")
+        held = cfg.to_dict(adapter) | {key: trained_on.get(key) for key in storage}
+        wanted = cfg.to_dict(config.adapter) | {key: getattr(config.model, key) for key in storage}
+        for key in sorted(held.keys() | wanted.keys()):
+            if held.get(key) != wanted.get(key):
+                raise UserError(
+                    f"{where} is not the adapter of this run: {key} is {held.get(key)} there and"
+                    f" {wanted.get(key)} in {run_dir}/config.yaml; put the adapter back that the"
+                    " run wrote"
+                )
+        device = pick_device(config.engine.device, 0)
+        folder = models.resolve(config.model, Ranks())
+        models.architecture(folder)
+        weights = Weights(folder)
+        check_base(config, trained_on, weights.fingerprint())
+        return cls(config, folder, weights, state, device)
+
+    def structure(self, quantised: bool) -> Streamed:
+        """The base in fp32 with the adapter; blocks quantised as in training, or as in the files.
+
+        Raises:
+            UserError: the adapter's tensors do not fit, or are not finite.
+        """
+        config = self.config.model
+        if not quantised:
+            config = replace(config, quant="none", double_quant=False)
+        model = structure.build(config, self.folder, "fp32")
+        injection.inject(model, self.config.adapter)
+        for _, adapter in injection.adapters(model):
+            adapter.to_empty(device=self.device)
+        injection.load_state(model, self.state, f"{self.config.run_dir}/adapter")
+        return Streamed(model, self.weights, self.device)
+
+
+def plain(folder: Path, device: torch.device) -> Streamed:
+    """The model of a folder alone, in fp32."""
+    config = ModelConfig(path=str(folder))
+    return Streamed(structure.build(config, folder, "fp32"), Weights(folder), device)
+
+
+class ShardWriter:
+    """Writes a safetensors file whose tensors come one after the other, each in pieces.
+
+    Args:
+        path: of the new file.
+        tensors: (name, safetensors' dtype, shape, bytes) in the order in which they will come.
+        metadata: of the file.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Iterable[tuple[str, str, tuple[int, ...], int]],
+        metadata: dict[str, str],
+    ) -> None:
+        table: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
+        self.size = 0
+        for name, dtype, shape, size in tensors:
+            offsets = [self.size, self.size + size]
+            table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+            self.size += size
+        header = json.dumps(table, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)
+        self.size += 8 + len(header)
+        self._file = path.open("xb")
+        self._file.write(len(header).to_bytes(8, "little") + header)
+
+    def write(self, pieces: Iterable[bytes | bytearray | memoryview]) -> None:
+        """Appends the bytes of the next tensor."""
+        for piece in pieces:
+            self._file.write(piece)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _value: Any, _trace: TracebackType | None
+    ) -> None:
+        """Closes the file; one that lacks bytes is our own bug."""
+        written = self._file.tell()
+        self._file.close()
+        assert kind is not None or written == self.size, (self._file.name, written, self.size)
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises UserError if there is anything at ``out``."""
+    if os.path.lexists(out):
+        raise UserError(f"OUT={out}: is there already; name a folder that does not exist yet")
+
+
+@contextmanager
+def whole_folder(out: Path, key: str | None = None) -> Iterator[Path]:
+    """Yields a folder to fill; it appears as ``out`` once all is on the disk, or nothing does.
+
+    Without a ``key`` it is this process's own, so that two of them never fill the same one; those
+    of processes that were killed on this machine are removed. With a key it stays when the filling
+    is broken off, and is handed out again, with what is in it, to whoever comes with the same key;
+    the caller sees to it that only one comes at a time.
+
+    Raises:
+        UserError: ``out`` exists, or the disk refuses; nothing is left behind without a key.
+    """
+    refuse_existing(out)
+    begin = f"{out.name}.partial-{socket.gethostname()}-"
+    partial = out.with_name(f"{begin}{os.getpid()}" if key is None else f"{out.name}.partial")
+    try:
+        try:
+            for left in out.parent.glob(f"{glob.escape(begin)}*"):
+                if not Path("/proc", left.name.removeprefix(begin)).exists():
+                    shutil.rmtree(left, ignore_errors=True)
+            if key is None:
+                partial.mkdir(parents=True)
+            else:
+                _take_up(partial, key)
+            yield partial
+            for file in partial.iterdir():
+                fsync(file)
+            fsync(partial)
+            refuse_existing(out)
+            partial.rename(out)
+            fsync(out.parent)
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            state = "nothing of it is left" if key is None else f"{partial} is continued next time"
+            raise UserError(
+                f"OUT={out}: not written: {reason}; {state}: make room, or name another folder"
+            ) from None
+    except BaseException:
+        if key is None:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+MADE_FROM = "made_from.json"
+"""In a folder that was filled with a key: that key."""
+
+
+def _take_up(partial: Path, key: str) -> None:
+    """Makes the folder, or keeps the one that was begun with the same key."""
+    file = partial / MADE_FROM
+    if not file.is_file() or file.read_text() != key:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        file.write_text(key)
+        fsync(file)

@@ -1,0 +1,154 @@
+"""LLaMA-class bases: where they come from, their tokenizer, their structure on the meta device."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic.dataclasses import dataclass
+
+from scalepeft.core.errors import UserError
+from scalepeft.core.fields import STRICT, NotNegative
+from scalepeft.parallel.ranks import Ranks
+
+BUILTIN = "builtin:tiny"
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ModelConfig:
+    """The frozen base.
+
+    Attributes:
+        path: folder with config.json and safetensors, a hub id, or ``builtin:tiny`` (made on the
+            spot).
+        revision: branch, tag or commit of a hub id.
+        tokenizer: folder or hub id, where it is not that of the model.
+        quant: how block weights are held: ``none`` (the compute dtype), ``nf4``, ``int8``.
+        double_quant: NF4 scales in 8 bits too, 4.13 instead of 4.5 bits a weight.
+        pretrain_steps: next-token steps on the toy task's text that the built-in model gets when
+            made.
+    """
+
+    path: str = BUILTIN
+    revision: str | None = None
+    tokenizer: str | None = None
+    quant: Literal["none", "nf4", "int8"] = "none"
+    double_quant: bool = False
+    pretrain_steps: NotNegative = 0
+
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def resolve(config: ModelConfig, ranks: Ranks) -> Path:
+    """Returns the local folder of the model: as given, made (``builtin:tiny``), or downloaded once
+    a node.
+
+    Raises:
+        UserError: no such folder, nothing to read in it, or a hub id that cannot be had.
+    """
+
+    def make() -> str | None:
+        if ranks.local_rank != 0:
+            return None
+        if config.path == BUILTIN:
+            from scalepeft.models import tiny
+
+            return str(tiny.make(config.pretrain_steps))
+        if Path(config.path).is_dir():
+            return config.path
+        return _download(config.path, config.revision)
+
+    here = ranks.together(make)
+    # Every rank of a node uses what its local rank 0 found; node paths may differ.
+    folders = ranks.gather((here, ranks.local_rank))
+    for folder, local_rank in folders[: ranks.rank + 1][::-1]:
+        if local_rank == 0 and folder is not None:
+            return Path(folder)
+    raise AssertionError("local rank 0 of this node comes first")
+
+
+def check_place(name: str) -> None:
+    """Refuses a ``model.path`` that can be neither a folder nor a hub id; looks at no network."""
+    if name == BUILTIN or Path(name).is_dir():
+        return
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(
+            f"model.path={name}: no such folder (from {Path.cwd()}), and not a hub id (ORG/NAME)"
+        )
+
+
+def _download(name: str, revision: str | None) -> str:
+    check_place(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
+        return snapshot_download(name, revision=revision, allow_patterns=patterns)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise UserError(
+            f"model.path={name}{at}: no such folder here, and the hub does not give it"
+            f" ({type(error).__name__}: {str(error).splitlines()[0]}); download it where there is a"
+            " network and name the folder"
+        ) from None
+
+
+def load_tokenizer(config: ModelConfig, folder: Path) -> Any:
+    """Loads the model's tokenizer (``tokenizer.json``), checked for an end-of-text token.
+
+    Raises:
+        UserError: no tokenizer, only a SentencePiece file, or no end-of-text token.
+    """
+    from transformers import AutoTokenizer
+
+    source = config.tokenizer or str(folder)
+    where = f"model.tokenizer={source}" if config.tokenizer else f"model.path={folder}"
+    if Path(source).is_dir() and not (Path(source) / "tokenizer.json").is_file():
+        if (Path(source) / "tokenizer.model").is_file():
+            raise UserError(
+                f"{where}: has tokenizer.model but no tokenizer.json; transformers loads a bare"
+                " tokenizer.model without BOS and with other ids. Convert it once with"
+                " convert_slow_tokenizer and save tokenizer.json"
+            )
+        raise UserError(f"{where}: no tokenizer.json there; set model.tokenizer=FOLDER_OR_HUB_ID")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # for a damaged file the tokenizers library raises a bare Exception
+        raise UserError(
+            f"{where}: no tokenizer can be loaded: {type(error).__name__}:"
+            f" {' '.join(str(error).split())}"
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"{where}: the tokenizer has no end-of-text token; set eos_token in"
+            " tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def vocab_size(folder: Path) -> int:
+    """Number of token ids that the model's embedding has."""
+    return int(architecture(folder).vocab_size)
+
+
+def positions(folder: Path) -> int | None:
+    """Number of positions the model was made for; None where config.json does not say."""
+    return getattr(architecture(folder), "max_position_embeddings", None)
+
+
+def architecture(folder: Path) -> Any:
+    """Reads the transformers config of a model folder. Raises UserError: missing or broken."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"model.path={folder}: no config.json there; name the folder of a whole model"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise UserError(
+            f"model.path={folder}: config.json: {' '.join(str(error).split())}"
+        ) from None

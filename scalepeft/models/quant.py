@@ -1,0 +1,342 @@
+"""How a frozen weight is stored: plain, NF4 or int8. The only file that imports bitsandbytes.
+
+A quantised layer keeps two frozen uint8 parameters, ``weight`` and ``weight_scale``. Each row of
+both belongs to the same row of W (out, in) and to no other, so a rank reads, quantises and holds
+just its own rows.
+"""
+
+import importlib
+import logging
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from scalepeft.core.errors import UserError, unknown
+
+BLOCK = 64  # weights that share one NF4 scale, as in QLoRA
+GROUP = 256  # NF4 scales that share one range under double quantisation
+# The 16 quantiles of a normal distribution (QLoRA, arXiv 2305.14314, appendix E).
+NF4_VALUES = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+@cache
+def _kernels() -> Any:
+    """Imports bitsandbytes' operators, without its notice about an optional kernel package."""
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        importlib.import_module("bitsandbytes")
+    except ImportError as error:
+        raise UserError(
+            f"model.quant=nf4 needs bitsandbytes ({error}); pip install 'scalepeft[quant]', "
+            "or take model.quant=int8 or none"
+        ) from error
+    finally:
+        log.setLevel(level)
+    return torch.ops.bitsandbytes
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8)
+
+
+def _floats(x: Tensor) -> Tensor:
+    """Bytes (n, 4 m) -> fp32 (n, m); a slice may begin at any byte, and one row or none may have
+    any stride.
+    """
+    flat = x.reshape(-1)
+    if flat.storage_offset() % 4:
+        flat = flat.clone()
+    return flat.view(torch.float32).view(x.shape[0], x.shape[1] // 4)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A storage format: rows of W (n, in) <-> bytes ``weight`` (n, ...) and ``weight_scale`` (n,
+    ...).
+    """
+
+    name: ClassVar[str]
+
+    def refuses(self, in_features: int) -> str | None:
+        """Says why a layer of this width cannot be stored so, or None."""
+        return None
+
+    def row_bytes(self, in_features: int) -> tuple[int, int]:
+        """Returns the bytes of one row in ``weight`` and in ``weight_scale``."""
+        raise NotImplementedError
+
+    def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantises rows (n, in) of any float dtype into the two byte tensors."""
+        raise NotImplementedError
+
+    def decode(self, weight: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+        """Returns the rows (n, in) in ``dtype``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class NF4(Format):
+    """4-bit normal float (arXiv 2305.14314): ``w ~ absmax * NF4_VALUES[code]``, one absmax per 64
+    weights.
+
+    ``weight``: two codes a byte, the first in the high half. ``weight_scale``: absmax in fp32 (4.5
+    bit a weight), or with ``double`` one byte each as ``low + byte * step`` with low and step in
+    fp32 for at most 256 scales of the same row (4.13 bit). bitsandbytes' own double quantisation
+    takes one mean over the whole tensor, which no rank that holds a part of it could reproduce.
+    """
+
+    name: ClassVar[str] = "nf4"
+    double: bool = False
+
+    def refuses(self, in_features: int) -> str | None:
+        """NF4 blocks lie inside rows."""
+        if in_features % BLOCK:
+            return f"its width {in_features} is not a multiple of {BLOCK}"
+        return None
+
+    def row_bytes(self, in_features: int) -> tuple[int, int]:
+        """Half a byte a weight, and its scales."""
+        blocks = in_features // BLOCK
+        scales = blocks + 8 * -(-blocks // GROUP) if self.double else 4 * blocks
+        return in_features // 2, scales
+
+    def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantises with bitsandbytes' kernel."""
+        n, in_features = rows.shape
+        width, scale_width = self.row_bytes(in_features)
+        if n == 0:
+            return rows.new_empty(0, width, dtype=torch.uint8), rows.new_empty(
+                0, scale_width, dtype=torch.uint8
+            )
+        packed, absmax = _kernels().quantize_4bit(rows.contiguous(), BLOCK, "nf4", torch.uint8)
+        absmax = absmax.view(n, -1)
+        if not self.double:
+            return packed.view(n, width), _bytes(absmax)
+        parts = []
+        for group in absmax.split(GROUP, dim=1):
+            low = group.amin(1, keepdim=True)
+            step = ((group.amax(1, keepdim=True) - low) / 255).clamp_min(1e-30)
+            code = ((group - low) / step).round().to(torch.uint8)
+            parts += [_bytes(low), _bytes(step), code]
+        return packed.view(n, width), torch.cat(parts, dim=1)
+
+    def decode(self, weight: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+        """Dequantises with bitsandbytes' kernel (fp64 by way of fp32)."""
+        n = weight.shape[0]
+        kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
+        rows = _kernels().dequantize_4bit(
+            weight.reshape(-1, 1), self._absmax(scale, in_features).reshape(-1), BLOCK, "nf4",
+            [n, in_features], kernel_dtype,
+        )  # fmt: skip
+        return rows.to(dtype)
+
+    def _absmax(self, scale: Tensor, in_features: int) -> Tensor:
+        if not self.double:
+            return _floats(scale)
+        sizes = [
+            min(GROUP, in_features // BLOCK - i) for i in range(0, in_features // BLOCK, GROUP)
+        ]
+        parts = []
+        for group, size in zip(scale.split([8 + s for s in sizes], dim=1), sizes, strict=True):
+            low, step, code = group.split([4, 4, size], dim=1)
+            parts.append(_floats(low) + code.float() * _floats(step))
+        return torch.cat(parts, dim=1)
+
+
+@dataclass(frozen=True)
+class Int8(Format):
+    """``w ~ scale * code``, code in -127..127, one fp32 scale a row: weights only, products in the
+    dtype of x.
+    """
+
+    name: ClassVar[str] = "int8"
+
+    def row_bytes(self, in_features: int) -> tuple[int, int]:
+        """One byte a weight, one fp32 a row."""
+        return in_features, 4
+
+    def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Rounds to the nearest code."""
+        scale = (rows.float().abs().amax(1, keepdim=True) / 127).clamp_min(1e-30)
+        code = (rows.float() / scale).round().to(torch.int8)
+        return _bytes(code), _bytes(scale)
+
+    def decode(self, weight: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+        """Multiplies in fp32, rounds once to ``dtype``."""
+        return (weight.view(torch.int8).float() * _floats(scale)).to(dtype)
+
+
+def get_format(name: str, double: bool = False) -> Format | None:
+    """Returns the format for ``model.quant``; None for ``none`` (plain weights).
+
+    Raises:
+        UserError: unknown name, or ``double_quant`` where there is nothing to quantise twice.
+    """
+    if double and name != "nf4":
+        raise UserError(f"model.double_quant=true needs model.quant=nf4, not {name!r}")
+    formats = {"none": None, "nf4": NF4(double), "int8": Int8()}
+    if name not in formats:
+        raise unknown("quantisation (model.quant)", name, formats)
+    return formats[name]
+
+
+class _QuantMatMul(torch.autograd.Function):
+    """``x W^T`` with W dequantised in forward and again in backward; no weight-sized tensor is
+    saved.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        ctx.fmt, ctx.in_features = fmt, x.shape[-1]
+        return F.linear(x, fmt.decode(weight, scale, x.shape[-1], x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,) = grads
+        weight, scale = ctx.saved_tensors
+        return grad @ ctx.fmt.decode(weight, scale, ctx.in_features, grad.dtype), None, None, None
+
+
+class QuantLinear(nn.Linear):
+    """A frozen ``nn.Linear`` whose W (out, in) is stored as bytes; made by ``quantise``, never
+    constructed.
+    """
+
+    fmt: Format
+    weight_scale: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``W x + b`` with W dequantised for the call."""
+        y = matmul(self, x)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        """Adds the format to the printed layer."""
+        return f"{super().extra_repr()}, {self.fmt}"
+
+
+def quantise(layer: nn.Linear, fmt: Format) -> None:
+    """Swaps a plain layer to ``QuantLinear`` in place; on the meta device only shapes change."""
+    if reason := fmt.refuses(layer.in_features):
+        raise UserError(
+            f"a layer of {layer.out_features} x {layer.in_features} cannot be {fmt.name}: {reason}"
+        )
+    width, scale_width = fmt.row_bytes(layer.in_features)
+    if layer.weight.is_meta:
+        weight, scale = (
+            torch.empty(layer.out_features, w, dtype=torch.uint8, device="meta")
+            for w in (width, scale_width)
+        )
+    else:
+        check_device(layer.weight.device, fmt)
+        weight, scale = fmt.encode(layer.weight.detach())
+    layer.__class__ = QuantLinear
+    assert isinstance(layer, QuantLinear)
+    layer.fmt = fmt
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.weight_scale = nn.Parameter(scale, requires_grad=False)
+
+
+def bnb_linear(layer: nn.Linear) -> nn.Module:
+    """Makes bitsandbytes' own NF4 layer of a plain one: what other libraries build upon.
+
+    For comparisons only: in eval mode on CPUs with avx512_bf16 its forward would repack the weight
+    for good, so that is switched off.
+    """
+    _kernels()
+    bnb = importlib.import_module("bitsandbytes")
+    made = bnb.nn.Linear4bit(
+        layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta",
+        compute_dtype=layer.weight.dtype, compress_statistics=False, quant_type="nf4",
+    )  # fmt: skip
+    made.weight = bnb.nn.Params4bit(
+        layer.weight.detach().clone(), compress_statistics=False, quant_type="nf4", module=made
+    )
+    made.bias = layer.bias
+    made.support_avx512bf16_for_cpu = False
+    on_device: nn.Module = made.to(layer.weight.device)
+    return on_device
+
+
+def matmul(layer: nn.Linear, x: Tensor) -> Tensor:
+    """``W x`` (..., out) in the dtype of x without the bias, however W is stored."""
+    if isinstance(layer, QuantLinear):
+        return _QuantMatMul.apply(x, layer.weight, layer.weight_scale, layer.fmt)
+    return F.linear(x, layer.weight.to(x.dtype))
+
+
+class Frozen:
+    """The black box of an adapter: a frozen layer without its bias, however W is stored."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self._layer = layer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``W x`` (..., out) in the dtype of x."""
+        return matmul(self._layer, x)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """W (out, in), for the backward of a fused method alone: made now, not to be kept."""
+        layer = self._layer
+        if isinstance(layer, QuantLinear):
+            return layer.fmt.decode(layer.weight, layer.weight_scale, layer.in_features, dtype)
+        return layer.weight.detach().to(dtype)
+
+
+@cache
+def check_device(device: torch.device, fmt: Format) -> None:
+    """Runs ``self_check`` once a process for each device and format."""
+    self_check(device, fmt)
+
+
+def self_check(device: torch.device, fmt: Format) -> None:
+    """Compares the device's kernels with known bytes and an fp32 product.
+
+    The weights are code values times a power of two, so each byte has one right value and decoding
+    is exact.
+
+    Raises:
+        RuntimeError: wrong bytes, wrong values or a wrong product: a broken kernel, build or
+            device.
+    """
+    n, in_features = 8, 2 * BLOCK
+    index = torch.arange(n * in_features).view(n, in_features) * 7
+    row_scale = 2.0 ** -(torch.arange(n).float()[:, None] % 4)
+    if isinstance(fmt, NF4):
+        code = index % 16
+        w = torch.tensor(NF4_VALUES)[code] * row_scale
+        expected = (code[:, ::2] * 16 + code[:, 1::2]).to(torch.uint8)
+    else:
+        code = index % 255 - 127
+        code[:, 0] = 127
+        w = code.float() * row_scale
+        expected = code.to(torch.int8).view(torch.uint8)
+    weight, scale = fmt.encode(w.to(device))
+    where = f"quantisation self-check of {fmt} on {device} (torch {torch.__version__}) failed"
+    if not torch.equal(weight.cpu(), expected):
+        raise RuntimeError(
+            f"{where}: wrong bytes. Update bitsandbytes, or take another model.quant"
+        )
+    decoded = fmt.decode(weight, scale, in_features, torch.float32)
+    if not torch.allclose(decoded.cpu(), w, rtol=1e-6, atol=0):
+        raise RuntimeError(f"{where}: dequantised values differ. Update bitsandbytes")
+    x = torch.sin(torch.arange(4 * in_features).float()).view(4, in_features).to(device)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 4e-2)):
+        y = _QuantMatMul.apply(x.to(dtype), weight, scale, fmt)
+        want = x @ w.to(device).T
+        if (y.float() - want).abs().max() > tolerance * want.abs().max():
+            raise RuntimeError(
+                f"{where}: the {dtype} product is wrong. Update torch or bitsandbytes"
+            )

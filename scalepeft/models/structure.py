@@ -1,0 +1,92 @@
+"""A base's modules on the meta device, its blocks, its non-persistent tables."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from scalepeft.core.errors import UserError
+from scalepeft.core.log import say
+from scalepeft.models import quant
+from scalepeft.models.hub import PRECISIONS, ModelConfig, architecture
+
+
+def build(config: ModelConfig, folder: Path, precision: str) -> nn.Module:
+    """Builds the causal LM on the meta device, block layers in the storage of ``model.quant``.
+
+    Raises:
+        UserError: config.json is missing, broken or of an unsupported architecture.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config_of_model = architecture(folder)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(
+                config_of_model, dtype=PRECISIONS[precision], attn_implementation="sdpa"
+            )
+    except (ValueError, KeyError) as error:
+        raise UserError(f"model.path={folder}: {str(error).splitlines()[0]}") from None
+    blocks_of(model)
+    fmt = quant.get_format(config.quant, config.double_quant)
+    if fmt is not None:
+        _quantise_blocks(model, fmt, folder)
+    return model
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Returns the decoder blocks, the units of sharding and checkpointing."""
+    blocks = getattr(getattr(model, "base_model", None), "layers", None)
+    if not isinstance(blocks, nn.ModuleList) or not len(blocks):
+        raise UserError(
+            f"{type(model).__name__} is not supported: its decoder has no list of blocks named"
+            " 'layers'. Supported: LLaMA-class models (Llama, Mistral, Qwen2, Qwen3, ...)"
+        )
+    return list(blocks)
+
+
+def _quantise_blocks(model: nn.Module, fmt: quant.Format, folder: Path) -> None:
+    kept: dict[str, str] = {}
+    for block in blocks_of(model):
+        for name, layer in block.named_modules():
+            if not isinstance(layer, nn.Linear):
+                continue
+            if reason := fmt.refuses(layer.in_features):
+                kept[name.rsplit(".", 1)[-1]] = reason
+            else:
+                quant.quantise(layer, fmt)
+    if len(kept) and not any(isinstance(m, quant.QuantLinear) for m in model.modules()):
+        raise UserError(
+            f"model.quant={fmt.name}: no layer of {folder} can be stored so:"
+            f" {next(iter(kept.values()))}"
+        )
+    if kept and int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+        for name, reason in kept.items():
+            say(f"{name} stays unquantised in every block: {reason}")
+
+
+def materialise(model: nn.Module, device: torch.device) -> None:
+    """Gives every meta parameter and buffer (sharded or whole) empty storage on ``device``; ties
+    stay ties.
+    """
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.is_meta:
+                if id(p) not in made:
+                    made[id(p)] = nn.Parameter(
+                        torch.empty_like(p, device=device), requires_grad=p.requires_grad
+                    )
+                module._parameters[name] = made[id(p)]
+    compute_tables(model, device)
+    left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    assert not left, f"still on the meta device: {left}"
+
+
+def compute_tables(model: nn.Module, device: torch.device) -> None:
+    """Makes meta buffers real: they are in no checkpoint, so that their module is made again."""
+    for parent in list(model.modules()):
+        for name, module in list(parent.named_children()):
+            if any(b.is_meta for b in module.buffers(recurse=False)):
+                setattr(parent, name, type(module)(module.config).to(device))  # rotary frequencies

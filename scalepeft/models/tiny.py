@@ -1,0 +1,124 @@
+"""The built-in base: a tiny LLaMA and a byte-level BPE tokenizer, made on the spot from the toy
+task's own text.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from scalepeft.data.tasks import toy
+
+SPEC: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 320,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 768,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+}
+RECIPE: dict[str, Any] = {
+    "version": 1,
+    "seed": 0,
+    "batch": 16,
+    "length": 128,
+    "lr": 3e-3,
+    "lines": 6000,
+}
+
+
+def make(pretrain_steps: int) -> Path:
+    """Returns the folder of the built-in model, made once per (architecture, recipe, steps) in the
+    cache.
+
+    With 0 steps the weights are random. Otherwise the whole model is trained that many steps to
+    predict the next token of the toy world's plain text (facts, lists, and questions with random
+    answers).
+    """
+    text = toy.corpus(random.Random(RECIPE["seed"]), RECIPE["lines"])
+    recipe = {
+        **SPEC,
+        **RECIPE,
+        "steps": pretrain_steps,
+        "torch": torch.__version__,
+        "text": hashlib.sha256("\n".join(text).encode()).hexdigest(),
+    }
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+    root = Path(os.environ.get("SCALEPEFT_CACHE") or Path.home() / ".cache" / "scalepeft")
+    folder = root / "models" / f"tiny-{key}"
+    if (folder / "model.safetensors").is_file():
+        return folder
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer(text)
+    tokenizer.save_pretrained(temporary)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RECIPE["seed"])
+        model = _pretrained(text, tokenizer, pretrain_steps)
+    save_file(_tensors(model), temporary / "model.safetensors", {"format": "pt"})
+    model.config.save_pretrained(temporary)
+    try:
+        temporary.rename(folder)
+    except OSError:  # another process made it meanwhile
+        shutil.rmtree(temporary)
+    return folder
+
+
+def _tensors(model: Any) -> dict[str, torch.Tensor]:
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+
+
+def _tokenizer(text: list[str]) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=SPEC["vocab_size"],
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(text, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+def _pretrained(text: list[str], tokenizer: Any, steps: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(**SPEC, bos_token_id=0, eos_token_id=1))
+    if not steps:
+        return model
+    ids = [i for row in tokenizer(text)["input_ids"] for i in [*row, 1]]
+    length, batch = RECIPE["length"], RECIPE["batch"]
+    stream = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RECIPE["lr"], weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, RECIPE["lr"], total_steps=steps, pct_start=0.1
+    )
+    model.train()
+    for step in range(steps):
+        rows = stream[torch.randint(len(stream), (batch,))]
+        loss = model(input_ids=rows, labels=rows).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 100 == 0 or step == steps - 1:
+            print(
+                f"scalepeft: built-in base: step {step + 1}/{steps} loss {loss.item():.3f}",
+                file=sys.stderr,
+            )
+    return model.eval()

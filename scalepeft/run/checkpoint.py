@@ -1,0 +1,364 @@
+"""Run folder and checkpoints: two-phase commit, checksums, newest verified, retention, fence.
+
+A checkpoint holds what was trained and where training stood, never the base and never a pickle:
+``trained.safetensors``, ``optimizer.safetensors``, ``state.json``, and ``manifest.json``, which is
+written last. A large one has a pair of tensor files for each rank that wrote
+(``trained-00002-of-00016.safetensors``). Names and shapes are those of the whole model, so that any
+engine at any world size reads it.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scalepeft.core.errors import UserError
+from scalepeft.core.files import digest, fsync, try_to_write, write_atomically
+from scalepeft.core.log import say
+from scalepeft.run.tensors import Reader
+
+SCHEMA = 2  # 1 had no files in parts
+NAME = re.compile(r"step-(\d{6,})")
+CLAIM_SECONDS = 5.0  # a start that is claiming is given so long to finish
+NO_FOLDER_RENAME = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EPERM}
+
+
+class Fenced(Exception):
+    """A newer start of the same run owns the folder; this process must not write."""
+
+
+class NewerCheckpoint(Exception):
+    """A checkpoint that a later version of scalepeft wrote."""
+
+
+class DamagedCheckpoint(Exception):
+    """A folder that does not verify; the message says why."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint; ``Reader`` gives its tensors."""
+
+    step: int
+    folder: Path
+    state: dict[str, Any]
+
+
+class RunFolder:
+    """One run's folder on the rank that writes. ``generation`` counts the starts and is the fence.
+
+    Nothing of a run that is there changes before ``claim``.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.generation = 0
+        """0 until the folder is claimed."""
+        self._verified: dict[str, Any] = {}
+        """What verified before -> the signature it had: not hashed again unless it changed."""
+        self._told_of_rename = False
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            try_to_write(path)
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(
+            f"run_dir={self.path}: cannot be written on {socket.gethostname()}: {error.strerror};"
+            " make room or choose another folder"
+        )
+
+    def claim(self, seen: int | None = None) -> None:
+        """Takes the next generation: an older process of this run stops at its next write.
+
+        Args:
+            seen: the generation that was looked at and found to be over; by default the stored one.
+
+        Raises:
+            UserError: another start took the folder meanwhile, or the disk refuses.
+        """
+        try:
+            seen = stored_generation(self.path) if seen is None else seen
+            self.generation = self._next_generation(seen)
+            write_atomically(self.path / "generation", f"{self.generation}\n")
+            for mark in self.path.glob(".start-*"):
+                mark.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        for leftover in self.checkpoints.glob("*.tmp-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _next_generation(self, seen: int) -> int:
+        """A number that no other start takes: its file is made by one of them alone."""
+        # A generation file that was lost must not let the count begin anew, below that of a frozen
+        # writer.
+        number = max(seen, _largest_generation(self.path)) + 1
+        while True:
+            until = time.monotonic() + CLAIM_SECONDS
+            try:
+                os.close(os.open(self.path / f".start-{number}", os.O_CREAT | os.O_EXCL))
+                until = 0.0
+            except FileExistsError:
+                time.sleep(0.1)
+            while True:
+                if (stored := stored_generation(self.path)) != seen:
+                    raise UserError(
+                        f"run_dir={self.path}: start {stored} of this run took it in this very"
+                        " moment; launch a run once"
+                    )
+                if time.monotonic() > until:
+                    break
+                time.sleep(0.1)
+            if not until:
+                return number
+            number += 1  # whoever made that file ended before it could write
+
+    def check_fence(self) -> None:
+        """Raises Fenced if the run was started again since this process took the folder."""
+        check_fence(self.path, self.generation)
+
+    def begin(self, step: int) -> Path:
+        """Makes the folder that all ranks write a checkpoint's tensors into.
+
+        Raises:
+            OSError: the disk refused.
+            Fenced: another start owns the folder.
+        """
+        self.check_fence()
+        temporary = self.checkpoints / f"step-{step:06d}.tmp-{self.generation}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        return temporary
+
+    def commit(
+        self, temporary: Path, files: dict[str, Any], state: dict[str, Any], keep: int
+    ) -> Path:
+        """Makes ``step-NNNNNN`` of what was written, then drops what retention no longer needs.
+
+        Args:
+            temporary: from ``begin``.
+            files: what ``write_tensors`` said of each file.
+            state: position in the data, and what the checkpoint may be continued with.
+            keep: newest verified checkpoints that are kept.
+
+        Raises:
+            OSError: the disk refused; nothing of this checkpoint is left, the older ones are
+                untouched.
+            Fenced: another start owns the folder.
+        """
+        final = temporary.with_name(temporary.name.partition(".")[0])
+        step = int(final.name.partition("-")[2])
+        text = json.dumps(state, indent=1).encode()
+        try:
+            self._write(temporary / "state.json", text)
+            sha256 = hashlib.sha256(text).hexdigest()
+            files = files | {"state.json": {"bytes": len(text), "sha256": sha256}}
+            manifest = {
+                "schema": SCHEMA,
+                "step": step,
+                "generation": self.generation,
+                "tensors": state.get("tensors"),
+                "files": dict(sorted(files.items())),
+            }
+            self._write(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
+            fsync(temporary)
+            Reader(temporary)  # is it whole?
+            self.check_fence()
+            if final.exists():  # passed over as damaged, or the same step saved before
+                self._set_aside(final)
+            self._rename(temporary, final)
+            fsync(self.checkpoints)
+        except (OSError, ValueError) as error:
+            self.abandon(temporary)
+            raise error if isinstance(error, OSError) else OSError(str(error)) from error
+        self._verified[final.name] = _signature(final)
+        self._retain(keep)
+        return final
+
+    def abandon(self, temporary: Path) -> None:
+        """Removes what a failed save left."""
+        shutil.rmtree(temporary, ignore_errors=True)
+
+    @staticmethod
+    def _write(file: Path, text: bytes) -> None:
+        file.write_bytes(text)
+        fsync(file)
+
+    def _rename(self, temporary: Path, final: Path) -> None:
+        try:
+            temporary.rename(final)
+        except OSError as error:
+            if error.errno not in NO_FOLDER_RENAME:
+                raise
+            if not self._told_of_rename:
+                say(
+                    f"run_dir={self.path}: this file system cannot rename a folder"
+                    f" ({error.strerror}): checkpoints are moved file by file, the manifest last. A"
+                    " crash in that moment loses the checkpoint that is being saved, never an older"
+                    " one"
+                )
+                self._told_of_rename = True
+            final.mkdir()
+            for file in sorted(temporary.iterdir(), key=lambda f: f.name == "manifest.json"):
+                file.replace(final / file.name)
+            fsync(final)
+            temporary.rmdir()
+
+    def _set_aside(self, folder: Path) -> None:
+        target = folder.with_name(f"{folder.name}.damaged-{self.generation}")
+        shutil.rmtree(target, ignore_errors=True)
+        folder.rename(target)
+
+    def steps(self) -> list[int]:
+        """Steps of the committed checkpoints, newest first; whether they verify is another
+        question.
+        """
+        return self.steps_in(self.checkpoints)
+
+    @staticmethod
+    def steps_in(checkpoints: Path) -> list[int]:
+        """The same for any ``checkpoints`` folder, without opening the run."""
+        found = (NAME.fullmatch(p.name) for p in checkpoints.glob("step-*"))
+        return sorted((int(m[1]) for m in found if m), reverse=True)
+
+    def newest(self) -> tuple[Checkpoint | None, list[str]]:
+        """Returns the newest checkpoint that verifies, and for each one passed over why.
+
+        Raises:
+            UserError: there are checkpoints and none can be used: nobody starts over by accident.
+        """
+        passed_over: list[str] = []
+        for step in self.steps():
+            folder = self.checkpoints / f"step-{step:06d}"
+            try:
+                checkpoint = self._read(folder)
+            except DamagedCheckpoint as error:
+                passed_over.append(f"{folder.name}: {error}")
+                continue
+            except NewerCheckpoint as error:
+                raise UserError(f"{error}; update scalepeft to resume") from None
+            return checkpoint, passed_over
+        if passed_over:
+            raise UserError(
+                f"run_dir={self.path}: no checkpoint verifies ({'; '.join(passed_over)}); restore"
+                f" one, or remove {self.checkpoints} to start over"
+            )
+        return None, []
+
+    def _retain(self, keep: int) -> None:
+        kept = 0
+        for step in self.steps():
+            folder = self.checkpoints / f"step-{step:06d}"
+            if kept >= keep:
+                shutil.rmtree(folder, ignore_errors=True)
+            elif self._verifies(folder):
+                kept += 1
+
+    def _verify(self, folder: Path) -> None:
+        signature = _signature(folder)
+        if self._verified.get(folder.name) != signature:
+            verify(folder)
+            try:
+                Reader(folder)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise DamagedCheckpoint(f"unreadable: {type(error).__name__}: {error}") from None
+            self._verified[folder.name] = signature
+
+    def _read(self, folder: Path) -> Checkpoint:
+        self._verify(folder)
+        try:
+            state = json.loads((folder / "state.json").read_text())
+        except (OSError, ValueError) as error:
+            raise DamagedCheckpoint(f"unreadable: {type(error).__name__}: {error}") from None
+        return Checkpoint(int(folder.name.partition("-")[2]), folder, state)
+
+    def _verifies(self, folder: Path) -> bool:
+        try:
+            self._verify(folder)
+        except DamagedCheckpoint:
+            return False
+        return True
+
+
+def stored_generation(run_dir: Path) -> int:
+    """Number of the start that owns a run folder; 0 where none ever did."""
+    file = run_dir / "generation"
+    text = file.read_bytes().decode(errors="replace").strip() if file.is_file() else ""
+    return int(text) if text.isdecimal() else 0
+
+
+def _largest_generation(run_dir: Path) -> int:
+    """The largest generation that the run's events and checkpoints were written under."""
+    manifests = run_dir.glob("checkpoints/*/manifest.json")
+    files = [file for file in (run_dir / "events.jsonl", *manifests) if file.is_file()]
+    found = (
+        int(number)
+        for file in files
+        for number in re.findall(r'"generation": (\d+)', file.read_text(errors="replace"))
+    )
+    return max(found, default=0)
+
+
+def check_fence(run_dir: Path, generation: int) -> None:
+    """Raises Fenced if a run folder belongs to a newer start than this, OSError if it does not
+    say.
+    """
+    if (stored := stored_generation(run_dir)) > generation:
+        raise Fenced(
+            f"run_dir={run_dir}: start {stored} of this run owns the folder, this is start"
+            f" {generation}; it stops without writing"
+        )
+
+
+def _signature(folder: Path) -> list[tuple[str, int, int, int]]:
+    """What of a folder changes when a file in it does."""
+    try:
+        stats = [(file.name, file.stat()) for file in sorted(folder.iterdir())]
+    except OSError:
+        return []
+    return [(name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats]
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Checks a checkpoint folder against its manifest and returns the manifest.
+
+    Raises:
+        DamagedCheckpoint: the manifest is missing or broken, or a file is missing, cut or changed.
+    """
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        schema, files, step = manifest["schema"], dict(manifest["files"]), manifest["step"]
+        kinds = {re.split(r"[-.]", name)[0] for name in files}
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise NewerCheckpoint(f"{folder} has schema {schema}, this version reads {SCHEMA}")
+        if folder.name != f"step-{step:06d}" or not {"trained", "state"} <= kinds:
+            raise DamagedCheckpoint(
+                f"manifest.json is that of step {step} with {', '.join(sorted(files))}"
+            )
+        for name, expected in files.items():
+            file = folder / name
+            if not file.is_file():
+                raise DamagedCheckpoint(f"{name} is missing")
+            if (size := file.stat().st_size) != expected["bytes"]:
+                raise DamagedCheckpoint(
+                    f"{name} has {size} bytes, the manifest says {expected['bytes']}"
+                )
+            if digest(file) != expected["sha256"]:
+                raise DamagedCheckpoint(f"{name} has changed: sha256 differs from the manifest")
+    except FileNotFoundError:
+        raise DamagedCheckpoint("no manifest.json: never committed, or deleted") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"unreadable: {type(error).__name__}: {error}") from None
+    return dict(manifest)

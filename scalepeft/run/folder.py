@@ -1,0 +1,147 @@
+"""Reading a run's folder: its config, and whether it is the same run, base and file system."""
+
+import os
+import socket
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scalepeft.config import changes
+from scalepeft.config import files as config_files
+from scalepeft.config import schema as cfg
+from scalepeft.config.schema import RunConfig
+from scalepeft.core.errors import UserError
+from scalepeft.core.files import read_mapping, try_to_write
+from scalepeft.parallel.ranks import Ranks
+from scalepeft.run.checkpoint import RunFolder
+
+
+def load_run(run_dir: str, settings: list[str], allowed: tuple[str, ...], what: str) -> RunConfig:
+    """Reads a run's config and lays settings over it that do not change what was trained.
+
+    Args:
+        run_dir: the folder.
+        settings: ``key=value`` arguments.
+        allowed: keys that may be set; one that ends with a dot stands for its section.
+        what: the purpose, for the message: ``an evaluation``.
+
+    Raises:
+        UserError: not a run folder, or a setting that would make it another run.
+    """
+    file = Path(run_dir) / "config.yaml"
+    if not file.is_file():
+        raise UserError(
+            f"{run_dir} is no run folder: it has no config.yaml; name the run_dir of a training"
+        )
+    values = read_mapping(file, yaml.safe_load, "restore the config of the run")
+    for setting in settings:
+        key = setting.partition("=")[0]
+        if not changes.matches_key(key, allowed):
+            raise UserError(
+                f"{key}: cannot be changed for {what}; allowed:"
+                f" {', '.join(k + 'KEY' if k.endswith('.') else k for k in allowed)}"
+            )
+    return replace(config_files.overlay(values, settings), run_dir=run_dir)
+
+
+def older_adapter(run_dir: Path, step: int | None) -> str | None:
+    """Says that the run has gone on since its adapter was written; None where it has not."""
+    newest = max(RunFolder.steps_in(run_dir / "checkpoints"), default=step)
+    if step is None or newest == step:
+        return None
+    return (
+        f"the adapter is that of step {step}, the newest checkpoint of step {newest}: the run went"
+        " on after it, or is still training"
+    )
+
+
+def check_base(config: RunConfig, trained_on: dict[str, Any], fingerprint: str) -> None:
+    """Refuses a base whose files are not those that the adapter was trained on.
+
+    Args:
+        config: of the run, with the ``model.path`` that is used now.
+        trained_on: ``base_model`` of ``adapter_config.json``.
+        fingerprint: of the files there.
+
+    Raises:
+        UserError: they differ.
+    """
+    if trained_on.get("fingerprint") != fingerprint:
+        raise UserError(
+            f"{config.run_dir}/adapter was trained on another base than"
+            f" model.path={config.model.path} now holds (the fingerprint of its files differs);"
+            " name the folder of that base with model.path=FOLDER"
+        )
+
+
+def check_same_run(config: RunConfig, allow_changes: bool) -> None:
+    """Refuses to continue a run under another config; lists the keys that differ.
+
+    Raises:
+        UserError: the folder holds a run with other settings, or one whose config.yaml is lost.
+    """
+    file = Path(config.run_dir) / "config.yaml"
+    # Before the first checkpoint there is nothing that another config could spoil.
+    if not any(file.parent.glob("checkpoints/step-*")):
+        return
+    remedy = "restore it (the run's config cannot be compared without), or choose another run_dir"
+    held = read_mapping(file, yaml.safe_load, remedy)
+    try:
+        held = cfg.to_dict(cfg.from_dict(held))  # keys that are newer than the run: their defaults
+    except UserError as error:
+        raise UserError(f"{file}: {error}; {remedy}") from None
+    changed = changes.differences(held, cfg.to_dict(config))
+    if not changed:
+        return
+    listed = "; ".join(f"{key}: {was} there, {now} now" for key, (was, now) in changed.items())
+    harmful = [key for key in changed if not changes.matches_key(key, changes.HARMLESS)]
+    if harmful:
+        raise UserError(
+            f"run_dir={config.run_dir} holds a run with another config ({listed}); choose another"
+            f" run_dir, or set {', '.join(harmful)} back"
+        )
+    if not allow_changes:
+        raise UserError(
+            f"run_dir={config.run_dir} holds a run with another config ({listed}); these keys may"
+            " change: add --resume-with-changes, or choose another run_dir"
+        )
+
+
+def check_nodes(run_dir: str, ranks: Ranks) -> None:
+    """Refuses a run folder that is not one folder on all nodes, or that one of them cannot write.
+
+    Any node may hold rank 0 after the next restart. Found out before anything is loaded.
+
+    Raises:
+        UserError: with the node's name.
+    """
+    folder = Path(run_dir)
+
+    def mark() -> Path:
+        handle, name = tempfile.mkstemp(prefix=".seen-by-all-nodes-", dir=folder)
+        os.close(handle)
+        return Path(name)
+
+    seen = ranks.main_only(mark)
+
+    def look() -> None:
+        try:
+            if not seen.exists():
+                raise UserError(
+                    f"run_dir={folder}: is another folder on {socket.gethostname()} than on rank"
+                    " 0's node; it must be on a file system that all nodes share"
+                )
+            try_to_write(folder)
+        except OSError as error:
+            raise UserError(
+                f"run_dir={folder}: cannot be written on {socket.gethostname()}: {error.strerror}"
+            ) from None
+
+    try:
+        ranks.together(lambda: look() if ranks.local_rank == 0 else None)
+    finally:
+        if ranks.is_main:
+            seen.unlink(missing_ok=True)

@@ -1,0 +1,90 @@
+"""Where the wall time of a run went: useful steps, and the losses by name."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from scalepeft.core.files import read_lines
+from scalepeft.core.text import duration
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """Seconds of a run over all its starts; ``wall`` is the sum of all others.
+
+    Attributes:
+        wall: from the first launch to the last sign of life, without the time after a planned end.
+        steps: training steps that count.
+        startup: from a process's begin to where its ranks have met.
+        load: data, base model, checkpoint.
+        save: gathering and committing checkpoints; training waits meanwhile.
+        held_out: held-out losses.
+        recomputed: steps that came after the newest checkpoint of a start that died.
+        waiting: from a start's last sign of life to the next launch: the queue, a job script's
+            checks, starts that failed.
+        other: between steps: logging, agreement on a stop, writing the adapter; and what a start
+            did in the last moments before it died.
+    """
+
+    wall: float
+    steps: float
+    startup: float
+    load: float
+    save: float
+    held_out: float
+    recomputed: float
+    waiting: float
+
+    @property
+    def other(self) -> float:
+        """What is left of the wall time."""
+        known = (self.steps, self.startup, self.load, self.save, self.held_out)
+        return max(0.0, self.wall - sum(known) - self.recomputed - self.waiting)
+
+    @property
+    def share(self) -> float:
+        """Goodput: useful step time over wall time, in [0, 1]."""
+        return min(1.0, self.steps / self.wall)
+
+    def losses(self) -> str:
+        """The losses in one line, the largest first."""
+        found = {
+            "start-up": self.startup,
+            "load": self.load,
+            "save": self.save,
+            "held-out": self.held_out,
+            "recomputed steps": self.recomputed,
+            "waiting": self.waiting,
+            "other": self.other,
+        }
+        ordered = sorted(found.items(), key=lambda item: -item[1])
+        return ", ".join(f"{name} {duration(seconds)}" for name, seconds in ordered)
+
+
+def goodput(run_dir: Path) -> Goodput | None:
+    """Adds up ``events.jsonl``, ``metrics.jsonl`` and ``validation.jsonl``; None where the run is
+    older than these figures.
+    """
+    events = read_lines(run_dir / "events.jsonl", "event", "time")
+    starts = [e for e in events if e["event"] == "start"]
+    rows = read_lines(run_dir / "metrics.jsonl", "seconds", "time")
+    if not starts or not rows or any("launched" not in e for e in starts):
+        return None
+    first = starts[0]["launched"]  # the first that can be read: nothing from before it counts
+    rows = [row for row in rows if row["time"] >= first]
+    events = [event for event in events if event["time"] >= first]
+
+    def total(key: str) -> float:
+        own = ("startup", "load")
+        return float(sum(e.get(key, 0.0) for e in (starts if key in own else starts[1:])))
+
+    last = max(row["time"] for row in (*events, *rows))
+    return Goodput(
+        wall=last - first - total("idle"),
+        steps=sum(row["seconds"] for row in rows),
+        startup=total("startup"),
+        load=total("load"),
+        save=sum(e.get("seconds", 0.0) for e in events if e["event"] == "saved"),
+        held_out=sum(r["seconds"] for r in read_lines(run_dir / "validation.jsonl", "seconds")),
+        recomputed=total("recomputed"),
+        waiting=total("waited"),
+    )

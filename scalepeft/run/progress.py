@@ -1,0 +1,92 @@
+"""What a person sees of a run: a bar on a terminal, plain lines elsewhere, TensorBoard or W&B when
+asked.
+"""
+
+import hashlib
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from scalepeft.config.schema import RunConfig
+from scalepeft.core.errors import UserError
+from scalepeft.core.log import LINE_SECONDS, say
+
+
+class Progress:
+    """Reports steps on rank 0.
+
+    Raises:
+        UserError: a tracker was asked for that is not installed.
+    """
+
+    def __init__(self, config: RunConfig, first_step: int, steps: int) -> None:
+        self.steps = steps
+        self._bar: Any = None
+        self._last_line = 0.0
+        self._board: Any = None
+        self._wandb: Any = None
+        folder = Path(config.run_dir)
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
+        if config.train.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("train.tensorboard=true: pip install 'scalepeft[track]'") from None
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+        if config.train.wandb:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError(f"train.wandb={config.train.wandb}: pip install wandb") from None
+            name = folder.resolve().name
+            run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+            self._wandb = wandb.init(
+                project=config.train.wandb, name=name, id=run_id, resume="allow", dir=str(folder)
+            )
+
+    def step(self, row: dict[str, Any]) -> None:
+        """Shows one training step."""
+        loss = "skipped" if row["loss"] is None else f"{row['loss']:.4f}"
+        text = f"loss {loss} lr {row['lr']:.2e} {row['tokens_per_second']:.0f} tok/s"
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update()
+        elif time.monotonic() - self._last_line > LINE_SECONDS or row["step"] == self.steps:
+            self._last_line = time.monotonic()
+            self.line(f"step {row['step']}/{self.steps} {text}")
+        self._track("train", row)
+
+    def held_out(self, row: dict[str, Any]) -> None:
+        """Shows a held-out loss."""
+        loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+        self.line(f"step {row['step']}/{self.steps} held-out loss {loss}")
+        self._track("held_out", row)
+
+    def line(self, text: str) -> None:
+        """Prints a line without tearing the bar."""
+        if self._bar is not None:
+            self._bar.write(f"scalepeft: {text}", file=sys.stderr)
+        else:
+            say(text)
+
+    def _track(self, group: str, row: dict[str, Any]) -> None:
+        numbers = {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
+        if self._board is not None:
+            for key, value in numbers.items():
+                self._board.add_scalar(f"{group}/{key}", value, row["step"])
+        if self._wandb is not None:
+            self._wandb.log({f"{group}/{k}": v for k, v in numbers.items()}, step=row["step"])
+
+    def close(self) -> None:
+        """Flushes the trackers."""
+        for tracker, close in (
+            (self._bar, "close"),
+            (self._board, "close"),
+            (self._wandb, "finish"),
+        ):
+            if tracker is not None:
+                getattr(tracker, close)()

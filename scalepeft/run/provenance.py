@@ -1,0 +1,79 @@
+"""With what something was made: versions, the commit of this code, the device; for records and
+reports.
+"""
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from scalepeft import __version__
+
+
+def versions(*libraries: str) -> dict[str, str]:
+    """Name -> version of scalepeft, of Python and of these libraries."""
+    found = {"scalepeft": __version__, "python": platform.python_version()}
+    for name in libraries:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def commit() -> str | None:
+    """The commit of the code that runs, ``+changes`` after it where files differ from it; None for
+    an installed package, which has its version instead.
+    """
+    root = Path(__file__).resolve().parents[2]
+    kept = root / "COMMIT"  # of the copy that launch/submit made
+    if kept.is_file():
+        words = kept.read_text().split(None, 1)
+        return words[0] + ("+changes" if len(words) > 1 else "") if words else None
+    if not (root / ".git").exists():  # else it would be that of whatever holds site-packages
+        return None
+    found = [_git(root, "rev-parse", "HEAD"), _git(root, "status", "--short", "-uno")]
+    if found[0] is None:
+        return None
+    return found[0] + ("+changes" if found[1] else "")
+
+
+def _git(root: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "--no-optional-locks", "-C", str(root), *words],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    except OSError:  # no git on this machine
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.is_file() else []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def peak_memory() -> dict[str, int | None]:
+    """The most memory that this process has held, in bytes.
+
+    Returns:
+        ``peak_memory``: of CUDA's allocator, None without CUDA. ``peak_resident``: of the process,
+        since its program began (``VmHWM``; what ``wait4`` tells counts the parent's too); None
+        where /proc does not say.
+    """
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    kib = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
+    return {
+        "peak_memory": torch.cuda.max_memory_allocated() if cuda else None,
+        "peak_resident": None if kib is None else kib * 1024,
+    }

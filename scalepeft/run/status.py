@@ -1,0 +1,114 @@
+"""How a run stands."""
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from scalepeft.core.files import read_lines
+from scalepeft.core.slurm import ACTIVE, _ask_all, _ask_slurm, _word
+from scalepeft.core.text import duration
+from scalepeft.run.checkpoint import RunFolder
+
+RECENT = 20  # steps that speed and ETA are taken from
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """How a run stands.
+
+    Returns:
+        ``state`` (Slurm's word and reason, or what the run's last event says), ``job``, ``nodes``,
+        ``restarts``, ``step``, ``steps``, ``saved``, ``tokens_per_second`` and ``step_seconds``
+        (medians of the last steps), ``stages`` of a pipeline, ``lost_seconds`` (restarts: waiting,
+        start-up, load, recomputed steps), ``eta_seconds`` (without further restarts; None where
+        nothing is to come or known).
+    """
+    events = read_lines(folder / "events.jsonl", "event", "time")
+    rows = read_lines(folder / "metrics.jsonl", "step", "seconds", "tokens_per_second")
+    starts = [e for e in events if e["event"] == "start"]
+    recent = rows[-RECENT:]
+    step = rows[-1]["step"] if rows else 0
+    total = starts[-1].get("steps") if starts else None
+    seconds = statistics.median(r["seconds"] for r in recent) if recent else None
+    job = _job(folder, starts)
+    slurm = _ask_slurm(job) if job else {}
+    lost = sum(
+        e.get(k, 0.0) for e in starts[1:] for k in ("waited", "startup", "load", "recomputed")
+    )
+    state = _state(slurm, events, rows, seconds)
+    coming = state.split()[0].rstrip(",") in (*ACTIVE, "running")
+    return {
+        "run": str(folder),
+        "state": state,
+        "job": job,
+        "nodes": slurm.get("NodeList"),
+        "restarts": max(0, len(starts) - 1),
+        "step": step,
+        "steps": total,
+        "saved": max(RunFolder.steps_in(folder / "checkpoints"), default=0),
+        "tokens_per_second": statistics.median(r["tokens_per_second"] for r in recent)
+        if recent
+        else None,
+        "step_seconds": seconds,
+        "lost_seconds": lost,
+        "stages": _stages(folder),
+        "eta_seconds": (total - step) * seconds if total and seconds and coming else None,
+    }
+
+
+def _stages(folder: Path) -> dict[str, str]:
+    """Stage of a pipeline -> done or begun, in the order of time; empty without one."""
+    files = sorted((folder / "stages").glob("*.json"), key=lambda p: p.stat().st_mtime)
+    words = {"begun": "begun", "": "done"}
+    found = ((f.stem.partition(".")) for f in files if f.stem != "holder")
+    return {name: words[end] for name, _, end in found if end in words}
+
+
+def job_of(folder: Path) -> tuple[str, str] | None:
+    """The first Slurm job that has still to do with a run, with its state: any step of the newest
+    submission, or the job that the run was last started in; None where all have ended.
+    """
+    events = read_lines(folder / "events.jsonl", "event", "time")
+    started = _job(folder, [e for e in events if e["event"] == "start"])
+    for job in dict.fromkeys([started, *_newest_jobs(folder).values()]):
+        for task in _ask_all(job) if job else ():
+            if task["JobState"] in ACTIVE:
+                return str(job), task["JobState"]
+    return None
+
+
+def _newest_jobs(folder: Path) -> dict[str, str]:
+    """Step of the newest submission -> its job, in the order in which they were queued."""
+    files = sorted(folder.glob("submissions/*/*.job"), key=lambda p: p.stat().st_mtime_ns)
+    own = [f for f in files if f.parent == files[-1].parent]
+    return {f.stem: f.read_text().strip() for f in own}
+
+
+def _job(folder: Path, starts: list[dict[str, Any]]) -> str | None:
+    """The newest Slurm job that was to train this run, as Slurm calls it."""
+    files = sorted(folder.glob("submissions/*/train.job"), key=lambda p: p.stat().st_mtime)
+    submitted = files[-1] if files else None
+    if starts and "job" in starts[-1]:
+        newest = starts[-1]["time"]
+        if submitted is None or submitted.stat().st_mtime < newest:
+            return str(starts[-1]["job"])
+    return submitted.read_text().strip() if submitted else None
+
+
+def _state(
+    slurm: dict[str, str],
+    events: list[dict[str, Any]],
+    rows: list[dict[str, Any]],
+    step_seconds: float | None,
+) -> str:
+    last = max((r["time"] for r in (*events[-1:], *rows[-1:]) if "time" in r), default=None)
+    ago = duration(max(0.0, time.time() - last)) if last else None
+    if "JobState" in slurm:
+        word = _word(slurm)
+        return f"{word}, last sign of life {ago} ago" if ago and word == "RUNNING" else word
+    if not events:
+        return "not started"
+    if events[-1]["event"] in ("finished", "stopped"):
+        return f"{events[-1]['event']} {ago} ago"
+    alive = last is not None and time.time() - last < max(60.0, 5 * (step_seconds or 0))
+    return f"running, last sign of life {ago} ago" if alive else f"no sign of life for {ago}"

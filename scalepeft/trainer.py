@@ -1,0 +1,195 @@
+"""One optimizer step, and everything that a step, a save or a resume touches."""
+
+import math
+
+import torch
+from torch import nn
+
+from scalepeft.adapters import inject as injection
+from scalepeft.adapters.base import Adapter, Dropout, dropout_keys
+from scalepeft.build import Built
+from scalepeft.config.schema import RunConfig
+from scalepeft.core.errors import UserError
+from scalepeft.data import loader
+from scalepeft.data.tokens import TokenSet
+from scalepeft.parallel.base import Part
+from scalepeft.parallel.ranks import Ranks
+from scalepeft.run.records import Records
+from scalepeft.run.saver import Saver
+from scalepeft.run.tensors import Reader
+
+
+class Trainer:
+    """Everything that a step, a save or a resume touches."""
+
+    def __init__(
+        self, config: RunConfig, ranks: Ranks, built: Built, data_fingerprint: str
+    ) -> None:
+        self.config, self.ranks, self.built = config, ranks, built
+        self.data_fingerprint = data_fingerprint
+        self.trained = injection.trainable(built.model)
+        decayed = injection.decayed_names(built.model)
+        groups = [
+            {
+                "params": [p for n, p in self.trained.items() if n in decayed],
+                "weight_decay": config.train.weight_decay,
+            },
+            {
+                "params": [p for n, p in self.trained.items() if n not in decayed],
+                "weight_decay": 0.0,
+            },
+        ]
+        self.optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]],
+            lr=config.train.lr,
+            betas=(config.train.beta1, config.train.beta2),
+            eps=config.train.eps,
+        )
+        self.call = built.engine.attach(built.model, self.optimizer)
+        """What training calls: the model, or the engine's wrapper around it."""
+        found = [adapter for _, adapter in injection.adapters(built.model)]
+        self.penalised = any(type(a).penalty is not Adapter.penalty for a in found)
+        self.dropouts = [m for m in built.model.modules() if isinstance(m, Dropout)]
+        self.nonfinite = 0
+        """Steps in a row that were skipped because loss or gradient was not finite."""
+        self.penalty: float | None = None
+        """Value of the adapters' regularisers before the last step; None for methods without."""
+
+    def step(
+        self, micro: list[loader.MicroBatch], label_tokens: int, lr: float
+    ) -> tuple[float | None, float | None]:
+        """One optimiser step; returns (mean loss over the global batch's label tokens, gradient
+        norm).
+
+        ``loss = sum over ranks and micro-batches of the summed cross-entropy / label_tokens``: sums
+        all the way, divided once, so that how rows are dealt to ranks and micro-batches changes
+        nothing. A step that is not finite changes no parameter and returns (None, None).
+        """
+        engine, train = self.built.engine, self.config.train
+        total = torch.zeros((), device=self.ranks.device)
+        for i, batch in enumerate(micro):
+            # The base's own dropout, where its config has one: repeated after a resume.
+            torch.manual_seed((train.seed << 32) + int(batch.samples[0]))
+            batch = batch.to(self.ranks.device)
+            last = i == len(micro) - 1
+            # The adapter's: a function of (seed, sample), whatever the layout.
+            for dropout in self.dropouts:
+                dropout.keys = dropout_keys(batch.samples, train.seed)
+            with engine.accumulate(last):
+                value = self.call(
+                    batch.input_ids, token_labels=batch.labels, loss_chunk=train.loss_chunk
+                )
+                value = value / label_tokens
+                engine.backward(value, last)
+            total += value.detach()
+        mean = float(self.ranks.sum(total.double().cpu()))
+        parameters = list(self.trained.values())
+        self.penalty = self._add_penalty(parameters)
+        norm = engine.grad_norm(parameters)
+        finite = math.isfinite(mean) and math.isfinite(norm)
+        if finite:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            engine.update(self.optimizer, parameters, train.max_grad_norm, norm)
+        else:
+            engine.discard(self.optimizer)
+        self.nonfinite = 0 if finite else self.nonfinite + 1
+        return (mean, norm) if finite else (None, None)
+
+    def _add_penalty(self, parameters: list[nn.Parameter]) -> float | None:
+        """Adds the gradient of the adapters' regularisers, once: the data's is summed by now."""
+        engine = self.built.engine
+        with engine.gathered(parameters if self.penalised else []):
+            value = injection.penalty(self.built.model)
+            if value is None:
+                return None
+            grads = torch.autograd.grad(value, parameters, allow_unused=True)
+        engine.add_gradients(parameters, list(grads))
+        return float(value.detach())
+
+    def check_finite(self, step: int, total: int, saver: Saver) -> None:
+        """Ends the run after ``train.max_nonfinite`` skipped steps in a row."""
+        if self.nonfinite >= min(self.config.train.max_nonfinite, total):
+            saver.settle()
+            newest = f"is of step {saver.saved}" if saver.saved else "does not exist yet"
+            raise FloatingPointError(
+                f"loss or gradient was not finite for {self.nonfinite} steps in a row, to step"
+                f" {step}. The newest checkpoint {newest}. Lower"
+                f" train.lr={self.config.train.lr}, or look at the rows of these steps"
+            )
+
+    def restore(self, records: Records | None) -> tuple[int, int]:
+        """Reads this rank's part of the checkpoint that rank 0 claimed, if any.
+
+        Returns:
+            The step to continue from, and the bytes that were read.
+        """
+        resumed = self.ranks.main_only(lambda: records.resumed if records else None)
+        if resumed is None:
+            return 0, 0
+        engine, where = self.built.engine, f"checkpoint step-{resumed.step:06d}"
+
+        def read() -> int:
+            reader = Reader(resumed.folder)
+            names = [name for name in reader.shapes if "/" not in name]
+            injection.check_state(self.built.model, {n: reader.shapes[n] for n in names}, where)
+            kinds: dict[str, set[str]] = {}
+            for name, _, kind in (n.rpartition("/") for n in reader.shapes):
+                kinds.setdefault(name, set()).add(kind)
+
+            def fill(name: str, part: Part) -> None:
+                reader.fill(name, part)
+                if not torch.isfinite(part.data).all():
+                    raise UserError(f"{where}: {name} holds NaN or infinity; remove that folder")
+
+            engine.load_state_parts(self.trained, self.optimizer, kinds, fill)
+            return reader.bytes_read
+
+        read_bytes = self.ranks.together(read)
+        engine.state_loaded()
+        self.nonfinite = resumed.state["nonfinite_in_a_row"]
+        step: int = resumed.step
+        return step, read_bytes
+
+    def save(self, saver: Saver, step: int, final: bool) -> None:
+        """Saves the state after ``step``. Raises OSError: the disk refused a ``final`` save."""
+        state = {
+            "step": step,
+            "sample_index": step * self.config.train.global_batch,
+            "nonfinite_in_a_row": self.nonfinite,
+            # Order and dropout are functions of the seed: there is no generator state.
+            "seed": self.config.train.seed,
+            "base": self.built.base,
+            "data": self.data_fingerprint,
+            "world_size": self.ranks.world_size,
+            "engine": self.config.engine.name,
+        }
+        saver.save(step, self.parts(), state, final)
+
+    def parts(self) -> dict[str, Part]:
+        """This rank's parts of parameters and moments."""
+        return self.built.engine.state_parts(self.trained, self.optimizer)
+
+
+def batches(
+    config: RunConfig,
+    rows: TokenSet,
+    ranks: Ranks,
+    first_step: int,
+    steps: int,
+    *,
+    shuffle: bool = True,
+) -> loader.Loader:
+    """This rank's micro-batches of ``steps`` steps from ``first_step``."""
+    train = config.train
+    return loader.Loader(
+        rows,
+        ranks,
+        first_step,
+        steps,
+        global_batch=train.global_batch,
+        micro_batch=train.micro_batch,
+        seed=train.seed,
+        workers=config.data.workers,
+        shuffle=shuffle,
+    )

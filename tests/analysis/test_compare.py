@@ -1,0 +1,550 @@
+"""scalepeft compare: the same chances for every method, its arithmetic, its cells, its picture."""
+
+import json
+import math
+import os
+import re
+import signal
+import time
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import adapter_bytes, call, losses, rows, zygote
+from safetensors.torch import load_file
+
+from scalepeft.analysis.compare import cells, design, plots, table
+from scalepeft.analysis.compare import command as compare
+from scalepeft.analysis.compare import worker as children
+from scalepeft.cli import main
+from scalepeft.core import stats
+from scalepeft.core.errors import UserError
+from scalepeft.core.preemption import StopFlag
+from scalepeft.models import shapes
+
+RUN = [
+    "model=tiny", "data=toy", "data.train_size=200", "data.valid_size=16", "train.precision=fp32",
+    "train.global_batch=4", "train.max_steps=4", "train.max_nonfinite=2",
+]  # fmt: skip
+
+
+LAYERS = [(256, 256), (256, 128), (256, 128), (256, 704), (704, 256)]  # (in, out) in mini, twice
+
+
+def test_the_interval_is_students() -> None:
+    # s = sqrt(5 / 3), t(3) = 3.182 of any table of the distribution: 3.182 * 1.29099 / 2 = 2.0540
+    mean, half = table.interval([1.0, 2.0, 3.0, 4.0])
+    assert mean == 2.5 and half == pytest.approx(2.0540, abs=1e-4)
+    assert table.interval([0.25]) == (0.25, None)
+    for freedom, t in ((1, 12.706), (2, 4.303), (30, 2.042), (40, 2.021), (60, 2.0), (120, 1.98)):
+        assert stats.t975(freedom) == pytest.approx(t, abs=6e-4)
+
+
+def test_rates_are_given_or_factors() -> None:
+    assert design.rates("1e-3, 1e-4", 7.0) == [1e-4, 1e-3]
+    assert design.rates("x0.3,x1,x3", 1e-3) == [3e-4, 1e-3, 3e-3]
+    for wrong in ("", "a", "x1,1e-3", "0", "-1", "inf", "1e-3,0.001"):
+        with pytest.raises(UserError, match="--lrs"):
+            design.rates(wrong, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "count"),
+    [
+        ("lora", "rank", lambda r: sum(2 * r * (i + o) for i, o in LAYERS)),
+        ("hoft", "rank", lambda r: sum(2 * r * (i + o) for i, o in LAYERS) if r % 2 == 0 else None),
+        (
+            "shoft",
+            "rank",
+            lambda r: sum(2 * (r * (i + o) + o) for i, o in LAYERS) if r % 2 == 0 else None,
+        ),
+        ("hut", "rank", lambda r: sum(2 * r * (i + o) for i, o in LAYERS) if 64 % r == 0 else None),
+        (
+            "oft",
+            "block_size",
+            lambda b: sum(i * (b - 1) for i, _ in LAYERS) if 64 % b == 0 else None,
+        ),
+    ],
+)
+@pytest.mark.parametrize("target", [9_000, 25_600, 200_000])
+def test_a_size_is_the_nearest_there_is(name: str, key: str, count: Any, target: int) -> None:
+    base = shapes.meta_model("mini")
+    _, adapter, _ = design.named(name)
+    found = design.fit(base, adapter, key, target)
+    sizes = {r: n for r in range(1 if key == "rank" else 2, 65) if (n := count(r)) is not None}
+    best = min(sizes, key=lambda r: (abs(sizes[r] - target), r))
+    assert found[key] == best and design.count(base, found) == sizes[best]
+
+
+def test_a_new_rank_keeps_what_the_update_is_scaled_by() -> None:
+    assert design.resized({"name": "lora", "rank": 32, "alpha": 64}, "rank", 4)["alpha"] == 8
+    scaled = design.resized({"name": "lora", "rank": 64, "alpha": 64, "rslora": True}, "rank", 16)
+    assert scaled["alpha"] / math.sqrt(16) == 64 / math.sqrt(64)
+
+
+def test_what_has_no_size_key_keeps_its_size_and_says_so() -> None:
+    base = shapes.meta_model("mini")
+    names = ["lora", "goft", "hadamard", "surm_kronecker", "oft"]
+    given = [design.Method(n, *design.named(n)[1:], [1.0]) for n in names]
+    given.append(design.Method("bad", {"name": "oft", "block_size": 7}, 1.0, [1.0]))
+    found = {m.label: m for m in design.sized(base, given, 25_600, True)}
+    assert found["lora"].parameters == 25_600 and found["lora"].size == "rank=4"
+    for name in ("goft", "hadamard", "surm_kronecker"):
+        assert found[name].size == "its own size" and not found[name].follows
+        assert found[name].parameters == design.count(base, design.named(name)[1])
+    assert found["hadamard"].parameters == 2 * 3 * 256  # scale, shift and norm of two blocks
+    assert found["bad"].parameters == found["oft"].parameters, "any block size can be replaced"
+    (kept,) = design.sized(base, given[-1:], None, False)
+    assert "block_size" in kept.refused
+
+
+def swept(**found: float | str | None) -> dict[float, dict[str, Any] | None]:
+    results = {}
+    for lr, loss in found.items():
+        held = {"state": "done", "loss": loss} if isinstance(loss, float) else None
+        results[float(lr[1:])] = {"state": "failed", "reason": "x"} if loss == "failed" else held
+    return results
+
+
+def test_the_rate_of_the_lowest_loss_is_chosen_and_an_edge_is_named() -> None:
+    method = design.Method("m", {}, 2.0, [1.0, 2.0, 3.0])
+    assert cells.chosen(method, swept(r1=0.5, r2=0.4, r3=0.6)) == (2.0, "")
+    assert cells.chosen(method, swept(r1=0.3, r2=0.4, r3=0.6)) == (1.0, "lowest")
+    assert cells.chosen(method, swept(r1=0.5, r2=0.4, r3=0.3)) == (3.0, "highest")
+    assert cells.chosen(method, swept(r1=0.5, r2=0.4, r3="failed")) == (2.0, "")
+    assert cells.chosen(method, swept(r1="failed", r2="failed", r3="failed")) is None
+    assert cells.chosen(design.Method("m", {}, 2.0, [7.0]), {}) == (7.0, "")
+
+
+def test_the_difference_is_taken_seed_by_seed() -> None:
+    def cell(method: str, seed: int, loss: float | None) -> dict[str, Any]:
+        state = "done" if loss is not None else "failed"
+        return {"method": method, "seed": seed, "state": state, "loss": loss}
+
+    theirs = [cell("lora", 1, 1.0), cell("lora", 2, 2.0), cell("lora", 3, 3.0)]
+    ours = [cell("hoft", 1, 0.9), cell("hoft", 2, 1.8), cell("hoft", 3, None)]
+    found = table._difference("lora", "hoft", ours[:2], [*theirs, *ours])
+    # -0.1 and -0.2: s = 0.0707107, 12.706 * 0.0707107 / sqrt(2) = 0.6353; unpaired it would be 5.7
+    assert found == {
+        "mean": pytest.approx(-0.15), "ci": pytest.approx(0.6353, abs=1e-4), "seeds": 2,
+    }  # fmt: skip
+    assert table._difference("lora", "lora", theirs, theirs) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "found"),
+    [
+        (2, "scalepeft: error: data.cutoff=9 is bad\n", ("failed", "data.cutoff=9 is bad")),
+        (1, "x\nFloatingPointError: not finite\n", ("failed", "diverged: not finite")),
+        (1, "Traceback\nOSError: gone\n", ("broke", "exit code 1: OSError: gone")),
+        (-9, "", ("broke", "killed by SIGKILL (out of memory?)")),
+        (1, "", ("broke", "exit code 1: said nothing")),
+    ],
+)
+def test_why_a_cell_failed(code: int, said: str, found: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("scalepeft: error: of an earlier start\n" + said)
+    assert children.why(code, tmp_path / "log", 38) == found
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--methods", "hotf"], "Did you mean 'hoft'"),
+        (["--methods", "hoft,hoft"], "hoft stands there twice"),
+        (["--methods", "none.yaml"], "no config file none.yaml"),
+        ([], "--methods is missing"),
+        (["--methods", "hoft", "--lrs", "x1,1e-3"], "--lrs x1,1e-3"),
+        (["--methods", "hoft", "--seeds", "0"], "--seeds 0: must be more than 0"),
+        (["--methods", "hoft", "--budget", "time"], "--budget time and --seconds S belong"),
+        (["--methods", "hoft", "--seconds", "5"], "--budget time and --seconds S belong"),
+        (["--methods", "hoft", "--budget", "steps", "--rank", "4"], "--rank has no effect"),
+        (["--methods", "hoft", "--rank", "4", "--parameters", "9"], "one of --rank and"),
+        (["--methods", "hoft", "--reference", "goft", "--rank", "4"], "goft has no rank"),
+        (["--methods", "hoft", "adapter.rank=4"], "--methods FILE.yaml"),
+        (["--methods", "hoft", "adapter=lora"], "a comparison takes --methods"),
+        (["--methods", "hoft", "train.lr=1"], "a comparison takes --lrs"),
+        (["--methods", "hoft", "data.valid_size=0"], "set data.valid=FILES, or data.valid_size"),
+        (["--methods", "hoft", "train.stop_at=2"], "no cell could finish"),
+        (["--methods", "hoft", "--out", "a=b"], "reads as a setting"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], text: str, tmp_path: Path) -> None:
+    out = [] if "--out" in words else ["--out", str(tmp_path / "out")]
+    options = compare.Options.of(_parsed(["compare", *RUN, *words, *out]))
+    with pytest.raises(UserError) as found:
+        compare.prepare(options)
+    assert text in str(found.value) and not (tmp_path / "out").exists()
+
+
+def _parsed(words: list[str]) -> Any:
+    from scalepeft import cli
+
+    return cli._arguments(words)
+
+
+def test_a_folder_without_a_comparison_and_options_without_effect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compare", "--out", str(tmp_path)]) == 2
+    assert "design.json: no such file" in capsys.readouterr().err
+    assert main(["compare", "--out", str(tmp_path), "--seeds", "5"]) == 2
+    assert "--seeds: only with the config and --methods" in capsys.readouterr().err
+
+
+def test_what_all_methods_share_and_what_is_each_ones_own() -> None:
+    words = [
+        *RUN,
+        "train.schedule=cosine",
+        "adapter.target_modules=q_proj",
+        "--methods",
+        "lora,goft",
+    ]
+    found = compare.prepare(compare.Options.of(_parsed(["compare", *words, "--out", "o"])))
+    config = {m.label: found.config(m, m.rates[0], 7) for m in found.methods}
+    for label, usual in (("lora", 3e-4), ("goft", 1e-3)):
+        assert config[label].adapter.target_modules == ["q_proj"]
+        assert config[label].train.schedule == "cosine" and config[label].train.seed == 7
+        assert config[label].train.lr == pytest.approx(0.3 * usual)
+        assert config[label].train.eval_every == design.AT_THE_END
+    assert found.seeds == [1, 2, 3] and found.sweep_seed == 0
+    sweep, then = cells.sweep(found), cells.reported(found)
+    assert [c.index for c in [*sweep, *then]] == list(range(12))
+    assert {c.seed for c in sweep}.isdisjoint(c.seed for c in then)
+
+
+def result_of(points: list[tuple[str, int, float, float, float]]) -> dict[str, Any]:
+    rows = [
+        {
+            "method": m, "parameters": p, "seconds": s, "loss": y, "loss_ci": ci, "steps": 60,
+            "lr": 1e-3, "memory": "resident", "tokens_per_second": 5e3, "peak_memory": 2**29,
+            "difference": None, "notes": [], "size": "",
+        }
+        for m, p, s, y, ci in points
+    ]  # fmt: skip
+    found = {"methods": rows, "budget": "the same steps", "devices": ["1 x CPU"], "cells": []}
+    return {**found, "versions": {"torch": "2"}, "date": "2026-11-21", "sweep": []}
+
+
+CROWD = [
+    ("hoft", 15840, 21.0, 0.345, 0.012), ("lora", 15840, 20.0, 0.348, 0.01),
+    ("shoft", 17660, 22.0, 0.346, 0.011), ("hut", 15840, 27.0, 0.35, 0.012),
+    ("surm_kronecker", 5360, 24.0, 0.351, 0.013), ("goft", 1260, 23.0, 0.36, 0.011),
+    ("hadamard", 960, 19.5, 0.40, 0.02),
+]  # fmt: skip
+
+
+def test_no_name_in_the_picture_covers_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib import pyplot as plt
+
+    kept = []
+    monkeypatch.setattr(plt, "close", kept.append)
+    values = {"model": {"path": "builtin:tiny"}, "data": {"name": "toy"}}
+    given = design.Design(values, [], "x1", 0, [1, 2, 3], "steps", None, None, "lora", False, {})
+    plots.plot(result_of(CROWD), given, tmp_path / "a.png")
+    (figure,) = kept
+    assert (tmp_path / "a.png").stat().st_size > 20_000
+    renderer = figure.canvas.get_renderer()
+    names = {m for m, *_ in CROWD}
+    for axis in figure.axes:
+        texts = [t for t in axis.texts if t.get_text() in names]
+        assert {t.get_text() for t in texts} == names and axis.get_legend() is None
+        boxes = [t.get_window_extent(renderer) for t in texts]
+        assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+    assert figure.axes[0].get_xscale() == "log"
+
+
+def warm(arguments: list[str], log: Path, stop: StopFlag) -> int:
+    """``cells.child`` by the tests' warm process."""
+    done = zygote().run(("-m", "scalepeft"), arguments, {**os.environ, "OMP_NUM_THREADS": "1"}, 120)
+    with log.open("a") as f:
+        f.write(done.stdout + done.stderr)
+    return done.returncode
+
+
+class Child:
+    """In place of ``cells.child``: leaves at once what a training or an evaluation leaves."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.ran, self.codes = out, list[str](), dict[str, list[int]]()
+        self.said = "OSError: gone"
+
+    def __call__(self, arguments: list[str], log: Path, stop: StopFlag) -> int:
+        folder = log.parent
+        name = str(folder.relative_to(self.out / "cells"))
+        self.ran.append(" ".join([arguments[0], name, *arguments[2:]]))
+        with log.open("a") as f:
+            f.write(f"{self.said}\n")
+        if codes := self.codes.get(name):
+            return codes.pop(0)
+        if arguments[0] == "evaluate":
+            if (folder / "eval").is_dir():  # under other settings: scalepeft evaluate keeps both
+                (folder / "eval/toy").rename(folder / f"eval/toy.old-{time.monotonic_ns()}")
+            (folder / "eval" / "toy").mkdir(parents=True)
+            metric = {"accuracy": {"value": 0.5, "share": True}}
+            found = {"headline": "accuracy", "metrics": metric}
+            (folder / "eval/toy/scores.json").write_text(json.dumps(found))
+            return 0
+        (folder / "config.yaml").write_text(Path(arguments[1]).read_text())
+        # Better the higher the rate, so that a rate that was never tried would be missed.
+        loss = 1.0 / float(re.findall("lr=(.*),", name)[0])
+        per_rank = [{"device": "CPU"}]
+        files = {
+            "metrics": {"step": 4, "seconds": 1.0, "tokens_per_second": 10.0},
+            "validation": {"step": 4, "loss": loss, "rows": 16},
+            "events": {
+                "event": "start", "time": 1.0, "parameters": 8, "world_size": 1,
+                "versions": {"torch": "2"}, "per_rank": per_rank,
+            },
+        }  # fmt: skip
+        for file, row in files.items():
+            (folder / f"{file}.jsonl").write_text(json.dumps(row) + "\n")
+        return 0
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Child:
+    found = Child(tmp_path / "out")
+    monkeypatch.setattr(cells, "child", found)
+    monkeypatch.setattr(plots, "plot", lambda *_: None)
+    return found
+
+
+def start(fake: Child, *words: str) -> int:
+    """``scalepeft compare`` of one method at two rates; returns the exit code."""
+    fake.ran.clear()
+    given = ["--methods", "lora", "--budget", "steps", "--lrs", "1,2", "--seeds", "1"]
+    words = ("compare", *RUN, *given, "--out", str(fake.out), *words)
+    return compare.run(compare.Options.of(_parsed(list(words))), StopFlag())
+
+
+def test_a_crash_in_the_sweep_is_tried_again_and_chooses_no_rate(
+    fake: Child, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best, other, reported = "lora/lr=2,seed=0", "lora/lr=1,seed=0", "lora/lr=2,seed=1"
+    fake.codes[best] = [-9, -9]
+    assert start(fake) == 1
+    assert [word.split()[1] for word in fake.ran] == [other, best, best], "and no seed"
+    assert "lora lr=2,seed=0: no rate is chosen without" in capsys.readouterr().err
+    fake.codes[best] = [-9, -9]
+    assert start(fake, "--cell", "1") == 1, "a task of the sweep's array"
+    with pytest.raises(UserError, match=r"lora lacks lr 2 \(broke: killed by SIGKILL"):
+        start(fake, "--cell", "2")
+    with pytest.raises(UserError, match=r"no method has a result: .*lr 2: broke: killed"):
+        start(fake, "--table")
+    assert "among 1 (1,2)" in capsys.readouterr().out, "rates tried, not rates asked for"
+    fake.codes[best] = [1]
+    assert start(fake) == 0
+    assert [word.split()[1] for word in fake.ran] == [best, best, reported]
+    assert "among 2 (1,2)" in capsys.readouterr().out
+
+
+def test_what_changes_no_result_trains_nothing_again(fake: Child, tmp_path: Path) -> None:
+    assert start(fake) == 0 and len(fake.ran) == 3
+    for words in (
+        ["train.save_every=1", "train.micro_batch=2", "train.eval_every=2", "data.workers=1"],
+        [f"data.cache={tmp_path}", "engine.device=cpu", "evaluate.batch_size=2"],
+        ["evaluate.max_new_tokens=5"],  # nothing is evaluated
+    ):
+        assert start(fake, *words) == 0 and fake.ran == [], words
+    scored = "evaluate lora/lr=2,seed=1"
+    assert start(fake, "--evaluate") == 0 and fake.ran == [scored], "no cell of the sweep"
+    assert start(fake, "--evaluate", "evaluate.batch_size=2") == 0 and fake.ran == []
+    assert start(fake, "--evaluate", "evaluate.limit=3") == 0
+    assert fake.ran == [f"{scored} evaluate.limit=3"]
+    assert start(fake) == 0 and fake.ran == [], "without the score"
+    fake.codes["lora/lr=2,seed=1"] = [1]
+    with pytest.raises(UserError, match="seed 1: exit code 1: OSError: gone"):
+        start(fake, "--evaluate", "evaluate.limit=4")
+    assert start(fake, "--evaluate", "evaluate.limit=4") == 0
+    assert fake.ran == [f"{scored} evaluate.limit=4"], "a crash of the evaluation trains nothing"
+    for words in (["train.max_steps=5"], ["data.train_size=100"], ["train.seed=7"]):
+        assert start(fake, *words) == 0 and len(fake.ran) == 3, words
+        assert all(word.startswith("train ") for word in fake.ran)
+
+
+def test_files_count_by_content_and_a_failure_by_all_there_is(fake: Child, tmp_path: Path) -> None:
+    def own(file: Path, *words: str) -> int:
+        data = ["data=commonsense", f"data.train={file}", "data.valid_size=2"]
+        return start(fake, *data, *words)
+
+    first, moved = tmp_path / "a.json", tmp_path / "b.json"
+    rows = [
+        {"instruction": f"1 + 1 of {i}?", "input": "", "answer": "true", "output": "true"}
+        for i in range(6)
+    ]
+    first.write_text(json.dumps(rows))
+    moved.write_bytes(first.read_bytes())
+    assert own(first) == 0 and len(fake.ran) == 3
+    assert own(moved) == 0 and fake.ran == []
+    moved.write_text(moved.read_text().replace("1 + 1", "1 + 2"))
+    assert own(moved) == 0 and len(fake.ran) == 3
+    assert own(first, "data.on_error=skip") == 0 and len(fake.ran) == 3, "it decides the rows"
+    fake.codes["lora/lr=2,seed=0"] = [2]
+    fake.said = "scalepeft: error: no room"
+    prompt = "data.prompt={instruction}"
+    assert own(first, prompt) == 0 and len(fake.ran) == 3
+    assert own(first, prompt) == 0 and fake.ran == [], "a mistake would come again"
+    assert own(first, prompt, "train.micro_batch=2") == 0
+    again = [f"train lora/lr=2,seed={seed} --resume-with-changes" for seed in (0, 1)]
+    assert fake.ran == again, "tried under another config, it was the better rate"
+
+
+def summary(*rows: tuple[str, float, int]) -> dict[str, Any]:
+    found = result_of([(m, 8, 1.0, loss, 0.1) for m, loss, _ in rows])
+    for row, (_, _, have) in zip(found["methods"], rows, strict=True):
+        row |= {"seeds": list(range(have)), "wanted": 3}
+    return found
+
+
+def test_a_method_that_lost_a_seed_says_so_and_stands_behind() -> None:
+    found = table.body(summary(("a", 0.1, 2), ("b", 0.3, 3), ("c", 0.2, 3)))
+    assert [row[0] for row in found] == ["c", "b", "a (2 of 3 seeds)"]
+
+
+def test_without_the_reference_there_is_no_column_of_differences() -> None:
+    names = ["hoft", "shoft"]
+    methods = [design.Method(n, {}, 1.0, [1.0]) for n in names]
+    values = {"train": {"global_batch": 4}, "data": {"valid_size": 16}}
+    given = design.Design(values, methods, "x1", 0, [1, 2], "steps", None, None, "lora", True, {})
+    found = summary(("hoft", 0.1, 3), ("shoft", 0.2, 3))
+    for row in found["methods"]:
+        row |= {"metric": "accuracy", "score": 0.5, "score_ci": 0.1, "share": True}
+    assert table.heads(found, "lora")[3:5] == ["held-out loss", "accuracy"]
+    assert {len(row) for row in table.body(found)} == {len(table.heads(found, "lora"))}
+    said = "\n".join(table.legend(found, given))
+    assert "the reference, lora, is not among the methods" in said
+    assert "holds less of it" in said and "the interval of a score is over the seeds alone" in said
+    found["methods"][0]["difference"] = {"mean": 0.1, "ci": None, "seeds": 1}
+    del found["methods"][1]["loss"]
+    assert table.heads(found, "lora")[4] == "less lora's"
+    assert {len(row) for row in table.body(found)} == {len(table.heads(found, "lora"))}
+
+
+def test_the_table_of_an_empty_folder_says_what_lacks(fake: Child) -> None:
+    with pytest.raises(UserError) as found:
+        start(fake, "--table")
+    text = "0 of 1 seeds; sweep, lr 1: not run yet; sweep, lr 2: not run yet"
+    assert str(found.value) == f"no method has a result: {text}"
+
+
+@pytest.mark.slow
+def test_a_comparison_in_which_some_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cells, "child", warm)
+    lora = "adapter: {name: lora, rank: 4, target_modules: [q_proj]}\ntrain: {lr: 1.0e+30}\n"
+    (tmp_path / "wild.yaml").write_text(lora)
+    odd = "adapter: {name: oft, block_size: 7}\ntrain: {lr: 1.0e-3}\n"
+    (tmp_path / "odd.yaml").write_text(odd)
+    methods = f"hoft,lora,{tmp_path}/wild.yaml,{tmp_path}/odd.yaml"
+    out = tmp_path / "out"
+    words = ["compare", *RUN, "--methods", methods, "--budget", "steps", "--lrs", "x1,x10"]
+    words += ["--seeds", "2", "--out", str(out)]
+    stop = StopFlag()
+
+    def run(*more: str) -> str:
+        assert compare.run(compare.Options.of(_parsed([*words, *more])), stop) == 0
+        return capsys.readouterr().out
+
+    printed = run()
+    found = json.loads((out / "compare.json").read_text())
+    method = {row["method"]: row for row in found["methods"]}
+    for label in ("hoft", "lora"):
+        own = [c for c in found["cells"] if c["method"] == label]
+        assert [c["seed"] for c in own] == [1, 2]
+        folders = [out / "cells" / label / f"lr={c['lr']:g},seed={c['seed']}" for c in own]
+        held_out = [rows(f, "validation.jsonl")[-1]["loss"] for f in folders]
+        assert [c["loss"] for c in own] == held_out
+        assert method[label]["loss"] == pytest.approx(sum(held_out) / 2)
+        tensors = load_file(folders[0] / "adapter" / "adapter.safetensors")
+        assert method[label]["parameters"] == sum(t.numel() for t in tensors.values())
+        sweep = {c["lr"]: c["loss"] for c in found["sweep"] if c["method"] == label}
+        assert own[0]["lr"] == min(sweep, key=sweep.__getitem__)
+        assert own[0]["peak_memory"] > 50 * 2**20 and own[0]["memory"] == "resident"
+    assert "loss" not in method["wild"] and "loss" not in method["odd"]
+    assert "diverged: loss or gradient was not finite" in " ".join(method["wild"]["notes"])
+    assert "not run: " in method["odd"]["notes"][0] and "block_size" in method["odd"]["notes"][0]
+    gap = [a["loss"] - b["loss"] for a, b in zip(*(
+        [c for c in found["cells"] if c["method"] == m] for m in ("hoft", "lora")
+    ), strict=True)]  # fmt: skip
+    assert method["hoft"]["difference"]["mean"] == pytest.approx(sum(gap) / 2)
+    assert re.search(rf"hoft +{method['hoft']['parameters']:,} +0.001 ", printed)
+    assert "best rate is the highest of the sweep" in printed
+    assert (out / "compare.png").is_file() and "| hoft |" in (out / "compare.md").read_text()
+
+    def nothing(*_: object) -> int:
+        raise AssertionError("a finished cell was run again")
+
+    monkeypatch.setattr(cells, "child", nothing)
+    assert run() == printed
+    words = ["compare", "--out", str(out)]
+    assert run() == printed, "the folder alone knows what is compared"
+    monkeypatch.setattr(cells, "child", warm)
+    words = ["compare", *RUN, "--methods", "lora", "--budget", "steps", "--lrs", "1e-3"]
+    words += ["--out", str(out), "--seeds", "1"]
+    run("data.train_size=100")
+    run("data.train_size=120")
+    assert len(list(out.glob("cells/lora/*.old-*"))) == 1, "a changed config sets a cell aside"
+
+
+@pytest.mark.slow
+def test_killed_and_stopped_it_ends_as_if_undisturbed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = ["train.max_steps=40", "train.save_every=2"]
+    words = ["compare", *RUN, *steps, "--methods", "hoft", "--lrs", "3e-3", "--seeds", "1"]
+    name = "cells/hoft/lr=0.003,seed=1"
+    folder = tmp_path / "disturbed" / name
+
+    def start(at_step: int) -> Any:
+        process = zygote().start(
+            ("-m", "scalepeft"), [*words, "--out", str(tmp_path / "disturbed")], dict(os.environ)
+        )
+        deadline = time.monotonic() + 120
+        file = folder / "metrics.jsonl"
+        while not file.is_file() or len(file.read_bytes().splitlines()) < at_step:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return process
+
+    start(5).send_signal(signal.SIGKILL)
+    stopped = start(15)
+    stopped.send_signal(signal.SIGTERM)
+    text, _ = stopped.communicate(60)
+    assert stopped.returncode == 75, text
+    assert "the same command goes on" in text
+    assert not (folder / "holder.json").exists(), "the child has saved and ended"
+    done = call(*words, "--out", str(tmp_path / "disturbed"))
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(cells, "child", warm)
+    options = compare.Options.of(_parsed([*words, "--out", str(tmp_path / "whole")]))
+    assert compare.run(options, StopFlag()) == 0
+    assert losses(folder) == losses(tmp_path / "whole" / name)
+    assert adapter_bytes(folder) == adapter_bytes(tmp_path / "whole" / name)
+    ends = [json.loads((tmp_path / w / "compare.json").read_text()) for w in ("disturbed", "whole")]
+    assert ends[0]["cells"][0]["loss"] == ends[1]["cells"][0]["loss"]
+    starts = [e for e in rows(folder, "events.jsonl") if e["event"] == "start"]
+    assert len(starts) == 3, "killed, stopped, ended"
+
+
+@pytest.mark.slow
+def test_the_same_time_is_other_steps_and_answers_are_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cells, "child", warm)
+    words = ["compare", *RUN, "--methods", "lora", "--budget", "time", "--seconds", "0.5"]
+    words += ["--lrs", "1e-3", "--seeds", "1", "--out", str(tmp_path), "--evaluate"]
+    words += ["data.test_size=8", "evaluate.max_new_tokens=4"]
+    assert compare.run(compare.Options.of(_parsed(words)), StopFlag()) == 0
+    speed = json.loads((tmp_path / "cells/lora/calibration/cell.json").read_text())
+    steps = len(losses(tmp_path / "cells/lora/lr=0.001,seed=1"))
+    assert steps == max(1, int(0.5 / speed["seconds_a_step"]))
+    (file,) = tmp_path.glob("cells/lora/lr=*/eval/toy/scores.json")
+    share = json.loads(file.read_text())["metrics"]["accuracy"]["value"]
+    (method,) = json.loads((tmp_path / "compare.json").read_text())["methods"]
+    assert method["metric"] == "accuracy" and method["score"] == share
+    assert f"{100 * share:.2f} %" in capsys.readouterr().out

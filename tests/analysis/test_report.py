@@ -1,0 +1,478 @@
+"""scalepeft report: what it says against the files it read, and what cannot break it."""
+
+import hashlib
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY
+from matplotlib import pyplot as plt
+
+from scalepeft.analysis.report import command as report
+from scalepeft.analysis.report import document, draw, examples, facts, html, markdown, scored
+from scalepeft.analysis.report.blocks import Picture, Section, Text, visible
+from scalepeft.cli import main
+from scalepeft.config import changes
+from scalepeft.config import files as config_files
+from scalepeft.config import schema as config
+from scalepeft.core.errors import UserError
+from scalepeft.run import provenance
+
+VOID = {"meta", "img", "br", "path", "use", "rect"}
+
+
+SETTINGS = [*TINY, "train.max_steps=60", "train.eval_every=20", "data.valid_size=20"]
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; fails where tags do not close in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.pre: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "pre":
+            self.pre.append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+        if "pre" in self.open:
+            self.pre[-1] += data
+
+
+def lines(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def metric(value: float) -> dict[str, Any]:
+    return {"value": value, "ci95": [value - 0.05, value + 0.05], "share": True}
+
+
+def evaluated(run: Path, sub: str, value: float, rows: list[dict[str, Any]], **about: Any) -> None:
+    part = {"count": len(rows), "no_answer_found": 1, "metrics": {"accuracy": metric(value)}}
+    sources = dict.fromkeys(sorted({examples.source_of(row) for row in rows}), part)
+    found = {**part, "headline": "accuracy", "sources": sources, "step": 60, "prompts_cut": 3}
+    if len(sources) > 1:
+        found["mean_of_sources"] = {"accuracy": value + 0.01}
+    folder = run / sub / "toy"
+    lines(folder / "scored.jsonl", rows)
+    (folder / "scores.json").write_text(json.dumps(found))
+    (folder / "settings.json").write_text(json.dumps({"examples": "e", "prompt": "p", **about}))
+
+
+def row(number: int, source: str = "s", **more: Any) -> dict[str, Any]:
+    texts = {"prompt": f"question {number}", "expected": "answer1", "prediction": f"said {number}"}
+    verdict = {"extracted": "answer1", "correct": number % 2 == 0, "strict": None}
+    return {"id": f"{source}#{number}", "source": source, **texts, **verdict, **more}
+
+
+def make(folder: Path, *settings: str, steps: int = 60) -> Path:
+    """A finished run, restarted at step 30 on one rank instead of two."""
+    folder.mkdir(parents=True)
+    built, _ = config_files.load(None, [*SETTINGS, *settings, f"run_dir={folder}"])
+    (folder / "config.yaml").write_text(config.dump(built))
+    start = {"event": "start", "startup": 5.0, "load": 10.0, "steps": steps, "engine": "ddp"}
+    ranks = [{"host": "n1", "device": "Some GPU"}, {"host": "n2", "device": "Some GPU"}]
+    events = [
+        {**start, "time": 15.0, "launched": 0.0, "step": 0, "world_size": 2, "per_rank": ranks},
+        {**start, "time": 115.0, "launched": 100.0, "step": 30, "world_size": 1, "waited": 25.0,
+         "recomputed": 2.0, "recomputed_steps": 2, "per_rank": ranks[:1],
+         "versions": {"torch": "9.8.7"}, "commit": "c0ffee"},
+        {"event": "finished", "time": 200.0, "step": steps, "planned": False},
+    ]  # fmt: skip
+    lines(folder / "events.jsonl", events)
+    rows = [
+        {"step": i, "loss": 2 - i / steps, "lr": 1e-3, "grad_norm": 0.5, "seconds": 1.0,
+         "sample_index": 4 * i, "tokens_per_second": 100.0 + i % 7, "time": 20.0 + i}
+        for i in range(1, steps + 1)
+    ]  # fmt: skip
+    lines(folder / "metrics.jsonl", rows)
+    held = [{"step": s, "loss": 2 - s / 100, "rows": 20, "seconds": 0.1} for s in (20, 40, 60)]
+    lines(folder / "validation.jsonl", held)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = make(tmp_path_factory.mktemp("report") / "run")
+    rows = [row(i, source) for source in ("easy", "hard") for i in range(1, 31)]
+    evaluated(run, "eval", 0.7, rows)
+    evaluated(run, "eval-base", 0.3, [{**r, "prediction": "base said"} for r in rows])
+    return run
+
+
+@pytest.fixture
+def unsaved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots are drawn, and not written out: that is what takes the time."""
+
+    def picture(name: str, alt: str, plot: Callable[[], Any], caption: str = "") -> Picture:
+        plt.close(plot())
+        return Picture(name, alt, "<svg></svg>", b"", caption)
+
+    monkeypatch.setattr(document, "picture", picture)
+    monkeypatch.setattr(scored, "picture", picture)
+
+
+def built(*runs: Path) -> tuple[Page, str]:
+    """The page and the Markdown of runs."""
+    made = document.build(facts.read_all(list(runs)))
+    return Page(html.page(made)), markdown.page(made)
+
+
+def test_one_run_is_one_file_and_the_same_as_markdown(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    files = report.write([run])
+    names = {str(f.relative_to(run)) for f in files}
+    plots = {f"report/{n}.png" for n in ("scores-toy", "curves", "rates", "goodput")}
+    assert names == {"report.html", "report.md", *plots} and all(f.is_file() for f in files)
+    text = (run / "report.html").read_text()
+    page = Page(text)
+    assert page.tags.count("svg") == 4 and "script" not in page.tags and len(text) < 500_000
+    for name, value in page.attributes:
+        if name in ("href", "src", "xlink:href") or "url(" in value:
+            assert re.fullmatch(r"#[\w-]+|.*url\(#[\w-]+\).*", value), value
+        assert not name.startswith("on")
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids)), "the plots' ids meet"
+    linked = [v[1:] for n, v in page.attributes if n in ("href", "xlink:href") and v[0] == "#"]
+    assert linked and set(linked) <= set(ids)
+    colours = set(re.findall(r"#[0-9a-f]{6}\b", text[text.index("</style>") :]))
+    assert not colours, "a colour that does not follow light and dark"
+    made = (run / "report.md").read_text()
+    images = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", made)
+    assert set(images) == plots and all((run / i).stat().st_size > 5000 for i in images)
+    for said in (page.text, made.replace("\\", "")):
+        for fact in (
+            "70.0%", "65.0% to 75.0%", "+0.0 percentage points", "that may be chance", "71.0%",
+            "hoft rank 4", "builtin:tiny in fp32", "ddp on 2 → 1 ranks", "1 x Some GPU",
+            "torch 9.8.7", "c0ffee", "3 prompts were too long", "train.lr", "recomputed steps",
+            "unweighted mean of 2 sources", "Right: 4 examples", "base said",
+        ):  # fmt: skip
+            assert fact in said, fact
+    headings = re.findall(r"^## (.*)", made, re.M)
+    assert headings == ["What this is", "Scores", "Training", "Where the time went", "Settings",
+                        "Examples", "Origins"]  # fmt: skip
+
+
+HOSTILE = {
+    "markup": "<script>alert(1)</script><img src=x onerror=alert(1)> &amp; </pre></details>",
+    "fence": "```\n# not a heading\n`````\n<b>",
+    "controls": "a\x00b\x1b[31mred\x7f\r\n\ttab",
+    "direction": "abc\u202edcba\u2066 שלום مرحبا",
+    "emoji": "👩‍👩‍👧 🇸🇮 é",
+    "surrogate": "\ud83d alone",
+    "long": "x" * 1_000_000,
+    "lines": "y\n" * 20_000,
+    "empty": "",
+}
+
+
+@pytest.mark.usefixtures("unsaved")
+def test_what_a_model_wrote_stays_text(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "<b>$x_1$ & _run")
+    rows = [
+        row(2 * i + wrong, name, prompt=text, prediction=text, extracted=text[:500])
+        for i, (name, text) in enumerate(HOSTILE.items())
+        for wrong in (0, 1)
+    ]
+    evaluated(run, "eval", 0.5, rows)
+    evaluated(run, "eval-base", 0.5, rows)
+    page, made = built(run)
+    assert not {"script", "b", "image"} & set(page.tags) and "img" not in page.tags
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    shown = set(page.pre)
+    for name in ("markup", "fence", "emoji"):
+        assert HOSTILE[name] in shown, name
+    assert "a␀b␛[31mred␡\n\ttab" in shown and "abc[U+202E]dcba[U+2066] שלום مرحبا" in shown
+    assert "\ufffd alone" in shown and any(p.startswith("xxx") for p in shown)
+    assert "<b>$x_1$ & _run" in page.text
+    assert max(map(len, shown)) < 10_000 and len(page.text) < 700_000
+    made.encode()
+    fenced = re.findall(r"^(`{3,})text\n(.*?)\n\1$", made, re.S | re.M)
+    assert HOSTILE["fence"] in [text for _, text in fenced]
+    outside = re.sub(r"^(`{3,})text\n(.*?)\n\1$", "", made, flags=re.S | re.M)
+    assert not re.search(r"<script|<b>|<img|^# not", outside, re.M)
+
+
+def torn(run: Path) -> None:
+    for name in ("metrics", "events", "validation"):
+        with (run / f"{name}.jsonl").open("a") as f:
+            f.write('{"step": 61, "lo')
+
+
+def begun(run: Path) -> None:
+    for name in ("metrics.jsonl", "validation.jsonl", "eval", "eval-base"):
+        path = run / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    lines(run / "events.jsonl", [json.loads((run / "events.jsonl").read_text().split("\n")[0])])
+
+
+def older(run: Path) -> None:
+    lines(run / "events.jsonl", [{"event": "start", "time": 1.0, "step": 0, "world_size": 1}])
+    rows = [{"step": i, "loss": 1.0, "sample_index": i} for i in (1, 2)]
+    lines(run / "metrics.jsonl", rows)
+    (run / "config.yaml").write_text("adapter: {name: gone, size: 3}\ndata: {name: toy}\n")
+    (run / "eval/toy/scores.json").write_text('{"accuracy": 0.5, "ci95": [0, 1]}')
+
+
+def not_finite(run: Path) -> None:
+    bad = [None, float("nan"), "text", 10**400]
+    rows = [{"step": i, "loss": bad[i % 4], "sample_index": i} for i in range(1, 9)]
+    lines(run / "metrics.jsonl", rows)
+    lines(run / "validation.jsonl", [{"step": 2, "loss": None}, {"step": 4, "loss": float("inf")}])
+
+
+def no_config(run: Path) -> None:
+    (run / "config.yaml").write_bytes(b"\xff\xfe")
+
+
+def bad_scores(run: Path) -> None:
+    (run / "eval/toy/scores.json").write_text('{"metrics": {"a": 1}, "headline": "a"}')
+    (run / "eval/toy/predictions.jsonl").write_text("{}\n{}\n")
+    shutil.copytree(run / "eval-base/toy", run / "eval-base/toy.old-1")
+
+
+def no_rows(run: Path) -> None:
+    evaluated(run, "eval", 0.0, [])
+
+
+def bad_checkpoint(run: Path) -> None:
+    (run / "checkpoints/step-000060").mkdir(parents=True)
+
+
+@pytest.mark.usefixtures("unsaved")
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (torn, ["step 60 of 60", "70.0%"]),
+        (begun, ["no step was made yet", "Nothing was evaluated yet"]),
+        (older, ["written by another version", "not compared with the defaults", "no figures"]),
+        (not_finite, ["8 steps were skipped", "step 1, 2, 3"]),
+        (no_config, ["config.yaml: cannot be read", "unknown method", "70.0%"]),
+        (bad_scores, ["scores.json: damaged", "2 predictions there", "30.0%"]),
+        (no_rows, ["No scored rows", "must not be compared: they differ in rows"]),
+        (bad_checkpoint, ["step-000060 does not verify: no manifest.json"]),
+    ],
+    ids=lambda v: v.__name__ if callable(v) else None,
+)
+def test_a_broken_run_is_named_and_the_rest_shown(
+    damage: Callable[[Path], None], said: list[str], finished: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    damage(run)
+    page, made = built(run)
+    for text in said:
+        assert text in page.text and text in made.replace("\\", ""), text
+    assert "old-1" not in page.text
+    report.table(run, facts.read(run, "run").metrics, [])
+
+
+@pytest.mark.slow
+def test_a_long_run_stays_small(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", steps=200_000)
+    long = facts.read(run, "run")
+    assert len(long.metrics) == 200_000
+    assert len(html.page(document.build([long]))) < 1_000_000
+
+
+def test_a_long_curve_loses_no_peak() -> None:
+    values = np.sin(np.arange(200_000.0))
+    values[[77_777, 5]] = 9.0, np.nan
+    x, y = draw.extremes(np.arange(200_000.0), values)
+    assert len(x) <= draw.POINTS and y.max() == 9.0 and x[y.argmax()] == 77_777
+    assert np.isfinite(y).all() and (np.diff(x) > 0).all()
+
+
+def test_smoothing_is_a_mean_of_what_is_finite() -> None:
+    values = np.random.default_rng(0).normal(size=200)
+    values[[0, 50, 51, 199]] = np.nan
+    means, width = draw.smooth(values)
+    assert width == 5
+    for i in range(200):
+        window = values[max(0, i - 2) : i + 3]
+        assert means[i] == pytest.approx(np.mean(window[np.isfinite(window)]))
+    x, y = draw.medians(np.arange(200.0), values, parts=4)
+    kept = np.flatnonzero(np.isfinite(values))
+    assert len(x) == 4 and y[0] == np.median(values[kept[:49]])
+
+
+@pytest.mark.usefixtures("unsaved")
+def test_several_runs_are_compared(finished: Path, tmp_path: Path) -> None:
+    other = make(tmp_path / "run", "adapter.rank=8", "train.lr=1e-4")  # named as the first
+    evaluated(other, "eval", 0.6, [row(i) for i in range(10)], examples="others")
+    page, made = built(finished, other)
+    assert "2 of " in page.text and " settings differ between the runs" in page.text
+    assert re.findall(r"^\| (adapter\S+|train\S+) \|.*", made.replace("\\", ""), re.M) == [
+        "adapter.rank", "train.lr",
+    ]  # fmt: skip
+    assert f"{other}, tuned: differs from" in page.text and "in rows: not to be" in page.text
+    scores = [line for line in made.splitlines() if line.startswith("|") and "| tuned |" in line]
+    assert len(scores) == 2 and "70.0%" in scores[0] and "60.0%" in scores[1]
+    assert str(finished) in page.text and str(other) in page.text
+    assert "their losses must not be compared" not in page.text
+    third = make(tmp_path / "third", "train.seed=5")
+    assert "their losses must not be compared" in built(finished, third)[0].text
+    assert len(facts.read_all([finished, finished / ".." / "run"])) == 1
+
+
+@pytest.mark.usefixtures("unsaved")
+def test_nothing_is_written_by_halves(finished: Path, tmp_path: Path) -> None:
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match=r"nothing is no run folder.*metrics\.jsonl"):
+        report.write([finished, nothing], out)
+    assert not out.exists()
+    (out / "report.html").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"report\.html: cannot be written.*--out"):
+        report.write([finished], out)
+    assert not [p for p in out.rglob("*") if p.name.endswith(".tmp")]
+
+
+def test_examples_are_the_same_each_time_and_of_every_source(finished: Path) -> None:
+    (_, right), (_, wrong) = first = examples.choose(facts.evaluations_of(finished)[0][1])
+    assert first == examples.choose(facts.evaluations_of(finished)[0][1])
+    assert [r["correct"] for r in (*right, *wrong)] == [True] * 4 + [False] * 4
+    for rows in (right, wrong):
+        assert [r["source"] for r in rows] == ["easy", "hard"] * 2
+    digest = {i: hashlib.sha256(f"easy#{i}".encode()).hexdigest() for i in range(2, 31, 2)}
+    assert right[0]["id"] == f"easy#{min(digest, key=lambda i: digest[i])}"
+
+
+def test_translations_are_ranked_by_chrf(tmp_path: Path) -> None:
+    chrf = pytest.importorskip("sacrebleu").sentence_chrf
+    said = ["the cat sat", "a cat sat there", "nothing like it", "xyz", "the cat", "the dog sat"]
+    rows = [row(i, prediction=t, expected="the cat sat", correct=None) for i, t in enumerate(said)]
+    evaluated(tmp_path, "eval", 0.5, rows)
+    (_, best), (_, worst) = examples.choose(facts.evaluations_of(tmp_path)[0][0])
+    ordered = sorted(said, key=lambda t: -chrf(t, ["the cat sat"]).score)
+    assert [r["prediction"] for r in (*best, *worst)] == ordered
+
+
+@pytest.mark.usefixtures("unsaved")
+def test_comet_is_shown_where_it_is_of_these_texts(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    place = run / "eval/toy"
+    held = json.loads((place / "scores.json").read_text())
+    bleu = {"value": 31.26, "ci95": [30, 32], "share": False, "signature": "BLEU|tok:13a"}
+    for part in (held, *held["sources"].values()):
+        part["metrics"] = {"BLEU": bleu}
+    held |= {"headline": "BLEU", "mean_of_sources": {"BLEU": 31.0}}
+    (place / "scores.json").write_text(json.dumps(held))
+    text = built(run)[0].text
+    assert "not computed" in text and "BLEU: BLEU|tok:13a" in text and "31.26 (30.00" in text
+    (place / "comet").mkdir()
+    for name in ("src.txt", "mt.txt", "ref.txt"):
+        (place / "comet" / name).write_text(name)
+    known = hashlib.sha256(b"src.txt\0mt.txt\0ref.txt").hexdigest()
+    found = {"score": 85.25, "ci95": [84.0, 86.5], "rows": 60, "model": "wmt22-comet-da",
+             "version": "2.2.7", "sources": {"easy": 86.0, "hard": 84.5}}  # fmt: skip
+    (place / "comet.json").write_text(json.dumps({**found, "texts": known}))
+    text = built(run)[0].text
+    for fact in ("85.25 (84.00 to 86.50)", "86.00", "COMET: wmt22-comet-da, unbabel-comet 2.2.7"):
+        assert fact in text, fact
+    (place / "comet.json").write_text(json.dumps({**found, "texts": "of others"}))
+    text = built(run)[0].text
+    assert "comet.json: is of other translations" in text and "85.25" not in text
+
+
+def test_the_command_makes_the_same_run(finished: Path) -> None:
+    from scalepeft.analysis.report.origins import commands
+
+    words = shlex.split(commands(facts.read(finished, "run")).splitlines()[0])
+    assert words[:2] == ["scalepeft", "train"] and words[3] == "run_dir=runs/run-again"
+    again, _ = config_files.load(words[2], words[3:])
+    first, _ = config_files.load(None, [*SETTINGS, f"run_dir={finished}"])
+    assert changes.differences(config.to_dict(first), config.to_dict(again)) == {}
+    assert again.run_dir == "runs/run-again"
+
+
+@pytest.mark.usefixtures("unsaved")
+def test_the_command_line(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make(tmp_path / "other")
+    assert main(["report", str(finished), str(other), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "report: " in said and said.count("steps 60, samples 240") == 2
+    assert (tmp_path / "out/report.html").is_file() and not (other / "loss.png").exists()
+
+
+def test_visible_text() -> None:
+    assert visible("a\u2028b\x85") == "a\nb[U+0085]"
+    assert visible("12345", 3) == "123 […] (cut here; 5 characters)"
+    section = Section("t", [Text("1. <x> *a* [b](c)")])
+    made = markdown.page(document.Document("d", "s", [section]))
+    assert r"1\. &lt;x&gt; \*a\* \[b\](c)" in made or r"\1. &lt;x&gt; \*a\* \[b\](c)" in made
+
+
+def test_a_start_writes_down_what_it_ran_with() -> None:
+    import torch
+
+    found = provenance.versions("torch", "no-such-library")
+    assert found["torch"] == torch.__version__ and found["no-such-library"] == "not installed"
+    head = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    if head.returncode:
+        pytest.skip("this checkout has no git")
+    assert str(provenance.commit()).removesuffix("+changes") == head.stdout.strip()
+    assert provenance.device_name(torch.device("cpu"))
+
+
+def test_a_paired_difference_is_that_of_the_same_rows(tmp_path: Path) -> None:
+    """Against the definition; 3 rows right in the first alone, 1 in the second alone, of 20."""
+    right = {"a": [1] * 13 + [0] * 7, "b": [1] * 10 + [0] * 9 + [1]}
+    found = []
+    for name, flags in right.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        rows = [
+            {"id": f"s#{i}", "source": "s", "prompt": "", "expected": "", "prediction": "",
+             "correct": bool(flag)} for i, flag in enumerate(flags)
+        ]  # fmt: skip
+        (folder / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        metric = {"value": sum(flags) / 20, "ci95": [0, 1], "share": True}
+        held = {
+            "headline": "accuracy",
+            "count": 20,
+            "metrics": {"accuracy": metric},
+            "sources": {"s": {}},
+        }
+        found.append(facts.Evaluation(name, "t", folder, held, {}, None))
+    difference, low, high = scored.paired(*found) or (0.0, 0.0, 0.0)
+    assert difference == pytest.approx(2 / 20)
+    half = 1.96 * ((3 + 1 + 1 - 2**2 / 21) / 21**2) ** 0.5
+    assert (low, high) == (pytest.approx(0.1 - half), pytest.approx(0.1 + half))
+    (found[1].folder / "scored.jsonl").write_text("")
+    assert scored.paired(*found) is None, "not the same rows"

@@ -1,0 +1,78 @@
+"""Two ranks of test_corners_of_engines: a penalty, a step that is not finite, offloads, bf16.
+
+Under each engine: one step, one with an infinite weight in the base, one more. The reference is the
+same on one rank alone, in this process.
+"""
+
+import sys
+
+import torch
+
+from scalepeft.build import build, task_of
+from scalepeft.config import files as config_files
+from scalepeft.data import tokens as data
+from scalepeft.models.hub import load_tokenizer, resolve, vocab_size
+from scalepeft.parallel.base import local_part
+from scalepeft.parallel.ranks import Ranks
+from scalepeft.train import held_out_loss
+from scalepeft.trainer import Trainer, batches
+
+ENGINES = [
+    "ddp", "fsdp2", "fsdp2 shard_over=1",
+    "zero stage=1", "zero stage=2", "zero stage=3 whole_below=0",
+    "zero stage=1 offload_optimizer=true", "zero stage=2 offload_optimizer=true",
+    "zero stage=3 offload_optimizer=true offload_parameters=true whole_below=0",
+    "zero stage=3 activation_checkpointing=true whole_below=0",
+]  # fmt: skip
+
+
+def steps(settings: list[str], engine: str, ranks: Ranks) -> list[float | None]:
+    """(loss, gradient norm) of three steps, the penalty of the last, and a held-out loss."""
+    name, *more = engine.split()
+    keys = [f"engine.name={name}", *(f"engine.{setting}" for setting in more)]
+    config, _ = config_files.load(None, [*settings, *keys, "run_dir=unused"])
+    folder = resolve(config.model, ranks)
+    tokenizer = load_tokenizer(config.model, folder)
+    rows, held_out, _ = data.prepare(
+        task_of(config), tokenizer, vocab_size(folder), config.train.seed
+    )
+    assert held_out is not None
+    built = build(config, ranks, lambda: None)
+    trainer = Trainer(config, ranks, built, "")
+    built.model.train()
+    found: list[float | None] = []
+    norm = local_part(built.model.get_parameter("model.norm.weight")).data
+    for batch in batches(config, rows, ranks, 0, 3):
+        before = norm.clone()
+        if batch.step == 1:
+            norm.fill_(torch.inf)
+        parts = {name: part.data.clone() for name, part in trainer.parts().items()}
+        found += trainer.step(batch.micro, batch.label_tokens, 0.01)
+        if batch.step == 1:
+            assert found[-2:] == [None, None], "the step is skipped"
+            for key, part in trainer.parts().items():
+                assert torch.equal(part.data, parts[key]), f"{engine}: {key} moved"
+        norm.copy_(before)
+    assert trainer.nonfinite == 0
+    return [*found, trainer.penalty, held_out_loss(config, built, held_out, ranks, lambda: None)]
+
+
+def main() -> None:
+    ranks = Ranks.start("cpu", process_group=True)
+    for precision, tolerance in (("fp32", 1e-5), ("bf16", 2e-2)):
+        settings = [*sys.argv[1:], f"train.precision={precision}"]
+        want = steps(settings, "single", Ranks())
+        assert want[2:4] == [None, None] and want[6] is not None and want[6] > 0
+        for engine in ENGINES:
+            got = steps(settings, engine, ranks)
+            for a, b in zip(got, want, strict=True):
+                assert (a is None) == (b is None), (engine, got, want)
+                assert a is None or b is None or abs(a - b) <= tolerance * max(1, abs(b)), (
+                    f"{engine} {precision}: {got}, alone {want}"
+                )
+            print(f"ok {engine} {precision}", flush=True)
+    ranks.finish()
+
+
+if __name__ == "__main__":
+    main()
