@@ -1,26 +1,85 @@
-"""Confidence intervals."""
+"""95 % confidence intervals: of a share, of a mean of shares, of a paired difference, of a mean."""
 
 import math
+import statistics
+from collections.abc import Iterable, Sequence
+from functools import cache
 
-# Student's t, quantile 0.975, for 1 to 30 degrees of freedom.
-T975 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-    2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
-    2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
+Z = 1.959963984540054  # normal quantile 0.975
 
 
-def t975(freedom: int) -> float:
-    """Student's t for a two-sided 95 % interval."""
-    if freedom <= len(T975):
-        return T975[freedom - 1]
-    z, n = 1.959964, freedom  # the expansion of Fisher and Cornish: right to 0.0001 from here on
-    return z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n * n)
-
-
-def interval(correct: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval of a proportion (95 %), in [0, 1]."""
-    p, n = correct / count, count
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+def wilson(correct: int, count: int) -> tuple[float, float]:
+    """Wilson score interval of a share ``correct / count``, in [0, 1] (Wilson 1927)."""
+    p, n, z = correct / count, count, Z
+    center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def mean_of_shares(shares: Sequence[float], counts: Sequence[int]) -> tuple[float, float, float]:
+    """Unweighted mean of shares p_i over n_i rows, with its interval: ``(mean, low, high)``.
+
+    The variance is the sum of p (1 - p) / n over k^2, with two right and two wrong answers added to
+    each source (Agresti and Coull 1998), so that a source with none right is not taken for exact.
+    """
+    mean = sum(shares) / len(shares)
+    variance = 0.0
+    for share, count in zip(shares, counts, strict=True):
+        n = count + 4
+        p = (share * count + 2) / n
+        variance += p * (1 - p) / n / len(shares) ** 2
+    half = Z * math.sqrt(variance)
+    return mean, max(0.0, mean - half), min(1.0, mean + half)
+
+
+def paired_difference(
+    groups: Iterable[Sequence[tuple[bool, bool]]],
+) -> tuple[float, float, float]:
+    """Difference of two shares over the same rows: ``(difference, low, high)``.
+
+    Over n rows of a group, b right in the first alone and c in the second alone: d = (b - c) / n
+    with variance (b + c - (b - c)^2 / n) / n^2, after half an answer is added to b and to c, so
+    that no disagreement is not taken for certainty (Agresti and Min 2005). Groups are averaged.
+    """
+    groups = list(groups)
+    difference = variance = 0.0
+    for pairs in groups:
+        b = sum(x and not y for x, y in pairs)
+        c = sum(y and not x for x, y in pairs)
+        n, d = len(pairs) + 1, b - c
+        difference += d / len(pairs) / len(groups)
+        variance += (b + c + 1 - d * d / n) / n**2 / len(groups) ** 2
+    half = Z * math.sqrt(variance)
+    return difference, difference - half, difference + half
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean, and half the width t s / sqrt(n) of its interval (None for one value)."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None
+    return mean, t975(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+@cache
+def t975(freedom: int) -> float:
+    """Student's t quantile 0.975 for ``freedom`` degrees of freedom, by bisection.
+
+    With x = sqrt(n) tan(a) the distribution is an integral of cos(a)^(n - 1), which is smooth.
+    """
+    if freedom > 10_000:  # the tail of the expansion is below 1e-12
+        return Z + (Z**3 + Z) / (4 * freedom)
+    ratio = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
+    scale = math.exp(ratio) / math.sqrt(math.pi)
+
+    def central(angle: float, pieces: int = 400) -> float:  # Simpson
+        step = angle / pieces
+        weights = (1 if i in (0, pieces) else 4 if i % 2 else 2 for i in range(pieces + 1))
+        inside = (w * math.cos(i * step) ** (freedom - 1) for i, w in enumerate(weights))
+        return scale * sum(inside) * step / 3
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if central(middle) < 0.475 else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)

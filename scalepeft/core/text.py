@@ -1,6 +1,7 @@
-"""Durations and sizes as people write them."""
+"""Durations, sizes and tables as people write them."""
 
 import math
+from collections.abc import Sequence
 
 
 def size(count: int) -> str:
@@ -27,3 +28,23 @@ def gib(size: float) -> str:
     """Bytes in the unit that reads best."""
     power = min(3, max(0, int(math.log2(max(size, 1)) // 10)))
     return f"{size / 1024**power:,.2f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
+
+
+def table(rows: Sequence[Sequence[object]], indent: str = "  ", left: int = 1) -> list[str]:
+    """Rows of cells, the header among them, as aligned lines: the first ``left`` columns to the
+    left, the others to the right. A short row keeps its last cell unpadded (a remark).
+    """
+    columns = max((len(row) for row in rows), default=0)
+    full = [[str(cell) for cell in row] for row in rows]
+    widths = [
+        max((len(row[i]) for row in full if i < len(row) and (len(row) == columns)), default=0)
+        for i in range(columns)
+    ]
+    lines = []
+    for row in full:
+        cells = [
+            cell.ljust(width) if i < left or len(row) < columns else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
+        ]
+        lines.append((indent + "  ".join(cells)).rstrip())
+    return lines

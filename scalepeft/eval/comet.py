@@ -26,6 +26,7 @@ from typing import Any
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import write_atomically
 from scalepeft.core.preemption import StopFlag, Stopping
+from scalepeft.core.stats import mean_interval
 from scalepeft.data.tasks.base import Scored
 
 VARIABLE = "SCALEPEFT_COMET"
@@ -90,9 +91,10 @@ def compute(folder: Path, stop: StopFlag | None = None) -> dict[str, Any] | None
     _run([*command, *arguments], inputs, stop)
     names = (inputs / "set.txt").read_text().split("\n")[:-1]
     scores = _segments(output, len(names))
+    mean, half = mean_interval(scores)
     found = {
-        "score": statistics.fmean(scores),
-        "ci95": _interval(scores),
+        "score": mean,
+        "ci95": [mean - (half or 0.0), mean + (half or 0.0)],
         "rows": len(scores),
         "sources": {
             name: statistics.fmean(s for s, n in zip(scores, names, strict=True) if n == name)
@@ -192,13 +194,6 @@ def _segments(file: Path, rows: int) -> list[float]:
     if len(scores) != rows or not all(map(math.isfinite, scores)):
         raise UserError(f"{file}: {len(scores)} scores, not {rows} finite ones")
     return scores
-
-
-def _interval(scores: list[float]) -> list[float]:
-    """95 % interval of the mean over rows, normal approximation."""
-    mean = statistics.fmean(scores)
-    half = 1.96 * statistics.stdev(scores) / math.sqrt(len(scores)) if len(scores) > 1 else 0.0
-    return [mean - half, mean + half]
 
 
 def _version(program: str) -> str | None:

@@ -1,13 +1,13 @@
 """Scored predictions summed up: scores.json, and the same as lines to read."""
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import read_mapping, write_atomically
+from scalepeft.core.stats import mean_of_shares
 from scalepeft.data.tasks.base import Example, Metric, Scored, Task
 
 
@@ -51,19 +51,8 @@ def summarise(
 
 
 def _mean(shares: list[dict[str, Any]], counts: list[int]) -> dict[str, Any]:
-    """The unweighted mean of shares p_i over n_i rows, with its interval.
-
-    The variance is the sum of p (1 - p) / n over k^2, with two right and two wrong answers added to
-    each source (Agresti and Coull 1998), so that a source with none right is not taken for exact.
-    """
-    value = sum(s["value"] for s in shares) / len(shares)
-    variance = 0.0
-    for held, count in zip(shares, counts, strict=True):
-        n = count + 4
-        p = (held["value"] * count + 2) / n
-        variance += p * (1 - p) / n / len(shares) ** 2
-    half = 1.96 * math.sqrt(variance)
-    return {"value": value, "ci95": [max(0.0, value - half), min(1.0, value + half)], "share": True}
+    value, *interval = mean_of_shares([s["value"] for s in shares], counts)
+    return {"value": value, "ci95": interval, "share": True}
 
 
 def first(scores: dict[str, Any]) -> tuple[str, dict[str, Any]]:

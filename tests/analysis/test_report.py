@@ -23,6 +23,7 @@ from scalepeft.cli import main
 from scalepeft.config import changes
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as config
+from scalepeft.core import stats
 from scalepeft.core.errors import UserError
 from scalepeft.run import provenance
 
@@ -472,7 +473,7 @@ def test_a_paired_difference_is_that_of_the_same_rows(tmp_path: Path) -> None:
         found.append(facts.Evaluation(name, "t", folder, held, {}, None))
     difference, low, high = scored.paired(*found) or (0.0, 0.0, 0.0)
     assert difference == pytest.approx(2 / 20)
-    half = 1.96 * ((3 + 1 + 1 - 2**2 / 21) / 21**2) ** 0.5
+    half = stats.Z * ((3 + 1 + 1 - 2**2 / 21) / 21**2) ** 0.5
     assert (low, high) == (pytest.approx(0.1 - half), pytest.approx(0.1 + half))
     (found[1].folder / "scored.jsonl").write_text("")
     assert scored.paired(*found) is None, "not the same rows"

@@ -7,18 +7,10 @@ from typing import Any
 
 from scalepeft.analysis.compare.cells import FINAL, Runner, chosen, lacking, reported
 from scalepeft.analysis.compare.design import Design, Method
-from scalepeft.core.stats import t975
+from scalepeft.core.stats import mean_interval
 from scalepeft.core.text import duration
 
 MIB = 2**20
-
-
-def interval(values: list[float]) -> tuple[float, float | None]:
-    """``(mean, t s / sqrt(n))``: the mean and half the width of its 95 % interval; None of one."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, None
-    return mean, t975(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def summarise(runner: Runner) -> dict[str, Any]:
@@ -69,7 +61,7 @@ def _row(
     }
     if not good:
         return row
-    mean, half = interval([c["loss"] for c in good])
+    mean, half = mean_interval([c["loss"] for c in good])
     row |= {"lr": good[0]["lr"], "loss": mean, "loss_ci": half, "memory": good[0]["memory"]}
     for key in ("steps", "seconds", "tokens_per_second"):
         row[key] = statistics.fmean(c[key] for c in good)
@@ -77,7 +69,7 @@ def _row(
     row["peak_memory"] = max(peaks, default=None)
     row["difference"] = _difference(design.reference, method.label, good, cells)
     if design.evaluate:
-        mean, half = interval([c["score"] for c in good])
+        mean, half = mean_interval([c["score"] for c in good])
         row |= {"metric": good[0]["metric"], "score": mean, "score_ci": half}
         row["share"] = good[0]["share"]
     return row
@@ -95,7 +87,7 @@ def _difference(
     pairs = [c["loss"] - theirs[c["seed"]] for c in good if c["seed"] in theirs]
     if label == reference or not pairs:
         return None
-    mean, half = interval(pairs)
+    mean, half = mean_interval(pairs)
     return {"mean": mean, "ci": half, "seeds": len(pairs)}
 
 

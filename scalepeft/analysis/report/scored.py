@@ -1,6 +1,5 @@
 """Every score of the runs: a plot and a table for each task, signatures, what departs."""
 
-import math
 from functools import partial
 from typing import Any
 
@@ -10,6 +9,7 @@ from scalepeft.analysis.report.draw import picture
 from scalepeft.analysis.report.examples import rows_of, source_of
 from scalepeft.analysis.report.facts import Evaluation, Run, not_comparable
 from scalepeft.analysis.report.values import shown
+from scalepeft.core.stats import paired_difference
 from scalepeft.eval import scores
 
 COMET = "COMET"
@@ -93,10 +93,7 @@ def _score_plot(task: str, found: list[tuple[Run, Evaluation]], one: bool) -> Pi
 def paired(one: Evaluation, other: Evaluation) -> tuple[float, float, float] | None:
     """Difference of the first metric of two evaluations of the same rows, with its 95 % interval.
 
-    Over n rows, b right in the first alone and c in the second alone: d = (b - c) / n with variance
-    (b + c - (b - c)^2 / n) / n^2, after half an answer is added to b and to c of each source, so
-    that no disagreement is not taken for certainty (Agresti and Min 2005). Sources are averaged
-    where the metric is their mean.
+    Sources are averaged where the metric is their mean (``stats.paired_difference``).
 
     Returns:
         (difference, low, high); None for metrics that are no shares, or without scored rows.
@@ -111,15 +108,7 @@ def paired(one: Evaluation, other: Evaluation) -> tuple[float, float, float] | N
     for key, (source, right) in held[0].items():
         label = source if "mean" in one.scores else ""
         groups.setdefault(label, []).append((right, held[1][key][1]))
-    difference = variance = 0.0
-    for pairs in groups.values():
-        b = sum(x and not y for x, y in pairs)
-        c = sum(y and not x for x, y in pairs)
-        n, d = len(pairs) + 1, b - c
-        difference += (b - c) / len(pairs) / len(groups)
-        variance += (b + c + 1 - d * d / n) / n**2 / len(groups) ** 2
-    half = 1.96 * math.sqrt(variance)
-    return difference, difference - half, difference + half
+    return paired_difference(groups.values())
 
 
 def _right(e: Evaluation) -> dict[str, tuple[str, bool]]:

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, NameList
-from scalepeft.core.stats import interval
+from scalepeft.core.stats import wilson
 from scalepeft.data.rows import expand, hint, one_line, read_rows, source_labels
 
 Split = Literal["train", "valid", "test"]
@@ -133,7 +133,7 @@ class Scored:
 
 def share(hits: list[bool]) -> Metric:
     """The share of true values with its Wilson interval."""
-    return Metric(sum(hits) / len(hits), *interval(sum(hits), len(hits)))
+    return Metric(sum(hits) / len(hits), *wilson(sum(hits), len(hits)))
 
 
 class Task:

@@ -1,0 +1,151 @@
+"""One form for work that is done once for its inputs: pipeline stages, comparison cells, caches.
+
+``NAME.begun.json`` holds the inputs from the first moment on; ``NAME.json`` holds inputs and
+outputs and is written last. Killed in between, the same inputs continue; other inputs begin again,
+after the old results were set aside.
+"""
+
+import json
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from scalepeft import __version__
+from scalepeft.config.changes import flatten
+from scalepeft.core.files import digest, fsync, write_atomically
+
+
+class Stage:
+    """A named piece of work and its two manifests.
+
+    Args:
+        folder: of the manifests.
+        name: file name of the manifests, without suffix.
+        root: what the outputs' paths are relative to; by default ``folder``'s parent.
+    """
+
+    def __init__(self, folder: Path, name: str, root: Path | None = None) -> None:
+        self.name, self.root = name, root or folder.parent
+        self.done_file = folder / f"{name}.json"
+        self.begun_file = folder / f"{name}.begun.json"
+
+    def done(self) -> dict[str, Any]:
+        """The manifest of the finished work; empty where there is none, or a broken one."""
+        return _read(self.done_file)
+
+    def begun(self) -> dict[str, Any]:
+        """The manifest of work in progress; empty likewise."""
+        return _read(self.begun_file)
+
+    def outputs(self) -> dict[str, Any]:
+        """Relative path -> facts of each file that the finished work made."""
+        found = self.done().get("outputs")
+        return found if isinstance(found, dict) else {}
+
+    def is_done(self, inputs: Any) -> bool:
+        """True if it was finished for these inputs and every output is as it was written."""
+        manifest = self.done()
+        return (
+            bool(manifest)
+            and manifest.get("inputs") == plain(inputs)
+            and isinstance(manifest.get("outputs"), dict)
+            and all(
+                (path := self.root / name).is_file() and facts(path) == known
+                for name, known in manifest["outputs"].items()
+            )
+        )
+
+    def is_begun(self, inputs: Any) -> bool:
+        """True if it was begun, but not finished, for these inputs."""
+        return self.begun().get("inputs") == plain(inputs)
+
+    def begin(self, inputs: Any, **more: Any) -> None:
+        """Records the inputs; what was done before is no longer valid."""
+        self.done_file.unlink(missing_ok=True)
+        self.begun_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.begun_file, json.dumps({"inputs": plain(inputs), **more}))
+
+    def note(self, **more: Any) -> None:
+        """Adds to the manifest of work in progress, for a start that continues it."""
+        write_atomically(self.begun_file, json.dumps({**self.begun(), **more}))
+
+    def finish(
+        self, inputs: Any, outputs: Iterable[Path], started: float, **more: Any
+    ) -> dict[str, Any]:
+        """Writes the manifest, after all it names is on the disk; returns it."""
+        files = sorted(outputs)
+        for file in files:
+            fsync(file)
+        manifest = {
+            "stage": self.name,
+            "inputs": plain(inputs),
+            "outputs": {str(f.relative_to(self.root)): facts(f) for f in files},
+            "finished": time.time(),
+            "seconds": time.time() - started,  # of the start that finished it
+            "scalepeft": __version__,
+            **more,
+        }
+        self.done_file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.done_file, json.dumps(manifest, indent=1))
+        self.begun_file.unlink(missing_ok=True)
+        return manifest
+
+    def changes(self, inputs: Any) -> str:
+        """Names the inputs that differ from those it was done or begun with; empty if none."""
+        held = self.done() or self.begun()
+        return differing(held.get("inputs"), plain(inputs)) if held else ""
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON gives it back, so that it compares with what was read."""
+    return json.loads(json.dumps(value))
+
+
+def facts(path: Path) -> dict[str, Any]:
+    """Size and sha256 of a file; of merged weights, which may be hundreds of GB, the size alone."""
+    known: dict[str, Any] = {"bytes": path.stat().st_size}
+    if path.parent.name != "merged" or path.suffix != ".safetensors":
+        known["sha256"] = digest(path)
+    return known
+
+
+def differing(old: Any, new: dict[str, Any], limit: int = 4) -> str:
+    """``key: was -> now; ...`` of nested mappings that differ; files by their names alone."""
+    was, now = (dict(flatten(d or {})) for d in (old, new))
+    named = {}
+    for key in sorted(was.keys() | now.keys()):
+        if was.get(key) != now.get(key):
+            file = key.removesuffix(".bytes").removesuffix(".sha256")
+            change = f": {_short(was.get(key))} -> {_short(now.get(key))}"
+            named[file] = "" if file != key else change
+    more = f" and {len(named) - limit} more" if len(named) > limit else ""
+    return "; ".join(key + change for key, change in list(named.items())[:limit]) + more
+
+
+def set_aside(folder: Path, names: Iterable[str], prefix: str = "replaced") -> Path | None:
+    """Moves the entries of ``folder`` that exist to ``folder/PREFIX-N``; returns that folder, or
+    None where there is nothing to move.
+    """
+    present = [name for name in names if (folder / name).exists()]
+    if not present:
+        return None
+    number = 1 + len(list(folder.glob(f"{prefix}-*")))
+    target = folder / f"{prefix}-{number}"
+    target.mkdir()
+    for name in present:
+        (folder / name).rename(target / name)
+    return target
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _short(value: Any) -> str:
+    text = "nothing" if value is None else str(value)
+    return text if len(text) <= 40 else text[:12] + "..."
