@@ -18,12 +18,12 @@ import pytest
 import yaml
 from conftest import ROOT, TINY, adapter_bytes, call, losses, rows, train
 from slurm_cluster import ENDS, Cluster, missing
-from test_readme import COMMANDS
+from test_docs import COMMANDS
 
 from scalepeft.config import files as config_files
 from scalepeft.models import tiny
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.multiprocess]
 
 
 SETTINGS = [*TINY, "engine=fsdp2", "engine.device=cpu", "model.quant=nf4", "train.save_every=5"]

@@ -137,6 +137,7 @@ def table(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("layout", LAYOUTS, ids=label)
 def test_losses_equal_one_process(layout: Layout, table: Path) -> None:
     """20 steps of ragged rows, dropout included; other micro-batches than in the reference."""
@@ -171,6 +172,7 @@ def resumed(table: Path) -> list[tuple[Layout, Layout, Path]]:
 
 
 @pytest.mark.slow
+@pytest.mark.multiprocess
 def test_a_run_goes_on_under_any_engine_at_any_world_size(
     table: Path, resumed: list[tuple[Layout, Layout, Path]]
 ) -> None:
@@ -190,6 +192,7 @@ def test_a_run_goes_on_under_any_engine_at_any_world_size(
 
 
 @pytest.mark.slow
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(
     "adapter",
     [
@@ -217,6 +220,7 @@ def test_other_methods_and_activation_checkpointing_under_fsdp2(
 
 
 @pytest.mark.slow
+@pytest.mark.multiprocess
 def test_corners_of_engines(small: Path) -> None:
     """One launch; the program is engine_corners.py."""
     settings = [
@@ -231,6 +235,7 @@ def test_corners_of_engines(small: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.multiprocess
 def test_evaluation_under_zero_3(tmp_path: Path) -> None:
     """Each rank holds half of the base; the answers are those of one process."""
     train(1, tmp_path / "run", "model.quant=nf4", "train.max_steps=1", "data.test_size=10")
@@ -276,6 +281,7 @@ def test_settings_that_an_engine_cannot_take(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
+@pytest.mark.multiprocess
 def test_two_runs_of_the_same_layout_are_bitwise_equal(tmp_path: Path) -> None:
     for name in ("a", "b"):
         train(2, tmp_path / name, "engine.name=fsdp2", "model.quant=nf4", "train.max_steps=5")
@@ -283,6 +289,7 @@ def test_two_runs_of_the_same_layout_are_bitwise_equal(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.multiprocess
 def test_bytes_held_and_read_fall_as_one_over_n(tmp_path: Path) -> None:
     found: dict[int, list[dict[str, Any]]] = {}
     for ranks in (1, 2, 3):
