@@ -18,6 +18,9 @@ from zygote import Forked, Zygote, read_at_import
 ROOT = Path(__file__).resolve().parent.parent
 
 
+FULL = "--full" in sys.argv or "SCALEPEFT_TEST_FULL" in os.environ  # by xdist's workers
+if FULL:
+    os.environ["SCALEPEFT_TEST_FULL"] = "1"
 SHARED = ROOT.parent / "shared" / "data"
 
 
@@ -153,17 +156,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="whole products, more kills and rounds")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    # Read where tests are parametrized, in xdist's workers too.
-    if config.getoption("--full"):
-        os.environ.setdefault("SCALEPEFT_TEST_ROUNDS", "2")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is marked ``full``; the longest first, each file with its fixtures on one
     worker.
     """
-    if not config.getoption("--full"):
+    if not FULL:
         left_out = [item for item in items if item.get_closest_marker("full")]
         if left_out:
             config.hook.pytest_deselected(items=left_out)

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import random
 import re
 import shutil
@@ -12,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Job, call
+from conftest import FULL, Job, call
 from safetensors.torch import load_file, save_file
 
 from scalepeft import pipeline
 from scalepeft.models import tiny
-
-ROUNDS = int(os.environ.get("SCALEPEFT_TEST_ROUNDS", "1"))
-
 
 SHORT = [
     "adapter=hoft", "adapter.rank=4", "train.precision=fp32", "train.lr=1e-3",
@@ -119,7 +115,7 @@ CASES = [(task, model) for task in TASKS for model in ("stories260K", "tiny")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "model"), CASES if ROUNDS > 1 else CASES[::2] + CASES[1:2])
+@pytest.mark.parametrize(("task", "model"), CASES if FULL else CASES[::2] + CASES[1:2])
 def test_killed_once_in_every_stage_it_ends_with_the_same(
     shared_data: Path, tmp_path: Path, task: str, model: str
 ) -> None:

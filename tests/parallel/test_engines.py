@@ -3,7 +3,6 @@
 """
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import engine_corners
 import pytest
 import torch
 import yaml
-from conftest import Job, adapter_bytes, losses, rows, train
+from conftest import FULL, Job, adapter_bytes, losses, rows, train
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -24,17 +23,19 @@ from scalepeft.parallel import zero
 from scalepeft.parallel.fsdp2 import FSDP2, FSDP2Config
 from scalepeft.parallel.ranks import Ranks, first_host, launch_variables
 
-# (ranks, engine settings): every engine at every world size from 1 to 4.
+# (ranks, engine settings): every engine at some world sizes, with --full at every one from 1 to 4.
+WORLDS = {"ddp": (2, 3), "fsdp2": (1, 2, 3), 1: (2,), 2: (3,), 3: (1, 2, 3)}
+if FULL:
+    WORLDS = dict.fromkeys(WORLDS, (1, 2, 3, 4))
 LAYOUTS = [
     (1, "name=single"),
-    *((ranks, "name=ddp") for ranks in (1, 2, 3, 4)),
-    *((ranks, "name=fsdp2") for ranks in (1, 2, 3, 4)),
+    *((ranks, f"name={name}") for name in ("ddp", "fsdp2") for ranks in WORLDS[name]),
     (4, "name=fsdp2,shard_over=2"),
     # whole_below: else stage 3 would keep all of so small a model whole.
     *(
         (ranks, f"name=zero,stage={stage}" + ",whole_below=0" * (stage == 3))
-        for ranks in (1, 2, 3, 4)
         for stage in (1, 2, 3)
+        for ranks in WORLDS[stage]
     ),
 ]
 
@@ -51,9 +52,9 @@ CELLS = [
 ]
 
 
-# At night all of the tables; in every run each layout has the first cell, and what it saves resumes
+# With --full all of the tables; in every run each layout has the first cell, and what it saves resumes
 # under one other; ``thorough`` ones have one of the other cells too, and resume themselves.
-WHOLE = int(os.environ.get("SCALEPEFT_TEST_ROUNDS", "1")) > 1
+WHOLE = FULL
 
 
 RUN = [
