@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, zygote
 
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, *ROOT.glob("CONTRIBUTING.md"), *sorted((ROOT / "docs").glob("*.md"))]
 SLURM = ("sbatch", "srun", "launch/submit")  # test_slurm.py runs these
 DONE_ELSEWHERE = ("bash launch/demo.sh", "bash launch/test.sh", ".venv/bin/python -m pytest")
 

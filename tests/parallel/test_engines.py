@@ -52,8 +52,8 @@ CELLS = [
 ]
 
 
-# With --full all of the tables; in every run each layout has the first cell, and what it saves resumes
-# under one other; ``thorough`` ones have one of the other cells too, and resume themselves.
+# With --full all of the tables; in every run each layout has the first cell, and what it saves
+# resumes under one other; ``thorough`` ones have one of the other cells too, and resume themselves.
 WHOLE = FULL
 
 
