@@ -201,9 +201,7 @@ def prepare(
         report += [f"data.{split}: left out: {where}" for where in task.skipped[:3]]
         if len(task.skipped) > 3:
             report.append(f"data.{split}: left out {len(task.skipped)} broken rows in all")
-        if task.repeated:
-            report.append(f"data.{split}: {task.repeated} rows left out as duplicates")
-        report += [f"data.{split}: {note}" for note in task.notes]
+        report += task.remarks(split)
         report += cut_rows(tokens, config, split)
         if not len(tokens):
             raise UserError(

@@ -18,6 +18,7 @@ from scalepeft.core.stats import wilson
 from scalepeft.data.rows import expand, hint, one_line, read_rows, source_labels
 
 Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 
 @plain_dataclass(frozen=True)
@@ -144,7 +145,7 @@ class Task:
     """Part of every reported number: raised when prompts or scoring change."""
     headline: ClassVar[str] = "accuracy"
     """The metric that tables show first."""
-    sources_weigh_the_same: ClassVar[bool] = False
+    macro_average: ClassVar[bool] = False
     """True if papers report the unweighted mean of the sources' headlines."""
     reads_files: ClassVar[bool] = True
     """False for a task that makes its own rows."""
@@ -203,6 +204,11 @@ class Task:
             why = f": {count} left out, the first is {self.skipped[0]}" if count else ""
             raise UserError(f"data.{split}: no usable row in {', '.join(files)[:500]}{why}")
         return found
+
+    def remarks(self, split: Split) -> list[str]:
+        """What the user should know of the rows of the last ``examples``, a line each."""
+        lines = [f"{self.repeated} rows left out as duplicates"] if self.repeated else []
+        return [f"data.{split}: {line}" for line in [*lines, *self.notes]]
 
     def _leave_out(self, what: str, remedy: str) -> None:
         if self.config.on_error == "stop":

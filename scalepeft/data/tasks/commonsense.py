@@ -102,7 +102,7 @@ class Commonsense(Task):
     Config: ClassVar[type[TaskConfig]] = CommonsenseConfig
     config: CommonsenseConfig
     version = 2
-    sources_weigh_the_same = True
+    macro_average = True
 
     def example(self, row: Any, row_id: str, split: Split) -> Example:
         """Fills the templates; the answer must be one of the answer words."""
