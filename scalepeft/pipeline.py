@@ -31,7 +31,7 @@ from scalepeft.core.text import duration
 from scalepeft.data import prepared
 from scalepeft.data import tokens as data
 from scalepeft.data.rows import expand, paths_of
-from scalepeft.data.tasks.base import SPLITS, Task
+from scalepeft.data.tasks.base import SPLITS, Split, Task
 from scalepeft.data.tokens import tokenizer_hash
 from scalepeft.eval import comet, evaluate
 from scalepeft.export import merge
@@ -46,10 +46,8 @@ from scalepeft.run.stage import Stage, facts, plain, set_aside
 STAGES = ("prepare", "train", "merge", "evaluate", "report")
 ON_RANKS = ("train", "evaluate")
 """Stages that all ranks work in, on their GPUs; the others are rank 0's."""
-OF_NO_ROW = ("workers", "cache")
-"""Keys of ``data`` that decide nothing that a stage makes."""
-OF_NO_PREDICTION = ("batch_size",)
-"""The same of ``evaluate``."""
+OF_NO_ROW, OF_NO_PREDICTION = ("workers", "cache"), ("batch_size",)
+"""Keys of ``data`` and of ``evaluate`` that decide nothing that a stage makes."""
 TRAINED = (
     "checkpoints", "adapter", "config.yaml", "metrics.jsonl", "validation.jsonl", "events.jsonl",
     "loss.png", "report.html", "report.md", "report",
@@ -78,9 +76,7 @@ class Pipeline:
     def __init__(self, config: RunConfig, task: Task, ranks: Ranks, stop: StopFlag) -> None:
         self.raw, self.task, self.ranks, self.stop = config, task, ranks, stop
         self.folder = Path(config.run_dir)
-        self.stages = {
-            name: Stage(self.folder / "stages", name, root=self.folder) for name in STAGES
-        }
+        self.stages = {name: Stage(self.folder / "stages", name) for name in STAGES}
         files: dict[str, Any] = {s: [str(self._rows(s))] for s in SPLITS if getattr(config.data, s)}
         self.config = replace(config, data=replace(config.data, **files))
         self.prepared = task_of(self.config)
@@ -119,8 +115,6 @@ class Pipeline:
 
     def _rows(self, split: str) -> Path:
         return self.folder / "data" / f"{split}.jsonl"
-
-    # ---- which stages to do ---------------------------------------------------------------------
 
     def _begin(self, name: str, options: Options) -> dict[str, Any] | None:
         """Returns the inputs of a stage that is begun, or continued; None if it is done."""
@@ -205,8 +199,8 @@ class Pipeline:
                 "task_version": self.task.version,
                 "comet": os.environ.get(comet.VARIABLE) if self.task.translates else None,
             }
-        scores = outputs["evaluate"]
-        return {"adapter": outputs["train"], "scores": scores, "scalepeft": __version__}
+        results = {"adapter": outputs["train"], "scores": outputs["evaluate"]}
+        return {**results, "scalepeft": __version__}
 
     def _prepared(self, *splits: str) -> dict[str, Any]:
         outputs = self.stages["prepare"].outputs()
@@ -214,8 +208,6 @@ class Pipeline:
             return {"data": _without(self.raw.data, OF_NO_ROW)}
         names = [str(self._rows(s).relative_to(self.folder)) for s in splits]
         return {name: outputs[name] for name in names if name in outputs}
-
-    # ---- the stages -----------------------------------------------------------------------------
 
     def _do(self, name: str) -> tuple[int, list[Path]]:
         """Does a stage; returns the exit code and the files that it made."""
@@ -240,8 +232,7 @@ class Pipeline:
         """Reads, checks and counts all rows once, and tokenizes those to train on."""
         stage = self.stages["prepare"]
         summary: dict[str, Any] = stage.begun().get("splits", {})
-        questions: dict[str, set[str]] = {}
-        files = []
+        files: dict[Split, Path] = {}
         for split in SPLITS:
             self.poll()
             if not getattr(self.raw.data, split):
@@ -251,13 +242,8 @@ class Pipeline:
             if split not in summary or not path.is_file() or facts(path) != summary[split]["file"]:
                 summary[split] = prepared.write(self.task, split, path) | {"file": facts(path)}
                 stage.note(splits=summary)
-            questions[split] = prepared.questions(path)
-            files.append(path)
-        for asked, other in (("test", "train"), ("test", "valid"), ("valid", "train")):
-            common = len(questions.get(asked, set()) & questions.get(other, set()))
-            summary[f"{asked}_questions_in_{other}"] = common
-            if common:
-                say(f"data.{asked}: {common} of its questions are in data.{other} too")
+            files[split] = path
+        summary |= prepared.overlaps(files)
         self.poll()
         if self.config.pipeline.merge != "none":
             merge.check_method(self.config, folder)
@@ -269,7 +255,7 @@ class Pipeline:
         target = self.folder / "data" / "summary.json"
         target.parent.mkdir(exist_ok=True)  # a task that reads no files has written no rows
         write_atomically(target, json.dumps(summary, indent=1))
-        return [*files, target]
+        return [*files.values(), target]
 
     def _merge(self) -> list[Path]:
         mode, target = self.config.pipeline.merge, self.folder / "merged"
@@ -310,9 +296,7 @@ def run(config: RunConfig, options: Options, stop: StopFlag) -> int:
         ranks = Ranks()  # a job without a GPU, whatever engine and device the others are for
     lease = ranks.together(lambda: _claim(Path(config.run_dir) / "stages", ranks))
     try:
-        pipeline = Pipeline(config, task, ranks, stop)
-        ranks.main_only(lambda: _check_merged(config))
-        code = pipeline.run(options)
+        code = Pipeline(config, task, ranks, stop).run(options)
     except Stopping:
         if ranks.is_main:
             say("stopped; the same command continues this stage")
@@ -338,20 +322,14 @@ def _claim(stages: Path, ranks: Ranks) -> Hold | None:
         raise UserError(f"{stages}: cannot be written: {error.strerror}") from None
 
 
-def _check_merged(config: RunConfig) -> None:
-    """Raise UserError, before a night of training, for a merged checkpoint of somebody else's."""
-    folder = Path(config.run_dir) / "merged"
-    wanted = config.pipeline.merge != "none"
-    if wanted and folder.exists() and not (folder / MADE_FROM).is_file():
-        raise UserError(
-            f"{folder}: is there and was not made by this pipeline; move it away"
-            f" (mv {folder} {folder}-by-hand), or take pipeline.merge=none"
-        )
-
-
 def check(config: RunConfig) -> Task:
     """Return the config's task; raise UserError for what would else be found after the training."""
-    task, wanted = task_of(config), config.pipeline
+    task, wanted, merged = task_of(config), config.pipeline, Path(config.run_dir) / "merged"
+    if wanted.merge != "none" and merged.exists() and not (merged / MADE_FROM).is_file():
+        raise UserError(
+            f"{merged}: is there and was not made by this pipeline; move it away"
+            f" (mv {merged} {merged}-by-hand), or take pipeline.merge=none"
+        )
     if "merged" in wanted.evaluate and wanted.merge == "none":
         raise UserError(
             "pipeline.evaluate has merged, but pipeline.merge=none; take"

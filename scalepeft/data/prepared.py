@@ -31,7 +31,20 @@ def write(task: Task, split: Split, path: Path) -> dict[str, Any]:
     }
 
 
-def questions(path: Path) -> set[str]:
-    """What the prepared rows of a file ask, but for case and spacing."""
+def overlaps(files: dict[Split, Path]) -> dict[str, int]:
+    """``test_questions_in_train`` and so on: how many questions two splits share, but for case and
+    spacing; says those that do.
+    """
+    asked: dict[str, set[str]] = {split: _questions(path) for split, path in files.items()}
+    counts = {}
+    for split, other in (("test", "train"), ("test", "valid"), ("valid", "train")):
+        common = len(asked.get(split, set()) & asked.get(other, set()))
+        counts[f"{split}_questions_in_{other}"] = common
+        if common:
+            say(f"data.{split}: {common} of its questions are in data.{other} too")
+    return counts
+
+
+def _questions(path: Path) -> set[str]:
     rows = read_lines(path, "prompt", "meta")
     return {" ".join(str(r["meta"].get("question", r["prompt"])).lower().split()) for r in rows}

@@ -99,8 +99,8 @@ def evaluate(config: RunConfig, task: Task, kind: Subject, ranks: Ranks, stop: S
 
         vllm.check(config, kind, ranks.world_size)
     examples = ranks.together(lambda: _examples(task, config.evaluate.limit))
-    for note in task.notes if ranks.is_main else ():
-        say(f"data.test: {note}")
+    for line in task.remarks("test") if ranks.is_main else ():
+        say(line)
     target = EvalTarget.find(config, kind, ranks)
     settings = _settings(target, task, examples, ranks)
     prompts = {e.id: e.prompt for e in examples}

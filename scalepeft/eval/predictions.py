@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scalepeft.core.errors import UserError
-from scalepeft.core.files import write_atomically
+from scalepeft.core.files import read_lines, write_atomically
 from scalepeft.core.log import say
 from scalepeft.core.preemption import tell_job
 from scalepeft.parallel.ranks import Ranks
@@ -18,6 +18,8 @@ from scalepeft.run.stage import set_aside
 INFORMATIVE = ("examples", "model", "batch")
 """Settings that are recorded but change no prediction that is there: each row knows what it asks,
 and weights are known by their fingerprint."""
+KINDS = {"id": str, "asked": str, "prediction": str, "cut": bool}
+"""Keys of a row, and their types."""
 
 
 class Predictions:
@@ -87,12 +89,19 @@ class Predictions:
             folder.mkdir(parents=True, exist_ok=True)
             marker = json.dumps(self.settings, indent=1, sort_keys=True)
             write_atomically(self.path.with_name("settings.json"), marker)
-            done, intact = self._read()
-            if self.path.exists() and intact != self.path.read_bytes():
-                write_atomically(self.path, intact.decode())  # without what a kill left torn
+            stored = [
+                row
+                for row in read_lines(self.path, *KINDS)
+                if all(type(row[key]) is kind for key, kind in KINDS.items())
+                # None: of a test set that may come back
+                and self.asked.get(row["id"]) in (None, row["asked"])
+            ]
+            text = _lines(stored)
+            if self.path.exists() and text.encode() != self.path.read_bytes():
+                write_atomically(self.path, text)  # without what a kill left torn
         except OSError as error:
             raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
-        return done
+        return {row["id"]: row for row in stored if row["id"] in self.asked}
 
     def _is_ours(self) -> bool:
         try:
@@ -101,29 +110,11 @@ class Predictions:
             return False
         return isinstance(stored, dict) and _deciding(stored) == _deciding(self.settings)
 
-    def _read(self) -> tuple[dict[str, dict[str, Any]], bytes]:
-        """Returns the rows that still ask the same, and the lines that are intact."""
-        done, intact = {}, b""
-        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
-            try:
-                row = json.loads(line)
-                types = [type(row[key]) for key in ("id", "asked", "prediction", "cut")]
-            except (ValueError, KeyError, TypeError):
-                continue  # generated again
-            if types == [str, str, str, bool]:
-                now = self.asked.get(row["id"])
-                if now == row["asked"]:
-                    done[row["id"]] = row
-                if now in (None, row["asked"]):  # None: of a test set that may come back
-                    intact += line + b"\n"
-        return done, intact
-
     def _write(self, batch: list[dict[str, Any]]) -> None:
         self.check_ours()
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in batch)
         try:
             with self.path.open("a", encoding="utf-8") as f:
-                f.write(text)
+                f.write(_lines(batch))
                 f.flush()
                 os.fsync(f.fileno())
         except OSError as error:
@@ -136,3 +127,7 @@ class Predictions:
 
 def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key not in INFORMATIVE}
+
+
+def _lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
