@@ -20,8 +20,9 @@ from scalepeft.core.errors import UserError
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping, tell_job
 from scalepeft.data.tasks.base import Example, Task
+from scalepeft.data.tokens import tokenizer_hash
 from scalepeft.eval import comet, scores
-from scalepeft.eval.generation import Generator, Progress, batches, check
+from scalepeft.eval.generation import Backend, Generator, Progress, batches, check
 from scalepeft.eval.predictions import Predictions
 from scalepeft.eval.target import EvalTarget
 from scalepeft.parallel.ranks import Ranks, alone, world_size
@@ -153,23 +154,22 @@ def _settings(
         "model": config.model.path,
         "quant": [config.model.quant, config.model.double_quant],
         "precision": config.train.precision,
-        "tokenizer": target.tokenizer,
+        "tokenizer": tokenizer_hash(target.tokenizer),
         "batch": config.evaluate.batch_size * ranks.world_size,
         "examples": hashlib.sha256(asked.encode()).hexdigest(),
     }
 
 
-def _generator(target: EvalTarget, left: list[Example], ranks: Ranks, poll: Any) -> Any:
-    """What maps prompts to (texts, whether each prompt was cut), and tells their ``lengths``."""
+def _generator(target: EvalTarget, left: list[Example], ranks: Ranks, poll: Any) -> Backend:
+    """The backend that answers, with its model loaded."""
     config = target.config
     if config.evaluate.backend == "vllm":
         from scalepeft.eval import vllm
 
-        adapter = None if target.adapter is None else target.fingerprint
-        return vllm.Generator.load(config, target.folder, adapter, [e.prompt for e in left])
-    built, tokenizer = target.load(ranks, poll)
+        return vllm.Generator.load(target, [e.prompt for e in left])
+    built = target.load(ranks, poll)
     synced = built.engine.sharded and ranks.world_size > 1
-    return Generator(built.model, tokenizer, config.evaluate, ranks.device, synced)
+    return Generator(built.model, target.tokenizer, config.evaluate, ranks.device, synced)
 
 
 def _generate(

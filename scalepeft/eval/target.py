@@ -10,7 +10,6 @@ from scalepeft.config.schema import RunConfig, Subject
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import digest
 from scalepeft.core.log import say
-from scalepeft.data.tokens import tokenizer_hash
 from scalepeft.models import hub as models
 from scalepeft.models.weights import Weights
 from scalepeft.parallel.ranks import Ranks
@@ -26,7 +25,7 @@ class EvalTarget:
         config: loads it: for a merged checkpoint, with that in the place of the base.
         folder: of the base, or of the merged checkpoint.
         fingerprint: of the adapter, or of the base's or merged weights.
-        tokenizer: hash of the tokenizer.
+        tokenizer: of the base.
         adapter: what ``injection.read_adapter`` returns; None for a base or a merged checkpoint.
         step: of the training that the adapter comes from.
     """
@@ -35,7 +34,7 @@ class EvalTarget:
     config: RunConfig
     folder: Path
     fingerprint: str
-    tokenizer: str
+    tokenizer: Any
     adapter: Any = None
     step: int | None = None
 
@@ -50,11 +49,11 @@ class EvalTarget:
             config = ranks.together(lambda: _with_merged(config))
         folder = models.resolve(config.model, ranks)
 
-        def look() -> tuple[str, str]:
+        def look() -> tuple[str, Any]:
             weights = Weights(folder).fingerprint()
             if adapter is not None:  # base and adapter are compared: they must be of one base
                 check_base(config, adapter[2].get("base_model", {}), weights)
-            return weights, tokenizer_hash(models.load_tokenizer(config.model, folder))
+            return weights, models.load_tokenizer(config.model, folder)
 
         weights, tokenizer = ranks.together(look)
         if kind != "adapter":
@@ -65,20 +64,18 @@ class EvalTarget:
         fingerprint = digest(run_dir / "adapter" / "adapter.safetensors")
         return cls(kind, config, folder, fingerprint, tokenizer, adapter, step)
 
-    def load(self, ranks: Ranks, poll: Any) -> tuple[Built, Any]:
-        """Builds the model on this rank, in evaluation mode; returns it with its tokenizer.
+    def load(self, ranks: Ranks, poll: Any) -> Built:
+        """Builds the model on this rank, in evaluation mode.
 
         Raises:
             UserError: the base is not that of the adapter, or what ``build`` refuses.
         """
-        config, adapter = self.config, self.adapter
-        built = build(config, ranks, poll, adapted=adapter is not None)
-        if adapter is not None:
-            injection.load_state(built.model, adapter[1], f"{config.run_dir}/adapter")
+        built = build(self.config, ranks, poll, adapted=self.adapter is not None)
+        if self.adapter is not None:
+            injection.load_state(built.model, self.adapter[1], f"{self.config.run_dir}/adapter")
         built.engine.attach(built.model, None)
-        tokenizer = ranks.together(lambda: models.load_tokenizer(config.model, self.folder))
         built.model.eval()
-        return built, tokenizer
+        return built
 
 
 def _with_merged(config: RunConfig) -> RunConfig:

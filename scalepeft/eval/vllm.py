@@ -20,6 +20,7 @@ from scalepeft.core.errors import UserError
 from scalepeft.core.files import read_mapping
 from scalepeft.core.log import say
 from scalepeft.eval.generation import Backend, encode
+from scalepeft.eval.target import EvalTarget
 from scalepeft.export import peft as export
 from scalepeft.models import hub as models
 
@@ -45,41 +46,34 @@ class Generator(Backend):
         self.llm, self.lora = llm, lora
 
     @classmethod
-    def load(
-        cls, config: RunConfig, folder: Path, adapter: str | None, prompts: list[str]
-    ) -> "Generator":
-        """Starts vLLM.
-
-        Args:
-            config: of the run; ``model`` is the merged checkpoint's where that is evaluated.
-            folder: of the model.
-            adapter: sha256 of the run's adapter file; None to leave the adapter out.
-            prompts: all that are to come: their length is what vLLM plans its memory for.
+    def load(cls, target: EvalTarget, prompts: list[str]) -> "Generator":
+        """Starts vLLM for all ``prompts`` that are to come: their length is what it plans its
+        memory for.
 
         Raises:
             UserError: vLLM is missing, the adapter is no LoRA or of too large a rank, or the heads
                 do not divide among the GPUs.
         """
+        config, tokenizer = target.config, target.tokenizer
         try:
             from vllm import LLM
             from vllm.lora.request import LoRARequest
         except ImportError as error:
             raise UserError(f"evaluate.backend=vllm: {error}; {INSTALL}") from None
-        architecture = models.architecture(folder)
-        tokenizer = models.load_tokenizer(config.model, folder)
+        architecture = models.architecture(target.folder)
         positions = architecture.max_position_embeddings
         ids, _ = encode(prompts, tokenizer, config.evaluate, positions)
         settings: dict[str, Any] = {
-            "model": str(folder),
-            "tokenizer": config.model.tokenizer or str(folder),
+            "model": str(target.folder),
+            "tokenizer": config.model.tokenizer or str(target.folder),
             "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.train.precision],
             "max_model_len": max(map(len, ids)) + config.evaluate.max_new_tokens,
             "tensor_parallel_size": _gpus(architecture.num_attention_heads),
             "seed": 0,
         }
         lora = None
-        if adapter is not None:
-            path, rank = exported(config, adapter)
+        if target.adapter is not None:
+            path, rank = exported(config, target.fingerprint)
             settings |= {"enable_lora": True, "max_lora_rank": next(r for r in RANKS if r >= rank)}
             lora = LoRARequest("adapter", 1, str(path))
         if config.evaluate.num_beams > 1:  # a beam step looks at so many tokens
