@@ -189,6 +189,8 @@ def test_what_depends_on_a_change_is_done_again(finished: tuple[Path, list[str]]
     assert (run / "eval-base/commonsense/predictions.jsonl").stat().st_mtime_ns == base, (
         "the base has not changed, nor what it is asked"
     )
+    merged = "eval-merged/commonsense/predictions.jsonl"
+    assert (run / "replaced-2" / merged).is_file(), "what the old adapter's checkpoint answered"
     # A lost output is made again, and so is what another process wrote into one.
     (run / "merged/model.safetensors").unlink()
     assert said(whole(run, *settings, "evaluate.limit=5"))["merge"] == "done again: outputs changed"
@@ -197,7 +199,7 @@ def test_what_depends_on_a_change_is_done_again(finished: tuple[Path, list[str]]
     assert said(text) == {
         "prepare": "done already", "train": "done again as asked by --from",
     }  # fmt: skip
-    assert (run / "replaced-2/adapter/adapter.safetensors").is_file()
+    assert (run / "replaced-3/adapter/adapter.safetensors").is_file()
 
 
 @pytest.mark.slow
