@@ -1,6 +1,7 @@
 """From base and adapter to one checkpoint that stock transformers loads, shard by shard."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,11 +22,10 @@ from scalepeft.adapters.merged_weight import (
 )
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
-from scalepeft.core.files import fsync
 from scalepeft.core.log import say
+from scalepeft.core.safetensors import SafetensorsFile, Stored, Writer
 from scalepeft.export.streaming import (
     FinishedRun,
-    ShardWriter,
     Streamed,
     plain,
     refuse_existing,
@@ -33,7 +33,7 @@ from scalepeft.export.streaming import (
 )
 from scalepeft.models import hub as models
 from scalepeft.models import quant, structure
-from scalepeft.models.weights import DTYPES, PIECE_BYTES, Stored, Weights
+from scalepeft.models.weights import DTYPES, PIECE_BYTES, Weights
 
 __all__ = ["effective_weight", "run"]
 
@@ -61,14 +61,13 @@ class _Item:
     def size(self) -> int:
         if self.stored is not None and self.dtype == self.stored.dtype:
             return self.stored.stop - self.stored.start
-        return torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
 class _Shard:
     file: str
-    source: str
-    metadata: dict[str, str]
+    source: SafetensorsFile
     items: list[_Item]
 
 
@@ -157,7 +156,7 @@ def _plan(finished: FinishedRun, model: Streamed, dtype: str) -> tuple[list[str]
             )
         if layer.bias is None and adds_bias(layer):
             biases.add(f"{name}.bias")
-    there = {tensor.name for _, _, tensors in finished.weights.shards() for tensor in tensors}
+    there = {name for file in finished.weights.files for name in file.tensors}
     switches, shapes = _architecture_with(finished.folder, biases - there, finished.config)
     shards = _shards(finished.weights, shapes, dtype)
     written = {item.name: item.shape for shard in shards for item in shard.items}
@@ -201,12 +200,12 @@ def _architecture_with(
 
 def _shards(weights: Weights, shapes: dict[str, tuple[int, ...]], dtype: str) -> list[_Shard]:
     """The base's tensors in their files and order; a new bias stands behind its weight."""
-    files = list(weights.shards())
-    there = {tensor.name for _, _, tensors in files for tensor in tensors}
+    there = {name for file in weights.files for name in file.tensors}
+    several = len(weights.files) > 1 or (weights.folder / INDEX).is_file()
     shards = []
-    for file, metadata, tensors in files:
+    for file in weights.files:
         items = []
-        for tensor in tensors:
+        for tensor in file.tensors.values():
             cast = dtype != "base" and tensor.dtype in DTYPES
             kind = NAMES[dtype] if cast else tensor.dtype
             items.append(_Item(tensor.name, kind, tensor.shape, tensor))
@@ -214,8 +213,8 @@ def _shards(weights: Weights, shapes: dict[str, tuple[int, ...]], dtype: str) ->
             if bias in shapes and bias not in there:
                 items.append(_Item(bias, kind, shapes[bias], None))
         # transformers finds a single file by its name, and several by their index.
-        name = file if len(files) > 1 or (weights.folder / INDEX).is_file() else "model.safetensors"
-        shards.append(_Shard(name, file, metadata, items))
+        name = file.path.name if several else "model.safetensors"
+        shards.append(_Shard(name, file, items))
     return shards
 
 
@@ -223,8 +222,7 @@ def _write_shard(model: Streamed, shard: _Shard, folder: Path, poll: Callable[[]
     """Writes a shard; it has its name once it is whole."""
     header = [(item.name, item.dtype, item.shape, item.size) for item in shard.items]
     begun = folder / f"{shard.file}.begun"
-    begun.unlink(missing_ok=True)
-    with ShardWriter(begun, header, shard.metadata) as writer:
+    with Writer(begun, header, shard.source.metadata or {"format": "pt"}) as writer:
         for item in shard.items:
             poll()
             tensor = _new_value(model, item)
@@ -233,10 +231,9 @@ def _write_shard(model: Streamed, shard: _Shard, folder: Path, poll: Callable[[]
             elif item.stored is None:
                 writer.write([bytes(item.size)])
             elif item.dtype == item.stored.dtype:
-                writer.write(model.weights.pieces(shard.source, item.stored))
+                writer.write(shard.source.pieces(item.stored))
             else:
                 writer.write(_cast(model.weights, item))
-    fsync(begun)
     begun.rename(folder / shard.file)
 
 

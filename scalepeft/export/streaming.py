@@ -1,19 +1,17 @@
 """A finished run and its base without a whole model in memory: one layer, one tensor at a time.
 
 What merge and export share: reading run, adapter and base together; a layer that is real for a
-moment; a safetensors file written as its bytes come; a folder that appears whole or not at all.
+moment; a folder that appears whole or not at all.
 """
 
 import glob
-import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -164,53 +162,6 @@ def plain(folder: Path, device: torch.device) -> Streamed:
     """The model of a folder alone, in fp32."""
     config = ModelConfig(path=str(folder))
     return Streamed(structure.build(config, folder, "fp32"), Weights(folder), device)
-
-
-class ShardWriter:
-    """Writes a safetensors file whose tensors come one after the other, each in pieces.
-
-    Args:
-        path: of the new file.
-        tensors: (name, safetensors' dtype, shape, bytes) in the order in which they will come.
-        metadata: of the file.
-
-    Raises:
-        OSError: the disk refuses.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        tensors: Iterable[tuple[str, str, tuple[int, ...], int]],
-        metadata: dict[str, str],
-    ) -> None:
-        table: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
-        self.size = 0
-        for name, dtype, shape, size in tensors:
-            offsets = [self.size, self.size + size]
-            table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
-            self.size += size
-        header = json.dumps(table, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
-        self.size += 8 + len(header)
-        self._file = path.open("xb")
-        self._file.write(len(header).to_bytes(8, "little") + header)
-
-    def write(self, pieces: Iterable[bytes | bytearray | memoryview]) -> None:
-        """Appends the bytes of the next tensor."""
-        for piece in pieces:
-            self._file.write(piece)
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, _value: Any, _trace: TracebackType | None
-    ) -> None:
-        """Closes the file; one that lacks bytes is our own bug."""
-        written = self._file.tell()
-        self._file.close()
-        assert kind is not None or written == self.size, (self._file.name, written, self.size)
 
 
 def refuse_existing(out: Path) -> None:

@@ -143,11 +143,11 @@ class Saver:
         try:
             for name, tensors in files.items():
                 check_fence(self.run_dir, self.generation)
-                own = {key.partition("[")[0] for key in tensors} & shapes.keys()
+                own = {key.partition("[")[0] for key in tensors}
                 pending.files[name] = write_tensors(
                     pending.folder / name,
                     tensors,
-                    {key: shapes[key] for key in own},
+                    {key: shape for key, shape in shapes.items() if key in own},
                     pending.check,
                 )
         except Exception as error:  # told to all ranks in the commit, whatever it is
