@@ -8,7 +8,7 @@ Greedy answers are those of ``hf`` up to ties that other kernels decide otherwis
 is vLLM's own: it ranks hypotheses by the same score, and ends its search by another rule.
 
 A signal that also reaches vLLM's own processes (Slurm sends it to the whole step) ends the
-evaluation with an error instead of 75; what is in predictions.jsonl counts all the same.
+evaluation with an error instead of 75; predictions.jsonl is kept.
 """
 
 import json
@@ -50,7 +50,7 @@ class Generator:
     def load(
         cls, config: RunConfig, folder: Path, adapter: str | None, prompts: list[str]
     ) -> "Generator":
-        """Starts vLLM on every GPU that this process sees.
+        """Start vLLM on every GPU that this process sees.
 
         Args:
             config: of the run; ``model`` is the merged checkpoint's where that is evaluated.
@@ -89,7 +89,7 @@ class Generator:
         return cls(LLM(**settings), tokenizer, config.evaluate, positions, lora)
 
     def __call__(self, prompts: list[str]) -> tuple[list[str], list[bool]]:
-        """Returns the new text alone of each prompt, and which prompts lost their beginning."""
+        """Return the new text alone of each prompt, and which prompts lost their beginning."""
         if not prompts:
             return [], []
         ids, cut = encode(prompts, self.tokenizer, self.config, self.positions)
@@ -105,7 +105,7 @@ class Generator:
     def _greedy(self, ids: list[list[int]]) -> list[list[int]]:
         from vllm import SamplingParams, TokensPrompt
 
-        found = self.llm.generate(
+        requests = self.llm.generate(
             [TokensPrompt(prompt_token_ids=prompt) for prompt in ids],
             [
                 SamplingParams(
@@ -121,20 +121,20 @@ class Generator:
             use_tqdm=False,
             lora_request=self.lora,
         )
-        return [list(request.outputs[0].token_ids) for request in found]
+        return [list(request.outputs[0].token_ids) for request in requests]
 
     def _beams(self, ids: list[list[int]]) -> list[list[int]]:
         from vllm import TokensPrompt
         from vllm.sampling_params import BeamSearchParams
 
-        found = self.llm.beam_search(
+        outputs = self.llm.beam_search(
             [TokensPrompt(prompt_token_ids=prompt) for prompt in ids],
             BeamSearchParams(
                 beam_width=self.config.num_beams, max_tokens=self.config.max_new_tokens
             ),
             lora_request=self.lora,
         )
-        best = [list(output.sequences[0].tokens) for output in found]
+        best = [list(output.sequences[0].tokens) for output in outputs]
         answers = []
         for tokens, prompt in zip(best, ids, strict=True):
             assert tokens[: len(prompt)] == prompt, "a hypothesis of vLLM begins with its prompt"
@@ -143,7 +143,7 @@ class Generator:
 
 
 def check(config: RunConfig, subject: Subject, world_size: int) -> None:
-    """Refuses what vLLM cannot evaluate as the run has it; found out before anything is loaded.
+    """Refuse what vLLM cannot evaluate as the run has it, before anything is loaded.
 
     Raises:
         UserError: several ranks, or a base that is stored in fewer bits.
@@ -156,14 +156,14 @@ def check(config: RunConfig, subject: Subject, world_size: int) -> None:
     if subject != "merged" and config.model.quant != "none":
         run = config.run_dir
         raise UserError(
-            f"evaluate.backend=vllm: this run's base is held as {config.model.quant}, vLLM would"
+            f"evaluate.backend=vllm: this run's base is stored as {config.model.quant}, vLLM would"
             f" load another one; scalepeft merge {run} {run}/merged --base dequantized and evaluate"
             " --merged, or evaluate.backend=hf"
         )
 
 
 def exported(config: RunConfig, sha256: str) -> tuple[Path, int]:
-    """The adapter as a LoRA in ``RUN_DIR/exported-lora``, made if it is not there; and its rank.
+    """Return the adapter as a LoRA in ``RUN_DIR/exported-lora``, exported if need be; and its rank.
 
     Args:
         config: of the run.

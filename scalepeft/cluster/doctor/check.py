@@ -24,7 +24,7 @@ class Context:
         rendezvous: of all ranks.
     """
 
-    config: Any  # RunConfig | None: the checks of inputs run only with one
+    config: Any  # RunConfig, or None: the checks of inputs run only with one
     run_dir: Path
     ranks: Ranks
     rendezvous: Rendezvous

@@ -10,10 +10,10 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -115,15 +115,8 @@ def run(options: Options) -> int:
     return int(code)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a rank's probe came to.
-
-    Attributes:
-        value: its result.
-        error: why there is none.
-        timed_out: it still runs.
-    """
+class Outcome(NamedTuple):
+    """What a rank's probe came to: its value, why there is none, whether it still runs."""
 
     value: Any = None
     error: str | None = None
@@ -186,15 +179,15 @@ class Doctor:
         """
         ranks, rendezvous = self.context.ranks, self.rendezvous
         probes = {"all": True, "nodes": ranks.local_rank == 0, "main": ranks.is_main}[check.on]
-        mine = astuple(self.limited(partial(check.probe, self.context))) if probes else None
+        mine = self.limited(partial(check.probe, self.context)) if probes else None
         answers = rendezvous.gather(mine, rendezvous.timeout + GRACE)
         good = lost = timed_out = False
         if ranks.is_main:
             outcomes = {rank: Outcome(*answer) for rank, answer in answers.items() if answer}
             findings = self._judge(check, outcomes)
-            if silent := [rank for rank in range(ranks.world_size) if rank not in answers]:
-                text = f"{where(silent, rendezvous.hosts)}: no answer within"
-                text = f"{check.name}: {text} {rendezvous.timeout:.0f} s: died, or hangs"
+            if silent := set(range(ranks.world_size)) - answers.keys():
+                text = f"{check.name}: {where(silent, rendezvous.hosts)}: no answer within"
+                text += f" {rendezvous.timeout:.0f} s: died, or hangs"
                 findings = [Finding("ranks", "fix", text)]
             self.findings += findings
             good, lost = all(f.state != "fix" for f in findings), bool(silent)

@@ -136,11 +136,12 @@ def probe_bytes(context: Context) -> dict[str, Any]:
 
 def check_bytes(context: Context, values: Values, hosts: Hosts) -> Verdict:
     """Yield whether stored bytes survive an all-gather."""
+    needed = context.config is None or shards_bytes(context.config)
     if refused := values[0].get("refused"):
-        yield "info", f"not tried: {refused}"
+        uses_fsdp2 = context.config is not None and context.config.engine.name == "fsdp2"
+        yield "fix" if needed and uses_fsdp2 else "info", f"not tried: {refused}"
         return
     if wrong := {rank: v["uint8"] for rank, v in values.items() if v["uint8"]}:
-        needed = context.config is None or shards_bytes(context.config)
         text = (
             f"an all-gather changes bytes: {by_value(wrong, hosts)}: training on a sharded"
             " quantized base would be wrong without an error"

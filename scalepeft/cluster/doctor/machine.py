@@ -12,14 +12,12 @@ import torch
 
 from scalepeft.cluster.doctor.check import Check, Context, Verdict
 from scalepeft.cluster.doctor.findings import Hosts, Values, by_value, where
-from scalepeft.cluster.doctor.links import shards_bytes
 from scalepeft.cluster.doctor.run_folder import existing
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.files import try_to_write
 from scalepeft.core.text import size
 from scalepeft.models import quant
 from scalepeft.parallel import zero
-from scalepeft.parallel.fsdp2 import UINT8_SHARDS_SINCE
 from scalepeft.parallel.ranks import pick_device
 
 EXTRAS = {"bitsandbytes": "scalepeft[quant]", "deepspeed": "scalepeft[deepspeed]",
@@ -58,7 +56,7 @@ def versions(context: Context | None = None) -> dict[str, str]:
 
 def check_versions(context: Context, values: Values, hosts: Hosts) -> Verdict:
     """Yield packages that differ between ranks, are missing, or too old."""
-    needed, bounds, first = needs(context.config), lower_bounds(), values[0]
+    needed, bounds = needs(context.config), lower_bounds()
     optional = {*EXTRAS, "driver"} - {*needed}
     for name in sorted({name for of_rank in values.values() for name in of_rank} | {*needed}):
         state = "warn" if name in optional else "fix"
@@ -74,17 +72,8 @@ def check_versions(context: Context, values: Values, hosts: Hosts) -> Verdict:
         elif name in bounds and numbers(version) < numbers(bounds[name]):
             text = f"{name} {version} is older than {bounds[name]}"
             yield state, text, f"pip install '{name}>={bounds[name]}'"
-    if (
-        context.config is not None
-        and context.config.engine.name == "fsdp2"
-        and shards_bytes(context.config)
-        and numbers(first["torch"]) < UINT8_SHARDS_SINCE
-    ):
-        since = ".".join(map(str, UINT8_SHARDS_SINCE))
-        remedy = f"update torch to {since}, take engine.name=ddp, or model.quant=none"
-        yield "fix", f"torch {first['torch']} cannot shard a quantized base", remedy
     equal = f", equal on {len(values)} ranks" if len(values) > 1 else ""
-    yield "ok", ", ".join(f"{name} {version}" for name, version in first.items()) + equal
+    yield "ok", ", ".join(f"{name} {version}" for name, version in values[0].items()) + equal
 
 
 def needs(config: RunConfig | None) -> dict[str, str]:

@@ -63,9 +63,8 @@ class Rendezvous:
         # Not store.wait: it prints warnings of its own when the time is up.
         while not self.store.check(keys) and time.monotonic() < until:
             time.sleep(0.02)
-        return {
-            r: json.loads(self.store.get(k)) for r, k in enumerate(keys) if self.store.check([k])
-        }
+        came = {rank: key for rank, key in enumerate(keys) if self.store.check([key])}
+        return {rank: json.loads(self.store.get(key)) for rank, key in came.items()}
 
     def share(self, value: Any) -> Any:
         """Return rank 0's value on every rank.
@@ -81,17 +80,13 @@ class Rendezvous:
             self.store.wait([key], timedelta(seconds=2 * (self.timeout + GRACE)))
             return json.loads(self.store.get(key))
         except RuntimeError as error:
-            raise RendezvousError(
-                f"rank 0 does not answer any more ({first_line(error)})"
-            ) from None
+            raise RendezvousError(f"rank 0 is gone ({first_line(error)})") from None
 
     def close(self) -> None:
         """Leave; rank 0, which may serve the store, is the last."""
         self.store.add("leaving", 1)
-        until = time.monotonic() + GRACE
-        while self.rank == 0 and self.store.add("leaving", 0) < len(self.hosts):
-            if time.monotonic() > until:
-                return
+        until = time.monotonic() + GRACE if self.rank == 0 else 0.0
+        while time.monotonic() < until and self.store.add("leaving", 0) < len(self.hosts):
             time.sleep(0.02)
 
 
@@ -131,24 +126,17 @@ def join(env: Mapping[str, str], timeout: float) -> Rendezvous:
     rendezvous = Rendezvous(rank, world_size, dist.PrefixStore(prefix, store), timeout)
     rendezvous.hosts = rendezvous.gather(host, timeout)
     missing = rendezvous.share([r for r in range(world_size) if r not in rendezvous.hosts])
-    if missing:
-        rendezvous.close()
-        raise RendezvousError(_absent(rendezvous, missing, at))
-    return rendezvous
-
-
-def _absent(rendezvous: Rendezvous, missing: list[int], at: str) -> str:
-    if rendezvous.rank:
-        return f"{where(missing, {})} did not come; rank 0 has the list"
+    if not missing:
+        return rendezvous
+    rendezvous.close()
+    if rank:
+        raise RendezvousError(f"{where(missing, {})} did not come; rank 0 has the list")
     hosts = rendezvous.hosts
-    text = (
-        f"{where(missing, {})} of {rendezvous.world_size} did not come to {at} within"
-        f" {rendezvous.timeout:.0f} s; there: {where(hosts, hosts)}"
+    empty = sorted(_step_nodes() - {host.split(".")[0] for host in hosts.values()})
+    raise RendezvousError(
+        f"{where(missing, {})} of {world_size} did not come to {at} within {timeout:.0f} s; there:"
+        f" {where(hosts, hosts)}" + f"; no rank of {', '.join(empty)} came" * bool(empty)
     )
-    here = {host.split(".")[0] for host in hosts.values()}
-    if empty := sorted(_step_nodes() - here):
-        text += f"; no rank of {', '.join(empty)} came"
-    return text
 
 
 def _step_nodes() -> set[str]:

@@ -26,8 +26,7 @@ LOGS = 16 << 20  # bytes: room for metrics, events and manifests
 WEAK = {
     ("s3fs", "gcsfuse", "goofys", "rclone", "mount-s3", "blobfuse", "ossfs"): (
         "the rename of a folder copies file by file: a crash during a save can leave a half-written"
-        " checkpoint under its final name; it is passed over by its checksum, and an older one is"
-        " used",
+        " checkpoint under its final name, which is passed over by its checksum",
         "choose a file system with atomic rename (ext4, XFS, NFS, Lustre)",
     ),
     ("tmpfs", "ramfs"): (
@@ -102,8 +101,7 @@ def check_saving(context: Context, values: Values, hosts: Hosts) -> Verdict:
 
 def clean_up(context: Context) -> None:
     """Remove the folder of ``probe_saving``, on rank 0."""
-    store = context.rendezvous.client()
-    if context.ranks.is_main and store.check(["folder"]):
+    if context.ranks.is_main and (store := context.rendezvous.client()).check(["folder"]):
         shutil.rmtree(store.get("folder").decode(), ignore_errors=True)
 
 
