@@ -156,7 +156,7 @@ def check(config: RunConfig, subject: Subject, world_size: int) -> None:
     if subject != "merged" and config.model.quant != "none":
         run = config.run_dir
         raise UserError(
-            f"evaluate.backend=vllm: this run's base is stored as {config.model.quant}, vLLM would"
+            f"evaluate.backend=vllm: this run's base is held as {config.model.quant}, vLLM would"
             f" load another one; scalepeft merge {run} {run}/merged --base dequantized and evaluate"
             " --merged, or evaluate.backend=hf"
         )
