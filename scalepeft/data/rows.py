@@ -68,11 +68,14 @@ def source_labels(files: list[str]) -> list[str]:
 
 
 def read_rows(source: str) -> Iterator[tuple[int, Any]]:
-    """Yields (row number from 1, row) of a json array, json lines, gzip of both, or a hub data set.
+    """Yield (row number from 1, row) of a json array, json lines, gzip of both, or a hub data set.
 
-    The content decides between an array and lines, not the file name. A line that is no JSON comes
+    The content decides between an array and lines, not the file name. A line that is not JSON comes
     out as a ``BrokenRow``, an object with a key twice too; a broken array is an error of the whole
     file. A file of one object over several lines is one row.
+
+    Raises:
+        UserError: it cannot be read, is not text, or is neither JSON nor JSON lines.
     """
     if source.startswith("hf://"):
         yield from enumerate(_hub_rows(source), 1)
@@ -87,8 +90,15 @@ def read_rows(source: str) -> Iterator[tuple[int, Any]]:
             )
         yield from enumerate(rows, 1)
         return
+    lines = text.split("\n")
+    starts = {line.lstrip(" \t\r\ufeff")[:1] for line in lines}
+    if starts != {""} and not starts & {"{", '"'}:
+        raise UserError(
+            f"{source}: is neither JSON nor JSON lines (it begins with {text.strip()[:40]!r});"
+            " allowed: one array of objects, or one object per line"
+        )
     first = True
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         line = line.removeprefix("\ufeff")  # of files with a BOM that were put together
         if not line.strip():
             continue
@@ -104,8 +114,13 @@ def _parsed(text: str) -> Any:
     """A value of JSON, or why it is none."""
     try:
         return json.loads(text, object_pairs_hook=_object)
-    except (ValueError, RecursionError) as error:
-        return BrokenRow(_json_fault(error))
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        return BrokenRow(f"broken JSON at {line}column {error.colno}: {error.msg}")
+    except RecursionError:
+        return BrokenRow("broken JSON: nested too deeply")
+    except ValueError as error:  # numbers of thousands of digits
+        return BrokenRow(f"broken JSON: {str(error)[:80]}")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Any:
@@ -113,72 +128,32 @@ def _object(pairs: list[tuple[str, Any]]) -> Any:
     held = dict(pairs)
     if len(held) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        return BrokenRow(f"key '{twice}' stands twice in one object")
+        return BrokenRow(f"key '{twice}' appears twice in one object")
     return next((value for value in held.values() if isinstance(value, BrokenRow)), held)
 
 
 def read_text(source: str) -> str:
-    """A file's text, unzipped. Bytes that are no UTF-8 come out as lone surrogates, which
+    """Return a file's text, unzipped. Bytes that are not UTF-8 come out as lone surrogates, which
     ``check_utf8`` finds: a bad row is one bad row and not a bad file.
 
     Raises:
-        UserError: it cannot be read, or is plainly something else than text in UTF-8.
+        UserError: it cannot be read, or is not text.
     """
     try:
         raw = Path(source).read_bytes()
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
     except (EOFError, zlib.error) as error:
         raise UserError(
-            f"{source}: cannot be read: {error}; it is cut off: copy it again"
+            f"{source}: cannot be read: {error}; it is truncated: copy it again"
         ) from None
     except OSError as error:
         raise UserError(f"{source}: cannot be read: {error}") from None
-    for head, what in NO_TEXT:
-        if re.match(head, raw[:200]):
-            raise UserError(f"{source}: is {what}")
-    if raw and not raw.strip(b"\0"):
-        raise UserError(f"{source}: holds NUL bytes alone, as after a crash: copy it again")
-    encoding = json.detect_encoding(raw[:4])
-    if not encoding.startswith("utf-8") and raw[:2] != b"\0\0":
-        name = encoding.upper()
-        raise UserError(f"{source}: is {name}; files must be UTF-8: iconv -f {name} -t UTF-8")
-    text = raw.decode("utf-8-sig", errors="surrogateescape")
-    return text if "\n" in text else text.replace("\r", "\n")  # line ends of the old Mac
-
-
-NO_TEXT = (
-    (rb"version https://git-lfs", "a git-lfs pointer and not the file: git lfs pull fetches it"),
-    (rb"(?i)\s*<(!doctype\s+html|html)\b", "a page of HTML, likely an error: download it again"),
-    (rb"PAR1", "parquet: name its folder, hf://FOLDER"),
-    (rb"PK\x03\x04|BZh\d|\xfd7zXZ|\x28\xb5\x2f\xfd", "packed, and not by gzip: unpack it"),
-)
-"""How files begin that some rows could still be read of."""
-
-
-def _json_fault(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        where = f"broken JSON at {line}column {error.colno}"
-        return f"{where}: {error.msg}{_json_hint(error.doc, error.pos, error.msg)}"
-    if isinstance(error, RecursionError):
-        return "broken JSON: nested too deeply"
-    return f"broken JSON: {type(error).__name__}: {str(error)[:80]}"  # huge numbers
-
-
-def _json_hint(text: str, at: int, message: str) -> str:
-    """What is behind the common faults."""
-    char, before = text[at : at + 1], text[max(0, at - 99) : at].rstrip()[-1:]
-    if char and char in "'NTF" and before in ("{", ":", ",", "["):
-        return " (Python's repr is no JSON: write rows with json.dumps)"
-    if char and char in "/#":
-        return " (JSON has no comments)"
-    if char and char in "]}" and before == ",":
-        return " (a comma too many)"
-    if message == "Extra data":
-        return " (more than one value: one array per file, or one object per line)"
-    if message.startswith("Unterminated string") or not char:
-        return " (cut off, or broken over lines: a row of json lines is one line, as jq -c writes)"
-    return " (rows of JSON begin with {)" if not before else ""
+    if re.search(rb"[\0-\x08\x0e-\x1f]", raw[:16]):  # UTF-16, zip, parquet, zeros after a crash
+        raise UserError(
+            f"{source}: is not text (it begins with {raw[:16]!r}); files must be text in UTF-8, or"
+            " gzip of it; data sets of the hub in other formats are named hf://DATASET"
+        )
+    return raw.decode("utf-8-sig", errors="surrogateescape")
 
 
 @dataclass(frozen=True)
@@ -218,20 +193,6 @@ def one_line(reason: str) -> str:
     """A reason fit for one line of a terminal or a file, whatever the row put into it."""
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in reason[:2000])
     return shown if len(shown) <= 500 else f"{shown[:400]} ... {shown[-80:]}"
-
-
-def hint(row: Any, reason: str) -> str:
-    """What else to say of a row that was refused for this reason."""
-    for key, value in row.items() if isinstance(row, dict) else ():
-        objects = isinstance(value, list) and value and isinstance(value[0], dict)
-        if objects and ("is missing" in reason or "the row has" in reason):
-            return (
-                f"; if the {len(value)} objects in '{key}' are the rows, that list must be the file"
-            )
-        exact = key.strip().lower()
-        if exact != key and re.search(rf"\b{re.escape(exact)}\b", reason):
-            return f"; '{key}' is not '{exact}': keys are taken as they stand"
-    return ""
 
 
 def check_utf8(value: str, what: str) -> None:

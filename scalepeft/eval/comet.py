@@ -1,9 +1,9 @@
-"""COMET of translations, by ``comet-score`` in an environment of its own, on files.
+"""COMET of translations, by ``comet-score`` in its own environment, on files.
 
 unbabel-comet pins older versions of transformers and numpy than this package runs with, so it is
 never imported. ``write`` leaves the texts beside scores.json (``comet/src.txt``, ``mt.txt``,
 ``ref.txt``), ``compute`` runs the program that ``SCALEPEFT_COMET`` names on them, once for the same
-texts: the path of comet-score, with options of its own if need be ("ENV/bin/comet-score --gpus 0").
+texts: the path of comet-score and options for it, if any ("ENV/bin/comet-score --gpus 0").
 
     python -m venv ENV && ENV/bin/pip install unbabel-comet
 
@@ -37,13 +37,12 @@ HOW = (
 )
 NO_SOURCE = "not computed (the references came without the text that was translated)"
 TEXTS = ("src.txt", "mt.txt", "ref.txt")
-# comet-score would take itself for a rank of our job.
-OURS = ("SLURM_", "PMI", "TORCHELASTIC_", "MASTER_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_",
-        "ROLE_", "PYTHON", "VIRTUAL_ENV")  # fmt: skip
+# comet-score would take itself for a rank of our job, and our packages for its own.
+INHERITED = re.compile(r"(?!SLURM_|PMI|TORCHELASTIC_|MASTER_|PYTHON)(?!.*(RANK|WORLD_SIZE))")
 
 
 def write(folder: Path, rows: list[Scored]) -> None:
-    """Writes the texts to ``folder/comet``, a row a line; none where a row has no source text."""
+    """Write the texts to ``folder/comet``, a row a line; none where a row has no source text."""
     inputs = folder / "comet"
     if any(not row.example.meta.get("question") for row in rows):
         shutil.rmtree(inputs, ignore_errors=True)
@@ -62,12 +61,12 @@ def write(folder: Path, rows: list[Scored]) -> None:
 
 
 def compute(folder: Path, stop: StopFlag | None = None) -> dict[str, Any] | None:
-    """Scores the texts in ``folder/comet``; returns what ``folder/comet.json`` then holds.
+    """Score the texts in ``folder/comet``; return what ``folder/comet.json`` then holds.
 
     Returns:
         ``score`` and ``ci95`` (times 100), ``rows``, ``sources`` (name -> score), ``model``,
-        ``version`` (of unbabel-comet, null if it cannot be asked), ``command``; None if
-        ``SCALEPEFT_COMET`` is not set and these texts have not been scored yet, or there are none.
+        ``command``; None if ``SCALEPEFT_COMET`` is not set and these texts have not been scored
+        yet, or there are none.
 
     Raises:
         UserError: no such program, it failed, or its output is not COMET's.
@@ -78,9 +77,9 @@ def compute(folder: Path, stop: StopFlag | None = None) -> dict[str, Any] | None
         return None
     digest = hashlib.sha256(b"\0".join((inputs / name).read_bytes() for name in TEXTS)).hexdigest()
     command = _command()
-    held = read(folder)
-    if held and held["texts"] == digest and (not command or held["model"] == _model(command)):
-        return held
+    stored = read(folder)
+    if stored and stored["texts"] == digest and (not command or stored["model"] == _model(command)):
+        return stored
     result.unlink(missing_ok=True)  # of other texts
     if not command:
         return None
@@ -92,7 +91,7 @@ def compute(folder: Path, stop: StopFlag | None = None) -> dict[str, Any] | None
     names = (inputs / "set.txt").read_text().split("\n")[:-1]
     scores = _segments(output, len(names))
     mean, half = mean_interval(scores)
-    found = {
+    results = {
         "score": mean,
         "ci95": [mean - (half or 0.0), mean + (half or 0.0)],
         "rows": len(scores),
@@ -101,37 +100,35 @@ def compute(folder: Path, stop: StopFlag | None = None) -> dict[str, Any] | None
             for name in sorted(set(names))
         },
         "model": _model(command),
-        "version": _version(command[0]),
         "command": shlex.join([*command, *arguments]),
         "texts": digest,
     }
-    write_atomically(result, json.dumps(found, indent=1))
-    return found
+    write_atomically(result, json.dumps(results, indent=1))
+    return results
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """What ``compute`` left in a folder; None if nothing, or nothing whole."""
+    """Return what ``compute`` wrote to a folder; None if nothing, or not all of it."""
     try:
-        held: dict[str, Any] = json.loads((folder / "comet.json").read_text())
-        return held if {"score", "ci95", "rows", "model", "texts"} <= held.keys() else None
+        stored: dict[str, Any] = json.loads((folder / "comet.json").read_text())
+        return stored if {"score", "ci95", "rows", "model", "texts"} <= stored.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
 
 
 def line(folder: Path) -> str:
-    """COMET as a line of a table, or how to get it. Call ``compute`` before."""
-    if found := read(folder):
-        low, high = found["ci95"]
-        version = found.get("version") or "of unknown version"
+    """Return COMET as a line of a table, or how to get it. Call ``compute`` before."""
+    if results := read(folder):
+        low, high = results["ci95"]
         return (
-            f"COMET: {found['score']:.2f}, 95 % interval {low:.2f} to {high:.2f}"
-            f" ({found['model']}, unbabel-comet {version}, {found['rows']} rows)"
+            f"COMET: {results['score']:.2f}, 95 % interval {low:.2f} to {high:.2f}"
+            f" ({results['model']}, {results['rows']} rows)"
         )
     return f"COMET: {HOW if (folder / 'comet' / TEXTS[0]).is_file() else NO_SOURCE}"
 
 
 def _command() -> list[str]:
-    """The program and the user's options for it, with a model; empty if not set."""
+    """Return the program and the user's options for it, with a model; empty if not set."""
     try:
         words = shlex.split(os.environ.get(VARIABLE, ""))
     except ValueError as error:
@@ -154,10 +151,10 @@ def _model(command: list[str]) -> str:
 
 def _run(command: list[str], inputs: Path, stop: StopFlag | None) -> None:
     log = inputs / "log.txt"
-    env = {key: value for key, value in os.environ.items() if not key.startswith(OURS)}
+    env = {key: value for key, value in os.environ.items() if INHERITED.match(key)}
     with log.open("w") as out:
         try:
-            # A session of its own: a signal to our job is ours to handle.
+            # In a new session: a signal to our job is ours to handle.
             process = subprocess.Popen(
                 command, cwd=inputs, env=env, stdin=subprocess.DEVNULL, stdout=out,
                 stderr=subprocess.STDOUT, start_new_session=True,
@@ -174,38 +171,21 @@ def _run(command: list[str], inputs: Path, stop: StopFlag | None) -> None:
                 os.killpg(process.pid, 9)
                 process.wait()
     if process.returncode:
-        said = [text for text in log.read_text(errors="replace").splitlines() if text.strip()]
-        raise UserError(
-            f"{command[0]} ended with {process.returncode}:"
-            f" {said[-1].strip()[:300] if said else 'it said nothing'}; all of it: {log}"
-        )
+        printed = log.read_text(errors="replace").split("\n")
+        last = next((text.strip() for text in reversed(printed) if text.strip()), "printed nothing")
+        raise UserError(f"{command[0]} ended with {process.returncode}: {last[:300]}; log: {log}")
 
 
 def _segments(file: Path, rows: int) -> list[float]:
-    """The rows' scores times 100 out of what --to_json wrote: {"mt.txt": [{"COMET": 0.8, ...}]}."""
+    """Return the rows' scores times 100; --to_json writes {"mt.txt": [{"COMET": 0.8, ...}]}."""
     try:
-        (listed,) = json.loads(file.read_text()).values()
-        scores = [100 * float(row["COMET"]) for row in listed]
+        (segments,) = json.loads(file.read_text()).values()
+        scores = [100 * float(row["COMET"]) for row in segments]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{file}: is not what comet-score --to_json writes"
-            f" ({type(error).__name__}: {str(error)[:100]}); it said: {file.with_name('log.txt')}"
+            f" ({type(error).__name__}: {str(error)[:100]}); log: {file.with_name('log.txt')}"
         ) from None
     if len(scores) != rows or not all(map(math.isfinite, scores)):
         raise UserError(f"{file}: {len(scores)} scores, not {rows} finite ones")
     return scores
-
-
-def _version(program: str) -> str | None:
-    """unbabel-comet's version in the environment of the program; None where that has no Python
-    beside it (a wrapper).
-    """
-    python = Path(program).resolve().parent / "python"
-    ask = "from importlib.metadata import version; print(version('unbabel-comet'))"
-    try:
-        done = subprocess.run(
-            [str(python), "-I", "-c", ask], capture_output=True, text=True, timeout=60, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

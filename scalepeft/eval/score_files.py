@@ -57,7 +57,7 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Prints the scores; writes them where ``out`` is given.
+    """Print the scores; write them where ``out`` is given.
 
     Raises:
         UserError: an unknown task, unreadable or broken files, predictions that do not belong to
@@ -119,7 +119,7 @@ class Prediction:
 
 
 def read(file: str, key: str | None) -> list[Prediction]:
-    """Reads predictions.
+    """Read predictions.
 
     Raises:
         UserError: unreadable, empty, or a row without a text in it.
@@ -175,75 +175,56 @@ def _prediction(row: Any, key: str | None, number: int, file: str) -> Prediction
 
 
 def match(
-    found: list[Prediction], examples: list[Example], options: Options, skipped: int
+    predictions: list[Prediction], examples: list[Example], options: Options, skipped: int
 ) -> dict[str, str]:
-    """Example id -> its prediction: by id where ids of the references are given, else by order.
+    """Return example id -> its prediction: by id where ids of the references come, else by order.
+
+    Args:
+        predictions: as they stand in the file.
+        examples: of the references, those that can be used.
+        options: name the files.
+        skipped: number of broken references that were left out.
 
     Raises:
-        UserError: an id twice, no id beside others, rows without a prediction, another number of
-            rows.
+        UserError: an id twice, no id beside others, rows without a prediction, ids of other
+            references, another number of rows.
     """
-    known = {e.id for e in examples}
-    seen: dict[str, Prediction] = {}
-    twice, bare = "", 0
-    for p in found:
+    known, by_id, fault = {e.id for e in examples}, dict[str, Prediction](), ""
+    for p in predictions:
+        first = p if p.id is None else by_id.setdefault(p.id, p)
         if p.id is None:
-            bare = bare or p.row
-        elif (first := seen.setdefault(p.id, p)) is not p and not twice:
-            twice = f"row {p.row}: id {p.id} stood in row {first.row} already"
-    if known & seen.keys():
-        if twice or bare:
-            said = twice or f"row {bare}: has no id, others have"
-            raise UserError(f"{options.predictions}, {said}; a row can be scored once")
-        missing = [e.id for e in examples if e.id not in seen]
-        if missing:
+            fault = fault or f"row {p.row}: has no id, others have"
+        elif first is not p:
+            fault = fault or f"row {p.row}: id {p.id} appears in row {first.row} already"
+    if known & by_id.keys():
+        if fault:
+            raise UserError(f"{options.predictions}, {fault}; a row can be scored once")
+        if missing := [e.id for e in examples if e.id not in by_id]:
             raise UserError(
                 f"{options.predictions}: {len(missing)} of {len(examples)} rows of"
                 f" {options.references} have no prediction, the first is {missing[0]}"
             )
-        if others := [i for i in seen if i not in known]:
+        if others := [i for i in by_id if i not in known]:
             say(
                 f"{options.predictions}: {len(others)} predictions are of no row of"
                 f" {options.references} and left out, the first is {others[0]}"
             )
-        return {e.id: seen[e.id].text for e in examples}
-    ids = [i for i in seen if re.search(r"#\d+$", i)]
-    if ids:  # our own predictions.jsonl, which is not in the order of the rows
-        return _by_number(seen, examples, options, twice or (bare and f"row {bare}: has no id"))
+        return {e.id: by_id[e.id].text for e in examples}
+    if ours := next((i for i in by_id if re.search(r"#\d+$", i)), None):
+        # A predictions.jsonl of evaluate is not in the order of the rows.
+        raise UserError(
+            f"{options.predictions}: its ids ({ours}, ...) are not those of {options.references}"
+            f" ({examples[0].id}, ...); give the file that was predicted for"
+        )
     if skipped:
         raise UserError(
-            f"{options.references}: {skipped} broken rows were left out, so that the order says no"
-            " longer which prediction belongs to which row; repair them, or give the predictions"
-            " ids"
+            f"{options.references}: {skipped} broken rows were left out, so the order no longer"
+            " tells which prediction belongs to which row; repair them, or give the predictions ids"
         )
-    if len(found) != len(examples):
+    if len(predictions) != len(examples):
         raise UserError(
-            f"{options.predictions} has {len(found)} predictions, {options.references}"
-            f" {len(examples)} rows; they must go together one by one, or by id"
-            f"{f' ({twice})' if twice else ''}"
+            f"{options.predictions} has {len(predictions)} predictions, {options.references}"
+            f" {len(examples)} rows; they must match one by one, or by id"
+            f"{f' ({fault})' if fault and by_id else ''}"
         )
-    return {e.id: p.text for e, p in zip(examples, found, strict=True)}
-
-
-def _by_number(
-    seen: dict[str, Prediction], examples: list[Example], options: Options, wrong: str | int
-) -> dict[str, str]:
-    """Predictions with ids LABEL#NUMBER of another copy of the references: by their number.
-
-    Raises:
-        UserError: several files, or other rows.
-    """
-    labels = {i.rpartition("#")[0] for i in seen}
-    numbers = {i.rpartition("#")[2]: p for i, p in seen.items()}
-    wanted = [e.id.rpartition("#")[2] for e in examples]
-    if wrong or len(labels) > 1 or set(wanted) != set(numbers) or len(set(wanted)) < len(wanted):
-        raise UserError(
-            f"{options.predictions}: its ids ({next(iter(seen))}, ...) are not those of"
-            f" {options.references} ({examples[0].id}, ...)"
-            + (f", and {wrong}" if wrong else "")
-            + "; give the file that was predicted for, or predictions without ids in its order"
-        )
-    say(
-        f"{options.predictions}: made for {labels.pop()}; taken row by row for {options.references}"
-    )
-    return {e.id: numbers[n].text for e, n in zip(examples, wanted, strict=True)}
+    return {e.id: p.text for e, p in zip(examples, predictions, strict=True)}

@@ -1,61 +1,70 @@
-"""Three ranks for test_doctor.py: a clock that is 5 s ahead, a rank that hangs, one that dies."""
+"""``scalepeft doctor`` for test_doctor.py with a fault on rank 1, whose host is called n2:
+doctor_ranks.py FAULT RUN_DIR TIMEOUT.
+"""
 
+import ctypes
 import os
+import socket
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from typing import Any
 
-from scalepeft.cluster.doctor import network as links
-from scalepeft.cluster.doctor.rendezvous import meet
-from scalepeft.parallel.ranks import Ranks, launch_variables
+import torch
 
-env = launch_variables(os.environ)
+from scalepeft.cluster.doctor import command, links, machine
 
-
-meeting = meet(env, timeout=30)
+fault, run_dir, timeout = sys.argv[1:]
 
 
-ranks = Ranks(meeting.rank, meeting.world_size, int(env["LOCAL_RANK"]))
+def hang(_: Any) -> None:
+    time.sleep(1000)
 
 
-def linked() -> dict[str, Any]:
-    links.join(ranks, meeting.client(), 30)
-    return links.try_collectives(ranks, ranks.device)
+def hang_in_the_lock(_: Any) -> None:
+    # Nothing of this process runs any more, not even the thread that would say so.
+    ctypes.PyDLL(None).sleep(1000)
 
 
-def clocks() -> list[tuple[float, float]]:
-    return links.clock_offsets(ranks, lambda: time.time() + (5 if ranks.rank == 1 else 0))
+def die(_: Any) -> None:
+    os._exit(3)
 
 
-def hang_or_die() -> str:
-    if ranks.rank == 1:
-        time.sleep(1000)
-    if ranks.rank == 2:
-        os._exit(3)
-    return "well"
+def other_versions(_: Any) -> dict[str, str]:
+    return {**machine.versions(), "torch": "2.12.1", "source": "abc"}
 
 
-def show(text: str) -> None:
-    if meeting.rank == 0:
-        print(text, flush=True)
+def mount_over(*words: str) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(0x20000) or subprocess.run(["mount", "--make-rprivate", "/"]).returncode:
+        os._exit(77)
+    if subprocess.run(["mount", *words, run_dir], check=False).returncode:
+        os._exit(77)
 
 
-outcomes = meeting.stage(linked)
+if os.environ["RANK"] == "1":
+    socket.gethostname = lambda: "n2"
+    if fault in ("hang", "hang-in-the-lock", "die"):
+        work = {"hang": hang, "die": die}.get(fault, hang_in_the_lock)
+        machine.KERNELS = replace(machine.KERNELS, probe=work)
+    if fault == "versions":
+        machine.VERSIONS = replace(machine.VERSIONS, probe=other_versions)
+    if fault == "folder":
+        mount_over("-t", "tmpfs", "tmpfs")
+    if fault == "read-only":
+        mount_over("--bind", "-o", "ro", run_dir)
+    if fault == "bytes":
+        copy = links.copy_rows
 
+        def wrong(parameter: Any, full: torch.Tensor) -> None:
+            full = full.clone()
+            if full.dtype == torch.uint8 and full.shape[1] == 512:
+                full[-1, 17] ^= 0x40
+            copy(parameter, full)
 
-show(links.judge_links("links", "gloo", outcomes, meeting.hosts).line() if outcomes else "")
+        links.copy_rows = wrong
+else:
+    socket.gethostname = lambda: "n1"
 
-
-outcomes = meeting.stage(clocks)
-
-
-show(links.judge_clocks(outcomes, meeting.hosts).line() if outcomes else "")
-
-
-meeting.timeout = 1.5
-
-
-for outcome in meeting.stage(hang_or_die):
-    show(f"{outcome}")
-
-
-os._exit(0)
+sys.exit(command.run(command.Options([], run_dir, float(timeout))))

@@ -4,10 +4,7 @@ import json
 import os
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +12,18 @@ import pytest
 import torch
 from conftest import ROOT, TINY, Job, train
 
-from scalepeft.build import check_batch
-from scalepeft.cluster.doctor import checks as judge
 from scalepeft.cluster.doctor import command as doctor
-from scalepeft.cluster.doctor import filesystem as disk
-from scalepeft.cluster.doctor import network as links
-from scalepeft.cluster.doctor import node
-from scalepeft.cluster.doctor.findings import Finding, by_value, spans, summary, where
-from scalepeft.cluster.doctor.rendezvous import Meeting, Outcome
+from scalepeft.cluster.doctor import inputs, links, machine, run_folder
+from scalepeft.cluster.doctor.check import Context, same_everywhere
+from scalepeft.cluster.doctor.findings import Finding, by_value, summary, where
+from scalepeft.cluster.doctor.rendezvous import Rendezvous
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as config
 from scalepeft.core.errors import UserError
 from scalepeft.models import tiny
 from scalepeft.parallel import zero
-from scalepeft.run import lease as holder
+from scalepeft.parallel.ranks import Ranks
+from scalepeft.run import lease
 
 HOSTS = {0: "n1", 1: "n1", 2: "n2", 3: "n2"}
 
@@ -40,12 +35,20 @@ def of(*settings: str) -> config.RunConfig:
     return config_files.load(None, [*TINY, "train.max_steps=2", "run_dir=none", *settings])[0]
 
 
-def states(found: list[Finding]) -> list[str]:
-    return [f.state for f in found]
+def context(*settings: str, run_dir: Path = Path("x"), alone: bool = False) -> Context:
+    ranks, rendezvous = Ranks(), Rendezvous(0, 1, torch.distributed.HashStore(), 5.0, {0: "n1"})
+    return Context(None if alone else of(*settings), run_dir, ranks, rendezvous)
 
 
 def report(text: str) -> dict[str, Any]:
     return json.loads(next(line for line in text.splitlines() if line.startswith("{")))
+
+
+def states(findings: Any) -> list[str]:
+    return [state for state, *_ in findings]
+
+
+# Real processes
 
 
 @pytest.mark.slow
@@ -56,17 +59,17 @@ def test_three_ranks_in_order(tmp_path: Path) -> None:
     assert codes == [0, 0, 0] and found["healthy"] and len(found["hosts"]) == 3
     by_check: dict[str, str] = {}
     for f in found["findings"]:
-        assert f["state"] in ("ok", "info") or f["check"] == "environment", f
+        assert f["state"] in ("ok", "info"), f
         by_check[f["check"]] = by_check.get(f["check"], "") + f["found"]
     assert "equal on 3 ranks" in by_check["versions"]
     assert "right on 3 ranks" in by_check["links"] and "GB/s" in by_check["links"]
     assert "uneven shards on 3 ranks" in by_check["4-bit bytes"]
     assert "as other tools do" in by_check["4-bit bytes"]
-    assert "ms apart" in by_check["clocks"]
     assert "nf4: known bytes" in by_check["kernels"]
+    assert "4 rows a step" in by_check["global batch"]
     assert "all 3 ranks see the same folder" in by_check["run folder"]
     assert "2 checkpoints of" in by_check["free space"]
-    assert {rank["device"]["type"] for rank in found["ranks"]} == {"cpu"}
+    assert {rank["devices"]["type"] for rank in found["ranks"]} == {"cpu"}
     assert not list(tmp_path.iterdir()), "doctor leaves nothing behind"
 
 
@@ -84,19 +87,45 @@ def test_ranks_that_never_come() -> None:
 
 
 @pytest.mark.slow
-def test_a_wrong_clock_a_rank_that_hangs_and_one_that_dies() -> None:
-    codes, text = Job(3, [], program=(str(ROOT / "tests/cluster/doctor_ranks.py"),)).wait(60)
-    assert codes == [0, 0, 3], text
-    assert "gloo: all-reduce, all-gather and reduce-scatter right on 3 ranks" in text
-    (clocks,) = [line for line in text.splitlines() if " clocks " in line]
-    assert clocks.startswith("warn") and "rank 1 on " in clocks and " is ahead of " in clocks
-    assert 4990 < float(clocks.split()[2]) < 5010
-    outcomes = [line for line in text.splitlines() if line.startswith("Outcome")]
-    assert [("well" in o, "hangs=True" in o, "gone=True" in o) for o in outcomes] == [
-        (True, False, False),
-        (False, True, False),
-        (False, False, True),
-    ]
+@pytest.mark.parametrize(
+    ("fault", "timeout", "codes", "fix"),
+    [
+        ("hang", 5, [1, 1], "kernels: still not done after 5 s on rank 1 on n2"),
+        ("hang-in-the-lock", 3, [1, None], "ranks: kernels: rank 1 on n2: no answer within 3 s"),
+        ("die", 3, [1, 3], "ranks: kernels: rank 1 on n2: no answer within 3 s: died, or hangs"),
+        ("versions", 60, [1, 1], "versions: source "),
+        ("folder", 60, [1, 1], "is another folder on rank 1 on n2 than on rank 0's node"),
+        ("read-only", 60, [1, 1], "cannot be written: Read-only file system on rank 1 on n2"),
+        ("bytes", 60, [1, 1], "an all-gather changes bytes: weight: 1 of 131584 bytes changed"),
+    ],
+)
+def test_a_fault_on_another_node(
+    tmp_path: Path, fault: str, timeout: int, codes: list[int | None], fix: str
+) -> None:
+    program = (str(ROOT / "tests" / "cluster" / "doctor_ranks.py"),)
+    job = Job(2, [fault, str(tmp_path), str(timeout)], program=program)
+    if codes[1] is None:
+        text = job.ranks[0].communicate(timeout=90)[0]
+        ended = [job.ranks[0].returncode, None]
+        job.kill()
+    else:
+        ended, text = job.wait(90)
+    if 77 in ended:
+        pytest.skip("needs root to mount")
+    lines = text.splitlines()
+    fixes = [line for line in lines if line.startswith("  ")]
+    assert ended == codes and any(fix in line for line in fixes), text
+    assert all(" on n2" in line or " n1" in line for line in fixes), text
+    if fault == "versions":
+        assert len(fixes) == 2 and "torch 2.12.1 on rank 1 on n2" in fixes[1], text
+        assert "start all ranks from one checkout" in fixes[0]
+    else:
+        assert len(fixes) == 1
+    if fault in ("die", "hang-in-the-lock"):
+        assert "not every rank answers any more" in text
+    if fault == "hang":  # the other checks are made all the same
+        assert "right on 2 ranks" in text and "all 2 ranks see the same folder" in text
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -107,8 +136,17 @@ def test_links_that_are_dead(tmp_path: Path) -> None:
     (wrong,) = [f for f in report(text)["findings"] if f["state"] == "fix"]
     assert wrong["check"] == "links" and "nowhere on ranks 0-1 on " in wrong["found"]
     assert "GLOO_SOCKET_IFNAME" in wrong["remedy"]
-    # What needs no links is looked at all the same.
-    assert "all 2 ranks see the same folder" in text
+    assert "all 2 ranks see the same folder" in text, "which needs no links"
+
+
+@pytest.mark.slow
+def test_deepspeed_on_two_ranks(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    settings = [*TINY, "engine.name=zero", "train.max_steps=2", f"run_dir={tmp_path}/run"]
+    codes, text = Job(2, ["doctor", *settings, "--json"]).wait()
+    found = {f["check"]: f["found"] for f in report(text)["findings"] if f["state"] == "ok"}
+    assert codes == [0, 0] and "can be imported" in found["deepspeed"], text
+    assert "deepspeed " in found["versions"] and "6 rows a step" in found["global batch"]
 
 
 @pytest.mark.slow
@@ -116,9 +154,21 @@ def test_the_size_of_a_checkpoint_is_that_of_a_real_one(tmp_path: Path) -> None:
     train(1, tmp_path / "run", "train.max_steps=2", "train.save_every=1")
     (newest, *_) = sorted(tmp_path.glob("run/checkpoints/step-*"), reverse=True)
     real = sum(f.stat().st_size for f in newest.iterdir())
-    guess = doctor.checkpoint_bytes(of())
-    assert guess is not None and guess == pytest.approx(real, rel=0.1)
-    assert disk.room(tmp_path / "run")["held"] == pytest.approx(2 * real, rel=0.01)
+    space = run_folder.probe_space(context(run_dir=tmp_path / "run"))
+    assert space["checkpoint"] == pytest.approx(real, rel=0.1)
+    assert space["stored"] == pytest.approx(2 * real, rel=0.01)
+
+
+# One process
+
+
+def fixes(capsys: pytest.CaptureFixture[str], *settings: str, run_dir: str | None = None) -> Any:
+    """Runs doctor on one process; returns what is to fix, without the numbers."""
+    wrong = doctor.run(doctor.Options(list(settings), run_dir))
+    lines = capsys.readouterr().out.splitlines()
+    found = [line.split(". ", 1)[1] for line in lines if line.startswith("  ")]
+    assert wrong == bool(found) and len(found) == sum(line[:3] == "FIX" for line in lines)
+    return found
 
 
 def test_one_process_prints_a_line_a_check(
@@ -128,15 +178,14 @@ def test_one_process_prints_a_line_a_check(
     assert doctor.run(doctor.Options(settings)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1].startswith("nothing to fix")
-    assert [line.split()[0] for line in lines[:-1]].count("FIX") == 0
     assert any("int8: known bytes" in line for line in lines)
     assert not torch.distributed.is_initialized()
+    assert doctor.run(doctor.Options([], str(tmp_path))) == 0
+    assert "int8 and nf4: known bytes" in capsys.readouterr().out
 
 
 def test_wrong_options() -> None:
-    with pytest.raises(UserError, match="--timeout 0: must be more than 0"):
-        doctor.run(doctor.Options([], timeout=0))
-    for timeout in (float("inf"), float("nan"), 1e300, -1):
+    for timeout in (0, float("inf"), float("nan"), 1e300, -1):
         with pytest.raises(UserError, match="must be more than 0 and at most 86400 seconds"):
             doctor.run(doctor.Options([], timeout=timeout))
     with pytest.raises(UserError, match="no such key"):
@@ -150,17 +199,8 @@ def test_wrong_options() -> None:
         doctor.run(doctor.Options(["engine.name=zero"], run_dir="none"))
 
 
-def fixes(capsys: pytest.CaptureFixture[str], *settings: str) -> list[str]:
-    """Runs doctor on one process; returns what is to fix, without the numbers."""
-    wrong = doctor.run(doctor.Options(list(settings)))
-    lines = capsys.readouterr().out.splitlines()
-    found = [line.split(". ", 1)[1] for line in lines if line.startswith("  ")]
-    assert wrong == bool(found) and len(found) == sum(line[:3] == "FIX" for line in lines)
-    return found
-
-
 def test_what_training_refuses_at_its_start(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = tmp_path / "run"
     settings = [*TINY, "train.max_steps=2", f"run_dir={run_dir}"]
@@ -169,36 +209,19 @@ def test_what_training_refuses_at_its_start(
     assert empty.startswith("rows: data.train is empty: name files")
     (run_dir / "checkpoints" / "step-000001").mkdir(parents=True)
     (run_dir / "config.yaml").write_text(config.dump(of()))
-    held = {"start": 1, "host": "here", "pid": os.getppid(), "machine": holder._machine(),
-            "began": holder._began(os.getppid()), "job": None}  # fmt: skip
+    held = {"start": 1, "host": "here", "pid": os.getppid(), "machine": lease._machine(),
+            "began": lease._began(os.getppid()), "job": None}  # fmt: skip
     (run_dir / "holder.json").write_text(json.dumps(held))
     other, holds = fixes(capsys, *settings, "engine=fsdp2", "train.lr=1")
     assert other.startswith(f"run config: run_dir={run_dir} holds a run with another config (")
     assert "engine.name: single there, fsdp2 now" in other and "train.lr: 0.003 there" in other
-    assert holds.startswith(f"holder: run_dir={run_dir}: is held by start 1 on here, pid ")
+    assert holds.startswith(f"holder: run_dir={run_dir}: ") and "start 1 on here, pid " in holds
     (run_dir / "holder.json").unlink()
     assert fixes(capsys, *settings) == []
-
-    def odd(config: Any, world: int) -> None:
-        check_batch(config, 5)
-
-    monkeypatch.setattr(doctor, "check_batch", odd)
-    (batch,) = fixes(capsys, *settings)
-    assert batch.startswith("global batch: train.global_batch=12 cannot be shared evenly by 5")
-
-
-def test_a_rank_that_is_gone_is_to_fix_whatever_the_check_is_about() -> None:
-    class Lost(Meeting):
-        def stage(self, work: Any) -> list[Outcome]:
-            return [Outcome(), Outcome(error="no answer within 1 s", gone=True)]
-
-    meeting = Lost(0, 2, torch.distributed.HashStore(), 1.0, hosts=HOSTS)
-    visit = doctor.Visit(meeting, None, ".", 0)
-    with pytest.raises(doctor._Gone):
-        visit._stage(lambda: None, partial(judge.start, "holder", ""))
-    assert [(f.check, f.found) for f in visit.findings if f.state == "fix"] == [
-        ("ranks", "no answer within 1 s on rank 1 on n1")
-    ]
+    five = context()
+    five.ranks = Ranks(0, 5)
+    with pytest.raises(UserError, match=r"train.global_batch=12 cannot be shared evenly by 5"):
+        inputs.batch(five)
 
 
 def test_deepspeed_that_cannot_be_imported(
@@ -208,25 +231,11 @@ def test_deepspeed_that_cannot_be_imported(
         raise RuntimeError(f"CUDA_HOME does not exist ({device_type})\nand more")
 
     monkeypatch.setattr(zero, "_deepspeed", fails)
-    monkeypatch.setattr(node, "versions", lambda: {**VERSIONS, "deepspeed": "0.19.8"})
+    monkeypatch.setattr(machine, "versions", lambda: {**VERSIONS, "deepspeed": "0.19.8"})
     settings = [*TINY, "train.max_steps=2", f"run_dir={tmp_path / 'run'}", "engine.device=cpu"]
-    (finding,) = fixes(capsys, *settings, "engine.name=zero")
+    (*_, finding) = fixes(capsys, *settings, "engine.name=zero")
     assert finding.startswith("deepspeed: cannot be used: CUDA_HOME does not exist (cpu) on rank")
     assert fixes(capsys, *settings) == []
-    monkeypatch.setattr(node, "versions", lambda: dict(VERSIONS))
-    (missing,) = fixes(capsys, *settings, "engine.name=zero")
-    assert missing.startswith("versions: engine.name=zero needs deepspeed, which is not installed")
-    assert missing.endswith("pip install 'scalepeft[deepspeed]'")
-
-
-@pytest.mark.slow
-def test_deepspeed_on_two_ranks(tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed")
-    settings = [*TINY, "engine.name=zero", "train.max_steps=2", f"run_dir={tmp_path}/run"]
-    codes, text = Job(2, ["doctor", *settings, "--json"]).wait()
-    found = {f["check"]: f["found"] for f in report(text)["findings"] if f["state"] == "ok"}
-    assert codes == [0, 0] and "can be imported" in found["deepspeed"], text
-    assert "deepspeed " in found["versions"] and "6 rows a step" in found["global batch"]
 
 
 def mount(*words: str) -> None:
@@ -255,91 +264,63 @@ def locked(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-def test_read_only_folder(locked: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.run(doctor.Options([], run_dir=str(locked / "runs" / "x"))) == 1
-    lines = capsys.readouterr().out.splitlines()
-    at = lines.index("to fix:")
-    assert lines[at + 1].startswith(f"  1. run folder: run_dir={locked}/runs/x cannot be written")
-    assert "Read-only file system" in lines[at + 1] and "choose another run_dir" in lines[at + 1]
-    assert len(lines) == at + 2
+def test_read_only_folder(
+    locked: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (finding,) = fixes(capsys, run_dir=str(locked / "runs" / "x"))
+    assert finding.startswith(f"run folder: run_dir={locked}/runs/x cannot be written: Read-only")
+    assert "choose another run_dir" in finding
+    monkeypatch.setenv("SCALEPEFT_CACHE", str(locked / "cache"))
+    (finding,) = fixes(capsys, run_dir=str(locked.parent))
+    assert finding.startswith(f"environment: cache folder {locked}/cache: Read-only file system")
+    assert "set SCALEPEFT_CACHE" in finding
 
 
 def test_full_disk(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.run(doctor.Options([], run_dir=str(small))) == 1
-    text = capsys.readouterr().out
-    assert "No space left on device" in text and "nothing to fix" not in text
+    found = fixes(capsys, run_dir=str(small))
+    assert any("write: No space left on device: saves would fail" in line for line in found)
     assert not list(small.iterdir())
+    space = run_folder.probe_space(context(alone=True, run_dir=small / "run"))
+    assert 0 < space["bytes"] <= 400 << 10 and space["stored"] == 0
+    assert run_folder.file_system(small) == "tmpfs" != run_folder.file_system(Path("/proc"))
+    assert run_folder.existing(small / "a" / "b") == small
 
 
-def test_room(small: Path) -> None:
-    free = disk.room(small / "run")
-    assert 0 < free["bytes"] <= 400 << 10 and free["held"] == 0
-    assert disk.judge_room("x", free, None, 0).state == "fix"
-    plenty = {"bytes": 1 << 40, "inodes": -1, "held": 0}
-    assert disk.judge_room("x", plenty, 1 << 30, 2).state == "ok"
-    tight = {"bytes": 4 << 30, "inodes": 1000, "held": 0}
-    finding = disk.judge_room("x", tight, 3 << 29, 2)
-    assert (
-        finding.state == "fix" and "needs 5.0 GiB more (2 checkpoints of 1.5 GiB" in finding.found
-    )
-    assert disk.judge_room("x", {**tight, "held": 3 << 30}, 3 << 29, 2).state == "ok"
-    assert "too few inodes" in disk.judge_room("x", {**tight, "inodes": 5}, 1, 2).found
+def test_room() -> None:
+    tight = {"bytes": 4 << 30, "inodes": 1000, "stored": 0, "checkpoint": 3 << 29, "keep": 2}
 
+    def room(**other: Any) -> tuple[str, ...]:
+        (finding,) = run_folder.check_space(context(), {0: {**tight, **other}}, HOSTS)
+        return finding
 
-def copied(source: Path, target: Path) -> None:
-    """What mounts of object stores make of a rename, file by file."""
-
-    def slowly(one: str, other: str) -> None:
-        time.sleep(0.002)
-        shutil.copy(one, other)
-
-    shutil.copytree(source, target, copy_function=slowly)
-    shutil.rmtree(source)
-
-
-def test_a_rename_that_is_not_atomic_is_seen(tmp_path: Path) -> None:
-    (tmp_path / "good").mkdir()
-    (tmp_path / "bad").mkdir()
-    good = disk.probe(tmp_path / "good")
-    assert states(disk.judge_probe("x", {**good, "type": "ext4"})) == ["ok"]
-    bad = {**disk.probe(tmp_path / "bad", rename=copied), "type": "ext4"}
-    warning, _ = sorted(disk.judge_probe("x", bad), key=lambda f: f.state == "ok")
-    assert warning.state == "warn" and "was seen half done" in warning.found
-    assert "half-written checkpoint under its final name" in warning.found
-    assert "passed over by its checksum" in warning.found
+    state, text, _ = room()
+    assert state == "fix" and "needs 5.0 GiB more (2 checkpoints of 1.5 GiB" in text
+    assert room(stored=3 << 30)[0] == room(bytes=1 << 40, inodes=None)[0] == "ok"
+    assert room(bytes=1 << 20, checkpoint=None)[0] == "fix"
+    assert "5 inodes are too few" in room(inodes=5, checkpoint=1)[1]
 
 
 def test_what_a_file_system_refuses(tmp_path: Path) -> None:
     def refuses(source: Path, target: Path) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    found = disk.probe(tmp_path, rename=refuses)
-    (finding,) = [f for f in disk.judge_probe("x", found) if f.state == "fix"]
-    assert "rename of a folder: Invalid cross-device link: every save would fail" in finding.found
+    def loses(source: Path, target: Path) -> None:
+        shutil.copytree(source, target)
+
+    for number, (rename, text) in enumerate(
+        ((refuses, "Invalid cross-device link"), (loses, "it holds ['data'] afterwards"))
+    ):
+        (folder := tmp_path / str(number)).mkdir()
+        steps = {"type": "ext4", **run_folder.save_steps(folder, rename)}
+        (fix, _) = run_folder.check_saving(context(), {0: steps}, HOSTS)
+        assert fix[0] == "fix" and f"rename of a folder: {text}: saves would fail" in fix[1]
+    steps["rename of a folder"] = 0.1
     for kind, text in (("fuse.s3fs", "copies file by file"), ("tmpfs", "nothing in it survives")):
-        good = {**found, "rename of a folder": 0.1, "whole": True, "type": kind}
-        (warning,) = [f for f in disk.judge_probe("x", good) if f.state == "warn"]
-        assert text in warning.found
+        warning, ok = run_folder.check_saving(context(), {0: {**steps, "type": kind}}, HOSTS)
+        assert warning[0] == "warn" and text in warning[1] and ok[0] == "ok"
 
 
-def test_the_type_of_a_mount(small: Path, tmp_path: Path) -> None:
-    assert disk.file_system(small) == "tmpfs" != disk.file_system(Path("/proc"))
-    assert disk.existing(small / "a" / "b") == small
-
-
-def seen(**other: Any) -> Outcome:
-    return Outcome({"folder": 0.0, "file": 0.0, "write": 0.0, "absent": False, **other})
-
-
-def test_nodes_that_see_another_folder() -> None:
-    good = [seen(), seen(), seen(), seen()]
-    assert states(disk.judge_seen("x", good, HOSTS)) == ["ok"]
-    (absent,) = disk.judge_seen("x", [*good[:2], seen(absent=True), seen(absent=True)], HOSTS)
-    assert absent.state == "fix" and "ranks 2-3 on n2 than on rank 0's" in absent.found
-    (locked,) = disk.judge_seen("x", [*good[:3], seen(write="Read-only file system")], HOSTS)
-    assert locked.state == "fix" and "Read-only file system on rank 3 on n2" in locked.found
-    (late,) = disk.judge_seen("x", [*good[:3], seen(file=None)], HOSTS)
-    assert late.state == "warn" and "older start could write on" in late.found
+# Verdicts on values of nodes that are not here
 
 
 def test_a_changed_byte_is_found() -> None:
@@ -351,12 +332,11 @@ def test_a_changed_byte_is_found() -> None:
     altered = every.clone()
     altered[200, 17] ^= 0x40
     was, now = int(every[200, 17]), int(altered[200, 17])
-    text = links.changed(altered, every)
-    assert text == (
+    assert links.changed(altered, every) == (
         f"1 of {every.numel()} bytes changed, the first at {200 * 512 + 17}: {was:#04x} became"
         f" {now:#04x}"
     )
-    # The fault itself: a copy that quiets signalling NaNs.
+    # The fault itself: a copy that quiets signaling NaNs.
     as_bf16 = every.view(torch.bfloat16)
     bits = as_bf16.view(torch.int16)
     quiet = torch.where(as_bf16.isnan(), bits | 0x40, bits).view(torch.bfloat16)
@@ -364,200 +344,155 @@ def test_a_changed_byte_is_found() -> None:
     assert "expected" in str(links.changed(every[1:], every))
 
 
-def test_altered_bytes_are_judged() -> None:
-    bad = [Outcome({"uint8": None, "bf16": None}), Outcome({"uint8": "1 of 9", "bf16": None})]
-    assert states(links.judge_bytes(bad, HOSTS, True)) == ["fix", "info"]
-    assert states(links.judge_bytes(bad, HOSTS, False)) == ["warn", "info"]
-    other = [Outcome({"uint8": None, "bf16": "2 of 9 bytes changed"})]
-    good, told = links.judge_bytes(other, HOSTS, True)
-    assert good.state == "ok" and "scalepeft does not do that" in told.found
-    (skipped,) = links.judge_bytes([Outcome({"uint8": None, "refused": "needs"})], HOSTS, True)
-    assert skipped.state == "info" and "not tried: needs" in skipped.found
+def test_altered_bytes() -> None:
+    def check(c: Context, **values: Any) -> Any:
+        same = {"uint8": None, "bf16": None}
+        return links.check_bytes(c, {0: same, 1: {**same, **values}}, HOSTS)
+
+    fsdp2 = context("engine=fsdp2", "model.quant=int8")
+    assert states(check(fsdp2, uint8="1 of 9")) == ["fix", "info"]
+    assert states(check(context(alone=True), uint8="1 of 9")) == ["fix", "info"]
+    assert states(check(context(), uint8="1 of 9")) == ["warn", "info"]
+    good, other = check(fsdp2, bf16="2 of 9 bytes changed")
+    assert good[0] == "ok" and "2 of 9 bytes changed, on rank 1 on n1" in other[1]
+    assert "scalepeft does not do that" in other[1]
+    (skipped,) = links.check_bytes(fsdp2, {0: {"refused": "needs"}}, HOSTS)
+    assert skipped == ("fix", "not tried: needs"), "an older torch, which this run needs newer"
+    (skipped,) = links.check_bytes(context("engine=ddp"), {0: {"refused": "needs"}}, HOSTS)
+    assert skipped == ("info", "not tried: needs")
+    for shards, settings in (
+        (True, ("engine=fsdp2", "model.quant=int8")),
+        (False, ("engine=fsdp2",)),
+        (True, ("engine.name=zero", "model.quant=nf4")),
+        (False, ("engine.name=zero", "engine.stage=2", "model.quant=nf4")),
+    ):
+        assert links.shards_bytes(of(*settings)) == shards
 
 
-def test_whose_bytes_are_gathered() -> None:
-    assert judge.shards_bytes(of("engine=fsdp2", "model.quant=int8"))
-    assert not judge.shards_bytes(of("engine=fsdp2"))
-    assert judge.shards_bytes(of("engine.name=zero", "model.quant=nf4"))
-    assert not judge.shards_bytes(of("engine.name=zero", "engine.stage=2", "model.quant=nf4"))
-    assert not judge.shards_bytes(of("engine.name=zero"))
-
-
-def test_wrong_sums_and_dead_links_are_judged() -> None:
-    well = Outcome({"wrong": [], "latency": 1e-4, "bandwidth": 1e9})
-    wrong = Outcome({"wrong": ["all-reduce"], "latency": 1e-4, "bandwidth": 1e9})
-    assert links.judge_links("links", "gloo", [well, well], HOSTS).state == "ok"
-    assert "wrong sums: all-reduce on rank 1 on n1" in (
-        links.judge_links("links", "gloo", [well, wrong], HOSTS).found
-    )
-    dead = links.judge_links("links", "nccl", [well, well, Outcome(error="timeout")], HOSTS)
-    assert dead.state == "fix" and "timeout on rank 2 on n2" in dead.found
-    assert "NCCL_SOCKET_IFNAME" in dead.remedy
+def test_wrong_sums() -> None:
+    well = {"wrong": "", "latency": 1e-4, "bandwidth": 1e9}
+    assert states(links.check_links(context(), {0: well, 1: well}, HOSTS)) == ["ok"]
+    assert states(links.check_links(context(), {0: well}, HOSTS)) == ["info"]
+    wrong = links.check_links(context(), {0: well, 1: {**well, "wrong": "all-reduce"}}, HOSTS)
+    assert "wrong sums: all-reduce on rank 1 on n1" in next(iter(wrong))[1]
 
 
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0", "source": "abc"}
 
 
-def test_versions() -> None:
-    same = {r: dict(VERSIONS) for r in range(4)}
-    (good,) = judge.versions(same, HOSTS, {"torch": "2.11"}, None)
-    assert good.state == "ok" and "equal on 4 ranks" in good.found
-    mixed = {**same, 3: {**VERSIONS, "torch": "2.12.1"}}
-    (finding,) = judge.versions(mixed, HOSTS, {}, None)
-    assert finding.found == (
-        "torch 2.13.0 on ranks 0-1 on n1 and rank 2 on n2; torch 2.12.1 on rank 3 on n2"
-    )
-    checkouts = {**same, 2: {**VERSIONS, "source": "def"}}
-    assert "one checkout" in judge.versions(checkouts, HOSTS, {}, None)[0].remedy
-    old = {r: {**VERSIONS, "torch": "2.9.1+cu128"} for r in range(2)}
-    (finding,) = judge.versions(old, HOSTS, {"torch": "2.11"}, None)
-    assert finding.state == "fix" and "2.9.1+cu128 is older than 2.11" in finding.found
+def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert machine.lower_bounds()["torch"] == "2.11"
+    assert machine.versions()["torch"] == torch.__version__
+    monkeypatch.setattr(machine, "lower_bounds", lambda: {"torch": "2.11"})
 
+    def check(*settings: str, ranks: int = 4, **last: str | None) -> Any:
+        values = {r: dict(VERSIONS) for r in range(ranks)}
+        values[ranks - 1] = {k: v for k, v in {**VERSIONS, **last}.items() if v}
+        findings = list(machine.check_versions(context(*settings), values, HOSTS))
+        return findings[:-1] or findings
 
-def test_versions_that_a_config_needs() -> None:
-    here = {0: {**VERSIONS, "torch": "2.12.0+cpu"}}
-    nf4 = of("model.quant=nf4", "engine=fsdp2")
-    missing, old = judge.versions(here, HOSTS, {}, nf4)
-    assert "model.quant=nf4 needs bitsandbytes" in missing.found
-    assert "'scalepeft[quant]'" in missing.remedy
-    assert "torch 2.12.0+cpu cannot shard a quantised base" in old.found
-    assert states(judge.versions(here, HOSTS, {}, of("engine=fsdp2"))) == ["ok"]
-    one_lacks = {0: {**VERSIONS, "bitsandbytes": "0.50"}, 1: dict(VERSIONS)}
-    assert states(judge.versions(one_lacks, HOSTS, {}, None)) == ["ok", "warn"]
-    assert states(judge.versions(one_lacks, HOSTS, {}, nf4)) == ["fix"]
-    assert node.lower_bounds()["torch"] == "2.11"
-    assert node.versions()["torch"] == torch.__version__
-
-
-GPU = {
-    "type": "cuda:0", "driver": "580.65.06", "name": "H200", "uuid": "a", "memory": 140 << 30,
-    "free": 139 << 30, "capability": [9, 0], "bf16": True,
-}  # fmt: skip
+    (good,) = check()
+    assert good[0] == "ok" and "equal on 4 ranks" in good[1]
+    (mixed,) = check(torch="2.12.1")
+    assert mixed[:2] == (
+        "fix", "torch 2.13.0 on ranks 0-1 on n1 and rank 2 on n2; torch 2.12.1 on rank 3 on n2"
+    )  # fmt: skip
+    assert "one checkout" in check(source="def")[0][2]
+    (old,) = check(ranks=1, torch="2.9.1+cu128")
+    assert old[0] == "fix" and "2.9.1+cu128 is older than 2.11" in old[1]
+    nf4 = ("model.quant=nf4", "engine=fsdp2")
+    (missing,) = check(*nf4, ranks=1, torch="2.12.0+cpu")
+    assert "model.quant=nf4 needs bitsandbytes" in missing[1]
+    assert "'scalepeft[quant]'" in missing[2]
+    assert states(check(bitsandbytes="0.50")) == states(check(driver="580")) == ["warn"]
+    assert states(check(*nf4, bitsandbytes="0.50")) == ["fix"]
+    (missing,) = check("engine.name=zero")
+    assert missing[1:] == ("engine.name=zero needs deepspeed, which is not installed",
+                           "pip install 'scalepeft[deepspeed]'")  # fmt: skip
 
 
 def test_devices() -> None:
-    four = [Outcome({**GPU, "uuid": str(r)}) for r in range(4)]
-    (good,) = judge.devices(four, HOSTS, of("train.precision=bf16"))
-    assert good.state == "ok" and "capability 9.0, driver 580.65.06" in good.found
+    gpu = {"type": "cuda", "name": "H200", "used": 1 << 30, "bf16": True}
 
-    def found(rank: int, **other: Any) -> list[Finding]:
-        assert four[rank].value is not None
-        changed = replace(four[rank], value={**four[rank].value, **other})
-        outcomes = [*four[:rank], changed, *four[rank + 1 :]]
-        return [f for f in judge.devices(outcomes, HOSTS, of("train.precision=bf16"))
-                if f.state != "ok"]  # fmt: skip
+    def check(rank: int, **other: Any) -> Any:
+        values = {r: {**gpu, "uuid": str(r)} for r in range(4)}
+        values[rank] |= other
+        return list(machine.check_devices(context("train.precision=bf16"), values, HOSTS))
 
-    (shared,) = found(1, uuid="0")
-    assert shared.state == "fix" and "ranks 0-1 on n1 share one GPU" in shared.found
-    assert not found(2, uuid="0"), "another node's GPU"
-    (other,) = found(3, name="A100", memory=80 << 30, free=80 << 30)
-    assert other.state == "warn" and "A100 of 80.0 GiB on rank 3 on n2" in other.found
-    (used,) = found(2, free=100 << 30)
-    assert "40.0 GiB of the GPU in use on rank 2 on n2" in used.found
-    (old,) = found(0, bf16=False)
-    assert old.state == "fix" and old.remedy == "train.precision=fp32"
-    assert "driver 1 on rank 1 on n1" in found(1, driver="1")[0].found
-    (mixed,) = found(3, type="cpu")
-    assert (
-        mixed.state == "fix" and "cuda on ranks 0-1 on n1 and rank 2 on n2; cpu on" in mixed.found
-    )
-    (failed,) = judge.devices([*four[:3], Outcome(error="no GPU of its own")], HOSTS, None)
-    assert failed.found == "no GPU of its own on rank 3 on n2"
-    cpu = node.device("cpu", 0)
-    assert judge.devices([Outcome({**cpu, "driver": "580.65"})], HOSTS, None)[1].state == "warn"
+    assert check(0) == [("ok", "H200 on ranks 0-1 on n1 and ranks 2-3 on n2")]
+    shared = check(1, uuid="0")[0]
+    assert shared[0] == "fix" and "ranks 0-1 on n1 share one GPU" in shared[1]
+    assert states(check(2, uuid="0")) == ["ok"], "another node's GPU"
+    other = check(3, name="A100")[0]
+    assert other[0] == "warn" and "A100 on rank 3 on n2" in other[1]
+    assert "40.0 GiB of the GPU in use on rank 2 on n2" in check(2, used=40 << 30)[0][1]
+    assert check(0, bf16=False)[0] == ("fix", "rank 0 on n1: no bf16", "train.precision=fp32")
+    (mixed,) = check(3, type="cpu")
+    assert mixed[0] == "fix" and "cuda on ranks 0-1 on n1 and rank 2 on n2; cpu on" in mixed[1]
+    cpu = {0: machine.device(context("engine.device=cpu"))}
+    assert states(machine.check_devices(context(), cpu, HOSTS))[0] == "ok"
 
 
-def test_environment() -> None:
-    base = {**node.limits(), "threads": 1, "cores": 8, "open_files": 65536, "shm": 1 << 40,
-            "address": "10.0.0.1", "variables": {}}  # fmt: skip
-
-    def found(cuda: bool = False, ranks: int = 4, **other: Any) -> list[str]:
-        rows = {r: dict(base) for r in range(ranks)}
-        rows[ranks - 1].update(other)
-        listed = judge.environment(rows, HOSTS, cuda)
-        return [f"{f.state} {f.found}" for f in listed if f.state != "info"]
-
-    assert not found()
-    crowded = {r: {**base, "threads": 8} for r in range(2)}
-    assert (
-        "n1: 2 ranks of 8 threads on 8 cores" in judge.environment(crowded, HOSTS, False)[0].found
-    )
-    (few,) = found(open_files=256)
-    assert few.startswith("warn open files: 256 on rank 3 on n2")
-    assert not found(shm=64 << 20)
-    assert "64.0 MiB free in /dev/shm on rank 3 on n2" in found(cuda=True, shm=64 << 20)[0]
-    assert "means 127.0.1.1 on rank 3 on n2" in found(address="127.0.1.1")[0]
-    assert not found(ranks=2, address="127.0.1.1"), "one node"
-    (cache,) = found(cache_error="Read-only file system")
-    assert cache.startswith("fix cache folder") and "on rank 3 on n2" in cache
-    assert "a Slurm job of 16 tasks" in found(ranks=1, variables={"SLURM_NTASKS": "16"})[0]
+def test_one_process_of_a_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    state, text = machine.environment(context())
+    assert state == "info" and ", NCCL_DEBUG=INFO" in text
+    monkeypatch.setenv("SLURM_NTASKS", "16")
+    state, text = machine.environment(context())
+    assert state == "warn" and "a Slurm job of 16 tasks" in text
 
 
 def test_the_base_on_every_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shutil.copytree(tiny.make(0), tmp_path / "model")
-    here = node.model(of(f"model.path={folder}"))
-    assert here["state"] == "here"
-    other = Outcome({**here, "fingerprint": "other"})
-    nodes = [Outcome(here), Outcome(), other, Outcome()]
-    differ = judge.base(nodes, HOSTS, "m")
-    assert differ.state == "fix" and "other on rank 2 on n2" in differ.found
-    same = judge.base([*nodes[:2], *nodes[:2]], HOSTS, "m")
-    assert same.state == "ok" and "seen by 2 nodes" in same.found
+    here = inputs.base(context(f"model.path={folder}"))
+    assert "complete shards and a tokenizer; fingerprint " in here
+    assert list(same_everywhere(context(), {0: here, 2: here}, HOSTS)) == [("ok", here)]
+    fix, *_ = same_everywhere(context(), {0: here, 2: "other"}, HOSTS)
+    assert fix[0] == "fix" and "other on rank 2 on n2" in fix[1]
     (folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
-        node.model(of(f"model.path={folder}"))
+        inputs.base(context(f"model.path={folder}"))
     with (folder / "model.safetensors").open("r+b") as f:
         f.truncate(5000)
     with pytest.raises(UserError, match="truncated"):
-        node.model(of(f"model.path={folder}"))
-    hub = of("model.path=nobody/no-such-model")
-    assert node.model(hub) == {"state": "absent"}
-    assert "not on the nodes of rank 0" in judge.base([Outcome(node.model(hub))], HOSTS, "m").found
+        inputs.base(context(f"model.path={folder}"))
+    hub = context("model.path=nobody/no-such-model")
+    state, text = inputs.base(hub)
+    assert state == "info" and "each node downloads it" in text
+    found = list(same_everywhere(context(), {0: here, 2: [state, text]}, HOSTS))
+    assert states(found) == ["ok", "info"] and found[1][1].endswith(" on rank 2 on n2")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
-        node.model(hub)
-    assert doctor.checkpoint_bytes(hub) is None
+        inputs.base(hub)
+    assert run_folder.checkpoint_bytes(hub.config) is None
 
 
-def test_data_on_every_node(tmp_path: Path) -> None:
-    rows = tmp_path / "rows.json"
-    rows.write_text("[]")
-    here = Outcome(node.data(of("data=commonsense", f"data.train={rows}")))
-    assert here.value == {"train": [1, 2]}
-    assert judge.data([here, Outcome()], HOSTS).state == "ok"
-    other = judge.data([here, Outcome({"train": [1, 3]})], HOSTS)
-    assert other.state == "fix" and "3 bytes on rank 1 on n1" in other.found
-    with pytest.raises(UserError, match="no such file"):
-        node.data(of("data=commonsense", "data.train=/none.json"))
-
-
-def test_rows_are_read(tmp_path: Path) -> None:
+def test_data_and_rows(tmp_path: Path) -> None:
     row = {"instruction": "i", "output": "the correct answer is true", "answer": "true"}
     rows = tmp_path / "rows.json"
     rows.write_text(json.dumps([row, {**row, "instruction": "j"}, {}]))
     settings = ["data=commonsense", f"data.train={rows}"]
+    assert inputs.data(context(*settings)) == (f"data.train 1 files of {rows.stat().st_size} bytes")
+    with pytest.raises(UserError, match="no such file"):
+        inputs.data(context("data=commonsense", "data.train=/none.json"))
     with pytest.raises(UserError, match="row 3: key 'instruction' is missing"):
-        node.rows(of(*settings))
-    found = node.rows(of(*settings, "data.on_error=skip", f"data.valid={rows}"))
-    assert found == {"train": [2, 1], "valid": [2, 1]}
-    finding = judge.rows([Outcome(found)], HOSTS)
-    assert finding.state == "warn"
-    assert finding.found.startswith("2 of data.train, 2 of data.valid; 2 broken ones are left out")
-    assert judge.rows([Outcome({"train": [2, 0]})], HOSTS).state == "ok"
-    hub = of("data=commonsense", "data.train=hf://a/b")
-    assert judge.rows([Outcome(node.rows(hub))], HOSTS).state == "info"
+        inputs.rows(context(*settings))
+    state, text = inputs.rows(context(*settings, "data.on_error=skip", f"data.valid={rows}"))
+    assert state == "warn"
+    assert text.startswith("2 of data.train, 2 of data.valid; 2 broken ones are left out")
+    rows.write_text(json.dumps([row]))
+    assert inputs.rows(context(*settings)) == "1 of data.train"
+    assert inputs.rows(context("data=commonsense", "data.train=hf://a/b"))[0] == "info"
 
 
 def test_kernels_of_the_configured_storage() -> None:
-    cpu = torch.device("cpu")
-    assert node.kernels(of("model.quant=nf4"), cpu) == "nf4"
-    assert node.kernels(of(), cpu) is None and judge.kernels([Outcome()], HOSTS).state == "info"
-    assert node.kernels(None, cpu) == "int8 and nf4"
-    assert judge.kernels([Outcome(error="wrong bytes")], HOSTS).state == "fix"
+    assert machine.kernels(context("model.quant=nf4")).startswith("nf4: known bytes")
+    assert machine.kernels(context())[0] == "info"
+    assert machine.kernels(context(alone=True)).startswith("int8 and nf4: known bytes")
 
 
 def test_words() -> None:
-    assert spans([3]) == "rank 3" and spans([0, 1, 2, 5]) == "ranks 0-2, 5"
+    assert where([3], {}) == "rank 3" and where([0, 1, 2, 5], {}) == "ranks 0-2, 5"
     assert where([0, 1, 2], HOSTS) == "ranks 0-1 on n1 and rank 2 on n2"
     assert by_value({0: "a", 1: "b"}, {}) == "a on rank 0; b on rank 1"
     assert summary([Finding("a", "ok", "b")]) == ["nothing to fix"]

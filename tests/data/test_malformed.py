@@ -90,81 +90,47 @@ def raw(old: str, new: bytes) -> Spoil:
 
 ROWS: dict[str, tuple[Spoil, str]] = {
     # what the row is made of, what is said of it ({asked}: the task's key)
-    "cut in the middle": (lambda r, *_: json.dumps(r)[:-9], "(cut off, or broken over lines"),
-    "cut after a key": (lambda r, *_: json.dumps(r)[:15].split(":")[0], "broken JSON at column"),
-    "python's repr": (lambda r, *_: repr(r), "(Python's repr is no JSON: write rows with"),
-    "None": (lambda r, a, _: json.dumps({**r, a: None}).replace("null", "None"), "(Python's repr"),
-    "trailing comma": (lambda r, *_: json.dumps(r)[:-1] + ",}", "(a comma too many)"),
-    "a comment": (lambda r, *_: "// " + json.dumps(r), "(JSON has no comments)"),
-    "a comment inside": (lambda r, *_: "{# no" + json.dumps(r)[1:], "(JSON has no comments)"),
-    "two in a line": (lambda r, *_: json.dumps(r) * 2, "Extra data (more than one value"),
-    "plain text": (lambda r, *_: "so, it is", "column 1: Expecting value (rows of JSON begin"),
-    "text after it": (lambda r, *_: json.dumps(r) + " ok", "Extra data"),
+    "cut in the middle": (lambda r, *_: json.dumps(r)[:-9], "broken JSON at column"),
+    "python's repr": (lambda r, *_: repr(r), "Expecting property name"),
+    "trailing comma": (lambda r, *_: json.dumps(r)[:-1] + ",}", "broken JSON at column"),
+    "a comment": (lambda r, *_: "// " + json.dumps(r), "broken JSON at column"),
+    "two in a line": (lambda r, *_: json.dumps(r) * 2, "Extra data"),
+    "plain text": (lambda r, *_: "so, it is", "column 1: Expecting value"),
     "NUL bytes alone": (lambda *_: b"\0" * 40, "broken JSON at column 1"),
     "a NUL byte": (raw("café", b"caf\0e"), "broken JSON at column"),
     "an escaped NUL": (with_value("a\0b"), "'{asked}' holds a NUL character"),
     "latin-1": (raw("é", b"\xe9"), "'{asked}' is not valid UTF-8"),
-    "cut inside a character": (raw("é", b"\xc3"), "'{asked}' is not valid UTF-8"),
     "a lone surrogate": (with_value("a\ud800"), "'{asked}' is not valid UTF-8"),
     "a surrogate as a key": (
         lambda r, a, _: json.dumps({k + "\udfff" * (k == a): v for k, v in r.items()}),
         "{asked}\\udfff",
     ),
-    "a line break in a key": (
-        lambda r, a, _: json.dumps({k + "\n\x1b[31m" * (k == a): v for k, v in r.items()}),
-        "{asked}\\n\\x1b[31m",
-    ),
     "a control character": (raw("café", b"a\tb"), "Invalid control character"),
     "a number": (with_value(7), "'{asked}' must be text, not int (7)"),
-    "NaN": (with_value(float("nan")), "'{asked}' must be text, not float (nan)"),
-    "infinity": (with_value(float("-inf")), "'{asked}' must be text, not float (-inf)"),
-    "a huge float": (raw('"{asked}": "', b'"x": 1e999, "x": "'), "key 'x' stands twice"),
+    "a huge float": (raw('"{asked}": "', b'"x": 1e999, "x": "'), "key 'x' appears twice"),
     "digits without end": (
         lambda r, a, _: json.dumps({**r, a: 1}).replace("1,", "1" * 5000 + ","),
-        "broken JSON: ValueError: Exceeds the limit",
+        "broken JSON: Exceeds the limit",
     ),
-    "a truth value": (with_value(True), "'{asked}' must be text, not bool (True)"),
     "null": (with_value(None), "'{asked}' must be text, not NoneType"),
-    "a list": (with_value(["a", "b"]), "'{asked}' must be text, not list"),
     "an object": (with_value({"a": 1}), "'{asked}' must be text, not dict"),
-    "an empty text": (with_value(""), "'{asked}' is empty"),
     "a blank text": (with_value(" \u3000\n\t"), "'{asked}' is empty"),
-    "nested deep": (
-        lambda r, a, _: json.dumps({**r, a: 1}).replace("1,", "[" * 600 + "]" * 600 + ","),
-        "'{asked}' must be text, not list ([[[[[[[...",
-    ),
     "nested too deep": (
         lambda r, a, _: json.dumps({**r, a: 1}).replace("1,", "[" * 10**5 + "]" * 10**5 + ","),
         "broken JSON: nested too deeply",
     ),
     "a key twice": (
         lambda r, a, _: json.dumps(r)[:-1] + f', "{a}": "other"}}',
-        "key '{asked}' stands twice in one object",
+        "key '{asked}' appears twice in one object",
     ),
     "a key twice inside": (
         lambda r, *_: json.dumps(r)[:-1] + ', "more": {"a": 1, "a": 1}}',
-        "key 'a' stands twice in one object",
-    ),
-    "a key in capitals": (
-        lambda r, *_: json.dumps({k.upper(): v for k, v in r.items()}), "keys are taken as they",
-    ),
-    "a key with a space": (
-        lambda r, a, _: json.dumps({f"{k} " if k == a else k: v for k, v in r.items()}),
-        "; '{asked} ' is not '{asked}': keys are taken as they stand",
+        "key 'a' appears twice in one object",
     ),
     "no such key": (
         lambda r, a, _: json.dumps({k: v for k, v in r.items() if k != a}), "the row has ",
     ),
-    "the whole data": (
-        lambda r, *_: json.dumps({"data": [r, r]}),
-        "if the 2 objects in 'data' are the rows, that list must be the file",
-    ),
     "a row as a text": (lambda r, *_: json.dumps(json.dumps(r)), "an object with keys, not str"),
-    "a row as a list": (lambda r, *_: json.dumps(list(r.values())), "with keys, not list"),
-    "a key twice among many": (
-        lambda r, *_: json.dumps({f"key{i}": 1 for i in range(50_000)})[:-1] + ', "key49999": 2}',
-        "key 'key49999' stands twice in one object",
-    ),
     "a megabyte of keys": (
         lambda r, *_: json.dumps({f"key{i}": 1 for i in range(50_000)}), " ... ",
     ),
@@ -243,7 +209,6 @@ def test_rows_that_are_broken_for_one_task(
 
 
 FINE: dict[str, Callable[[list[bytes]], bytes]] = {
-    "old mac's line ends": lambda rows: b"\r".join(rows),
     "mixed line ends": lambda rows: rows[0] + b"\r\n" + b"\n".join(rows[1:]),
     "boms of files put together": lambda rows: b"\n".join(codecs.BOM_UTF8 + r for r in rows),
     "an array in one line": lambda rows: b"[" + b",".join(rows) + b"]",
@@ -306,19 +271,18 @@ LINES = b'{"a": "b"}\n' * 50
 FILES: dict[str, tuple[bytes, str]] = {
     "git-lfs pointer": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
-        "is a git-lfs pointer and not the file: git lfs pull fetches it",
+        "is neither JSON nor JSON lines (it begins with 'version https://git-lfs",
     ),
     "error page": (
         b"\n<!DOCTYPE html>\n<html><body>404 Not Found</body></html>\n",
-        "is a page of HTML, likely an error: download it again",
+        "is neither JSON nor JSON lines (it begins with '<!DOCTYPE html>\\n<html><body>404",
     ),
-    "parquet": (b"PAR1\x15\x04\x15", "is parquet: name its folder, hf://FOLDER"),
-    "zip": (b"PK\x03\x04\x14\0\0", "is packed, and not by gzip: unpack it"),
-    "xz": (b"\xfd7zXZ\0\0\x04", "is packed, and not by gzip: unpack it"),
-    "utf-16": (LINES.decode().encode("utf-16"), "is UTF-16; files must be UTF-8: iconv -f UTF-16"),
-    "utf-16 without a mark": (LINES.decode().encode("utf-16-be"), "is UTF-16-BE; files must be"),
-    "zeros": (b"\0" * 4096, "holds NUL bytes alone, as after a crash: copy it again"),
-    "cut gzip": (gzip.compress(LINES)[:-9], "it is cut off: copy it again"),
+    "csv": (b"instruction,output\na,b\n", "is neither JSON nor JSON lines"),
+    "parquet": (b"PAR1\x15\x04\x15", "is not text (it begins with b'PAR1"),
+    "zip": (b"PK\x03\x04\x14\0\0", "is not text"),
+    "utf-16": (LINES.decode().encode("utf-16"), "is not text"),
+    "zeros": (b"\0" * 4096, "is not text"),
+    "cut gzip": (gzip.compress(LINES)[:-9], "it is truncated: copy it again"),
     "spoilt gzip": (gzip.compress(LINES)[:-8] + b"\0" * 8, "cannot be read: CRC check failed"),
     "gzip and more": (gzip.compress(LINES) + b"more", "cannot be read: Not a gzipped file"),
     "nothing": (b"", "no usable row, the file is empty"),
@@ -326,16 +290,10 @@ FILES: dict[str, tuple[bytes, str]] = {
     "blank": (b" \r\n\n\t\n", "no usable row, the file is empty"),
     "an empty array": (b" [ ]\n", "no usable row, the file is empty"),
     "an empty gzip": (gzip.compress(b""), "no usable row, the file is empty"),
-    "two arrays": (b'[{"a": 1}]\n[{"a": 1}]', "at line 2, column 1: Extra data (more than one"),
+    "two arrays": (b'[{"a": 1}]\n[{"a": 1}]', "at line 2, column 1: Extra data; an array must"),
     "cut array": (b'[\n{"a": "1"},\n{"a": "2', "at line 3, column 7: Unterminated string"),
-    "array with a comma": (b'[\n{"a": "1"},\n]', "at line 3, column 1: Expecting value (a comma"),
     "array of arrays": (b'[["a", "b"], ["c", "d"]]', "row 1: a row must be an object with keys"),
-    "no array but an object": (
-        json.dumps({"version": 1, "data": [{"a": 1}, {"a": 2}]}, indent=1).encode(),
-        "if the 2 objects in 'data' are the rows, that list must be the file",
-    ),
-    "csv": (b"instruction,output\na,b\n", "row 1: broken JSON at column 1: Expecting value (rows"),
-    "rows over lines": (b'{\n"a": 1\n}\n{\n"a": 2\n}\n', "as jq -c writes"),
+    "rows over lines": (b'{\n"a": 1\n}\n{\n"a": 2\n}\n', "row 1: broken JSON at column 2"),
     "no rows": (b'"a"\n', "row 1: a row must be an object with keys, not str"),
 }  # fmt: skip
 
@@ -373,15 +331,14 @@ def test_broken_rows_alone_are_counted(tmp_path: Path, name: str) -> None:
 
 
 PAIRS: dict[str, tuple[dict[str, bytes], str, str]] = {
-    "pointer": ({"a": FILES["git-lfs pointer"][0], "b": b"1\n2\n3\n"}, "a::b", "a git-lfs pointer"),
-    "page": ({"a": b"x\n", "b": FILES["error page"][0]}, "a::b", "b: is a page of HTML"),
-    "utf-16": ({"a": b"x\n", "b": "ä\n".encode("utf-16")}, "a::b", "b: is UTF-16"),
+    "utf-16": ({"a": b"x\n", "b": "ä\n".encode("utf-16")}, "a::b", "b: is not text"),
     "a folder": ({"a": b"x\n", "c/d": b""}, "a::c", "c: a folder, not a file"),
     "three and two": ({"a": b"1\n2\n3", "b": b"1\n2\n"}, "a::b", "a has 3 lines, "),
     "one ends blank": ({"a": b"1\n2\n", "b": b"1\n2\n\n"}, "a::b", "a has 2 lines, "),
     "a line within": ({"a": b"1\n\n3\n", "b": b"1\n2\n3\n"}, "a::b", ", row 2: 'source' is empty"),
-    "zeros within": ({"a": b"1\n\0\0\n", "b": b"1\n2\n"}, "a::b", ", row 2: 'source' holds a NUL"),
-    "old mac": ({"a": b"1\r2\r", "b": b"1\n2\n3\n"}, "a::b", "a has 2 lines, "),
+    "zeros within": (
+        {"a": b"a line of a text\n\0\0\n", "b": b"1\n2\n"}, "a::b", ", row 2: 'source' holds a NUL",
+    ),
     "quoted tsv": (
         {"a.tsv": b'"path"\t"sentence"\t"translation"\n"1"\t"a"\t"b"\n'}, "a.tsv",
         "no column sentence, translation; its first line has",
@@ -498,13 +455,13 @@ def given(folder: Path, *ids: int | str | None) -> bytes:
 @pytest.mark.parametrize(
     ("ids", "said"),
     [
-        ((1, 2, 3, 2), "row 4: id {}#2 stood in row 2 already; a row can be scored once"),
-        ((2, 2, 2), "row 2: id {}#2 stood in row 1 already"),
+        ((1, 2, 3, 2), "row 4: id {}#2 appears in row 2 already; a row can be scored once"),
+        ((2, 2, 2), "row 2: id {}#2 appears in row 1 already"),
         ((1, None, 3), "row 2: has no id, others have"),
         ((1, 2), "1 of 3 rows of ref have no prediction, the first is {}#3"),
         ((1, 2, "x"), "1 of 3 rows of ref have no prediction, the first is {}#3"),
-        (("a", "b", "c", "a"), "4 predictions, ref 3 rows; they must go together one by one, or by"
-         " id (row 4: id a stood in row 1 already)"),
+        (("a", "b", "c", "a"), "4 predictions, ref 3 rows; they must match one by one, or by"
+         " id (row 4: id a appears in row 1 already)"),
     ],
 )  # fmt: skip
 def test_ids_of_predictions(tmp_path: Path, ids: tuple[Any, ...], said: str) -> None:
@@ -529,9 +486,8 @@ def test_lines_that_begin_like_json_are_text(tmp_path: Path) -> None:
     ):
         content = ("\n".join(lines) + "\n").encode()
         assert list(matched(tmp_path, content).values()) == lines
-    for content in (FILES["error page"][0], FILES["git-lfs pointer"][0], FILES["utf-16"][0]):
-        with pytest.raises(UserError, match=r"out\.txt: is "):
-            matched(tmp_path, content)
+    with pytest.raises(UserError, match=r"out\.txt: is not text"):
+        matched(tmp_path, FILES["utf-16"][0])
     with pytest.raises(UserError, match="a folder, not a file"):
         score.read(str(tmp_path), None)
 
@@ -571,8 +527,7 @@ def test_prepare_stops_at_a_broken_row_and_goes_on_once_it_is_repaired(
     assert code == 2, text
     assert text.splitlines()[-1] == (
         f"scalepeft: error: {tmp_path}/train.json, row 4: broken JSON at column 2: Expecting"
-        " property name enclosed in double quotes (Python's repr is no JSON: write rows with"
-        " json.dumps); repair it, or data.on_error=skip leaves it out"
+        " property name enclosed in double quotes; repair it, or data.on_error=skip leaves it out"
     )
     assert held(run) == {}
     code, text = pipeline(tmp_path, name, "prepare", "data.on_error=skip")

@@ -1,6 +1,6 @@
 """``scalepeft doctor``: can a run be started here? One process, or every rank of a job.
 
-Each check is a stage that all ranks run at the same time with a limit; rank 0 judges and prints.
+All ranks run the same checks at the same time, each with a limit; rank 0 judges and prints.
 """
 
 import argparse
@@ -8,40 +8,40 @@ import dataclasses
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from scalepeft.adapters import inject as injection
-from scalepeft.build import check_batch, engine_class
-from scalepeft.cluster.doctor import checks as judge
-from scalepeft.cluster.doctor import filesystem as disk
-from scalepeft.cluster.doctor import network as links
-from scalepeft.cluster.doctor import node
-from scalepeft.cluster.doctor.findings import Finding, by_value, fix, summary
-from scalepeft.cluster.doctor.rendezvous import Apart, Meeting, Outcome, meet
+from scalepeft.build import engine_class
+from scalepeft.cluster.doctor import inputs, links, machine, run_folder
+from scalepeft.cluster.doctor.check import Check, Context
+from scalepeft.cluster.doctor.findings import Finding, by_value, summary, where
+from scalepeft.cluster.doctor.rendezvous import GRACE, RendezvousError, first_line, join
 from scalepeft.config import files as config_files
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.log import say
 from scalepeft.core.preemption import BROKEN, FINISHED
-from scalepeft.core.slurm import slurm_start
-from scalepeft.models import structure, tiny
-from scalepeft.models.hub import BUILTIN
-from scalepeft.parallel.ranks import Ranks, launch_variables, pick_device
-from scalepeft.run.folder import check_same_run
-from scalepeft.run.lease import check_free
+from scalepeft.parallel.ranks import Ranks, launch_variables
 
 LONGEST = 86400  # seconds that --timeout may ask for
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to look at; see ``scalepeft doctor --help``."""
+    """What to look at.
+
+    Attributes:
+        settings: [CONFIG] [KEY=VALUE ...] of the run; without, the machine alone is looked at.
+        run_dir: folder to look at (default: the config's, or this one).
+        timeout: seconds that ranks may take to come, and each check.
+        json: print one JSON object instead of lines.
+    """
 
     settings: list[str]
     run_dir: str | None = None
@@ -50,11 +50,11 @@ class Options:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Options":
-        """Takes the fields from the command line."""
+        """Take the fields from the command line."""
         return cls(**{f.name: getattr(args, f.name) for f in dataclasses.fields(cls)})
 
     def config(self) -> RunConfig | None:
-        """The run's config; None if no setting names one.
+        """Return the run's config; None if no setting names one.
 
         Raises:
             UserError: a mistake in it, or in an option.
@@ -65,25 +65,25 @@ class Options:
             )
         if not self.settings:
             return None
-        path, settings = None, self.settings
-        if "=" not in settings[0]:
-            path, settings = settings[0], settings[1:]
+        path, overrides = None, self.settings
+        if "=" not in overrides[0]:
+            path, overrides = overrides[0], overrides[1:]
         if self.run_dir is not None:
-            settings = [*settings, f"run_dir={self.run_dir}"]
+            overrides = [*overrides, f"run_dir={self.run_dir}"]
         try:
-            return config_files.load(path, settings)[0]
+            return config_files.load(path, overrides)[0]
         except UserError:
-            # A mistake in what is given comes before what is not given yet.
-            keys = {setting.partition("=")[0] for setting in settings}
+            # A mistake in a setting comes before a setting that is missing.
+            keys = {setting.partition("=")[0] for setting in overrides}
             absent = [] if "run_dir" in keys else ["run_dir=."]
             if not keys & {"train.max_steps", "train.epochs"}:
                 absent.append(f"train.max_steps={1 << 31}")
-            config_files.load(path, [*absent, *settings])
+            config_files.load(path, [*absent, *overrides])
             raise
 
 
 def run(options: Options) -> int:
-    """Runs the checks and prints them on rank 0; returns 0, or 1 if there is something to fix.
+    """Run the checks and print them on rank 0; return 0, or 1 if there is something to fix.
 
     Raises:
         UserError: a mistake in options or config.
@@ -93,272 +93,155 @@ def run(options: Options) -> int:
     if config is not None:
         engine_class(config).check(int(env["WORLD_SIZE"]))
     try:
-        meeting = meet(env, options.timeout)
-        visit = Visit(meeting, config, options.run_dir or ".", int(env["LOCAL_RANK"]))
-        try:
-            visit.all()
-        finally:
-            visit.close()
-        if meeting.rank == 0:
-            hosts = [meeting.hosts[rank] for rank in range(meeting.world_size)]
-            _print(options, visit.findings, visit.facts, hosts)
-        broken = any(f.state == "fix" for f in visit.findings)
-        code = meeting.agree(BROKEN if broken else FINISHED)
-        meeting.part()
-    except Apart as error:
-        # There may be no rank 0 to tell it to: each says what it knows.
+        rendezvous = join(env, options.timeout)
+        run_dir = config.run_dir if config else options.run_dir or "."
+        ranks = Ranks(rendezvous.rank, rendezvous.world_size, int(env["LOCAL_RANK"]))
+        doctor = Doctor(Context(config, Path(run_dir), ranks, rendezvous))
+        doctor.run()
+        if rendezvous.rank == 0:
+            _print(options, doctor.findings, doctor.facts, list(rendezvous.hosts.values()))
+        broken = any(f.state == "fix" for f in doctor.findings)
+        code = rendezvous.share(BROKEN if broken else FINISHED)
+        rendezvous.close()
+    except RendezvousError as error:
+        # There may be no rank 0 to tell it to: each rank prints what it knows.
         if env["RANK"] == "0":
-            _print(options, [fix("ranks", str(error))], [], [])
+            _print(options, [Finding("ranks", "fix", str(error))], [], [])
         else:
             say(f"error: {error}")
         _leave(BROKEN)
-    if visit.stuck:
+    if doctor.stuck:
         _leave(code)
     return int(code)
 
 
-class _Gone(Exception):
+class Outcome(NamedTuple):
+    """What a rank's probe came to: its value, why there is none, whether it still runs."""
+
+    value: Any = None
+    error: str | None = None
+    timed_out: bool = False
+
+
+class RankLost(Exception):
     """A rank gave no answer; the others end here."""
 
 
-class Visit:
-    """The checks in their order; ``findings`` fill on rank 0.
-
-    Args:
-        meeting: the ranks that came.
-        config: of the run, if there is one.
-        run_dir: the folder to look at, without a config.
-        local_rank: of this process on its node.
+class Doctor:
+    """The checks in their order; ``findings`` and ``facts`` (each rank's values, by check) fill on
+    rank 0. ``stuck``: somewhere a thread hangs or a rank is gone, so processes can only end with
+    ``os._exit``.
     """
 
-    def __init__(
-        self, meeting: Meeting, config: RunConfig | None, run_dir: str, local_rank: int
-    ) -> None:
-        self.meeting, self.config = meeting, config
-        self.run_dir = Path(config.run_dir if config else run_dir)
-        self.ranks = Ranks(meeting.rank, meeting.world_size, local_rank)
+    def __init__(self, context: Context) -> None:
+        self.context, self.rendezvous = context, context.rendezvous
         self.findings: list[Finding] = []
-        self.facts: list[Any] = []
-        """What each rank told of its node, for ``--json``."""
+        self.facts: list[dict[str, Any]] = [{} for _ in range(self.rendezvous.world_size)]
         self.stuck = False
-        """Somewhere a thread hangs, or a rank is gone: processes can only end with ``os._exit``."""
-        self._probe: Path | None = None
 
-    def all(self) -> None:
-        """Every check; one that needs another's success is left out without it."""
+    def run(self) -> None:
+        """Run every check; one that needs another's success is left out without it."""
         try:
-            self._checks()
-        except _Gone:
+            self._run()
+        except RankLost:
             text = "what comes after this was not tried: not every rank answers any more"
             self.findings.append(Finding("ranks", "info", text))
+        finally:
+            self.limited(partial(run_folder.clean_up, self.context))
 
-    def _checks(self) -> None:
-        usable = self._node()
-        self._base()
-        self._start()
-        linked = self._links("links", "gloo", links.join) and self._clocks()
+    def _run(self) -> None:
+        config, ranks = self.context.config, self.context.ranks
+        self.check(machine.VERSIONS)
+        self.check(machine.ENVIRONMENT)
+        usable = self.check(machine.DEVICES)
+        if usable:
+            self.check(machine.KERNELS)
+        if usable and config is not None and config.engine.name == "zero":
+            self.check(machine.DEEPSPEED)
+        for check in inputs.CHECKS if config is not None else ():
+            self.check(check)
+        linked = self.check(links.GLOO)
         if linked and usable:
-            if self.ranks.device.type == "cuda":
-                linked = self._links("GPU links", "nccl", links.join_devices)
-            linked = linked and self._bytes()
-        self._disk()
+            linked = ranks.device.type == "cpu" or self.check(links.NCCL)
+            linked = linked and self.check(links.BYTES)
+        if self.check(run_folder.SAVING) and self.check(run_folder.SAME):
+            self.check(run_folder.SPACE)
         if linked and not self.stuck:
-            self.meeting.stage(self.ranks.finish)
-        else:  # leaving a group in order takes all of its ranks
+            self.limited(ranks.finish)
+        else:  # leaving a process group in order takes all of its ranks
             self.stuck = True
 
-    def close(self) -> None:
-        """Takes the probe folder away."""
-        if self._probe is not None:
-            self.meeting.limited(partial(disk.remove, self._probe))
-
-    def _stage(
-        self, work: Callable[[], Any], judged: Callable[[list[Outcome], dict[int, str]], Any]
-    ) -> bool:
-        """Runs a stage and has rank 0 judge it; True on every rank if there is nothing to fix.
+    def check(self, check: Check) -> bool:
+        """Run a check on its ranks; return on every rank whether there is nothing to fix.
 
         Raises:
-            _Gone: a rank gave no answer.
+            RankLost: a rank gave no answer.
         """
-        outcomes = self.meeting.stage(work)
-        good = True
-        if self.meeting.rank == 0:
-            found = judged(outcomes, self.meeting.hosts)
-            found = found if isinstance(found, list) else [found]
-            self.findings += found
-            good = not [f for f in found if f.state == "fix"]
-            if good and (lost := {r: o.error for r, o in enumerate(outcomes) if o.gone}):
-                self.findings.append(fix("ranks", by_value(lost, self.meeting.hosts)))
-        hangs, gone = any(o.hangs for o in outcomes), any(o.gone for o in outcomes)
-        good, hangs, gone = self.meeting.agree([good, hangs, gone])
-        self.stuck = self.stuck or hangs or gone
-        if gone:
-            raise _Gone
+        ranks, rendezvous = self.context.ranks, self.rendezvous
+        probes = {"all": True, "nodes": ranks.local_rank == 0, "main": ranks.is_main}[check.on]
+        mine = self.limited(partial(check.probe, self.context)) if probes else None
+        answers = rendezvous.gather(mine, rendezvous.timeout + GRACE)
+        good = lost = timed_out = False
+        if ranks.is_main:
+            outcomes = {rank: Outcome(*answer) for rank, answer in answers.items() if answer}
+            findings = self._judge(check, outcomes)
+            if silent := set(range(ranks.world_size)) - answers.keys():
+                text = f"{check.name}: {where(silent, rendezvous.hosts)}: no answer within"
+                text += f" {rendezvous.timeout:.0f} s: died, or hangs"
+                findings = [Finding("ranks", "fix", text)]
+            self.findings += findings
+            good, lost = all(f.state != "fix" for f in findings), bool(silent)
+            timed_out = any(outcome.timed_out for outcome in outcomes.values())
+        good, lost, timed_out = rendezvous.share([good, lost, timed_out])
+        self.stuck = self.stuck or lost or timed_out
+        if lost:
+            raise RankLost
         return good
 
-    def _node(self) -> bool:
-        """Versions, limits, devices, kernels; False if the ranks have no devices to train on."""
-        config, local_rank = self.config, self.ranks.local_rank
-        wanted = config.engine.device if config else "auto"
+    def _judge(self, check: Check, outcomes: dict[int, Outcome]) -> list[Finding]:
+        hosts = self.rendezvous.hosts
+        for rank, outcome in outcomes.items():
+            self.facts[rank][check.name] = outcome.error or outcome.value
+        if errors := {rank: o.error for rank, o in outcomes.items() if o.error is not None}:
+            return [Finding(check.name, "fix", by_value(errors, hosts), check.remedy)]
+        values = {rank: outcome.value for rank, outcome in outcomes.items()}
+        findings = [Finding(check.name, *f) for f in check.verdict(self.context, values, hosts)]
+        broken = any(f.state == "fix" for f in findings)
+        return [f for f in findings if not (broken and f.state == "ok")]
 
-        def facts() -> dict[str, Any]:
-            return {"versions": node.versions(), "limits": node.limits()}
+    def limited(self, work: Callable[[], Any]) -> Outcome:
+        """Run ``work`` in a thread, for ``timeout`` seconds at most."""
+        done: list[Outcome] = []
 
-        def judge_facts(outcomes: list[Outcome], hosts: dict[int, str]) -> list[Finding]:
-            self.facts = [outcome.value or {"error": outcome.error} for outcome in outcomes]
-            if bad := {r: o.error for r, o in enumerate(outcomes) if o.error is not None}:
-                return [fix("versions", by_value(bad, hosts))]
-            found = {r: o.value["versions"] for r, o in enumerate(outcomes)}
-            limits = {r: o.value["limits"] for r, o in enumerate(outcomes)}
-            cuda = wanted != "cpu" and "NCCL" in found[0]
-            return [
-                *judge.versions(found, hosts, node.lower_bounds(), config),
-                *judge.environment(limits, hosts, cuda),
-            ]
+        def call() -> None:
+            if self.context.ranks.device.type == "cuda":
+                torch.cuda.set_device(self.context.ranks.device)  # it is the thread's
+            try:
+                done.append(Outcome(work()))
+            except Exception as error:  # whatever it is, it is what doctor was asked to find
+                done.append(Outcome(error=first_line(error)))
 
-        def judge_devices(outcomes: list[Outcome], hosts: dict[int, str]) -> list[Finding]:
-            for facts_of_rank, outcome in zip(self.facts, outcomes, strict=True):
-                facts_of_rank["device"] = outcome.value or {"error": outcome.error}
-            return judge.devices(outcomes, hosts, config)
-
-        self._stage(facts, judge_facts)
-        if not self._stage(lambda: node.device(wanted, local_rank), judge_devices):
-            return False
-        self.ranks.device = self.meeting.device = pick_device(wanted, local_rank)
-        self._stage(lambda: node.kernels(config, self.ranks.device), judge.kernels)
-        if config is not None and config.engine.name == "zero":
-            kind, first = self.ranks.device.type, local_rank == 0
-            self._stage(lambda: node.deepspeed(kind) if first else None, judge.deepspeed)
-        return True
-
-    def _base(self) -> None:
-        if (config := self.config) is None:
-            return
-        first = self.ranks.local_rank == 0
-
-        def judged(outcomes: list[Outcome], hosts: dict[int, str]) -> Finding:
-            return judge.base(outcomes, hosts, config.model.path)
-
-        self._stage(lambda: node.model(config) if first else None, judged)
-        self._stage(lambda: node.data(config) if first else None, judge.data)
-        main = self.meeting.rank == 0
-        self._stage(lambda: node.rows(config) if main else None, judge.rows)
-
-    def _start(self) -> None:
-        """What training refuses before it loads anything."""
-        if (config := self.config) is None:
-            return
-        world, name = self.meeting.world_size, f"run_dir={config.run_dir}"
-        checks: list[tuple[str, Callable[[], None], str]] = [
-            (
-                "global batch",
-                lambda: check_batch(config, world),
-                f"{config.train.global_batch // world} rows a step on each rank",
-            ),
-            (
-                "run config",
-                lambda: check_same_run(config, allow_changes=False),
-                f"{name} holds no checkpoint of another config",
-            ),
-            (
-                "holder",
-                lambda: check_free(self.run_dir, *slurm_start()),
-                f"nobody trains in {name}",
-            ),
-        ]
-        for check, work, well in checks:
-            judged = partial(judge.start, check, well)
-            self._stage(work if self.meeting.rank == 0 else lambda: None, judged)
-
-    def _links(self, check: str, kind: str, join: Callable[..., None]) -> bool:
-        def work() -> dict[str, Any]:
-            join(self.ranks, self.meeting.client(), self.meeting.timeout)
-            device = self.ranks.device if kind == "nccl" else torch.device("cpu")
-            return links.try_collectives(self.ranks, device)
-
-        return self._stage(work, partial(links.judge_links, check, kind))
-
-    def _clocks(self) -> bool:
-        if self.meeting.world_size == 1:
-            return True
-        return self._stage(lambda: links.clock_offsets(self.ranks), links.judge_clocks)
-
-    def _bytes(self) -> bool:
-        needed = self.config is None or judge.shards_bytes(self.config)
-        judged = partial(links.judge_bytes, needed=needed)
-        return self._stage(lambda: links.try_bytes(self.ranks), judged)
-
-    def _disk(self) -> None:
-        main, name = self.meeting.rank == 0, f"run_dir={self.run_dir}"
-
-        def made(outcomes: list[Outcome], _: dict[int, str]) -> list[Finding]:
-            if (error := outcomes[0].error) is not None:
-                return [disk.judge_writing(name, error)]
-            self._probe = Path(outcomes[0].value)
-            return []
-
-        def probed(outcomes: list[Outcome], _: dict[int, str]) -> list[Finding]:
-            if (error := outcomes[0].error) is not None:
-                return [disk.judge_writing(name, error)]
-            return disk.judge_probe(name, outcomes[0].value)
-
-        if not self._stage(lambda: disk.make_probe(self.run_dir) if main else None, made):
-            return
-        probe = Path(self.meeting.agree(str(self._probe)))
-        if not self._stage(lambda: disk.probe(probe) if main else None, probed):
-            return
-        watched = disk.Publisher(
-            probe, self.meeting.client(), self.meeting.rank, self.meeting.world_size
-        )
-        self._stage(watched.run, partial(disk.judge_seen, name))
-        self._stage(lambda: self._room() if main else None, partial(self._judge_room, name))
-
-    def _room(self) -> list[Any]:
-        return [disk.room(self.run_dir), checkpoint_bytes(self.config) if self.config else None]
-
-    def _judge_room(self, name: str, outcomes: list[Outcome], _: dict[int, str]) -> list[Finding]:
-        if (error := outcomes[0].error) is not None:
-            return [fix("free space", f"{name}: {error}")]
-        free, checkpoint = outcomes[0].value
-        keep = self.config.train.keep_checkpoints if self.config else 0
-        return [disk.judge_room(name, free, checkpoint, keep)]
-
-
-def checkpoint_bytes(config: RunConfig) -> int | None:
-    """Size of one checkpoint: the adapter and AdamW's two moments in fp32.
-
-    Returns:
-        None for a base of the hub that is not in this node's cache: its shape is not known.
-
-    Raises:
-        UserError: the base or the adapter's config is wrong.
-    """
-    if config.model.path == BUILTIN:
-        folder: Path | None = tiny.make(0)
-    elif Path(config.model.path).is_dir():
-        folder = Path(config.model.path)
-    else:
-        folder = node.cached(config.model.path, config.model.revision)
-    if folder is None or not (folder / "config.json").is_file():
-        return None
-    model = structure.build(config.model, folder, config.train.precision)
-    injection.inject(model, config.adapter)
-    return 3 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        thread.join(self.rendezvous.timeout)
+        limit = f"still not done after {self.rendezvous.timeout:.0f} s"
+        return done[0] if done else Outcome(error=limit, timed_out=True)
 
 
 def _print(options: Options, findings: list[Finding], facts: list[Any], hosts: list[str]) -> None:
-    healthy = not [f for f in findings if f.state == "fix"]
+    wrong = [f for f in findings if f.state == "fix"]
     if options.json:
-        listed = [dataclasses.asdict(f) for f in findings]
-        print(json.dumps({"healthy": healthy, "hosts": hosts, "findings": listed, "ranks": facts}))
+        found = {"healthy": not wrong, "hosts": hosts}
+        found |= {"findings": [dataclasses.asdict(f) for f in findings], "ranks": facts}
+        print(json.dumps(found))
     else:
-        lines = [f.line() for f in findings]
+        lines = [f"{'FIX' if f in wrong else f.state:5} {f.check:13} {f.text()}" for f in findings]
         print("\n".join([*lines, *summary(findings)]))
     sys.stdout.flush()
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the process although a thread may hang in a collective, or the peers be gone."""
+    """End the process although a thread may hang in a collective, or the peers be gone."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

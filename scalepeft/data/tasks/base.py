@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, NameList
 from scalepeft.core.stats import wilson
-from scalepeft.data.rows import expand, hint, one_line, read_rows, source_labels
+from scalepeft.data.rows import expand, one_line, read_rows, source_labels
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
@@ -195,7 +195,7 @@ class Task:
                         raise UserError(f"id {example.id} stood in row {ids[example.id]} already")
                 except (UserError, RecursionError) as error:
                     reason = str(error) if isinstance(error, UserError) else "nested too deeply"
-                    reason = one_line(reason + hint(row, reason))
+                    reason = one_line(reason)
                     self._leave_out(f"{source}, row {number}: {reason}", "repair it")
                     continue
                 ids[example.id] = number
