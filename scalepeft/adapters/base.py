@@ -34,7 +34,7 @@ class AdapterConfig:
     layers: Layers = "all"
 
     def norm_modules(self) -> list[str]:
-        """Names of normalisation layers of the adapted blocks whose weight trains too."""
+        """Names of normalization layers of the adapted blocks whose weight trains too."""
         return []
 
 
@@ -176,7 +176,7 @@ def _mix(n: Tensor) -> Tensor:
 
 
 class Scale(Adapter):
-    """``y = (1 + scale) * y0 + shift`` behind a normalisation layer: trains its weight (and bias).
+    """``y = (1 + scale) * y0 + shift`` behind a normalization layer: trains its weight (and bias).
 
     Shift only where the layer has a bias, so that the family of maps is exactly that of the layer.
     """

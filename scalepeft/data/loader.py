@@ -36,7 +36,7 @@ class Order:
 @dataclass(frozen=True)
 class MicroBatch:
     """A rank's part of a step: right-padded ``input_ids`` and ``labels`` (rows, length), -100 where
-    not learnt.
+    not learned.
     """
 
     input_ids: Tensor

@@ -129,7 +129,7 @@ class Generator(Backend):
 
 
 def check(config: EvaluateConfig) -> None:
-    """Refuses settings that no backend can follow; found out before a model is loaded.
+    """Raise UserError for settings that no backend can follow; found out before a model is loaded.
 
     Raises:
         UserError: an empty stop text, or a length limit of prompt and answer with beams.

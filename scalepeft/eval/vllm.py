@@ -51,15 +51,13 @@ class Generator(Backend):
         memory for.
 
         Raises:
-            UserError: vLLM is missing, the adapter is no LoRA or of too large a rank, or the heads
-                do not divide among the GPUs.
+            UserError: the adapter is no LoRA or of too large a rank, or the heads do not divide
+                among the GPUs.
         """
         config, tokenizer = target.config, target.tokenizer
-        try:
-            from vllm import LLM
-            from vllm.lora.request import LoRARequest
-        except ImportError as error:
-            raise UserError(f"evaluate.backend=vllm: {error}; {INSTALL}") from None
+        from vllm import LLM
+        from vllm.lora.request import LoRARequest
+
         architecture = models.architecture(target.folder)
         positions = architecture.max_position_embeddings
         ids, _ = encode(prompts, tokenizer, config.evaluate, positions)
@@ -109,8 +107,16 @@ class Generator(Backend):
         return [list(request.outputs[0].token_ids) for request in found]
 
 
+def check_installed() -> None:
+    """Raise UserError where vLLM is missing, before other predictions are set aside."""
+    try:
+        import vllm.lora.request  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"evaluate.backend=vllm: {error}; {INSTALL}") from None
+
+
 def check(config: RunConfig, kind: Subject, world_size: int) -> None:
-    """Refuses what vLLM cannot evaluate as the run has it; found out before anything is loaded.
+    """Raise UserError for what vLLM cannot evaluate as the run has it, before anything is loaded.
 
     Raises:
         UserError: several ranks, or a base that is stored in fewer bits.

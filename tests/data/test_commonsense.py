@@ -112,14 +112,14 @@ def test_the_prompts_end_is_tokenised_as_documented(shared_data: Path) -> None:
     assert "".join(line) == "▁" * 15 and pieces[at + 1] == "▁correct"
     asked = tokenizer(chosen.example(ROW, "f#1", "test").prompt)["input_ids"]
     assert tokenizer.convert_ids_to_tokens(asked)[-2:] == ["<0x0A>", "▁" * 16]
-    # The clean protocol: the very tokens that generation starts from, the response alone learnt.
+    # The clean protocol: the very tokens that generation starts from, the response alone learned.
     chosen = task()
     trained = data.tokenise([chosen.example(ROW, "f#1", "train")], tokenizer, chosen.config)
     asked = tokenizer(chosen.example(ROW, "f#1", "test").prompt)["input_ids"]
     start = int(trained.label_start[0])
     assert trained.tokens[:start].tolist() == asked
-    learnt = tokenizer.decode(trained.tokens[start:].tolist())
-    assert learnt == "the correct answer is true</s>"
+    learned = tokenizer.decode(trained.tokens[start:].tolist())
+    assert learned == "the correct answer is true</s>"
 
 
 ORIGINALS: list[tuple[dict[str, Any], str, str]] = [

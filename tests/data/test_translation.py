@@ -383,9 +383,9 @@ def test_masks_token_by_token_on_a_real_tokenizer(
     batch = loader._Rows(tokens)[[(i, i) for i in range(len(examples))]]
     joined = []
     for example, ids, labels in zip(examples, *batch[:2], strict=True):
-        learnt = (labels != data.IGNORED).nonzero().flatten().tolist()
-        start, end = learnt[0], learnt[-1]
-        assert learnt == list(range(start, end + 1)) and torch.equal(labels[learnt], ids[learnt])
+        learned = (labels != data.IGNORED).nonzero().flatten().tolist()
+        start, end = learned[0], learned[-1]
+        assert learned == list(range(start, end + 1)) and torch.equal(labels[learned], ids[learned])
         assert ids[0] == tokenizer.bos_token_id and start > 0, "BOS is no label"
         assert ids[end] == tokenizer.eos_token_id and (ids[end + 1 :] == 0).all(), "the real EOS is"
         assert (
@@ -394,7 +394,7 @@ def test_masks_token_by_token_on_a_real_tokenizer(
         )
         assert tokenizer.decode(ids[1:end]) == example.prompt + example.completion
         before, through = (tokenizer.decode(ids[1:stop]) for stop in (start, start + 1))
-        assert example.prompt.startswith(before), "nothing of the target is unlearnt"
+        assert example.prompt.startswith(before), "nothing of the target is unlearned"
         assert len(through) > len(example.prompt), "the first label reaches into the target"
         if before == example.prompt:
             prompt = tokenizer(example.prompt)["input_ids"]

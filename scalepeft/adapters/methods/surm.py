@@ -47,7 +47,7 @@ class SURMConfig(AdapterConfig):
     scaling: Annotated[float, Field(gt=0)] = 1.0
 
     def __post_init__(self) -> None:
-        """Refuses settings of another structure."""
+        """Raise UserError for settings of another structure."""
         if self.factors is not None and self.structure != "kronecker":
             raise UserError(f"factors={self.factors} need structure: kronecker; remove them")
         if self.ldr_rank != 4 and self.structure != "ldr":

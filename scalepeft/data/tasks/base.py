@@ -53,9 +53,9 @@ class TaskConfig:
         protocol: settings of published numbers, by name: it fills the keys that are not set.
         train: files (json, json lines, either with .gz), patterns, or
             ``hf://DATASET[:CONFIG[:SPLIT]]``.
-        valid: the same for the held-out loss; or take ``valid_size``.
+        valid: the same for the validation loss; or take ``valid_size``.
         test: the same for ``scalepeft evaluate``.
-        valid_size: rows taken out of ``train`` for the held-out loss, chosen by ``train.seed``.
+        valid_size: rows taken out of ``train`` for the validation loss, chosen by ``train.seed``.
         prompt: what the model is given; ``{instruction}`` and ``{input}`` are filled in.
         test_prompt: what it is given in an evaluation; null: the same.
         completion: what it is to write; ``{output}`` is filled in. An end-of-text token follows.
@@ -67,7 +67,7 @@ class TaskConfig:
             counted.
         on_error: a broken row stops the run (``stop``) or is left out and counted (``skip``).
         workers: loader processes; 0 pads the batches in the training process.
-        cache: folder of tokenised data; default ``$SCALEPEFT_CACHE`` or ``~/.cache/scalepeft``.
+        cache: folder of tokenized data; default ``$SCALEPEFT_CACHE`` or ``~/.cache/scalepeft``.
     """
 
     PROTOCOLS: ClassVar[dict[str, Protocol]] = {}

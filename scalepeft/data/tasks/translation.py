@@ -205,7 +205,7 @@ class Translation(Task):
 
 
 def scorers(tokenizer: str) -> dict[str, Any]:
-    """sacreBLEU's BLEU, chrF2 and chrF++. Raises UserError: it, or what the tokeniser needs, is not
+    """sacreBLEU's BLEU, chrF2 and chrF++. Raises UserError: it, or what the tokenizer needs, is not
     installed.
     """
     try:
@@ -220,6 +220,6 @@ def scorers(tokenizer: str) -> dict[str, Any]:
     except (RuntimeError, ImportError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(
-            f"sacreBLEU's tokeniser {tokenizer} cannot be used: {' '.join(lines)}"
+            f"sacreBLEU's tokenizer {tokenizer} cannot be used: {' '.join(lines)}"
         ) from None
     return {"BLEU": bleu, "chrF2": CHRF(), "chrF++": CHRF(word_order=2)}
