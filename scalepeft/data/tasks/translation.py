@@ -140,15 +140,12 @@ class Translation(Task):
         codes = (self.config.source_language, self.config.target_language)
         if not isinstance(row, dict) or not row:
             return text_field(row, "translation"), ""  # raises: a row of what it is
-        if isinstance(row.get("translation"), dict):
-            return self._both(row["translation"], "'translation'")
-        named = [key for key, v in row.items() if isinstance(v, dict) and re.match(r"\w+-\w", key)]
-        if named:
-            # Of several pairs in a row, the one of this direction.
-            key = next(
-                (k for k in ("-".join(codes), "-".join(codes[::-1])) if k in named), named[0]
-            )
-            return self._both(row[key], f"'{key}'")
+        nested = {key: value for key, value in row.items() if isinstance(value, dict)}
+        pairs = [key for key in nested if re.match(r"\w+-\w", key)]
+        # Of several pairs in a row, the one of this direction.
+        for key in ("translation", "-".join(codes), "-".join(codes[::-1]), *pairs):
+            if key in nested:
+                return self._both(nested[key], f"'{key}'")
         for keys in (("sentence", "translation"), ("source", "target"), codes):
             if row.keys() >= set(keys):
                 return text_field(row, keys[0]), text_field(row, keys[1])
