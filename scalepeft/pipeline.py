@@ -2,8 +2,7 @@
 
 A stage is a ``run.stage.Stage`` in ``RUN_DIR/stages``. The next start passes over what is done,
 continues a stage whose inputs are those it began with, and does again what depends on a changed
-one. Results of old inputs are moved to ``RUN_DIR/replaced-N``, but for a merged checkpoint, which
-is made again from what is there.
+one. Results of old inputs are moved to ``RUN_DIR/replaced-N``, but for a merged checkpoint.
 """
 
 import json
@@ -16,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scalepeft import __version__, build, train
+from scalepeft import __version__, train
 from scalepeft.analysis.report import command as report
-from scalepeft.build import start_ranks, task_of
+from scalepeft.build import check_batch, start_ranks, task_of
 from scalepeft.config import changes
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
@@ -38,8 +37,7 @@ from scalepeft.export import merge
 from scalepeft.export.streaming import MADE_FROM
 from scalepeft.models import hub as models
 from scalepeft.models.weights import Weights
-from scalepeft.parallel import ranks as ranks_
-from scalepeft.parallel.ranks import Ranks, world_size
+from scalepeft.parallel.ranks import Ranks, alone, world_size
 from scalepeft.run.lease import Hold, check_free
 from scalepeft.run.stage import Stage, facts, plain, set_aside
 
@@ -226,7 +224,7 @@ class Pipeline:
             "merge": self._merge,
             "report": lambda: report.write([self.folder]),
         }
-        return FINISHED, ranks_.alone(self.ranks, on_main[name])
+        return FINISHED, alone(self.ranks, on_main[name])
 
     def _prepare(self, folder: Path) -> list[Path]:
         """Reads, checks and counts all rows once, and tokenizes those to train on."""
@@ -290,7 +288,7 @@ def run(config: RunConfig, options: Options, stop: StopFlag) -> int:
     """
     task = check(config)
     if options.only in (None, *ON_RANKS) or world_size() > 1:
-        build.check_batch(config, world_size())
+        check_batch(config, world_size())
         ranks = start_ranks(config)
     else:
         ranks = Ranks()  # a job without a GPU, whatever engine and device the others are for

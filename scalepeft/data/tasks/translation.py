@@ -131,9 +131,9 @@ class Translation(Task):
         )
 
     def _name(self, side: str) -> str:
-        given: str | None = getattr(self.config, f"{side}_name")
+        name: str | None = getattr(self.config, f"{side}_name")
         code = getattr(self.config, f"{side}_language")
-        return given if given is not None else languages.name_of(code, f"{side}_name")
+        return name if name is not None else languages.name_of(code, f"{side}_name")
 
     def _pair(self, row: Any) -> tuple[str, str]:
         """Source and target text of a row."""
@@ -160,16 +160,16 @@ class Translation(Task):
             " {sentence_deu_Latn, sentence_eng_Latn}"
         )
 
-    def _both(self, held: dict[str, Any], where: str) -> tuple[str, str]:
+    def _both(self, texts_by_code: dict[str, Any], where: str) -> tuple[str, str]:
         texts = []
         for side in ("source", "target"):
             code = getattr(self.config, f"{side}_language")
-            if (key := languages.matching(code, map(str, held))) is None:
+            if (key := languages.matching(code, map(str, texts_by_code))) is None:
                 raise UserError(
-                    f"{where} has {', '.join(map(str, held)) or 'nothing'}, not '{code}'"
+                    f"{where} has {', '.join(map(str, texts_by_code)) or 'nothing'}, not '{code}'"
                     f" (data.{side}_language)"
                 )
-            texts.append(text_field(held, key))
+            texts.append(text_field(texts_by_code, key))
         return texts[0], texts[1]
 
     def score(self, prediction: str, example: Example) -> Score:
