@@ -59,12 +59,12 @@ class Adapter(nn.Module):
     """
 
     Config: ClassVar[type[AdapterConfig]]
-    no_merge: str = ""
+    unmergeable_reason: str = ""
     """Why the layer cannot be one weight and one bias (its map is not affine in x); else empty."""
     weight_decay: ClassVar[frozenset[str]] = frozenset()
     """Parameters that decay pulls towards the base layer; never rotations, reflections, scales."""
 
-    works_on_weight: bool = False
+    needs_weight: bool = False
     """True where a changed W is made in forward and backward: a cost a batch, not a token."""
     paper: str = ""
     """Where the method comes from: ``arXiv 2106.09685``."""

@@ -213,7 +213,7 @@ def _write_scores(
     predictions.check_ours()
     config, done = target.config, predictions.done
     texts = {id_: row["prediction"] for id_, row in done.items()}
-    summary, rows = scores.summarise(task, examples, texts)
+    summary, rows = scores.summarize(task, examples, texts)
     folder = predictions.path.parent
     results = {
         "task": config.data.name,

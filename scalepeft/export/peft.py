@@ -110,7 +110,7 @@ def _to_peft(adapter: Adapter, layer: nn.Linear, base: Base) -> Exported:
 def _to_lora(adapter: Adapter, layer: nn.Linear, base: Base) -> Exported:
     factors = adapter.to_lora(base)
     if factors is None:
-        reason = adapter.no_merge or "W' - W has full rank"
+        reason = adapter.unmergeable_reason or "W' - W has full rank"
         other = " or --format peft" if adapter.to_peft(base) else ""
         raise UserError(
             f"--format lora: {type(adapter).__name__} is not W plus a matrix of low rank: {reason};"
@@ -122,7 +122,7 @@ def _to_lora(adapter: Adapter, layer: nn.Linear, base: Base) -> Exported:
 
 
 def _instead(adapter: Adapter) -> str:
-    return "keep the adapter" if adapter.no_merge else "use scalepeft merge"
+    return "keep the adapter" if adapter.unmergeable_reason else "use scalepeft merge"
 
 
 def _common_fields(model: nn.Module, fields: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -378,7 +378,7 @@ def test_masks_token_by_token_on_a_real_tokenizer(
     )
     made = task(folder, source_language=source, target_language=target, **PROTOCOLS["alma"].data)
     examples = made.examples("test")[:150]
-    tokens = data.tokenise(examples, tokenizer, made.config)
+    tokens = data.tokenize(examples, tokenizer, made.config)
     assert len(tokens) == len(examples) and not tokens.dropped and not tokens.cut
     batch = loader._Rows(tokens)[[(i, i) for i in range(len(examples))]]
     joined = []
@@ -422,7 +422,7 @@ def test_lines_of_an_output() -> None:
 
 def summed(made: Translation, texts: list[str]) -> dict[str, Any]:
     examples = made.examples("test")
-    return scores.summarise(
+    return scores.summarize(
         made, examples, {e.id: t for e, t in zip(examples, texts, strict=True)}
     )[0]
 

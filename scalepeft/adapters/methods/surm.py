@@ -183,7 +183,7 @@ class SURM(Adapter):
         self.c: nn.Parameter | None = None
         columns = in_features
         if config.placement == "adapter":
-            self.no_merge = "y + gelu(M y) + c is not affine in x"
+            self.unmergeable_reason = "y + gelu(M y) + c is not affine in x"
             self.c = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
             columns = out_features
         square = columns == out_features
