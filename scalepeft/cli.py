@@ -513,9 +513,9 @@ def _rank() -> int:
 
 def _explain(error: Exception, debug: bool) -> int:
     from scalepeft.core.errors import UserError
-    from scalepeft.run.checkpoint import Fenced
+    from scalepeft.run.lease import Superseded
 
-    if isinstance(error, Fenced):
+    if isinstance(error, Superseded):
         print(f"scalepeft: stopped: {error}", file=sys.stderr)
         return BROKEN
     if not isinstance(error, UserError):

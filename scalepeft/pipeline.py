@@ -32,15 +32,13 @@ from scalepeft.core.text import duration
 from scalepeft.data import tokens as data
 from scalepeft.data.rows import expand, paths_of
 from scalepeft.data.tasks.base import Split, Task, prepared_for, to_prepared
-from scalepeft.data.tokens import tokenizer_hash
 from scalepeft.eval import comet, evaluate
 from scalepeft.export import merge
 from scalepeft.export.streaming import MADE_FROM
 from scalepeft.models import hub as models
-from scalepeft.models.weights import Weights
 from scalepeft.parallel import ranks as ranks_
 from scalepeft.parallel.ranks import Ranks, world_size
-from scalepeft.run.lease import Hold, check_free
+from scalepeft.run.lease import Lease, check_free
 
 STAGES = ("prepare", "train", "merge", "evaluate", "report")
 ON_RANKS = ("train", "evaluate")
@@ -78,11 +76,11 @@ class Pipeline:
         files: dict[str, Any] = {s: [str(self._rows(s))] for s in SPLITS if getattr(config.data, s)}
         self.config = replace(config, data=replace(config.data, **files))
         """The config over the prepared rows."""
-        folder = models.resolve(config.model, ranks)
+        self.opened = base = models.open_base(config.model, ranks)
         self.base = ranks.main_only(
             lambda: {
-                "weights": Weights(folder).fingerprint(),
-                "tokenizer": tokenizer_hash(models.load_tokenizer(config.model, folder)),
+                "weights": base.fingerprint,
+                "tokenizer": base.tokenizer_hash,
             }
         )
         """Which base this is, wherever it lies."""
@@ -277,7 +275,7 @@ class Pipeline:
     def _do(self, stage: str) -> tuple[int, list[Path]]:
         """Does a stage; returns the exit code and the files that it made."""
         if stage == "train":
-            code = train.run_on(self.ranks, self.config, self.stop, resume_with_changes=True)
+            code = train.run_on(self.ranks, self.config, self.stop, True, self.opened)
             return code, [f for f in (self.folder / "adapter").glob("*") if f.is_file()]
         if stage == "evaluate":
             found: list[Path] = []
@@ -287,15 +285,14 @@ class Pipeline:
                 where = self.folder / evaluate.FOLDERS[subject] / self.config.data.name
                 found += [f for f in where.glob("*.json*") if f.is_file()]
             return FINISHED, found
-        folder = models.resolve(self.config.model, self.ranks)
         alone: dict[str, Callable[[], list[Path]]] = {
-            "prepare": lambda: self._prepare(folder),
+            "prepare": self._prepare,
             "merge": self._merge,
             "report": lambda: report.write([self.folder]),
         }
         return FINISHED, ranks_.alone(self.ranks, alone[stage])
 
-    def _prepare(self, folder: Path) -> list[Path]:
+    def _prepare(self) -> list[Path]:
         """Reads, checks and counts all rows once, and tokenises those to train on."""
         begun = self.read("prepare", begun=True)
         summary: dict[str, Any] = begun.get("splits", {})
@@ -320,11 +317,10 @@ class Pipeline:
                 say(f"data.{held}: {common} of its questions are in data.{other} too")
         self.poll()
         if self.config.pipeline.merge != "none":
-            merge.check_method(self.config, folder)
-        tokenizer = models.load_tokenizer(self.config.model, folder)
-        task = task_of(self.config)
-        vocabulary = models.vocab_size(folder)
-        _, _, summary["said"] = data.prepare(task, tokenizer, vocabulary, self.config.train.seed)
+            merge.check_method(self.config, self.opened.folder)
+        task, base = task_of(self.config), self.opened
+        said = data.prepare(task, base.tokenizer, base.vocab_size, self.config.train.seed)[2]
+        summary["said"] = said
         for line in summary["said"]:
             say(line)
         target = self.folder / "data" / "summary.json"
@@ -428,13 +424,13 @@ def run(config: RunConfig, options: Options, stop: StopFlag) -> int:
         ranks = Ranks()  # a job without a GPU, whatever engine and device the others are for
     stages = Path(config.run_dir) / "stages"
 
-    def claim() -> Hold | None:
+    def claim() -> Lease | None:
         if not ranks.is_main:
             return None
         try:
             stages.mkdir(parents=True, exist_ok=True)
             check_free(stages, *slurm_start())
-            return Hold(stages, 1, *slurm_start())
+            return Lease(stages, 1, *slurm_start())
         except OSError as error:
             raise UserError(f"{stages}: cannot be written: {error.strerror}") from None
 

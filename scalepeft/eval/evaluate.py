@@ -21,7 +21,6 @@ from scalepeft.eval import comet, scores
 from scalepeft.eval.generation import Generator, _Progress, batches, check
 from scalepeft.eval.predictions import Predictions
 from scalepeft.eval.target import Chosen
-from scalepeft.models import hub as models
 from scalepeft.parallel.ranks import Ranks, alone, world_size
 from scalepeft.run.folder import load_run
 
@@ -159,9 +158,10 @@ def _generator(chosen: Chosen, left: list[Example], ranks: Ranks, poll: Any) -> 
     if chosen.config.evaluate.backend == "vllm":
         from scalepeft.eval import vllm
 
-        folder = models.resolve(chosen.config.model, ranks)
         adapter = None if chosen.adapter is None else chosen.fingerprint
-        return vllm.Generator.load(chosen.config, folder, adapter, [e.prompt for e in left])
+        return vllm.Generator.load(
+            chosen.config, chosen.base.folder, adapter, [e.prompt for e in left]
+        )
     built, tokenizer = chosen.load(ranks, poll)
     synced = built.engine.sharded and ranks.world_size > 1
     return Generator(built.model, tokenizer, chosen.config.evaluate, ranks.device, synced)

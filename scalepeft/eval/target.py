@@ -10,9 +10,7 @@ from scalepeft.config.schema import RunConfig, Subject
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import digest
 from scalepeft.core.log import say
-from scalepeft.data.tokens import tokenizer_hash
-from scalepeft.models import hub as models
-from scalepeft.models.weights import Weights
+from scalepeft.models.hub import Base, open_base
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.folder import check_base, older_adapter
 
@@ -23,6 +21,7 @@ class Chosen:
 
     Attributes:
         config: loads it: for a merged checkpoint, with that in the place of the base.
+        base: of that config.
         adapter: what ``injection.read_adapter`` found; None for a base or a merged checkpoint.
         fingerprint: of the adapter, or of the base's or merged weights.
         tokenizer: hash of the tokenizer.
@@ -30,6 +29,7 @@ class Chosen:
     """
 
     config: RunConfig
+    base: Base
     adapter: Any
     fingerprint: str
     tokenizer: str
@@ -44,22 +44,20 @@ class Chosen:
             adapter = ranks.together(lambda: injection.read_adapter(where))
         if subject == "merged":
             config = ranks.together(lambda: _with_merged(config))
-        folder = models.resolve(config.model, ranks)
-        weights = ranks.together(lambda: Weights(folder).fingerprint())
-        tokenizer = ranks.together(
-            lambda: tokenizer_hash(models.load_tokenizer(config.model, folder))
-        )
+        base = open_base(config.model, ranks)
+        weights = ranks.together(lambda: base.fingerprint)
+        tokenizer = ranks.together(lambda: base.tokenizer_hash)
         if adapter is None:
-            return cls(config, None, weights, tokenizer)
+            return cls(config, base, None, weights, tokenizer)
         # Base and adapter are compared in reports: they must be of one base.
         trained_on = adapter[2].get("base_model", {})
         ranks.together(lambda: check_base(config, trained_on, weights))
         if subject == "base":
-            return cls(config, None, weights, tokenizer)
+            return cls(config, base, None, weights, tokenizer)
         step = adapter[2].get("step")
         if ranks.is_main and (word := older_adapter(where.parent, step)):
             say(word)
-        return cls(config, adapter, digest(where / "adapter.safetensors"), tokenizer, step)
+        return cls(config, base, adapter, digest(where / "adapter.safetensors"), tokenizer, step)
 
     def load(self, ranks: Ranks, poll: Any) -> tuple[Built, Any]:
         """Builds the model on this rank, in evaluation mode; returns it with its tokenizer.
@@ -68,14 +66,12 @@ class Chosen:
             UserError: the base is not that of the adapter, or what ``build`` refuses.
         """
         config, adapter = self.config, self.adapter
-        built = build(config, ranks, poll, adapted=adapter is not None)
+        built = build(config, self.base, ranks, poll, adapted=adapter is not None)
         if adapter is not None:
             injection.load_state(built.model, adapter[1], f"{config.run_dir}/adapter")
         built.engine.attach(built.model, None)
-        folder = models.resolve(config.model, ranks)
-        tokenizer = ranks.together(lambda: models.load_tokenizer(config.model, folder))
         built.model.eval()
-        return built, tokenizer
+        return built, self.base.tokenizer
 
 
 def _with_merged(config: RunConfig) -> RunConfig:

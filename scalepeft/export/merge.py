@@ -156,14 +156,14 @@ def _plan(finished: FinishedRun, model: Streamed, dtype: str) -> tuple[list[str]
             )
         if layer.bias is None and adds_bias(layer):
             biases.add(f"{name}.bias")
-    there = {name for file in finished.weights.files for name in file.tensors}
-    switches, shapes = _architecture_with(finished.folder, biases - there, finished.config)
-    shards = _shards(finished.weights, shapes, dtype)
+    there = {name for file in finished.base.weights.files for name in file.tensors}
+    switches, shapes = _architecture_with(finished.base.folder, biases - there, finished.config)
+    shards = _shards(finished.base.weights, shapes, dtype)
     written = {item.name: item.shape for shard in shards for item in shard.items}
     for name, shape in shapes.items():
         if written.get(name) != shape:
             raise UserError(
-                f"model.path={finished.folder}: tensor '{name}' is"
+                f"model.path={finished.base.folder}: tensor '{name}' is"
                 f" {list(written[name]) if name in written else 'missing'}, config.json says"
                 f" {list(shape)}; the files are incomplete or of another model"
             )
@@ -286,12 +286,15 @@ def _copy_small_files(
     finished: FinishedRun, folder: Path, switches: Iterable[str], dtype: str
 ) -> None:
     """Tokenizer, generation settings, and config.json with what merging changes."""
-    for source in (finished.folder, Path(finished.config.model.tokenizer or finished.folder)):
+    for source in (
+        finished.base.folder,
+        Path(finished.config.model.tokenizer or finished.base.folder),
+    ):
         for pattern in COPIED:
             for file in source.glob(pattern):  # none where the tokenizer is a hub id
                 if file.is_file():
                     shutil.copyfile(file, folder / file.name)
-    config = json.loads((finished.folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((finished.base.folder / "config.json").read_text(encoding="utf-8"))
     config |= dict.fromkeys(switches, True)
     if dtype != "base":
         key = "torch_dtype" if "torch_dtype" in config else "dtype"

@@ -74,7 +74,7 @@ def run(run_dir: str, out: str, settings: list[str], format: str) -> None:
     description = {
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
-        "base_model_name_or_path": str(finished.folder) if path == BUILTIN else path,
+        "base_model_name_or_path": str(finished.base.folder) if path == BUILTIN else path,
         "revision": finished.config.model.revision,
         **_common_fields(model.model, fields),
     }

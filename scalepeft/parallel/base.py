@@ -34,6 +34,10 @@ class EngineConfig:
     activation_checkpointing: bool = False
 
 
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""AdamW's tensors of a parameter, in the order in which it makes them."""
+
+
 @plain_dataclass(frozen=True)
 class Part:
     """What one rank holds of a tensor: elements ``start`` .. ``stop`` of it, row after row.
@@ -175,7 +179,7 @@ class Engine:
         self,
         trained: dict[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
-        kinds: dict[str, set[str]],
+        kinds: dict[str, list[str]],
         fill: Callable[[str, Part], None],
     ) -> None:
         """Restores what ``state_parts`` gave, whatever engine and world size it came from.
@@ -183,7 +187,7 @@ class Engine:
         Args:
             trained: the trained parameters by name.
             optimizer: over them, without state.
-            kinds: of each parameter, the optimiser's tensors that were saved: ``exp_avg``, ...
+            kinds: of each parameter, those of ``MOMENTS`` that were saved.
             fill: writes the saved elements into a part.
         """
         for name, parameter in trained.items():

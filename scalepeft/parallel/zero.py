@@ -305,7 +305,7 @@ class Zero(Engine):
         self,
         trained: dict[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
-        kinds: dict[str, set[str]],
+        kinds: dict[str, list[str]],
         fill: Callable[[str, Part], None],
     ) -> None:
         """Fills the optimiser's parts; a parameter without saved moments begins with zeros."""

@@ -413,10 +413,10 @@ def test_the_tokenizer_of_another_model_is_found_out(
         f"model.tokenizer={stories}", f"data.train={tmp_path}/rows.json", f"data.cache={tmp_path}",
     ]  # fmt: skip
     config, _ = load(None, settings)
-    tokenizer = models.load_tokenizer(config.model, llama)
-    assert models.vocab_size(llama) == SIZES["vocab_size"]
+    base = models.open_base(config.model, Ranks())
+    assert base.vocab_size == SIZES["vocab_size"]
     task = Commonsense(config.data)
-    message = error(lambda: data.prepare(task, tokenizer, models.vocab_size(llama), 0))
+    message = error(lambda: data.prepare(task, base.tokenizer, base.vocab_size, 0))
     assert all(part in message for part in ("model.tokenizer", "the model has 96 ids (0..95)"))
 
 
