@@ -10,12 +10,13 @@ from scalepeft.adapters import inject as injection
 from scalepeft.config.schema import RunConfig
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError
+from scalepeft.core.launch import world_size
 from scalepeft.data.tasks.base import Task
 from scalepeft.models import loss, structure
 from scalepeft.models.hub import Base
 from scalepeft.models.weights import load_weights
 from scalepeft.parallel.base import Engine
-from scalepeft.parallel.ranks import Ranks, world_size
+from scalepeft.parallel.ranks import Ranks
 
 
 @dataclass

@@ -25,6 +25,7 @@ from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import digest, fsync, read_lines, write_atomically
+from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping, tell_job
 from scalepeft.core.slurm import slurm_start
@@ -36,8 +37,7 @@ from scalepeft.eval import comet, evaluate
 from scalepeft.export import merge
 from scalepeft.export.streaming import MADE_FROM
 from scalepeft.models import hub as models
-from scalepeft.parallel import ranks as ranks_
-from scalepeft.parallel.ranks import Ranks, world_size
+from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.lease import Lease, check_free
 
 STAGES = ("prepare", "train", "merge", "evaluate", "report")
@@ -290,7 +290,7 @@ class Pipeline:
             "merge": self._merge,
             "report": lambda: report.write([self.folder]),
         }
-        return FINISHED, ranks_.alone(self.ranks, alone[stage])
+        return FINISHED, self.ranks.alone(alone[stage])
 
     def _prepare(self) -> list[Path]:
         """Reads, checks and counts all rows once, and tokenises those to train on."""

@@ -14,6 +14,7 @@ from scalepeft.build import Built, build, check_batch, start_ranks, task_of
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
+from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping
 from scalepeft.data import loader, tokens
@@ -21,7 +22,7 @@ from scalepeft.data.tokens import TokenSet
 from scalepeft.models.hub import Base, open_base
 from scalepeft.models.weights import resident_bytes
 from scalepeft.parallel.base import full_shape
-from scalepeft.parallel.ranks import Ranks, world_size
+from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.checkpoint import Checkpoint
 from scalepeft.run.folder import check_nodes
 from scalepeft.run.provenance import device_name

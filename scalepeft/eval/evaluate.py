@@ -14,6 +14,7 @@ from scalepeft import __version__
 from scalepeft.build import start_ranks, task_of
 from scalepeft.config.schema import RunConfig, Subject, deviations, to_dict
 from scalepeft.core.errors import UserError
+from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping, tell_job
 from scalepeft.data.tasks.base import Example, Task
@@ -21,7 +22,7 @@ from scalepeft.eval import comet, scores
 from scalepeft.eval.generation import Generator, _Progress, batches, check
 from scalepeft.eval.predictions import Predictions
 from scalepeft.eval.target import Chosen
-from scalepeft.parallel.ranks import Ranks, alone, world_size
+from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.folder import load_run
 
 T = TypeVar("T")
@@ -256,7 +257,7 @@ def add_comet(config: RunConfig, subject: Subject, ranks: Ranks, stop: StopFlag)
         comet.compute(folder, stop)
         say(f"COMET: {comet.line(folder)}")
 
-    alone(ranks, work)
+    ranks.alone(work)
 
 
 def _versions(task: Task) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """A base's modules on the meta device, its blocks, its non-persistent tables."""
 
-import os
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from scalepeft.core.errors import UserError
+from scalepeft.core.launch import rank
 from scalepeft.core.log import say
 from scalepeft.models import quant
 from scalepeft.models.hub import PRECISIONS, ModelConfig, architecture
@@ -61,7 +61,7 @@ def _quantise_blocks(model: nn.Module, fmt: quant.Format, folder: Path) -> None:
             f"model.quant={fmt.name}: no layer of {folder} can be stored so:"
             f" {next(iter(kept.values()))}"
         )
-    if kept and int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+    if kept and rank() == 0:
         for name, reason in kept.items():
             say(f"{name} stays unquantised in every block: {reason}")
 
