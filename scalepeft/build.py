@@ -66,7 +66,7 @@ def build(
     before = weights.bytes_read
     engine = engine_class(config)(config.engine, ranks)
     engine.shard(model, structure.blocks_of(model))
-    structure.materialise(model, ranks.device)
+    structure.materialize(model, ranks.device)
     turns = load_weights(model, weights)
     while ranks.together(lambda: next(turns, "end")) != "end":
         poll()

@@ -87,7 +87,7 @@ def run(
         out: the folder to write; must not exist.
         settings: where the base is now (``model.path=FOLDER``).
         base: ``original``: merge into the weights of the files; ``dequantized``: into what the
-            adapter saw in training, every quantised weight replaced by its decoded values.
+            adapter saw in training, every quantized weight replaced by its decoded values.
         dtype: of the written weights: ``base`` (as in the files), ``fp32`` or ``bf16``. Merged
             weights are computed in fp32 and rounded once.
         key: what decides the result; with it, a merge that was broken off goes on at the shard it
@@ -104,10 +104,10 @@ def run(
     storage = finished.config.model.quant
     if base == "dequantized" and storage == "none":
         raise UserError(
-            "--base dequantized: the run's base was not quantised (model.quant=none); leave the"
+            "--base dequantized: the run's base was not quantized (model.quant=none); leave the"
             " option out"
         )
-    model = finished.structure(quantised=base == "dequantized")
+    model = finished.structure(quantized=base == "dequantized")
     switches, shards = _plan(finished, model, dtype)
     with whole_folder(target, key) as folder:
         _copy_small_files(finished, folder, switches, dtype)
@@ -119,7 +119,7 @@ def run(
             say(f"{shard.file} written, {number} of {len(shards)}")
         _write_index(folder, shards)
     say(f"merged checkpoint ({base} base) in {out}")
-    adapted = model if storage == "none" else finished.structure(quantised=True)
+    adapted = model if storage == "none" else finished.structure(quantized=True)
     say(_difference(adapted, plain(target, finished.device)))
     if storage != "none" and base == "original":
         say(

@@ -59,7 +59,7 @@ class Streamed:
 
     @contextmanager
     def held(self, module: nn.Module) -> Iterator[None]:
-        """Inside, the parameters that are the module's own are real; quantised where it is."""
+        """Inside, the parameters that are the module's own are real; quantized where it is."""
         own = self._take(module)
         try:
             yield
@@ -138,14 +138,14 @@ class FinishedRun:
         check_base(config, trained_on, base.fingerprint)
         return cls(config, base, state, device)
 
-    def structure(self, quantised: bool) -> Streamed:
-        """The base in fp32 with the adapter; blocks quantised as in training, or as in the files.
+    def structure(self, quantized: bool) -> Streamed:
+        """The base in fp32 with the adapter; blocks quantized as in training, or as in the files.
 
         Raises:
             UserError: the adapter's tensors do not fit, or are not finite.
         """
         config = self.config.model
-        if not quantised:
+        if not quantized:
             config = replace(config, quant="none", double_quant=False)
         model = structure.build(config, self.base.folder, "fp32")
         injection.inject(model, self.config.adapter)

@@ -31,7 +31,7 @@ def build(config: ModelConfig, folder: Path, precision: str) -> nn.Module:
     blocks_of(model)
     fmt = quant.get_format(config.quant, config.double_quant)
     if fmt is not None:
-        _quantise_blocks(model, fmt, folder)
+        _quantize_blocks(model, fmt, folder)
     return model
 
 
@@ -46,7 +46,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(blocks)
 
 
-def _quantise_blocks(model: nn.Module, fmt: quant.Format, folder: Path) -> None:
+def _quantize_blocks(model: nn.Module, fmt: quant.Format, folder: Path) -> None:
     kept: dict[str, str] = {}
     for block in blocks_of(model):
         for name, layer in block.named_modules():
@@ -55,7 +55,7 @@ def _quantise_blocks(model: nn.Module, fmt: quant.Format, folder: Path) -> None:
             if reason := fmt.refuses(layer.in_features):
                 kept[name.rsplit(".", 1)[-1]] = reason
             else:
-                quant.quantise(layer, fmt)
+                quant.quantize(layer, fmt)
     if len(kept) and not any(isinstance(m, quant.QuantLinear) for m in model.modules()):
         raise UserError(
             f"model.quant={fmt.name}: no layer of {folder} can be stored so:"
@@ -63,10 +63,10 @@ def _quantise_blocks(model: nn.Module, fmt: quant.Format, folder: Path) -> None:
         )
     if kept and rank() == 0:
         for name, reason in kept.items():
-            say(f"{name} stays unquantised in every block: {reason}")
+            say(f"{name} stays unquantized in every block: {reason}")
 
 
-def materialise(model: nn.Module, device: torch.device) -> None:
+def materialize(model: nn.Module, device: torch.device) -> None:
     """Gives every meta parameter and buffer (sharded or whole) empty storage on ``device``; ties
     stay ties.
     """

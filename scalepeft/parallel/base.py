@@ -139,7 +139,7 @@ class Engine:
         max_norm: float,
         norm: float,
     ) -> None:
-        """One optimiser step; gradients are first scaled to a norm of at most ``max_norm`` (0: no
+        """One optimizer step; gradients are first scaled to a norm of at most ``max_norm`` (0: no
         clipping) and then dropped.
         """
         if max_norm > 0:
@@ -160,7 +160,7 @@ class Engine:
     ) -> dict[str, Part]:
         """This rank's parts of what is trained, under canonical names; the same names everywhere.
 
-        Optimiser names are ``<parameter>/exp_avg``, ``/exp_avg_sq`` and ``/step``; a parameter that
+        Optimizer names are ``<parameter>/exp_avg``, ``/exp_avg_sq`` and ``/step``; a parameter that
         never had a gradient has none.
         """
         found: dict[str, Part] = {}

@@ -2,9 +2,12 @@
 adapter/.
 """
 
+import errno
 import json
 import socket
+import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,37 @@ from scalepeft.run.tensors import Reader, write_tensors
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "bitsandbytes", "deepspeed")
 """Whose versions a start writes down."""
+
+
+@dataclass
+class Save:
+    """A save between its begin and its commit.
+
+    Attributes:
+        step: steps that are done.
+        folder: from ``begin_save``, for all files.
+        state: position in the data, and what the checkpoint may be continued with.
+        begin: ``time.monotonic()`` when it began.
+        stall: seconds that the training stood still for a save in the background; else 0.
+        files: bytes and checksums of what this rank wrote.
+        error: whether a newer start owns the folder, and what went wrong.
+        thread: writes in the background.
+    """
+
+    step: int
+    folder: Path
+    state: dict[str, Any]
+    begin: float
+    stall: float = 0.0
+    files: dict[str, Any] = field(default_factory=dict)
+    error: tuple[bool, str] | None = None
+    thread: threading.Thread | None = None
+    cancelled: bool = False
+
+    def check(self) -> None:
+        """Raises OSError if the save was cancelled."""
+        if self.cancelled:
+            raise OSError(errno.ECANCELED, "cancelled for the save of the last step")
 
 
 class RunRecorder:
@@ -236,35 +270,19 @@ class RunRecorder:
         if self.ranks.is_main:
             self.folder.abandon(temporary)
 
-    def commit_save(
-        self,
-        step: int,
-        temporary: Path,
-        files: dict[str, Any],
-        state: dict[str, Any],
-        begin: float,
-        stall: float,
-    ) -> str | None:
-        """Commits a checkpoint; returns why the disk refused, or None.
-
-        Args:
-            step: steps that are done.
-            temporary: from ``begin_save``, with all files.
-            files: their bytes and checksums.
-            state: position in the data, and what the checkpoint may be continued with.
-            begin: ``time.monotonic()`` when the save began.
-            stall: seconds that the training stood still, if it went on meanwhile; else 0.
-        """
+    def commit_save(self, save: Save, files: dict[str, Any]) -> str | None:
+        """Commits a checkpoint of these files; returns why the disk refused, or None."""
 
         def commit() -> str | None:
+            keep = self.config.train.keep_checkpoints
             try:
-                self.folder.commit(temporary, files, state, self.config.train.keep_checkpoints)
+                self.folder.commit(save.folder, files, save.state, keep)
             except OSError as error:
                 return error.strerror or str(error)
-            took = time.monotonic() - begin
+            took = time.monotonic() - save.begin
             size = sum(info["bytes"] for info in files.values())
-            self.event("saved", step, seconds=stall or took, written=took, bytes=size)
-            tell_job("progress", f"step {step}")
+            self.event("saved", save.step, seconds=save.stall or took, written=took, bytes=size)
+            tell_job("progress", f"step {save.step}")
             return None
 
         return self.ranks.main_only(commit)

@@ -7,11 +7,9 @@ a copy, and the commit follows at the first step boundary at which all ranks hav
 ever communicates, so nothing can race with the training's collectives.
 """
 
-import errno
 import math
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from scalepeft.core.log import say
 from scalepeft.parallel.base import Part
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.lease import Superseded, check_fence
-from scalepeft.run.records import RunRecorder
+from scalepeft.run.records import RunRecorder, Save
 from scalepeft.run.tensors import write_tensors
 
 FINAL_PAUSES = (2.0, 5.0)  # seconds before a last save is tried once more
@@ -37,7 +35,7 @@ class Saver:
     def __init__(self, records: RunRecorder, saved: int) -> None:
         self.ranks, self.records, self.saved = records.ranks, records, saved
         self.mode = records.config.train.save_mode
-        self._pending: _Pending | None = None
+        self._pending: Save | None = None
 
     def save(self, step: int, parts: dict[str, Part], state: dict[str, Any], final: bool) -> None:
         """Saves what the ranks hold after ``step``.
@@ -76,7 +74,7 @@ class Saver:
         folder, reason = self.records.begin_save(step)
         if folder is None:
             return reason
-        pending = _Pending(step, folder, state | {"tensors": len(parts)}, begin)
+        pending = Save(step, folder, state | {"tensors": len(parts)}, begin)
         self._pending = pending
         if not in_background:
             self._write(pending, files, shapes)
@@ -131,7 +129,7 @@ class Saver:
         return _by_kind(tensors, ranks), shapes
 
     def _write(
-        self, pending: "_Pending", files: dict[str, dict[str, Tensor]], shapes: dict[str, Any]
+        self, pending: Save, files: dict[str, dict[str, Tensor]], shapes: dict[str, Any]
     ) -> None:
         """Runs on a thread where the training continues meanwhile: no collective in here."""
         try:
@@ -169,10 +167,7 @@ class Saver:
             return f"rank {errors[0][0]}: {errors[0][2]}"
         files = {name: info for written, _ in everyone for name, info in written.items()}
         pending.stall += time.monotonic() - begin if pending.thread else 0.0
-        reason = self.records.commit_save(
-            pending.step, pending.folder, files, pending.state, pending.begin, pending.stall
-        )
-        if reason is None:
+        if (reason := self.records.commit_save(pending, files)) is None:
             self.saved = pending.step
         return reason
 
@@ -187,25 +182,6 @@ class Saver:
                 f"step {step} could not be saved: {reason}; training continues, the next save"
                 " tries again"
             )
-
-
-class _Pending:
-    """A save between its begin and its commit."""
-
-    def __init__(self, step: int, folder: Path, state: dict[str, Any], begin: float) -> None:
-        self.step, self.folder, self.state, self.begin = step, folder, state, begin
-        self.files: dict[str, Any] = {}
-        self.error: tuple[bool, str] | None = None
-        """Whether a newer start owns the folder, and what went wrong."""
-        self.thread: threading.Thread | None = None
-        self.stall = 0.0
-        """Seconds that the training stood still for a save in the background."""
-        self.cancelled = False
-
-    def check(self) -> None:
-        """Raises OSError if the save was cancelled."""
-        if self.cancelled:
-            raise OSError(errno.ECANCELED, "cancelled for the save of the last step")
 
 
 def gather(ranks: Ranks, parts: dict[str, Part]) -> dict[str, Tensor] | None:

@@ -231,7 +231,7 @@ def test_ranks_write_what_they_hold_and_read_what_they_need(mode: str, tmp_path:
     assert all(0 < e["seconds"] <= e["written"] and e["bytes"] > numbers for e in saved)
 
 
-def test_the_optimiser_really_is_restored(tmp_path: Path) -> None:
+def test_the_optimizer_really_is_restored(tmp_path: Path) -> None:
     """Restarted with empty moments, the losses would part; a warm-up hides nothing here."""
     settings = [*RUN, "train.max_steps=12", "train.schedule=constant"]
     train(1, tmp_path / "whole", *settings)
