@@ -17,15 +17,15 @@ from scalepeft import __version__
 from scalepeft.build import start_ranks, task_of
 from scalepeft.config.schema import RunConfig, Subject, deviations, to_dict
 from scalepeft.core.errors import UserError
+from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping, tell_job
 from scalepeft.data.tasks.base import Example, Task
-from scalepeft.data.tokens import tokenizer_hash
 from scalepeft.eval import comet, scores
 from scalepeft.eval.generation import Backend, Generator, Progress, batches, check
 from scalepeft.eval.predictions import Predictions
 from scalepeft.eval.target import EvalTarget
-from scalepeft.parallel.ranks import Ranks, alone, world_size
+from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.folder import load_run
 
 ALLOWED = (
@@ -116,7 +116,7 @@ def evaluate(config: RunConfig, task: Task, kind: Subject, ranks: Ranks, stop: S
         _generate(target, left, examples, predictions, poll)
     ranks.main_only(lambda: _write_scores(target, task, examples, predictions))
     if task.translates:  # in a process of its own, now that the model is let go
-        alone(ranks, lambda: _add_comet(predictions.path.parent, stop))
+        ranks.alone(lambda: _add_comet(predictions.path.parent, stop))
 
 
 def _examples(task: Task, limit: int | None) -> list[Example]:
@@ -155,7 +155,7 @@ def _settings(
         "model": config.model.path,
         "quant": [config.model.quant, config.model.double_quant],
         "precision": config.train.precision,
-        "tokenizer": tokenizer_hash(target.tokenizer),
+        "tokenizer": target.base.tokenizer_hash,
         "batch": config.evaluate.batch_size * ranks.world_size,
         "examples": hashlib.sha256(asked.encode()).hexdigest(),
     }
@@ -170,7 +170,7 @@ def _generator(target: EvalTarget, left: list[Example], ranks: Ranks, poll: Any)
         return vllm.Generator.load(target, [e.prompt for e in left])
     built = target.load(ranks, poll)
     synced = built.engine.sharded and ranks.world_size > 1
-    return Generator(built.model, target.tokenizer, config.evaluate, ranks.device, synced)
+    return Generator(built.model, target.base.tokenizer, config.evaluate, ranks.device, synced)
 
 
 def _generate(

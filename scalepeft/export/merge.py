@@ -1,6 +1,7 @@
 """From base and adapter to one checkpoint that stock transformers loads, shard by shard."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,11 +22,10 @@ from scalepeft.adapters.merged_weight import (
 )
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
-from scalepeft.core.files import fsync
 from scalepeft.core.log import say
+from scalepeft.core.safetensors import SafetensorsFile, Stored, Writer
 from scalepeft.export.streaming import (
     FinishedRun,
-    ShardWriter,
     Streamed,
     plain,
     refuse_existing,
@@ -33,7 +33,7 @@ from scalepeft.export.streaming import (
 )
 from scalepeft.models import hub as models
 from scalepeft.models import quant, structure
-from scalepeft.models.weights import DTYPES, PIECE_BYTES, Stored, Weights
+from scalepeft.models.weights import DTYPES, PIECE_BYTES, Weights
 
 __all__ = ["effective_weight", "run"]
 
@@ -61,14 +61,13 @@ class _Item:
     def size(self) -> int:
         if self.stored is not None and self.dtype == self.stored.dtype:
             return self.stored.stop - self.stored.start
-        return torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
 class _Shard:
     file: str
-    source: str
-    metadata: dict[str, str]
+    source: SafetensorsFile
     items: list[_Item]
 
 
@@ -88,7 +87,7 @@ def run(
         out: the folder to write; must not exist.
         settings: where the base is now (``model.path=FOLDER``).
         base: ``original``: merge into the weights of the files; ``dequantized``: into what the
-            adapter saw in training, every quantised weight replaced by its decoded values.
+            adapter saw in training, every quantized weight replaced by its decoded values.
         dtype: of the written weights: ``base`` (as in the files), ``fp32`` or ``bf16``. Merged
             weights are computed in fp32 and rounded once.
         key: what decides the result; with it, a merge that was broken off goes on at the shard it
@@ -105,10 +104,10 @@ def run(
     storage = finished.config.model.quant
     if base == "dequantized" and storage == "none":
         raise UserError(
-            "--base dequantized: the run's base was not quantised (model.quant=none); leave the"
+            "--base dequantized: the run's base was not quantized (model.quant=none); leave the"
             " option out"
         )
-    model = finished.structure(quantised=base == "dequantized")
+    model = finished.structure(quantized=base == "dequantized")
     switches, shards = _plan(finished, model, dtype)
     with whole_folder(target, key) as folder:
         _copy_small_files(finished, folder, switches, dtype)
@@ -120,7 +119,7 @@ def run(
             say(f"{shard.file} written, {number} of {len(shards)}")
         _write_index(folder, shards)
     say(f"merged checkpoint ({base} base) in {out}")
-    adapted = model if storage == "none" else finished.structure(quantised=True)
+    adapted = model if storage == "none" else finished.structure(quantized=True)
     say(_difference(adapted, plain(target, finished.device)))
     if storage != "none" and base == "original":
         say(
@@ -157,14 +156,14 @@ def _plan(finished: FinishedRun, model: Streamed, dtype: str) -> tuple[list[str]
             )
         if layer.bias is None and adds_bias(layer):
             biases.add(f"{name}.bias")
-    there = {tensor.name for _, _, tensors in finished.weights.shards() for tensor in tensors}
-    switches, shapes = _architecture_with(finished.folder, biases - there, finished.config)
-    shards = _shards(finished.weights, shapes, dtype)
+    there = {name for file in finished.base.weights.files for name in file.tensors}
+    switches, shapes = _architecture_with(finished.base.folder, biases - there, finished.config)
+    shards = _shards(finished.base.weights, shapes, dtype)
     written = {item.name: item.shape for shard in shards for item in shard.items}
     for name, shape in shapes.items():
         if written.get(name) != shape:
             raise UserError(
-                f"model.path={finished.folder}: tensor '{name}' is"
+                f"model.path={finished.base.folder}: tensor '{name}' is"
                 f" {list(written[name]) if name in written else 'missing'}, config.json says"
                 f" {list(shape)}; the files are incomplete or of another model"
             )
@@ -201,12 +200,12 @@ def _architecture_with(
 
 def _shards(weights: Weights, shapes: dict[str, tuple[int, ...]], dtype: str) -> list[_Shard]:
     """The base's tensors in their files and order; a new bias stands behind its weight."""
-    files = list(weights.shards())
-    there = {tensor.name for _, _, tensors in files for tensor in tensors}
+    there = {name for file in weights.files for name in file.tensors}
+    several = len(weights.files) > 1 or (weights.folder / INDEX).is_file()
     shards = []
-    for file, metadata, tensors in files:
+    for file in weights.files:
         items = []
-        for tensor in tensors:
+        for tensor in file.tensors.values():
             cast = dtype != "base" and tensor.dtype in DTYPES
             kind = NAMES[dtype] if cast else tensor.dtype
             items.append(_Item(tensor.name, kind, tensor.shape, tensor))
@@ -214,8 +213,8 @@ def _shards(weights: Weights, shapes: dict[str, tuple[int, ...]], dtype: str) ->
             if bias in shapes and bias not in there:
                 items.append(_Item(bias, kind, shapes[bias], None))
         # transformers finds a single file by its name, and several by their index.
-        name = file if len(files) > 1 or (weights.folder / INDEX).is_file() else "model.safetensors"
-        shards.append(_Shard(name, file, metadata, items))
+        name = file.path.name if several else "model.safetensors"
+        shards.append(_Shard(name, file, items))
     return shards
 
 
@@ -223,8 +222,7 @@ def _write_shard(model: Streamed, shard: _Shard, folder: Path, poll: Callable[[]
     """Writes a shard; it has its name once it is whole."""
     header = [(item.name, item.dtype, item.shape, item.size) for item in shard.items]
     begun = folder / f"{shard.file}.begun"
-    begun.unlink(missing_ok=True)
-    with ShardWriter(begun, header, shard.metadata) as writer:
+    with Writer(begun, header, shard.source.metadata or {"format": "pt"}) as writer:
         for item in shard.items:
             poll()
             tensor = _new_value(model, item)
@@ -233,10 +231,9 @@ def _write_shard(model: Streamed, shard: _Shard, folder: Path, poll: Callable[[]
             elif item.stored is None:
                 writer.write([bytes(item.size)])
             elif item.dtype == item.stored.dtype:
-                writer.write(model.weights.pieces(shard.source, item.stored))
+                writer.write(shard.source.pieces(item.stored))
             else:
                 writer.write(_cast(model.weights, item))
-    fsync(begun)
     begun.rename(folder / shard.file)
 
 
@@ -289,12 +286,15 @@ def _copy_small_files(
     finished: FinishedRun, folder: Path, switches: Iterable[str], dtype: str
 ) -> None:
     """Tokenizer, generation settings, and config.json with what merging changes."""
-    for source in (finished.folder, Path(finished.config.model.tokenizer or finished.folder)):
+    for source in (
+        finished.base.folder,
+        Path(finished.config.model.tokenizer or finished.base.folder),
+    ):
         for pattern in COPIED:
             for file in source.glob(pattern):  # none where the tokenizer is a hub id
                 if file.is_file():
                     shutil.copyfile(file, folder / file.name)
-    config = json.loads((finished.folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((finished.base.folder / "config.json").read_text(encoding="utf-8"))
     config |= dict.fromkeys(switches, True)
     if dtype != "base":
         key = "torch_dtype" if "torch_dtype" in config else "dtype"

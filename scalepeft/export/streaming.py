@@ -1,19 +1,17 @@
 """A finished run and its base without a whole model in memory: one layer, one tensor at a time.
 
 What merge and export share: reading run, adapter and base together; a layer that is real for a
-moment; a safetensors file written as its bytes come; a folder that appears whole or not at all.
+moment; a folder that appears whole or not at all.
 """
 
 import glob
-import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -25,9 +23,8 @@ from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import fsync
-from scalepeft.models import hub as models
 from scalepeft.models import structure
-from scalepeft.models.hub import ModelConfig
+from scalepeft.models.hub import Base, ModelConfig, open_base
 from scalepeft.models.weights import Weights, fill
 from scalepeft.parallel.ranks import Ranks, pick_device
 from scalepeft.run.checkpoint import RunFolder
@@ -62,7 +59,7 @@ class Streamed:
 
     @contextmanager
     def held(self, module: nn.Module) -> Iterator[None]:
-        """Inside, the parameters that are the module's own are real; quantised where it is."""
+        """Inside, the parameters that are the module's own are real; quantized where it is."""
         own = self._take(module)
         try:
             yield
@@ -98,8 +95,7 @@ class FinishedRun:
     """A run's config, its adapter and the files of its base, checked to belong together."""
 
     config: RunConfig
-    folder: Path
-    weights: Weights
+    base: Base
     state: dict[str, Tensor]
     device: torch.device
 
@@ -137,80 +133,32 @@ class FinishedRun:
                     " run wrote"
                 )
         device = pick_device(config.engine.device, 0)
-        folder = models.resolve(config.model, Ranks())
-        models.architecture(folder)
-        weights = Weights(folder)
-        check_base(config, trained_on, weights.fingerprint())
-        return cls(config, folder, weights, state, device)
+        base = open_base(config.model, Ranks())
+        _ = base.architecture  # a config.json that is missing is named first
+        check_base(config, trained_on, base.fingerprint)
+        return cls(config, base, state, device)
 
-    def structure(self, quantised: bool) -> Streamed:
-        """The base in fp32 with the adapter; blocks quantised as in training, or as in the files.
+    def structure(self, quantized: bool) -> Streamed:
+        """The base in fp32 with the adapter; blocks quantized as in training, or as in the files.
 
         Raises:
             UserError: the adapter's tensors do not fit, or are not finite.
         """
         config = self.config.model
-        if not quantised:
+        if not quantized:
             config = replace(config, quant="none", double_quant=False)
-        model = structure.build(config, self.folder, "fp32")
+        model = structure.build(config, self.base.folder, "fp32")
         injection.inject(model, self.config.adapter)
         for _, adapter in injection.adapters(model):
             adapter.to_empty(device=self.device)
         injection.load_state(model, self.state, f"{self.config.run_dir}/adapter")
-        return Streamed(model, self.weights, self.device)
+        return Streamed(model, self.base.weights, self.device)
 
 
 def plain(folder: Path, device: torch.device) -> Streamed:
     """The model of a folder alone, in fp32."""
     config = ModelConfig(path=str(folder))
     return Streamed(structure.build(config, folder, "fp32"), Weights(folder), device)
-
-
-class ShardWriter:
-    """Writes a safetensors file whose tensors come one after the other, each in pieces.
-
-    Args:
-        path: of the new file.
-        tensors: (name, safetensors' dtype, shape, bytes) in the order in which they will come.
-        metadata: of the file.
-
-    Raises:
-        OSError: the disk refuses.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        tensors: Iterable[tuple[str, str, tuple[int, ...], int]],
-        metadata: dict[str, str],
-    ) -> None:
-        table: dict[str, Any] = {"__metadata__": metadata or {"format": "pt"}}
-        self.size = 0
-        for name, dtype, shape, size in tensors:
-            offsets = [self.size, self.size + size]
-            table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
-            self.size += size
-        header = json.dumps(table, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
-        self.size += 8 + len(header)
-        self._file = path.open("xb")
-        self._file.write(len(header).to_bytes(8, "little") + header)
-
-    def write(self, pieces: Iterable[bytes | bytearray | memoryview]) -> None:
-        """Appends the bytes of the next tensor."""
-        for piece in pieces:
-            self._file.write(piece)
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, _value: Any, _trace: TracebackType | None
-    ) -> None:
-        """Closes the file; one that lacks bytes is our own bug."""
-        written = self._file.tell()
-        self._file.close()
-        assert kind is not None or written == self.size, (self._file.name, written, self.size)
 
 
 def refuse_existing(out: Path) -> None:

@@ -1,9 +1,8 @@
-"""Base weights from safetensors: each rank reads, quantises and holds only its own rows."""
+"""Base weights from safetensors: each rank reads, quantizes and holds only its own rows."""
 
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,46 +11,47 @@ import torch
 from torch import Tensor, nn
 
 from scalepeft.core.errors import UserError
+from scalepeft.core.safetensors import DamagedFile, SafetensorsFile, Stored
 from scalepeft.models import quant
 from scalepeft.parallel.base import full_shape, local_part
 
-PIECE_BYTES = 64 << 20  # rows read and quantised at one time
+PIECE_BYTES = 64 << 20  # rows read and quantized at one time
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
 # Keys of config.json that do not change what the model computes here.
 COSMETIC = {
-    "_name_or_path",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-}
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class _Entry:
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int  # byte offset in the file
+class Entry:
+    """A tensor of a model folder: which file has it, and where."""
+
+    file: SafetensorsFile
+    stored: Stored
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As the file holds it."""
+        return DTYPES[self.stored.dtype]
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor of any dtype as it lies in a shard; ``dtype`` is the name safetensors gives it."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
+class _Shard(SafetensorsFile):
+    def read(self, start: int, size: int) -> bytearray:
+        try:
+            return super().read(start, size)
+        except OSError as error:
+            raise UserError(f"{self.path}: {error.strerror}; copy it again") from None
 
 
 class Weights:
-    """The tensors of a model folder, read by rows with ``pread``: no memory map, no byte more than
-    asked for.
+    """The tensors of a model folder, read by rows: no memory map, no byte more than asked for.
+
+    Attributes:
+        files: in the order of their names.
+        entries: the tensors in a float dtype, by name.
 
     Raises:
         UserError: names the shard that is missing, truncated or not safetensors.
@@ -59,13 +59,15 @@ class Weights:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.bytes_read = 0
-        self.entries: dict[str, _Entry] = {}
-        self._headers: list[tuple[str, int, bytes]] = []
-        for file in self._files():
-            self._read_header(file)
+        self.files = [self._open(path) for path in self._paths()]
+        self.entries = {
+            name: Entry(file, stored)
+            for file in self.files
+            for name, stored in file.tensors.items()
+            if stored.dtype in DTYPES
+        }
 
-    def _files(self) -> Iterable[Path]:
+    def _paths(self) -> Iterable[Path]:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             try:
@@ -75,93 +77,42 @@ class Weights:
                     f"{index}: broken index: {type(error).__name__}: {error}; copy it again"
                 ) from None
             return [self.folder / name for name in names]
-        files = sorted(self.folder.glob("*.safetensors"))
-        if not files:
+        paths = sorted(self.folder.glob("*.safetensors"))
+        if not paths:
             raise UserError(
                 f"model.path={self.folder}: no *.safetensors there; convert other formats once with"
                 " transformers' save_pretrained"
             )
-        return files
+        return paths
 
-    def _read_header(self, file: Path) -> None:
+    @staticmethod
+    def _open(path: Path) -> SafetensorsFile:
         try:
-            size = file.stat().st_size
-            with file.open("rb") as f:
-                head = f.read(8)
-                length = int.from_bytes(head, "little")
-                header = f.read(length) if len(head) == 8 and length <= size - 8 else b""
+            return _Shard(path)
         except OSError as error:
-            raise UserError(f"{file}: shard cannot be read: {error.strerror}") from None
-        if not header:
-            raise UserError(
-                f"{file}: truncated: {size} bytes, too short for its header; copy it again"
-            )
-        self._headers.append((file.name, size, header))
-        end = 0
-        try:
-            for name, info in json.loads(header).items():
-                if name == "__metadata__":
-                    continue
-                first, last = info["data_offsets"]
-                end = max(end, last)
-                if info["dtype"] in DTYPES:
-                    dtype = DTYPES[info["dtype"]]
-                    self.entries[name] = _Entry(
-                        file, dtype, tuple(info["shape"]), 8 + length + first
-                    )
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise UserError(
-                f"{file}: not a safetensors file (its header is garbage); copy it again"
-            ) from None
-        if size != 8 + length + end:
-            raise UserError(
-                f"{file}: truncated or damaged: {size} bytes, its header says {8 + length + end};"
-                " copy it again"
-            )
+            raise UserError(f"{path}: shard cannot be read: {error.strerror}") from None
+        except DamagedFile as error:
+            raise UserError(f"{path}: {error}; copy it again") from None
+
+    @property
+    def bytes_read(self) -> int:
+        """Of all files, headers apart."""
+        return sum(file.bytes_read for file in self.files)
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Reads rows ``first..last`` of a tensor (a 0-d or 1-d tensor's rows are its numbers)."""
+        """Reads rows ``first..last`` of a tensor (a 0-d or 1-d tensor's rows are its numbers).
+
+        Raises:
+            UserError: the file ended, or cannot be read any more.
+        """
         entry = self.entries[name]
-        row = entry.dtype.itemsize
-        for n in entry.shape[1:]:
-            row *= n
-        buffer = self._read(entry.file, entry.start + first * row, (last - first) * row)
-        shape = (last - first, *entry.shape[1:])
-        return (
-            torch.frombuffer(buffer, dtype=entry.dtype).view(shape)
-            if buffer
-            else torch.empty(shape, dtype=entry.dtype)
-        )
-
-    def _read(self, file: Path, start: int, size: int) -> bytearray:
-        buffer = bytearray(size)
-        if buffer:
-            with file.open("rb", buffering=0) as f:
-                done = 0
-                while done < size:
-                    got = os.preadv(f.fileno(), [memoryview(buffer)[done:]], start + done)
-                    if not got:
-                        raise UserError(f"{file}: ended while it was read; copy it again")
-                    done += got
-        self.bytes_read += size
-        return buffer
-
-    def shards(self) -> Iterator[tuple[str, dict[str, str], list[Stored]]]:
-        """Yields (file name, metadata, tensors in the order of their bytes) of every file."""
-        for file, _, header in self._headers:
-            table = json.loads(header)
-            metadata = table.pop("__metadata__", {})
-            tensors = []
-            for name, t in table.items():
-                start, stop = (8 + len(header) + offset for offset in t["data_offsets"])
-                tensors.append(Stored(name, t["dtype"], tuple(t["shape"]), start, stop))
-            yield file, metadata, sorted(tensors, key=lambda t: t.start)
-
-    def pieces(self, file: str, tensor: Stored) -> Iterator[bytearray]:
-        """Yields the bytes of a tensor as they lie in the file."""
-        for start in range(tensor.start, tensor.stop, PIECE_BYTES):
-            size = min(PIECE_BYTES, tensor.stop - start)
-            yield self._read(self.folder / file, start, size)
+        stored, dtype = entry.stored, entry.dtype
+        shape = (last - first, *stored.shape[1:])
+        row = math.prod(stored.shape[1:]) * dtype.itemsize
+        if not math.prod(shape):
+            return torch.empty(shape, dtype=dtype)
+        buffer = entry.file.read(stored.start + first * row, (last - first) * row)
+        return torch.frombuffer(buffer, dtype=dtype).view(shape)
 
     def fingerprint(self) -> str:
         """Returns the sha256 of what tells one base from another without reading all of a 70B.
@@ -169,23 +120,20 @@ class Weights:
         That is config.json (without cosmetic keys), every shard's name, size and header, and 4 KiB
         at 16 places of each shard.
         """
-        shape = json.loads((self.folder / "config.json").read_text())
-        digest = hashlib.sha256(
-            json.dumps(
-                {k: v for k, v in shape.items() if k not in COSMETIC}, sort_keys=True
-            ).encode()
-        )
-        for name, size, header in self._headers:
-            digest.update(f"{name} {size} ".encode() + header)
-            with (self.folder / name).open("rb") as f:
+        config = json.loads((self.folder / "config.json").read_text())
+        decisive = {k: v for k, v in config.items() if k not in COSMETIC}
+        digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode())
+        for file in self.files:
+            digest.update(f"{file.path.name} {file.size} ".encode() + file.header)
+            with file.path.open("rb") as f:
                 for i in range(16):
-                    f.seek(max(0, size - 4096) * i // 15)
+                    f.seek(max(0, file.size - 4096) * i // 15)
                     digest.update(f.read(4096))
         return digest.hexdigest()
 
 
 def load_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
-    """Fills this rank's rows of every base parameter from ``weights``, quantising on the way.
+    """Fills this rank's rows of every base parameter from ``weights``, quantizing on the way.
 
     A generator that stops after every module that holds parameters, so that ranks can agree in
     between; it takes the same number of turns on every rank.
@@ -213,10 +161,10 @@ def load_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
 
 
 def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weights: Weights) -> None:
-    """Fills this rank's rows of one base parameter, quantising on the way.
+    """Fills this rank's rows of one base parameter, quantizing on the way.
 
     Args:
-        module: what owns the parameter; of a quantised layer ``weight_scale`` is filled too.
+        module: what owns the parameter; of a quantized layer ``weight_scale`` is filled too.
         full_name: of the tensor in the files.
         name: of the parameter in the module.
         parameter: real, possibly sharded.
@@ -225,9 +173,9 @@ def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weight
     Raises:
         UserError: as ``load_weights``.
     """
-    quantised = isinstance(module, quant.QuantLinear) and name == "weight"
+    quantized = isinstance(module, quant.QuantLinear) and name == "weight"
     held = tuple(full_shape(parameter))
-    shape = (held[0], module.in_features) if quantised else held
+    shape = (held[0], module.in_features) if quantized else held
     entry = weights.entries.get(full_name)
     if entry is None:
         raise UserError(
@@ -235,13 +183,13 @@ def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weight
             " (or in a dtype other than F32, F16, BF16); the files are incomplete or of another"
             " architecture than config.json"
         )
-    if entry.shape != shape:
+    if entry.stored.shape != shape:
         raise UserError(
-            f"{entry.file}: '{full_name}' has shape {list(entry.shape)}, config.json says"
-            f" {list(shape)}; config.json and weights are of different models"
+            f"{entry.file.path}: '{full_name}' has shape {list(entry.stored.shape)}, config.json"
+            f" says {list(shape)}; config.json and weights are of different models"
         )
     parts = [local_part(parameter)]
-    if quantised:
+    if quantized:
         assert isinstance(module, quant.QuantLinear)
         parts.append(local_part(module.weight_scale))
         quant.check_device(parts[0].data.device, module.fmt)
@@ -253,10 +201,10 @@ def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weight
     ]
     first = min((start for start, _ in rows_of), default=0)
     last = max((stop for _, stop in rows_of), default=0)
-    step = max(1, PIECE_BYTES // max(1, math.prod(entry.shape[1:]) * entry.dtype.itemsize))
+    step = max(1, PIECE_BYTES // max(1, math.prod(entry.stored.shape[1:]) * entry.dtype.itemsize))
     for begin in range(first, last, step):
         rows = [weights.rows(full_name, begin, min(begin + step, last))]
-        if isinstance(module, quant.QuantLinear) and quantised:
+        if isinstance(module, quant.QuantLinear) and quantized:
             rows = list(module.fmt.encode(rows[0].to(parts[0].data.device, torch.float32)))
         for part, width, values in zip(parts, widths, rows, strict=True):
             part.put(begin * width, values.reshape(-1))

@@ -5,10 +5,8 @@ A tensor is whole, under its name, or in parts, each in the file of the rank tha
 metadata its shape.
 """
 
-import errno
-import hashlib
 import json
-import os
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scalepeft.core.safetensors import SafetensorsFile, Writer
 from scalepeft.models.weights import DTYPES
 from scalepeft.parallel.base import Part
 
 PIECE = re.compile(r"(.+)\[(\d+):(\d+)\]")
-PIECE_BYTES = 16 << 20  # written and hashed at one time
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -47,43 +45,20 @@ def write_tensors(
     Raises:
         OSError: the disk refused.
     """
-    header: dict[str, Any] = {}
-    if shapes:
-        header["__metadata__"] = {"shapes": json.dumps(shapes)}
-    end = 0
-    # A multiple of 8 first: safetensors wants every tensor aligned to its numbers.
-    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    digest = hashlib.sha256()
-    with file.open("wb", buffering=0) as f:
-
-        def write(data: memoryview) -> None:
-            for start in range(0, len(data), PIECE_BYTES):
-                check()
-                piece = data[start : start + PIECE_BYTES]
-                digest.update(piece)
-                while piece:
-                    piece = piece[f.write(piece) :]
-
-        write(memoryview(len(head).to_bytes(8, "little") + head))
-        for name in (n for n in header if n != "__metadata__"):
-            flat = tensors[name].detach().contiguous().view(-1)
-            if flat.numel():
-                write(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
-        os.fsync(f.fileno())
-    return {"bytes": 8 + len(head) + end, "sha256": digest.hexdigest()}
+    # Wide dtypes first: safetensors wants every tensor aligned to its numbers.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    header = [(n, DTYPE_NAMES[t.dtype], t.shape, t.numel() * t.element_size()) for n, t in ordered]
+    metadata = {"shapes": json.dumps(shapes)} if shapes else None
+    with Writer(file, header, metadata, check) as writer:
+        for _, tensor in ordered:
+            flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+            writer.write([memoryview(flat.numpy())] if flat.numel() else [])  # type: ignore[arg-type]
+    return writer.info
 
 
 @dataclass(frozen=True)
 class _Piece:
-    file: Path
+    file: SafetensorsFile
     offset: int
     start: int
     stop: int
@@ -98,63 +73,50 @@ class Reader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.bytes_read = 0
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._pieces: dict[str, list[_Piece]] = {}
-        self._open: dict[Path, int] = {}
         manifest = json.loads((folder / "manifest.json").read_text())
-        files, tensors = manifest["files"], manifest.get("tensors")
-        for file in [folder / name for name in files if name.endswith(".safetensors")]:
-            with file.open("rb") as f:
-                length = int.from_bytes(f.read(8), "little")
-                self._index(file, 8 + length, json.loads(f.read(length)))
+        names = [name for name in manifest["files"] if name.endswith(".safetensors")]
+        self._files = [SafetensorsFile(folder / name) for name in names]
+        for file in self._files:
+            self._index(file)
         for name, pieces in self._pieces.items():
             pieces.sort(key=lambda piece: piece.start)
             ends = [0, *(piece.stop for piece in pieces)]
             if [p.start for p in pieces] != ends[:-1] or ends[-1] != self.numel(name):
                 raise ValueError(f"{name} is not whole: there are {ends[1:]} of {self.numel(name)}")
+        if manifest.get("tensors") not in (None, len(self.shapes)):
+            raise ValueError(f"there are {len(self.shapes)} tensors of {manifest['tensors']}")
 
-        if tensors not in (None, len(self.shapes)):
-            raise ValueError(f"there are {len(self.shapes)} tensors of {tensors}")
-
-    def __del__(self) -> None:
-        for handle in self._open.values():
-            os.close(handle)
-
-    def _index(self, file: Path, base: int, header: dict[str, Any]) -> None:
-        wholes = json.loads(header.pop("__metadata__", {}).get("shapes", "{}"))
-        for key, info in header.items():
+    def _index(self, file: SafetensorsFile) -> None:
+        wholes = json.loads(file.metadata.get("shapes", "{}"))
+        for key, stored in file.tensors.items():
             match = PIECE.fullmatch(key)
-            name = match[1] if match else key
-            numel = torch.Size(info["shape"]).numel()
-            start = int(match[2]) if match else 0
-            self.shapes[name] = tuple(wholes[name] if match else info["shape"])
-            self.dtypes[name] = DTYPES[info["dtype"]]
-            piece = _Piece(file, base + info["data_offsets"][0], start, start + numel)
+            name, start = (match[1], int(match[2])) if match else (key, 0)
+            self.shapes[name] = tuple(wholes[name]) if match else stored.shape
+            self.dtypes[name] = DTYPES[stored.dtype]
+            piece = _Piece(file, stored.start, start, start + stored.numel)
             self._pieces.setdefault(name, []).append(piece)
+
+    @property
+    def bytes_read(self) -> int:
+        """Of tensors, in all."""
+        return sum(file.bytes_read for file in self._files)
 
     def numel(self, name: str) -> int:
         """Elements of the whole tensor."""
-        return torch.Size(self.shapes[name]).numel()
+        return math.prod(self.shapes[name])
 
     def fill(self, name: str, part: Part) -> None:
         """Reads the elements of a part into it. Raises OSError."""
-        size = self.dtypes[name].itemsize
+        dtype = self.dtypes[name]
         for piece in self._pieces[name]:
             first, last = max(piece.start, part.start), min(piece.stop, part.stop)
-            if first >= last:
-                continue
-            if piece.file not in self._open:
-                self._open[piece.file] = os.open(piece.file, os.O_RDONLY)
-            buffer = bytearray((last - first) * size)
-            at, view = piece.offset + (first - piece.start) * size, memoryview(buffer)
-            while view:
-                if not (got := os.preadv(self._open[piece.file], [view], at)):
-                    raise OSError(errno.EIO, f"{piece.file} ended while it was read")
-                at, view = at + got, view[got:]
-            self.bytes_read += len(buffer)
-            part.put(first, torch.frombuffer(buffer, dtype=self.dtypes[name]))
+            if first < last:
+                at = piece.offset + (first - piece.start) * dtype.itemsize
+                buffer = piece.file.read(at, (last - first) * dtype.itemsize)
+                part.put(first, torch.frombuffer(buffer, dtype=dtype))
 
     def whole(self, name: str) -> Tensor:
         """Reads a whole tensor."""

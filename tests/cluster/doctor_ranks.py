@@ -6,7 +6,8 @@ from typing import Any
 
 from scalepeft.cluster.doctor import network as links
 from scalepeft.cluster.doctor.rendezvous import meet
-from scalepeft.parallel.ranks import Ranks, launch_variables
+from scalepeft.core.launch import launch_variables
+from scalepeft.parallel.ranks import Ranks
 
 env = launch_variables(os.environ)
 

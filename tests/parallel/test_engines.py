@@ -19,10 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from scalepeft.config import files as config_files
 from scalepeft.core.errors import UserError
+from scalepeft.core.launch import first_host, launch_variables
 from scalepeft.models import tiny
 from scalepeft.parallel import zero
 from scalepeft.parallel.fsdp2 import FSDP2, FSDP2Config
-from scalepeft.parallel.ranks import Ranks, first_host, launch_variables
+from scalepeft.parallel.ranks import Ranks
 
 # (ranks, engine settings): every engine at every world size from 1 to 4.
 LAYOUTS = [

@@ -27,12 +27,13 @@ from scalepeft.cluster.doctor.rendezvous import Apart, Meeting, Outcome, meet
 from scalepeft.config import files as config_files
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
+from scalepeft.core.launch import launch_variables
 from scalepeft.core.log import say
 from scalepeft.core.preemption import BROKEN, FINISHED
 from scalepeft.core.slurm import slurm_start
 from scalepeft.models import structure, tiny
 from scalepeft.models.hub import BUILTIN
-from scalepeft.parallel.ranks import Ranks, launch_variables, pick_device
+from scalepeft.parallel.ranks import Ranks, pick_device
 from scalepeft.run.folder import check_same_run
 from scalepeft.run.lease import check_free
 

@@ -1,0 +1,166 @@
+"""safetensors files: a checked header, reads by ranges, and a streamed write that hashes.
+
+The library's own reader maps files into memory, which a shared file system turns into reads of
+whole pages; its writer wants all tensors at one time. Nothing here needs torch: a dtype is the
+name that the format gives it.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+PIECE_BYTES = 16 << 20  # written and hashed at one time
+
+
+class DamagedFile(ValueError):
+    """Not a whole safetensors file; the message says why, without the file's name."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as it lies in a file: bytes ``start`` .. ``stop`` of it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+class SafetensorsFile:
+    """A file's header, read and checked, and its bytes by ranges with ``pread``.
+
+    Attributes:
+        tensors: by name, in the order of their bytes.
+        header: its bytes.
+        bytes_read: by ``read``, in all.
+
+    Raises:
+        DamagedFile: truncated, longer than its header says, or not safetensors.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.bytes_read = path, 0
+        self._descriptor: int | None = None
+        self.size = path.stat().st_size
+        with path.open("rb") as f:
+            head = f.read(8)
+            length = int.from_bytes(head, "little")
+            self.header = f.read(length) if len(head) == 8 and length <= self.size - 8 else b""
+        if not self.header:
+            raise DamagedFile(f"truncated: {self.size} bytes, too short for its header")
+        try:
+            table = json.loads(self.header)
+            self.metadata: dict[str, str] = table.pop("__metadata__", {})
+            begin = 8 + length
+            stored = [
+                Stored(name, t["dtype"], tuple(t["shape"]), *(begin + i for i in t["data_offsets"]))
+                for name, t in table.items()
+            ]
+            stored.sort(key=lambda tensor: tensor.start)
+            end = max((tensor.stop for tensor in stored), default=begin)
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise DamagedFile("not a safetensors file (its header is garbage)") from None
+        if self.size != end:
+            raise DamagedFile(f"truncated or damaged: {self.size} bytes, its header says {end}")
+        self.tensors = {tensor.name: tensor for tensor in stored}
+
+    def __del__(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+    def read(self, start: int, size: int) -> bytearray:
+        """Returns ``size`` bytes from ``start`` on. Raises OSError, also where the file ends."""
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+        buffer = bytearray(size)
+        view = memoryview(buffer)
+        while view:
+            if not (got := os.preadv(self._descriptor, [view], start)):
+                raise OSError(errno.EIO, "ended while it was read", str(self.path))
+            start, view = start + got, view[got:]
+        self.bytes_read += size
+        return buffer
+
+    def pieces(self, tensor: Stored, size: int = PIECE_BYTES) -> Iterator[bytearray]:
+        """Yields the bytes of a tensor as they lie in the file, ``size`` at a time."""
+        for start in range(tensor.start, tensor.stop, size):
+            yield self.read(start, min(size, tensor.stop - start))
+
+
+class Writer:
+    """Writes a file whose tensors come one after the other, each in pieces of bytes.
+
+    What is hashed is what was to be written, not what a disk gives back. On leaving the context the
+    file is on the disk.
+
+    Args:
+        path: of the file; one that is there is replaced.
+        tensors: (name, safetensors' dtype, shape, bytes) in the order in which they will come.
+        metadata: of the file.
+        check: called every 16 MiB; may raise.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Iterable[tuple[str, str, Sequence[int], int]],
+        metadata: dict[str, str] | None = None,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        table: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+        end = 0
+        for name, dtype, shape, size in tensors:
+            offsets = [end, end + size]
+            table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+            end += size
+        header = json.dumps(table).encode()
+        header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8
+        self._head = len(header).to_bytes(8, "little") + header
+        self.size = len(self._head) + end
+        self._path, self._check, self._digest = path, check, hashlib.sha256()
+
+    def __enter__(self) -> "Writer":
+        self._file = self._path.open("wb", buffering=0)
+        self.write([self._head])
+        return self
+
+    def write(self, pieces: Iterable[bytes | bytearray | memoryview]) -> None:
+        """Appends the bytes of the next tensor."""
+        for data in pieces:
+            for start in range(0, len(data), PIECE_BYTES):
+                self._check()
+                piece = memoryview(data)[start : start + PIECE_BYTES]
+                self._digest.update(piece)
+                while piece:
+                    piece = piece[self._file.write(piece) :]
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """``bytes`` and ``sha256`` of the file, for a manifest."""
+        return {"bytes": self.size, "sha256": self._digest.hexdigest()}
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _value: Any, _trace: TracebackType | None
+    ) -> None:
+        """Closes the file; one that lacks bytes is our own bug."""
+        with self._file:
+            if kind is None:
+                os.fsync(self._file.fileno())
+                assert self._file.tell() == self.size, (self._path, self._file.tell(), self.size)
