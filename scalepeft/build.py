@@ -10,12 +10,13 @@ from scalepeft.adapters import inject as injection
 from scalepeft.config.schema import RunConfig
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError
+from scalepeft.core.launch import world_size
 from scalepeft.data.tasks.base import Task
-from scalepeft.models import hub as models
 from scalepeft.models import loss, structure
-from scalepeft.models.weights import Weights, load_weights
+from scalepeft.models.hub import Base
+from scalepeft.models.weights import load_weights
 from scalepeft.parallel.base import Engine
-from scalepeft.parallel.ranks import Ranks, world_size
+from scalepeft.parallel.ranks import Ranks
 
 
 @dataclass
@@ -45,38 +46,42 @@ def start_ranks(config: RunConfig) -> Ranks:
     return Ranks.start(config.engine.device, engine_class(config).needs_group)
 
 
-def build(config: RunConfig, ranks: Ranks, poll: Callable[[], None], adapted: bool = True) -> Built:
+def build(
+    config: RunConfig, base: Base, ranks: Ranks, poll: Callable[[], None], adapted: bool = True
+) -> Built:
     """Structure on meta -> adapters -> shard -> each rank's own rows -> start values."""
-    folder = models.resolve(config.model, ranks)
     poll()
 
-    def make() -> tuple[nn.Module, Weights]:
-        model = structure.build(config.model, folder, config.train.precision)
+    def make() -> nn.Module:
+        model = structure.build(config.model, base.folder, config.train.precision)
         if adapted:
             injection.inject(model, config.adapter)
         else:
             model.requires_grad_(False)
         loss.add_token_loss(model)
-        return model, Weights(folder)
+        return model
 
-    model, weights = ranks.together(make)
+    model = ranks.together(make)
+    weights = ranks.together(lambda: base.weights)
+    before = weights.bytes_read
     engine = engine_class(config)(config.engine, ranks)
     engine.shard(model, structure.blocks_of(model))
-    structure.materialise(model, ranks.device)
+    structure.materialize(model, ranks.device)
     turns = load_weights(model, weights)
     while ranks.together(lambda: next(turns, "end")) != "end":
         poll()
     injection.reset_adapters(model, config.train.seed)
-    base = {
+    description = {
         "path": config.model.path,
         "revision": config.model.revision,
         "quant": config.model.quant,
         "double_quant": config.model.double_quant,
         "fingerprint": ranks.same(
-            ranks.together(weights.fingerprint), f"model.path={config.model.path}: files differ"
+            ranks.together(lambda: base.fingerprint),
+            f"model.path={config.model.path}: files differ",
         ),
     }
-    return Built(engine, model, base, weights.bytes_read)
+    return Built(engine, model, description, weights.bytes_read - before)
 
 
 def check_batch(config: RunConfig, world: int) -> None:

@@ -11,6 +11,7 @@ import traceback
 from typing import NoReturn
 
 from scalepeft import __version__
+from scalepeft.core.launch import rank
 from scalepeft.core.preemption import BROKEN, FINISHED, USER_ERROR, StopFlag
 
 EPILOG = """\
@@ -503,30 +504,26 @@ def _run(args: argparse.Namespace, stop: StopFlag) -> int:
 def _say_notes(notes: list[str]) -> None:
     from scalepeft.core.log import say
 
-    for note in notes if _rank() == 0 else ():
+    for note in notes if rank() == 0 else ():
         say(note)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 def _explain(error: Exception, debug: bool) -> int:
     from scalepeft.core.errors import UserError
-    from scalepeft.run.checkpoint import Fenced
+    from scalepeft.run.lease import Superseded
 
-    if isinstance(error, Fenced):
+    if isinstance(error, Superseded):
         print(f"scalepeft: stopped: {error}", file=sys.stderr)
         return BROKEN
     if not isinstance(error, UserError):
         traceback.print_exc()
         print(
-            f"scalepeft: failed on rank {_rank()}: {type(error).__name__}: {error}", file=sys.stderr
+            f"scalepeft: failed on rank {rank()}: {type(error).__name__}: {error}", file=sys.stderr
         )
         return BROKEN
     if debug:
         traceback.print_exc()
     # User errors are agreed between the ranks, so one line is enough.
-    if _rank() == 0:
+    if rank() == 0:
         print(f"scalepeft: error: {' '.join(str(error).split())}", file=sys.stderr)
     return USER_ERROR

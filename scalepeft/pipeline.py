@@ -2,8 +2,7 @@
 
 A stage is a ``run.stage.Stage`` in ``RUN_DIR/stages``. The next start passes over what is done,
 continues a stage whose inputs are those it began with, and does again what depends on a changed
-one. Results of old inputs are moved to ``RUN_DIR/replaced-N``, but for a merged checkpoint, which
-is made again from what is there.
+one. Results of old inputs are moved to ``RUN_DIR/replaced-N``, but for a merged checkpoint.
 """
 
 import json
@@ -16,14 +15,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scalepeft import __version__, build, train
+from scalepeft import __version__, train
 from scalepeft.analysis.report import command as report
-from scalepeft.build import start_ranks, task_of
+from scalepeft.build import check_batch, start_ranks, task_of
 from scalepeft.config import changes
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import write_atomically
+from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping, tell_job
 from scalepeft.core.slurm import slurm_start
@@ -32,15 +32,12 @@ from scalepeft.data import prepared
 from scalepeft.data import tokens as data
 from scalepeft.data.rows import expand, paths_of
 from scalepeft.data.tasks.base import SPLITS, Split, Task
-from scalepeft.data.tokens import tokenizer_hash
 from scalepeft.eval import comet, evaluate
 from scalepeft.export import merge
 from scalepeft.export.streaming import MADE_FROM
-from scalepeft.models import hub as models
-from scalepeft.models.weights import Weights
-from scalepeft.parallel import ranks as ranks_
-from scalepeft.parallel.ranks import Ranks, world_size
-from scalepeft.run.lease import Hold, check_free
+from scalepeft.models.hub import open_base
+from scalepeft.parallel.ranks import Ranks
+from scalepeft.run.lease import Lease, check_free
 from scalepeft.run.stage import Stage, facts, plain, set_aside
 
 STAGES = ("prepare", "train", "merge", "evaluate", "report")
@@ -81,12 +78,9 @@ class Pipeline:
         self.config = replace(config, data=replace(config.data, **files))
         self.prepared = task_of(self.config)
         """Config and task over the prepared rows."""
-        folder = models.resolve(config.model, ranks)
-        self.base = ranks.main_only(
-            lambda: {
-                "weights": Weights(folder).fingerprint(),
-                "tokenizer": tokenizer_hash(models.load_tokenizer(config.model, folder)),
-            }
+        self.base = base = open_base(config.model, ranks)
+        self.which_base = ranks.main_only(
+            lambda: {"weights": base.fingerprint, "tokenizer": base.tokenizer_hash}
         )
         """Which base this is, wherever it lies."""
 
@@ -166,7 +160,7 @@ class Pipeline:
             return {
                 "data": _without(config.data, OF_NO_ROW),
                 "task_version": self.task.version,
-                "base": self.base,
+                "base": self.which_base,
                 "files": {
                     split: {
                         str(path): facts(path)
@@ -184,7 +178,7 @@ class Pipeline:
             }
             length = {"max_steps": config.train.max_steps, "epochs": config.train.epochs}
             rows = self._prepared("train", "valid")
-            return {"config": kept, "length": length, "rows": rows, "base": self.base}
+            return {"config": kept, "length": length, "rows": rows, "base": self.which_base}
         if name == "merge":
             settings = {"base": config.pipeline.merge, "dtype": config.pipeline.dtype}
             return {"adapter": outputs["train"], "pipeline": settings}
@@ -193,7 +187,7 @@ class Pipeline:
                 "adapter": outputs["train"],
                 "merged": outputs["merge"],
                 "rows": self._prepared("test"),
-                "base": self.base,
+                "base": self.which_base,
                 "evaluate": _without(config.evaluate, OF_NO_PREDICTION),
                 "subjects": config.pipeline.evaluate,
                 "task_version": self.task.version,
@@ -212,7 +206,7 @@ class Pipeline:
     def _do(self, name: str) -> tuple[int, list[Path]]:
         """Does a stage; returns the exit code and the files that it made."""
         if name == "train":
-            code = train.run_on(self.ranks, self.config, self.stop, resume_with_changes=True)
+            code = train.run_on(self.ranks, self.config, self.stop, True, self.base)
             return code, _files(self.folder / "adapter")
         if name == "evaluate":
             made: list[Path] = []
@@ -220,15 +214,14 @@ class Pipeline:
                 evaluate.evaluate(self.config, self.prepared, kind, self.ranks, self.stop)
                 made += _files(evaluate.folder_of(self.config, kind), "*.json*")
             return FINISHED, made
-        folder = models.resolve(self.config.model, self.ranks)
         on_main: dict[str, Callable[[], list[Path]]] = {
-            "prepare": lambda: self._prepare(folder),
+            "prepare": self._prepare,
             "merge": self._merge,
             "report": lambda: report.write([self.folder]),
         }
-        return FINISHED, ranks_.alone(self.ranks, on_main[name])
+        return FINISHED, self.ranks.alone(on_main[name])
 
-    def _prepare(self, folder: Path) -> list[Path]:
+    def _prepare(self) -> list[Path]:
         """Reads, checks and counts all rows once, and tokenizes those to train on."""
         stage = self.stages["prepare"]
         summary: dict[str, Any] = stage.begun().get("splits", {})
@@ -246,10 +239,9 @@ class Pipeline:
         summary |= prepared.overlaps(files)
         self.poll()
         if self.config.pipeline.merge != "none":
-            merge.check_method(self.config, folder)
-        tokenizer = models.load_tokenizer(self.config.model, folder)
-        seed, vocabulary = self.config.train.seed, models.vocab_size(folder)
-        _, _, summary["said"] = data.prepare(self.prepared, tokenizer, vocabulary, seed)
+            merge.check_method(self.config, self.base.folder)
+        base, seed = self.base, self.config.train.seed
+        summary["said"] = data.prepare(self.prepared, base.tokenizer, base.vocab_size, seed)[2]
         for line in summary["said"]:
             say(line)
         target = self.folder / "data" / "summary.json"
@@ -290,7 +282,7 @@ def run(config: RunConfig, options: Options, stop: StopFlag) -> int:
     """
     task = check(config)
     if options.only in (None, *ON_RANKS) or world_size() > 1:
-        build.check_batch(config, world_size())
+        check_batch(config, world_size())
         ranks = start_ranks(config)
     else:
         ranks = Ranks()  # a job without a GPU, whatever engine and device the others are for
@@ -310,14 +302,14 @@ def run(config: RunConfig, options: Options, stop: StopFlag) -> int:
     return code
 
 
-def _claim(stages: Path, ranks: Ranks) -> Hold | None:
+def _claim(stages: Path, ranks: Ranks) -> Lease | None:
     """Takes the folder of the manifests, on rank 0, for this process alone."""
     if not ranks.is_main:
         return None
     try:
         stages.mkdir(parents=True, exist_ok=True)
         check_free(stages, *slurm_start())
-        return Hold(stages, 1, *slurm_start())
+        return Lease(stages, 1, *slurm_start())
     except OSError as error:
         raise UserError(f"{stages}: cannot be written: {error.strerror}") from None
 

@@ -4,7 +4,9 @@ import math
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from signal import SIGUSR1
+from typing import Any
 
 import torch
 
@@ -12,18 +14,19 @@ from scalepeft.build import Built, build, check_batch, start_ranks, task_of
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
+from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping
 from scalepeft.data import loader, tokens
-from scalepeft.data import tokens as data
-from scalepeft.models import hub as models
-from scalepeft.models.weights import Weights, resident_bytes
+from scalepeft.data.tokens import TokenSet
+from scalepeft.models.hub import Base, open_base
+from scalepeft.models.weights import resident_bytes
 from scalepeft.parallel.base import full_shape
-from scalepeft.parallel.ranks import Ranks, world_size
+from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.checkpoint import Checkpoint
 from scalepeft.run.folder import check_nodes
 from scalepeft.run.provenance import device_name
-from scalepeft.run.records import Records
+from scalepeft.run.records import RunRecorder
 from scalepeft.run.saver import Saver
 from scalepeft.trainer import Trainer, batches
 
@@ -38,7 +41,7 @@ def check_resumed(
         resumed: the newest checkpoint, if there is one.
         total: steps of the whole run.
         weights: fingerprint of the base's files.
-        rows: fingerprint of the tokenised training rows.
+        rows: fingerprint of the tokenized training rows.
 
     Raises:
         UserError: it belongs to another base model, to other training rows or a longer run.
@@ -59,7 +62,7 @@ def check_resumed(
         )
     if resumed.state["data"] != rows:
         raise UserError(
-            f"{where}: the tokenised training rows differ from those it began with; restore the"
+            f"{where}: the tokenized training rows differ from those it began with; restore the"
             " files"
         )
 
@@ -81,10 +84,11 @@ def learning_rate(config: RunConfig, step: int, total: int) -> float:
 
 @torch.no_grad()
 def held_out_loss(
-    config: RunConfig, built: Built, rows: data.TokenSet, ranks: Ranks, poll: Callable[[], None]
+    config: RunConfig, built: Built, rows: TokenSet, ranks: Ranks, poll: Callable[[], None]
 ) -> float:
-    """Mean loss over all label tokens of the held-out rows; the same number of forwards on every
-    rank.
+    """Validation loss: the mean over all label tokens of the validation rows.
+
+    Every rank makes the same number of forwards, which may be collectives.
     """
     built.model.eval()
     size = config.train.global_batch
@@ -92,8 +96,8 @@ def held_out_loss(
     forwards = math.ceil(math.ceil(size / ranks.world_size) / config.train.micro_batch)
     total = torch.zeros(2, dtype=torch.float64)
     nothing = loader.MicroBatch(
-        torch.zeros(1, data.PAD_TO, dtype=torch.int64),
-        torch.full((1, data.PAD_TO), tokens.IGNORED),
+        torch.zeros(1, tokens.PAD_TO, dtype=torch.int64),
+        torch.full((1, tokens.PAD_TO), tokens.IGNORED),
         torch.zeros(1, dtype=torch.int64),
     )
     for step in batches(config, rows, ranks, 0, steps, shuffle=False):
@@ -115,7 +119,7 @@ def run(config: RunConfig, stop: StopFlag, resume_with_changes: bool = False) ->
 
     Raises:
         UserError: a mistake in config, data or model, or a run folder of a different config.
-        Fenced: the run was started again elsewhere meanwhile.
+        Superseded: the run was started again elsewhere meanwhile.
     """
     check_batch(config, world_size())
     ranks = start_ranks(config)
@@ -124,39 +128,43 @@ def run(config: RunConfig, stop: StopFlag, resume_with_changes: bool = False) ->
     return code
 
 
-def run_on(ranks: Ranks, config: RunConfig, stop: StopFlag, resume_with_changes: bool) -> int:
-    """``run`` on ranks that have met."""
-    records = ranks.together(
-        lambda: Records(config, resume_with_changes) if ranks.is_main else None
-    )
+def run_on(
+    ranks: Ranks,
+    config: RunConfig,
+    stop: StopFlag,
+    resume_with_changes: bool,
+    base: Base | None = None,
+) -> int:
+    """``run`` on ranks that have met; ``base`` where the caller has opened it already."""
+    records = RunRecorder(config, ranks, resume_with_changes)
     check_nodes(config.run_dir, ranks)
+    base = base or open_base(config.model, ranks)
     code = FINISHED
-    if ranks.main_only(lambda: records is not None and records.finished()):
-        _check_finished(config, ranks, records)
+    if records.finished():
+        _check_finished(config, base, ranks, records)
     else:
         try:
-            code = _train(config, ranks, records, stop)
+            code = _train(config, base, ranks, records, stop)
         except Stopping:  # before the first step: nothing is trained but what is saved
             code = STOPPED
-    if records:
-        records.close(code == FINISHED, stop.planned)
+    records.close(code == FINISHED, stop.planned)
     stop.saved = True
     return code
 
 
-def _check_finished(config: RunConfig, ranks: Ranks, records: Records | None) -> None:
+def _check_finished(config: RunConfig, base: Base, ranks: Ranks, records: RunRecorder) -> None:
     """A finished run is finished for its own base and rows; others are named, not passed over."""
-    rows, _, total = _rows(config, ranks)
-    folder = models.resolve(config.model, ranks)
-    resumed = records.resumed if records else None
+    rows = _rows(config, base, ranks)
     ranks.together(
         lambda: check_resumed(
-            config, resumed, total, Weights(folder).fingerprint(), rows.fingerprint()
+            config, records.resumed, rows.total, base.fingerprint, rows.train.fingerprint()
         )
     )
 
 
-def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopFlag) -> int:
+def _train(
+    config: RunConfig, base: Base, ranks: Ranks, records: RunRecorder, stop: StopFlag
+) -> int:
     def poll() -> None:
         if ranks.any(stop.signal is not None):
             raise Stopping
@@ -164,91 +172,117 @@ def _train(config: RunConfig, ranks: Ranks, records: Records | None, stop: StopF
     spent = {"startup": time.time() - stop.launched}
     began = time.monotonic()
     poll()
-    train_rows, valid_rows, total = _rows(config, ranks)
-    fingerprint = ranks.same(train_rows.fingerprint(), "data.train: training rows differ")
-    poll()
-    built = build(config, ranks, poll)
-    trainer = Trainer(config, ranks, built, fingerprint)
-    resumed = records.resumed if records else None
-    base = built.base["fingerprint"]
-    ranks.together(lambda: check_resumed(config, resumed, total, base, fingerprint))
-    ranks.together(lambda: records.claim(stop.launched) if records else None)
-    step, read_bytes = trainer.restore(records)
-    saver = Saver(config, ranks, records, saved=step)
+    rows = _rows(config, base, ranks)
+    trainer = _trainer(config, base, ranks, records, rows, poll)
+    records.claim(stop.launched)
+    step, read_bytes = trainer.restore(records.resumed)
+    saver = Saver(records, saved=step)
 
     def between() -> None:
         saver.poll()
         poll()
 
-    evaluated = ranks.main_only(lambda: records.validation.last_step if records else 0)
     spent["load"] = time.monotonic() - began
-    _announce(trainer, records, step, total, read_bytes, stop.launched, spent)
-    stream = iter(batches(config, train_rows, ranks, step, total - step))
-    built.model.train()
+    _announce(trainer, records, step, rows.total, read_bytes, stop.launched, spent)
+    stream = iter(batches(config, rows.train, ranks, step, rows.total - step))
+    trainer.built.model.train()
     try:
         while True:
-            if valid_rows is not None and _due(config, step, total) and evaluated < step:
-                clock = time.monotonic()
-                value = held_out_loss(config, built, valid_rows, ranks, between)
-                evaluated = step
-                if records:
-                    records.held_out(
-                        {
-                            "step": step,
-                            "loss": value if math.isfinite(value) else None,
-                            "rows": len(valid_rows),
-                            "seconds": time.monotonic() - clock,
-                        }
-                    )
-            if step == total:
+            if _validation_due(config, rows, step) and records.evaluated < step:
+                records.held_out(_validate(trainer, rows, step, between))
+            if step == rows.total:
                 break
             between()
             clock = time.monotonic()
             batch = next(stream)
-            lr = learning_rate(config, step, total)
+            lr = learning_rate(config, step, rows.total)
             mean, norm = trainer.step(batch.micro, batch.label_tokens, lr)
             step += 1
-            if records:
-                seconds = time.monotonic() - clock
-                row = {
-                    "step": step,
-                    "loss": mean,
-                    "lr": lr,
-                    "grad_norm": norm,
-                    "label_tokens": batch.label_tokens,
-                    "sample_index": step * config.train.global_batch,
-                    "seconds": seconds,
-                    "tokens_per_second": batch.tokens / seconds,
-                }
-                if trainer.penalty is not None:
-                    row["penalty"] = trainer.penalty
-                records.log(row)
-            trainer.check_finite(step, total, saver)
+            records.log(_row(trainer, batch, step, mean, norm, lr, time.monotonic() - clock))
+            trainer.check_finite(step, rows.total, saver)
             # Not amid skipped steps: retention must not drop the checkpoint from before the
             # trouble.
             due = step % config.train.save_every == 0 and not trainer.nonfinite
-            if due or step == total:
-                trainer.save(saver, step, final=step == total)
+            if due or step == rows.total:
+                trainer.save(saver, step, final=step == rows.total)
             if step == config.train.stop_at:
                 stop.planned = stop.signal is None
                 stop.request(SIGUSR1)
     except Stopping:
-        saver.stop(step)
+        saver.cancel(step)
         if saver.saved != step:
             trainer.save(saver, step, final=True)
         return STOPPED
-    ranks.main_only(lambda: records.save_adapter(total, built.base) if records else None)
+    records.save_adapter(rows.total, trainer.built.base)
     return FINISHED
 
 
-def _due(config: RunConfig, step: int, total: int) -> bool:
+def _trainer(
+    config: RunConfig,
+    base: Base,
+    ranks: Ranks,
+    records: RunRecorder,
+    rows: "_Rows",
+    poll: Callable[[], None],
+) -> Trainer:
+    """Builds the model; refuses a checkpoint that belongs to another base or to other rows."""
+    fingerprint = ranks.same(rows.train.fingerprint(), "data.train: training rows differ")
+    poll()
+    built = build(config, base, ranks, poll)
+    trainer = Trainer(config, ranks, built, fingerprint)
+    ranks.together(
+        lambda: check_resumed(config, records.resumed, rows.total, base.fingerprint, fingerprint)
+    )
+    return trainer
+
+
+def _row(
+    trainer: Trainer,
+    batch: loader.StepBatch,
+    step: int,
+    mean: float | None,
+    norm: float | None,
+    lr: float,
+    seconds: float,
+) -> dict[str, Any]:
+    """A step's row of metrics.jsonl."""
+    row = {
+        "step": step,
+        "loss": mean,
+        "lr": lr,
+        "grad_norm": norm,
+        "label_tokens": batch.label_tokens,
+        "sample_index": step * trainer.config.train.global_batch,
+        "seconds": seconds,
+        "tokens_per_second": batch.tokens / seconds,
+    }
+    return row if trainer.penalty is None else {**row, "penalty": trainer.penalty}
+
+
+def _validate(
+    trainer: Trainer, rows: "_Rows", step: int, poll: Callable[[], None]
+) -> dict[str, Any]:
+    """A row of validation.jsonl."""
+    assert rows.valid is not None
+    clock = time.monotonic()
+    value = held_out_loss(trainer.config, trainer.built, rows.valid, trainer.ranks, poll)
+    return {
+        "step": step,
+        "loss": value if math.isfinite(value) else None,
+        "rows": len(rows.valid),
+        "seconds": time.monotonic() - clock,
+    }
+
+
+def _validation_due(config: RunConfig, rows: "_Rows", step: int) -> bool:
     every = config.train.eval_every
-    return bool(every and step and (step % every == 0 or step == total))
+    due = every and step and (step % every == 0 or step == rows.total)
+    return rows.valid is not None and bool(due)
 
 
 def _announce(
     trainer: Trainer,
-    records: Records | None,
+    records: RunRecorder,
     step: int,
     total: int,
     read_bytes: int,
@@ -257,57 +291,61 @@ def _announce(
 ) -> None:
     """Tells user and events.jsonl what starts, with the bytes that each rank read and holds."""
     built, ranks = trainer.built, trainer.ranks
-    mine = {
-        "host": socket.gethostname(),
-        "device": device_name(ranks.device),
-        "bytes_read": built.bytes_read,
-        "bytes_held": resident_bytes(built.model),
-        "checkpoint_bytes_read": read_bytes,
-    }
-    per_rank = ranks.gather(mine)
-    if records:
-        count = sum(full_shape(p).numel() for p in trainer.trained.values())
+    per_rank = ranks.gather(
+        {
+            "host": socket.gethostname(),
+            "device": device_name(ranks.device),
+            "bytes_read": built.bytes_read,
+            "bytes_held": resident_bytes(built.model),
+            "checkpoint_bytes_read": read_bytes,
+        }
+    )
+    count = sum(full_shape(p).numel() for p in trainer.trained.values())
+    if ranks.is_main:
         tensors = len(trainer.trained)
         say(f"training {count:,} parameters in {tensors} tensors, steps {step + 1} to {total}")
-        more = {
-            "engine": trainer.config.engine.name,
-            "world_size": ranks.world_size,
-            "parameters": count,
-        }
-        records.started(step, launched, steps=total, **more, **seconds, per_rank=per_rank)
-    ranks.together(lambda: records.show(step, total) if records else None)
+    more = {
+        "engine": trainer.config.engine.name,
+        "world_size": ranks.world_size,
+        "parameters": count,
+    }
+    records.started(step, launched, steps=total, **more, **seconds, per_rank=per_rank)
+    records.show(step, total)
 
 
-def _rows(config: RunConfig, ranks: Ranks) -> tuple[data.TokenSet, data.TokenSet | None, int]:
-    """Tokenised training and held-out rows, and the number of steps; one rank a node tokenises."""
-    folder = models.resolve(config.model, ranks)
+@dataclass(frozen=True)
+class _Rows:
+    train: TokenSet
+    valid: TokenSet | None
+    total: int
+    """Steps of the whole run."""
 
-    def prepare() -> tuple[data.TokenSet, data.TokenSet | None, list[str]]:
-        limit = models.positions(folder)
+
+def _rows(config: RunConfig, base: Base, ranks: Ranks) -> _Rows:
+    """Tokenized rows, and the number of steps; one rank a node tokenizes for all of them."""
+
+    def prepare() -> tuple[TokenSet, TokenSet | None, list[str]]:
+        limit = base.positions
         if limit is not None and config.data.cutoff > limit:
             raise UserError(
                 f"data.cutoff={config.data.cutoff} is beyond the model's {limit} positions;"
                 " lower it"
             )
-        tokenizer = models.load_tokenizer(config.model, folder)
-        return data.prepare(
-            task_of(config), tokenizer, models.vocab_size(folder), config.train.seed
-        )
+        return tokens.prepare(task_of(config), base.tokenizer, base.vocab_size, config.train.seed)
 
-    found = ranks.together(lambda: prepare() if ranks.local_rank == 0 else None)
-    found = ranks.together(lambda: found or prepare())  # now from the cache
-    train_rows, valid_rows, report = found
+    prepared = ranks.together(lambda: prepare() if ranks.local_rank == 0 else None)
+    train, valid, report = ranks.together(lambda: prepared or prepare())  # now from the cache
     if ranks.is_main:
         for line in report:
             say(line)
     total = config.train.max_steps
     if total is None:
         assert config.train.epochs is not None
-        total = max(1, math.ceil(config.train.epochs * len(train_rows) / config.train.global_batch))
+        total = max(1, math.ceil(config.train.epochs * len(train) / config.train.global_batch))
         cfg.check_length(config.train, total)
     if ranks.is_main and config.train.warmup_steps >= total:  # a trial of a few steps
         say(
             f"train.warmup_steps={config.train.warmup_steps} is not shorter than the run of {total}"
             f" steps: the learning rate never reaches train.lr={config.train.lr}"
         )
-    return train_rows, valid_rows, total
+    return _Rows(train, valid, total)

@@ -12,9 +12,9 @@ from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.data import loader
 from scalepeft.data.tokens import TokenSet
-from scalepeft.parallel.base import Part
+from scalepeft.parallel.base import MOMENTS, Part
 from scalepeft.parallel.ranks import Ranks
-from scalepeft.run.records import Records
+from scalepeft.run.checkpoint import Checkpoint
 from scalepeft.run.saver import Saver
 from scalepeft.run.tensors import Reader
 
@@ -47,18 +47,18 @@ class Trainer:
         )
         self.call = built.engine.attach(built.model, self.optimizer)
         """What training calls: the model, or the engine's wrapper around it."""
-        found = [adapter for _, adapter in injection.adapters(built.model)]
-        self.penalised = any(type(a).penalty is not Adapter.penalty for a in found)
+        adapters = [adapter for _, adapter in injection.adapters(built.model)]
+        self.penalized = any(type(a).penalty is not Adapter.penalty for a in adapters)
         self.dropouts = [m for m in built.model.modules() if isinstance(m, Dropout)]
         self.nonfinite = 0
         """Steps in a row that were skipped because loss or gradient was not finite."""
         self.penalty: float | None = None
-        """Value of the adapters' regularisers before the last step; None for methods without."""
+        """Value of the adapters' regularizers before the last step; None for methods without."""
 
     def step(
         self, micro: list[loader.MicroBatch], label_tokens: int, lr: float
     ) -> tuple[float | None, float | None]:
-        """One optimiser step; returns (mean loss over the global batch's label tokens, gradient
+        """One optimizer step; returns (mean loss over the global batch's label tokens, gradient
         norm).
 
         ``loss = sum over ranks and micro-batches of the summed cross-entropy / label_tokens``: sums
@@ -97,9 +97,9 @@ class Trainer:
         return (mean, norm) if finite else (None, None)
 
     def _add_penalty(self, parameters: list[nn.Parameter]) -> float | None:
-        """Adds the gradient of the adapters' regularisers, once: the data's is summed by now."""
+        """Adds the gradient of the adapters' regularizers, once: the data's is summed by now."""
         engine = self.built.engine
-        with engine.gathered(parameters if self.penalised else []):
+        with engine.gathered(parameters if self.penalized else []):
             value = injection.penalty(self.built.model)
             if value is None:
                 return None
@@ -110,7 +110,7 @@ class Trainer:
     def check_finite(self, step: int, total: int, saver: Saver) -> None:
         """Ends the run after ``train.max_nonfinite`` skipped steps in a row."""
         if self.nonfinite >= min(self.config.train.max_nonfinite, total):
-            saver.settle()
+            saver.wait()
             newest = f"is of step {saver.saved}" if saver.saved else "does not exist yet"
             raise FloatingPointError(
                 f"loss or gradient was not finite for {self.nonfinite} steps in a row, to step"
@@ -118,13 +118,12 @@ class Trainer:
                 f" train.lr={self.config.train.lr}, or look at the rows of these steps"
             )
 
-    def restore(self, records: Records | None) -> tuple[int, int]:
-        """Reads this rank's part of the checkpoint that rank 0 claimed, if any.
+    def restore(self, resumed: Checkpoint | None) -> tuple[int, int]:
+        """Reads this rank's part of a checkpoint, if there is one.
 
         Returns:
             The step to continue from, and the bytes that were read.
         """
-        resumed = self.ranks.main_only(lambda: records.resumed if records else None)
         if resumed is None:
             return 0, 0
         engine, where = self.built.engine, f"checkpoint step-{resumed.step:06d}"
@@ -133,9 +132,11 @@ class Trainer:
             reader = Reader(resumed.folder)
             names = [name for name in reader.shapes if "/" not in name]
             injection.check_state(self.built.model, {n: reader.shapes[n] for n in names}, where)
-            kinds: dict[str, set[str]] = {}
-            for name, _, kind in (n.rpartition("/") for n in reader.shapes):
-                kinds.setdefault(name, set()).add(kind)
+            # In the optimizer's own order: a later save writes them as they were made here.
+            kinds = {
+                name: [kind for kind in MOMENTS if f"{name}/{kind}" in reader.shapes]
+                for name in names
+            }
 
             def fill(name: str, part: Part) -> None:
                 reader.fill(name, part)
@@ -148,8 +149,7 @@ class Trainer:
         read_bytes = self.ranks.together(read)
         engine.state_loaded()
         self.nonfinite = resumed.state["nonfinite_in_a_row"]
-        step: int = resumed.step
-        return step, read_bytes
+        return resumed.step, read_bytes
 
     def save(self, saver: Saver, step: int, final: bool) -> None:
         """Saves the state after ``step``. Raises OSError: the disk refused a ``final`` save."""

@@ -74,7 +74,7 @@ def test_wrong_calls(tmp_path: Path) -> None:
     assert "run_dir is not set" in wrong(*BASE)
     assert "no config file" in wrong("train", "nowhere.yaml")
     assert "COMMAND" in wrong() or "required" in wrong()
-    assert "is no run folder" in wrong("evaluate", str(tmp_path))
+    assert "is not a run directory" in wrong("evaluate", str(tmp_path))
     assert "metrics.jsonl" in wrong("report", str(tmp_path))
     (tmp_path / "file").write_text("")
     assert "cannot be written" in wrong(*BASE, f"run_dir={tmp_path}/file/run")

@@ -34,7 +34,7 @@ class AdapterConfig:
     layers: Layers = "all"
 
     def norm_modules(self) -> list[str]:
-        """Names of normalisation layers of the adapted blocks whose weight trains too."""
+        """Names of normalization layers of the adapted blocks whose weight trains too."""
         return []
 
 
@@ -59,12 +59,12 @@ class Adapter(nn.Module):
     """
 
     Config: ClassVar[type[AdapterConfig]]
-    no_merge: str = ""
+    unmergeable_reason: str = ""
     """Why the layer cannot be one weight and one bias (its map is not affine in x); else empty."""
     weight_decay: ClassVar[frozenset[str]] = frozenset()
     """Parameters that decay pulls towards the base layer; never rotations, reflections, scales."""
 
-    works_on_weight: bool = False
+    needs_weight: bool = False
     """True where a changed W is made in forward and backward: a cost a batch, not a token."""
     paper: str = ""
     """Where the method comes from: ``arXiv 2106.09685``."""
@@ -176,7 +176,7 @@ def _mix(n: Tensor) -> Tensor:
 
 
 class Scale(Adapter):
-    """``y = (1 + scale) * y0 + shift`` behind a normalisation layer: trains its weight (and bias).
+    """``y = (1 + scale) * y0 + shift`` behind a normalization layer: trains its weight (and bias).
 
     Shift only where the layer has a bias, so that the family of maps is exactly that of the layer.
     """

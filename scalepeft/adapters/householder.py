@@ -44,7 +44,7 @@ def paired_columns(d: int, rank: int, norm: float) -> Tensor:
 
 
 def check_rank(rank: int, features: int) -> None:
-    """Refuses an odd rank and one that has no ``rank / 2`` orthonormal pairs in ``features``."""
+    """Raise UserError for an odd rank, or where ``features`` holds no ``rank / 2`` pairs."""
     if rank % 2:
         raise UserError(
             f"adapter.rank={rank}: the start pairs equal reflections, so the rank must be"

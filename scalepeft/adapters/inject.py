@@ -39,7 +39,7 @@ class Adapted(nn.Linear):
 
 
 class AdaptedNorm(nn.Module):
-    """Mixin of a normalisation layer whose weight (and bias) trains: ``y = adapter(norm(x))``."""
+    """Mixin of a normalization layer whose weight (and bias) trains: ``y = adapter(norm(x))``."""
 
     adapter: Scale
 
@@ -144,7 +144,7 @@ def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int =
     place.
 
     Args:
-        model: any module with ``nn.Linear`` (or quantised) layers; on the meta device only the
+        model: any module with ``nn.Linear`` (or quantized) layers; on the meta device only the
             structure is made, and ``reset_adapters`` draws the start values once the parameters are
             real.
         config: a method's config or the same as a dict with ``name``.
@@ -159,7 +159,7 @@ def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int =
         raise UserError("the model already has an adapter; a layer takes one")
     linear = _matching(model, config.target_modules, _is_linear, "adapter.target_modules", "linear")
     linear = _in_layers(linear, config.layers)
-    norms = _matching(model, config.norm_modules(), _is_norm, "adapter.norm", "normalisation")
+    norms = _matching(model, config.norm_modules(), _is_norm, "adapter.norm", "normalization")
     model.requires_grad_(False)
     for name in linear:
         try:

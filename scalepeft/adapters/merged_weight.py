@@ -39,7 +39,7 @@ def effective_weight(layer: nn.Module, chunk: int = 1024) -> tuple[Tensor, Tenso
 
 def check_mergeable(layer: Adapted) -> None:
     """Raises UserError, with the reason, if the layer's method is not affine in x."""
-    if reason := layer.adapter.no_merge:
+    if reason := layer.adapter.unmergeable_reason:
         raise UserError(f"{type(layer.adapter).__name__} cannot merge: {reason}; keep the adapter")
 
 

@@ -78,7 +78,7 @@ def describe(name: str, model: str) -> dict[str, Any]:
         "parameters": count,
         "share": count / (base + count),
         "cost": _cost(found, linear),
-        "no_merge": next((a.no_merge for a in found if a.no_merge), ""),
+        "no_merge": next((a.unmergeable_reason for a in found if a.unmergeable_reason), ""),
         "exports": ["peft"] * peft + ["lora"] * lora,
         "lr": values["train"]["lr"],
         "paper": layers[0][1].adapter.paper,
@@ -87,6 +87,6 @@ def describe(name: str, model: str) -> dict[str, Any]:
 
 def _cost(found: list[Adapter], linear: int) -> float | None:
     """Forward FLOP a token over those of the linear layers; None where the work is on W itself."""
-    if any(adapter.works_on_weight for adapter in found):
+    if any(adapter.needs_weight for adapter in found):
         return None
     return sum(adapter.flops() for adapter in found) / linear

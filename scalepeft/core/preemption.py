@@ -21,7 +21,7 @@ SAME_EVENT_SECONDS = 0.5
 
 
 class Stopping(Exception):
-    """All ranks agreed to stop here; what there was to save is saved."""
+    """All ranks agreed to stop here; the state has been saved."""
 
 
 class StopFlag:
@@ -98,7 +98,7 @@ class StopFlag:
 def tell_job(name: str, text: str) -> None:
     """Leaves a word for the job script, if there is one: ``progress`` or ``stopped``.
 
-    A disk that refuses is said and no more: what there was to save is saved.
+    A disk that refuses is said and no more: the state has been saved.
     """
     folder = os.environ.get("SCALEPEFT_JOB_STATE")
     if not folder:

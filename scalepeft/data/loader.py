@@ -36,7 +36,7 @@ class Order:
 @dataclass(frozen=True)
 class MicroBatch:
     """A rank's part of a step: right-padded ``input_ids`` and ``labels`` (rows, length), -100 where
-    not learnt.
+    not learned.
     """
 
     input_ids: Tensor
@@ -116,13 +116,10 @@ class Loader:
 
     def step_pairs(self, step: int) -> list[tuple[int, int]]:
         """(global sample index, row) of every sample of a step."""
-        size = self.global_batch
-        last = (
-            (step + 1) * size
-            if isinstance(self.order, Order)
-            else min((step + 1) * size, len(self.tokens))
-        )
-        return [(i, self.order[i]) for i in range(step * size, last)]
+        last = (step + 1) * self.global_batch
+        if not isinstance(self.order, Order):  # one pass, whose last batch may be short
+            last = min(last, len(self.tokens))
+        return [(i, self.order[i]) for i in range(step * self.global_batch, last)]
 
     def _micro(self, step: int) -> list[list[tuple[int, int]]]:
         mine = self.step_pairs(step)[self.ranks.rank :: self.ranks.world_size]
@@ -132,13 +129,12 @@ class Loader:
     def __iter__(self) -> Iterator[StepBatch]:
         last = self.first_step + self.steps
         batches = (m for step in range(self.first_step, last) for m in self._micro(step))
-        workers = self.workers
         loader = DataLoader(
             _Rows(self.tokens),
             sampler=batches,
             batch_size=None,
-            num_workers=workers,
-            worker_init_fn=_quiet_worker if workers else None,
+            num_workers=self.workers,
+            worker_init_fn=_quiet_worker if self.workers else None,
             pin_memory=self.ranks.device.type == "cuda",
             generator=torch.Generator(),  # its workers' seed, else from the global one
         )
@@ -146,6 +142,5 @@ class Loader:
         for step in range(self.first_step, last):
             rows = [row for _, row in self.step_pairs(step)]
             micro = [MicroBatch(*next(stream)) for _ in self._micro(step)]
-            yield StepBatch(
-                step, micro, self.tokens.label_tokens(rows), self.tokens.all_tokens(rows)
-            )
+            labels, tokens = self.tokens.label_tokens(rows), self.tokens.all_tokens(rows)
+            yield StepBatch(step, micro, labels, tokens)

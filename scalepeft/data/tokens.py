@@ -69,7 +69,7 @@ class TokenSet:
         )
 
 
-def tokenise(examples: list[Example], tokenizer: Any, config: TaskConfig) -> TokenSet:
+def tokenize(examples: list[Example], tokenizer: Any, config: TaskConfig) -> TokenSet:
     """Tokenizes a sequence of prompt (with the tokenizer's BOS), completion and end-of-text, cut at
     ``config.cutoff``.
 
@@ -148,7 +148,7 @@ def cached_tokens(examples: list[Example], tokenizer: Any, config: TaskConfig) -
         except (SafetensorError, KeyError, TypeError, ValueError, OSError):
             pass  # damaged: made again
         file.unlink(missing_ok=True)
-    made = tokenise(examples, tokenizer, config)
+    made = tokenize(examples, tokenizer, config)
     tensors = {"tokens": made.tokens, "offsets": made.offsets, "label_start": made.label_start}
     meta = {"sha256": made.fingerprint(), **{name: str(getattr(made, name)) for name in COUNTS}}
     try:

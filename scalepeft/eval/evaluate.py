@@ -17,15 +17,15 @@ from scalepeft import __version__
 from scalepeft.build import start_ranks, task_of
 from scalepeft.config.schema import RunConfig, Subject, deviations, to_dict
 from scalepeft.core.errors import UserError
+from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping, tell_job
 from scalepeft.data.tasks.base import Example, Task
-from scalepeft.data.tokens import tokenizer_hash
 from scalepeft.eval import comet, scores
 from scalepeft.eval.generation import Backend, Generator, Progress, batches, check
 from scalepeft.eval.predictions import Predictions
 from scalepeft.eval.target import EvalTarget
-from scalepeft.parallel.ranks import Ranks, alone, world_size
+from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.folder import load_run
 
 ALLOWED = (
@@ -99,6 +99,7 @@ def evaluate(config: RunConfig, task: Task, kind: Subject, ranks: Ranks, stop: S
         from scalepeft.eval import vllm
 
         vllm.check(config, kind, ranks.world_size)
+        vllm.check_installed()
     examples = ranks.together(lambda: _examples(task, config.evaluate.limit))
     for line in task.remarks("test") if ranks.is_main else ():
         say(line)
@@ -115,7 +116,7 @@ def evaluate(config: RunConfig, task: Task, kind: Subject, ranks: Ranks, stop: S
         _generate(target, left, examples, predictions, poll)
     ranks.main_only(lambda: _write_scores(target, task, examples, predictions))
     if task.translates:  # in a process of its own, now that the model is let go
-        alone(ranks, lambda: _add_comet(predictions.path.parent, stop))
+        ranks.alone(lambda: _add_comet(predictions.path.parent, stop))
 
 
 def _examples(task: Task, limit: int | None) -> list[Example]:
@@ -154,7 +155,7 @@ def _settings(
         "model": config.model.path,
         "quant": [config.model.quant, config.model.double_quant],
         "precision": config.train.precision,
-        "tokenizer": tokenizer_hash(target.tokenizer),
+        "tokenizer": target.base.tokenizer_hash,
         "batch": config.evaluate.batch_size * ranks.world_size,
         "examples": hashlib.sha256(asked.encode()).hexdigest(),
     }
@@ -169,7 +170,7 @@ def _generator(target: EvalTarget, left: list[Example], ranks: Ranks, poll: Any)
         return vllm.Generator.load(target, [e.prompt for e in left])
     built = target.load(ranks, poll)
     synced = built.engine.sharded and ranks.world_size > 1
-    return Generator(built.model, target.tokenizer, config.evaluate, ranks.device, synced)
+    return Generator(built.model, target.base.tokenizer, config.evaluate, ranks.device, synced)
 
 
 def _generate(
@@ -212,7 +213,7 @@ def _write_scores(
     predictions.check_ours()
     config, done = target.config, predictions.done
     texts = {id_: row["prediction"] for id_, row in done.items()}
-    summary, rows = scores.summarise(task, examples, texts)
+    summary, rows = scores.summarize(task, examples, texts)
     folder = predictions.path.parent
     results = {
         "task": config.data.name,

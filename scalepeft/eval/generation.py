@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from scalepeft.config.schema import EvaluateConfig
 from scalepeft.core.errors import UserError
@@ -129,7 +130,7 @@ class Generator(Backend):
 
 
 def check(config: EvaluateConfig) -> None:
-    """Refuses settings that no backend can follow; found out before a model is loaded.
+    """Raise UserError for settings that no backend can follow; found out before a model is loaded.
 
     Raises:
         UserError: an empty stop text, or a length limit of prompt and answer with beams.
@@ -201,13 +202,10 @@ def _decode(answers: list[list[int]], tokenizer: Any) -> list[str]:
 
 def _left_padded(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Tokens (rows, length) and attention mask; which id the padding has does not matter."""
-    length = max(map(len, ids))
-    tokens = torch.zeros(len(ids), length, dtype=torch.int64)
-    mask = torch.zeros_like(tokens)
-    for row, prompt in enumerate(ids):
-        tokens[row, length - len(prompt) :] = torch.tensor(prompt)
-        mask[row, length - len(prompt) :] = 1
-    return tokens, mask
+    tokens = [torch.tensor(prompt) for prompt in ids]
+    masks = [torch.ones_like(prompt) for prompt in tokens]
+    padded = (pad_sequence(x, batch_first=True, padding_side="left") for x in (tokens, masks))
+    return next(padded), next(padded)
 
 
 class _Ends:

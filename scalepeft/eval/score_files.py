@@ -67,7 +67,7 @@ def run(options: Options) -> None:
     task = task_of(config)
     examples = task.examples("test")
     texts = match(read(options.predictions, options.key), examples, options, len(task.skipped))
-    found, rows = scores.summarise(task, examples, texts)
+    found, rows = scores.summarize(task, examples, texts)
     found = {
         "task": options.task,
         "protocol": config.data.protocol,

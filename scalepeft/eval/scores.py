@@ -12,7 +12,7 @@ from scalepeft.core.text import table
 from scalepeft.data.tasks.base import Example, Scored, Task
 
 
-def summarise(
+def summarize(
     task: Task, examples: list[Example], predictions: dict[str, str]
 ) -> tuple[dict[str, Any], list[Scored]]:
     """Scores predictions over all rows and for each source.

@@ -10,8 +10,7 @@ from scalepeft.config.schema import RunConfig, Subject
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import digest
 from scalepeft.core.log import say
-from scalepeft.models import hub as models
-from scalepeft.models.weights import Weights
+from scalepeft.models.hub import Base, open_base
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.folder import check_base, older_adapter
 
@@ -23,18 +22,16 @@ class EvalTarget:
     Attributes:
         kind: ``adapter``, ``merged`` or ``base``.
         config: loads it: for a merged checkpoint, with that in the place of the base.
-        folder: of the base, or of the merged checkpoint.
+        base: of that config.
         fingerprint: of the adapter, or of the base's or merged weights.
-        tokenizer: of the base.
         adapter: what ``injection.read_adapter`` returns; None for a base or a merged checkpoint.
         step: of the training that the adapter comes from.
     """
 
     kind: Subject
     config: RunConfig
-    folder: Path
+    base: Base
     fingerprint: str
-    tokenizer: Any
     adapter: Any = None
     step: int | None = None
 
@@ -47,22 +44,21 @@ class EvalTarget:
             adapter = ranks.together(lambda: injection.read_adapter(run_dir / "adapter"))
         if kind == "merged":
             config = ranks.together(lambda: _with_merged(config))
-        folder = models.resolve(config.model, ranks)
+        base = open_base(config.model, ranks)
 
-        def look() -> tuple[str, Any]:
-            weights = Weights(folder).fingerprint()
+        def look() -> tuple[str, str]:
             if adapter is not None:  # base and adapter are compared: they must be of one base
-                check_base(config, adapter[2].get("base_model", {}), weights)
-            return weights, models.load_tokenizer(config.model, folder)
+                check_base(config, adapter[2].get("base_model", {}), base.fingerprint)
+            return base.fingerprint, base.tokenizer_hash  # both read where ranks agree on a failure
 
-        weights, tokenizer = ranks.together(look)
+        weights, _ = ranks.together(look)
         if kind != "adapter":
-            return cls(kind, config, folder, weights, tokenizer)
+            return cls(kind, config, base, weights)
         step = adapter[2].get("step")
         if ranks.is_main and (outdated := older_adapter(run_dir, step)):
             say(outdated)
         fingerprint = digest(run_dir / "adapter" / "adapter.safetensors")
-        return cls(kind, config, folder, fingerprint, tokenizer, adapter, step)
+        return cls(kind, config, base, fingerprint, adapter, step)
 
     def load(self, ranks: Ranks, poll: Any) -> Built:
         """Builds the model on this rank, in evaluation mode.
@@ -70,7 +66,8 @@ class EvalTarget:
         Raises:
             UserError: the base is not that of the adapter, or what ``build`` refuses.
         """
-        built = build(self.config, ranks, poll, adapted=self.adapter is not None)
+        adapted = self.adapter is not None
+        built = build(self.config, self.base, ranks, poll, adapted)
         if self.adapter is not None:
             injection.load_state(built.model, self.adapter[1], f"{self.config.run_dir}/adapter")
         built.engine.attach(built.model, None)

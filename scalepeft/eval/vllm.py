@@ -22,7 +22,6 @@ from scalepeft.core.log import say
 from scalepeft.eval.generation import Backend, encode
 from scalepeft.eval.target import EvalTarget
 from scalepeft.export import peft as export
-from scalepeft.models import hub as models
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 INSTALL = "pip install vllm in an environment with a GPU, or evaluate.backend=hf"
@@ -51,21 +50,19 @@ class Generator(Backend):
         memory for.
 
         Raises:
-            UserError: vLLM is missing, the adapter is no LoRA or of too large a rank, or the heads
-                do not divide among the GPUs.
+            UserError: the adapter is no LoRA or of too large a rank, or the heads do not divide
+                among the GPUs.
         """
-        config, tokenizer = target.config, target.tokenizer
-        try:
-            from vllm import LLM
-            from vllm.lora.request import LoRARequest
-        except ImportError as error:
-            raise UserError(f"evaluate.backend=vllm: {error}; {INSTALL}") from None
-        architecture = models.architecture(target.folder)
+        config, base = target.config, target.base
+        from vllm import LLM
+        from vllm.lora.request import LoRARequest
+
+        architecture = base.architecture
         positions = architecture.max_position_embeddings
-        ids, _ = encode(prompts, tokenizer, config.evaluate, positions)
+        ids, _ = encode(prompts, base.tokenizer, config.evaluate, positions)
         settings: dict[str, Any] = {
-            "model": str(target.folder),
-            "tokenizer": config.model.tokenizer or str(target.folder),
+            "model": str(base.folder),
+            "tokenizer": config.model.tokenizer or str(base.folder),
             "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.train.precision],
             "max_model_len": max(map(len, ids)) + config.evaluate.max_new_tokens,
             "tensor_parallel_size": _gpus(architecture.num_attention_heads),
@@ -78,7 +75,7 @@ class Generator(Backend):
             lora = LoRARequest("adapter", 1, str(path))
         if config.evaluate.num_beams > 1:  # a beam step looks at so many tokens
             settings["max_logprobs"] = 2 * config.evaluate.num_beams
-        return cls(LLM(**settings), tokenizer, config.evaluate, positions, lora)
+        return cls(LLM(**settings), base.tokenizer, config.evaluate, positions, lora)
 
     def generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
         """Greedy, or by vLLM's beam search."""
@@ -109,8 +106,16 @@ class Generator(Backend):
         return [list(request.outputs[0].token_ids) for request in found]
 
 
+def check_installed() -> None:
+    """Raise UserError where vLLM is missing, before other predictions are set aside."""
+    try:
+        import vllm.lora.request  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"evaluate.backend=vllm: {error}; {INSTALL}") from None
+
+
 def check(config: RunConfig, kind: Subject, world_size: int) -> None:
-    """Refuses what vLLM cannot evaluate as the run has it; found out before anything is loaded.
+    """Raise UserError for what vLLM cannot evaluate as the run has it, before anything is loaded.
 
     Raises:
         UserError: several ranks, or a base that is stored in fewer bits.

@@ -87,7 +87,7 @@ def run(
         out: the folder to write; must not exist.
         settings: where the base is now (``model.path=FOLDER``).
         base: ``original``: merge into the weights of the files; ``dequantized``: into what the
-            adapter saw in training, every quantised weight replaced by its decoded values.
+            adapter saw in training, every quantized weight replaced by its decoded values.
         dtype: of the written weights: ``base`` (as in the files), ``fp32`` or ``bf16``. Merged
             weights are computed in fp32 and rounded once.
         key: what decides the result; with it, a merge that was broken off goes on at the shard it
@@ -104,10 +104,10 @@ def run(
     storage = finished.config.model.quant
     if base == "dequantized" and storage == "none":
         raise UserError(
-            "--base dequantized: the run's base was not quantised (model.quant=none); leave the"
+            "--base dequantized: the run's base was not quantized (model.quant=none); leave the"
             " option out"
         )
-    model = finished.structure(quantised=base == "dequantized")
+    model = finished.structure(quantized=base == "dequantized")
     switches, shards = _plan(finished, model, dtype)
     with whole_folder(target, key) as folder:
         _copy_small_files(finished, folder, switches, dtype)
@@ -119,7 +119,7 @@ def run(
             say(f"{shard.file} written, {number} of {len(shards)}")
         _write_index(folder, shards)
     say(f"merged checkpoint ({base} base) in {out}")
-    adapted = model if storage == "none" else finished.structure(quantised=True)
+    adapted = model if storage == "none" else finished.structure(quantized=True)
     say(_difference(adapted, plain(target, finished.device)))
     if storage != "none" and base == "original":
         say(
@@ -156,14 +156,14 @@ def _plan(finished: FinishedRun, model: Streamed, dtype: str) -> tuple[list[str]
             )
         if layer.bias is None and adds_bias(layer):
             biases.add(f"{name}.bias")
-    there = {name for file in finished.weights.files for name in file.tensors}
-    switches, shapes = _architecture_with(finished.folder, biases - there, finished.config)
-    shards = _shards(finished.weights, shapes, dtype)
+    there = {name for file in finished.base.weights.files for name in file.tensors}
+    switches, shapes = _architecture_with(finished.base.folder, biases - there, finished.config)
+    shards = _shards(finished.base.weights, shapes, dtype)
     written = {item.name: item.shape for shard in shards for item in shard.items}
     for name, shape in shapes.items():
         if written.get(name) != shape:
             raise UserError(
-                f"model.path={finished.folder}: tensor '{name}' is"
+                f"model.path={finished.base.folder}: tensor '{name}' is"
                 f" {list(written[name]) if name in written else 'missing'}, config.json says"
                 f" {list(shape)}; the files are incomplete or of another model"
             )
@@ -286,12 +286,15 @@ def _copy_small_files(
     finished: FinishedRun, folder: Path, switches: Iterable[str], dtype: str
 ) -> None:
     """Tokenizer, generation settings, and config.json with what merging changes."""
-    for source in (finished.folder, Path(finished.config.model.tokenizer or finished.folder)):
+    for source in (
+        finished.base.folder,
+        Path(finished.config.model.tokenizer or finished.base.folder),
+    ):
         for pattern in COPIED:
             for file in source.glob(pattern):  # none where the tokenizer is a hub id
                 if file.is_file():
                     shutil.copyfile(file, folder / file.name)
-    config = json.loads((finished.folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((finished.base.folder / "config.json").read_text(encoding="utf-8"))
     config |= dict.fromkeys(switches, True)
     if dtype != "base":
         key = "torch_dtype" if "torch_dtype" in config else "dtype"

@@ -44,7 +44,7 @@ def run(run_dir: str, out: str, settings: list[str], format: str) -> None:
     """Writes a run's adapter in PEFT's layout.
 
     Where the result depends on W (the LoRA of HOFT and HRA, DoRA's magnitudes), W is what the
-    adapter saw in training: dequantised where the run's base was quantised.
+    adapter saw in training: dequantized where the run's base was quantized.
 
     Args:
         run_dir: a run with an ``adapter/``.
@@ -60,7 +60,7 @@ def run(run_dir: str, out: str, settings: list[str], format: str) -> None:
     target = Path(out)
     refuse_existing(target)
     finished = FinishedRun.open(run_dir, settings, "an export")
-    model = finished.structure(quantised=True)
+    model = finished.structure(quantized=True)
     convert = {"peft": _to_peft, "lora": _to_lora}[format]
     fields: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
@@ -74,7 +74,7 @@ def run(run_dir: str, out: str, settings: list[str], format: str) -> None:
     description = {
         "task_type": "CAUSAL_LM",
         "inference_mode": True,
-        "base_model_name_or_path": str(finished.folder) if path == BUILTIN else path,
+        "base_model_name_or_path": str(finished.base.folder) if path == BUILTIN else path,
         "revision": finished.config.model.revision,
         **_common_fields(model.model, fields),
     }
@@ -110,7 +110,7 @@ def _to_peft(adapter: Adapter, layer: nn.Linear, base: Base) -> Exported:
 def _to_lora(adapter: Adapter, layer: nn.Linear, base: Base) -> Exported:
     factors = adapter.to_lora(base)
     if factors is None:
-        reason = adapter.no_merge or "W' - W has full rank"
+        reason = adapter.unmergeable_reason or "W' - W has full rank"
         other = " or --format peft" if adapter.to_peft(base) else ""
         raise UserError(
             f"--format lora: {type(adapter).__name__} is not W plus a matrix of low rank: {reason};"
@@ -122,7 +122,7 @@ def _to_lora(adapter: Adapter, layer: nn.Linear, base: Base) -> Exported:
 
 
 def _instead(adapter: Adapter) -> str:
-    return "keep the adapter" if adapter.no_merge else "use scalepeft merge"
+    return "keep the adapter" if adapter.unmergeable_reason else "use scalepeft merge"
 
 
 def _common_fields(model: nn.Module, fields: dict[str, dict[str, Any]]) -> dict[str, Any]:

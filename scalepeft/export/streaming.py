@@ -23,9 +23,8 @@ from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import fsync
-from scalepeft.models import hub as models
 from scalepeft.models import structure
-from scalepeft.models.hub import ModelConfig
+from scalepeft.models.hub import Base, ModelConfig, open_base
 from scalepeft.models.weights import Weights, fill
 from scalepeft.parallel.ranks import Ranks, pick_device
 from scalepeft.run.checkpoint import RunFolder
@@ -60,7 +59,7 @@ class Streamed:
 
     @contextmanager
     def held(self, module: nn.Module) -> Iterator[None]:
-        """Inside, the parameters that are the module's own are real; quantised where it is."""
+        """Inside, the parameters that are the module's own are real; quantized where it is."""
         own = self._take(module)
         try:
             yield
@@ -96,8 +95,7 @@ class FinishedRun:
     """A run's config, its adapter and the files of its base, checked to belong together."""
 
     config: RunConfig
-    folder: Path
-    weights: Weights
+    base: Base
     state: dict[str, Tensor]
     device: torch.device
 
@@ -135,27 +133,26 @@ class FinishedRun:
                     " run wrote"
                 )
         device = pick_device(config.engine.device, 0)
-        folder = models.resolve(config.model, Ranks())
-        models.architecture(folder)
-        weights = Weights(folder)
-        check_base(config, trained_on, weights.fingerprint())
-        return cls(config, folder, weights, state, device)
+        base = open_base(config.model, Ranks())
+        _ = base.architecture  # a config.json that is missing is named first
+        check_base(config, trained_on, base.fingerprint)
+        return cls(config, base, state, device)
 
-    def structure(self, quantised: bool) -> Streamed:
-        """The base in fp32 with the adapter; blocks quantised as in training, or as in the files.
+    def structure(self, quantized: bool) -> Streamed:
+        """The base in fp32 with the adapter; blocks quantized as in training, or as in the files.
 
         Raises:
             UserError: the adapter's tensors do not fit, or are not finite.
         """
         config = self.config.model
-        if not quantised:
+        if not quantized:
             config = replace(config, quant="none", double_quant=False)
-        model = structure.build(config, self.folder, "fp32")
+        model = structure.build(config, self.base.folder, "fp32")
         injection.inject(model, self.config.adapter)
         for _, adapter in injection.adapters(model):
             adapter.to_empty(device=self.device)
         injection.load_state(model, self.state, f"{self.config.run_dir}/adapter")
-        return Streamed(model, self.weights, self.device)
+        return Streamed(model, self.base.weights, self.device)
 
 
 def plain(folder: Path, device: torch.device) -> Streamed:

@@ -84,7 +84,7 @@ class ScalepeftLM(HFLM):
         self.ranks = start_ranks(config)
         self.target = EvalTarget.find(config, subject, self.ranks)
         self.about = {"run_dir": str(run_dir), "subject": subject}
-        built, tokenizer = self.target.load(self.ranks, lambda: None), self.target.tokenizer
+        built, tokenizer = self.target.load(self.ranks, lambda: None), self.target.base.tokenizer
         # The task decides, and the tokenizer's end of text; what the model's files say does not.
         model: Any = built.model
         model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)

@@ -1,5 +1,6 @@
-"""LLaMA-class bases: where they come from, their tokenizer, their structure on the meta device."""
+"""The base as one object: where its files come from, its architecture, tokenizer and weights."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,6 +9,8 @@ from pydantic.dataclasses import dataclass
 
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, NotNegative
+from scalepeft.data.tokens import tokenizer_hash
+from scalepeft.models.weights import Weights
 from scalepeft.parallel.ranks import Ranks
 
 BUILTIN = "builtin:tiny"
@@ -39,9 +42,64 @@ class ModelConfig:
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+class Base:
+    """A frozen base, opened once and passed on; a part is read when it is first asked for.
+
+    Reading a part is this rank's own work and raises UserError: ranks agree on it with
+    ``Ranks.together``.
+
+    Attributes:
+        config: which base.
+        folder: where its files lie on this node.
+    """
+
+    def __init__(self, config: ModelConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
+
+    @cached_property
+    def architecture(self) -> Any:
+        """The transformers config."""
+        return architecture(self.folder)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids that the embedding has."""
+        return int(self.architecture.vocab_size)
+
+    @property
+    def positions(self) -> int | None:
+        """Number of positions the model was made for; None where config.json does not say."""
+        return getattr(self.architecture, "max_position_embeddings", None)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """As ``load_tokenizer`` returns it."""
+        return load_tokenizer(self.config, self.folder)
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        """sha256 of the tokenizer's full definition."""
+        return tokenizer_hash(self.tokenizer)
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The tensors of the files, read by ranges."""
+        return Weights(self.folder)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of what tells one base from another."""
+        return self.weights.fingerprint()
+
+
+def open_base(config: ModelConfig, ranks: Ranks) -> Base:
+    """Opens the base of a run; a collective. Raises UserError as ``resolve`` does."""
+    return Base(config, resolve(config, ranks))
+
+
 def resolve(config: ModelConfig, ranks: Ranks) -> Path:
-    """Returns the local folder of the model: as given, made (``builtin:tiny``), or downloaded once
-    a node.
+    """Returns the local folder of the model: a folder, the built-in one (made now), or a download,
+    once a node.
 
     Raises:
         UserError: no such folder, nothing to read in it, or a hub id that cannot be had.
@@ -125,16 +183,6 @@ def load_tokenizer(config: ModelConfig, folder: Path) -> Any:
             " tokenizer_config.json"
         )
     return tokenizer
-
-
-def vocab_size(folder: Path) -> int:
-    """Number of token ids that the model's embedding has."""
-    return int(architecture(folder).vocab_size)
-
-
-def positions(folder: Path) -> int | None:
-    """Number of positions the model was made for; None where config.json does not say."""
-    return getattr(architecture(folder), "max_position_embeddings", None)
 
 
 def architecture(folder: Path) -> Any:

@@ -1,7 +1,7 @@
 """How a frozen weight is stored: plain, NF4 or int8. The only file that imports bitsandbytes.
 
-A quantised layer keeps two frozen uint8 parameters, ``weight`` and ``weight_scale``. Each row of
-both belongs to the same row of W (out, in) and to no other, so a rank reads, quantises and holds
+A quantized layer keeps two frozen uint8 parameters, ``weight`` and ``weight_scale``. Each row of
+both belongs to the same row of W (out, in) and to no other, so a rank reads, quantizes and holds
 just its own rows.
 """
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from scalepeft.core.errors import UserError, unknown
 
 BLOCK = 64  # weights that share one NF4 scale, as in QLoRA
-GROUP = 256  # NF4 scales that share one range under double quantisation
+GROUP = 256  # NF4 scales that share one range under double quantization
 # The 16 quantiles of a normal distribution (QLoRA, arXiv 2305.14314, appendix E).
 NF4_VALUES = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -77,7 +77,7 @@ class Format:
         raise NotImplementedError
 
     def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantises rows (n, in) of any float dtype into the two byte tensors."""
+        """Quantizes rows (n, in) of any float dtype into the two byte tensors."""
         raise NotImplementedError
 
     def decode(self, weight: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
@@ -92,7 +92,7 @@ class NF4(Format):
 
     ``weight``: two codes a byte, the first in the high half. ``weight_scale``: absmax in fp32 (4.5
     bit a weight), or with ``double`` one byte each as ``low + byte * step`` with low and step in
-    fp32 for at most 256 scales of the same row (4.13 bit). bitsandbytes' own double quantisation
+    fp32 for at most 256 scales of the same row (4.13 bit). bitsandbytes' own double quantization
     takes one mean over the whole tensor, which no rank that holds a part of it could reproduce.
     """
 
@@ -112,7 +112,7 @@ class NF4(Format):
         return in_features // 2, scales
 
     def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantises with bitsandbytes' kernel."""
+        """Quantizes with bitsandbytes' kernel."""
         n, in_features = rows.shape
         width, scale_width = self.row_bytes(in_features)
         if n == 0:
@@ -132,7 +132,7 @@ class NF4(Format):
         return packed.view(n, width), torch.cat(parts, dim=1)
 
     def decode(self, weight: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
-        """Dequantises with bitsandbytes' kernel (fp64 by way of fp32)."""
+        """Dequantizes with bitsandbytes' kernel (fp64 by way of fp32)."""
         n = weight.shape[0]
         kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
         rows = _kernels().dequantize_4bit(
@@ -181,18 +181,18 @@ def get_format(name: str, double: bool = False) -> Format | None:
     """Returns the format for ``model.quant``; None for ``none`` (plain weights).
 
     Raises:
-        UserError: unknown name, or ``double_quant`` where there is nothing to quantise twice.
+        UserError: unknown name, or ``double_quant`` where there is nothing to quantize twice.
     """
     if double and name != "nf4":
         raise UserError(f"model.double_quant=true needs model.quant=nf4, not {name!r}")
     formats = {"none": None, "nf4": NF4(double), "int8": Int8()}
     if name not in formats:
-        raise unknown("quantisation (model.quant)", name, formats)
+        raise unknown("quantization (model.quant)", name, formats)
     return formats[name]
 
 
 class _QuantMatMul(torch.autograd.Function):
-    """``x W^T`` with W dequantised in forward and again in backward; no weight-sized tensor is
+    """``x W^T`` with W dequantized in forward and again in backward; no weight-sized tensor is
     saved.
     """
 
@@ -210,7 +210,7 @@ class _QuantMatMul(torch.autograd.Function):
 
 
 class QuantLinear(nn.Linear):
-    """A frozen ``nn.Linear`` whose W (out, in) is stored as bytes; made by ``quantise``, never
+    """A frozen ``nn.Linear`` whose W (out, in) is stored as bytes; made by ``quantize``, never
     constructed.
     """
 
@@ -218,7 +218,7 @@ class QuantLinear(nn.Linear):
     weight_scale: nn.Parameter
 
     def forward(self, x: Tensor) -> Tensor:
-        """``W x + b`` with W dequantised for the call."""
+        """``W x + b`` with W dequantized for the call."""
         y = matmul(self, x)
         return y if self.bias is None else y + self.bias
 
@@ -227,7 +227,7 @@ class QuantLinear(nn.Linear):
         return f"{super().extra_repr()}, {self.fmt}"
 
 
-def quantise(layer: nn.Linear, fmt: Format) -> None:
+def quantize(layer: nn.Linear, fmt: Format) -> None:
     """Swaps a plain layer to ``QuantLinear`` in place; on the meta device only shapes change."""
     if reason := fmt.refuses(layer.in_features):
         raise UserError(
@@ -324,14 +324,14 @@ def self_check(device: torch.device, fmt: Format) -> None:
         w = code.float() * row_scale
         expected = code.to(torch.int8).view(torch.uint8)
     weight, scale = fmt.encode(w.to(device))
-    where = f"quantisation self-check of {fmt} on {device} (torch {torch.__version__}) failed"
+    where = f"quantization self-check of {fmt} on {device} (torch {torch.__version__}) failed"
     if not torch.equal(weight.cpu(), expected):
         raise RuntimeError(
             f"{where}: wrong bytes. Update bitsandbytes, or take another model.quant"
         )
     decoded = fmt.decode(weight, scale, in_features, torch.float32)
     if not torch.allclose(decoded.cpu(), w, rtol=1e-6, atol=0):
-        raise RuntimeError(f"{where}: dequantised values differ. Update bitsandbytes")
+        raise RuntimeError(f"{where}: dequantized values differ. Update bitsandbytes")
     x = torch.sin(torch.arange(4 * in_features).float()).view(4, in_features).to(device)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 4e-2)):
         y = _QuantMatMul.apply(x.to(dtype), weight, scale, fmt)

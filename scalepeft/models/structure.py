@@ -1,12 +1,12 @@
 """A base's modules on the meta device, its blocks, its non-persistent tables."""
 
-import os
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from scalepeft.core.errors import UserError
+from scalepeft.core.launch import rank
 from scalepeft.core.log import say
 from scalepeft.models import quant
 from scalepeft.models.hub import PRECISIONS, ModelConfig, architecture
@@ -31,7 +31,7 @@ def build(config: ModelConfig, folder: Path, precision: str) -> nn.Module:
     blocks_of(model)
     fmt = quant.get_format(config.quant, config.double_quant)
     if fmt is not None:
-        _quantise_blocks(model, fmt, folder)
+        _quantize_blocks(model, fmt, folder)
     return model
 
 
@@ -46,7 +46,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(blocks)
 
 
-def _quantise_blocks(model: nn.Module, fmt: quant.Format, folder: Path) -> None:
+def _quantize_blocks(model: nn.Module, fmt: quant.Format, folder: Path) -> None:
     kept: dict[str, str] = {}
     for block in blocks_of(model):
         for name, layer in block.named_modules():
@@ -55,18 +55,18 @@ def _quantise_blocks(model: nn.Module, fmt: quant.Format, folder: Path) -> None:
             if reason := fmt.refuses(layer.in_features):
                 kept[name.rsplit(".", 1)[-1]] = reason
             else:
-                quant.quantise(layer, fmt)
+                quant.quantize(layer, fmt)
     if len(kept) and not any(isinstance(m, quant.QuantLinear) for m in model.modules()):
         raise UserError(
             f"model.quant={fmt.name}: no layer of {folder} can be stored so:"
             f" {next(iter(kept.values()))}"
         )
-    if kept and int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+    if kept and rank() == 0:
         for name, reason in kept.items():
-            say(f"{name} stays unquantised in every block: {reason}")
+            say(f"{name} stays unquantized in every block: {reason}")
 
 
-def materialise(model: nn.Module, device: torch.device) -> None:
+def materialize(model: nn.Module, device: torch.device) -> None:
     """Gives every meta parameter and buffer (sharded or whole) empty storage on ``device``; ties
     stay ties.
     """

@@ -1,4 +1,4 @@
-"""Base weights from safetensors: each rank reads, quantises and holds only its own rows."""
+"""Base weights from safetensors: each rank reads, quantizes and holds only its own rows."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from scalepeft.core.safetensors import DamagedFile, SafetensorsFile, Stored
 from scalepeft.models import quant
 from scalepeft.parallel.base import full_shape, local_part
 
-PIECE_BYTES = 64 << 20  # rows read and quantised at one time
+PIECE_BYTES = 64 << 20  # rows read and quantized at one time
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
@@ -133,7 +133,7 @@ class Weights:
 
 
 def load_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
-    """Fills this rank's rows of every base parameter from ``weights``, quantising on the way.
+    """Fills this rank's rows of every base parameter from ``weights``, quantizing on the way.
 
     A generator that stops after every module that holds parameters, so that ranks can agree in
     between; it takes the same number of turns on every rank.
@@ -161,10 +161,10 @@ def load_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
 
 
 def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weights: Weights) -> None:
-    """Fills this rank's rows of one base parameter, quantising on the way.
+    """Fills this rank's rows of one base parameter, quantizing on the way.
 
     Args:
-        module: what owns the parameter; of a quantised layer ``weight_scale`` is filled too.
+        module: what owns the parameter; of a quantized layer ``weight_scale`` is filled too.
         full_name: of the tensor in the files.
         name: of the parameter in the module.
         parameter: real, possibly sharded.
@@ -173,9 +173,9 @@ def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weight
     Raises:
         UserError: as ``load_weights``.
     """
-    quantised = isinstance(module, quant.QuantLinear) and name == "weight"
+    quantized = isinstance(module, quant.QuantLinear) and name == "weight"
     held = tuple(full_shape(parameter))
-    shape = (held[0], module.in_features) if quantised else held
+    shape = (held[0], module.in_features) if quantized else held
     entry = weights.entries.get(full_name)
     if entry is None:
         raise UserError(
@@ -189,7 +189,7 @@ def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weight
             f" says {list(shape)}; config.json and weights are of different models"
         )
     parts = [local_part(parameter)]
-    if quantised:
+    if quantized:
         assert isinstance(module, quant.QuantLinear)
         parts.append(local_part(module.weight_scale))
         quant.check_device(parts[0].data.device, module.fmt)
@@ -204,7 +204,7 @@ def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weight
     step = max(1, PIECE_BYTES // max(1, math.prod(entry.stored.shape[1:]) * entry.dtype.itemsize))
     for begin in range(first, last, step):
         rows = [weights.rows(full_name, begin, min(begin + step, last))]
-        if isinstance(module, quant.QuantLinear) and quantised:
+        if isinstance(module, quant.QuantLinear) and quantized:
             rows = list(module.fmt.encode(rows[0].to(parts[0].data.device, torch.float32)))
         for part, width, values in zip(parts, widths, rows, strict=True):
             part.put(begin * width, values.reshape(-1))

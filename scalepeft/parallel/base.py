@@ -34,6 +34,10 @@ class EngineConfig:
     activation_checkpointing: bool = False
 
 
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""AdamW's tensors of a parameter, in the order in which it makes them."""
+
+
 @plain_dataclass(frozen=True)
 class Part:
     """What one rank holds of a tensor: elements ``start`` .. ``stop`` of it, row after row.
@@ -135,7 +139,7 @@ class Engine:
         max_norm: float,
         norm: float,
     ) -> None:
-        """One optimiser step; gradients are first scaled to a norm of at most ``max_norm`` (0: no
+        """One optimizer step; gradients are first scaled to a norm of at most ``max_norm`` (0: no
         clipping) and then dropped.
         """
         if max_norm > 0:
@@ -156,7 +160,7 @@ class Engine:
     ) -> dict[str, Part]:
         """This rank's parts of what is trained, under canonical names; the same names everywhere.
 
-        Optimiser names are ``<parameter>/exp_avg``, ``/exp_avg_sq`` and ``/step``; a parameter that
+        Optimizer names are ``<parameter>/exp_avg``, ``/exp_avg_sq`` and ``/step``; a parameter that
         never had a gradient has none.
         """
         found: dict[str, Part] = {}
@@ -175,7 +179,7 @@ class Engine:
         self,
         trained: dict[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
-        kinds: dict[str, set[str]],
+        kinds: dict[str, list[str]],
         fill: Callable[[str, Part], None],
     ) -> None:
         """Restores what ``state_parts`` gave, whatever engine and world size it came from.
@@ -183,7 +187,7 @@ class Engine:
         Args:
             trained: the trained parameters by name.
             optimizer: over them, without state.
-            kinds: of each parameter, the optimiser's tensors that were saved: ``exp_avg``, ...
+            kinds: of each parameter, those of ``MOMENTS`` that were saved.
             fill: writes the saved elements into a part.
         """
         for name, parameter in trained.items():

@@ -59,7 +59,7 @@ class FSDP2(Engine):
         version = tuple(int(v) for v in torch.__version__.split("+")[0].split(".")[:2])
         if version < UINT8_SHARDS_SINCE and any(p.dtype == torch.uint8 for p in model.parameters()):
             raise UserError(
-                "a quantised base under engine.name=fsdp2 needs torch >= 2.13 (found"
+                "a quantized base under engine.name=fsdp2 needs torch >= 2.13 (found"
                 f" {torch.__version__}): earlier versions cannot shard uint8 parameters. Update"
                 " torch, take engine.name=ddp, or model.quant=none"
             )

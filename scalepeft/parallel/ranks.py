@@ -1,12 +1,9 @@
-"""Who this process is among all: ranks from torchrun, srun or accelerate, devices, and agreement
-between ranks.
-"""
+"""This process among all ranks: its device, collectives on the CPU, and agreement."""
 
 import gc
 import os
-import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -14,72 +11,13 @@ import torch
 import torch.distributed as dist
 
 from scalepeft.core.errors import UserError
+from scalepeft.core.launch import launch_variables
 from scalepeft.core.preemption import Stopping
 
 T = TypeVar("T")
-# Start-up work on one rank (tokenising, a first download) keeps the others waiting in a control
+# Start-up work on one rank (tokenizing, a first download) keeps the others waiting in a control
 # collective.
 CONTROL_TIMEOUT = timedelta(hours=2)
-
-
-def launch_variables(env: Mapping[str, str]) -> dict[str, str]:
-    """Returns RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT as torchrun sets them, from
-    srun if need be.
-
-    Under plain ``srun`` (one task a rank, no torchrun) the rendezvous is the first node of the step
-    and ``slurm_port``.
-
-    Raises:
-        UserError: a launcher set only some of the variables.
-    """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    given = {name: env[name] for name in names if name in env}
-    if "RANK" in given or "WORLD_SIZE" in given:
-        given.setdefault(
-            "LOCAL_RANK", given.get("RANK", "0") if given.get("WORLD_SIZE") == "1" else ""
-        )
-        missing = [name for name in names if not given.get(name)]
-        if given.get("WORLD_SIZE") == "1":
-            missing = [name for name in missing if not name.startswith("MASTER")]
-        if missing:
-            raise UserError(
-                f"the launcher set {', '.join(sorted(k for k in given if given[k]))} but not"
-                f" {', '.join(missing)}; start with torchrun, srun, accelerate launch or"
-                " launch/local.sh"
-            )
-        return given
-    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
-        nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_NODELIST"]
-        return {
-            "RANK": env["SLURM_PROCID"],
-            "WORLD_SIZE": env["SLURM_NTASKS"],
-            "LOCAL_RANK": env["SLURM_LOCALID"],
-            "MASTER_ADDR": env.get("MASTER_ADDR") or first_host(nodes),
-            "MASTER_PORT": env.get("MASTER_PORT") or str(slurm_port(env)),
-        }
-    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-
-
-def slurm_port(env: Mapping[str, str]) -> int:
-    """A port below the ephemeral ones, from job, step and restart.
-
-    Two jobs on one node do not meet, nor do a restarted job and ranks of its earlier start that
-    a hung node kept alive.
-    """
-    job, step = int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"])
-    return 10000 + (job + 101 * step + 1009 * int(env.get("SLURM_RESTART_COUNT", "0"))) % 22000
-
-
-def world_size() -> int:
-    """Number of ranks that the launcher started, known before they meet."""
-    return int(launch_variables(os.environ)["WORLD_SIZE"])
-
-
-def first_host(nodelist: str) -> str:
-    """Returns the first host of a Slurm node list: ``a[07-09,12],b3`` -> ``a07``."""
-    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodelist)
-    assert match, nodelist
-    return match[1] + (match[2] or "") + (match[3] or "")
 
 
 def pick_device(wanted: str, local_rank: int) -> torch.device:
@@ -233,6 +171,23 @@ class Ranks:
             dist.broadcast_object_list(result, src=0, group=self.control)
         return result[0]  # type: ignore[return-value]
 
+    def alone(self, work: Callable[[], T]) -> T:
+        """``main_only`` for long work that polls for a signal: its Stopping is everyone's."""
+        stopped = False
+
+        def guarded() -> T | None:
+            nonlocal stopped
+            try:
+                return work()
+            except Stopping:
+                stopped = True
+                return None
+
+        result = self.main_only(guarded)
+        if self.any(stopped):
+            raise Stopping
+        return result  # type: ignore[return-value]
+
     def finish(self, *_released: object) -> None:
         """Leaves the process group; call with no engine or model alive (DDP over gloo would hang at
         exit).
@@ -241,26 +196,3 @@ class Ranks:
             dist.barrier(group=self.control)
             gc.collect()
             dist.destroy_process_group()
-
-
-def rank() -> int:
-    """The rank of this process in a job of several, each of which runs its own child."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-
-
-def alone(ranks: Ranks, work: Callable[[], T]) -> T:
-    """Runs ``work`` on rank 0 while the others wait; its Stopping is everyone's."""
-    stopped = False
-
-    def guarded() -> T | None:
-        nonlocal stopped
-        try:
-            return work()
-        except Stopping:
-            stopped = True
-            return None
-
-    found = ranks.main_only(guarded)
-    if ranks.any(stopped):
-        raise Stopping
-    return found  # type: ignore[return-value]

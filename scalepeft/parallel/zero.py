@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: stage 1 splits the optimiser over the ranks, 2 its gradients too, 3 also every
+"""DeepSpeed's ZeRO: stage 1 splits the optimizer over the ranks, 2 its gradients too, 3 also every
 parameter.
 
 Letters: N ranks. DeepSpeed divides summed gradients by N; the loss is multiplied by N before.
@@ -31,10 +31,10 @@ class ZeroConfig(EngineConfig):
     """Settings of the DeepSpeed engine.
 
     Attributes:
-        stage: 1: each rank keeps 1/N of the optimiser's state; 2: and of the gradients; 3: and of
+        stage: 1: each rank keeps 1/N of the optimizer's state; 2: and of the gradients; 3: and of
             every parameter, the frozen base included. Stages 1 and 2 keep the whole base on each
-            rank: for adapters, whose optimiser is small, they save little over ``ddp``.
-        offload_optimizer: optimiser state and its step on the host.
+            rank: for adapters, whose optimizer is small, they save little over ``ddp``.
+        offload_optimizer: optimizer state and its step on the host.
         whole_below: stage 3: parameters of at most so many elements (norms, small adapters) stay
             whole on every rank between steps, DeepSpeed's ``stage3_param_persistence_threshold``.
         offload_parameters: stage 3: the parts of the parameters too; a block is copied to the
@@ -94,7 +94,7 @@ class Zero(Engine):
     config: ZeroConfig
     _engine: Any = None
     _optimizer: Any = None
-    """DeepSpeed's wrapper around the optimiser, where there is one."""
+    """DeepSpeed's wrapper around the optimizer, where there is one."""
     _group: dict[int, int]
     """Number of its group that a parameter is in, by id."""
 
@@ -157,7 +157,7 @@ class Zero(Engine):
                 module._parameters[name] = made[id(p)]
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> nn.Module:
-        """Hands model and optimiser to DeepSpeed, which splits the optimiser's parameters."""
+        """Hands model and optimizer to DeepSpeed, which splits the optimizer's parameters."""
         if optimizer is None and self.config.stage != 3:
             return model
         rates = [group["lr"] for group in optimizer.param_groups] if optimizer else []
@@ -257,7 +257,7 @@ class Zero(Engine):
             held.averaged_gradients[i] = held.all_grad_tensors[i] = None
 
     def _flat(self, parameter: nn.Parameter) -> tuple[Tensor, int, int, int]:
-        """Where this rank's elements of a parameter lie in the optimiser's flat fp32 memory.
+        """Where this rank's elements of a parameter lie in the optimizer's flat fp32 memory.
 
         Returns:
             The flat tensor, the offset in it, the number of elements, and the index of the first in
@@ -287,7 +287,7 @@ class Zero(Engine):
     def state_parts(
         self, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> dict[str, Part]:
-        """The parts that the optimiser is split into: of parameters as of moments."""
+        """The parts that the optimizer is split into: of parameters as of moments."""
         found: dict[str, Part] = {}
         for i, (name, parameter) in enumerate(trained.items()):
             found[name] = self._part(parameter, None)
@@ -305,10 +305,10 @@ class Zero(Engine):
         self,
         trained: dict[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
-        kinds: dict[str, set[str]],
+        kinds: dict[str, list[str]],
         fill: Callable[[str, Part], None],
     ) -> None:
-        """Fills the optimiser's parts; a parameter without saved moments begins with zeros."""
+        """Fills the optimizer's parts; a parameter without saved moments begins with zeros."""
         for name, parameter in trained.items():
             fill(name, self._part(parameter, None))
             flat, *_ = self._flat(parameter)

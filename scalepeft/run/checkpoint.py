@@ -22,16 +22,13 @@ from typing import Any
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import digest, fsync, try_to_write, write_atomically
 from scalepeft.core.log import say
+from scalepeft.run.lease import check_fence, largest_generation, stored_generation
 from scalepeft.run.tensors import Reader
 
 SCHEMA = 2  # 1 had no files in parts
 NAME = re.compile(r"step-(\d{6,})")
 CLAIM_SECONDS = 5.0  # a start that is claiming is given so long to finish
 NO_FOLDER_RENAME = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EPERM}
-
-
-class Fenced(Exception):
-    """A newer start of the same run owns the folder; this process must not write."""
 
 
 class NewerCheckpoint(Exception):
@@ -104,7 +101,7 @@ class RunFolder:
         """A number that no other start takes: its file is made by one of them alone."""
         # A generation file that was lost must not let the count begin anew, below that of a frozen
         # writer.
-        number = max(seen, _largest_generation(self.path)) + 1
+        number = max(seen, largest_generation(self.path)) + 1
         while True:
             until = time.monotonic() + CLAIM_SECONDS
             try:
@@ -126,7 +123,7 @@ class RunFolder:
             number += 1  # whoever made that file ended before it could write
 
     def check_fence(self) -> None:
-        """Raises Fenced if the run was started again since this process took the folder."""
+        """Raises Superseded if the run was started again since this process took the folder."""
         check_fence(self.path, self.generation)
 
     def begin(self, step: int) -> Path:
@@ -134,7 +131,7 @@ class RunFolder:
 
         Raises:
             OSError: the disk refused.
-            Fenced: another start owns the folder.
+            Superseded: another start owns the folder.
         """
         self.check_fence()
         temporary = self.checkpoints / f"step-{step:06d}.tmp-{self.generation}"
@@ -156,7 +153,7 @@ class RunFolder:
         Raises:
             OSError: the disk refused; nothing of this checkpoint is left, the older ones are
                 untouched.
-            Fenced: another start owns the folder.
+            Superseded: another start owns the folder.
         """
         final = temporary.with_name(temporary.name.partition(".")[0])
         step = int(final.name.partition("-")[2])
@@ -290,36 +287,6 @@ class RunFolder:
         except DamagedCheckpoint:
             return False
         return True
-
-
-def stored_generation(run_dir: Path) -> int:
-    """Number of the start that owns a run folder; 0 where none ever did."""
-    file = run_dir / "generation"
-    text = file.read_bytes().decode(errors="replace").strip() if file.is_file() else ""
-    return int(text) if text.isdecimal() else 0
-
-
-def _largest_generation(run_dir: Path) -> int:
-    """The largest generation that the run's events and checkpoints were written under."""
-    manifests = run_dir.glob("checkpoints/*/manifest.json")
-    files = [file for file in (run_dir / "events.jsonl", *manifests) if file.is_file()]
-    found = (
-        int(number)
-        for file in files
-        for number in re.findall(r'"generation": (\d+)', file.read_text(errors="replace"))
-    )
-    return max(found, default=0)
-
-
-def check_fence(run_dir: Path, generation: int) -> None:
-    """Raises Fenced if a run folder belongs to a newer start than this, OSError if it does not
-    say.
-    """
-    if (stored := stored_generation(run_dir)) > generation:
-        raise Fenced(
-            f"run_dir={run_dir}: start {stored} of this run owns the folder, this is start"
-            f" {generation}; it stops without writing"
-        )
 
 
 def _signature(folder: Path) -> list[tuple[str, int, int, int]]:

@@ -34,7 +34,8 @@ def load_run(run_dir: str, settings: list[str], allowed: tuple[str, ...], what: 
     file = Path(run_dir) / "config.yaml"
     if not file.is_file():
         raise UserError(
-            f"{run_dir} is no run folder: it has no config.yaml; name the run_dir of a training"
+            f"{run_dir} is not a run directory: it has no config.yaml; name the run_dir of"
+            " a training"
         )
     values = read_mapping(file, yaml.safe_load, "restore the config of the run")
     for setting in settings:

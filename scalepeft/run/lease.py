@@ -1,11 +1,12 @@
-"""Who holds a run folder: the start that trains in it leaves its name and shows that it lives.
+"""Whose a run folder is: the fencing token, and the lease of the start that trains in it.
 
-The fence (``checkpoint.check_fence``) keeps an old writer from doing harm; this keeps a second
-launch of the same run from ending the first by mistake.
+The fencing token (``generation``, the number of the start) keeps an old writer from doing harm; the
+lease keeps a second launch of the same run from ending the first by mistake.
 """
 
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -18,6 +19,40 @@ from scalepeft.core.log import say
 
 BEAT_SECONDS = 2.0
 WATCH_SECONDS = 30.0  # without a sign of life from another machine, after which it counts as gone
+
+
+class Superseded(Exception):
+    """A newer start of the same run owns the folder; this process must not write."""
+
+
+def stored_generation(run_dir: Path) -> int:
+    """Number of the start that owns a run folder; 0 where none ever did."""
+    file = run_dir / "generation"
+    text = file.read_bytes().decode(errors="replace").strip() if file.is_file() else ""
+    return int(text) if text.isdecimal() else 0
+
+
+def largest_generation(run_dir: Path) -> int:
+    """The largest generation that the run's events and checkpoints were written under."""
+    manifests = run_dir.glob("checkpoints/*/manifest.json")
+    files = [file for file in (run_dir / "events.jsonl", *manifests) if file.is_file()]
+    found = (
+        int(number)
+        for file in files
+        for number in re.findall(r'"generation": (\d+)', file.read_text(errors="replace"))
+    )
+    return max(found, default=0)
+
+
+def check_fence(run_dir: Path, generation: int) -> None:
+    """Raises Superseded if a run folder belongs to a newer start than this, OSError if it does not
+    say.
+    """
+    if (stored := stored_generation(run_dir)) > generation:
+        raise Superseded(
+            f"run_dir={run_dir}: start {stored} of this run owns the folder, this is start"
+            f" {generation}; it stops without writing"
+        )
 
 
 def _machine() -> str:
@@ -37,7 +72,7 @@ def _began(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
-class Hold:
+class Lease:
     """This process's name in a run folder, from the claim to ``release``.
 
     Args:
@@ -49,7 +84,7 @@ class Hold:
 
     def __init__(self, run_dir: Path, generation: int, job: str | None, restarts: int) -> None:
         self._file, self._beat = run_dir / "holder.json", run_dir / "heartbeat"
-        self._held = {
+        self._owner = {
             "start": generation,
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -59,7 +94,7 @@ class Hold:
             "restarts": restarts,
         }
         self._over = threading.Event()
-        write_atomically(self._file, json.dumps(self._held) + "\n")
+        write_atomically(self._file, json.dumps(self._owner) + "\n")
         self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
         self._thread.start()
 
@@ -68,14 +103,14 @@ class Hold:
         while not self._over.wait(BEAT_SECONDS):
             number += 1
             try:
-                self._beat.write_text(f"{self._held['start']} {number}\n")
+                self._beat.write_text(f"{self._owner['start']} {number}\n")
             except OSError as error:
                 if not told:
                     say(f"{self._beat}: {error.strerror}: others cannot see that this run lives")
                 told = True
 
     def release(self) -> None:
-        """Says that nobody holds the folder any more."""
+        """Gives the folder back."""
         self._over.set()
         self._thread.join()
         try:
@@ -85,14 +120,14 @@ class Hold:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Of a file that is broken, a holder without a name: its heartbeat tells."""
-    held: dict[str, Any] = dict.fromkeys(("start", "host", "pid"), "?")
+    """The owner's entry; of a broken file one without a name, whose heartbeat still tells."""
+    unnamed: dict[str, Any] = dict.fromkeys(("start", "host", "pid"), "?")
     try:
-        return held | json.loads(file.read_text())
+        return unnamed | json.loads(file.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, TypeError):
-        return held
+        return unnamed
 
 
 def _text(file: Path) -> str:
@@ -100,25 +135,25 @@ def _text(file: Path) -> str:
 
 
 def check_free(run_dir: Path, job: str | None, restarts: int) -> None:
-    """Refuses a run folder in which another start is training.
+    """Raise UserError if another start is training in the run folder.
 
     What this very Slurm job was before its restart is no other: Slurm has ended it, and should its
     node wake up again, the fence stops it. On this machine the process itself is looked for; of
     another machine's, a sign of life is awaited for 30 s, without comparing clocks.
 
     Raises:
-        UserError: with host, process and job of the holder.
+        UserError: with host, process and job of the owner.
     """
-    held = _read(run_dir / "holder.json")
-    earlier = held.get("restarts")
-    same = job is not None and held.get("job") == job
-    if not held or (same and isinstance(earlier, int) and earlier < restarts):
+    owner = _read(run_dir / "holder.json")
+    earlier = owner.get("restarts")
+    same = job is not None and owner.get("job") == job
+    if not owner or (same and isinstance(earlier, int) and earlier < restarts):
         return
-    name = f"start {held['start']} on {held['host']}, pid {held['pid']}"
-    name += f", Slurm job {held['job']}" if held.get("job") else ""
-    if held.get("machine") == _machine():
-        began = _began(held["pid"]) if isinstance(held["pid"], int) else None
-        if held["pid"] == os.getpid() or began is None or began != held.get("began"):
+    name = f"start {owner['start']} on {owner['host']}, pid {owner['pid']}"
+    name += f", Slurm job {owner['job']}" if owner.get("job") else ""
+    if owner.get("machine") == _machine():
+        began = _began(owner["pid"]) if isinstance(owner["pid"], int) else None
+        if owner["pid"] == os.getpid() or began is None or began != owner.get("began"):
             return
     else:
         before, since = _text(run_dir / "heartbeat"), time.monotonic()
@@ -127,8 +162,8 @@ def check_free(run_dir: Path, job: str | None, restarts: int) -> None:
                 say(f"{run_dir}: no sign of life from {name} for {WATCH_SECONDS:g} s: taken over")
                 return
             time.sleep(0.5)
-    end = f"scancel {held['job']}" if held.get("job") else "end it with SIGTERM"
+    end = f"scancel {owner['job']}" if owner.get("job") else "end it with SIGTERM"
     raise UserError(
-        f"run_dir={run_dir}: is held by {name}, which is training there; wait for it, or {end},"
+        f"run_dir={run_dir}: is in use by {name}, which is training there; wait for it, or {end},"
         " or choose another run_dir"
     )

@@ -61,9 +61,9 @@ class Progress:
         self._track("train", row)
 
     def held_out(self, row: dict[str, Any]) -> None:
-        """Shows a held-out loss."""
+        """Shows a validation loss."""
         loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
-        self.line(f"step {row['step']}/{self.steps} held-out loss {loss}")
+        self.line(f"step {row['step']}/{self.steps} validation loss {loss}")
         self._track("held_out", row)
 
     def line(self, text: str) -> None:

@@ -2,9 +2,12 @@
 adapter/.
 """
 
+import errno
 import json
 import socket
+import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,10 @@ from scalepeft.core.files import read_lines, read_mapping, write_atomically
 from scalepeft.core.log import say
 from scalepeft.core.preemption import tell_job
 from scalepeft.core.slurm import slurm_job, slurm_start
-from scalepeft.run.checkpoint import RunFolder, stored_generation
+from scalepeft.parallel.ranks import Ranks
+from scalepeft.run.checkpoint import Checkpoint, RunFolder
 from scalepeft.run.folder import check_same_run
-from scalepeft.run.lease import Hold, check_free
+from scalepeft.run.lease import Lease, check_free, stored_generation
 from scalepeft.run.logs import RowLog
 from scalepeft.run.progress import Progress
 from scalepeft.run.provenance import commit, peak_memory, versions
@@ -26,26 +30,75 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "bitsandbytes
 """Whose versions a start writes down."""
 
 
-class Records:
-    """The run folder on rank 0: takes the next generation, finds where to resume, keeps logs."""
+@dataclass
+class Save:
+    """A save between its begin and its commit.
 
-    def __init__(self, config: RunConfig, allow_changes: bool) -> None:
-        check_same_run(config, allow_changes)
-        check_free(Path(config.run_dir), *slurm_start())
-        self.config = config
-        self._hold: Hold | None = None
-        self.folder = RunFolder(Path(config.run_dir))
-        self.resumed, passed_over = self.folder.newest()
-        for reason in passed_over:
-            say(f"checkpoint passed over: {reason}")
+    Attributes:
+        step: steps that are done.
+        folder: from ``begin_save``, for all files.
+        state: position in the data, and what the checkpoint may be continued with.
+        begin: ``time.monotonic()`` when it began.
+        stall: seconds that the training stood still for a save in the background; else 0.
+        files: bytes and checksums of what this rank wrote.
+        error: whether a newer start owns the folder, and what went wrong.
+        thread: writes in the background.
+    """
+
+    step: int
+    folder: Path
+    state: dict[str, Any]
+    begin: float
+    stall: float = 0.0
+    files: dict[str, Any] = field(default_factory=dict)
+    error: tuple[bool, str] | None = None
+    thread: threading.Thread | None = None
+    cancelled: bool = False
+
+    def check(self) -> None:
+        """Raises OSError if the save was cancelled."""
+        if self.cancelled:
+            raise OSError(errno.ECANCELED, "cancelled for the save of the last step")
+
+
+class RunRecorder:
+    """A run's folder and what is written into it, on every rank: rank 0 reads and writes.
+
+    ``claim``, ``finished``, ``show``, ``begin_save``, ``commit_save`` and ``save_adapter`` are
+    collectives; the others do nothing off rank 0.
+
+    Attributes:
+        resumed: the newest checkpoint that verifies; the same on every rank.
+        generation: number of this start, the fencing token; 0 before ``claim``.
+        evaluated: step of the newest validation loss.
+
+    Raises:
+        UserError: the folder holds a run of another config, is in use, or cannot be written.
+    """
+
+    def __init__(self, config: RunConfig, ranks: Ranks, allow_changes: bool) -> None:
+        self.config, self.ranks, self.path = config, ranks, Path(config.run_dir)
+        self.generation = self.evaluated = 0
+        self.folder: RunFolder
         self.metrics: RowLog
         self.validation: RowLog
-        self.progress: Progress | None = None
-        self.lost: dict[str, float] = {}
+        self._lease: Lease | None = None
+        self._progress: Progress | None = None
+        self._lost: dict[str, float] = {}
         """What came between the last sign of life of the run and this start; for the report."""
+        self.resumed: Checkpoint | None = ranks.main_only(lambda: self._open(allow_changes))
+
+    def _open(self, allow_changes: bool) -> Checkpoint | None:
+        check_same_run(self.config, allow_changes)
+        check_free(self.path, *slurm_start())
+        self.folder = RunFolder(self.path)
+        resumed, passed_over = self.folder.newest()
+        for reason in passed_over:
+            say(f"checkpoint passed over: {reason}")
+        return resumed
 
     def claim(self, launched: float) -> None:
-        """Makes the run folder this process's own, once all that can be wrong has been checked.
+        """Makes the run folder this start's own, once all that can be wrong has been checked.
 
         An older process of it that was taken for dead stops at its next write; what it saved
         meanwhile is what resumes here.
@@ -53,26 +106,33 @@ class Records:
         Args:
             launched: when this process began, in seconds of the epoch.
         """
-        seen = stored_generation(self.folder.path)
-        check_free(self.folder.path, *slurm_start())  # once more: loading took its time
+        self.generation, self.resumed, self.evaluated = self.ranks.main_only(
+            lambda: self._claim(launched)
+        )
+
+    def _claim(self, launched: float) -> tuple[int, Checkpoint | None, int]:
+        path = self.path
+        seen = stored_generation(path)
+        check_free(path, *slurm_start())  # once more: loading took its time
         self.folder.claim(seen)
-        self._hold = Hold(self.folder.path, self.folder.generation, *slurm_start())
-        self.resumed, _ = self.folder.newest()
-        path, step = self.folder.path, self.resumed.step if self.resumed else 0
-        if self.resumed:
+        self._lease = Lease(path, self.folder.generation, *slurm_start())
+        resumed, _ = self.folder.newest()
+        step = resumed.step if resumed else 0
+        if resumed:
             say(f"resuming {path} at step {step}")
         write_atomically(path / "config.yaml", cfg.dump(self.config))
-        self.lost = self._lost_since(step, launched)
+        self._lost = self._lost_since(step, launched)
         if step:  # a start that saves nothing has gained nothing
             tell_job("progress", f"step {step}")
         self.metrics = RowLog(path / "metrics.jsonl", step)
         self.validation = RowLog(path / "validation.jsonl", step)
         if self.metrics.last_step < step:
             say(f"metrics.jsonl lacks rows: it ends at step {self.metrics.last_step} of {step}")
+        return self.folder.generation, resumed, self.validation.last_step
 
     def _lost_since(self, step: int, launched: float) -> dict[str, float]:
-        events = read_lines(self.folder.path / "events.jsonl", "event", "time")
-        rows = read_lines(self.folder.path / "metrics.jsonl", "step", "seconds", "time")
+        events = read_lines(self.path / "events.jsonl", "event", "time")
+        rows = read_lines(self.path / "metrics.jsonl", "step", "seconds", "time")
         if not events:
             return {}
         gap = max(0.0, launched - max(row["time"] for row in (*events, *rows)))
@@ -89,7 +149,10 @@ class Records:
 
     def finished(self) -> bool:
         """True if the adapter of this very config is written and no step is left to do."""
-        file = self.folder.path / "adapter" / "adapter_config.json"
+        return self.ranks.main_only(self._finished)
+
+    def _finished(self) -> bool:
+        file = self.path / "adapter" / "adapter_config.json"
         if self.resumed is None or not file.is_file():
             return False
         done = read_mapping(file, json.loads, f"remove {file.parent} to have it written again")
@@ -98,15 +161,17 @@ class Records:
 
     def event(self, name: str, step: int, **more: Any) -> None:
         """Appends a line to events.jsonl: starts, stops and saves, for reports and job scripts."""
+        if not self.ranks.is_main:
+            return
         row = {
             "event": name,
             "time": time.time(),
-            "generation": self.folder.generation,
+            "generation": self.generation,
             "step": step,
             **more,
         }
         try:
-            with (self.folder.path / "events.jsonl").open("a") as f:
+            with (self.path / "events.jsonl").open("a") as f:
                 f.write(json.dumps(row) + "\n")
         except OSError as error:
             say(f"events.jsonl: {error.strerror}")
@@ -115,16 +180,23 @@ class Records:
         """Writes the start event: where, when and with what this start began, and what was lost
         before it.
         """
+        if not self.ranks.is_main:
+            return
         job, restarts = slurm_start()
         if job:
             more |= {"job": job, "restarts": restarts}
         more |= {"versions": versions(*LIBRARIES), "commit": commit()}
         host = socket.gethostname()
-        self.event("start", step, launched=launched, host=host, **self.lost, **more)
+        self.event("start", step, launched=launched, host=host, **self._lost, **more)
 
     def show(self, first_step: int, steps: int) -> None:
-        """Opens the bar and the trackers."""
-        self.progress = Progress(self.config, first_step, steps)
+        """Opens the bar and the trackers. Raises UserError: a tracker is not installed."""
+
+        def show() -> None:
+            if self.ranks.is_main:
+                self._progress = Progress(self.config, first_step, steps)
+
+        self.ranks.together(show)
 
     def close(self, finished: bool, planned: bool) -> None:
         """Writes the last event and tells user and job script how the run ended.
@@ -133,94 +205,97 @@ class Records:
             finished: the adapter is written.
             planned: the stop was ``train.stop_at``'s, so the job is not to come back by itself.
         """
-        path = self.folder.path
-        if self._hold is not None:
-            self._hold.release()
-        if self.progress is not None:
-            self.progress.close()
-        step = max(self.folder.steps(), default=0)
-        if self.folder.generation:
+        if not self.ranks.is_main:
+            return
+        if self._lease is not None:
+            self._lease.release()
+        if self._progress is not None:
+            self._progress.close()
+        path, step = self.path, max(self.folder.steps(), default=0)
+        if self.generation:
             name = "finished" if finished else "stopped"
             self.event(name, step, planned=planned, **peak_memory())
         if finished:
             say(f"finished: adapter in {path}/adapter, loss in {path}/metrics.jsonl")
-        elif planned:
-            say(
-                f"stopped by train.stop_at, saved at step {step}; the same command continues {path}"
-            )
-            tell_job("planned", f"step {step}")
-        else:
-            say(f"stopped by a signal, saved at step {step}; the same command continues {path}")
-            tell_job("stopped", f"step {step}")
+            return
+        by = "train.stop_at" if planned else "a signal"
+        say(f"stopped by {by}, saved at step {step}; the same command continues {path}")
+        tell_job("planned" if planned else "stopped", f"step {step}")
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends a step to metrics.jsonl and shows it."""
-        row["time"] = time.time()
-        if complaint := self._append(self.metrics, row):
-            say(f"metrics.jsonl: {complaint}; the rows wait in memory")
-        if self.progress is not None:
-            self.progress.step(row)
+        if self.ranks.is_main:
+            row["time"] = time.time()
+            self._append(self.metrics, row)
+            if self._progress is not None:
+                self._progress.step(row)
 
     def held_out(self, row: dict[str, Any]) -> None:
-        """Appends a held-out loss to validation.jsonl and shows it."""
-        if complaint := self._append(self.validation, row):
-            say(f"validation.jsonl: {complaint}; the rows wait in memory")
-        if self.progress is not None:
-            self.progress.held_out(row)
+        """Appends a validation loss to validation.jsonl and shows it."""
+        self.evaluated = row["step"]
+        if self.ranks.is_main:
+            self._append(self.validation, row)
+            if self._progress is not None:
+                self._progress.held_out(row)
 
-    def _append(self, log: "RowLog", row: dict[str, Any]) -> str | None:
+    def _append(self, log: RowLog, row: dict[str, Any]) -> None:
         log.keep(row)
         try:
             self.folder.check_fence()
+            reason = log.flush()
         except OSError as error:
-            return error.strerror or str(error)
-        return log.flush()
+            reason = error.strerror or str(error)
+        if reason:
+            say(f"{log.path.name}: {reason}; the rows wait in memory")
 
-    def begin_save(self, step: int) -> Path:
+    def begin_save(self, step: int) -> tuple[Path | None, str]:
         """Makes the folder that the ranks write into; the logs are on the disk before.
 
-        Raises:
-            OSError: the disk refused.
+        Returns:
+            The folder, or None and why the disk refused.
         """
-        self.metrics.sync()
-        self.validation.sync()
-        return self.folder.begin(step)
 
-    def commit_save(
-        self,
-        step: int,
-        temporary: Path,
-        files: dict[str, Any],
-        state: dict[str, Any],
-        begin: float,
-        stall: float,
-    ) -> str | None:
-        """Commits a checkpoint; returns the disk's complaint if there is none to be had.
+        def begin() -> tuple[Path | None, str]:
+            try:
+                self.metrics.sync()
+                self.validation.sync()
+                return self.folder.begin(step), ""
+            except OSError as error:
+                return None, error.strerror or str(error)
 
-        Args:
-            step: steps that are done.
-            temporary: from ``begin_save``, with all files.
-            files: their bytes and checksums.
-            state: position in the data, and what the checkpoint may be continued with.
-            begin: ``time.monotonic()`` when the save began.
-            stall: seconds that the training stood still, if it went on meanwhile; else 0.
-        """
-        try:
-            self.folder.commit(temporary, files, state, self.config.train.keep_checkpoints)
-        except OSError as error:
-            return error.strerror or str(error)
-        took = time.monotonic() - begin
-        size = sum(info["bytes"] for info in files.values())
-        self.event("saved", step, seconds=stall or took, written=took, bytes=size)
-        tell_job("progress", f"step {step}")
-        return None
+        return self.ranks.main_only(begin)
+
+    def abandon_save(self, temporary: Path) -> None:
+        """Removes what a save left that failed on some rank."""
+        if self.ranks.is_main:
+            self.folder.abandon(temporary)
+
+    def commit_save(self, save: Save, files: dict[str, Any]) -> str | None:
+        """Commits a checkpoint of these files; returns why the disk refused, or None."""
+
+        def commit() -> str | None:
+            keep = self.config.train.keep_checkpoints
+            try:
+                self.folder.commit(save.folder, files, save.state, keep)
+            except OSError as error:
+                return error.strerror or str(error)
+            took = time.monotonic() - save.begin
+            size = sum(info["bytes"] for info in files.values())
+            self.event("saved", save.step, seconds=save.stall or took, written=took, bytes=size)
+            tell_job("progress", f"step {save.step}")
+            return None
+
+        return self.ranks.main_only(commit)
 
     def save_adapter(self, step: int, base: dict[str, Any]) -> None:
         """Writes adapter/: ``adapter.safetensors`` out of the last checkpoint, then
-        ``adapter_config.json``, which says it is complete.
+        ``adapter_config.json``, whose presence means that it is complete.
         """
+        self.ranks.main_only(lambda: self._save_adapter(step, base))
+
+    def _save_adapter(self, step: int, base: dict[str, Any]) -> None:
         self.folder.check_fence()
-        folder = self.folder.path / "adapter"
+        folder = self.path / "adapter"
         folder.mkdir(exist_ok=True)
         temporary = folder / "adapter.safetensors.tmp"
         reader = Reader(self.folder.checkpoints / f"step-{step:06d}")

@@ -93,8 +93,8 @@ class Stage:
 
     def changes(self, inputs: Any) -> str:
         """Names the inputs that differ from those it was done or begun with; empty if none."""
-        held = self.done() or self.begun()
-        return differing(held.get("inputs"), plain(inputs)) if held else ""
+        manifest = self.done() or self.begun()
+        return differing(manifest.get("inputs"), plain(inputs)) if manifest else ""
 
 
 def plain(value: Any) -> Any:

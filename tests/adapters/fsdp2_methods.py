@@ -43,7 +43,7 @@ def build(name: str, variant: Variant) -> nn.Sequential:
     net = nn.Sequential(Block(), Block())
     fmt = quant.get_format("nf4")
     for layer in [m for m in net.modules() if isinstance(m, nn.Linear)]:
-        quant.quantise(layer, fmt)
+        quant.quantize(layer, fmt)
     square = variant.settings.get("structure") == "ldr" and "placement" not in variant.settings
     layers = ["q_proj"] if square else ["q_proj", "k_proj", "up_proj", "down_proj"]
     settings: dict[str, Any] = {"name": name, **variant.settings, "target_modules": layers}

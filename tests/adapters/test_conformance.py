@@ -214,7 +214,7 @@ def base_layer(kind: str, shape: tuple[int, int], bias: bool) -> nn.Linear:
     if kind.endswith("bf16"):
         layer = layer.bfloat16()
     if storage not in ("", "plain"):
-        quant.quantise(layer, quant.get_format(storage))
+        quant.quantize(layer, quant.get_format(storage))
     return layer.requires_grad_(False)
 
 
@@ -539,7 +539,7 @@ def test_a_shape_that_cannot_be_is_refused_in_one_line(
 
 def test_nf4_refuses_a_width_that_64_does_not_divide() -> None:
     with pytest.raises(UserError, match="172 is not a multiple of 64"):
-        quant.quantise(nn.Linear(172, 64), quant.get_format("nf4"))
+        quant.quantize(nn.Linear(172, 64), quant.get_format("nf4"))
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ def layer_of(kind: str, name: str, out: int, inp: int, **settings: Any) -> nn.Li
     torch.manual_seed(1)
     layer = nn.Linear(inp, out)
     if kind != "plain":
-        quant.quantise(layer, quant.get_format(kind))
+        quant.quantize(layer, quant.get_format(kind))
     return scalepeft.adapt(layer, name, **settings)
 
 

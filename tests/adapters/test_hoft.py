@@ -46,7 +46,7 @@ def make(
     if kind == "fp64":
         layer = layer.double()
     elif kind != "plain":
-        quant.quantise(layer, quant.get_format(kind.removesuffix("-dq"), kind.endswith("-dq")))
+        quant.quantize(layer, quant.get_format(kind.removesuffix("-dq"), kind.endswith("-dq")))
     return scalepeft.adapt(layer, name, rank=rank, **settings)
 
 

@@ -17,6 +17,7 @@ from scalepeft.config import files as config_files
 from scalepeft.config import schema as cfg
 from scalepeft.data.loader import MicroBatch
 from scalepeft.data.tokens import PAD_TO
+from scalepeft.models.hub import open_base
 from scalepeft.models.weights import resident_bytes
 from scalepeft.parallel.base import local_part
 from scalepeft.parallel.ranks import Ranks
@@ -25,7 +26,7 @@ from scalepeft.trainer import Trainer
 
 def measure(config: cfg.RunConfig, ranks: Ranks) -> dict[str, Any]:
     """The third step: by then the optimiser has its state."""
-    built = build(config, ranks, lambda: None)
+    built = build(config, open_base(config.model, ranks), ranks, lambda: None)
     trainer = Trainer(config, ranks, built, "")
     mine = config.train.global_batch // ranks.world_size
     rows = min(mine, config.train.micro_batch)

@@ -215,7 +215,7 @@ def test_what_training_refuses_at_its_start(
     other, holds = fixes(capsys, *settings, "engine=fsdp2", "train.lr=1")
     assert other.startswith(f"run config: run_dir={run_dir} holds a run with another config (")
     assert "engine.name: single there, fsdp2 now" in other and "train.lr: 0.003 there" in other
-    assert holds.startswith(f"holder: run_dir={run_dir}: ") and "start 1 on here, pid " in holds
+    assert holds.startswith(f"holder: run_dir={run_dir}: is in use by start 1 on here, pid ")
     (run_dir / "holder.json").unlink()
     assert fixes(capsys, *settings) == []
     five = context()

@@ -104,7 +104,7 @@ def test_the_prompts_end_is_tokenised_as_documented(shared_data: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizer/mistral_v1")
     chosen = task("llm-adapters")
-    trained = data.tokenise([chosen.example(ROW, "f#1", "train")], tokenizer, chosen.config)
+    trained = data.tokenize([chosen.example(ROW, "f#1", "train")], tokenizer, chosen.config)
     pieces = tokenizer.convert_ids_to_tokens(trained.tokens.tolist())
     assert pieces[0] == "<s>" and pieces[-1] == "</s>" and int(trained.label_start[0]) == 1
     at = len(pieces) - 1 - pieces[::-1].index("▁the")
@@ -112,14 +112,14 @@ def test_the_prompts_end_is_tokenised_as_documented(shared_data: Path) -> None:
     assert "".join(line) == "▁" * 15 and pieces[at + 1] == "▁correct"
     asked = tokenizer(chosen.example(ROW, "f#1", "test").prompt)["input_ids"]
     assert tokenizer.convert_ids_to_tokens(asked)[-2:] == ["<0x0A>", "▁" * 16]
-    # The clean protocol: the very tokens that generation starts from, the response alone learnt.
+    # The clean protocol: the very tokens that generation starts from, the response alone learned.
     chosen = task()
-    trained = data.tokenise([chosen.example(ROW, "f#1", "train")], tokenizer, chosen.config)
+    trained = data.tokenize([chosen.example(ROW, "f#1", "train")], tokenizer, chosen.config)
     asked = tokenizer(chosen.example(ROW, "f#1", "test").prompt)["input_ids"]
     start = int(trained.label_start[0])
     assert trained.tokens[:start].tolist() == asked
-    learnt = tokenizer.decode(trained.tokens[start:].tolist())
-    assert learnt == "the correct answer is true</s>"
+    learned = tokenizer.decode(trained.tokens[start:].tolist())
+    assert learned == "the correct answer is true</s>"
 
 
 ORIGINALS: list[tuple[dict[str, Any], str, str]] = [
@@ -233,13 +233,13 @@ def test_hellaswag_at_cutoff_256_loses_two_thirds_of_its_responses(shared_data: 
     tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizer/mistral_v1")
     chosen = task("llm-adapters", train=[str(file_of(shared_data, "hellaswag"))])
     examples = random.Random(0).sample(chosen.examples("train"), 1000)
-    tokens = data.tokenise(examples, tokenizer, chosen.config)
+    tokens = data.tokenize(examples, tokenizer, chosen.config)
     assert 620 <= tokens.lost <= 720, "67 % in protocols.md"
     assert tokens.dropped == 0
     (line,) = data.cut_rows(tokens, chosen.config, "train")
     assert f"{tokens.lost} of them lost their whole response and teach their prompt alone" in line
     clean = task(train=[str(file_of(shared_data, "hellaswag"))], cutoff=256)
-    tokens = data.tokenise([clean.example(r, "f#1", "train") for r in
+    tokens = data.tokenize([clean.example(r, "f#1", "train") for r in
                             rows_of(file_of(shared_data, "hellaswag"))[5000:5200]],
                            tokenizer, clean.config)  # fmt: skip
     assert tokens.dropped == tokens.lost > 100, "with no token to learn a row is left out"
@@ -370,14 +370,14 @@ def test_the_mean_of_the_tasks_comes_first(tmp_path: Path) -> None:
     chosen = task(test=[str(tmp_path / "large.json"), str(tmp_path / "small.json")])
     examples = chosen.examples("test")
     said = {e.id: "true" if "large.json" in e.id else "false" for e in examples}
-    found, _ = scores.summarise(chosen, examples, said)
+    found, _ = scores.summarize(chosen, examples, said)
     assert found["metrics"]["accuracy"]["value"] == 0.8
     name, metric = scores.first(found)
     assert name == "mean accuracy of 2" and metric["value"] == 0.5
     # Agresti and Coull by hand: 42 of 44 and 2 of 14.
-    half = 1.959963984540054 * (42 / 44 * 2 / 44 / 44 / 4 + 2 / 14 * 12 / 14 / 14 / 4) ** 0.5
+    half = 1.959964 * (42 / 44 * 2 / 44 / 44 / 4 + 2 / 14 * 12 / 14 / 14 / 4) ** 0.5
     assert metric["ci95"] == pytest.approx([0.5 - half, 0.5 + half])
-    one, _ = scores.summarise(chosen, examples[:5], said)
+    one, _ = scores.summarize(chosen, examples[:5], said)
     assert scores.first(one)[0] == "accuracy"
 
 

@@ -306,8 +306,8 @@ def row(tokens: data.TokenSet, i: int) -> list[int]:
 
 
 def check_mask(found: list[base.Example], tokenizer: Any) -> None:
-    response = data.tokenise(found, tokenizer, settings().data)
-    everything = data.tokenise(found, tokenizer, settings("data.train_on=all").data)
+    response = data.tokenize(found, tokenizer, settings().data)
+    everything = data.tokenize(found, tokenizer, settings("data.train_on=all").data)
     for i, example in enumerate(found):
         ids = row(response, i)
         start = int(response.label_start[i])
@@ -330,7 +330,7 @@ def test_the_mask_begins_with_the_completion_and_ends_with_end_of_text(tokenizer
 
 def test_the_mask_with_a_tokenizer_that_puts_bos_first(bos_tokenizer: Any) -> None:
     check_mask(examples([1, 2, 3]), bos_tokenizer)
-    first = row(data.tokenise(examples([1]), bos_tokenizer, settings().data), 0)[:2]
+    first = row(data.tokenize(examples([1]), bos_tokenizer, settings().data), 0)[:2]
     assert first[0] == bos_tokenizer.bos_token_id != first[1]
 
 
@@ -348,8 +348,8 @@ def test_an_end_of_text_that_the_tokenizer_appends_is_not_in_the_prompt(tokenize
             ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
             return {"input_ids": [[*i, eos] if add_special_tokens else i for i in ids]}
 
-    plain = data.tokenise(examples([1, 2]), tokenizer, settings().data)
-    closing = data.tokenise(examples([1, 2]), Closing(), settings().data)
+    plain = data.tokenize(examples([1, 2]), tokenizer, settings().data)
+    closing = data.tokenize(examples([1, 2]), Closing(), settings().data)
     assert closing.fingerprint() == plain.fingerprint()
 
 
@@ -366,7 +366,7 @@ def test_training_prompts_are_the_tokens_that_generation_starts_from(bos_tokeniz
     found = examples([1, 3])
     generate = Generator(Model(), bos_tokenizer, settings().evaluate, torch.device("cpu"), False)
     generate([e.prompt for e in found])
-    tokens = data.tokenise(found, bos_tokenizer, settings().data)
+    tokens = data.tokenize(found, bos_tokenizer, settings().data)
     for i in range(2):
         generated_from = seen["ids"][i][seen["mask"][i].bool()].tolist()
         assert row(tokens, i)[: int(tokens.label_start[i])] == generated_from
@@ -375,11 +375,11 @@ def test_training_prompts_are_the_tokens_that_generation_starts_from(bos_tokeniz
 @pytest.mark.parametrize("train_on", ["response", "all"])
 def test_the_cut_leaves_every_row_a_label_token_and_counts(tokenizer: Any, train_on: str) -> None:
     found = examples(list(range(1, 9)))
-    whole = data.tokenise(found, tokenizer, settings(f"data.train_on={train_on}").data)
+    whole = data.tokenize(found, tokenizer, settings(f"data.train_on={train_on}").data)
     lengths = whole.offsets.diff()
     for cutoff in range(8, int(lengths.max()) + 2):
         given = settings(f"data.train_on={train_on}", f"data.cutoff={cutoff}")
-        tokens = data.tokenise(found, tokenizer, given.data)
+        tokens = data.tokenize(found, tokenizer, given.data)
         kept = (whole.label_start < cutoff).nonzero()[:, 0].tolist()
         assert tokens.cut == int((lengths > cutoff).sum())
         assert tokens.dropped == len(found) - len(kept)

@@ -258,7 +258,7 @@ def test_rows_of_a_megabyte_are_cut_and_counted(tmp_path: Path) -> None:
     file.write_bytes(good("translation", 1) + b"\n" + json.dumps(long).encode())
     made = task("translation", file)
     tokenizer = models.load_tokenizer(hub.ModelConfig(), tiny.make(0))
-    tokens = data.tokenise(made.examples("train"), tokenizer, made.config)
+    tokens = data.tokenize(made.examples("train"), tokenizer, made.config)
     assert (len(tokens), tokens.cut, tokens.lost) == (2, 1, 0)
     assert tokens.offsets.diff()[1] == made.config.cutoff == 512
     (line,) = data.cut_rows(tokens, made.config, "train")

@@ -416,7 +416,7 @@ def test_string_equivalence_is_hendrycks() -> None:
         except (AssertionError, IndexError):
             wanted = None
         try:
-            found = hendrycks.normalise(text)
+            found = hendrycks.normalize(text)
         except (ValueError, IndexError):
             found = None
         assert found == wanted, text

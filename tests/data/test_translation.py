@@ -377,14 +377,14 @@ def test_masks_token_by_token_on_a_real_tokenizer(
     )
     made = task(folder, source_language=source, target_language=target, **PROTOCOLS["alma"].data)
     examples = made.examples("test")[:150]
-    tokens = data.tokenise(examples, tokenizer, made.config)
+    tokens = data.tokenize(examples, tokenizer, made.config)
     assert len(tokens) == len(examples) and not tokens.dropped and not tokens.cut
     batch = loader._Rows(tokens)[[(i, i) for i in range(len(examples))]]
     joined = []
     for example, ids, labels in zip(examples, *batch[:2], strict=True):
-        learnt = (labels != data.IGNORED).nonzero().flatten().tolist()
-        start, end = learnt[0], learnt[-1]
-        assert learnt == list(range(start, end + 1)) and torch.equal(labels[learnt], ids[learnt])
+        learned = (labels != data.IGNORED).nonzero().flatten().tolist()
+        start, end = learned[0], learned[-1]
+        assert learned == list(range(start, end + 1)) and torch.equal(labels[learned], ids[learned])
         assert ids[0] == tokenizer.bos_token_id and start > 0, "BOS is no label"
         assert ids[end] == tokenizer.eos_token_id and (ids[end + 1 :] == 0).all(), "the real EOS is"
         assert (
@@ -393,7 +393,7 @@ def test_masks_token_by_token_on_a_real_tokenizer(
         )
         assert tokenizer.decode(ids[1:end]) == example.prompt + example.completion
         before, through = (tokenizer.decode(ids[1:stop]) for stop in (start, start + 1))
-        assert example.prompt.startswith(before), "nothing of the target is unlearnt"
+        assert example.prompt.startswith(before), "nothing of the target is unlearned"
         assert len(through) > len(example.prompt), "the first label reaches into the target"
         if before == example.prompt:
             prompt = tokenizer(example.prompt)["input_ids"]
@@ -421,7 +421,7 @@ def test_lines_of_an_output() -> None:
 
 def summed(made: Translation, texts: list[str]) -> dict[str, Any]:
     examples = made.examples("test")
-    return scores.summarise(
+    return scores.summarize(
         made, examples, {e.id: t for e, t in zip(examples, texts, strict=True)}
     )[0]
 

@@ -73,7 +73,8 @@ def theirs(stories: Path) -> Any:
 def built(folder: Path) -> Any:
     values = {"run_dir": "-", "model": {"path": str(folder)}, "data": {"name": "toy"}}
     config = cfg.from_dict({**values, "train": {"max_steps": 1, "precision": "fp32"}})
-    return build(config, Ranks(), lambda: None, adapted=False).model.eval()
+    base = hub.open_base(config.model, Ranks())
+    return build(config, base, Ranks(), lambda: None, adapted=False).model.eval()
 
 
 def alone(model: Any, tokenizer: Any, prompt: str | list[int], **settings: Any) -> str:

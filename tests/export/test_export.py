@@ -131,7 +131,7 @@ def test_a_lora_has_the_rank_it_says_and_scaling_1(method: str, tmp_path: Path) 
 def test_a_lora_is_made_of_the_weight_that_training_saw(
     storage: dict[str, Any], stories: Path, tmp_path: Path
 ) -> None:
-    """B A + W_nf4 is the adapted weight: PEFT on the dequantised base gives the same logits."""
+    """B A + W_nf4 is the adapted weight: PEFT on the dequantized base gives the same logits."""
     from scalepeft.adapters import inject as injection
     from scalepeft.models.quant import Frozen
 

@@ -179,7 +179,7 @@ def test_other_architectures(
 @pytest.mark.parametrize(
     "storage", [{"quant": "nf4"}, {"quant": "nf4", "double_quant": True}, {"quant": "int8"}]
 )
-def test_a_dequantised_base_is_what_training_saw(
+def test_a_dequantized_base_is_what_training_saw(
     method: str,
     storage: dict[str, Any],
     stories: Path,
@@ -199,8 +199,8 @@ def test_a_dequantised_base_is_what_training_saw(
             assert error < 1e-4
             assert printed[base] < 1e-4
         else:
-            plain = distance(logits(adapted(run_dir, quantised=False)), logits(stock(out)))
-            assert plain < 1e-4, "the original base: the adapter on unquantised weights"
+            plain = distance(logits(adapted(run_dir, quantized=False)), logits(stock(out)))
+            assert plain < 1e-4, "the original base: the adapter on unquantized weights"
     assert printed["original"] > 100 * printed["dequantized"]
 
 
@@ -318,8 +318,8 @@ class ShiftedNorm(nn.LayerNorm):
     """Multiplies by 1 + weight, as Gemma's norms do."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normalised = nn.functional.layer_norm(x, self.normalized_shape, eps=self.eps)
-        return normalised * (1 + self.weight) + self.bias
+        normalized = nn.functional.layer_norm(x, self.normalized_shape, eps=self.eps)
+        return normalized * (1 + self.weight) + self.bias
 
 
 @pytest.mark.parametrize("kind", [nn.LayerNorm, nn.RMSNorm, ShiftedNorm])
@@ -355,7 +355,7 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
         run(run_dir, tmp_path / "link")
 
 
-def test_dequantising_what_was_never_quantised(tmp_path: Path) -> None:
+def test_dequantizing_what_was_never_quantized(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run", TINY, "hoft")
     message = refused(run_dir, tmp_path / "out", base="dequantized")
     assert "--base dequantized" in message
@@ -366,7 +366,7 @@ def test_settings_that_would_make_it_another_model(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run", TINY, "hoft")
     message = refused(run_dir, tmp_path / "out", "adapter.rank=2")
     assert "adapter.rank: cannot be changed for a merge; allowed: model.path" in message
-    assert "is no run folder" in refused(tmp_path / "none", tmp_path / "out")
+    assert "is not a run directory" in refused(tmp_path / "none", tmp_path / "out")
 
 
 def test_another_base(tmp_path: Path) -> None:

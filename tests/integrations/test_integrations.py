@@ -315,7 +315,8 @@ def test_lm_eval_on_a_run_folder(
             hook.ScalepeftLM(str(run_dir), **given)
     monkeypatch.setattr(sys, "argv", ["lm-eval", *command(tmp_path, "out", f"run_dir={tmp_path}")])
     assert hook.main() == 2
-    assert "scalepeft: error: " in (said := capsys.readouterr().err) and "is no run folder" in said
+    said = capsys.readouterr().err
+    assert "scalepeft: error: " in said and "is not a run directory" in said
 
 
 RANK = """

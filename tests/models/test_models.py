@@ -74,7 +74,7 @@ def build(folder: Path, precision: str = "fp32", **settings: Any) -> nn.Module:
 
 def loaded(folder: Path, precision: str = "fp32", **settings: Any) -> Any:
     model = build(folder, precision, **settings)
-    structure.materialise(model, torch.device("cpu"))
+    structure.materialize(model, torch.device("cpu"))
     with torch.no_grad():
         for p in model.parameters():
             if p.is_floating_point():
@@ -146,7 +146,7 @@ def test_logits_in_bf16_are_those_of_transformers(tmp_path: Path, family: str) -
     [{"quant": "nf4"}, {"quant": "nf4", "double_quant": True}, {"quant": "int8"}],
     ids=["nf4", "nf4-dq", "int8"],
 )
-def test_a_quantised_base_is_the_base_with_rounded_block_weights(
+def test_a_quantized_base_is_the_base_with_rounded_block_weights(
     tmp_path: Path, family: str, settings: dict[str, Any]
 ) -> None:
     folder = save(tmp_path, family)
@@ -189,7 +189,7 @@ def test_bytes_read_are_the_bytes_needed_and_a_tie_stays_a_tie(tmp_path: Path, f
     extra = load_file(folder / "model.safetensors") | {"of.another.model": torch.zeros(999)}
     save_file(extra, folder / "model.safetensors", {"format": "pt"})
     model = build(folder)
-    structure.materialise(model, torch.device("cpu"))
+    structure.materialize(model, torch.device("cpu"))
     weights = weights_io.Weights(folder)
     turns = len(list(weights_io.load_weights(model, weights)))
     assert weights.bytes_read == needed_bytes(folder)
@@ -204,13 +204,13 @@ def test_an_adapter_is_not_looked_for_in_the_files(llama: Path) -> None:
     from scalepeft.adapters.inject import inject
 
     model = inject(build(llama), {"name": "lora", "rank": 2})
-    structure.materialise(model, torch.device("cpu"))
+    structure.materialize(model, torch.device("cpu"))
     weights = weights_io.Weights(llama)
     list(weights_io.load_weights(model, weights))
     assert weights.bytes_read == needed_bytes(llama)
 
 
-def test_a_layer_that_cannot_be_quantised_stays_plain_and_is_named(
+def test_a_layer_that_cannot_be_quantized_stays_plain_and_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(FAMILIES, "odd", ("Llama", {"intermediate_size": 172}))
@@ -219,7 +219,7 @@ def test_a_layer_that_cannot_be_quantised_stays_plain_and_is_named(
     assert type(block.mlp.down_proj) is nn.Linear
     assert isinstance(block.mlp.up_proj, quant.QuantLinear)
     printed = "".join(capsys.readouterr())
-    assert printed.count("down_proj stays unquantised") == 1
+    assert printed.count("down_proj stays unquantized") == 1
     assert "172" in printed
     none = {"hidden_size": 48, "intermediate_size": 172, "num_attention_heads": 4}
     monkeypatch.setitem(FAMILIES, "odd", ("Llama", none))
@@ -281,13 +281,13 @@ def test_a_missing_tensor_is_named(shards: list[Path]) -> None:
     assert str(shards[0].parent) in message
 
 
-@pytest.mark.parametrize("quantised", ["none", "nf4"])
-def test_a_shape_that_config_json_does_not_say_is_named(llama: Path, quantised: str) -> None:
+@pytest.mark.parametrize("quantized", ["none", "nf4"])
+def test_a_shape_that_config_json_does_not_say_is_named(llama: Path, quantized: str) -> None:
     file = llama / "model.safetensors"
     tensors = load_file(file)
     tensors["model.layers.1.self_attn.q_proj.weight"] = torch.zeros(32, 128)
     save_file(tensors, file, {"format": "pt"})
-    message = error(lambda: loaded(llama, quant=quantised))
+    message = error(lambda: loaded(llama, quant=quantized))
     parts = [str(file), "'model.layers.1.self_attn.q_proj.weight'", "[32, 128]", "[64, 64]"]
     assert [p for p in parts if p not in message] == [], message
 
@@ -297,7 +297,7 @@ def test_a_shard_that_shrinks_while_it_is_read_is_named(llama: Path) -> None:
     file = llama / "model.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
     model = build(llama)
-    structure.materialise(model, torch.device("cpu"))
+    structure.materialize(model, torch.device("cpu"))
     assert f"{file}: ended while" in error(lambda: list(weights_io.load_weights(model, weights)))
 
 
@@ -413,10 +413,10 @@ def test_the_tokenizer_of_another_model_is_found_out(
         f"model.tokenizer={stories}", f"data.train={tmp_path}/rows.json", f"data.cache={tmp_path}",
     ]  # fmt: skip
     config, _ = load(None, settings)
-    tokenizer = models.load_tokenizer(config.model, llama)
-    assert models.vocab_size(llama) == SIZES["vocab_size"]
+    base = models.open_base(config.model, Ranks())
+    assert base.vocab_size == SIZES["vocab_size"]
     task = Commonsense(config.data)
-    message = error(lambda: data.prepare(task, tokenizer, models.vocab_size(llama), 0))
+    message = error(lambda: data.prepare(task, base.tokenizer, base.vocab_size, 0))
     assert all(part in message for part in ("model.tokenizer", "the model has 96 ids (0..95)"))
 
 

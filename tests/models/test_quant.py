@@ -30,7 +30,7 @@ def layer_of(w: torch.Tensor, fmt: quant.Format, bias: bool = False) -> quant.Qu
     with torch.no_grad():
         layer.weight.copy_(w)
     layer.requires_grad_(False)
-    quant.quantise(layer, fmt)
+    quant.quantize(layer, fmt)
     return layer
 
 
@@ -80,7 +80,7 @@ def test_nf4_error_is_half_the_gap_between_its_values(double: bool) -> None:
     assert (error <= bound * 1.0001).all()
 
 
-def test_double_quantised_scales_are_off_by_half_a_step_at_most() -> None:
+def test_double_quantized_scales_are_off_by_half_a_step_at_most() -> None:
     absmax = torch.rand(6, 300, generator=torch.Generator().manual_seed(5)) + 0.1
     w = absmax.repeat_interleave(quant.BLOCK, dim=1)  # every weight is its block's absmax
     step = torch.cat(
@@ -158,10 +158,10 @@ def test_nothing_weight_sized_is_saved_for_backward(fmt: quant.Format) -> None:
 
 
 @by_format
-def test_quantised_parameters_are_frozen_bytes_also_on_meta(fmt: quant.Format) -> None:
+def test_quantized_parameters_are_frozen_bytes_also_on_meta(fmt: quant.Format) -> None:
     real = layer_of(weight(), fmt)
     meta = nn.Linear(192, 24, bias=False, device="meta")
-    quant.quantise(meta, fmt)
+    quant.quantize(meta, fmt)
     for layer in (real, meta):
         assert [n for n, _ in layer.named_parameters()] == ["weight", "weight_scale"]
         assert all(p.dtype == torch.uint8 and not p.requires_grad for p in layer.parameters())
@@ -172,16 +172,16 @@ def test_a_width_that_nf4_blocks_do_not_divide_is_refused() -> None:
     for double in (False, True):
         layer = nn.Linear(172, 64)
         with pytest.raises(UserError, match=r"64 x 172 cannot be nf4: its width 172 .* of 64"):
-            quant.quantise(layer, quant.NF4(double))
+            quant.quantize(layer, quant.NF4(double))
         assert type(layer) is nn.Linear
     assert quant.Int8().refuses(172) is None
-    quant.quantise(nn.Linear(172, 64), quant.Int8())
+    quant.quantize(nn.Linear(172, 64), quant.Int8())
 
 
 def test_names_of_formats() -> None:
     assert quant.get_format("none") is None
     assert quant.get_format("nf4", True) == quant.NF4(double=True)
-    with pytest.raises(UserError, match=r"no quantisation .* 'nf3'. Did you mean 'nf4'"):
+    with pytest.raises(UserError, match=r"no quantization .* 'nf3'. Did you mean 'nf4'"):
         quant.get_format("nf3")
     with pytest.raises(UserError, match=r"double_quant=true needs .*nf4, not 'int8'"):
         quant.get_format("int8", True)
@@ -228,4 +228,4 @@ def test_the_self_check_finds_a_broken_format(fmt: quant.Format, what: str) -> N
     with pytest.raises(RuntimeError, match=what):
         quant.self_check(torch.device("cpu"), fmt)
     with pytest.raises(RuntimeError, match=what):
-        quant.quantise(nn.Linear(128, 8), fmt)
+        quant.quantize(nn.Linear(128, 8), fmt)

@@ -11,7 +11,7 @@ import torch
 from scalepeft.build import build, task_of
 from scalepeft.config import files as config_files
 from scalepeft.data import tokens as data
-from scalepeft.models.hub import load_tokenizer, resolve, vocab_size
+from scalepeft.models.hub import open_base
 from scalepeft.parallel.base import local_part
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.train import held_out_loss
@@ -31,13 +31,12 @@ def steps(settings: list[str], engine: str, ranks: Ranks) -> list[float | None]:
     name, *more = engine.split()
     keys = [f"engine.name={name}", *(f"engine.{setting}" for setting in more)]
     config, _ = config_files.load(None, [*settings, *keys, "run_dir=unused"])
-    folder = resolve(config.model, ranks)
-    tokenizer = load_tokenizer(config.model, folder)
+    base = open_base(config.model, ranks)
     rows, held_out, _ = data.prepare(
-        task_of(config), tokenizer, vocab_size(folder), config.train.seed
+        task_of(config), base.tokenizer, base.vocab_size, config.train.seed
     )
     assert held_out is not None
-    built = build(config, ranks, lambda: None)
+    built = build(config, base, ranks, lambda: None)
     trainer = Trainer(config, ranks, built, "")
     built.model.train()
     found: list[float | None] = []

@@ -18,10 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from scalepeft.config import files as config_files
 from scalepeft.core.errors import UserError
+from scalepeft.core.launch import first_host, launch_variables
 from scalepeft.models import tiny
 from scalepeft.parallel import zero
 from scalepeft.parallel.fsdp2 import FSDP2, FSDP2Config
-from scalepeft.parallel.ranks import Ranks, first_host, launch_variables
+from scalepeft.parallel.ranks import Ranks
 
 # (ranks, engine settings): every engine at some world sizes, with --full at every one from 1 to 4.
 WORLDS = {"ddp": (2, 3), "fsdp2": (1, 2, 3), 1: (2,), 2: (3,), 3: (1, 2, 3)}

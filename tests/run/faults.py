@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from scalepeft.cli import main
-from scalepeft.run import checkpoint
+from scalepeft.run import checkpoint, lease
 from scalepeft.run import saver as saving
 
 FAULT = os.environ["FAULT"]
@@ -26,7 +26,7 @@ count = 0
 write, claim = saving.write_tensors, checkpoint.RunFolder.claim
 
 
-look = checkpoint.stored_generation
+look = lease.stored_generation
 
 
 def write_without_memory(*words: Any) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def look_at_a_stale_handle(run_dir: Path) -> int:
 
 def claim_then_trouble(self: checkpoint.RunFolder, seen: int | None = None) -> None:
     claim(self, seen)
-    checkpoint.stored_generation = look_at_a_stale_handle
+    lease.stored_generation = look_at_a_stale_handle
 
 
 if FAULT == "memory":

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from scalepeft.core.errors import UserError
 from scalepeft.parallel.base import Part
-from scalepeft.run.checkpoint import DamagedCheckpoint, Fenced, RunFolder, verify
+from scalepeft.run.checkpoint import DamagedCheckpoint, RunFolder, verify
+from scalepeft.run.lease import Superseded
 from scalepeft.run.logs import RowLog
 from scalepeft.run.tensors import Reader, write_tensors
 
@@ -216,7 +217,7 @@ def test_an_older_start_cannot_write(tmp_path: Path) -> None:
     old = claimed(tmp_path)
     save(old, 1)
     new = claimed(tmp_path)
-    with pytest.raises(Fenced, match="start 2 of this run owns the folder, this is start 1"):
+    with pytest.raises(Superseded, match="start 2 of this run owns the folder, this is start 1"):
         save(old, 2)
     assert new.steps() == [1]
     save(new, 2)
@@ -238,7 +239,7 @@ def test_a_lost_generation_file_does_not_let_an_older_start_write(tmp_path: Path
     newer = claimed(tmp_path)
     assert newer.generation == 4, "the checkpoint knows that there were three"
     save(newer, 2)
-    with pytest.raises(Fenced):
+    with pytest.raises(Superseded):
         save(frozen, 3)
 
 

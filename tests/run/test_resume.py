@@ -21,7 +21,7 @@ from test_checkpoint import delete_a_file, empty, flip_a_bit, truncate
 
 from scalepeft.adapters.inject import read_adapter
 from scalepeft.core.errors import UserError
-from scalepeft.run import lease as holder
+from scalepeft.run import lease
 
 pytestmark = pytest.mark.slow
 
@@ -31,6 +31,16 @@ ROUNDS = 3 if FULL else 1
 
 
 RUN = ["model.quant=nf4", "train.save_every=2", "data.valid_size=20", "train.eval_every=20"]
+
+
+def same_checkpoint(one: Path, other: Path, step: int) -> None:
+    """The same tensor files to the byte, the order of their tensors included."""
+    a, b = (
+        {f.name: f.read_bytes() for f in (folder / f"checkpoints/step-{step:06d}").iterdir()}
+        for folder in (one, other)
+    )
+    manifests = [json.loads(files.pop("manifest.json")) for files in (a, b)]
+    assert a == b and manifests[0]["files"] == manifests[1]["files"]
 
 
 def step_of(folder: Path) -> int:
@@ -209,6 +219,7 @@ def test_ranks_write_what_they_hold_and_read_what_they_need(mode: str, tmp_path:
         assert sum(read) == numbers + ranks * 40 * 4
         assert max(read) <= numbers / ranks * 1.1
     assert adapter_bytes(tmp_path / "on-2") == adapter_bytes(tmp_path / "whole")
+    same_checkpoint(tmp_path / "on-2", tmp_path / "whole", 6)
     file = tmp_path / "on-2/adapter/adapter.safetensors"
     data = bytearray(file.read_bytes())
     data[-2] ^= 1
@@ -220,7 +231,7 @@ def test_ranks_write_what_they_hold_and_read_what_they_need(mode: str, tmp_path:
     assert all(0 < e["seconds"] <= e["written"] and e["bytes"] > numbers for e in saved)
 
 
-def test_the_optimiser_really_is_restored(tmp_path: Path) -> None:
+def test_the_optimizer_really_is_restored(tmp_path: Path) -> None:
     """Restarted with empty moments, the losses would part; a warm-up hides nothing here."""
     settings = [*RUN, "train.max_steps=12", "train.schedule=constant"]
     train(1, tmp_path / "whole", *settings)
@@ -228,6 +239,7 @@ def test_the_optimiser_really_is_restored(tmp_path: Path) -> None:
     state = json.loads((tmp_path / "run/checkpoints/step-000006/state.json").read_text())
     assert state["step"] == 6 and state["sample_index"] == 72
     train(1, tmp_path / "run", *settings)
+    same_checkpoint(tmp_path / "run", tmp_path / "whole", 12)
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
 
 
@@ -270,7 +282,7 @@ def test_a_start_that_cannot_train_leaves_the_running_one_alone(tmp_path: Path) 
         time.sleep(0.02)
     settings = [*RUN, "train.max_steps=4000", "train.save_every=1000"]
     text = train(1, folder, *settings, f"model.path={tmp_path}", expect=2)
-    assert "is held by" in text
+    assert "is in use by" in text
     before = step_of(folder)
     while step_of(folder) < before + 3:
         assert job.ranks[0].poll() is None, "the running job was stopped by a start that failed"
@@ -278,7 +290,7 @@ def test_a_start_that_cannot_train_leaves_the_running_one_alone(tmp_path: Path) 
     # A start that could train says who does, and leaves.
     pid = job.ranks[0].pid
     text = train(1, folder, *settings, expect=2)
-    assert f"is held by start 1 on {socket.gethostname()}, pid {pid}," in text
+    assert f"is in use by start 1 on {socket.gethostname()}, pid {pid}," in text
     # The same from a machine on which the holder's pid means nothing: its heart beats.
     held = json.loads((folder / "holder.json").read_text())
     (folder / "holder.json").write_text(json.dumps({**held, "machine": "another", "job": "41"}))
@@ -313,17 +325,17 @@ def test_a_start_that_cannot_train_leaves_the_running_one_alone(tmp_path: Path) 
 def test_a_holder_without_a_sign_of_life_is_taken_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(holder, "WATCH_SECONDS", 1.0)
+    monkeypatch.setattr(lease, "WATCH_SECONDS", 1.0)
     held = {"start": 3, "host": "n7", "pid": 9, "machine": "another", "began": "1", "job": None}
     for text in (json.dumps({**held, "restarts": 0}), "", "[]", '{"start": 3}', "torn {"):
         (tmp_path / "holder.json").write_text(text)
-        holder.check_free(tmp_path, None, 0)
+        lease.check_free(tmp_path, None, 0)
         said = capsys.readouterr()
         assert "no sign of life from start" in said.out + said.err
         beat = threading.Timer(0.3, lambda: (tmp_path / "heartbeat").write_text("3 1\n"))
         beat.start()
-        with pytest.raises(UserError, match="is held by start"):
-            holder.check_free(tmp_path, None, 0)
+        with pytest.raises(UserError, match="is in use by start"):
+            lease.check_free(tmp_path, None, 0)
         beat.join()
         (tmp_path / "heartbeat").unlink()
 
@@ -373,7 +385,7 @@ def test_two_starts_at_once_are_one_run(tmp_path: Path) -> None:
         if job is not alive:
             codes, text = job.wait()
             assert codes == [2], text
-            assert "is held by start 1" in text or "took it in this very moment" in text
+            assert "is in use by start 1" in text or "took it in this very moment" in text
     alive.kill(signal.SIGTERM)
     assert alive.wait()[0] == [75]
     starts = [row for row in events(tmp_path / "run") if row["event"] == "start"]

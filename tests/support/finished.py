@@ -98,17 +98,17 @@ def write_adapter(folder: Path, state: dict[str, torch.Tensor], description: Any
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(description))
 
 
-def adapted(run_dir: Path, quantised: bool = True) -> Any:
+def adapted(run_dir: Path, quantized: bool = True) -> Any:
     """The run's model in memory, fp32, as ``scalepeft evaluate`` has it."""
     adapter, state, description = injection.read_adapter(run_dir / "adapter")
     keys = ("path", "quant", "double_quant")
     config = hub.ModelConfig(**{key: description["base_model"][key] for key in keys})
-    if not quantised:
+    if not quantized:
         config = replace(config, quant="none", double_quant=False)
     base = models.resolve(config, Ranks())
     model = structure.build(config, base, "fp32")
     injection.inject(model, adapter)
-    structure.materialise(model, torch.device("cpu"))
+    structure.materialize(model, torch.device("cpu"))
     for _ in load_weights(model, Weights(base)):
         pass
     injection.load_state(model, state, "adapter")

@@ -18,7 +18,7 @@ class HadamardConfig(AdapterConfig):
     Attributes:
         position: ``after`` the target layer (its output), or ``before`` (its input).
         train_norm: train the weight of ``norm`` too.
-        norm: name of the normalisation layer that follows the attention.
+        norm: name of the normalization layer that follows the attention.
     """
 
     name: str = "hadamard"
@@ -37,7 +37,7 @@ class HadamardConfig(AdapterConfig):
 class Hadamard(Adapter):
     """``A' = w * A + c`` on the output of ``o_proj`` (or on its input); ``2 d`` parameters.
 
-    w starts at 1 (stored as ``scale = w - 1``), c (``shift``) at 0. The normalisation layer behind
+    w starts at 1 (stored as ``scale = w - 1``), c (``shift``) at 0. The normalization layer behind
     it trains as well, ``d`` more. A bias of the layer is added after the adapter. On LLaMA, which
     the paper did not try, this is a choice; so is training in one stage (the paper tunes a
     classifier's head first). The shift becomes a bias when merged. Paper: arXiv 2407.11033.

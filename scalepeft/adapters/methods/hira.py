@@ -44,7 +44,7 @@ class HiRA(Adapter):
     Config = HiRAConfig
     paper = "openreview TwJrTz9cRS"
     weight_decay = frozenset({"A", "B"})
-    works_on_weight = True
+    needs_weight = True
 
     def __init__(
         self, config: HiRAConfig, in_features: int, out_features: int, layer_name: str = ""

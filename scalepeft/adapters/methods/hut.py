@@ -112,7 +112,7 @@ class HUT(Adapter):
                 " that divides both, such as 1, 2 or 4"
             )
         super().__init__(config, in_features, out_features, layer_name)
-        self.works_on_weight = r > 1
+        self.needs_weight = r > 1
         self.a = nn.Parameter(torch.empty(out_features, r, dtype=torch.float32))
         self.b = nn.Parameter(torch.empty(r, in_features, dtype=torch.float32))
         self.shift = (

@@ -29,7 +29,7 @@ class IA3Config(AdapterConfig):
     feedforward_modules: NameList = Field(default_factory=lambda: ["down_proj"])
 
     def __post_init__(self) -> None:
-        """Refuses a feed-forward module that is no target."""
+        """Raise UserError for a feed-forward module that is no target."""
         for name in self.feedforward_modules:
             if name not in self.target_modules and self.feedforward_modules != ["down_proj"]:
                 raise UserError(

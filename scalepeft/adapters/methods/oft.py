@@ -29,7 +29,7 @@ class OFTConfig(AdapterConfig):
 
 
 def check_block(block: int, features: int) -> None:
-    """Refuses a block size that does not divide the width of the layer."""
+    """Raise UserError for a block size that does not divide the width of the layer."""
     if features % block:
         fits = [b for b in range(2, features + 1) if features % b == 0]
         near = sorted(sorted(fits, key=lambda b: abs(b - block))[:4])

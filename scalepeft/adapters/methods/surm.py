@@ -47,7 +47,7 @@ class SURMConfig(AdapterConfig):
     scaling: Annotated[float, Field(gt=0)] = 1.0
 
     def __post_init__(self) -> None:
-        """Refuses settings of another structure."""
+        """Raise UserError for settings of another structure."""
         if self.factors is not None and self.structure != "kronecker":
             raise UserError(f"factors={self.factors} need structure: kronecker; remove them")
         if self.ldr_rank != 4 and self.structure != "ldr":
@@ -183,7 +183,7 @@ class SURM(Adapter):
         self.c: nn.Parameter | None = None
         columns = in_features
         if config.placement == "adapter":
-            self.no_merge = "y + gelu(M y) + c is not affine in x"
+            self.unmergeable_reason = "y + gelu(M y) + c is not affine in x"
             self.c = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
             columns = out_features
         square = columns == out_features

@@ -130,7 +130,7 @@ def freeze(case: Case, storage: str) -> None:
                 continue
             if fmt.name == "nf4":
                 _replace(case.peft_base, case.base, layer)
-            quant.quantise(layer, fmt)
+            quant.quantize(layer, fmt)
 
 
 def _replace(peft_base: nn.Module, base: nn.Module, layer: nn.Linear) -> None:

@@ -23,10 +23,10 @@ from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import read_lines, write_atomically
+from scalepeft.core.launch import rank, world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, USER_ERROR, StopFlag, Stopping
 from scalepeft.core.slurm import slurm_start
-from scalepeft.parallel.ranks import rank, world_size
 from scalepeft.run.lease import check_free
 
 FINAL = ("done", "failed")

@@ -23,10 +23,10 @@ from scalepeft.build import task_of
 from scalepeft.config import schema as cfg
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import write_atomically
+from scalepeft.core.launch import rank
 from scalepeft.core.log import say
 from scalepeft.core.preemption import BROKEN, FINISHED, STOPPED, StopFlag, Stopping, tell_job
 from scalepeft.models import hub as models
-from scalepeft.parallel.ranks import rank
 
 FILE = "design.json"
 BUDGETS = ("parameters", "time", "steps")

@@ -25,9 +25,10 @@ from scalepeft.cluster.doctor.rendezvous import GRACE, RendezvousError, first_li
 from scalepeft.config import files as config_files
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
+from scalepeft.core.launch import launch_variables
 from scalepeft.core.log import say
 from scalepeft.core.preemption import BROKEN, FINISHED
-from scalepeft.parallel.ranks import Ranks, launch_variables
+from scalepeft.parallel.ranks import Ranks
 
 LONGEST = 86400  # seconds that --timeout may ask for
 

@@ -105,7 +105,7 @@ def resident(config: RunConfig, source: Source, world: int, each: int) -> tuple[
     engine_class(config).check(world)
     check_batch(config, world)
     with source.folder(source.layers) as folder:
-        limit = models.positions(folder)
+        limit = models.Base(config.model, folder).positions
         if limit is not None and config.data.cutoff > limit:
             raise UserError(
                 f"data.cutoff={config.data.cutoff} is beyond the model's {limit} positions;"

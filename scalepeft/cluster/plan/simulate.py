@@ -186,7 +186,7 @@ def _local(t: Tensor) -> Tensor:
 
 
 def _materialise(model: nn.Module, tracker: Tracker) -> None:
-    structure.materialise(model, torch.device("cpu"))
+    structure.materialize(model, torch.device("cpu"))
     for t in (*model.parameters(), *model.buffers()):
         kind = "adapter" if t.requires_grad else "base"
         tracker.follow(_local(t.detach()).untyped_storage(), kind)

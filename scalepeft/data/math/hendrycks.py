@@ -15,14 +15,14 @@ _REMOVED = (
 
 
 def is_equiv(one: str, other: str) -> bool:
-    """True if both texts are the same after ``normalise``, or as they stand where that fails."""
+    """True if both texts are the same after ``normalize``, or as they stand where that fails."""
     try:
-        return normalise(one) == normalise(other)
+        return normalize(one) == normalize(other)
     except (IndexError, ValueError):
         return one == other
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     r"""The form that texts are compared in.
 
     Raises:

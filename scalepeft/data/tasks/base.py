@@ -53,9 +53,9 @@ class TaskConfig:
         protocol: settings of published numbers, by name: it fills the keys that are not set.
         train: files (json, json lines, either with .gz), patterns, or
             ``hf://DATASET[:CONFIG[:SPLIT]]``.
-        valid: the same for the held-out loss; or take ``valid_size``.
+        valid: the same for the validation loss; or take ``valid_size``.
         test: the same for ``scalepeft evaluate``.
-        valid_size: rows taken out of ``train`` for the held-out loss, chosen by ``train.seed``.
+        valid_size: rows taken out of ``train`` for the validation loss, chosen by ``train.seed``.
         prompt: what the model is given; ``{instruction}`` and ``{input}`` are filled in.
         test_prompt: what it is given in an evaluation; null: the same.
         completion: what it is to write; ``{output}`` is filled in. An end-of-text token follows.
@@ -67,7 +67,7 @@ class TaskConfig:
             counted.
         on_error: a broken row stops the run (``stop``) or is left out and counted (``skip``).
         workers: loader processes; 0 pads the batches in the training process.
-        cache: folder of tokenised data; default ``$SCALEPEFT_CACHE`` or ``~/.cache/scalepeft``.
+        cache: folder of tokenized data; default ``$SCALEPEFT_CACHE`` or ``~/.cache/scalepeft``.
     """
 
     PROTOCOLS: ClassVar[dict[str, Protocol]] = {}
@@ -256,7 +256,7 @@ class Task:
         raise NotImplementedError
 
     def metrics(self, rows: list[Scored]) -> dict[str, Metric]:
-        """Sums scored rows up; holds ``headline``."""
+        """Sums scored rows up; has ``headline``."""
         found = {"accuracy": share([bool(r.score.correct) for r in rows])}
         if any(r.score.strict is not None for r in rows):
             found["strict_accuracy"] = share([bool(r.score.strict) for r in rows])
@@ -295,15 +295,15 @@ def from_prepared(row: dict[str, Any], key: str) -> Example:
         raise UserError(f"key '{missing[0]}' is missing in a prepared row; {again}")
     if row["prepared"] != key:
         raise UserError(f"was prepared under another task, prompt or version; {again}")
-    held = {name: row[name] for name in ("id", "prompt", "completion", "meta")}
-    if row["sum"] != _sum(held):
+    values = {name: row[name] for name in ("id", "prompt", "completion", "meta")}
+    if row["sum"] != _sum(values):
         raise UserError(
             "was changed after scalepeft pipeline wrote it: change the file it came from, and"
             f" {again}"
         )
-    return Example(**held)
+    return Example(**values)
 
 
-def _sum(held: dict[str, Any]) -> str:
+def _sum(values: dict[str, Any]) -> str:
     """Of what an example holds: a changed one would train, or be scored, as something else."""
-    return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -132,46 +132,49 @@ def _label(row: dict[str, Any], key: str, allowed: list[str]) -> int:
     return allowed.index(value)
 
 
-def _listed(word: str, texts: list[str], between: str = " ") -> str:
-    return between.join(f"{word.title()}{i}: {text}" for i, text in enumerate(texts, 1))
+def _choice(
+    asked: str, word: str, texts: list[str], right: int, between: str = " ", form: str = "\n\n"
+) -> tuple[str, str]:
+    """(instruction, answer) of a multiple choice in the words of LLM-Adapters.
+
+    Args:
+        asked: what is to be chosen, and for what.
+        word: what a choice is called: ``answer`` gives Answer1, answer1, ...
+        texts: the choices.
+        right: position of the right one.
+        between: stands between the choices.
+        form: stands before the answer's format.
+    """
+    listed = between.join(f"{word.title()}{i}: {text}" for i, text in enumerate(texts, 1))
+    words = "/".join(f"{word}{i}" for i in range(1, len(texts) + 1))
+    instruction = f"Please choose the correct {asked}\n\n{listed}{form}Answer format: {words}"
+    return instruction, f"{word}{right + 1}"
 
 
-def _form(word: str, count: int) -> str:
-    return "Answer format: " + "/".join(f"{word}{i}" for i in range(1, count + 1))
+def _texts(row: dict[str, Any], *keys: str) -> list[str]:
+    return [text_field(row, key) for key in keys]
 
 
 def _boolq(row: dict[str, Any]) -> tuple[str, str]:
     key = "label" if "label" in row else "answer"
     right = _label(row, key, ["0", "1"] if key == "label" else ["False", "True"])
-    question = text_field(row, "question")
     return (
-        f"Please answer the following question with true or false, question: {question}?\n\n"
-        "Answer format: true/false",
+        "Please answer the following question with true or false, question:"
+        f" {text_field(row, 'question')}?\n\nAnswer format: true/false",
         ("false", "true")[right],
     )
 
 
 def _piqa(row: dict[str, Any]) -> tuple[str, str]:
-    solutions = [text_field(row, "sol1"), text_field(row, "sol2")]
-    return (
-        f"Please choose the correct solution to the question: {text_field(row, 'goal')}\n\n"
-        f"{_listed('solution', solutions, chr(10) * 2)}\n\n{_form('solution', 2)}",
-        f"solution{_label(row, 'label', ['0', '1']) + 1}",
-    )
-
-
-def _choice(question: str, texts: list[str], right: int) -> tuple[str, str]:
-    return (
-        f"Please choose the correct answer to the question: {question}\n\n"
-        f"{_listed('answer', texts)}\n\n{_form('answer', len(texts))}",
-        f"answer{right + 1}",
-    )
+    texts, right = _texts(row, "sol1", "sol2"), _label(row, "label", ["0", "1"])
+    asked = f"solution to the question: {text_field(row, 'goal')}"
+    return _choice(asked, "solution", texts, right, between="\n\n")
 
 
 def _siqa(row: dict[str, Any]) -> tuple[str, str]:
-    texts = [text_field(row, f"answer{letter}") for letter in "ABC"]
-    question = f"{text_field(row, 'context')} {text_field(row, 'question')}"
-    return _choice(question, texts, _label(row, "label", ["1", "2", "3"]))
+    texts = _texts(row, "answerA", "answerB", "answerC")
+    asked = f"answer to the question: {' '.join(_texts(row, 'context', 'question'))}"
+    return _choice(asked, "answer", texts, _label(row, "label", ["1", "2", "3"]))
 
 
 def _exam(row: dict[str, Any]) -> tuple[str, str]:
@@ -185,7 +188,8 @@ def _exam(row: dict[str, Any]) -> tuple[str, str]:
         raise UserError(f"'choices' has {len(texts)} texts and {len(labels)} labels; 2 to 5 each")
     texts = [text_field({"choices.text": text}, "choices.text") for text in texts]
     question = text_field(row, "question_stem" if "question_stem" in row else "question")
-    return _choice(question, texts, _label(row, "answerKey", labels))
+    right = _label(row, "answerKey", labels)
+    return _choice(f"answer to the question: {question}", "answer", texts, right)
 
 
 def _hellaswag(row: dict[str, Any]) -> tuple[str, str]:
@@ -193,21 +197,15 @@ def _hellaswag(row: dict[str, Any]) -> tuple[str, str]:
     if not isinstance(endings, list) or len(endings) != 4:
         raise UserError("'endings' must be a list of 4 texts")
     endings = [text_field({"endings": text}, "endings") for text in endings]
-    begun = f"{text_field(row, 'activity_label')}: {text_field(row, 'ctx')}"
-    return (
-        f"Please choose the correct ending to complete the given sentence: {begun}\n\n"
-        f"{_listed('ending', endings)}\n\n{_form('ending', 4)}",
-        f"ending{_label(row, 'label', ['0', '1', '2', '3']) + 1}",
-    )
+    begun = ": ".join(_texts(row, "activity_label", "ctx"))
+    right = _label(row, "label", ["0", "1", "2", "3"])
+    return _choice(f"ending to complete the given sentence: {begun}", "ending", endings, right)
 
 
 def _winogrande(row: dict[str, Any]) -> tuple[str, str]:
-    options = [text_field(row, "option1"), text_field(row, "option2")]
-    return (
-        "Please choose the correct answer to fill in the blank to complete the given sentence:"
-        f" {text_field(row, 'sentence')}\n\n{_listed('option', options)} {_form('option', 2)}",
-        f"option{_label(row, 'answer', ['1', '2']) + 1}",
-    )
+    texts, right = _texts(row, "option1", "option2"), _label(row, "answer", ["1", "2"])
+    blank = "answer to fill in the blank to complete the given sentence"
+    return _choice(f"{blank}: {text_field(row, 'sentence')}", "option", texts, right, form=" ")
 
 
 ORIGINALS: list[tuple[set[str], Callable[[dict[str, Any]], tuple[str, str]]]] = [

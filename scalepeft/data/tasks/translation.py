@@ -131,24 +131,21 @@ class Translation(Task):
         )
 
     def _name(self, side: str) -> str:
-        given: str | None = getattr(self.config, f"{side}_name")
+        name: str | None = getattr(self.config, f"{side}_name")
         code = getattr(self.config, f"{side}_language")
-        return given if given is not None else languages.name_of(code, f"{side}_name")
+        return name if name is not None else languages.name_of(code, f"{side}_name")
 
     def _pair(self, row: Any) -> tuple[str, str]:
         """Source and target text of a row."""
         codes = (self.config.source_language, self.config.target_language)
         if not isinstance(row, dict) or not row:
             return text_field(row, "translation"), ""  # raises: a row of what it is
-        if isinstance(row.get("translation"), dict):
-            return self._both(row["translation"], "'translation'")
-        named = [key for key, v in row.items() if isinstance(v, dict) and re.match(r"\w+-\w", key)]
-        if named:
-            # Of several pairs in a row, the one of this direction.
-            key = next(
-                (k for k in ("-".join(codes), "-".join(codes[::-1])) if k in named), named[0]
-            )
-            return self._both(row[key], f"'{key}'")
+        nested = {key: value for key, value in row.items() if isinstance(value, dict)}
+        pairs = [key for key in nested if re.match(r"\w+-\w", key)]
+        # Of several pairs in a row, the one of this direction.
+        for key in ("translation", "-".join(codes), "-".join(codes[::-1]), *pairs):
+            if key in nested:
+                return self._both(nested[key], f"'{key}'")
         for keys in (("sentence", "translation"), ("source", "target"), codes):
             if row.keys() >= set(keys):
                 return text_field(row, keys[0]), text_field(row, keys[1])
@@ -163,16 +160,16 @@ class Translation(Task):
             " {sentence_deu_Latn, sentence_eng_Latn}"
         )
 
-    def _both(self, held: dict[str, Any], where: str) -> tuple[str, str]:
+    def _both(self, texts_by_code: dict[str, Any], where: str) -> tuple[str, str]:
         texts = []
         for side in ("source", "target"):
             code = getattr(self.config, f"{side}_language")
-            if (key := languages.matching(code, map(str, held))) is None:
+            if (key := languages.matching(code, map(str, texts_by_code))) is None:
                 raise UserError(
-                    f"{where} has {', '.join(map(str, held)) or 'nothing'}, not '{code}'"
+                    f"{where} has {', '.join(map(str, texts_by_code)) or 'nothing'}, not '{code}'"
                     f" (data.{side}_language)"
                 )
-            texts.append(text_field(held, key))
+            texts.append(text_field(texts_by_code, key))
         return texts[0], texts[1]
 
     def score(self, prediction: str, example: Example) -> Score:
@@ -205,7 +202,7 @@ class Translation(Task):
 
 
 def scorers(tokenizer: str) -> dict[str, Any]:
-    """sacreBLEU's BLEU, chrF2 and chrF++. Raises UserError: it, or what the tokeniser needs, is not
+    """sacreBLEU's BLEU, chrF2 and chrF++. Raises UserError: it, or what the tokenizer needs, is not
     installed.
     """
     try:
@@ -220,6 +217,6 @@ def scorers(tokenizer: str) -> dict[str, Any]:
     except (RuntimeError, ImportError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(
-            f"sacreBLEU's tokeniser {tokenizer} cannot be used: {' '.join(lines)}"
+            f"sacreBLEU's tokenizer {tokenizer} cannot be used: {' '.join(lines)}"
         ) from None
     return {"BLEU": bleu, "chrF2": CHRF(), "chrF++": CHRF(word_order=2)}

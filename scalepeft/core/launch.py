@@ -1,0 +1,72 @@
+"""The launcher's environment: ranks from torchrun, srun or accelerate. Needs no torch."""
+
+import os
+import re
+from collections.abc import Mapping
+
+from scalepeft.core.errors import UserError
+
+
+def rank() -> int:
+    """This process's rank as far as the launcher says; known before the ranks meet:
+    for what one rank alone prints or writes.
+    """
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
+def launch_variables(env: Mapping[str, str]) -> dict[str, str]:
+    """Returns RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT as torchrun sets them, from
+    srun if need be.
+
+    Under plain ``srun`` (one task a rank, no torchrun) the rendezvous is the first node of the step
+    and ``slurm_port``.
+
+    Raises:
+        UserError: a launcher set only some of the variables.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    launched = {name: env[name] for name in names if env.get(name)}
+    if "RANK" in env or "WORLD_SIZE" in env:
+        needed: tuple[str, ...] = names
+        if launched.get("WORLD_SIZE") == "1":
+            launched.setdefault("LOCAL_RANK", launched.get("RANK", "0"))
+            needed = names[:3]
+        if missing := [name for name in needed if name not in launched]:
+            raise UserError(
+                f"the launcher set {', '.join(sorted(launched))} but not"
+                f" {', '.join(missing)}; start with torchrun, srun, accelerate launch or"
+                " launch/local.sh"
+            )
+        return launched
+    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+        nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_NODELIST"]
+        return {
+            "RANK": env["SLURM_PROCID"],
+            "WORLD_SIZE": env["SLURM_NTASKS"],
+            "LOCAL_RANK": env["SLURM_LOCALID"],
+            "MASTER_ADDR": env.get("MASTER_ADDR") or first_host(nodes),
+            "MASTER_PORT": env.get("MASTER_PORT") or str(slurm_port(env)),
+        }
+    return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+
+
+def slurm_port(env: Mapping[str, str]) -> int:
+    """A port below the ephemeral ones, from job, step and restart.
+
+    Two jobs on one node do not meet, nor do a restarted job and ranks of its earlier start that
+    a hung node kept alive.
+    """
+    job, step = int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"])
+    return 10000 + (job + 101 * step + 1009 * int(env.get("SLURM_RESTART_COUNT", "0"))) % 22000
+
+
+def world_size() -> int:
+    """Number of ranks that the launcher started, known before they meet."""
+    return int(launch_variables(os.environ)["WORLD_SIZE"])
+
+
+def first_host(nodelist: str) -> str:
+    """Returns the first host of a Slurm node list: ``a[07-09,12],b3`` -> ``a07``."""
+    match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodelist)
+    assert match, nodelist
+    return match[1] + (match[2] or "") + (match[3] or "")
