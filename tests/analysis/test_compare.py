@@ -21,6 +21,7 @@ from scalepeft.core import stats
 from scalepeft.core.errors import UserError
 from scalepeft.core.preemption import StopFlag
 from scalepeft.models import shapes
+from scalepeft.run import lease
 
 RUN = [
     "model=tiny", "data=toy", "data.train_size=200", "data.valid_size=16", "train.precision=fp32",
@@ -301,10 +302,40 @@ def test_a_crash_in_the_sweep_is_tried_again_and_chooses_no_rate(
         start(fake, "--cell", "2")
     with pytest.raises(UserError, match=r"no method has a result: .*lr 2: broke: killed"):
         start(fake, "--table")
-    assert "among 1 (1,2)" in capsys.readouterr().out, "rates tried, not rates asked for"
     assert start(fake) == 0
     assert [word.split()[1] for word in fake.ran] == [best, reported]
-    assert "among 2 (1,2)" in capsys.readouterr().out
+    assert "among 1,2 under seed 0" in capsys.readouterr().out
+
+
+def test_a_cell_that_another_start_holds_is_left_alone(fake: Child) -> None:
+    folder = fake.out / "cells/lora/lr=2,seed=0"
+    folder.mkdir(parents=True)
+    other = os.getppid()
+    held = {"start": 1, "host": "h", "pid": other, "job": None}
+    held |= {"machine": lease._machine(), "began": lease._began(other)}
+    (folder / "holder.json").write_text(json.dumps(held))
+    with pytest.raises(UserError, match=f"held by start 1 on h, pid {other}"):
+        start(fake)
+    assert not (fake.out / "design.json").exists(), "nor another design written"
+    (folder / "holder.json").unlink()
+    assert start(fake, "--cell", "0") == 0
+    (folder / "holder.json").write_text(json.dumps(held))
+    with pytest.raises(UserError, match="held by start 1"):
+        start(fake)
+    assert fake.ran == [] and not (folder / "training.begun.json").exists()
+
+
+def test_cells_of_an_older_version_are_set_aside(
+    fake: Child, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = fake.out / "cells/lora/lr=2,seed=0"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("train: {}")
+    (folder / "cell.json").write_text('{"hash": "1", "state": "done", "loss": 0.1}')
+    (fake.out / "design.json").write_text('{"methods": [], "seconds": null}')
+    assert start(fake) == 0 and len(fake.ran) == 3
+    assert (folder.parent / "replaced-1/lr=2,seed=0/cell.json").is_file()
+    assert "of an older version" in capsys.readouterr().err
 
 
 def test_what_changes_no_result_trains_nothing_again(fake: Child, tmp_path: Path) -> None:

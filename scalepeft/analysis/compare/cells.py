@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from scalepeft.analysis.compare.design import Design, Method
-from scalepeft.analysis.compare.worker import failure_reason, read_result, read_score, run_child
+from scalepeft.analysis.compare.worker import failure_reason, read_result, run_child
 from scalepeft.config import changes
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
@@ -94,25 +94,15 @@ def cell_inputs(config: RunConfig, files: dict[str, Any]) -> dict[str, dict[str,
     """Return stage -> what decides its result: settings, and files by content wherever they lie."""
     flat = dict(changes.flatten(cfg.to_dict(config)))
     free = (*changes.FREE_TO_CHANGE, *changes.HARMLESS)
-    training = {
-        key: value
-        for key, value in flat.items()
-        if key in LENGTH or not changes.matches_key(key, free)
-    }
+    training = {k: v for k, v in flat.items() if k in LENGTH or not changes.matches_key(k, free)}
     if "base" not in files:  # not a folder: the name is all there is to know it by
         training["model.path"] = config.model.path
     if "tokenizer" in files:
         training.pop("model.tokenizer", None)
     training["files"] = {name: known for name, known in files.items() if name != "test"}
-    evaluation = {
-        key: value
-        for key, value in flat.items()
-        if key.startswith("evaluate.") and key not in NOT_SCORED
-    }
-    return {
-        "training": training,
-        "evaluation": {"training": training, **evaluation, "test": files.get("test")},
-    }
+    scored = {k: v for k, v in flat.items() if k.startswith("evaluate.") and k not in NOT_SCORED}
+    evaluation = {"training": training, **scored, "test": files.get("test")}
+    return {"training": training, "evaluation": evaluation}
 
 
 class Runner:
@@ -161,8 +151,10 @@ class Runner:
         for stage, inputs in self.stages(config):
             if not stage.is_done(inputs):
                 note = stage.begun() if stage.is_begun(inputs) else {}
-                tried = note.get("state") == "broke" or note.get("attempt") == self._attempt(config)
-                return {"lr": cell.lr, **_outcome(note)} if tried else None
+                same = note.get("state") == "broke" or note.get("config") == cfg.dump(config)
+                if not same:
+                    return None
+                return {"lr": cell.lr, "state": note["state"], "reason": note["reason"]}
             manifest = stage.done()
             result |= manifest["result"]
             result["wall"] += manifest["seconds"]
@@ -173,7 +165,7 @@ class Runner:
 
         Raises:
             Stopping: a signal came; the state has been saved.
-            UserError: the sweep that is to choose a rate lacks cells.
+            UserError: the sweep that is to choose a rate lacks cells, or another start holds one.
         """
         for cell in cells:
             self._poll()
@@ -201,118 +193,66 @@ class Runner:
     def _run(self, cell: Cell) -> dict[str, Any]:
         config = self.config(cell)
         for stage, inputs in self.stages(config):
-            self._wait_until_free(config)
             if stage.is_done(inputs):
                 continue
             if not rank():
+                check_free(stage.root, *slurm_start())
                 _begin(stage, inputs)
             started = time.time()
             state, reason = self._execute(stage.name, config)
-            if not rank():
-                self._record(stage, inputs, started, config, state, reason)
             while rank() and not stage.is_done(inputs) and "state" not in stage.begun():
                 self._poll()  # what rank 0 records goes for all, else they would part here
                 time.sleep(0.2)
+            if not rank() and state == "done":
+                result, outputs = read_result(config, stage.name)
+                if "loss" in result and result["loss"] is None:
+                    state, reason = "failed", "diverged: held-out loss is not finite"
+                else:
+                    stage.finish(inputs, outputs, started, result=result)
+            if not rank() and state != "done":
+                # A failure may come from any setting: under another config it is tried again.
+                stage.note(state=state, reason=reason, config=cfg.dump(config))
             if not stage.is_done(inputs):
-                return {"lr": cell.lr, **_outcome(stage.begun())}
-        result = self.result(cell)
-        assert result is not None
-        return result
+                break
+        return self.result(cell) or {"state": "broke", "reason": "its files have changed"}
 
     def _execute(self, name: str, config: RunConfig) -> tuple[str, str]:
         """Train or evaluate in a child process; return (state, reason)."""
-        folder = Path(config.run_dir)
+        folder, text = Path(config.run_dir), cfg.dump(config)
         folder.mkdir(parents=True, exist_ok=True)
+        command, hold = ["evaluate", str(folder), *_evaluate_settings(config)], None
         if name == "training":
-            text = cfg.dump(config)
             file = self.out / "configs" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.yaml"
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, text)  # every rank the same
             # What differs from a run that was begun is harmless: the inputs were compared.
             command = ["train", str(file), "--resume-with-changes"]
-        else:
-            command = ["evaluate", str(folder), *_evaluate_settings(config)]
+        elif not rank():  # training takes the lease itself; two evaluations would mix their rows
+            hold = Hold(folder, 0, *slurm_start())
         log = folder / ("log.txt" if not rank() else f"log-{rank()}.txt")
-        # Training holds the folder itself; two evaluations would write the same predictions.
-        hold = Hold(folder, 0, *slurm_start()) if name == "evaluation" and not rank() else None
+        start = log.stat().st_size if log.is_file() else 0
         try:
-            while True:
-                start = log.stat().st_size if log.is_file() else 0
-                code = run_child(command, log, self.stop)
-                if hold or code != USER_ERROR or not _holder(folder):
-                    return ("done", "") if code == FINISHED else failure_reason(code, log, start)
-                self._wait_until_free(config)  # another start was faster
+            code = run_child(command, log, self.stop)
         finally:
             if hold:
                 hold.release()
-
-    def _record(
-        self,
-        stage: Stage,
-        inputs: dict[str, Any],
-        started: float,
-        config: RunConfig,
-        state: str,
-        reason: str,
-    ) -> None:
-        folder = Path(config.run_dir)
-        if state == "done":
-            if stage.name == "training":
-                outputs = [folder / "metrics.jsonl", folder / "validation.jsonl"]
-                result = read_result(folder)
-                if result["loss"] is None:
-                    state, reason = "failed", "diverged: held-out loss is not finite"
-            else:
-                outputs = [folder / "eval" / config.data.name / "scores.json"]
-                result = read_score(outputs[0])
-        if state == "done":
-            stage.finish(inputs, outputs, started, result=result)
-        else:
-            attempt = self._attempt(config) if state == "failed" else None
-            stage.note(state=state, reason=reason, attempt=attempt)
+        if code == USER_ERROR:
+            check_free(folder, *slurm_start())  # another start was faster: no failure of the cell
+        return ("done", "") if code == FINISHED else failure_reason(code, log, start)
 
     def _evaluates(self, config: RunConfig) -> bool:
         return self.design.evaluate and config.train.seed in self.design.seeds
 
-    def _attempt(self, config: RunConfig) -> str:
-        """Hash all that a failure may come from: under another key it is tried again."""
-        skipped = {"run_dir", "pipeline", *(() if self._evaluates(config) else ("evaluate",))}
-        known = {k: v for k, v in cfg.to_dict(config).items() if k not in skipped}
-        text = json.dumps([known, self.design.files], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
-
     def _poll(self) -> None:
         if self.stop.signal is not None:
             raise Stopping
-
-    def _wait_until_free(self, config: RunConfig) -> None:
-        said = False
-        while not rank() and (holder := _holder(Path(config.run_dir))):
-            self._poll()
-            if not said:
-                say(f"waiting: {holder}")
-            said = True
-            time.sleep(0.5)
-
-
-def _outcome(note: dict[str, Any]) -> dict[str, Any]:
-    return {"state": note["state"], "reason": note["reason"]}
-
-
-def _holder(folder: Path) -> str:
-    """Return who trains or evaluates in a run folder, in words; empty where nobody does."""
-    try:
-        check_free(folder, *slurm_start())
-    except UserError as error:
-        return str(error)
-    return ""
 
 
 def _begin(stage: Stage, inputs: dict[str, Any]) -> None:
     """Record the inputs; set a run of other inputs aside."""
     known, folder = stage.is_begun(inputs), stage.root
     if stage.name == "training" and not known and (folder / "config.yaml").exists():
-        changed = stage.changes(inputs)
+        changed = stage.changes(inputs) or "of an older version, or changed by hand"
         kept = set_aside(folder.parent, [folder.name])
         say(f"{folder}: was run with other inputs ({changed}): kept in {kept}, run again")
     if not known or "state" in stage.begun():

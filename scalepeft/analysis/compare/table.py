@@ -188,22 +188,13 @@ def legend(result: dict[str, Any], design: Design) -> list[str]:
         lines.append("the interval of a score is over the seeds alone, not over the test rows")
     if design.swept:
         lines.append(
-            f"lr: chosen by held-out loss among {_tried(result, design)} ({design.lrs}) under seed"
-            f" {design.sweep_seed}, which is not among those reported"
+            f"lr: chosen by held-out loss among {design.lrs} under seed {design.sweep_seed}, which"
+            " is not among those reported"
         )
     else:
         lines.append(f"lr: {design.lrs}, not swept")
     lines.append("seconds: of the training steps alone, of a run")
     return lines + [PEAK[kind] for kind in sorted({r["memory"] for r in rows if "memory" in r})]
-
-
-def _tried(result: dict[str, Any], design: Design) -> str:
-    """Return how many rates were tried; of each method where that differs."""
-    tried = [c["method"] for c in result["sweep"] if c["state"] in ("done", "failed")]
-    count = {m.label: tried.count(m.label) for m in design.methods if not m.refused}
-    if len(set(count.values())) == 1:
-        return str(next(iter(count.values())))
-    return ", ".join(f"{number} of {label}" for label, number in count.items())
 
 
 def text(result: dict[str, Any], design: Design) -> str:

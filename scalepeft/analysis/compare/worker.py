@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from scalepeft.config.schema import RunConfig
 from scalepeft.core.files import read_lines
 from scalepeft.core.preemption import FINISHED, STOPPED, USER_ERROR, StopFlag, Stopping
 from scalepeft.eval import scores
@@ -66,14 +67,20 @@ def failure_reason(code: int, log: Path, start: int) -> tuple[str, str]:
     return "broke", f"exit code {code}: {last}"[:300]
 
 
-def read_result(folder: Path) -> dict[str, Any]:
-    """Read the figures of a finished training.
+def read_result(config: RunConfig, name: str) -> tuple[dict[str, Any], list[Path]]:
+    """Read the figures of a finished ``training`` or ``evaluation`` from the run folder.
 
     Returns:
-        ``loss``: held-out, after the last step (None: not finite). ``seconds``: of the training
-        steps. ``peak_memory``: bytes, and ``memory``: ``cuda`` (the allocator's peak of rank 0) or
-        ``resident`` (of the process, with Python and torch).
+        The figures and the files that they are from. Of a training ``loss``: held-out, after the
+        last step (None: not finite), ``seconds``: of the training steps, ``peak_memory``: bytes,
+        ``memory``: ``cuda`` (the allocator's peak of rank 0) or ``resident`` (of the process).
+        Of an evaluation the headline ``metric``, its ``score``, and ``share``: it is one.
     """
+    folder = Path(config.run_dir)
+    if name == "evaluation":
+        file = folder / "eval" / config.data.name / "scores.json"
+        headline, metric = scores.first(scores.read(file))
+        return {"metric": headline, "score": metric["value"], "share": metric["share"]}, [file]
     steps = read_lines(folder / "metrics.jsonl", "step", "seconds", "tokens_per_second")
     held_out = read_lines(folder / "validation.jsonl", "step", "loss")
     events = read_lines(folder / "events.jsonl", "event", "time")
@@ -82,7 +89,7 @@ def read_result(folder: Path) -> dict[str, Any]:
     resident = [e["peak_resident"] for e in events if e.get("peak_resident")]
     seconds = sum(row["seconds"] for row in steps)
     last = held_out[-1] if held_out and held_out[-1]["step"] == steps[-1]["step"] else {}
-    return {
+    result = {
         "loss": last.get("loss"),
         "rows": last.get("rows"),
         "parameters": start["parameters"],
@@ -95,9 +102,4 @@ def read_result(folder: Path) -> dict[str, Any]:
         "peak_memory": max(cuda or resident, default=None),
         "memory": "cuda" if cuda else "resident",
     }
-
-
-def read_score(file: Path) -> dict[str, Any]:
-    """Return the headline metric of a ``scores.json``: ``metric``, ``score``, ``share``."""
-    name, metric = scores.first(scores.read(file))
-    return {"metric": name, "score": metric["value"], "share": metric["share"]}
+    return result, [folder / "metrics.jsonl", folder / "validation.jsonl"]
