@@ -19,12 +19,13 @@ def plot(result: dict[str, Any], design: Design, target: Path) -> None:
     from matplotlib.transforms import ScaledTranslation
 
     rows = sorted((r for r in result["methods"] if "loss" in r), key=lambda r: r["loss"])
+    sizes = [r["parameters"] for r in rows]
     figure, axes = plt.subplots(1, 2, figsize=(11, 5.2), dpi=130, sharey=True, layout="constrained")
     axes[0].set_xscale("log")
     axes[0].xaxis.set_major_locator(ticker.LogLocator(10, (1, 2, 5)))
     axes[0].xaxis.set_major_formatter(ticker.EngFormatter())
     axes[0].xaxis.set_minor_formatter(ticker.NullFormatter())
-    asides = {"parameters": _apart([r["parameters"] for r in rows]), "seconds": [0.0] * len(rows)}
+    asides = {"parameters": _apart(sizes), "seconds": [0.0] * len(rows)}
     for axis, (key, shifts) in zip(axes, asides.items(), strict=True):
         for i, (row, shift) in enumerate(zip(rows, shifts, strict=True)):
             moved = ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans)
@@ -43,6 +44,7 @@ def plot(result: dict[str, Any], design: Design, target: Path) -> None:
         axis.margins(0.15)
         axis.autoscale_view()
         axis.grid(alpha=0.25)
+    axes[0].set_xlim(min(sizes) / 2, max(sizes) * 2)
     beside = ", equal ones side by side" if any(asides["parameters"]) else ""
     axes[0].set_xlabel("trained parameters" + beside)
     axes[0].set_ylabel("held-out loss per label token (nats), lower is better")
