@@ -126,7 +126,8 @@ class Runner:
     def stages(self, config: RunConfig) -> list[tuple[Stage, dict[str, Any]]]:
         """Return the stages of a cell with their inputs."""
         folder, inputs = Path(config.run_dir), cell_inputs(config, self.design.files)
-        names = ["training", *(["evaluation"] if self._evaluates(config) else [])]
+        scored = self.design.evaluate and config.train.seed in self.design.seeds
+        names = ["training", *(["evaluation"] if scored else [])]
         return [(Stage(folder, name, root=folder), inputs[name]) for name in names]
 
     def result(self, cell: Cell) -> dict[str, Any] | None:
@@ -239,9 +240,6 @@ class Runner:
         if code == USER_ERROR:
             check_free(folder, *slurm_start())  # another start was faster: no failure of the cell
         return ("done", "") if code == FINISHED else failure_reason(code, log, start)
-
-    def _evaluates(self, config: RunConfig) -> bool:
-        return self.design.evaluate and config.train.seed in self.design.seeds
 
     def _poll(self) -> None:
         if self.stop.signal is not None:
