@@ -80,7 +80,7 @@ held-out loss with 95 % intervals, difference to the reference under the same se
 time, memory. Each cell is an ordinary run in OUT/cells; what is done is never run again.
 
   scalepeft compare CONFIG model.path=DIR data.train=FILES --methods hoft,shoft,lora --out OUT
-  scalepeft compare CONFIG ... --budget time --seconds 600 --lrs 1e-4,3e-4,1e-3 --seeds 5 --out OUT
+  scalepeft compare CONFIG ... --budget steps --lrs 1e-4,3e-4,1e-3 --seeds 5 --out OUT
   scalepeft compare --out OUT            goes on with what is there, or prints it again
 """
 DOCTOR = """\
@@ -274,14 +274,12 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--seeds", type=int, default=3, help="reported runs of each method")
     compare.add_argument(
         "--budget",
-        choices=("parameters", "time", "steps"),
         default="parameters",
-        help="what is equal; parameters: each method at the size nearest to the reference's",
+        help="what is equal: steps, or parameters too (each method at the size nearest to these)",
     )
     compare.add_argument("--reference", default="lora", help="that others are held against")
     compare.add_argument("--rank", type=int, help="of the reference, whose size is the budget (16)")
     compare.add_argument("--parameters", type=int, metavar="N", help="the budget as a number")
-    compare.add_argument("--seconds", type=float, metavar="S", help="of training: --budget time")
     compare.add_argument(
         "--evaluate", action="store_true", help="score data.test too, in the reported runs"
     )

@@ -85,10 +85,9 @@ def comparison(folder: Path) -> dict[str, Any]:
 def _begun(folder: Path) -> int:
     """Cells that are begun and whose trainer has given a sign of life."""
     found = 0
-    for file in folder.glob("cells/*/*/cell.json"):
-        held = read_mapping(file, json.loads, f"remove {file.parent}: it is run again")
-        if held.get("state") == "begun":
-            found += status(file.parent)["state"].lower().startswith("running")
+    for run in {file.parent for file in folder.glob("cells/*/*/*.begun.json")}:
+        if (run / "events.jsonl").is_file():
+            found += status(run)["state"].lower().startswith("running")
     return found
 
 

@@ -172,8 +172,7 @@ def run(options: Options) -> None:
         for command, script in rendered.items():
             write_atomically(folder / f"{command}.sh", script)
         if design is not None:
-            with compare.kept(base_dir, design):
-                pass  # the jobs read it there
+            compare.keep(base_dir, design)  # the jobs read it there
         # A cell that failed is a row of the table and no reason to leave it out.
         after = "afterany" if design else "aftercorr" if options.sweep else "afterok"
         _queue(folder, rendered, after)

@@ -286,7 +286,8 @@ def test_a_comparison_is_two_arrays_and_a_table(capsys: pytest.CaptureFixture[st
         (["seeds=2"], {}, "--methods is missing"),
         (["methods=hoft", "seed=2"], {}, "--compare seed=2: expected methods=..."),
         (["methods=hoft", "seeds=two"], {}, "expected a number"),
-        (["methods=hoft", "budget=memory"], {}, "one of parameters, time, steps"),
+        (["methods=hoft", "budget=memory"], {}, "one of parameters, steps"),
+        (["methods=hoft", "budget=time", "seconds=5"], {}, "--budget time was removed"),
         (["methods=hotf"], {}, "Did you mean 'hoft'"),
         (["methods=hoft"], {"then": "evaluate"}, "--compare goes without --then"),
         (["methods=hoft"], {"sweep": ["train.lr=1,2"]}, "--compare goes without --then"),
@@ -363,17 +364,19 @@ def test_status_of_a_comparison(capsys: pytest.CaptureFixture[str]) -> None:
         "run",
     )
     design = compare.prepare(options)
-    with compare.kept(Path("run"), design):
-        runner = cells.Runner(Path("run"), design, StopFlag())
+    compare.keep(Path("run"), design)
+    runner = cells.Runner(Path("run"), design, StopFlag())
     tried = [*cells.sweep(design), cells.Cell(9, "lora", 2.0, 1), cells.Cell(9, "lora", 2.0, 2)]
     states = ["done", "done", "broke", "begun"]
     for cell, state in zip(tried, states, strict=True):
-        runner.folder(cell).mkdir(parents=True)
-        held = {"hash": runner._hash(runner.config(cell)), "state": state, "reason": ""}
-        held |= {"loss": 1 / (cell.lr or 1)}
-        (runner.folder(cell) / "cell.json").write_text(json.dumps(held))
+        ((stage, inputs),) = runner.stages(runner.config(cell))
+        stage.begin(inputs)
+        if state == "done":
+            stage.finish(inputs, [], 0.0, result={"loss": 1 / (cell.lr or 1)})
+        elif state == "broke":
+            stage.note(state=state, reason="gone")
     begun = {"event": "start", "time": time.time(), "steps": 4}
-    (runner.folder(tried[-1]) / "events.jsonl").write_text(json.dumps(begun) + "\n")
+    (stage.root / "events.jsonl").write_text(json.dumps(begun) + "\n")
     slurm(j2=["JobState=COMPLETED"], j3=["JobState=RUNNING", "JobState=PENDING Reason=Priority"])
     queued(sweep=2, seeds=3, table=4)
     status.run(["run"], as_json=False)
