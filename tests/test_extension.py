@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,11 +140,12 @@ def test_they_train_resume_evaluate_and_merge(folder: Path, tmp_path: Path) -> N
     words = [*WORDS, f"extensions={folder}", "engine=toy_engine", f"run_dir={run}"]
     codes, text = Job(2, ["train", *words, "train.max_steps=4", "train.stop_at=2"]).wait()
     assert codes == [75, 75], text
-    codes, text = Job(2, ["train", *words, "train.max_steps=4"]).wait()
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    codes, text = Job(2, ["train", *words, f"extensions={moved}", "train.max_steps=4"]).wait()
     assert codes == [0, 0], text
     assert len(losses(run)) == 4
     kept = yaml.safe_load((run / "config.yaml").read_text())
-    assert kept["extensions"] == str(folder)
+    assert kept["extensions"] == str(moved)
     assert (kept["adapter"]["start"], kept["data"]["size"], kept["train"]["lr"]) == (0.5, 32, 2e-3)
     done = call("evaluate", str(run), "engine.name=single")
     assert done.returncode == 0, done.stderr
@@ -174,6 +176,27 @@ def test_names_are_listed_and_guessed(folder: Path) -> None:
     assert wrong.returncode == 2 and "Did you mean 'toy_engine'?" in wrong.stderr
     listed = call("methods", "--model", "mini", "--json", SCALEPEFT_EXTENSIONS=str(folder))
     assert '"toy_method"' in listed.stdout, listed.stderr
+
+
+def test_a_submission_keeps_a_copy(folder: Path, tmp_path: Path) -> None:
+    words = [*WORDS, "engine=toy_engine", f"run_dir={tmp_path}/run", "train.max_steps=4"]
+    job = tmp_path / "job.sh"
+    job.write_text(
+        "#!/bin/bash\n#SBATCH --nodes=1 --ntasks-per-node=2\n"
+        f"SETTINGS=({' '.join(words)} extensions={folder})\n"
+        'source "${SCALEPEFT_ROOT:-$SLURM_SUBMIT_DIR}/slurm/train.sh" "$@"\n'
+    )
+    (tmp_path / "bin").mkdir()
+    for name in ("bash", "git", "env"):  # a machine without Slurm
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name) or name)
+    done = call("submit", str(job), PATH=str(tmp_path / "bin"))
+    assert done.returncode == 2 and "no sbatch on this machine" in done.stderr, done.stderr
+    assert "plan: toy_method: " in done.stderr
+    kept = tmp_path / "run/submissions/001"
+    config = yaml.safe_load((kept / "configs/0.yaml").read_text())
+    assert config["extensions"] == str(kept / "code/extensions")
+    for file in ("adapters/toy_method.py", "engines/toy_engine.py", "tasks/toy_task.py"):
+        assert (kept / "code/extensions" / file).read_text() == (folder / file).read_text()
 
 
 def test_an_entry_needs_no_yaml(folder: Path, tmp_path: Path) -> None:

@@ -144,8 +144,8 @@ def config_files(section: str) -> list[Path]:
 
 
 def config_names(section: str) -> list[str]:
-    """Every name that ``section=NAME`` can take: of a file, or of a registry's entry."""
-    entries = registry.available(NAMED[section][0]) if section in NAMED else []
+    """Every name that ``section=NAME`` can take: of a file, or of an extension's entry."""
+    entries = registry.added(NAMED[section][0]) if section in NAMED else []
     return sorted({*(file.stem for file in config_files(section)), *entries})
 
 
@@ -182,7 +182,7 @@ def _apply(values: dict[str, Any], overrides: list[str], notes: list[str]) -> No
             raise UserError(
                 f"'{override}': expected section.key=value, e.g. train.lr=1e-4 or adapter=hoft"
             )
-        if parts[0] not in SECTIONS:
+        if parts[0] not in (*SECTIONS, *PATHS):
             raise UserError(
                 f"{key}: no section '{parts[0]}'.{nearest(parts[0], SECTIONS)} Allowed:"
                 f" {', '.join(SECTIONS)}"

@@ -163,8 +163,8 @@ PLAIN: dict[str, type] = {
     "model": ModelConfig, "train": TrainConfig, "evaluate": EvaluateConfig,
     "pipeline": PipelineConfig,
 }  # fmt: skip
-SECTIONS = [f.name for f in dataclasses.fields(RunConfig)]
 PATHS = ("run_dir", "extensions")  # keys that are no sections
+SECTIONS = [f.name for f in dataclasses.fields(RunConfig) if f.name != "extensions"]
 
 
 def config_class(section: str, name: str) -> type:
@@ -189,7 +189,7 @@ def use_extensions(folder: Any) -> str | None:
 def from_dict(values: dict[str, Any]) -> RunConfig:
     """Builds the typed config from nested mappings (``config.yaml``, or merged files)."""
     for section in values:
-        if section not in SECTIONS:
+        if section not in (*SECTIONS, *PATHS):
             raise UserError(
                 f"no section '{section}'.{nearest(str(section), SECTIONS)} Allowed:"
                 f" {', '.join(SECTIONS)}"

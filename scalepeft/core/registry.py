@@ -32,11 +32,19 @@ def available(package: str) -> list[str]:
     return sorted(found | _installed(package).keys())
 
 
+def added(package: str) -> list[str]:
+    """The keys of ``available`` that extensions have brought."""
+    return sorted(set(available(package)) - set(_modules(_paths(package)[0])))
+
+
 def extend(folder: str) -> None:
     """Add the entries of an extension folder to the registries, for the life of the process.
 
+    Of two folders with the same name the first counts: a run that continues from another copy of
+    its folder (each submission keeps one) also reads the config that names the older copy.
+
     Raises:
-        UserError: no such folder, nothing in it, or a name that is taken.
+        UserError: no such folder, nothing in it, or a name of ours or of an installed package.
     """
     places = {package: str(Path(folder, name).resolve()) for package, name in KINDS.items()}
     if not any(Path(place).is_dir() for place in places.values()):
@@ -48,7 +56,8 @@ def extend(folder: str) -> None:
         paths = _paths(package)
         if place in paths:
             continue
-        if taken := sorted(set(available(package)) & set(_modules(place))):
+        fixed = {*_modules(paths[0]), *_installed(package)}
+        if taken := sorted(fixed & set(_modules(place))):
             raise UserError(f"{place}/{taken[0]}.py: the name '{taken[0]}' is taken; rename it")
         paths.append(place)
 
