@@ -20,7 +20,7 @@ def run(model: str, as_json: bool) -> None:
     Raises:
         UserError: no such shape or folder.
     """
-    rows = [describe(file.stem, model) for file in config_files.config_files("adapter")]
+    rows = [describe(name, model) for name in config_files.config_names("adapter")]
     if as_json:
         print(json.dumps({"model": model, "methods": rows}, indent=1))
         return
@@ -80,7 +80,7 @@ def describe(name: str, model: str) -> dict[str, Any]:
         "cost": _cost(found, linear),
         "no_merge": next((a.unmergeable_reason for a in found if a.unmergeable_reason), ""),
         "exports": ["peft"] * peft + ["lora"] * lora,
-        "lr": values["train"]["lr"],
+        "lr": values.get("train", {}).get("lr", cfg.TrainConfig().lr),
         "paper": layers[0][1].adapter.paper,
     }
 

@@ -9,31 +9,19 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from scalepeft.analysis.compare import command as compare
 from scalepeft.build import check_batch, engine_class, task_of
+from scalepeft.cluster import sbatch
 from scalepeft.cluster.plan import gpus, planning
-from scalepeft.cluster.sbatch import (
-    ALONE,
-    NOT_ALONE,
-    _commands,
-    _gpu_of,
-    _header,
-    _long,
-    _nodes,
-    _option,
-    _read,
-    _warning,
-    _without,
-    _words,
-)
+from scalepeft.cluster.sbatch import Job
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
+from scalepeft.core import registry
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import write_atomically
 from scalepeft.core.log import say
@@ -46,6 +34,7 @@ from scalepeft.run.folder import check_same_run
 from scalepeft.run.status import job_of
 
 SNAPSHOT = ("scalepeft", "configs", "slurm", "launch")
+EXTENSIONS = "extensions"  # in the snapshot
 # Variables that Slurm sets in a job: in a setting they would be empty when it is resolved here.
 ON_A_NODE = "@only-in-the-job@"
 NODE_VARIABLES = [
@@ -93,27 +82,18 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Checks, snapshots, renders and queues; prints the job ids.
+    """Check, snapshot, render and queue; print the job ids.
 
     Raises:
         UserError: a mistake in job file, config or data, or sbatch refuses.
     """
     root = Path(__file__).resolve().parents[2]
     if not (root / "slurm" / "train.sh").is_file():
-        raise UserError(f"{root} is no checkout: launch/submit takes slurm/train.sh from there")
-    given = _long(options.sbatch)
-    if options.then and options.pipeline:
-        raise UserError(f"--then {options.then} has no effect with --pipeline, which evaluates")
-    if options.cpu_sbatch and not (options.pipeline or options.compare):
-        raise UserError("--cpu-sbatch is for the CPU stages of --pipeline and --compare")
-    if options.compare and (options.then or options.pipeline or options.sweep):
-        raise UserError("--compare goes without --then, --pipeline and --sweep; it sweeps itself")
-    if options.resume_with_changes and options.pipeline:
-        raise UserError("--resume-with-changes: a pipeline does again what a change asks for")
-    if options.resume_with_changes and options.compare:
-        raise UserError("--resume-with-changes: a comparison runs again what a change asks for")
-    lines = _read(options.job_file)
-    header = _header(lines, given)
+        raise UserError(f"{root} is not a checkout: launch/submit takes slurm/train.sh from there")
+    _check_options(options)
+    lines = sbatch.read(options.job_file)
+    over = sbatch.words_of(sbatch.long_options(options.sbatch))
+    header = {**sbatch.header_of(lines), **over}
     if "--array" in header:
         raise UserError("--array: launch/submit makes the array itself: --sweep KEY=A,B,C")
     job_file = str(Path(options.job_file).resolve())
@@ -127,72 +107,89 @@ def run(options: Options) -> None:
     design = _design(path, settings, options, base_dir) if options.compare else None
     if options.plan:
         _plan(configs if design is None else _competitors(design), header, options)
-    elif options.gpu:
-        raise UserError(f"--gpu {options.gpu} has no effect with --no-plan; give one of them")
     folder = _next(base_dir / "submissions")
-    files = [str(folder / "configs" / f"{i}.yaml") for i in range(len(configs))]
-    flags = ["--resume-with-changes"] if options.resume_with_changes else []
-    jobs = {"train": _Job("train", files, flags)}
-    if options.then:
-        runs = [str(Path(c.run_dir).absolute()) for c in configs]
-        jobs[options.then] = _Job(options.then, runs, [])
-    if options.pipeline:
-        jobs = {
-            stage: _Job("pipeline", files, ["--stage", stage], gpus=stage in ON_RANKS)
-            for stage in STAGES
-        }
-    if design is not None:
-        out = ["--out", shlex.quote(str(base_dir.absolute()))]
-        jobs = {
-            step: _Job("compare", words, out, gpus=step != "table", array=step != "table")
-            for step, words in compare.arguments(design).items()
-        }
-    ours = {"--chdir": str(Path.cwd())}
-    throttle = f"%{options.throttle}" if options.throttle else ""
-    over = _words(given)
-    rendered = {}
-    for name, job in jobs.items():
-        if "--job-name" not in over:
-            ours["--job-name"] = base_dir.name + ("" if name == "train" else f"-{name}")
-        own = {} if job.gpus else {**ALONE, **_words(_long(options.cpu_sbatch))}
-        if array := job.array or options.sweep:
-            own["--array"] = f"0-{len(job.targets) - 1}{throttle}"
-        if "--output" not in over:
-            own["--output"] = f"{folder}/%x-{'%A_%a' if array else '%j'}.log"
-        asked = {k: v for k, v in over.items() if job.gpus or k not in NOT_ALONE}
-        more = [_option(key, value) for key, value in {**asked, **own, **ours}.items()]
-        header_lines = lines if job.gpus else _without(lines, NOT_ALONE)
-        rendered[name] = _render(header_lines, more, folder, job)
+    texts = {f"configs/{i}.yaml": _text(config, folder) for i, config in enumerate(configs)}
+    scripts = {
+        name: sbatch.render(lines, job, _sbatch_options(name, job, over, base_dir, options), folder)
+        for name, job in _jobs(options, configs, folder, design).items()
+    }
     if options.dry_run:
-        texts = {f"configs/{i}.yaml": cfg.dump(c) for i, c in enumerate(configs)}
-        _show(rendered, texts if design is None else {compare.FILE: design.text()})
+        _show(scripts, texts if design is None else {compare.FILE: design.text()})
         return
     try:
-        _snapshot(root, folder, configs)
-        for command, script in rendered.items():
-            write_atomically(folder / f"{command}.sh", script)
+        _snapshot(root, folder, configs[0].extensions)
+        for name, text in {**texts, **{f"{n}.sh": s for n, s in scripts.items()}}.items():
+            write_atomically(folder / name, text)
         if design is not None:
             compare.keep(base_dir, design)  # the jobs read it there
         # A cell that failed is a row of the table and no reason to leave it out.
         after = "afterany" if design else "aftercorr" if options.sweep else "afterok"
-        _queue(folder, rendered, after)
+        _queue(folder, scripts, after)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
 
 
-@dataclass(frozen=True)
-class _Job:
-    """A job of the submission: ``scalepeft COMMAND TARGET FLAGS``, a target for each run."""
+def _check_options(options: Options) -> None:
+    """Raise UserError if one option has no effect beside another."""
+    if options.then and options.pipeline:
+        raise UserError(f"--then {options.then} has no effect with --pipeline, which evaluates")
+    if options.cpu_sbatch and not (options.pipeline or options.compare):
+        raise UserError("--cpu-sbatch is for the CPU stages of --pipeline and --compare")
+    if options.compare and (options.then or options.pipeline or options.sweep):
+        raise UserError("--compare goes without --then, --pipeline and --sweep; it sweeps itself")
+    if options.resume_with_changes and options.pipeline:
+        raise UserError("--resume-with-changes: a pipeline does again what a change asks for")
+    if options.resume_with_changes and options.compare:
+        raise UserError("--resume-with-changes: a comparison runs again what a change asks for")
+    if options.gpu and not options.plan:
+        raise UserError(f"--gpu {options.gpu} has no effect with --no-plan; give one of them")
 
-    command: str
-    targets: list[str]
-    flags: list[str]
-    gpus: bool = True
-    array: bool = False
+
+def _jobs(
+    options: Options, configs: list[RunConfig], folder: Path, design: compare.Design | None
+) -> dict[str, Job]:
+    """The jobs by name, in order; each waits for the one before."""
+    files = [str(folder / "configs" / f"{i}.yaml") for i in range(len(configs))]
+    array = bool(options.sweep)
+    if options.pipeline:
+        return {
+            stage: Job("pipeline", files, ["--stage", stage], stage in ON_RANKS, array)
+            for stage in STAGES
+        }
+    if design is not None:
+        out = ["--out", shlex.quote(str(folder.parent.parent))]
+        return {
+            step: Job("compare", words, out, gpus=step != "table", array=step != "table")
+            for step, words in compare.arguments(design).items()
+        }
+    flags = ["--resume-with-changes"] if options.resume_with_changes else []
+    jobs = {"train": Job("train", files, flags, array=array)}
+    if options.then:
+        runs = [str(Path(c.run_dir).absolute()) for c in configs]
+        jobs[options.then] = Job(options.then, runs, [], array=array)
+    return jobs
+
+
+def _sbatch_options(
+    name: str, job: Job, over: dict[str, str], base_dir: Path, options: Options
+) -> dict[str, str]:
+    """Options over those of the job file: the command line's, then ours."""
+    found = {k: v for k, v in over.items() if job.gpus or k not in sbatch.NOT_ALONE}
+    if not job.gpus:
+        found |= sbatch.ALONE | sbatch.words_of(sbatch.long_options(options.cpu_sbatch))
+    if job.array:
+        throttle = f"%{options.throttle}" if options.throttle else ""
+        found["--array"] = f"0-{len(job.targets) - 1}{throttle}"
+    if "--output" not in over:
+        log = f"%x-{'%A_%a' if job.array else '%j'}.log"
+        found["--output"] = str(_next(base_dir / "submissions") / log)
+    if "--job-name" not in over:
+        found["--job-name"] = base_dir.name + ("" if name == "train" else f"-{name}")
+    return {**found, "--chdir": str(Path.cwd())}
 
 
 def _describe(job_file: str, root: Path) -> tuple[str | None, list[str]]:
-    """Runs the job file as far as train.sh, which then says which config and settings it got."""
+    """Run the job file as far as train.sh, which then says which config and settings it got."""
     known_on_a_node = dict.fromkeys(NODE_VARIABLES, ON_A_NODE)
     environment = {"SCALEPEFT_DESCRIBE": "1", "SCALEPEFT_ROOT": str(root), **known_on_a_node}
     done = subprocess.run(
@@ -201,7 +198,7 @@ def _describe(job_file: str, root: Path) -> tuple[str | None, list[str]]:
     )  # fmt: skip
     _, found, words = done.stdout.partition("\0")
     if done.returncode or not found:
-        raise UserError(f"{job_file}: {done.stderr.strip() or 'did not come to slurm/train.sh'}")
+        raise UserError(f"{job_file}: {done.stderr.strip() or 'did not reach slurm/train.sh'}")
     command_name, *settings = words.split("\0")[:-1]
     for word in settings:
         if ON_A_NODE in word:
@@ -220,7 +217,7 @@ def _describe(job_file: str, root: Path) -> tuple[str | None, list[str]]:
 def _configs(
     path: str | None, settings: list[str], options: Options
 ) -> tuple[list[RunConfig], Path]:
-    """Resolves every run of the submission; returns them and the folder that holds all."""
+    """Resolve every run of the submission; returns them and the folder that holds all."""
     axes: dict[str, list[str]] = {}
     for axis in options.sweep:
         key, equals, values = axis.partition("=")
@@ -228,7 +225,7 @@ def _configs(
         if not equals or not all(parts) or key == "run_dir" or "[" in values:
             raise UserError(f"--sweep {axis}: expected KEY=A,B,C, e.g. train.lr=1e-4,3e-4")
         if key in axes or len(set(parts)) < len(parts):
-            raise UserError(f"--sweep {axis}: the same run stands there twice")
+            raise UserError(f"--sweep {axis}: the same run appears twice")
         axes[key] = [f"{key}={value}" for value in parts]
     if options.throttle < 0 or (options.throttle and not (axes or options.compare)):
         raise UserError(
@@ -268,12 +265,7 @@ def _competitors(design: compare.Design) -> list[RunConfig]:
 
 
 def _plan(configs: list[RunConfig], header: dict[str, str], options: Options) -> None:
-    nodes = _nodes(header) or 1
-    each = header.get("--ntasks-per-node", "")
-    if not each.isdecimal():
-        total = header.get("--ntasks", "")
-        each = str(max(1, int(total) // nodes)) if total.isdecimal() else "1"
-    gpu, by = (gpus.find(options.gpu), "--gpu") if options.gpu else _gpu_of(header)
+    gpu, by = (gpus.find(options.gpu), "--gpu") if options.gpu else sbatch.gpu_of(header)
     if gpu:
         say(f"plan: for GPU {gpu.name}, by {by}")
     else:
@@ -282,8 +274,8 @@ def _plan(configs: list[RunConfig], header: dict[str, str], options: Options) ->
             " not looked at; add --gpu NAME"
         )
     where = planning.Options(
-        nodes=nodes,
-        gpus_per_node=int(each),
+        nodes=sbatch.nodes_of(header) or 1,
+        gpus_per_node=sbatch.tasks_per_node(header),
         gpu=gpu.name if gpu else None,
         network=False,
         advise=False,
@@ -301,63 +293,58 @@ def _plan(configs: list[RunConfig], header: dict[str, str], options: Options) ->
         except UserError as error:
             say(f"not planned: {error}")
             continue
-        _judge(planning.plan(config, where), header)
+        _check_plan(planning.plan(config, where), header)
 
 
-def _judge(found: planning.Plan, header: dict[str, str]) -> None:
-    """Refuses what cannot do without the assumed constants; what depends on them is only said."""
-    need, gpu, given = found.need / planning.GIB, found.options.target, _warning(header)
-    tensors, stop = found.step.most / planning.GIB, f"{found.stop_seconds:.1f} s"
-    rows = f"rows of data.cutoff={found.config.data.cutoff} tokens"
+def _check_plan(planned: planning.Plan, header: dict[str, str]) -> None:
+    """Raise UserError for what fails whatever is assumed; what depends on that is only said."""
+    need, gpu = planned.need / planning.GIB, planned.options.target
+    warning = sbatch.warning_seconds(header)
+    tensors, stop = planned.step.peak_bytes / planning.GIB, f"{planned.stop_seconds:.1f} s"
+    rows = f"rows of data.cutoff={planned.config.data.cutoff} tokens"
     if gpu and tensors > gpu.gib:
         raise UserError(
             f"the run's tensors alone, with {rows}, need {tensors:.1f} GiB a GPU, {gpu.name} has"
             f" {gpu.gib:g}: see scalepeft plan ... --gpu {gpu.name} for what to change, or add"
             " --no-plan"
         )
-    if given is not None and given < found.stop_seconds:
+    if warning is not None and warning < planned.stop_seconds:
         raise UserError(
-            f"--signal={header['--signal']}: comes {given} s before the time limit, a step and a"
+            f"--signal={header['--signal']}: comes {warning} s before the time limit, a step and a"
             f" save alone take {stop} (assumed: {planning.MFU:.0%} of a GPU's peak, {rows});"
-            f" write --signal=B:USR1@{found.grace}, or add --no-plan"
+            f" write --signal=B:USR1@{planned.grace}, or add --no-plan"
         )
     say(
-        f"plan: {found.config.adapter.name}: {need:.1f} GiB a GPU at the peak, {stop} for a step"
-        f" and a save, grace period {found.grace} s (assumed rates: scalepeft plan)"
+        f"plan: {planned.config.adapter.name}: {need:.1f} GiB a GPU at the peak, {stop} for a step"
+        f" and a save, grace period {planned.grace} s (assumed rates: scalepeft plan)"
     )
-    if gpu and not found.fits:
+    if gpu and not planned.fits:
         say(
             f"plan: tight: {tensors:.1f} GiB of tensors fit {gpu.name} ({gpu.gib:g} GiB), with what"
             f" is assumed for CUDA, NCCL and the allocator {need:.1f} GiB do not"
         )
-    if given is not None and given < found.grace:
+    if warning is not None and warning < planned.grace:
         say(
-            f"plan: --signal={header['--signal']} comes {given} s before the time limit;"
-            f" --signal=B:USR1@{found.grace} leaves {planning.SAFETY:g} times what is assumed"
+            f"plan: --signal={header['--signal']} comes {warning} s before the time limit;"
+            f" --signal=B:USR1@{planned.grace} leaves {planning.SAFETY:g} times what is assumed"
         )
 
 
 def _check(configs: list[RunConfig], header: dict[str, str], options: Options) -> None:
-    nodes, each = _nodes(header), header.get("--ntasks-per-node", "")
-    ranks = header.get("--ntasks", "")
-    if not ranks and nodes and each.isdecimal():
-        ranks = str(nodes * int(each))
-    if not ranks and nodes and nodes > 1:
-        raise UserError(
-            f"--nodes={header['--nodes']} without --ntasks-per-node: set it, one task a GPU"
-        )
+    ranks = sbatch.ranks_of(header)
     read: set[str] = set()
     for config in configs:
-        if (found := job_of(Path(config.run_dir))) and found[1] in ACTIVE:
+        number, state = job_of(Path(config.run_dir)) or ("", "")
+        if state in ACTIVE:
             raise UserError(
-                f"run_dir={config.run_dir}: job {found[0]} of this run is {found[1]}; scancel it"
-                " first, or choose another run_dir"
+                f"run_dir={config.run_dir}: active Slurm job of the run: {number} ({state});"
+                " scancel it first, or choose another run_dir"
             )
         check_same_run(config, options.resume_with_changes)
         models.check_place(config.model.path)
-        if ranks.isdecimal():
-            engine_class(config).check(int(ranks))
-            check_batch(config, int(ranks))
+        if ranks is not None:
+            engine_class(config).check(ranks)
+            check_batch(config, ranks)
         task = task_of(config)
         if options.pipeline:
             check_pipeline(config)
@@ -374,34 +361,6 @@ def _next(submissions: Path) -> Path:
     return (submissions / f"{max(numbers, default=0) + 1:03}").absolute()
 
 
-def _render(lines: list[str], more: list[str], folder: Path, job: _Job) -> str:
-    """The job file with more ``#SBATCH`` lines, its last line replaced by what is resolved."""
-    first = _commands(lines)
-    last = max((i for i, x in enumerate(lines[:first]) if x.startswith("#SBATCH")), default=0) + 1
-    quoted = " ".join(shlex.quote(t) for t in job.targets)
-    own = [
-        "",
-        "# By launch/submit: code and resolved configs as they were when this was queued.",
-        f"SCALEPEFT_ROOT={shlex.quote(str(folder / 'code'))}",
-        f"SCALEPEFT_JOBS={shlex.quote(str(folder / 'jobs'))}",
-        f"PYTHON=${{PYTHON:-{shlex.quote(sys.executable)}}}",
-        f"SCALEPEFT_COMMAND={job.command}",
-        f"targets=({quoted})",
-        "CONFIG=${targets[${SLURM_ARRAY_TASK_ID:-0}]}",
-        f"SETTINGS=({' '.join(job.flags)})",
-        'source "$SCALEPEFT_ROOT/slurm/train.sh" "$@"',
-    ]
-    added = [f"#SBATCH {option}" for option in more]
-    script = "\n".join([*lines[:last], *added, *lines[last:], *own]) + "\n"
-    done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(
-            "the job file ends within an if, a loop or a quote where it sources train.sh"
-            f" ({_last(done.stderr)}); the source line must stand by itself at the end"
-        )
-    return script
-
-
 def _show(rendered: dict[str, str], texts: dict[str, str]) -> None:
     for command, script in rendered.items():
         print(f"# ---- {command}.sh\n{script}")
@@ -414,26 +373,34 @@ def _show(rendered: dict[str, str], texts: dict[str, str]) -> None:
             check=False,
         )  # fmt: skip
         if done.returncode:
-            raise UserError(f"sbatch --test-only refuses {first}.sh: {_last(done.stderr)}")
-        say(_last(done.stderr))
+            raise UserError(
+                f"sbatch --test-only refuses {first}.sh: {sbatch.last_line(done.stderr)}"
+            )
+        say(sbatch.last_line(done.stderr))
     else:
         say("no sbatch here, so Slurm has not been asked whether it takes the job")
     say("dry run: nothing was written or queued")
 
 
-def _last(text: str) -> str:
-    return (text.strip().splitlines() or ["no reason given"])[-1]
+def _text(config: RunConfig, folder: Path) -> str:
+    """The config as the job reads it: with the snapshot's extensions."""
+    if config.extensions:
+        config = replace(config, extensions=str(folder / "code" / EXTENSIONS))
+    return cfg.dump(config)
 
 
-def _snapshot(root: Path, folder: Path, configs: list[RunConfig]) -> None:
+def _snapshot(root: Path, folder: Path, extensions: str | None) -> None:
+    """Copy the code, and the extensions' beside it, into the submission's folder."""
+    copies = {name: root / name for name in SNAPSHOT}
+    if extensions:
+        parts = (*registry.KINDS.values(), "configs")
+        copies |= {f"{EXTENSIONS}/{part}": Path(extensions, part) for part in parts}
     (folder / "configs").mkdir(parents=True)
-    for name in SNAPSHOT:
-        shutil.copytree(
-            root / name, folder / "code" / name, ignore=shutil.ignore_patterns("__pycache__")
-        )
+    for name, source in copies.items():
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, folder / "code" / name, ignore=ignored)
     write_atomically(folder / "code" / "COMMIT", "\n".join(_commit(root)) + "\n")
-    for i, config in enumerate(configs):
-        write_atomically(folder / "configs" / f"{i}.yaml", cfg.dump(config))
 
 
 def _commit(root: Path) -> Iterator[str]:
@@ -458,7 +425,7 @@ def _queue(folder: Path, rendered: dict[str, str], after: str) -> None:
             raise UserError(f"no sbatch on this machine; {folder}/{command}.sh is ready") from None
         if done.returncode:
             raise UserError(
-                f"sbatch refuses {folder}/{command}.sh: {_last(done.stderr)}"
+                f"sbatch refuses {folder}/{command}.sh: {sbatch.last_line(done.stderr)}"
                 + (f"; job {parent} is queued (scancel {parent} takes it back)" if parent else "")
             )
         parent = done.stdout.strip().split(";")[0]

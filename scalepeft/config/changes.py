@@ -3,7 +3,7 @@
 from typing import Any
 
 # Keys that may differ when a run is resumed: never compared, and with --resume-with-changes.
-FREE_TO_CHANGE = ("run_dir", "train.stop_at", "evaluate.", "pipeline.")
+FREE_TO_CHANGE = ("run_dir", "extensions", "train.stop_at", "evaluate.", "pipeline.")
 HARMLESS = (
     "engine.",
     "model.path",  # a moved folder: the base's fingerprint is compared, not its place

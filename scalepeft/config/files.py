@@ -5,7 +5,16 @@ from typing import Any
 
 import yaml
 
-from scalepeft.config.schema import NAMED, SECTIONS, RunConfig, config_class, from_dict
+from scalepeft.config.schema import (
+    NAMED,
+    PATHS,
+    SECTIONS,
+    RunConfig,
+    config_class,
+    from_dict,
+    use_extensions,
+)
+from scalepeft.core import registry
 from scalepeft.core.errors import UserError, nearest, unknown
 from scalepeft.core.fields import _field_names
 
@@ -91,6 +100,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(
             f"{path}: a config is a mapping with {', '.join(SECTIONS)}, not {type(values).__name__}"
         )
+    use_extensions(values.get("extensions"))  # first: they bring names of their own
     merged: dict[str, Any] = {}
     includes = values.pop("include", None) or []
     for include in includes if isinstance(includes, list) else [includes]:
@@ -112,7 +122,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     for section, value in values.items():
         if section in FOLDERS and isinstance(value, str):
             continue
-        if section in SECTIONS and section != "run_dir" and not isinstance(value, dict | None):
+        if section in SECTIONS and section not in PATHS and not isinstance(value, dict | None):
             raise UserError(f"{path}: {section}: expected keys under it, not {value!r}")
         _merge(merged, {section: value})
     return merged
@@ -127,17 +137,30 @@ def _merge(into: dict[str, Any], new: dict[str, Any]) -> None:
 
 
 def config_files(section: str) -> list[Path]:
-    """The shipped YAML files that ``section=NAME`` can take."""
-    return sorted((config_root() / FOLDERS[section]).glob("*.yaml"))
+    """The YAML files, shipped or of extensions, that ``section=NAME`` can take."""
+    use_extensions(None)
+    roots = [config_root(), *(folder / "configs" for folder in registry.extension_folders())]
+    return [file for root in roots for file in sorted((root / FOLDERS[section]).glob("*.yaml"))]
+
+
+def config_names(section: str) -> list[str]:
+    """Every name that ``section=NAME`` can take: of a file, or of an extension's entry."""
+    entries = registry.added(NAMED[section][0]) if section in NAMED else []
+    return sorted({*(file.stem for file in config_files(section)), *entries})
 
 
 def named_file(section: str, name: str) -> dict[str, Any]:
-    """Reads the file that ``section=name`` takes. Raises UserError: there is none."""
-    folder = config_root() / FOLDERS[section]
-    file = folder / f"{name}.yaml"
-    if not file.is_file():
-        raise unknown(f"{section} config", name, (f.stem for f in config_files(section)))
-    return _read(file, ())
+    """Read the file that ``section=name`` takes; an entry without one has its own defaults.
+
+    Raises:
+        UserError: no such name.
+    """
+    file = next((file for file in config_files(section) if file.stem == name), None)
+    if file is not None:
+        return _read(file, ())
+    if name not in config_names(section):
+        raise unknown(f"{section} config", name, config_names(section))
+    return {section: {"name": name}}
 
 
 def _apply(values: dict[str, Any], overrides: list[str], notes: list[str]) -> None:
@@ -145,6 +168,8 @@ def _apply(values: dict[str, Any], overrides: list[str], notes: list[str]) -> No
     ``adapter.rank=8`` sets a key.
     """
     given: dict[str, Any] = {}
+    folders = [o.partition("=")[2] for o in overrides if o.startswith("extensions=")]
+    use_extensions(folders[-1] if folders else values.get("extensions"))
     for override in overrides:
         key, equals, text = override.partition("=")
         parts = key.split(".")
@@ -157,7 +182,7 @@ def _apply(values: dict[str, Any], overrides: list[str], notes: list[str]) -> No
             raise UserError(
                 f"'{override}': expected section.key=value, e.g. train.lr=1e-4 or adapter=hoft"
             )
-        if parts[0] not in SECTIONS:
+        if parts[0] not in (*SECTIONS, *PATHS):
             raise UserError(
                 f"{key}: no section '{parts[0]}'.{nearest(parts[0], SECTIONS)} Allowed:"
                 f" {', '.join(SECTIONS)}"
@@ -182,9 +207,9 @@ def _apply(values: dict[str, Any], overrides: list[str], notes: list[str]) -> No
             ]
             _merge(values, named)
         elif len(parts) == 1:
-            if key != "run_dir":
+            if key not in PATHS:
                 raise UserError(f"{key}: is a section; set a key of it, e.g. {key}.KEY=VALUE")
-            given[key] = text
+            given[key] = text if key == "run_dir" else value
         else:
             given.setdefault(parts[0], {})[parts[1]] = value
     for section, (_, _, default, _) in NAMED.items():

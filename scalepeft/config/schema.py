@@ -3,8 +3,10 @@ mistake.
 """
 
 import dataclasses
+import os
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -137,7 +139,7 @@ class PipelineConfig:
 @plain_dataclass(frozen=True)
 class RunConfig:
     """Everything that defines a run; ``adapter``, ``engine`` and ``data`` are of the class their
-    ``name`` picks.
+    ``name`` picks; ``extensions`` is a folder with methods, engines and tasks of others.
     """
 
     run_dir: str
@@ -148,6 +150,7 @@ class RunConfig:
     train: TrainConfig
     evaluate: EvaluateConfig
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
+    extensions: str | None = None
 
 
 # section -> (folder of scalepeft, what to call an entry, the name if none is given, its class)
@@ -160,7 +163,8 @@ PLAIN: dict[str, type] = {
     "model": ModelConfig, "train": TrainConfig, "evaluate": EvaluateConfig,
     "pipeline": PipelineConfig,
 }  # fmt: skip
-SECTIONS = [f.name for f in dataclasses.fields(RunConfig)]
+PATHS = ("run_dir", "extensions")  # keys that are no sections
+SECTIONS = [f.name for f in dataclasses.fields(RunConfig) if f.name != "extensions"]
 
 
 def config_class(section: str, name: str) -> type:
@@ -169,15 +173,28 @@ def config_class(section: str, name: str) -> type:
     return registry.find_class(package, name, kind, base)
 
 
+def use_extensions(folder: Any) -> str | None:
+    """Put the names of a folder into the registries; return its absolute path. Without a folder
+    ``$SCALEPEFT_EXTENSIONS`` is taken.
+    """
+    folder = folder or os.environ.get("SCALEPEFT_EXTENSIONS")
+    if not folder:
+        return None
+    if not isinstance(folder, str):
+        raise UserError(f"extensions={folder!r}: expected the name of one folder")
+    registry.extend(folder)
+    return str(Path(folder).resolve())
+
+
 def from_dict(values: dict[str, Any]) -> RunConfig:
     """Builds the typed config from nested mappings (``config.yaml``, or merged files)."""
     for section in values:
-        if section not in SECTIONS:
+        if section not in (*SECTIONS, *PATHS):
             raise UserError(
                 f"no section '{section}'.{nearest(str(section), SECTIONS)} Allowed:"
                 f" {', '.join(SECTIONS)}"
             )
-        if section != "run_dir" and not isinstance(values[section] or {}, dict):
+        if section not in PATHS and not isinstance(values[section] or {}, dict):
             raise UserError(f"{section}: expected keys under it, not {values[section]!r}")
     if not values.get("run_dir"):
         raise UserError(
@@ -185,6 +202,7 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
         )
     if isinstance(values["run_dir"], dict | list):
         raise UserError(f"run_dir={values['run_dir']}: expected the name of one folder")
+    extensions = use_extensions(values.get("extensions"))
     values = {section: dict(values.get(section) or {}) for section in (*PLAIN, *NAMED)} | {
         "run_dir": values["run_dir"]
     }
@@ -194,7 +212,7 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
         given = values[section]
         given.setdefault("name", default)
         sections[section] = _build(config_class(section, str(given["name"])), given, section)
-    config = RunConfig(run_dir=str(values["run_dir"]), **sections)
+    config = RunConfig(run_dir=str(values["run_dir"]), extensions=extensions, **sections)
     _check(config)
     return config
 

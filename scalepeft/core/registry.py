@@ -1,16 +1,24 @@
-"""Names to modules: a registry is a folder, a key is a file name. Also what all configs and errors
-share.
+"""Names to modules: a registry is a folder, a key is a file name.
+
+Entries of other people come by entry point (a group of ``KINDS``, the value is a module) or from a
+folder with ``adapters/``, ``engines/`` and ``tasks/``, one module each.
 """
 
 import fnmatch
 import importlib
 import pkgutil
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
-from scalepeft.core.errors import unknown
+from scalepeft.core.errors import UserError, unknown
 
 T = TypeVar("T")
+# Folder of scalepeft -> its name in an extension folder and, after "scalepeft.", of its group.
+KINDS = {"adapters.methods": "adapters", "parallel": "engines", "data.tasks": "tasks"}
+NO_ENTRIES = ("base", "ranks")  # modules beside the entries: the protocol and what it is built on
 
 
 def names(pattern: str, layer: str) -> bool:
@@ -19,28 +27,93 @@ def names(pattern: str, layer: str) -> bool:
 
 
 def available(package: str) -> list[str]:
-    """Lists the registry keys of ``scalepeft.<package>``: its modules without the ones that are not
-    entries.
+    """List the keys of registry ``scalepeft.<package>``, its extensions included."""
+    found = {name for path in _paths(package) for name in _modules(path)}
+    return sorted(found | _installed(package).keys())
+
+
+def added(package: str) -> list[str]:
+    """The keys of ``available`` that extensions have brought."""
+    return sorted(set(available(package)) - set(_modules(_paths(package)[0])))
+
+
+def extend(folder: str) -> None:
+    """Add the entries of an extension folder to the registries, for the life of the process.
+
+    Of two folders with the same name the first counts: a run that continues from another copy of
+    its folder (each submission keeps one) also reads the config that names the older copy.
+
+    Raises:
+        UserError: no such folder, nothing in it, or a name of ours or of an installed package.
     """
-    folder = importlib.import_module(f"scalepeft.{package}")
-    helpers: frozenset[str] = getattr(folder, "HELPERS", frozenset({"base"}))
-    names = (module.name for module in pkgutil.iter_modules(folder.__path__))
-    return sorted(name for name in names if name not in helpers and not name.startswith("_"))
+    places = {package: str(Path(folder, name).resolve()) for package, name in KINDS.items()}
+    if not any(Path(place).is_dir() for place in places.values()):
+        raise UserError(
+            f"extensions={folder}: no folder with {', '.join(KINDS.values())} in it;"
+            " each holds one .py file an entry"
+        )
+    for package, place in places.items():
+        paths = _paths(package)
+        if place in paths:
+            continue
+        fixed = {*_modules(paths[0]), *_installed(package)}
+        if taken := sorted(fixed & set(_modules(place))):
+            raise UserError(f"{place}/{taken[0]}.py: the name '{taken[0]}' is taken; rename it")
+        paths.append(place)
+
+
+def extension_folders() -> list[Path]:
+    """The folders that ``extend`` was given."""
+    return [Path(place).parent for place in _paths("parallel")[1:]]
 
 
 def find(package: str, name: str, kind: str) -> ModuleType:
-    """Imports entry ``name`` of registry ``scalepeft.<package>``.
+    """Import entry ``name`` of registry ``scalepeft.<package>``.
 
     Raises:
-        UserError: no such entry; the message lists those that exist.
+        UserError: no such entry (the message lists those that exist), or an extension that cannot
+            be imported.
     """
     if name not in available(package):
         raise unknown(kind, name, available(package))
-    return importlib.import_module(f"scalepeft.{package}.{name}")
+    shipped, *_ = _paths(package)
+    module = f"scalepeft.{package}.{name}"
+    if name in _modules(shipped):
+        return importlib.import_module(module)
+    module = _installed(package).get(name, module)
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # whatever another's file may raise
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{kind} '{name}' cannot be imported from {module}: {reason}") from error
 
 
 def find_class(package: str, name: str, kind: str, base: type[T]) -> type[T]:
-    """Returns the entry's own subclass of ``base``. Raises UserError as ``find`` does."""
+    """Return the entry's own subclass of ``base``.
+
+    Raises:
+        UserError: as ``find``, or the module defines none.
+    """
     module = find(package, name, kind)
     classes = (c for c in vars(module).values() if isinstance(c, type) and issubclass(c, base))
-    return next(c for c in classes if c.__module__ == module.__name__)
+    for found in classes:
+        if found.__module__ == module.__name__:
+            return found
+    raise UserError(f"{kind} '{name}': {module.__file__} defines no subclass of {base.__name__}")
+
+
+def _paths(package: str) -> list[str]:
+    # A package's own search path: a module of any folder in it is imported under our name.
+    return importlib.import_module(f"scalepeft.{package}").__path__  # type: ignore[return-value]
+
+
+def _modules(path: str) -> list[str]:
+    found = (module.name for module in pkgutil.iter_modules([path]))
+    return [name for name in found if name not in NO_ENTRIES and not name.startswith("_")]
+
+
+@cache
+def _installed(package: str) -> dict[str, str]:
+    """Entries of other installed packages: name -> module."""
+    group = entry_points(group=f"scalepeft.{KINDS[package]}")
+    return {entry.name: entry.value for entry in group}

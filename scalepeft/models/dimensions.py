@@ -53,7 +53,7 @@ class Source:
 
 
 def find(config: ModelConfig, network: bool = True) -> Source:
-    """Finds the base's dimensions without its weights.
+    """Find the base's dimensions without its weights.
 
     Args:
         config: ``model`` of the run.
@@ -98,7 +98,7 @@ def _of_hub_id(config: ModelConfig, network: bool) -> Source:
             file = hf_hub_download(name, "config.json", revision=config.revision)
             return Source(_values(models.architecture(Path(file).parent)), "the hub", {})
         except (OSError, ValueError) as error:  # also every error of the hub's own
-            reason = f"the hub does not give it ({type(error).__name__})"
+            reason = f"the download failed ({type(error).__name__})"
     raise UserError(
         f"model.path={name}: its config.json is not in the hub's cache, its dimensions are not"
         f" known here, and {reason}; set model.path=FOLDER, one with the model's config.json is"

@@ -1,3 +1,1 @@
 """Sharding engines, one per file; the file name is the name in ``engine.name``."""
-
-HELPERS = frozenset({"base", "ranks"})

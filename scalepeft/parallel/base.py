@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass as plain_dataclass
+from dataclasses import field
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -67,6 +68,39 @@ class Part:
             self.data[first - self.start : last - self.start] = values[first - at : last - at]
 
 
+@plain_dataclass(frozen=True)
+class Shares:
+    """How an engine spreads a training, as ``scalepeft plan`` needs to know it.
+
+    Attributes:
+        base: ranks that one copy of the frozen parameters is split among.
+        adapter: the same, of the trained parameters.
+        gradients: of their gradients; above 1 their parts stay between steps.
+        optimizer: of the optimizer's state.
+        by_rows: a part is whole rows of a tensor; else any 1/N of its elements.
+        copies: further copies of the trained parameters beside the optimizer's moments.
+        on_host: kinds that are in the node's memory and not in the GPU's.
+        simulated: the engine's own code runs on fake tensors. False: the step of one process does,
+            and ``transient`` and ``exchanges`` are laid over it.
+        transient: kind -> bytes while a step runs.
+        exchanges: (collective, when, count, bytes of the full tensors), in place of what was
+            simulated; when: every ``micro`` batch, the ``last`` one, or once a ``step``.
+        marks: (module, function, kind): what that function allocates is of that kind.
+    """
+
+    base: int = 1
+    adapter: int = 1
+    gradients: int = 1
+    optimizer: int = 1
+    by_rows: bool = False
+    copies: int = 0
+    on_host: tuple[str, ...] = ()
+    simulated: bool = True
+    transient: dict[str, float] = field(default_factory=dict)
+    exchanges: tuple[tuple[str, str, float, float], ...] = ()
+    marks: tuple[tuple[Any, str, str], ...] = ()
+
+
 class Engine:
     """One way to spread a model. Gradients are SUMMED over micro-batches and ranks."""
 
@@ -82,7 +116,19 @@ class Engine:
 
     @classmethod
     def check(cls, world_size: int) -> None:
-        """Raises UserError where this engine cannot run at this world size."""
+        """Raise UserError if this engine cannot run at this world size."""
+
+    @classmethod
+    def shares(cls, config: Any, model: nn.Module, world_size: int, ranks_per_node: int) -> Shares:
+        """Return what a rank holds and exchanges; by default all of it, and what is simulated.
+
+        Args:
+            config: the engine's.
+            model: adapted, on the meta device.
+            world_size: number of ranks.
+            ranks_per_node: how many of them share a node.
+        """
+        return Shares()
 
     def shard(self, model: nn.Module, blocks: list[nn.Module]) -> None:
         """Spreads the model in place, on the meta device: activation checkpointing first, then the

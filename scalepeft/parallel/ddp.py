@@ -1,12 +1,16 @@
 """Every rank holds the whole model; gradients of the adapter are summed once a step."""
 
+import sys
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from scalepeft.core.fields import STRICT
-from scalepeft.parallel.base import Engine, EngineConfig
+from scalepeft.parallel.base import Engine, EngineConfig, Shares
 
 BUCKET = 25_000_000  # gradient elements that are summed at one time
 
@@ -29,6 +33,16 @@ class DDP(Engine):
     Config = DDPConfig
     _trained: list[nn.Parameter]
 
+    @classmethod
+    def shares(cls, config: Any, model: nn.Module, world_size: int, ranks_per_node: int) -> Shares:
+        """A whole copy on each rank; the buckets of the whole model, which are not linear in its
+        blocks.
+        """
+        trained = [p for p in model.parameters() if p.requires_grad]
+        sent = ("all-reduce", "last", len(_buckets(trained)), sum(p.nbytes for p in trained))
+        marks = ((sys.modules[__name__], "_all_reduce", "gradients"),)
+        return Shares(exchanges=(sent,) if world_size > 1 else (), marks=marks)
+
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> nn.Module:
         """Start values are equal on all ranks by seed, so nothing is broadcast."""
         self._trained = [p for p in model.parameters() if p.requires_grad]
@@ -39,15 +53,21 @@ class DDP(Engine):
         loss.backward()
         if not last:
             return
-        bucket: list[Tensor] = []
-        size = 0
-        for grad in [p.grad for p in self._trained if p.grad is not None]:
-            if bucket and size + grad.numel() > BUCKET:
-                _all_reduce(bucket)
-                bucket, size = [], 0
-            bucket.append(grad)
-            size += grad.numel()
-        _all_reduce(bucket)
+        for bucket in _buckets([p.grad for p in self._trained if p.grad is not None]):
+            _all_reduce(bucket)
+
+
+def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Tensors in order, at most ``BUCKET`` elements together (a larger one alone)."""
+    buckets: list[list[Tensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if buckets[-1] and size + tensor.numel() > BUCKET:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(tensor)
+        size += tensor.numel()
+    return buckets
 
 
 def _all_reduce(grads: list[Tensor]) -> None:

@@ -4,7 +4,7 @@ computes.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT
-from scalepeft.parallel.base import Engine, EngineConfig
+from scalepeft.parallel.base import Engine, EngineConfig, Shares
 
 # Sharding uint8 parameters needs pytorch PR #177948.
 UINT8_SHARDS_SINCE = (2, 13)
@@ -94,14 +94,26 @@ class FSDP2(Engine):
             UserError: it does not divide the world size.
         """
         world, over = self.ranks.world_size, self.config.shard_over
-        size = {"world": world, "node": 0}.get(str(over), over) or self.ranks.ranks_a_node()
-        assert isinstance(size, int)
+        size = _group_size(over, world, self.ranks.ranks_a_node() if over == "node" else world)
         if world % size:
             raise UserError(
                 f"engine.shard_over={over}: {world} ranks cannot form groups of {size}; take a"
                 f" divisor of {world}, or world"
             )
         return size
+
+    @classmethod
+    def shares(cls, config: Any, model: nn.Module, world_size: int, ranks_per_node: int) -> Shares:
+        """1/N of the rows of everything."""
+        from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp
+
+        n = _group_size(config.shard_over, world_size, min(world_size, ranks_per_node))
+        marks = (
+            (fsdp, "foreach_all_gather", "gathered"),
+            (fsdp, "foreach_all_gather_copy_out", "gathered"),
+            (fsdp, "foreach_reduce", "gradients"),
+        )
+        return Shares(n, n, n, n, by_rows=True, marks=marks)
 
     def copies(self, tensor: Tensor) -> tuple[int, int]:
         """A shard has one copy in each group of ranks."""
@@ -118,3 +130,7 @@ class FSDP2(Engine):
         for unit in self._units:
             unit.set_requires_gradient_sync(last, recurse=False)
         yield
+
+
+def _group_size(over: int | str, world_size: int, ranks_per_node: int) -> int:
+    return {"world": world_size, "node": ranks_per_node}.get(str(over)) or int(over)

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT
-from scalepeft.parallel.base import Engine, EngineConfig, Part, full_shape, local_part
+from scalepeft.parallel.base import Engine, EngineConfig, Part, Shares, full_shape, local_part
 from scalepeft.parallel.ranks import Ranks
 
 TESTED = "0.19."
 BUCKET = 50_000_000  # elements of gradient that are exchanged at one time, at most
+LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
+PREFETCHED = 50_000_000  # its stage3_prefetch_bucket_size
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -102,6 +104,41 @@ class Zero(Engine):
         super().__init__(config, ranks)
         self.sharded = config.stage == 3  # type: ignore[misc]
         self._ds = _deepspeed(ranks.device.type)
+
+    @classmethod
+    def shares(cls, config: Any, model: nn.Module, world_size: int, ranks_per_node: int) -> Shares:
+        """By arithmetic: DeepSpeed does not run on fake tensors. What stage 3 gathers and keeps
+        because it will use it again soon is an upper bound.
+        """
+        stage, n = config.stage, world_size
+        parameters = list(model.parameters())
+        trained = [p for p in parameters if p.requires_grad]
+        trained_bytes, all_bytes = (sum(p.nbytes for p in ps) for ps in (trained, parameters))
+        bucket = 4 * min(BUCKET, sum(p.numel() for p in trained))
+        host = ("optimizer", "gradients") if config.offload_optimizer else ()
+        transient = {"gradients": float(bucket + (trained_bytes if stage == 1 else 0))}
+        reduce = ("reduce-scatter", "micro") if stage == 2 else ("all-reduce", "last")
+        exchanges = [("all-gather", "step", 1, trained_bytes), (*reduce, 1, trained_bytes)]
+        if stage == 3:
+            mean = all_bytes / sum(p.numel() for p in parameters)
+            live = max(LIVE * mean, *(p.nbytes for p in parameters)) + PREFETCHED * mean
+            transient["gathered"] = min(all_bytes, live)
+            owners = sum(any(True for _ in m.parameters(recurse=False)) for m in model.modules())
+            exchanges = [
+                ("all-gather", "micro", 2 * owners, 2 * all_bytes),
+                ("reduce-scatter", "micro", -(-trained_bytes // bucket), trained_bytes),
+            ]
+        return Shares(
+            base=n if stage == 3 else 1,
+            adapter=n if stage == 3 else 1,
+            gradients=n if stage > 1 else 1,
+            optimizer=n,
+            copies=1,  # fp32, which the optimizer changes
+            on_host=host + (("base", "adapter") if config.offload_parameters else ()),
+            simulated=False,
+            transient=transient,
+            exchanges=tuple(exchanges),
+        )
 
     def _settings(self, trained: int) -> dict[str, Any]:
         """DeepSpeed's config; ``trained`` is the number of trained elements."""

@@ -314,7 +314,7 @@ def test_a_cell_that_another_start_holds_is_left_alone(fake: Child) -> None:
     held = {"start": 1, "host": "h", "pid": other, "job": None}
     held |= {"machine": lease._machine(), "began": lease._began(other)}
     (folder / "holder.json").write_text(json.dumps(held))
-    with pytest.raises(UserError, match=f"held by start 1 on h, pid {other}"):
+    with pytest.raises(UserError, match=f"in use by start 1 on h, pid {other}"):
         start(fake)
     assert not (fake.out / "design.json").exists(), "nor another design written"
     (folder / "holder.json").unlink()

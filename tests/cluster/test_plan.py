@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, TINY, Job, train
 
 from scalepeft.cli import main
@@ -16,9 +17,11 @@ from scalepeft.cluster.plan import command, gpus, planning, report
 from scalepeft.cluster.plan.memory import measure, resident
 from scalepeft.cluster.plan.planning import GIB, Options, plan
 from scalepeft.config import files as config_files
+from scalepeft.core import registry
 from scalepeft.core.errors import UserError
 from scalepeft.models import dimensions as source
 from scalepeft.models import shapes, tiny
+from scalepeft.parallel.base import Engine
 
 LLAMA70B = [
     "model=llama-3.1-70b", "engine=fsdp2", "adapter=hoft", "data=commonsense", "data.train=x",
@@ -92,8 +95,8 @@ def test_a_plan_is_what_really_happens(ranks: int, model: Path) -> None:
     for case, real in zip(cases, found, strict=True):
         step = planned(case, gpus_per_node=ranks).step
         assert step.simulated == (3, 4)
-        assert step.held == real["held"], case
-        assert step.most == pytest.approx(real["peak"], rel=0.01), case
+        assert step.resident_bytes == real["held"], case
+        assert step.peak_bytes == pytest.approx(real["peak"], rel=0.01), case
         assert step.parameters[1] == real["trained"]
         assert step.load == real["bytes_read"]
         calls = {"_".join(key[0].split("-")): 0.0 for key in step.exchanges}
@@ -111,14 +114,14 @@ def test_short_models_stand_for_long_ones(model: Path) -> None:
     found = source.find(config.model)
     stretched = measure(config, found, 4, 2)
     other = replace(config, adapter=replace(config.adapter, layers=[0, 1, 2, 3, 4, 5]))
-    assert measure(other, found, 4, 2).most == stretched.most, "all blocks by number"
+    assert measure(other, found, 4, 2).peak_bytes == stretched.peak_bytes, "all blocks by number"
     some = replace(config, adapter=replace(config.adapter, layers=[0, 3]))
     assert measure(some, found, 4, 2).simulated == (6,), "blocks that differ"
     kinds = ["full_attention", "sliding_attention"] * 3
     whole = source.Source(found.values | {"layer_types": kinds}, "", {})
     exact = measure(config, whole, 4, 2)
     assert exact.simulated == (6,)
-    assert stretched.most == pytest.approx(exact.most, rel=1e-3)
+    assert stretched.peak_bytes == pytest.approx(exact.peak_bytes, rel=1e-3)
     assert stretched.exchanges == exact.exchanges and stretched.flops == exact.flops
 
 
@@ -134,7 +137,7 @@ def test_so_do_they_where_the_embedding_outweighs_a_block(quant: str, tmp_path: 
     whole = source.Source(found.values | {"layer_types": kinds}, "", {})
     stretched, exact = measure(config, found, 2, 2), measure(config, whole, 2, 2)
     assert (stretched.simulated, exact.simulated) == ((3, 4), (8,))
-    assert stretched.most == pytest.approx(exact.most, rel=1e-3)
+    assert stretched.peak_bytes == pytest.approx(exact.peak_bytes, rel=1e-3)
     assert stretched.exchanges == exact.exchanges
 
 
@@ -194,7 +197,7 @@ def test_zero_by_arithmetic(blocks: list[str]) -> None:
         gpus_per_node=8,
     )  # fmt: skip
     assert moved.step.host == pytest.approx((base + 5 * trained) / 8, rel=0.01)
-    assert moved.step.held == 0 and moved.need < planned(one, gpus_per_node=8).need
+    assert moved.step.resident_bytes == 0 and moved.need < planned(one, gpus_per_node=8).need
     assert "by arithmetic" in report.table(moved) and "in host memory" in report.table(moved)
 
 
@@ -227,23 +230,17 @@ def test_a_checkpoint_has_the_size_it_was_said_to_have(tmp_path: Path) -> None:
     assert tensors == step.checkpoint
 
 
-@pytest.mark.slow
-def test_what_to_change_where_it_does_not_fit(blocks: list[str]) -> None:
+def test_what_a_run_that_does_not_fit_is_told(blocks: list[str]) -> None:
     words = [*blocks, FEW, "engine=single", "model.quant=none", "data.cutoff=1024"]
-    found = planned(words, memory=8.0)
-    assert found.fits is False and found.smallest is None
-    alone = {change.settings[0]: change for change in found.changes[:-1]}
-    assert list(alone) == sorted(alone, key=lambda s: -alone[s].saves)
-    for setting in ("model.quant=nf4", "train.micro_batch=1"):
-        with_it = planned([*words, setting])
-        assert alone[setting].need == pytest.approx(with_it.need, rel=1e-6)
-        assert alone[setting].saves == pytest.approx(found.need - with_it.need, rel=1e-4)
-    together = found.changes[-1]
-    assert len(together.settings) > 2 and together.fits
-    text = report.table(found)
-    assert "does NOT fit GPUs of 8 GiB" in text and "fits on no number of GPUs" in text
-    assert "train.micro_batch=1" in text
-    assert found.sharded == (1, 4) and "with engine.name=fsdp2 the smallest that fits" in text
+    large = planned(words, memory=8.0)
+    assert large.fits is False and large.smallest is None
+    lines = report.table(large)
+    assert "does NOT fit GPUs of 8 GiB" in lines and "fits on no number of GPUs" in lines
+    for hint in ("activation_checkpointing", "train.micro_batch=1", "engine=fsdp2", "nf4"):
+        assert hint in lines
+    smaller = planned([*words, "train.micro_batch=1", "model.quant=nf4"], memory=8.0)
+    assert smaller.fits and smaller.need < large.need
+    assert "train.micro_batch=1" not in report.table(smaller), "no hints where it fits"
 
 
 @pytest.mark.slow
@@ -397,5 +394,31 @@ def test_where_dimensions_come_from(
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
-    with pytest.raises(UserError, match=r"the hub does not give it \(OSError\)"):
+    with pytest.raises(UserError, match=r"the download failed \(OSError\)"):
         command.run(settings(Path("org/name")), Options(), False, None)
+
+
+def test_private_names_that_the_simulation_leans_on() -> None:
+    """Where one is missing its work would count as activations: a new torch must say so here."""
+    from torch.distributed import ProcessGroup, distributed_c10d
+    from torch.distributed.tensor._sharding_prop import ShardingPropagator
+    from transformers import masking_utils
+
+    model = torch.nn.Linear(2, 2, device="meta")
+    marks = [
+        (module, name)
+        for kind in ("single", "ddp", "fsdp2", "zero")
+        for engine in [registry.find_class("parallel", kind, "engine", Engine)]
+        for module, name, _ in engine.shares(engine.Config(name=kind), model, 2, 2).marks
+    ]
+    assert len(marks) == 4, "three of FSDP2 and the sum of ddp"
+    for owner, name in [
+        *marks,
+        (ShardingPropagator, "_propagate_tensor_meta_non_cached"),
+        (masking_utils, "find_packed_sequence_indices"),
+        (distributed_c10d, "_resolve_process_group"),
+        (ProcessGroup, "unbox"),
+        (torch.UntypedStorage, "_cdata"),
+        (torch.UntypedStorage, "resize_"),
+    ]:
+        assert hasattr(owner, name), (owner, name)

@@ -381,7 +381,7 @@ def test_submit_queues_the_stages_as_a_chain(runs: Runs, undisturbed: Path) -> N
     assert "stages    prepare done, train begun" in text
     assert cluster.job(evaluation)["Reason"] == "Dependency"
     refused = submit(runs, *command, expect=2)
-    assert re.search(r"job \d+ of this run is (RUNNING|PENDING)", refused), refused
+    assert re.search(r"active Slurm job of the run: \d+ \((RUNNING|PENDING)\)", refused), refused
     cluster.run("scancel", "-b", "-s", "USR1", job)  # the others wait through the requeue
     cluster.restart(job, 1)
     cluster.wait(report, "COMPLETED")
@@ -400,7 +400,7 @@ def test_a_failed_training_cancels_its_evaluation(runs: Runs) -> None:
     shutil.copytree(tiny.make(0), model)
     command = (str(runs.job_file()), f"model.path={model}", "--then", "evaluate", "--sbatch=hold")
     submit(runs, *command)
-    assert f"job {runs.jobs[0]} of this run is PENDING" in submit(runs, *command, expect=2)
+    assert f"job of the run: {runs.jobs[0]} (PENDING)" in submit(runs, *command, expect=2)
     (model / "config.json").write_text("{")
     runs.cluster.run("scontrol", "release", runs.jobs[0])
     runs.cluster.wait(runs.jobs[0], "FAILED")

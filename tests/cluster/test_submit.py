@@ -53,7 +53,7 @@ def call(file: str, *settings: str, **more: object) -> None:
         (["model.path=/nowhere"], {}, "model.path=/nowhere: no such folder"),
         (["data=commonsense", "data.train=rows.json"], {}, "rows.json: no such file"),
         ([], {"sweep": ["train.lr"]}, "expected KEY=A,B,C"),
-        ([], {"sweep": ["train.seed=1,2", "train.seed=3,4"]}, "the same run stands there twice"),
+        ([], {"sweep": ["train.seed=1,2", "train.seed=3,4"]}, "the same run appears twice"),
         ([], {"sweep": ["train.lr=1e-3,x"]}, "train.lr='x'"),
         ([], {"throttle": 2}, "--throttle 2"),
         ([], {"sbatch": ["array=0-3"]}, "--sweep KEY=A,B,C"),
@@ -72,8 +72,8 @@ def test_settings_are_refused_before_the_queue(
 @pytest.mark.parametrize(
     ("head", "tail", "text"),
     [
-        ("", SOURCE, "is no job file"),
-        (HEAD, "", "is no job file"),
+        ("", SOURCE, "not a job file"),
+        (HEAD, "", "not a job file"),
         (HEAD + "export A=1\n#SBATCH --time=10\n", SOURCE, "line 4: Slurm does not read"),
         ("#!/bin/bash\n#SBATCH --comment=it's\n", SOURCE, "No closing quotation"),
         ("#!/bin/bash\n#SBATCH -N 2\n", SOURCE, "--nodes=2 without --ntasks-per-node"),
@@ -208,7 +208,7 @@ def test_what_only_the_assumed_constants_overfill_is_said(
     ("option", "nodes"), [("--nodes=2-4", 2), ("-N 3", 3), ("-N2-4", 2), ("-t 5", None)]
 )
 def test_a_range_of_nodes_is_its_fewest(option: str, nodes: int | None) -> None:
-    assert sbatch._nodes(sbatch._header([f"#SBATCH {option}"], [])) == nodes
+    assert sbatch.nodes_of(sbatch.header_of([f"#SBATCH {option}"])) == nodes
 
 
 def test_gpu_without_a_plan_is_refused() -> None:
@@ -250,7 +250,7 @@ def test_what_a_plan_says(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_the_gpu_that_a_job_file_names(head: str, gpu: str | None) -> None:
-    found, _ = sbatch._gpu_of(sbatch._header([f"#SBATCH {head}"], []))
+    found, _ = sbatch.gpu_of(sbatch.header_of([f"#SBATCH {head}"]))
     assert (found and found.name) == gpu
 
 
@@ -324,21 +324,25 @@ def queued(**steps: int) -> None:
 @pytest.mark.parametrize(
     ("steps", "jobs", "text"),
     [
-        ({"sweep": 2, "seeds": 3}, {"j3": ["JobState=PENDING Reason=Dependency"]}, "3 of this run"),
+        (
+            {"sweep": 2, "seeds": 3},
+            {"j3": ["JobState=PENDING Reason=Dependency"]},
+            "job of the run: 3 (",
+        ),
         (
             {"prepare": 2, "train": 3, "evaluate": 4},
             {"j3": ["JobState=COMPLETED"], "j4": ["JobState=PENDING"]},
-            "job 4 of this run is PENDING",
+            "job of the run: 4 (PENDING)",
         ),
         (
             {"sweep": 2},
             {"j2": ["JobState=FAILED", "JobState=RUNNING"]},
-            "job 2 of this run is RUNNING",
+            "job of the run: 2 (RUNNING)",
         ),
         (
             {"sweep": 2},
             {"j1": ["JobState=RUNNING"], "j2": ["JobState=FAILED"]},
-            "job 1 of this run is RUNNING",
+            "job of the run: 1 (RUNNING)",
         ),
         ({"sweep": 2}, {"j1": ["JobState=COMPLETED"], "j2": ["JobState=FAILED"] * 2}, ""),
     ],

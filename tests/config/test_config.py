@@ -326,7 +326,7 @@ def test_every_harmless_and_free_key_exists() -> None:
 
 def flat(*settings: str) -> set[str]:
     made = config.to_dict(load(*settings))
-    return {f"{s}.{k}" for s in config.SECTIONS[1:] for k in made[s]} | {"run_dir"}
+    return {f"{s}.{k}" for s in config.SECTIONS[1:] for k in made[s]} | {"run_dir", "extensions"}
 
 
 def test_configs_are_shipped() -> None:

@@ -1,7 +1,8 @@
 """``scalepeft plan``: memory, traffic, times and the grace period of a run, before it queues.
 
-From the config alone, on any machine. source.py finds the base's dimensions, simulate.py runs a
-step of a few blocks on fake tensors, memory.py makes a rank's bytes of it, planning.py judges them.
+From the config alone, on any machine: models/dimensions.py finds the base's dimensions, simulate.py
+runs a step of a few blocks on fake tensors, memory.py makes a rank's bytes of it, planning.py
+compares them with a GPU, report.py prints.
 """
 
 import json
@@ -17,7 +18,7 @@ from scalepeft.core.log import say
 
 
 def run(settings: list[str], options: Options, as_json: bool, picture: str | None) -> None:
-    """Plans the run of a ``train`` command's arguments and prints the plan.
+    """Plan the run of a ``train`` command's arguments and print the plan.
 
     Raises:
         UserError: as ``planning.plan``; or the picture cannot be written.
@@ -26,10 +27,10 @@ def run(settings: list[str], options: Options, as_json: bool, picture: str | Non
         raise UserError(f"--plot {picture}: expected FILE.png")
     if picture is not None and not Path(picture).parent.is_dir():
         raise UserError(f"--plot {picture}: no such folder")
-    found = plan(_config(settings), options)
-    print(json.dumps(report.as_dict(found), indent=1) if as_json else report.table(found))
+    planned = plan(_config(settings), options)
+    print(json.dumps(report.as_dict(planned), indent=1) if as_json else report.table(planned))
     if picture is not None:
-        report.plot(found, Path(picture))
+        report.plot(planned, Path(picture))
         say(f"wrote {picture}")
 
 

@@ -1,14 +1,12 @@
-"""GPUs that a plan knows, and the one that a text names: in our words, nvidia-smi's or Slurm's."""
+"""GPUs that a plan knows, by our names, nvidia-smi's and Slurm's."""
 
 import re
 from dataclasses import dataclass
 
 from scalepeft.core.errors import UserError, nearest
 
-# Words of a name that say nothing of memory or rate as a plan sees them. Any other (NVL, a MIG
-# slice) makes it another GPU.
-MAKE = re.compile(r"nvidia|tesla|[hd]gx|sxm\d?|pcie|hbm\d?e?")
-SIZE = re.compile(r"(\d+)(?:g|gb|gib)?")
+# Words that say nothing of memory or rate; any other (NVL, a MIG slice) makes it another GPU.
+FILLER = re.compile(r"nvidia|tesla|[hd]gx|sxm\d?|pcie|hbm\d?e?")
 
 
 @dataclass(frozen=True)
@@ -21,39 +19,33 @@ class Gpu:
     tflops_fp32: float
 
 
-# (maker's GB as names have it; the GPU). A model that stands here twice is named with its size.
-KNOWN = (
-    (40, Gpu("A100-40", 39.4, 312, 19.5)),
-    (48, Gpu("L40S", 44.4, 362, 91.6)),
-    (80, Gpu("A100-80", 79.1, 312, 19.5)),
-    (80, Gpu("H100", 79.1, 989, 67)),
-    (141, Gpu("H200", 139.7, 989, 67)),
-    (180, Gpu("B200", 178.3, 2250, 80)),
-)
-GPUS = {gpu.name.lower(): gpu for _, gpu in KNOWN}
+# Name with the maker's GB -> the GPU. Where a model has one size its name alone is enough.
+KNOWN = {
+    "a100-40": Gpu("A100-40", 39.4, 312, 19.5),
+    "l40s-48": Gpu("L40S", 44.4, 362, 91.6),
+    "a100-80": Gpu("A100-80", 79.1, 312, 19.5),
+    "h100-80": Gpu("H100", 79.1, 989, 67),
+    "h200-141": Gpu("H200", 139.7, 989, 67),
+    "b200-180": Gpu("B200", 178.3, 2250, 80),
+}
+GPUS = {gpu.name.lower(): gpu for gpu in KNOWN.values()}
 
 
 def named(text: str) -> Gpu | None:
-    """The one GPU that ``text`` names, word by word; None where it is another, or may be two."""
-    words = [w for w in re.split(r"[\s_-]+", text.strip().lower()) if not MAKE.fullmatch(w)]
-    sizes = {int(size[1]) for word in words[1:] if (size := SIZE.fullmatch(word))}
-    if not words or len(words) - 1 != len(sizes):
-        return None
-    found = [
-        gpu
-        for size, gpu in KNOWN
-        if gpu.name.lower().partition("-")[0] == words[0] and sizes <= {size}
-    ]
-    return found[0] if len(found) == 1 else None
+    """Return the GPU that ``NVIDIA A100-SXM4-80GB`` or ``a100_80g`` names, or None."""
+    words = [w for w in re.split(r"[\s_-]+", text.strip().lower()) if not FILLER.fullmatch(w)]
+    key = "-".join(re.sub(r"^(\d+)(g|gb|gib)$", r"\1", word) for word in words)
+    return {**KNOWN, **GPUS}.get(key)
 
 
 def find(text: str) -> Gpu:
-    """As ``named``. Raises UserError: none, or more than one."""
+    """Return ``named(text)``. Raise UserError if it is None."""
     if (gpu := named(text)) is None:
-        known = [g.name for g in GPUS.values()]
-        sizes = [name for name in known if name.startswith(f"{text.upper()}-")]
+        names = [gpu.name for gpu in GPUS.values()]
+        sizes = [name for name in names if name.startswith(f"{text.upper()}-")]
         raise UserError(
-            f"no GPU '{text}'.{nearest(text, sizes or known)} Known: {', '.join(known)}, also"
-            " as nvidia-smi writes them; for another one: scalepeft plan --memory GIB"
+            f"no GPU '{text}'.{nearest(text.upper(), sizes or names)} Known:"
+            f" {', '.join(names)}, also as nvidia-smi writes them; for another"
+            " one: scalepeft plan --memory GIB"
         )
     return gpu

@@ -1,21 +1,18 @@
-"""From a simulated step to a plan: times, the grace period, whether it fits and what would.
+"""From a simulated step to a plan: times, the grace period, whether it fits.
 
-What is assumed and not computed stands here by name and in what is printed.
+What is assumed and not computed stands here by name.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass
 
 from scalepeft.cluster.plan import gpus
 from scalepeft.cluster.plan.gpus import GPUS, Gpu
 from scalepeft.cluster.plan.memory import Step, measure, resident
-from scalepeft.config import files as config_files
-from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
-from scalepeft.models import dimensions as sources
+from scalepeft.models import dimensions
 from scalepeft.models.dimensions import Source
 from scalepeft.run.saver import GATHERED_BYTES
 
@@ -30,24 +27,6 @@ NETWORK_BYTES_PER_SECOND = 20e9  # of a rank's collective between nodes
 HASH_BYTES_PER_SECOND = 0.5e9  # sha256 of a checkpoint on one core
 MARGIN_SECONDS = 30.0  # agreement, the end of the ranks, scontrol requeue
 SAFETY = 2.0  # on step and save, both of which are estimates
-NODE_GPUS = 8  # of a usual node: for advice on engines that use more than one GPU
-
-
-@dataclass(frozen=True)
-class Change:
-    """A setting that lowers the need.
-
-    Attributes:
-        settings: ``key=value`` to add.
-        saves: bytes of the need.
-        need: bytes with it.
-        fits: whether that is within the GPU.
-    """
-
-    settings: list[str]
-    saves: float
-    need: float
-    fits: bool
 
 
 @dataclass(frozen=True)
@@ -62,7 +41,7 @@ class Options:
         disk: bytes a second of the run folder's file system.
         step_seconds: measured, in place of the estimate.
         network: whether the hub may be asked for ``config.json``.
-        advise: search for the smallest number of GPUs, and for changes if it does not fit.
+        advise: search for the smallest number of GPUs.
     """
 
     nodes: int = 1
@@ -109,9 +88,6 @@ class Plan:
         grace: seconds that ``--signal=B:USR1@SECONDS`` needs.
         fits: whether it fits ``options.target``; None without one.
         smallest: (nodes, GPUs a node) of the smallest number of GPUs that fits; None if none does.
-        changes: what lowers the need, each alone; the last one is all of them together.
-        sharded: where none fits, ``smallest`` of ``engine.name=fsdp2`` in the place of single or
-            ddp, with at least ``NODE_GPUS`` a node.
     """
 
     config: RunConfig
@@ -123,24 +99,17 @@ class Plan:
     exchange_seconds: float
     save_seconds: float
     grace: int
-    fits: bool | None = None
-    smallest: tuple[int, int] | None = None
-    changes: list[Change] = field(default_factory=list)
-    sharded: tuple[int, int] | None = None
-
-    @property
-    def world(self) -> int:
-        """Number of ranks."""
-        return self.options.nodes * self.options.gpus_per_node
+    fits: bool | None
+    smallest: tuple[int, int] | None
 
     @property
     def need(self) -> float:
         """Bytes of a GPU: the peak and the runtime's part."""
-        return self.step.most + self.runtime
+        return self.step.peak_bytes + self.runtime
 
     @property
     def step_seconds(self) -> float:
-        """Of one optimiser step."""
+        """Of one optimizer step."""
         return self.options.step_seconds or self.compute_seconds + self.exchange_seconds
 
     @property
@@ -150,35 +119,27 @@ class Plan:
 
 
 def plan(config: RunConfig, options: Options) -> Plan:
-    """Plans a run.
+    """Plan a run.
 
     Raises:
         UserError: a mistake in the config, or a number of ranks that it cannot take; a base whose
             dimensions cannot be had; a GPU that is not known.
     """
-    source = sources.find(config.model, options.network)
-    world, each = options.nodes * options.gpus_per_node, options.gpus_per_node
-    step = measure(config, source, world, each)
-    target = options.target
+    source = dimensions.find(config.model, options.network)
+    world, target = options.nodes * options.gpus_per_node, options.target
+    step = measure(config, source, world, options.gpus_per_node)
     fits = _fits(step, world, target) if target else None
     compute = step.flops / (peak_tflops(target, config.train.precision) * MFU * 1e12)
     exchange = sum(_seconds(key, size) for key, (_, size) in step.exchanges.items())
     save, saves = _save_seconds(config, step, world, options.disk)
     step_seconds = options.step_seconds or compute + exchange
     waits = SAFETY * (step_seconds + saves * save) + MARGIN_SECONDS
-    smallest = sharded = None
-    changes: list[Change] = []
+    smallest = None
     if target and options.advise:
-        smallest = _smallest(config, source, options, target, fits)
-        if not fits:
-            changes = _changes(config, source, options, target, step)
-        if smallest is None and config.engine.name in ("single", "ddp"):
-            other = config_files.overlay(cfg.to_dict(config), ["engine.name=fsdp2"])
-            wide = replace(options, gpus_per_node=max(each, NODE_GPUS))
-            sharded = _smallest(other, source, wide, target, None)
+        smallest = _smallest(config, source, options, target, bool(fits))
     return Plan(
         config, options, source.where, step, _runtime(step, world), compute, exchange, save,
-        max(60, 30 * math.ceil(waits / 30)), fits, smallest, changes, sharded,
+        max(60, 30 * math.ceil(waits / 30)), fits, smallest,
     )  # fmt: skip
 
 
@@ -200,11 +161,12 @@ def peak_tflops(target: Gpu | None, precision: str) -> float:
 
 
 def _runtime(step: Step, world: int) -> float:
-    return CONTEXT_BYTES + NCCL_BYTES * (world > 1) + FRAGMENTED * max(0.0, step.most - step.held)
+    comes_and_goes = max(0.0, step.peak_bytes - step.resident_bytes)
+    return CONTEXT_BYTES + NCCL_BYTES * (world > 1) + FRAGMENTED * comes_and_goes
 
 
 def _fits(step: Step, world: int, target: Gpu) -> bool:
-    return step.most + _runtime(step, world) <= target.gib * GIB
+    return step.peak_bytes + _runtime(step, world) <= target.gib * GIB
 
 
 def _seconds(key: tuple[str, int, int], size: float) -> float:
@@ -216,95 +178,37 @@ def _seconds(key: tuple[str, int, int], size: float) -> float:
 def counts(config: RunConfig, gpus_per_node: int) -> Iterator[tuple[int, int]]:
     """(nodes, GPUs a node) to try, smallest first: 1, 2, 4, ... of a node, then whole nodes."""
     batch = config.train.global_batch
-    most = 1 if config.engine.name == "single" else batch
-    each = 1
-    while each < gpus_per_node:
-        if batch % each == 0 and each <= most:
-            yield 1, each
-        each *= 2
+    per_node = 1
+    while per_node < gpus_per_node:
+        if batch % per_node == 0:
+            yield 1, per_node
+        per_node *= 2
     nodes = 1
-    while nodes * gpus_per_node <= most:
+    while nodes * gpus_per_node <= batch:
         if batch % (nodes * gpus_per_node) == 0:
             yield nodes, gpus_per_node
         nodes *= 2
 
 
 def _smallest(
-    config: RunConfig, source: Source, options: Options, target: Gpu, fits: bool | None
+    config: RunConfig, source: Source, options: Options, target: Gpu, fits: bool
 ) -> tuple[int, int] | None:
-    """The first of ``counts`` that fits; ``fits`` of the asked count is known, or None."""
+    """The first of ``counts`` that fits; whether the asked count does is known."""
     asked = options.nodes, options.gpus_per_node
-    for nodes, each in counts(config, options.gpus_per_node):
-        world = nodes * each
+    for nodes, per_node in counts(config, options.gpus_per_node):
+        world = nodes * per_node
         if fits and world >= math.prod(asked):
             break
-        if fits is False and (nodes, each) == asked:
+        if (nodes, per_node) == asked:
             continue
         try:
-            step, _ = resident(config, source, world, each)
+            step, _ = resident(config, source, world, per_node)
             step.peak = step.resident
-            if _fits(step, world, target):
-                step = measure(config, source, world, each)
-                if _fits(step, world, target):
-                    return nodes, each
+            # What stays is cheap to know and often too much already.
+            if _fits(step, world, target) and _fits(
+                measure(config, source, world, per_node), world, target
+            ):
+                return nodes, per_node
         except UserError:  # the engine cannot run on so many
             continue
     return asked if fits else None
-
-
-def candidates(config: RunConfig, step: Step, world: int) -> list[str]:
-    """Settings that may lower the need of this config, one by one; none changes what is learnt
-    before the last.
-    """
-    engine: Any = config.engine
-    found = []
-    if not engine.activation_checkpointing:
-        found.append("engine.activation_checkpointing=true")
-    if step.rows > 1:
-        found.append("train.micro_batch=1")
-    if config.train.loss_chunk > 256:
-        found.append("train.loss_chunk=256")
-    if engine.name in ("single", "ddp") and world > 1:
-        found.append("engine.name=fsdp2")
-    if not getattr(engine, "reshard_after_forward", True):
-        found.append("engine.reshard_after_forward=true")
-    if getattr(engine, "shard_over", "world") != "world":
-        found.append("engine.shard_over=world")
-    if engine.name == "zero":
-        found += [f"engine.stage={n}" for n in (2, 3) if n > engine.stage]
-        if not engine.offload_optimizer:
-            found.append("engine.offload_optimizer=true")
-        if engine.stage == 3 and not engine.offload_parameters:
-            found.append("engine.offload_parameters=true")
-    if config.train.precision == "fp32":
-        found.append("train.precision=bf16")
-    if config.model.quant != "nf4":
-        found.append("model.quant=nf4")
-    elif not config.model.double_quant:
-        found.append("model.double_quant=true")
-    if config.data.cutoff > 512:
-        found.append(f"data.cutoff={config.data.cutoff // 2}")
-    return found
-
-
-def _changes(
-    config: RunConfig, source: Source, options: Options, target: Gpu, before: Step
-) -> list[Change]:
-    world, each = options.nodes * options.gpus_per_node, options.gpus_per_node
-    need = before.most + _runtime(before, world)
-
-    def change(settings: list[str]) -> Change:
-        other = config_files.overlay(cfg.to_dict(config), settings)
-        step = measure(other, source, world, each)
-        after = step.most + _runtime(step, world)
-        return Change(settings, need - after, after, _fits(step, world, target))
-
-    found = []
-    for setting in candidates(config, before, world):
-        try:
-            found.append(change([setting]))
-        except UserError:  # a setting that does not go with another, or with this model
-            continue
-    found = sorted((c for c in found if c.saves > 0), key=lambda c: -c.saves)
-    together = [s for c in found for s in c.settings if not s.startswith("data.cutoff")]
-    return [*found, change(together)] if len(together) > 1 else found

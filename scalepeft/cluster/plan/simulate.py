@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -30,47 +29,37 @@ from scalepeft.config.schema import RunConfig
 from scalepeft.data.loader import MicroBatch
 from scalepeft.data.tokens import PAD_TO
 from scalepeft.models import loss, quant, structure
-from scalepeft.parallel import ddp
-from scalepeft.parallel.base import Engine
+from scalepeft.parallel.base import Engine, Shares
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.trainer import Trainer
 
-# Engines whose own sharding runs here; the others are one process' step and arithmetic on top.
-SIMULATED = ("single", "ddp", "fsdp2")
-# What FSDP2 allocates in there, by kind.
-FSDP_WORK = {
-    "foreach_all_gather": "gathered",
-    "foreach_all_gather_copy_out": "gathered",
-    "foreach_reduce": "gradients",
-}
-
 
 class FakeRanks(Ranks):
-    """Rank 0 of ``world``, ``each`` a node; the others exist in name only."""
+    """Rank 0 of ``world``, ``per_node`` on a node; the others exist in name only."""
 
-    def __init__(self, world: int, each: int) -> None:
+    def __init__(self, world: int, per_node: int) -> None:
         super().__init__(0, world)
-        self._each = min(world, each)
+        self._per_node = min(world, per_node)
 
     def ranks_a_node(self) -> int:
         """Known here; really a collective."""
-        return self._each
+        return self._per_node
 
 
 @contextmanager
-def fake_ranks(world: int, each: int) -> Iterator[FakeRanks]:
+def fake_ranks(world: int, per_node: int) -> Iterator[FakeRanks]:
     """A process group that talks to nobody."""
     assert not dist.is_initialized(), "plan runs in a process of its own"
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     try:
-        yield FakeRanks(world, each)
+        yield FakeRanks(world, per_node)
     finally:
         dist.destroy_process_group()
 
 
 @contextmanager
-def _watched(tracker: Tracker) -> Iterator[None]:
-    """Tells the tracker what FSDP2, the loss and the storage formats are about to allocate."""
+def _watched(tracker: Tracker, shares: Shares) -> Iterator[None]:
+    """Tell the tracker what the engine, the loss and the storage formats are about to allocate."""
     resize = torch.UntypedStorage.resize_
 
     def resized(storage: torch.UntypedStorage, size: int) -> Any:
@@ -79,10 +68,9 @@ def _watched(tracker: Tracker) -> Iterator[None]:
         return done
 
     work: list[tuple[Any, str, str | None]] = [
-        *((fsdp, name, kind) for name, kind in FSDP_WORK.items()),
-        *((fmt, "decode", "dequantised") for fmt in (quant.NF4, quant.Int8)),
+        *shares.marks,
+        *((fmt, "decode", "dequantized") for fmt in (quant.NF4, quant.Int8)),
         (loss, "chunked_cross_entropy", "loss"),
-        (ddp, "_all_reduce", "gradients"),
         # DTensor asks fake tensors of the whole size what an operator's result looks like.
         (ShardingPropagator, "_propagate_tensor_meta_non_cached", None),
     ]
@@ -128,31 +116,41 @@ def _name_moments(tracker: Tracker, blocks: list[nn.Module]) -> None:
 
 
 def simulate(
-    config: RunConfig, folder: Path, world: int, each: int, rows: int, micro: int
+    config: RunConfig,
+    folder: Path,
+    world: int,
+    per_node: int,
+    rows: int,
+    micro: int,
+    shares: Shares,
 ) -> Figures:
-    """Runs one optimiser step of rank 0 on fake tensors; moments are named by the block's number.
+    """Run one optimiser step of rank 0 on fake tensors; moments are named by the block's number.
 
     Args:
         config: of the run.
         folder: with the ``config.json`` of a model.
         world: ranks.
-        each: ranks a node.
+        per_node: ranks a node.
         rows: of a micro-batch, of ``data.cutoff`` tokens each.
         micro: micro-batches of a step on this rank; two stand for more.
+        shares: what the engine says of itself.
 
     Raises:
         UserError: a model or target that cannot be.
     """
-    tracker = Tracker(each)
-    with fake_ranks(world, each) as ranks, torch.random.fork_rng(devices=[]), _watched(tracker):
+    tracker = Tracker(per_node)
+    with ExitStack() as contexts:
+        ranks = contexts.enter_context(fake_ranks(world, per_node))
+        contexts.enter_context(torch.random.fork_rng(devices=[]))
+        contexts.enter_context(_watched(tracker, shares))
         model = empty_model(config, folder)
-        kind = engine_class(config) if config.engine.name in SIMULATED else Engine
+        kind = engine_class(config) if shares.simulated else Engine
         engine = kind(config.engine, ranks)
         engine.shard(model, structure.blocks_of(model))
         with ExitStack() as modes:
             modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             modes.enter_context(tracker)
-            _materialise(model, tracker)
+            _materialize(model, tracker)
             trainer = Trainer(config, ranks, Built(engine, model, {}, 0), "")
             _start_optimizer(trainer, tracker)
             _name_moments(tracker, structure.blocks_of(model))
@@ -174,7 +172,7 @@ def empty_model(config: RunConfig, folder: Path) -> nn.Module:
     Raises:
         UserError: as there.
     """
-    with redirect_stderr(StringIO()):  # which layers stay unquantised: the run itself says it
+    with redirect_stderr(StringIO()):  # which layers stay unquantized: the run itself says it
         model = structure.build(config.model, folder, config.train.precision)
     injection.inject(model, config.adapter)
     loss.add_token_loss(model)
@@ -185,7 +183,7 @@ def _local(t: Tensor) -> Tensor:
     return t.to_local() if isinstance(t, DTensor) else t
 
 
-def _materialise(model: nn.Module, tracker: Tracker) -> None:
+def _materialize(model: nn.Module, tracker: Tracker) -> None:
     structure.materialize(model, torch.device("cpu"))
     for t in (*model.parameters(), *model.buffers()):
         kind = "adapter" if t.requires_grad else "base"
@@ -193,7 +191,7 @@ def _materialise(model: nn.Module, tracker: Tracker) -> None:
 
 
 def _start_optimizer(trainer: Trainer, tracker: Tracker) -> None:
-    """Gives the optimizer its moments, which a first step would leave behind."""
+    """Give the optimizer its moments, which a first step would leave behind."""
     for p in trainer.trained.values():
         p.grad = torch.zeros_like(p)
     trainer.optimizer.step()

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 KINDS = (
-    "base", "adapter", "optimizer", "gradients", "gathered", "dequantised", "activations", "loss",
+    "base", "adapter", "optimizer", "gradients", "gathered", "dequantized", "activations", "loss",
 )  # fmt: skip
 EXCHANGES = {
     "_allgather_base_": "all-gather",
@@ -55,9 +55,9 @@ class Tracker(TorchDispatchMode):
     a number is 1, and of a mask every place is true (so every token counts as a label).
     """
 
-    def __init__(self, each: int) -> None:
+    def __init__(self, per_node: int) -> None:
         super().__init__()
-        self._each = each
+        self._per_node = per_node
         self.kind: str | None = "activations"
         """None: what is made now has no memory in a real run."""
         self.moment, self.part = "start", "control"
@@ -152,7 +152,7 @@ class Tracker(TorchDispatchMode):
         if name is None:
             return  # waits and barriers
         group = _ranks_of(args)
-        key = name, len(group), len({rank // self._each for rank in group})
+        key = name, len(group), len({rank // self._per_node for rank in group})
         held = self.figures.exchanges.setdefault(self.part, {})
         count, total = held.get(key, (0.0, 0.0))
         sizes = (
