@@ -24,6 +24,7 @@ from scalepeft.config import changes
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
+from scalepeft.core.fields import Decides
 from scalepeft.core.files import digest, fsync, read_lines, write_atomically
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping, tell_job
@@ -116,7 +117,12 @@ class Pipeline:
             found = json.loads(self._file(stage, begun).read_text())
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        if not isinstance(found, dict):
+            return {}
+        inputs = found.get("inputs")
+        if isinstance(inputs, dict) and isinstance(inputs.get("config"), dict):
+            inputs["config"] = changes.current(inputs["config"])  # as older code wrote it
+        return found
 
     def outputs_hold(self, stage: str) -> bool:
         """True if every file of the stage's manifest is there as it was written."""
@@ -159,7 +165,7 @@ class Pipeline:
         config, task = self.given, task_of(self.given)
         if stage == "prepare":
             return {
-                "data": _plain(config.data, but=("workers", "cache")),
+                "data": _rows_of(config, Decides.LENGTH, Decides.PREDICTIONS),
                 "task_version": task.version,
                 "base": self.base,
                 "files": {
@@ -172,11 +178,7 @@ class Pipeline:
                 },
             }
         if stage == "train":
-            kept = {
-                key: value
-                for key, value in changes.flatten(cfg.to_dict(config))
-                if not changes.matches_key(key, (*changes.FREE_TO_CHANGE, *changes.HARMLESS))
-            }
+            kept = changes.deciding(config, *changes.LEARNED)
             length = {"max_steps": config.train.max_steps, "epochs": config.train.epochs}
             rows = self._prepared("train", "valid")
             return {"config": kept, "length": length, "rows": rows, "base": self.base}
@@ -190,7 +192,7 @@ class Pipeline:
                 "merged": self._outputs("merge"),
                 "rows": self._prepared("test"),
                 "base": self.base,
-                "evaluate": _plain(config.evaluate, but=("batch_size",)),
+                "evaluate": changes.deciding(config, *changes.EVALUATED, but=(Decides.FILES,)),
                 "subjects": config.pipeline.evaluate,
                 "task_version": task.version,
                 "comet": os.environ.get(comet.VARIABLE) if task.translates else None,
@@ -203,7 +205,7 @@ class Pipeline:
     def _prepared(self, *splits: str) -> dict[str, Any]:
         outputs = self._outputs("prepare")
         if not self.reads_files:  # its rows follow from the config
-            return {"data": _plain(self.given.data, but=("workers", "cache"))}
+            return {"data": _rows_of(self.given)}
         names = [str(self._rows(s).relative_to(self.folder)) for s in splits]
         return {name: outputs[name] for name in names if name in outputs}
 
@@ -348,8 +350,14 @@ class Pipeline:
         return [f for f in target.iterdir() if f.is_file()]
 
 
-def _plain(section: Any, but: tuple[str, ...]) -> dict[str, Any]:
-    return {k: v for k, v in cfg.to_dict(section).items() if k not in but}
+def _rows_of(config: RunConfig, *also: Decides) -> dict[str, Any]:
+    """The keys of ``data`` that decide the rows to train on, and those marked ``also``."""
+    more = changes.deciding(config, *also) if also else {}
+    return {
+        key: value
+        for key, value in changes.flatten({"data": cfg.to_dict(config.data)})
+        if changes.decides_rows(key) or key in more
+    }
 
 
 def _facts(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scalepeft.core.errors import UserError
+from scalepeft.core.fields import Decides, deciding
 from scalepeft.data.tasks.base import Example, Split, Task, TaskConfig
 
 IGNORED = -100
@@ -72,13 +73,13 @@ def tokenise(examples: list[Example], tokenizer: Any, config: TaskConfig) -> Tok
     """Tokenises a sequence of prompt (with the tokenizer's BOS), completion and end-of-text, cut at
     ``config.cutoff``.
 
-    With ``config.tokenise`` ``apart`` training sees the very prompt tokens generation starts from.
+    With ``config.tokenize`` ``apart`` training sees the very prompt tokens generation starts from.
     ``together`` the first label is the first token that reaches into the completion, wherever the
     tokenizer puts the border.
     """
     pairs = (
         _apart(examples, tokenizer)
-        if config.tokenise == "apart"
+        if config.tokenize == "apart"
         else _together(examples, tokenizer)
     )
     rows, starts, dropped, cut, lost = [], [], 0, 0, 0
@@ -133,9 +134,7 @@ def cached_tokens(examples: list[Example], tokenizer: Any, config: TaskConfig) -
     key = hashlib.sha256()
     header = [
         CACHE_VERSION,
-        config.train_on,
-        config.tokenise,
-        config.cutoff,
+        *(getattr(config, key) for key in deciding(TaskConfig, Decides.TOKENS)),
         tokenizer.eos_token_id,
         tokenizer_hash(tokenizer),
     ]
@@ -194,7 +193,8 @@ def prepare(
     sets: list[TokenSet | None] = []
     splits: tuple[Split, ...] = ("train", "valid")
     for split in splits:
-        if split == "valid" and not config.valid:
+        own = config.OWN_VALID and not config.valid_size
+        if split == "valid" and not config.valid and not own:
             sets.append(None)
             continue
         tokens = cached_tokens(task.examples(split), tokenizer, config)

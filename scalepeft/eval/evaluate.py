@@ -12,8 +12,10 @@ import torch
 
 from scalepeft import __version__
 from scalepeft.build import start_ranks, task_of
-from scalepeft.config.schema import RunConfig, Subject, deviations, to_dict
+from scalepeft.config import changes
+from scalepeft.config.schema import EvaluateConfig, RunConfig, Subject, deviations, to_dict
 from scalepeft.core.errors import UserError
+from scalepeft.core.fields import Decides, deciding
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping, tell_job
 from scalepeft.data.tasks.base import Example, Task
@@ -26,19 +28,7 @@ from scalepeft.parallel.ranks import Ranks, alone, world_size
 from scalepeft.run.folder import load_run
 
 T = TypeVar("T")
-ALLOWED = (
-    "evaluate.",
-    "data.test",
-    "data.cache",
-    "engine",
-    "engine.",
-    "model.path",
-    "model.revision",
-    "train.precision",
-)
 FOLDERS: dict[Subject, str] = {"adapter": "eval", "merged": "eval-merged", "base": "eval-base"}
-DECIDING = ("max_new_tokens", "max_tokens", "num_beams", "stop", "backend")
-"""Keys of ``evaluate`` that decide what is generated."""
 
 
 def run(run_dir: str, settings: list[str], subject: Subject, stop: StopFlag) -> int:
@@ -56,7 +46,7 @@ def run(run_dir: str, settings: list[str], subject: Subject, stop: StopFlag) -> 
     Raises:
         UserError: no run, no adapter or merged checkpoint yet, no test rows.
     """
-    config = load_run(run_dir, settings, ALLOWED, "an evaluation")
+    config = load_run(run_dir, settings, changes.for_evaluation(), "an evaluation")
     # vLLM starts processes of its own; this one needs no group and no device.
     alone = config.evaluate.backend == "vllm" and world_size() == 1
     ranks = Ranks() if alone else start_ranks(config)
@@ -101,7 +91,9 @@ def evaluate(config: RunConfig, subject: Subject, ranks: Ranks, stop: StopFlag) 
         "task": task.Config.__name__,
         "task_version": task.version,
         "prompt": task.template("test"),
-        "generation": [getattr(config.evaluate, key) for key in DECIDING],
+        "generation": [
+            getattr(config.evaluate, key) for key in deciding(EvaluateConfig, Decides.PREDICTIONS)
+        ],
         "model": chosen.config.model.path,
         "quant": [chosen.config.model.quant, chosen.config.model.double_quant],
         "precision": config.train.precision,

@@ -1,13 +1,13 @@
 """LLaMA-class bases: where they come from, their tokenizer, their structure on the meta device."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic.dataclasses import dataclass
 
 from scalepeft.core.errors import UserError
-from scalepeft.core.fields import STRICT, NotNegative
+from scalepeft.core.fields import STRICT, Decides, NotNegative
 from scalepeft.parallel.ranks import Ranks
 
 BUILTIN = "builtin:tiny"
@@ -28,12 +28,12 @@ class ModelConfig:
             made.
     """
 
-    path: str = BUILTIN
-    revision: str | None = None
-    tokenizer: str | None = None
-    quant: Literal["none", "nf4", "int8"] = "none"
-    double_quant: bool = False
-    pretrain_steps: NotNegative = 0
+    path: Annotated[str, Decides.PLACE] = BUILTIN
+    revision: Annotated[str | None, Decides.PLACE] = None
+    tokenizer: Annotated[str | None, Decides.TOKENS] = None
+    quant: Annotated[Literal["none", "nf4", "int8"], Decides.TRAINING] = "none"
+    double_quant: Annotated[bool, Decides.TRAINING] = False
+    pretrain_steps: Annotated[NotNegative, Decides.TRAINING] = 0
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

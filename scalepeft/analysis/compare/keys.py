@@ -15,13 +15,8 @@ import yaml
 from scalepeft.config import changes
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
+from scalepeft.core.fields import Decides
 from scalepeft.core.files import read_mapping
-from scalepeft.eval.evaluate import ALLOWED
-
-# Harmless to a run that is resumed, for there the rows and the length themselves are looked at.
-LENGTH = ("train.max_steps", "train.epochs", "data.on_error")
-SPEED = ("engine.", "train.micro_batch", "train.loss_chunk")
-NO_MATTER = ("evaluate.batch_size", "evaluate.backend")
 
 
 def training(config: RunConfig, inputs: dict[str, Any]) -> str:
@@ -31,16 +26,13 @@ def training(config: RunConfig, inputs: dict[str, Any]) -> str:
 
 def speed(config: RunConfig, inputs: dict[str, Any]) -> str:
     """What decides the seconds of a step too."""
-    flat = changes.flatten(cfg.to_dict(config))
-    return _sha(
-        [_training(config, inputs), {k: v for k, v in flat if changes.matches_key(k, SPEED)}]
-    )
+    return _sha([_training(config, inputs), changes.deciding(config, Decides.SPEED)])
 
 
 def evaluation(config: RunConfig, inputs: dict[str, Any]) -> str:
     """What decides the score of a trained adapter."""
-    flat = changes.flatten({"evaluate": cfg.to_dict(config.evaluate)})
-    return _sha([{k: v for k, v in flat if k not in NO_MATTER}, inputs.get("test")])
+    kept = changes.deciding(config, Decides.PREDICTIONS, Decides.SCORES, but=(Decides.FILES,))
+    return _sha([kept, inputs.get("test")])
 
 
 def attempt(config: RunConfig, inputs: dict[str, Any], evaluated: bool) -> str:
@@ -63,20 +55,15 @@ def evaluate_settings(config: RunConfig, folder: Path) -> list[str]:
     return [
         f"{key}={json.dumps(value, ensure_ascii=False)}"
         for key, value in changes.flatten(cfg.to_dict(config))
-        if changes.matches_key(key, ALLOWED)
+        if changes.matches_key(key, changes.for_evaluation())
         and (old.get(key) != value or (other_engine and key.startswith("engine.")))
     ]
 
 
 def _training(config: RunConfig, inputs: dict[str, Any]) -> list[Any]:
-    skipped = (*changes.FREE_TO_CHANGE, *changes.HARMLESS)
-    kept = {
-        key: value
-        for key, value in changes.flatten(cfg.to_dict(config))
-        if key in LENGTH or not changes.matches_key(key, skipped)
-    }
+    kept = changes.deciding(config, *changes.LEARNED, Decides.LENGTH)
     if "base" not in inputs:  # not a folder: the name is all there is to know it by
-        kept["model.path"] = config.model.path
+        kept |= {"model.path": config.model.path, "model.revision": config.model.revision}
     if "tokenizer" in inputs:  # known by its content
         kept.pop("model.tokenizer", None)
     return [kept, {k: v for k, v in inputs.items() if k != "test"}]

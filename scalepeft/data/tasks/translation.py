@@ -20,7 +20,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from scalepeft.core.errors import UserError
-from scalepeft.core.fields import STRICT
+from scalepeft.core.fields import STRICT, Decides
 from scalepeft.data import bitext, languages
 from scalepeft.data.rows import fill, text_field
 from scalepeft.data.tasks.base import (
@@ -51,14 +51,14 @@ ALMA = Protocol(
         " here the target's end is cut, in training where both exceed data.cutoff (counted), and no"
         " source is cut in a test. As in its script, a target that begins with a quote shares a"
         " token with the colon (6 to 7 % of its German-English rows), which no generation starts"
-        " from: data.tokenise=apart is without that"
+        " from: data.tokenize=apart is without that"
     ),
     data={
         "prompt": PROMPT,
         "test_prompt": None,
         "completion": "{target}",
         "train_on": "response",
-        "tokenise": "together",
+        "tokenize": "together",
         "cutoff": 512,
         "duplicates": "keep",
     },
@@ -92,18 +92,19 @@ class TranslationConfig(TaskConfig):
 
     PROTOCOLS: ClassVar[dict[str, Protocol]] = {"alma": ALMA, "covost-hoft": COVOST_HOFT}
 
-    name: str = "translation"
-    protocol: str | None = "alma"
-    prompt: str = PROMPT
-    completion: str = "{target}"
-    source_language: str = ""
-    target_language: str = ""
-    source_name: str | None = None
-    target_name: str | None = None
-    train_rows: Annotated[int, Field(ge=1)] | None = None
-    bleu_tokenizer: (
-        Literal["13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "flores200"] | None
-    ) = None
+    name: Annotated[str, Decides.ROWS] = "translation"
+    protocol: Annotated[str | None, Decides.SCORES] = "alma"
+    prompt: Annotated[str, Decides.ROWS] = PROMPT
+    completion: Annotated[str, Decides.ROWS] = "{target}"
+    source_language: Annotated[str, Decides.ROWS, Decides.SCORES] = ""
+    target_language: Annotated[str, Decides.ROWS, Decides.SCORES] = ""
+    source_name: Annotated[str | None, Decides.ROWS] = None
+    target_name: Annotated[str | None, Decides.ROWS] = None
+    train_rows: Annotated[Annotated[int, Field(ge=1)] | None, Decides.ROWS] = None
+    bleu_tokenizer: Annotated[
+        Literal["13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "flores200"] | None,
+        Decides.SCORES,
+    ] = None
 
     def __post_init__(self) -> None:
         for side in ("source", "target"):
