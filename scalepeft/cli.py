@@ -367,6 +367,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--debug", action="store_true", help="show the traceback of a user error too"
         )
+    settings = commands.add_parser("config", help="print the resolved settings, or every key")
+    settings.add_argument("settings", nargs="*", metavar="[CONFIG] KEY=VALUE", help="as for train")
+    settings.add_argument(
+        "--reference", nargs="?", const="", metavar="SECTION", help="every key, of a section or all"
+    )
     return parser
 
 
@@ -464,6 +469,10 @@ def _run(args: argparse.Namespace, stop: StopFlag) -> int:
         from scalepeft.export import peft as export
 
         export.run(args.run_dir, args.out, args.settings, args.format)
+    elif args.command == "config":
+        from scalepeft.config import command as config_command
+
+        config_command.run(args.settings, args.reference)
     elif args.command == "methods":
         from scalepeft.analysis import methods
 

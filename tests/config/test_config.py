@@ -1,6 +1,7 @@
 """Config: who wins over whom, and one useful line for every mistake."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import yaml
 from torch import nn
 
 import scalepeft
-from scalepeft.config import changes
+from scalepeft.config import changes, command
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as config
 from scalepeft.core import registry
@@ -526,3 +527,34 @@ def test_a_run_from_before_a_new_key_can_be_continued(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**older, "adapter": {"name": "x"}}))
     with pytest.raises(UserError, match=r"config.yaml: no adapter 'x'.*restore it"):
         check_same_run(built, allow_changes=False)
+
+
+def test_the_reference_is_that_of_the_docs() -> None:
+    page = (Path(__file__).parents[2] / "docs/reference.md").read_text()
+    assert page == command.reference_page(), "scalepeft config --reference > docs/reference.md"
+    described = re.findall(r"^\| `[\w.]+` \|.*\|  \|$", page, re.M)
+    assert described == [], "keys without a line under Attributes:"
+    assert "| `train.keep_checkpoints` | int >= 2 | `2` |" in page
+    assert "| `train.max_steps` | int or null >= 1 | `null` |" in page
+
+
+def test_the_config_command(capsys: pytest.CaptureFixture[str]) -> None:
+    command.run(["demo", "train.lr=0.5"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["train"]["lr"] == 0.5
+    assert config.from_dict(printed) == config_files.load("demo", ["train.lr=0.5"])[0]
+    command.run([], "evaluate")
+    text = capsys.readouterr().out
+    assert "evaluate.limit" in text and "train.lr" not in text
+    with pytest.raises(UserError, match=r"'evalute'.*'evaluate'"):
+        command.run([], "evalute")
+
+
+def test_the_toy_task_has_held_out_rows_of_its_own() -> None:
+    from scalepeft.data.tasks.toy import Toy
+
+    made = load("data=toy", "train.eval_every=2").data
+    texts = {s: {e.prompt for e in Toy(made).examples(s)} for s in ("train", "valid", "test")}
+    assert len(texts["valid"]) > 50
+    assert not texts["valid"] & (texts["train"] | texts["test"])
+    assert Toy(made).examples("valid") == Toy(made).examples("valid")
