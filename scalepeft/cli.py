@@ -360,6 +360,11 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="how runs stand (launch/status)")
     status.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="a run, or a sweep's folder")
     status.add_argument("--json", action="store_true", help="one JSON list")
+    settings = commands.add_parser("config", help="print the resolved settings, or every key")
+    settings.add_argument("settings", nargs="*", metavar="[CONFIG] KEY=VALUE", help="as for train")
+    settings.add_argument(
+        "--reference", nargs="?", const="", metavar="SECTION", help="every key, of a section or all"
+    )
     for command in (
         train, evaluate, pipeline, score, report, merge, export, methods, bench, compare, doctor,
         plan, submit, status
@@ -367,11 +372,6 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--debug", action="store_true", help="show the traceback of a user error too"
         )
-    settings = commands.add_parser("config", help="print the resolved settings, or every key")
-    settings.add_argument("settings", nargs="*", metavar="[CONFIG] KEY=VALUE", help="as for train")
-    settings.add_argument(
-        "--reference", nargs="?", const="", metavar="SECTION", help="every key, of a section or all"
-    )
     return parser
 
 
