@@ -359,6 +359,11 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="how runs stand (launch/status)")
     status.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="a run, or a sweep's folder")
     status.add_argument("--json", action="store_true", help="one JSON list")
+    settings = commands.add_parser("config", help="print the resolved settings, or every key")
+    settings.add_argument("settings", nargs="*", metavar="[CONFIG] KEY=VALUE", help="as for train")
+    settings.add_argument(
+        "--reference", nargs="?", const="", metavar="SECTION", help="every key, of a section or all"
+    )
     for command in (
         train, evaluate, pipeline, score, report, merge, export, methods, bench, compare, doctor,
         plan, submit, status
@@ -463,6 +468,10 @@ def _run(args: argparse.Namespace, stop: StopFlag) -> int:
         from scalepeft.export import peft as export
 
         export.run(args.run_dir, args.out, args.settings, args.format)
+    elif args.command == "config":
+        from scalepeft.config import command as config_command
+
+        config_command.run(args.settings, args.reference)
     elif args.command == "methods":
         from scalepeft.analysis import methods
 

@@ -22,6 +22,7 @@ from scalepeft.config import changes
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
+from scalepeft.core.fields import Decides
 from scalepeft.core.files import write_atomically
 from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
@@ -43,8 +44,6 @@ from scalepeft.run.stage import Stage, facts, plain, set_aside
 STAGES = ("prepare", "train", "merge", "evaluate", "report")
 ON_RANKS = ("train", "evaluate")
 """Stages that all ranks work in, on their GPUs; the others are rank 0's."""
-OF_NO_ROW, OF_NO_PREDICTION = ("workers", "cache"), ("batch_size",)
-"""Keys of ``data`` and of ``evaluate`` that decide nothing that a stage makes."""
 TRAINED = (
     "checkpoints", "adapter", "config.yaml", "metrics.jsonl", "validation.jsonl", "events.jsonl",
     "loss.png", "report.html", "report.md", "report",
@@ -158,7 +157,7 @@ class Pipeline:
         config, outputs = self.raw, {s: stage.outputs() for s, stage in self.stages.items()}
         if name == "prepare":
             return {
-                "data": _without(config.data, OF_NO_ROW),
+                "data": settings_of(name, config),
                 "task_version": self.task.version,
                 "base": self.which_base,
                 "files": {
@@ -171,14 +170,10 @@ class Pipeline:
                 },
             }
         if name == "train":
-            kept = {
-                key: value
-                for key, value in changes.flatten(cfg.to_dict(config))
-                if not changes.matches_key(key, (*changes.FREE_TO_CHANGE, *changes.HARMLESS))
-            }
             length = {"max_steps": config.train.max_steps, "epochs": config.train.epochs}
             rows = self._prepared("train", "valid")
-            return {"config": kept, "length": length, "rows": rows, "base": self.which_base}
+            settings = settings_of(name, config)
+            return {"config": settings, "length": length, "rows": rows, "base": self.which_base}
         if name == "merge":
             settings = {"base": config.pipeline.merge, "dtype": config.pipeline.dtype}
             return {"adapter": outputs["train"], "pipeline": settings}
@@ -188,7 +183,7 @@ class Pipeline:
                 "merged": outputs["merge"],
                 "rows": self._prepared("test"),
                 "base": self.which_base,
-                "evaluate": _without(config.evaluate, OF_NO_PREDICTION),
+                "evaluate": settings_of(name, config),
                 "subjects": config.pipeline.evaluate,
                 "task_version": self.task.version,
                 "comet": os.environ.get(comet.VARIABLE) if self.task.translates else None,
@@ -199,7 +194,7 @@ class Pipeline:
     def _prepared(self, *splits: str) -> dict[str, Any]:
         outputs = self.stages["prepare"].outputs()
         if not self.task.reads_files:  # its rows follow from the config
-            return {"data": _without(self.raw.data, OF_NO_ROW)}
+            return {"data": _rows_of(self.raw)}
         names = [str(self._rows(s).relative_to(self.folder)) for s in splits]
         return {name: outputs[name] for name in names if name in outputs}
 
@@ -269,8 +264,24 @@ def _files(folder: Path, pattern: str = "*") -> list[Path]:
     return [f for f in folder.glob(pattern) if f.is_file()]
 
 
-def _without(section: Any, keys: tuple[str, ...]) -> dict[str, Any]:
-    return {k: v for k, v in cfg.to_dict(section).items() if k not in keys}
+def settings_of(stage: str, config: RunConfig) -> dict[str, Any]:
+    """Return the settings that decide what ``prepare``, ``train`` or ``evaluate`` makes."""
+    if stage == "prepare":
+        return _rows_of(config, Decides.LENGTH, Decides.PREDICTIONS)
+    if stage == "train":
+        return changes.deciding(config, *changes.LEARNED)
+    scored = changes.deciding(config, *changes.EVALUATED, but=(Decides.FILES,))
+    return {key.removeprefix("evaluate."): value for key, value in scored.items()}
+
+
+def _rows_of(config: RunConfig, *also: Decides) -> dict[str, Any]:
+    """The keys of ``data`` that decide the rows to train on, and those marked ``also``."""
+    more = changes.deciding(config, *also) if also else {}
+    return {
+        key: value
+        for key, value in cfg.to_dict(config.data).items()
+        if changes.decides_rows(f"data.{key}") or f"data.{key}" in more
+    }
 
 
 def run(config: RunConfig, options: Options, stop: StopFlag) -> int:

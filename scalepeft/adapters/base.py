@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scalepeft.core.fields import STRICT, Layers, NameList
+from scalepeft.core.fields import STRICT, Decides, Layers, NameList
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -26,6 +26,8 @@ class AdapterConfig:
             parameter counts of the HOFT, LLM-Adapters and DoRA papers.
         layers: numbers of the decoder blocks to adapt, from 0; ``all`` for every one.
     """
+
+    DECIDES: ClassVar = (Decides.TRAINING,)
 
     name: str
     target_modules: Annotated[NameList, Field(min_length=1)] = Field(

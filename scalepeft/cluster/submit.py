@@ -18,11 +18,13 @@ from scalepeft.build import check_batch, engine_class, task_of
 from scalepeft.cluster import sbatch
 from scalepeft.cluster.plan import gpus, planning
 from scalepeft.cluster.sbatch import Job
+from scalepeft.config import changes
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError
+from scalepeft.core.fields import Decides
 from scalepeft.core.files import write_atomically
 from scalepeft.core.log import say
 from scalepeft.core.slurm import ACTIVE
@@ -42,7 +44,6 @@ NODE_VARIABLES = [
     for name in """JOB_ID JOBID JOB_NAME JOB_NODELIST JOB_NUM_NODES NNODES NTASKS NODELIST NODEID
     ARRAY_JOB_ID ARRAY_TASK_ID ARRAY_TASK_COUNT RESTART_COUNT TMPDIR""".split()
 ]
-PLANNED = ("global_batch", "micro_batch", "loss_chunk", "precision")  # of train: what plan looks at
 
 
 @dataclass(frozen=True)
@@ -282,9 +283,7 @@ def _plan(configs: list[RunConfig], header: dict[str, str], options: Options) ->
     )
     seen = set()
     for config in configs:
-        kind = f"{config.model} {config.adapter} {config.engine} {config.data.cutoff}" + str(
-            [getattr(config.train, k) for k in PLANNED]
-        )
+        kind = f"{config.model} {config.adapter} {changes.deciding(config, Decides.SPEED)}"
         if kind in seen:
             continue
         seen.add(kind)

@@ -1,34 +1,68 @@
-"""What differs between two configs, and which keys may."""
+"""What a change of a setting means, derived from the marks of the fields (``core.fields.Decides``).
 
+* ``marks()``: dotted key -> its marks, over every section and every adapter, engine and task.
+* ``deciding(config, *marks, but=())``: the dotted keys with one of these marks, and their values.
+* ``differences(old, new)``, ``is_harmless(key)``: resume; ``is_free(key)``: never compared there.
+* ``for_evaluation()``, ``for_export()``: keys that ``run.folder.load_run`` lets through.
+* ``decides_rows(key)``: two runs are trained and measured on the same rows where these agree.
+* ``current(flat)``: what an older manifest holds of the keys that decide the training, as now.
+"""
+
+import functools
+from pathlib import Path
 from typing import Any
 
-# Keys that may differ when a run is resumed: never compared, and with --resume-with-changes.
-FREE_TO_CHANGE = ("run_dir", "extensions", "train.stop_at", "evaluate.", "pipeline.")
-HARMLESS = (
-    "engine.",
-    "model.path",  # a moved folder: the base's fingerprint is compared, not its place
-    "data.train",  # moved files: the tokenised rows are compared
-    "data.valid",
-    "data.test",
-    "data.on_error",  # so they are here
-    "data.workers",
-    "data.cache",
-    "train.micro_batch",
-    "train.save_every",
-    "train.save_mode",
-    "train.keep_checkpoints",
-    "train.eval_every",
-    "train.loss_chunk",
-    "train.max_nonfinite",
-    "train.tensorboard",
-    "train.wandb",
-    "train.max_steps",  # the schedule is recomputed over the new length
-    "train.epochs",
-)
+from scalepeft.config.schema import NAMED, PLAIN, TOP, RunConfig, config_class, renamed_key, to_dict
+from scalepeft.core import registry
+from scalepeft.core.fields import Decides, marks_of
+
+LEARNED = frozenset({Decides.ROWS, Decides.TOKENS, Decides.TRAINING})
+"""Another value of such a key makes another run."""
+EVALUATED = frozenset({Decides.PREDICTIONS, Decides.SCORES})
+
+
+def marks() -> dict[str, frozenset[Decides]]:
+    """Dotted key -> marks; of a key that several adapters, engines or tasks have, all of them."""
+    return _marks(tuple(registry.extension_folders()))
+
+
+@functools.cache
+def _marks(_extensions: tuple[Path, ...]) -> dict[str, frozenset[Decides]]:
+    found = {key: frozenset({Decides.NOTHING}) for key in TOP}
+    classes = list(PLAIN.items())
+    for section, (package, *_) in NAMED.items():
+        classes += [(section, config_class(section, name)) for name in registry.available(package)]
+    for section, cls in classes:
+        for name, decided in marks_of(cls).items():
+            key = f"{section}.{name}"
+            found[key] = found.get(key, frozenset()) | decided
+    return found
+
+
+def deciding(config: RunConfig, *wanted: Decides, but: tuple[Decides, ...] = ()) -> dict[str, Any]:
+    """Dotted key -> value of the keys that carry one of the marks, and none of ``but``."""
+    return {
+        key: value
+        for key, value in flatten(to_dict(config))
+        if _of(key) & set(wanted) and not _of(key) & set(but)
+    }
+
+
+def is_free(key: str) -> bool:
+    """True if a run may be resumed under another value without a word: it concerns evaluations
+    alone, or nothing.
+    """
+    # Files alone are those trained on; with PREDICTIONS beside it they are the test's.
+    return _of(key) - EVALUATED <= {Decides.NOTHING, Decides.FILES} and _of(key) != {Decides.FILES}
+
+
+def is_harmless(key: str) -> bool:
+    """True if ``--resume-with-changes`` may change it: what is learned from a row stays."""
+    return not _of(key) & LEARNED
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns dotted key -> (old, new) for every key that differs, without those that are free to
+    """Return dotted key -> (old, new) for every key that differs, without those that are free to
     change.
     """
     flat_old, flat_new = (dict(flatten(d)) for d in (old, new))
@@ -36,8 +70,42 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any
     return {
         key: (flat_old.get(key), flat_new.get(key))
         for key in keys
-        if flat_old.get(key) != flat_new.get(key) and not matches_key(key, FREE_TO_CHANGE)
+        if flat_old.get(key) != flat_new.get(key) and not is_free(key)
     }
+
+
+@functools.cache
+def for_evaluation() -> tuple[str, ...]:
+    """What ``scalepeft evaluate`` may change of a trained run; an entry with a final dot is a
+    section.
+    """
+    wanted = EVALUATED | {Decides.PLACE}
+    rest = [
+        key
+        for key, decided in marks().items()
+        if decided & wanted and not decided & {Decides.ROWS, Decides.TOKENS}
+    ]
+    sections = ("evaluate.", "engine.")
+    return (*sections, "engine", *(key for key in rest if not key.startswith(sections)))
+
+
+@functools.cache
+def for_export() -> tuple[str, ...]:
+    """What ``scalepeft merge`` and ``export`` may change: where the base lies, and the device."""
+    sections = ("model.", "engine.")
+    return tuple(k for k, m in marks().items() if Decides.PLACE in m and k.startswith(sections))
+
+
+def decides_rows(key: str) -> bool:
+    """True for the keys of ``data`` under which rows or their tokens are others."""
+    wanted = {Decides.ROWS, Decides.TOKENS, Decides.FILES}
+    return bool(_of(key) & wanted) and Decides.PREDICTIONS not in _of(key)
+
+
+def current(flat: dict[str, Any]) -> dict[str, Any]:
+    """The keys that decide what is learned, of an older manifest's ``dotted key -> value``."""
+    renamed = {renamed_key(key): value for key, value in flat.items()}
+    return {key: value for key, value in renamed.items() if _of(key) & LEARNED}
 
 
 def matches_key(key: str, listed: tuple[str, ...]) -> bool:
@@ -54,3 +122,8 @@ def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         else:
             flat.append((f"{prefix}{key}", value))
     return flat
+
+
+def _of(key: str) -> frozenset[Decides]:
+    """Marks of a key; one that no config has any more is taken to decide the training."""
+    return marks().get(key) or frozenset({Decides.TRAINING})

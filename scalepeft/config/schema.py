@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field
@@ -18,6 +18,7 @@ from scalepeft.core import registry
 from scalepeft.core.errors import UserError, nearest, unknown
 from scalepeft.core.fields import (
     STRICT,
+    Decides,
     NotNegative,
     Positive,
     Seed,
@@ -64,29 +65,31 @@ class TrainConfig:
         wandb: W&B project to log to.
     """
 
-    max_steps: Positive | None = None
-    epochs: Annotated[float, Field(gt=0)] | None = None
-    global_batch: Positive = 16
-    micro_batch: Positive = 4
-    lr: Annotated[float, Field(gt=0)] = 1e-4
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup_steps: NotNegative = 0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    max_nonfinite: Positive = 5
-    seed: Seed = 0
-    precision: Literal["fp32", "bf16"] = "bf16"
-    loss_chunk: Positive = 1024
-    save_every: Positive = 100
-    save_mode: Literal["auto", "gathered", "sharded", "async"] = "auto"
-    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
-    eval_every: NotNegative = 0
-    stop_at: Positive | None = None
-    tensorboard: bool = False
-    wandb: str | None = None
+    max_steps: Annotated[Positive | None, Decides.LENGTH] = None
+    epochs: Annotated[Annotated[float, Field(gt=0)] | None, Decides.LENGTH] = None
+    global_batch: Annotated[Positive, Decides.TRAINING, Decides.SPEED] = 16
+    micro_batch: Annotated[Positive, Decides.SPEED] = 4
+    lr: Annotated[float, Field(gt=0), Decides.TRAINING] = 1e-4
+    schedule: Annotated[Literal["linear", "cosine", "constant"], Decides.TRAINING] = "linear"
+    warmup_steps: Annotated[NotNegative, Decides.TRAINING] = 0
+    weight_decay: Annotated[float, Field(ge=0), Decides.TRAINING] = 0.0
+    beta1: Annotated[float, Field(ge=0, lt=1), Decides.TRAINING] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1), Decides.TRAINING] = 0.999
+    eps: Annotated[float, Field(gt=0), Decides.TRAINING] = 1e-8
+    max_grad_norm: Annotated[float, Field(ge=0), Decides.TRAINING] = 1.0
+    max_nonfinite: Annotated[Positive, Decides.RECORDS] = 5
+    seed: Annotated[Seed, Decides.TRAINING] = 0
+    precision: Annotated[
+        Literal["fp32", "bf16"], Decides.TRAINING, Decides.PREDICTIONS, Decides.SPEED
+    ] = "bf16"
+    loss_chunk: Annotated[Positive, Decides.SPEED] = 1024
+    save_every: Annotated[Positive, Decides.RECORDS] = 100
+    save_mode: Annotated[Literal["auto", "gathered", "sharded", "async"], Decides.RECORDS] = "auto"
+    keep_checkpoints: Annotated[int, Field(ge=2), Decides.RECORDS] = 2
+    eval_every: Annotated[NotNegative, Decides.RECORDS] = 0
+    stop_at: Annotated[Positive | None, Decides.NOTHING] = None
+    tensorboard: Annotated[bool, Decides.RECORDS] = False
+    wandb: Annotated[str | None, Decides.RECORDS] = None
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -104,13 +107,13 @@ class EvaluateConfig:
             checkpoints, and adapters that export as a LoRA, where vLLM is installed.
     """
 
-    batch_size: Positive = 16
-    max_new_tokens: Positive = 32
-    max_tokens: Positive | None = None
-    num_beams: Positive = 1
-    stop: TextList = Field(default_factory=list)
-    limit: Positive | None = None
-    backend: Literal["hf", "vllm"] = "hf"
+    batch_size: Annotated[Positive, Decides.NOTHING] = 16
+    max_new_tokens: Annotated[Positive, Decides.PREDICTIONS] = 32
+    max_tokens: Annotated[Positive | None, Decides.PREDICTIONS] = None
+    num_beams: Annotated[Positive, Decides.PREDICTIONS] = 1
+    stop: Annotated[TextList, Decides.PREDICTIONS] = Field(default_factory=list)
+    limit: Annotated[Positive | None, Decides.SCORES] = None
+    backend: Annotated[Literal["hf", "vllm"], Decides.PREDICTIONS] = "hf"
 
 
 Subject = Literal["adapter", "merged", "base"]
@@ -129,6 +132,8 @@ class PipelineConfig:
             or the ``base`` alone; several by comma.
     """
 
+    DECIDES: ClassVar = (Decides.NOTHING,)
+
     merge: Literal["dequantized", "original", "none"] = "dequantized"
     dtype: Literal["base", "fp32", "bf16"] = "base"
     evaluate: Annotated[list[Subject], BeforeValidator(split_commas)] = Field(
@@ -139,7 +144,7 @@ class PipelineConfig:
 @plain_dataclass(frozen=True)
 class RunConfig:
     """Everything that defines a run; ``adapter``, ``engine`` and ``data`` are of the class their
-    ``name`` picks; ``extensions`` is a folder with methods, engines and tasks of others.
+    ``name`` picks.
     """
 
     run_dir: str
@@ -163,8 +168,35 @@ PLAIN: dict[str, type] = {
     "model": ModelConfig, "train": TrainConfig, "evaluate": EvaluateConfig,
     "pipeline": PipelineConfig,
 }  # fmt: skip
-PATHS = ("run_dir", "extensions")  # keys that are no sections
 SECTIONS = [f.name for f in dataclasses.fields(RunConfig) if f.name != "extensions"]
+TOP = ("run_dir", "run_name", "extensions")
+"""Keys that are no section. ``run_name`` is there for other settings to refer to; ``extensions`` is
+a folder with methods, engines and tasks of others.
+"""
+ALIASES = {"data.tokenise": "data.tokenize"}
+"""Former spellings, taken in files, on the command line and in older runs."""
+
+
+def renamed_key(key: str) -> str:
+    """A dotted key as it is spelled now."""
+    return ALIASES.get(key, key)
+
+
+def renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings by section, with every key as it is spelled now.
+
+    Raises:
+        UserError: a key is set under both spellings.
+    """
+    found = dict(values)
+    for old, new in ALIASES.items():
+        (section, was), now = old.split("."), new.split(".")[1]
+        held = found.get(section)
+        if isinstance(held, dict) and was in held:
+            if now in held:
+                raise UserError(f"{new} and {old} are one setting, both are set: remove {old}")
+            found[section] = {now if k == was else k: v for k, v in held.items()}
+    return found
 
 
 def config_class(section: str, name: str) -> type:
@@ -188,13 +220,14 @@ def use_extensions(folder: Any) -> str | None:
 
 def from_dict(values: dict[str, Any]) -> RunConfig:
     """Builds the typed config from nested mappings (``config.yaml``, or merged files)."""
+    values = renamed(values)
     for section in values:
-        if section not in (*SECTIONS, *PATHS):
+        if section not in (*SECTIONS, *TOP):
             raise UserError(
                 f"no section '{section}'.{nearest(str(section), SECTIONS)} Allowed:"
                 f" {', '.join(SECTIONS)}"
             )
-        if section not in PATHS and not isinstance(values[section] or {}, dict):
+        if section not in TOP and not isinstance(values[section] or {}, dict):
             raise UserError(f"{section}: expected keys under it, not {values[section]!r}")
     if not values.get("run_dir"):
         raise UserError(
@@ -262,7 +295,7 @@ def _check(config: RunConfig) -> None:
         )
     if train.max_steps is not None:
         check_length(train, train.max_steps)
-    if train.eval_every and not (data.valid or data.valid_size):
+    if train.eval_every and not (data.valid or data.valid_size or data.OWN_VALID):
         raise UserError(
             "train.eval_every is set, but there are no held-out rows: set data.valid or"
             " data.valid_size"
@@ -296,6 +329,10 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+RESOLVED = "# resolved: each ${ below is text\n"
+
+
 def dump(config: RunConfig) -> str:
-    """The resolved config as YAML."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    """The resolved config as YAML; ``files`` resolves no ``${...}`` of it again."""
+    text: str = yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    return RESOLVED + text if "${" in text else text

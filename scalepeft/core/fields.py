@@ -1,7 +1,10 @@
-"""Field types that all config dataclasses share, and their one-line validation errors."""
+"""Field types that all config dataclasses share, the marks of what a field decides, and their
+one-line validation errors.
+"""
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from enum import Enum
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -10,6 +13,44 @@ from scalepeft.core.errors import UserError, nearest
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]  # shifted by 32 bits into torch's 64-bit seed
+
+
+class Decides(Enum):
+    """What another value of a setting changes. Each field carries at least one of these, as
+    ``Annotated[int, Decides.TRAINING]`` or by its class's ``DECIDES``; ``config/changes.py`` says
+    what follows from them.
+    """
+
+    ROWS = "which rows there are, and their text"
+    TOKENS = "the tokens and labels of a row"
+    TRAINING = "what is learned from the tokens"
+    LENGTH = "how much is trained on: a resumed run looks at rows and steps themselves"
+    FILES = "where rows lie: they count by their content"
+    PLACE = "where the base or the work lies: the base counts by its fingerprint"
+    SPEED = "time and memory of a step"
+    RECORDS = "what is saved, logged and fetched on the way"
+    PREDICTIONS = "the answers of a trained model"
+    SCORES = "what is made of the answers"
+    NOTHING = "none of these: which stages are done, in which folder, in how many starts"
+
+
+def marks_of(cls: type) -> dict[str, frozenset[Decides]]:
+    """Field name -> its marks, or its class's ``DECIDES`` where it has none of its own."""
+    default: frozenset[Decides] = frozenset(getattr(cls, "DECIDES", ()))
+    hints = get_type_hints(cls, include_extras=True)
+    return {
+        name: frozenset(m for m in _metadata(hints[name]) if isinstance(m, Decides)) or default
+        for name in _field_names(cls)
+    }
+
+
+def deciding(cls: type, *marks: Decides) -> list[str]:
+    """Names of the fields with one of these marks, in their order."""
+    return [name for name, found in marks_of(cls).items() if found & set(marks)]
+
+
+def _metadata(hint: Any) -> tuple[Any, ...]:
+    return getattr(hint, "__metadata__", ())
 
 
 def _field_names(cls: type) -> list[str]:

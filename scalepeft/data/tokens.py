@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from scalepeft.core.errors import UserError
+from scalepeft.core.fields import Decides, deciding
 from scalepeft.data.tasks.base import Example, Split, Task, TaskConfig
 
 IGNORED = -100
@@ -73,13 +74,13 @@ def tokenize(examples: list[Example], tokenizer: Any, config: TaskConfig) -> Tok
     """Tokenizes a sequence of prompt (with the tokenizer's BOS), completion and end-of-text, cut at
     ``config.cutoff``.
 
-    With ``config.tokenise`` ``apart`` training sees the very prompt tokens generation starts from.
+    With ``config.tokenize`` ``apart`` training sees the very prompt tokens generation starts from.
     ``together`` the first label is the first token that reaches into the completion, wherever the
     tokenizer puts the border.
     """
     pairs = (
         _apart(examples, tokenizer)
-        if config.tokenise == "apart"
+        if config.tokenize == "apart"
         else _together(examples, tokenizer)
     )
     rows, starts, dropped, cut, lost = [], [], 0, 0, 0
@@ -165,7 +166,8 @@ def cached_tokens(examples: list[Example], tokenizer: Any, config: TaskConfig) -
 
 def _key(examples: list[Example], tokenizer: Any, config: TaskConfig) -> str:
     header = [
-        CACHE_VERSION, config.train_on, config.tokenise, config.cutoff, tokenizer.eos_token_id,
+        CACHE_VERSION, *(getattr(config, k) for k in deciding(TaskConfig, Decides.TOKENS)),
+        tokenizer.eos_token_id,
         tokenizer_hash(tokenizer),
     ]  # fmt: skip
     key = hashlib.sha256(json.dumps(header).encode())
@@ -193,7 +195,8 @@ def prepare(
     """
     config, report = task.config, list[str]()
     train = _split(task, "train", tokenizer, vocab_size, report)
-    valid = _split(task, "valid", tokenizer, vocab_size, report) if config.valid else None
+    has_valid = config.valid or (config.OWN_VALID and not config.valid_size)
+    valid = _split(task, "valid", tokenizer, vocab_size, report) if has_valid else None
     if size := config.valid_size:
         if size >= len(train):
             raise UserError(

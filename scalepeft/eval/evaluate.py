@@ -15,8 +15,10 @@ import torch
 
 from scalepeft import __version__
 from scalepeft.build import start_ranks, task_of
-from scalepeft.config.schema import RunConfig, Subject, deviations, to_dict
+from scalepeft.config import changes
+from scalepeft.config.schema import EvaluateConfig, RunConfig, Subject, deviations, to_dict
 from scalepeft.core.errors import UserError
+from scalepeft.core.fields import Decides, deciding
 from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping, tell_job
@@ -28,19 +30,6 @@ from scalepeft.eval.target import EvalTarget
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.folder import load_run
 
-ALLOWED = (
-    "evaluate.",
-    "data.test",
-    "data.cache",
-    "engine",
-    "engine.",
-    "model.path",
-    "model.revision",
-    "train.precision",
-)
-"""Keys that may be set for an evaluation of a trained run."""
-DECIDING = ("max_new_tokens", "max_tokens", "num_beams", "stop", "backend")
-"""Keys of ``evaluate`` that decide what is generated."""
 FOLDERS: dict[Subject, str] = {"adapter": "eval", "merged": "eval-merged", "base": "eval-base"}
 
 
@@ -59,7 +48,7 @@ def run(run_dir: str, settings: list[str], kind: Subject, stop: StopFlag) -> int
     Raises:
         UserError: no run, no adapter or merged checkpoint yet, no test rows.
     """
-    config = load_run(run_dir, settings, ALLOWED, "an evaluation")
+    config = load_run(run_dir, settings, changes.for_evaluation(), "an evaluation")
     # vLLM starts processes of its own; this one needs no group and no device.
     without_group = config.evaluate.backend == "vllm" and world_size() == 1
     ranks = Ranks() if without_group else start_ranks(config)
@@ -151,7 +140,9 @@ def _settings(
         "task": task.Config.__name__,
         "task_version": task.version,
         "prompt": task.template("test"),
-        "generation": [getattr(config.evaluate, key) for key in DECIDING],
+        "generation": [
+            getattr(config.evaluate, key) for key in deciding(EvaluateConfig, Decides.PREDICTIONS)
+        ],
         "model": config.model.path,
         "quant": [config.model.quant, config.model.double_quant],
         "precision": config.train.precision,

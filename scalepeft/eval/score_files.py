@@ -10,8 +10,8 @@ from scalepeft import __version__
 from scalepeft.build import task_of
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as cfg
-from scalepeft.core import registry
 from scalepeft.core.errors import UserError
+from scalepeft.core.fields import Decides, marks_of
 from scalepeft.core.log import say
 from scalepeft.data.rows import PAIR, BrokenRow, absent, check_utf8, one_line, read_rows, read_text
 from scalepeft.data.tasks.base import Example
@@ -21,13 +21,6 @@ KEYS = (
     "prediction", "output_pred", "hypothesis", "mt", "generated_text", "response", "text", "output",
 )  # fmt: skip
 """Where rows of JSON may hold the text; the first one that they have."""
-
-
-NOT_SCORED = {
-    "name", "train", "valid", "test", "valid_size", "prompt", "test_prompt", "completion",
-    "train_on", "tokenise", "duplicates", "cutoff", "workers", "cache",
-}  # fmt: skip
-"""Keys of ``data`` that scoring does not look at."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +86,14 @@ def run(options: Options) -> None:
 
 
 def _config(options: Options) -> cfg.RunConfig:
+    decided = marks_of(cfg.config_class("data", options.task))
     for setting in options.settings:
         key = setting.partition("=")[0]
         if not key.startswith("data."):
             raise UserError(f"{setting}: for score, settings are data.KEY=VALUE")
-        if key.removeprefix("data.") in NOT_SCORED:
+        marks = decided.get(cfg.renamed_key(key).removeprefix("data."))
+        if marks is not None and Decides.SCORES not in marks:
             raise UserError(f"{setting}: decides nothing in score, which makes no predictions")
-    registry.find("data.tasks", options.task, "task")
     files = [options.sources, options.references] if options.sources else [options.references]
     values: dict[str, Any] = {
         "run_dir": "-",  # nothing is trained: what a run needs besides is of no effect

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from scalepeft.adapters import inject as injection
+from scalepeft.config import changes
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
@@ -29,8 +30,6 @@ from scalepeft.models.weights import Weights, fill
 from scalepeft.parallel.ranks import Ranks, pick_device
 from scalepeft.run.checkpoint import RunFolder
 from scalepeft.run.folder import check_base, load_run, older_adapter
-
-ALLOWED = ("model.path", "model.revision", "engine.device")
 
 
 class Streamed:
@@ -108,7 +107,7 @@ class FinishedRun:
                 another base than ``model.path`` holds; unreadable files; a setting that cannot be
                 changed for ``what``.
         """
-        config = load_run(run_dir, settings, ALLOWED, what)
+        config = load_run(run_dir, settings, changes.for_export(), what)
         where = Path(run_dir) / "adapter"
         if not where.is_dir() and (steps := RunFolder.steps_in(Path(run_dir) / "checkpoints")):
             raise UserError(

@@ -19,6 +19,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from scalepeft.build import start_ranks
+from scalepeft.config import changes
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.preemption import USER_ERROR
@@ -79,7 +80,7 @@ class ScalepeftLM(HFLM):
             )
         if device not in (None, DEFAULT_DEVICE):
             settings.append(f"engine.device={device}")
-        config = load_run(str(run_dir), settings, evaluate.ALLOWED, "an evaluation")
+        config = load_run(str(run_dir), settings, changes.for_evaluation(), "an evaluation")
         _check(config)
         self.ranks = start_ranks(config)
         self.target = EvalTarget.find(config, subject, self.ranks)

@@ -2,13 +2,13 @@
 
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic.dataclasses import dataclass
 
 from scalepeft.core.errors import UserError
-from scalepeft.core.fields import STRICT, NotNegative
+from scalepeft.core.fields import STRICT, Decides, NotNegative
 from scalepeft.data.tokens import tokenizer_hash
 from scalepeft.models.weights import Weights
 from scalepeft.parallel.ranks import Ranks
@@ -31,12 +31,12 @@ class ModelConfig:
             made.
     """
 
-    path: str = BUILTIN
-    revision: str | None = None
-    tokenizer: str | None = None
-    quant: Literal["none", "nf4", "int8"] = "none"
-    double_quant: bool = False
-    pretrain_steps: NotNegative = 0
+    path: Annotated[str, Decides.PLACE] = BUILTIN
+    revision: Annotated[str | None, Decides.PLACE] = None
+    tokenizer: Annotated[str | None, Decides.TOKENS] = None
+    quant: Annotated[Literal["none", "nf4", "int8"], Decides.TRAINING] = "none"
+    double_quant: Annotated[bool, Decides.TRAINING] = False
+    pretrain_steps: Annotated[NotNegative, Decides.TRAINING] = 0
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

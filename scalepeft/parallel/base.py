@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic.dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
 
-from scalepeft.core.fields import STRICT
+from scalepeft.core.fields import STRICT, Decides
 from scalepeft.parallel.ranks import Ranks
 
 
@@ -30,8 +30,10 @@ class EngineConfig:
             there.
     """
 
+    DECIDES: ClassVar = (Decides.SPEED,)
+
     name: str
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], Decides.SPEED, Decides.PLACE] = "auto"
     activation_checkpointing: bool = False
 
 

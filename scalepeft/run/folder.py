@@ -39,7 +39,7 @@ def load_run(run_dir: str, settings: list[str], allowed: tuple[str, ...], what: 
         )
     values = read_mapping(file, yaml.safe_load, "restore the config of the run")
     for setting in settings:
-        key = setting.partition("=")[0]
+        key = cfg.renamed_key(setting.partition("=")[0])
         if not changes.matches_key(key, allowed):
             raise UserError(
                 f"{key}: cannot be changed for {what}; allowed:"
@@ -98,7 +98,7 @@ def check_same_run(config: RunConfig, allow_changes: bool) -> None:
     if not changed:
         return
     listed = "; ".join(f"{key}: {was} there, {now} now" for key, (was, now) in changed.items())
-    harmful = [key for key in changed if not changes.matches_key(key, changes.HARMLESS)]
+    harmful = [key for key in changed if not changes.is_harmless(key)]
     if harmful:
         raise UserError(
             f"run_dir={config.run_dir} holds a run with another config ({listed}); choose another"

@@ -13,7 +13,11 @@ from typing import Any
 
 from scalepeft import __version__
 from scalepeft.config.changes import flatten
+from scalepeft.config.schema import renamed_key
 from scalepeft.core.files import digest, fsync, write_atomically
+
+SETTINGS = ("config", "data", "evaluate")
+"""Inputs that are settings by key, dotted in ``config``."""
 
 
 class Stage:
@@ -48,7 +52,7 @@ class Stage:
         manifest = self.done()
         return (
             bool(manifest)
-            and manifest.get("inputs") == plain(inputs)
+            and _counting(manifest.get("inputs"), inputs) == plain(inputs)
             and isinstance(manifest.get("outputs"), dict)
             and all(
                 (path := self.root / name).is_file() and facts(path) == known
@@ -58,7 +62,7 @@ class Stage:
 
     def is_begun(self, inputs: Any) -> bool:
         """True if it was begun, but not finished, for these inputs."""
-        return self.begun().get("inputs") == plain(inputs)
+        return bool(_counting(self.begun().get("inputs"), inputs) == plain(inputs))
 
     def begin(self, inputs: Any, **more: Any) -> None:
         """Records the inputs; what was done before is no longer valid."""
@@ -95,6 +99,22 @@ class Stage:
         """Names the inputs that differ from those it was done or begun with; empty if none."""
         manifest = self.done() or self.begun()
         return differing(manifest.get("inputs"), plain(inputs)) if manifest else ""
+
+
+def _counting(held: Any, inputs: Any) -> Any:
+    """Inputs of a manifest without the settings that no longer count, as their keys are spelled
+    now: older code held more of them.
+    """
+    if not isinstance(held, dict) or not isinstance(inputs, dict):
+        return held
+    kept = dict(held)
+    for section in SETTINGS:
+        old, new = held.get(section), inputs.get(section)
+        if isinstance(old, dict) and isinstance(new, dict):
+            prefix = "" if section == "config" else f"{section}."
+            spelled = {renamed_key(prefix + k).removeprefix(prefix): v for k, v in old.items()}
+            kept[section] = {key: value for key, value in spelled.items() if key in new}
+    return kept
 
 
 def plain(value: Any) -> Any:

@@ -320,7 +320,7 @@ def test_a_cell_that_another_start_holds_is_left_alone(fake: Child) -> None:
     (folder / "holder.json").unlink()
     assert start(fake, "--cell", "0") == 0
     (folder / "holder.json").write_text(json.dumps(held))
-    with pytest.raises(UserError, match="held by start 1"):
+    with pytest.raises(UserError, match="in use by start 1"):
         start(fake)
     assert fake.ran == [] and not (folder / "training.begun.json").exists()
 

@@ -1,7 +1,9 @@
 """Config: who wins over whom, and one useful line for every mistake."""
 
 import dataclasses
+import re
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import torch
@@ -9,10 +11,12 @@ import yaml
 from torch import nn
 
 import scalepeft
-from scalepeft.config import changes
+from scalepeft.config import changes, command
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as config
+from scalepeft.core import registry
 from scalepeft.core.errors import UserError
+from scalepeft.core.fields import Decides, marks_of
 
 BASE = ["run_dir=runs/x", "train.max_steps=10"]
 
@@ -86,17 +90,18 @@ def test_a_section_by_name_in_a_file_replaces_the_includes_section(shipped: Path
 
 
 @pytest.mark.parametrize("name", [{"name": "hoft"}, {}])
-def test_another_adapter_name_drops_what_does_not_apply_and_says_so(
+def test_another_adapter_name_over_foreign_keys_is_refused_and_says_what_to_take(
     tmp_path: Path, name: dict[str, str]
 ) -> None:
     held = {**name, "rank": 4, "inverse": "neumann2", "init_norm": 2.0}
     path = write(tmp_path / "run.yaml", {"adapter": held})
+    message = error("adapter.name=lora", path=path)
+    assert "adapter.name=lora" in message and "adapter=lora replaces" in message
+    assert "adapter.init_norm, adapter.inverse of hoft" in message
+    assert "adapter.rank" not in message
+    write(path, {"adapter": {**name, "rank": 4}})
     got, notes = config_files.load(str(path), [*BASE, "adapter.name=lora"])
-    assert (got.adapter.name, got.adapter.rank) == ("lora", 4)
-    assert len(notes) == 1
-    assert "adapter.name=lora" in notes[0]
-    assert "adapter.init_norm, adapter.inverse" in notes[0]
-    assert "adapter.rank" not in notes[0]
+    assert (got.adapter.name, got.adapter.rank, notes) == ("lora", 4, [])
 
 
 def test_a_setting_given_with_the_new_name_must_belong_to_it(tmp_path: Path) -> None:
@@ -155,7 +160,10 @@ def test_a_mistake_is_one_line_with_path_value_and_what_is_allowed(
         (["train.epochs=1"], ["train.max_steps", "train.epochs", "not both"]),
         (["train.max_steps=null"], ["train.max_steps", "train.epochs"]),
         (["train.stop_at=10"], ["train.stop_at=10", "train.max_steps=10"]),
-        (["train.eval_every=2"], ["train.eval_every", "data.valid", "data.valid_size"]),
+        (
+            ["train.eval_every=2", "data=commonsense"],
+            ["train.eval_every", "data.valid", "data.valid_size"],
+        ),
         (["data.valid=a", "data.valid_size=3"], ["data.valid", "data.valid_size", "not both"]),
         (["model.double_quant=true"], ["model.double_quant=true", "model.quant=nf4", "none"]),
         (["model.path=/m", "model.pretrain_steps=5"], ["model.pretrain_steps", "/m"]),
@@ -196,8 +204,8 @@ def test_an_unknown_shipped_section_file_is_named_with_its_neighbour(shipped: Pa
         ("train: {warmup_steps: true}", ["train.warmup_steps=true", "number"]),
         ("- train", ["run.yaml", "mapping", "list"]),
         ("train: {lr: 1", ["run.yaml", "not valid YAML", "line 1"]),
-        ("train: {lr: 1}\ntrain: {seed: 1}", ["run.yaml", "'train'", "twice", "line 2"]),
-        ("train:\n  lr: 1\n  lr: 2", ["run.yaml", "'lr'", "twice", "line 3"]),
+        ("train: {lr: 1}\ntrain: {seed: 1}", ["run.yaml", "duplicate key train", "line 2"]),
+        ("train:\n  lr: 1\n  lr: 2", ["run.yaml", "duplicate key lr", "line 3"]),
         ("include: nowhere", ["run.yaml", "'nowhere'", "no such file"]),
         ("include: 5", ["run.yaml", "'5'", "no such file"]),
         ("include: [run]", ["run.yaml", "includes itself"]),
@@ -311,22 +319,184 @@ def test_differences_tell_harmless_from_harmful() -> None:
         )
     )  # fmt: skip
     got = changes.differences(old, new)
-    harmful = {key for key in got if not changes.matches_key(key, changes.HARMLESS)}
+    harmful = {key for key in got if not changes.is_harmless(key)}
     assert harmful == {"train.lr", "adapter.rank"}
     assert got["train.lr"] == (1e-4, 5.0)
     assert {"engine.name", "train.micro_batch", "train.max_steps"} <= got.keys() - harmful
     assert not {"evaluate.limit", "train.stop_at", "run_dir"} & got.keys()
 
 
-def test_every_harmless_and_free_key_exists() -> None:
-    known = {key for name in ("hoft", "lora") for key in flat(f"adapter.name={name}")}
-    for entry in (*changes.HARMLESS, *changes.FREE_TO_CHANGE):
-        assert any(k.startswith(entry) if entry.endswith(".") else k == entry for k in known), entry
+# key -> what another value of it means: resume (free, harmless or another run), whether evaluate
+# and merge take it, whether a comparison trains and scores again, and which stages of a pipeline
+# are done again by it alone (those after them follow from their outputs).
+MEANING = {
+    "run_dir": ("free", "", "", ""),
+    "pipeline.merge": ("free", "", "", ""),
+    "train.stop_at": ("free", "", "", ""),
+    "train.save_every": ("harmless", "", "", ""),
+    "train.tensorboard": ("harmless", "", "", ""),
+    "train.micro_batch": ("harmless", "", "", ""),
+    "engine.activation_checkpointing": ("harmless", "evaluate", "", ""),
+    "engine.device": ("harmless", "evaluate merge", "", ""),
+    "train.max_steps": ("harmless", "", "train", ""),
+    "data.on_error": ("harmless", "evaluate", "train score", "prepare evaluate"),
+    "data.train": ("harmless", "", "", "prepare"),  # by content
+    "data.workers": ("harmless", "", "", ""),
+    "data.cache": ("harmless", "evaluate", "", ""),
+    "model.path": ("harmless", "evaluate merge", "", ""),
+    "model.revision": ("harmless", "evaluate merge", "", ""),
+    "model.quant": ("other", "", "train", "train"),
+    "model.tokenizer": ("other", "", "train", "train"),
+    "data.cutoff": ("other", "", "train", "prepare train"),
+    "data.tokenize": ("other", "", "train", "prepare train"),
+    "data.prompt": ("other", "", "train", "prepare train"),
+    "data.source_language": ("other", "", "train score", "prepare train evaluate"),
+    "train.lr": ("other", "", "train", "train"),
+    "train.precision": ("other", "evaluate", "train score", "train evaluate"),
+    "adapter.rank": ("other", "", "train", "train"),
+    "data.test": ("free", "evaluate", "", "prepare"),
+    "data.test_prompt": ("free", "evaluate", "score", "prepare evaluate"),
+    "data.bleu_tokenizer": ("free", "evaluate", "score", "evaluate"),
+    "data.protocol": ("free", "evaluate", "score", "evaluate"),
+    "evaluate.backend": ("free", "evaluate", "score", "evaluate"),
+    "evaluate.limit": ("free", "evaluate", "score", "evaluate"),
+    "evaluate.batch_size": ("free", "evaluate", "", ""),
+}
+OTHER = {  # values that are none of LANGUAGES' config
+    "data.train": ["b"], "data.test": ["b"], "data.test_prompt": "{source}",
+    "data.prompt": "{source}",
+    "data.bleu_tokenizer": "intl", "data.protocol": None, "data.on_error": "skip",
+    "data.source_language": "fr", "data.tokenize": "apart", "data.cache": "c",
+    "engine.device": "cpu",
+    "model.path": "/m", "model.revision": "r", "model.tokenizer": "/t", "model.quant": "nf4",
+    "train.precision": "fp32", "evaluate.backend": "vllm", "pipeline.merge": "none",
+    "train.tensorboard": True, "engine.activation_checkpointing": True, "run_dir": "other",
+}  # fmt: skip
 
 
-def flat(*settings: str) -> set[str]:
-    made = config.to_dict(load(*settings))
-    return {f"{s}.{k}" for s in config.SECTIONS[1:] for k in made[s]} | {"run_dir", "extensions"}
+@pytest.mark.parametrize("key", MEANING)
+def test_what_a_change_of_a_key_means(key: str) -> None:
+    from scalepeft import pipeline
+    from scalepeft.analysis.compare.cells import cell_inputs
+
+    languages = ["data.source_language=de", "data.target_language=en", "data.train=a"]
+    made = load("data=translation", *languages)
+    values = config.to_dict(made)
+    section, _, name = key.partition(".")
+    if name:
+        values[section][name] = OTHER.get(key, 7)
+    else:
+        values[key] = OTHER[key]
+    object.__setattr__(changed := dataclasses.replace(made), "run_dir", values["run_dir"])
+    if name:  # no check stands in the way of a single key
+        held = dataclasses.replace(getattr(made, section))
+        object.__setattr__(held, name, values[section][name])
+        object.__setattr__(changed, section, held)
+    resume = "other"
+    if not changes.differences(config.to_dict(made), config.to_dict(changed)):
+        resume = "free"
+    elif changes.is_harmless(key):
+        resume = "harmless"
+    uses = {"evaluate": changes.for_evaluation(), "merge": changes.for_export()}
+    allowed = [use for use, listed in uses.items() if changes.matches_key(key, listed)]
+    files = {"base": "f", "train": "f", "test": "f"}
+    old, new = (cell_inputs(c, files) for c in (made, changed))
+    again = ["train"] if old["training"] != new["training"] else []
+    for inputs in (old, new):
+        del inputs["evaluation"]["training"]
+    again += ["score"] if old["evaluation"] != new["evaluation"] else []
+    stages = [
+        stage
+        for stage in ("prepare", "train", "evaluate")
+        if pipeline.settings_of(stage, made) != pipeline.settings_of(stage, changed)
+    ]
+    assert (resume, " ".join(allowed), " ".join(again), " ".join(stages)) == MEANING[key]
+
+
+Marked = Annotated[int, Decides.ROWS]
+
+
+def test_every_field_says_what_it_decides() -> None:
+
+    classes = list(config.PLAIN.values())
+    for section, (package, *_) in config.NAMED.items():
+        classes += [config.config_class(section, name) for name in registry.available(package)]
+    assert len(classes) > 20
+    bare = [f"{c.__name__}.{k}" for c in classes for k, marks in marks_of(c).items() if not marks]
+    assert bare == []
+
+    new = dataclasses.make_dataclass("New", [("unmarked", int, 3), ("marked", Marked, 3)])
+    assert marks_of(new) == {"unmarked": frozenset(), "marked": frozenset({Decides.ROWS})}
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "run_dir", "prompt"),
+    [
+        ("run_dir: '${oc.env:SCRATCH}/${run_name}'\nrun_name: try", [], "/scratch/try", None),
+        ("run_dir: 'r/${adapter.name}-${train.lr}'", ["adapter=lora"], "r/lora-0.0003", None),
+        ("run_dir: x", ["run_dir=${oc.env:SCRATCH}/y"], "/scratch/y", None),
+        ("run_dir: x", ["data.prompt=$5 {instruction} $ { \\n"], "x", "$5 {instruction} $ { \\n"),
+        ("run_dir: x", ["data.prompt=\\${input}"], "x", "${input}"),
+        ("run_dir: x\ndata: {prompt: '\\${input} {x}'}", [], "x", "${input} {x}"),
+        ("run_dir: x", ["data.prompt=\\\\${run_dir}"], "x", "\\x"),
+    ],
+)
+def test_interpolation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    text: str, settings: list[str], run_dir: str, prompt: str | None,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    path = write(tmp_path / "run.yaml", text)
+    made, _ = config_files.load(str(path), ["train.max_steps=1", *settings])
+    assert made.run_dir == run_dir
+    assert prompt is None or made.data.prompt == prompt
+    # Text with ${ in a resolved config is text: as a file, and under further settings.
+    again, _ = config_files.load(str(write(tmp_path / "again.yaml", config.dump(made))), [])
+    assert again == made
+    assert config_files.overlay(config.to_dict(made), ["train.seed=0"]) == made
+
+
+@pytest.mark.parametrize(
+    ("setting", "parts"),
+    [
+        ("run_dir=${nope}", ["run_dir", "'nope' not found", "oc.env:NAME"]),
+        ("run_dir=${oc.env:NO_SUCH}", ["run_dir", "NO_SUCH"]),
+        ("data.prompt=a ${b", ["data.prompt", "\\${"]),
+        ("data.prompt=${data.prompt}", ["data.prompt", "Recursive"]),
+    ],
+)
+def test_an_interpolation_that_fails_is_one_line(setting: str, parts: list[str]) -> None:
+    message = error(setting)
+    assert [p for p in parts if p not in message] == [], message
+
+
+def test_a_former_spelling_is_the_same_setting(tmp_path: Path) -> None:
+    assert load("data.tokenise=together").data.tokenize == "together"
+    path = write(tmp_path / "run.yaml", {"data": {"tokenise": "together"}})
+    made = load(path=path)
+    assert made.data.tokenize == "together"
+    assert load("data.tokenize=apart", path=path).data.tokenize == "apart"
+    write(path, {"data": {"tokenise": "together", "tokenize": "apart"}})
+    assert "data.tokenise are one setting" in error(path=path)
+    old = config.to_dict(made)
+    old["data"]["tokenise"] = old["data"].pop("tokenize")
+    assert config.from_dict(old) == made
+    assert changes.current({"data.tokenise": "x", "data.test_prompt": None}) == {
+        "data.tokenize": "x"
+    }
+
+
+def test_a_shipped_config_is_named_without_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made, _ = config_files.load("commonsense_hoft", [])
+    shipped, _ = config_files.load(
+        str(config_files.config_root() / "runs/commonsense_hoft.yaml"), []
+    )
+    assert made == shipped
+    write(tmp_path / "commonsense_hoft.yaml", {"run_dir": "mine", "train": {"max_steps": 1}})
+    assert config_files.load("commonsense_hoft", [])[0].run_dir == "mine"
 
 
 def test_configs_are_shipped() -> None:
@@ -367,3 +537,34 @@ def test_a_run_from_before_a_new_key_can_be_continued(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**older, "adapter": {"name": "x"}}))
     with pytest.raises(UserError, match=r"config.yaml: no adapter 'x'.*restore it"):
         check_same_run(built, allow_changes=False)
+
+
+def test_the_reference_is_that_of_the_docs() -> None:
+    page = (Path(__file__).parents[2] / "docs/reference.md").read_text()
+    assert page == command.reference_page(), "scalepeft config --reference > docs/reference.md"
+    described = re.findall(r"^\| `[\w.]+` \|.*\|  \|$", page, re.M)
+    assert described == [], "keys without a line under Attributes:"
+    assert "| `train.keep_checkpoints` | int >= 2 | `2` |" in page
+    assert "| `train.max_steps` | int or null >= 1 | `null` |" in page
+
+
+def test_the_config_command(capsys: pytest.CaptureFixture[str]) -> None:
+    command.run(["demo", "train.lr=0.5"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["train"]["lr"] == 0.5
+    assert config.from_dict(printed) == config_files.load("demo", ["train.lr=0.5"])[0]
+    command.run([], "evaluate")
+    text = capsys.readouterr().out
+    assert "evaluate.limit" in text and "train.lr" not in text
+    with pytest.raises(UserError, match=r"'evalute'.*'evaluate'"):
+        command.run([], "evalute")
+
+
+def test_the_toy_task_has_held_out_rows_of_its_own() -> None:
+    from scalepeft.data.tasks.toy import Toy
+
+    made = load("data=toy", "train.eval_every=2").data
+    texts = {s: {e.prompt for e in Toy(made).examples(s)} for s in ("train", "valid", "test")}
+    assert len(texts["valid"]) > 50
+    assert not texts["valid"] & (texts["train"] | texts["test"])
+    assert Toy(made).examples("valid") == Toy(made).examples("valid")

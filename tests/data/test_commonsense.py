@@ -82,7 +82,7 @@ def test_llm_adapters_settings_are_the_published_ones() -> None:
         "run_dir": "x", "train": {"max_steps": 1},
         "data": {"name": "commonsense", "protocol": "llm-adapters"},
     })  # fmt: skip
-    assert (found.data.train_on, found.data.cutoff, found.data.tokenise) == ("all", 256, "together")
+    assert (found.data.train_on, found.data.cutoff, found.data.tokenize) == ("all", 256, "together")
     assert (found.evaluate.num_beams, found.evaluate.max_new_tokens) == (4, 32)
     assert config.deviations(found) == {}
     other = config_files.overlay(config.to_dict(found), ["data.cutoff=512", "evaluate.num_beams=1"])

@@ -149,7 +149,7 @@ def test_protocols_fill_the_config() -> None:
         made, _ = config_files.load(None, settings)
         d, e = made.data, made.evaluate
         assert isinstance(d, MathConfig)
-        found = (d.train_on, d.tokenise, d.cutoff, d.max_chars)
+        found = (d.train_on, d.tokenize, d.cutoff, d.max_chars)
         assert (*found, e.num_beams, e.max_new_tokens, e.max_tokens) == values
         assert config.deviations(made) == {}
         if name == "metamath":

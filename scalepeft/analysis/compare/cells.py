@@ -19,18 +19,14 @@ from scalepeft.config import changes
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
+from scalepeft.core.fields import Decides
 from scalepeft.core.files import write_atomically
 from scalepeft.core.launch import rank
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, USER_ERROR, StopFlag, Stopping
 from scalepeft.core.slurm import slurm_start
-from scalepeft.eval.evaluate import ALLOWED
 from scalepeft.run.lease import Lease, check_free
 from scalepeft.run.stage import Stage, set_aside
-
-# Harmless to a run that is resumed, for there the rows and the length themselves are looked at.
-LENGTH = ("train.max_steps", "train.epochs", "data.on_error")
-NOT_SCORED = ("evaluate.batch_size", "evaluate.backend")
 
 
 @dataclass(frozen=True)
@@ -92,15 +88,13 @@ def chosen(method: Method, swept: dict[float, dict[str, Any] | None]) -> tuple[f
 
 def cell_inputs(config: RunConfig, files: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return stage -> what decides its result: settings, and files by content wherever they lie."""
-    flat = dict(changes.flatten(cfg.to_dict(config)))
-    free = (*changes.FREE_TO_CHANGE, *changes.HARMLESS)
-    training = {k: v for k, v in flat.items() if k in LENGTH or not changes.matches_key(k, free)}
+    training = changes.deciding(config, *changes.LEARNED, Decides.LENGTH)
     if "base" not in files:  # not a folder: the name is all there is to know it by
-        training["model.path"] = config.model.path
+        training |= {"model.path": config.model.path, "model.revision": config.model.revision}
     if "tokenizer" in files:
         training.pop("model.tokenizer", None)
     training["files"] = {name: known for name, known in files.items() if name != "test"}
-    scored = {k: v for k, v in flat.items() if k.startswith("evaluate.") and k not in NOT_SCORED}
+    scored = changes.deciding(config, *changes.EVALUATED, but=(Decides.FILES,))
     evaluation = {"training": training, **scored, "test": files.get("test")}
     return {"training": training, "evaluation": evaluation}
 
@@ -262,5 +256,5 @@ def _evaluate_settings(config: RunConfig) -> list[str]:
     return [
         f"{key}={json.dumps(value, ensure_ascii=False)}"
         for key, value in changes.flatten(cfg.to_dict(config))
-        if changes.matches_key(key, ALLOWED)
+        if changes.matches_key(key, changes.for_evaluation())
     ]

@@ -24,7 +24,6 @@ SUBJECTS = {"eval-base": "base", "eval": "tuned", "eval-merged": "merged"}
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens_per_second", "time")
 MARKS = ("config.yaml", "events.jsonl", "metrics.jsonl")
 """One of them makes a folder a run's."""
-NOT_OF_ROWS = {"test", "test_prompt", "on_error", "workers", "cache"}
 SET_ASIDE = re.compile(r"\.old-\d+$")
 
 
@@ -289,8 +288,7 @@ def not_comparable(one: Evaluation, other: Evaluation) -> list[str]:
     if one.scores["headline"] != other.scores["headline"]:
         found.append("metric")
     how: list[Any] = [a.about.get("generation") for a in (one, other)]
-    # The last of them is the backend, which decides nothing.
-    if all(isinstance(v, list) for v in how) and how[0][:-1] != how[1][:-1]:
+    if all(isinstance(v, list) for v in how) and how[0] != how[1]:
         found.append("generation settings")
     return found
 
@@ -299,7 +297,8 @@ def same_rows(runs: list[Run]) -> bool:
     """True if the losses of runs are over the same rows, as far as their settings tell."""
 
     def rows(run: Run) -> dict[str, Any]:
-        kept = {k: v for k, v in run.config.get("data", {}).items() if k not in NOT_OF_ROWS}
+        data = run.config.get("data", {})
+        kept = {k: v for k, v in data.items() if changes.decides_rows(f"data.{k}")}
         # Held-out rows that are taken out of the training rows are chosen by the seed.
         return {**kept, "seed": run.get("train.seed") if run.get("data.valid_size") else None}
 

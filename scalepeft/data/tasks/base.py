@@ -15,7 +15,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from scalepeft.core.errors import UserError
-from scalepeft.core.fields import STRICT, NameList
+from scalepeft.core.fields import STRICT, Decides, NameList, deciding
 from scalepeft.core.stats import wilson
 from scalepeft.data.rows import expand, one_line, read_rows, source_labels
 
@@ -60,7 +60,7 @@ class TaskConfig:
         test_prompt: what it is given in an evaluation; null: the same.
         completion: what it is to write; ``{output}`` is filled in. An end-of-text token follows.
         train_on: ``response`` puts the loss on the completion alone, ``all`` on the prompt as well.
-        tokenise: ``apart``: prompt and completion each by itself, so that training sees the very
+        tokenize: ``apart``: prompt and completion each by itself, so that training sees the very
             tokens generation starts from; ``together``: as one text, as most published scripts do.
         duplicates: ``drop`` leaves out training rows whose prompt and completion came before.
         cutoff: length in tokens; the end is cut. A row with no token left to learn is dropped and
@@ -71,23 +71,25 @@ class TaskConfig:
     """
 
     PROTOCOLS: ClassVar[dict[str, Protocol]] = {}
+    OWN_VALID: ClassVar[bool] = False
+    """True if the task makes held-out rows without ``valid`` and ``valid_size``."""
 
-    name: str
-    protocol: str | None = None
-    train: NameList = Field(default_factory=list)
-    valid: NameList = Field(default_factory=list)
-    test: NameList = Field(default_factory=list)
-    valid_size: Annotated[int, Field(ge=0)] = 0
-    prompt: str = "{instruction}\n"
-    test_prompt: str | None = None
-    completion: str = "{output}"
-    train_on: Literal["response", "all"] = "response"
-    tokenise: Literal["apart", "together"] = "apart"
-    duplicates: Literal["keep", "drop"] = "keep"
-    cutoff: Annotated[int, Field(ge=8)] = 512
-    on_error: Literal["stop", "skip"] = "stop"
-    workers: Annotated[int, Field(ge=0)] = 0
-    cache: str | None = None
+    name: Annotated[str, Decides.ROWS]
+    protocol: Annotated[str | None, Decides.SCORES] = None
+    train: Annotated[NameList, Decides.FILES] = Field(default_factory=list)
+    valid: Annotated[NameList, Decides.FILES] = Field(default_factory=list)
+    test: Annotated[NameList, Decides.FILES, Decides.PREDICTIONS] = Field(default_factory=list)
+    valid_size: Annotated[int, Field(ge=0), Decides.ROWS] = 0
+    prompt: Annotated[str, Decides.ROWS] = "{instruction}\n"
+    test_prompt: Annotated[str | None, Decides.PREDICTIONS] = None
+    completion: Annotated[str, Decides.ROWS] = "{output}"
+    train_on: Annotated[Literal["response", "all"], Decides.TOKENS] = "response"
+    tokenize: Annotated[Literal["apart", "together"], Decides.TOKENS] = "apart"
+    duplicates: Annotated[Literal["keep", "drop"], Decides.ROWS] = "keep"
+    cutoff: Annotated[int, Field(ge=8), Decides.TOKENS, Decides.SPEED] = 512
+    on_error: Annotated[Literal["stop", "skip"], Decides.LENGTH, Decides.SCORES] = "stop"
+    workers: Annotated[int, Field(ge=0), Decides.RECORDS] = 0
+    cache: Annotated[str | None, Decides.PLACE] = None
 
 
 @plain_dataclass(frozen=True)
@@ -268,15 +270,16 @@ def prepared_for(task: Task, split: Split) -> str:
     has prepared carry it.
     """
     config = task.config
-    kept = {k: v for k, v in vars(config).items() if k not in NOT_IN_A_ROW}
+    in_a_row = [k for k in deciding(type(config), Decides.ROWS) if k not in SET_APART]
+    kept = {k: getattr(config, k) for k in in_a_row}
     text = json.dumps([type(task).__name__, task.version, task.template(split), kept], default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-NOT_IN_A_ROW = {
-    "train", "valid", "test", "valid_size", "prompt", "test_prompt", "train_on", "tokenise",
-    "duplicates", "cutoff", "on_error", "workers", "cache", "protocol",
-}  # fmt: skip
+SET_APART = ("prompt", "valid_size", "duplicates")
+"""Of the fields that decide rows: the template stands for the prompt; the others choose rows, and
+make none.
+"""
 
 
 PREPARED = {"prepared", "id", "prompt", "completion", "meta", "sum"}

@@ -15,12 +15,12 @@ data sets, from which the same instruction is made:
 
 import re
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic.dataclasses import dataclass
 
 from scalepeft.core.errors import UserError
-from scalepeft.core.fields import STRICT
+from scalepeft.core.fields import STRICT, Decides
 from scalepeft.data.rows import fill, text_field
 from scalepeft.data.tasks.base import Example, Protocol, Score, Split, Task, TaskConfig, protocols
 
@@ -45,9 +45,9 @@ class CommonsenseConfig(TaskConfig):
 
     PROTOCOLS: ClassVar[dict[str, Protocol]] = protocols("commonsense")
 
-    name: str = "commonsense"
-    protocol: str | None = "clean"
-    passage: bool = True
+    name: Annotated[str, Decides.ROWS] = "commonsense"
+    protocol: Annotated[str | None, Decides.SCORES] = "clean"
+    passage: Annotated[bool, Decides.ROWS, Decides.SCORES] = True
 
 
 class Commonsense(Task):

@@ -8,7 +8,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from scalepeft.core.errors import UserError
-from scalepeft.core.fields import STRICT
+from scalepeft.core.fields import STRICT, Decides
 from scalepeft.data.math import answers, contamination, equivalence
 from scalepeft.data.math.problems import read
 from scalepeft.data.rows import fill
@@ -34,12 +34,12 @@ class MathConfig(TaskConfig):
 
     PROTOCOLS: ClassVar[dict[str, Protocol]] = protocols("math")
 
-    name: str = "math"
-    protocol: str | None = "metamath"
-    input_prompt: str | None = None
-    ending: str = "The answer is: {answer}"
-    max_chars: Annotated[int, Field(ge=1)] | None = None
-    test_rows: Literal["refuse", "drop", "keep"] = "refuse"
+    name: Annotated[str, Decides.ROWS] = "math"
+    protocol: Annotated[str | None, Decides.SCORES] = "metamath"
+    input_prompt: Annotated[str | None, Decides.ROWS] = None
+    ending: Annotated[str, Decides.ROWS, Decides.SCORES] = "The answer is: {answer}"
+    max_chars: Annotated[Annotated[int, Field(ge=1)] | None, Decides.ROWS] = None
+    test_rows: Annotated[Literal["refuse", "drop", "keep"], Decides.ROWS] = "refuse"
 
 
 class Math(Task):

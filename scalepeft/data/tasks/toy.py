@@ -2,8 +2,8 @@
 real learning.
 
 Sixty-four things are of four kinds. A question names a thing; the answers are the kinds. Training
-asks about 40 of the things and the test about the other 24: what those are only the base knows,
-from its plain text. The rows have the LLM-Adapters format of ``commonsense``.
+asks about 40 of the things, the test and the held-out rows about the other 24: what those are only
+the base knows, from its plain text. The rows have the LLM-Adapters format of ``commonsense``.
 """
 
 import random
@@ -13,7 +13,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from scalepeft.core.errors import UserError
-from scalepeft.core.fields import STRICT
+from scalepeft.core.fields import STRICT, Decides
 from scalepeft.data.tasks.base import Example, Protocol, Split
 from scalepeft.data.tasks.commonsense import Commonsense, CommonsenseConfig
 
@@ -35,6 +35,7 @@ WORLD = {
 }
 KINDS = sorted(WORLD)
 LOOKS = "big small old new red blue green heavy plain fine".split()
+VALID_LOOKS = "tiny broken yellow wet round".split()  # so that no held-out row is one of the test
 QUESTIONS = (
     "What kind of thing is the {look} {thing}?",
     "The {look} {thing} is which of these?",
@@ -55,20 +56,21 @@ class ToyConfig(CommonsenseConfig):
     """
 
     PROTOCOLS: ClassVar[dict[str, Protocol]] = {}
+    OWN_VALID: ClassVar[bool] = True
 
-    name: str = "toy"
-    protocol: str | None = None
-    prompt: str = "### Instruction:\n{instruction}\n\n### Response:\n"
-    train_size: Annotated[int, Field(ge=1)] = 4000
-    test_size: Annotated[int, Field(ge=1)] = 200
-    rows_seed: int = 0
+    name: Annotated[str, Decides.ROWS] = "toy"
+    protocol: Annotated[str | None, Decides.SCORES] = None
+    prompt: Annotated[str, Decides.ROWS] = "### Instruction:\n{instruction}\n\n### Response:\n"
+    train_size: Annotated[int, Field(ge=1), Decides.ROWS] = 4000
+    test_size: Annotated[int, Field(ge=1), Decides.ROWS] = 200
+    rows_seed: Annotated[int, Decides.ROWS] = 0
 
 
-def make_row(rng: random.Random, things: slice) -> dict[str, str]:
+def make_row(rng: random.Random, things: slice, looks: list[str] = LOOKS) -> dict[str, str]:
     """Draws a question about one of these things of some kind."""
     kind = rng.choice(KINDS)
     question = rng.choice(QUESTIONS).format(
-        look=rng.choice(LOOKS), thing=rng.choice(WORLD[kind][things])
+        look=rng.choice(looks), thing=rng.choice(WORLD[kind][things])
     )
     label = f"answer{KINDS.index(kind) + 1}"
     listed = " ".join(f"Answer{i}: {kind}" for i, kind in enumerate(KINDS, 1))
@@ -109,9 +111,10 @@ class Toy(Commonsense):
         """Makes the rows of a split."""
         size = self.config.train_size if split == "train" else self.config.test_size
         things = slice(TRAINED) if split == "train" else slice(TRAINED, None)
+        looks = VALID_LOOKS if split == "valid" else LOOKS
         rng = random.Random(f"{self.config.rows_seed}/{split}")
         return [
-            self.example(make_row(rng, things), f"toy/{split}#{i}", split)
+            self.example(make_row(rng, things, looks), f"toy/{split}#{i}", split)
             for i in range(1, size + 1)
         ]
 

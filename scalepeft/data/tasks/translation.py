@@ -20,7 +20,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from scalepeft.core.errors import UserError
-from scalepeft.core.fields import STRICT
+from scalepeft.core.fields import STRICT, Decides
 from scalepeft.data import bitext, languages
 from scalepeft.data.rows import fill, text_field
 from scalepeft.data.tasks.base import (
@@ -59,18 +59,19 @@ class TranslationConfig(TaskConfig):
 
     PROTOCOLS: ClassVar[dict[str, Protocol]] = PROTOCOLS
 
-    name: str = "translation"
-    protocol: str | None = "alma"
-    prompt: str = PROTOCOLS["alma"].data["prompt"]
-    completion: str = "{target}"
-    source_language: str = ""
-    target_language: str = ""
-    source_name: str | None = None
-    target_name: str | None = None
-    train_rows: Annotated[int, Field(ge=1)] | None = None
-    bleu_tokenizer: (
-        Literal["13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "flores200"] | None
-    ) = None
+    name: Annotated[str, Decides.ROWS] = "translation"
+    protocol: Annotated[str | None, Decides.SCORES] = "alma"
+    prompt: Annotated[str, Decides.ROWS] = PROTOCOLS["alma"].data["prompt"]
+    completion: Annotated[str, Decides.ROWS] = "{target}"
+    source_language: Annotated[str, Decides.ROWS, Decides.SCORES] = ""
+    target_language: Annotated[str, Decides.ROWS, Decides.SCORES] = ""
+    source_name: Annotated[str | None, Decides.ROWS] = None
+    target_name: Annotated[str | None, Decides.ROWS] = None
+    train_rows: Annotated[Annotated[int, Field(ge=1)] | None, Decides.ROWS] = None
+    bleu_tokenizer: Annotated[
+        Literal["13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "flores200"] | None,
+        Decides.SCORES,
+    ] = None
 
     def __post_init__(self) -> None:
         for side in ("source", "target"):
