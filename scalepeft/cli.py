@@ -366,7 +366,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     for command in (
         train, evaluate, pipeline, score, report, merge, export, methods, bench, compare, doctor,
-        plan, submit, status
+        plan, submit, status, settings
     ):  # fmt: skip
         command.add_argument(
             "--debug", action="store_true", help="show the traceback of a user error too"
