@@ -78,7 +78,7 @@ class Pipeline:
         self.prepared = task_of(self.config)
         """Config and task over the prepared rows."""
         self.base = base = open_base(config.model, ranks)
-        self.which_base = ranks.main_only(
+        self.which_base = ranks.run_on_main(
             lambda: {"weights": base.fingerprint, "tokenizer": base.tokenizer_hash}
         )
         """Which base this is, wherever it lies."""
@@ -88,7 +88,7 @@ class Pipeline:
         last = STAGES.index(options.only or options.last or STAGES[-1])
         for name in STAGES[: last + 1]:
             self.stop.saved = False
-            inputs = self.ranks.main_only(partial(self._begin, name, options))
+            inputs = self.ranks.run_on_main(partial(self._begin, name, options))
             if inputs is None:
                 continue
             started = time.time()
@@ -297,7 +297,7 @@ def run(config: RunConfig, options: Options, stop: StopFlag) -> int:
         ranks = start_ranks(config)
     else:
         ranks = Ranks()  # a job without a GPU, whatever engine and device the others are for
-    lease = ranks.together(lambda: _claim(Path(config.run_dir) / "stages", ranks))
+    lease = ranks.all_or_raise(lambda: _claim(Path(config.run_dir) / "stages", ranks))
     try:
         code = Pipeline(config, task, ranks, stop).run(options)
     except Stopping:

@@ -41,9 +41,9 @@ class EvalTarget:
         run_dir = Path(config.run_dir)
         adapter: Any = None
         if kind == "adapter" or (kind == "base" and (run_dir / "adapter").is_dir()):
-            adapter = ranks.together(lambda: injection.read_adapter(run_dir / "adapter"))
+            adapter = ranks.all_or_raise(lambda: injection.read_adapter(run_dir / "adapter"))
         if kind == "merged":
-            config = ranks.together(lambda: _with_merged(config))
+            config = ranks.all_or_raise(lambda: _with_merged(config))
         base = open_base(config.model, ranks)
 
         def look() -> tuple[str, str]:
@@ -51,7 +51,7 @@ class EvalTarget:
                 check_base(config, adapter[2].get("base_model", {}), base.fingerprint)
             return base.fingerprint, base.tokenizer_hash  # both read where ranks agree on a failure
 
-        weights, _ = ranks.together(look)
+        weights, _ = ranks.all_or_raise(look)
         if kind != "adapter":
             return cls(kind, config, base, weights)
         step = adapter[2].get("step")
