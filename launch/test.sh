@@ -1,5 +1,8 @@
 #!/usr/bin/env bash
-# Set-up, linter, type checker, tests. launch/test.sh -m "not slow" runs the fast part; other pytest arguments too.
+# Set-up, linter, type checker, tests.
+#   launch/test.sh                  what every change must pass
+#   launch/test.sh -m "not slow"    the fast part; other pytest arguments too (-n 0: one process)
+#   launch/test.sh --full           whole products of methods, storages, shapes and engines, more kills
 # The Slurm tests start a cluster of their own: Slurm is installed here where this is root and apt is there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -24,28 +27,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 code=0
-if [ $# -gt 0 ]; then
-    .venv/bin/python -m pytest -rs "$@" || code=$?
-else
-    # Two halves of about the same time, one beside the other: the fast part and these, mostly of one process at a time;
-    # and the others, which begin with the Slurm tests: those wait a lot.
-    second_half=(tests/{analysis/test_compare,adapters/test_conformance,test_pipeline,cluster/test_plan,test_readme,run/test_resume}.py)
-    fast_log=$(mktemp)
-    {
-        beside=0
-        .venv/bin/python -m pytest -rs -m "not slow" || beside=$?
-        .venv/bin/python -m pytest -rs -m slow "${second_half[@]}" || beside=$?
-        exit $beside
-    } > "$fast_log" 2>&1 &
-    fast=$!
-    trap 'kill $fast 2>/dev/null || true; rm -f "$fast_log"' EXIT  # it has ended on the good path: kill fails then
-    mapfile -t others < <(printf '%s\n' tests/test_*.py tests/*/test_*.py | grep -v -x -F -e tests/cluster/test_slurm.py -f <(printf '%s\n' "${second_half[@]}"))
-    .venv/bin/python -m pytest -rs -m slow tests/cluster/test_slurm.py "${others[@]}" || code=$?
-    fast_code=0
-    wait $fast || fast_code=$?
-    echo "test: beside them, the fast part (-m \"not slow\") and ${second_half[*]}:"
-    cat "$fast_log"
-    [ $code -ne 0 ] || code=$fast_code
-fi
+# The Slurm tests wait for Slurm more than they compute: one worker more than cores.
+.venv/bin/python -m pytest -rs -n "${SCALEPEFT_TEST_WORKERS:-$(($(nproc) + 1))}" --dist loadgroup "$@" || code=$?
 warn
 exit $code

@@ -18,6 +18,9 @@ from zygote import Forked, Zygote, read_at_import
 ROOT = Path(__file__).resolve().parent.parent
 
 
+FULL = "--full" in sys.argv or "SCALEPEFT_TEST_FULL" in os.environ  # by xdist's workers
+if FULL:
+    os.environ["SCALEPEFT_TEST_FULL"] = "1"
 SHARED = ROOT.parent / "shared" / "data"
 
 
@@ -149,11 +152,33 @@ def adapter_bytes(run_dir: Path) -> bytes:
     return (run_dir / "adapter" / "adapter.safetensors").read_bytes()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="whole products, more kills and rounds")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked ``full``; the longest first, each file with its fixtures on one
+    worker.
+    """
+    if not FULL:
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if not item.get_closest_marker("full")]
+    for item in items:
+        # Tests of a file share expensive fixtures; without one, a file is dealt out freely.
+        if item.get_closest_marker("slow") and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+    items.sort(key=lambda i: (not i.get_closest_marker("slurm"), not i.get_closest_marker("slow")))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """One cache of built-in models and tokens for the session, away from the user's."""
     old = os.environ.get("SCALEPEFT_CACHE")
-    os.environ["SCALEPEFT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "scalepeft-cache"
+    os.environ["SCALEPEFT_CACHE"] = str(folder)
     yield
     if old is None:
         del os.environ["SCALEPEFT_CACHE"]

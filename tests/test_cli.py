@@ -263,7 +263,7 @@ def test_evaluation_killed_and_stopped_continues_to_the_same_predictions(
     more = ["engine=fsdp2", "evaluate.limit=13", "evaluate.stop=nowhere in an answer"]
     codes, text = Job(2, ["evaluate", str(killed), *more]).wait()
     assert codes == [0, 0], text
-    assert "kept as toy.old-1" in text
+    assert f"kept in {killed}/replaced-1" in text
     sharded = predictions(killed)
     assert len(sharded) == 13 and all(predictions(whole)[k] == v for k, v in sharded.items())
 

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import os
 import random
 import re
 import shutil
@@ -12,14 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Job, call
+from conftest import FULL, Job, call
 from safetensors.torch import load_file, save_file
 
 from scalepeft import pipeline
 from scalepeft.models import tiny
-
-ROUNDS = int(os.environ.get("SCALEPEFT_TEST_ROUNDS", "1"))
-
 
 SHORT = [
     "adapter=hoft", "adapter.rank=4", "train.precision=fp32", "train.lr=1e-3",
@@ -119,7 +115,7 @@ CASES = [(task, model) for task in TASKS for model in ("stories260K", "tiny")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("task", "model"), CASES if ROUNDS > 1 else CASES[::2] + CASES[1:2])
+@pytest.mark.parametrize(("task", "model"), CASES if FULL else CASES[::2] + CASES[1:2])
 def test_killed_once_in_every_stage_it_ends_with_the_same(
     shared_data: Path, tmp_path: Path, task: str, model: str
 ) -> None:
@@ -193,6 +189,8 @@ def test_what_depends_on_a_change_is_done_again(finished: tuple[Path, list[str]]
     assert (run / "eval-base/commonsense/predictions.jsonl").stat().st_mtime_ns == base, (
         "the base has not changed, nor what it is asked"
     )
+    merged = "eval-merged/commonsense/predictions.jsonl"
+    assert (run / "replaced-2" / merged).is_file(), "what the old adapter's checkpoint answered"
     # A lost output is made again, and so is what another process wrote into one.
     (run / "merged/model.safetensors").unlink()
     assert said(whole(run, *settings, "evaluate.limit=5"))["merge"] == "done again: outputs changed"
@@ -201,7 +199,7 @@ def test_what_depends_on_a_change_is_done_again(finished: tuple[Path, list[str]]
     assert said(text) == {
         "prepare": "done already", "train": "done again as asked by --from",
     }  # fmt: skip
-    assert (run / "replaced-2/adapter/adapter.safetensors").is_file()
+    assert (run / "replaced-3/adapter/adapter.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -34,9 +34,6 @@ def read(source: str, split: Split) -> Numbered:
         UserError: an unreadable file, two files that do not go together, missing columns, a text
             file alone to train on.
     """
-    if source.startswith("hf://"):
-        yield from read_rows(source)
-        return
     files = [str(path) for path in paths_of(source)]
     if len(files) > 2:
         raise UserError(f"{source}: {len(files)} files joined by {PAIR}; a pair is two")
@@ -45,11 +42,9 @@ def read(source: str, split: Split) -> Numbered:
         join = _joined if all(map(_is_tsv, files, texts)) else _parallel
         yield from join(files, texts, split)
         return
-    if Path(source).name.removesuffix(".gz").endswith((".json", ".jsonl")):
-        yield from read_rows(source)
-        return
-    text = read_text(source)
-    if re.match(r'\s*\[?\s*\{\s*["}]', text):
+    is_json = source.startswith("hf://") or _ends(source, ".json", ".jsonl")
+    text = "" if is_json else read_text(source)
+    if is_json or re.match(r'\s*\[?\s*\{\s*["}]', text):
         yield from read_rows(source)
     elif _is_tsv(source, text):
         yield from _table(source, text, {"sentence", "translation"})
@@ -63,6 +58,10 @@ def read(source: str, split: Split) -> Numbered:
         )
 
 
+def _ends(file: str, *suffixes: str) -> bool:
+    return Path(file).name.removesuffix(".gz").endswith(suffixes)
+
+
 def _lines(text: str) -> list[str]:
     """Lines as sacreBLEU and ``wc -l`` count them: other separators of Unicode belong to a text."""
     lines = text.split("\n")
@@ -73,7 +72,7 @@ def _lines(text: str) -> list[str]:
 
 def _parallel(files: list[str], texts: list[str], _: Split) -> Numbered:
     for file, text in zip(files, texts, strict=True):
-        if Path(file).name.removesuffix(".gz").endswith((".json", ".jsonl", ".tsv")):
+        if _ends(file, ".json", ".jsonl", ".tsv"):
             raise UserError(
                 f"{PAIR.join(files)}: {file} is no text file; a pair is two text files, or"
                 " CoVoST-2's translations and Common Voice's validated.tsv"
@@ -92,9 +91,7 @@ def _parallel(files: list[str], texts: list[str], _: Split) -> Numbered:
 
 def _is_tsv(file: str, text: str) -> bool:
     columns = set(_header(text))
-    return Path(file).name.removesuffix(".gz").endswith(".tsv") or (
-        len(columns) > 1 and bool(columns & {"sentence", "translation"})
-    )
+    return _ends(file, ".tsv") or (len(columns) > 1 and bool(columns & {"sentence", "translation"}))
 
 
 def _header(text: str) -> list[str]:

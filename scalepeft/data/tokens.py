@@ -21,12 +21,13 @@ from scalepeft.data.tasks.base import Example, Split, Task, TaskConfig
 IGNORED = -100
 
 CACHE_VERSION = 2
+COUNTS = ("dropped", "cut", "lost")
 PAD_TO = 8  # lengths are padded to a multiple of this, for tensor cores
 
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Tokenised examples: ``tokens`` of all in one row, cut at ``offsets``; labels begin at
+    """Tokenized examples: ``tokens`` of all in one row, cut at ``offsets``; labels begin at
     ``label_start``.
     """
 
@@ -69,7 +70,7 @@ class TokenSet:
 
 
 def tokenise(examples: list[Example], tokenizer: Any, config: TaskConfig) -> TokenSet:
-    """Tokenises a sequence of prompt (with the tokenizer's BOS), completion and end-of-text, cut at
+    """Tokenizes a sequence of prompt (with the tokenizer's BOS), completion and end-of-text, cut at
     ``config.cutoff``.
 
     With ``config.tokenise`` ``apart`` training sees the very prompt tokens generation starts from.
@@ -129,42 +130,30 @@ def strip_eos(ids: list[int], tokenizer: Any) -> list[int]:
 
 
 def cached_tokens(examples: list[Example], tokenizer: Any, config: TaskConfig) -> TokenSet:
-    """``tokenise`` through a cache keyed by everything that decides the result."""
-    key = hashlib.sha256()
-    header = [
-        CACHE_VERSION,
-        config.train_on,
-        config.tokenise,
-        config.cutoff,
-        tokenizer.eos_token_id,
-        tokenizer_hash(tokenizer),
-    ]
-    key.update(json.dumps(header).encode())
-    for example in examples:
-        key.update(
-            f"{len(example.prompt)} {len(example.completion)} ".encode()
-            + f"{example.prompt}{example.completion}".encode()
-        )
+    """``tokenize`` through a cache keyed by everything that decides the result.
+
+    Raises:
+        UserError: the cache's folder cannot be written.
+    """
     root = config.cache or os.environ.get("SCALEPEFT_CACHE") or Path.home() / ".cache" / "scalepeft"
-    file = Path(root) / "tokens" / f"{key.hexdigest()[:32]}.safetensors"
+    file = Path(root) / "tokens" / f"{_key(examples, tokenizer, config)}.safetensors"
     if file.is_file():
         try:
             with safe_open(file, "pt") as f:
                 t, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()  # noqa: SIM118
-            counts = (int(meta[key]) for key in ("dropped", "cut", "lost"))
-            held = TokenSet(t["tokens"], t["offsets"], t["label_start"], *counts)
-            if held.fingerprint() == meta["sha256"]:
-                return held
+            counts = (int(meta[name]) for name in COUNTS)
+            cached = TokenSet(t["tokens"], t["offsets"], t["label_start"], *counts)
+            if cached.fingerprint() == meta["sha256"]:
+                return cached
         except (SafetensorError, KeyError, TypeError, ValueError, OSError):
-            pass
-        file.unlink(missing_ok=True)  # a damaged cache is made again
+            pass  # damaged: made again
+        file.unlink(missing_ok=True)
     made = tokenise(examples, tokenizer, config)
     tensors = {"tokens": made.tokens, "offsets": made.offsets, "label_start": made.label_start}
+    meta = {"sha256": made.fingerprint(), **{name: str(getattr(made, name)) for name in COUNTS}}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        meta = {"sha256": made.fingerprint()}
-        meta |= {key: str(getattr(made, key)) for key in ("dropped", "cut", "lost")}
         save_file(tensors, temporary, meta)
         temporary.replace(file)
     except (OSError, SafetensorError) as error:
@@ -172,6 +161,19 @@ def cached_tokens(examples: list[Example], tokenizer: Any, config: TaskConfig) -
             f"data.cache: {file.parent} cannot be written: {error}; set data.cache=FOLDER"
         ) from None
     return made
+
+
+def _key(examples: list[Example], tokenizer: Any, config: TaskConfig) -> str:
+    header = [
+        CACHE_VERSION, config.train_on, config.tokenise, config.cutoff, tokenizer.eos_token_id,
+        tokenizer_hash(tokenizer),
+    ]  # fmt: skip
+    key = hashlib.sha256(json.dumps(header).encode())
+    for example in examples:
+        # The lengths tell where the prompt ends.
+        lengths = f"{len(example.prompt)} {len(example.completion)} "
+        key.update(f"{lengths}{example.prompt}{example.completion}".encode())
+    return key.hexdigest()[:32]
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -182,58 +184,48 @@ def tokenizer_hash(tokenizer: Any) -> str:
 def prepare(
     task: Task, tokenizer: Any, vocab_size: int, seed: int
 ) -> tuple[TokenSet, TokenSet | None, list[str]]:
-    """Reads and tokenises the training and held-out rows; returns them with a line for what was
+    """Reads and tokenizes the training and validation rows; returns them with a line for what was
     left out.
 
     Raises:
         UserError: bad files or rows, nothing left to train on, or token ids beyond the model's
             vocabulary.
     """
-    config = task.config
-    report = []
-    sets: list[TokenSet | None] = []
-    splits: tuple[Split, ...] = ("train", "valid")
-    for split in splits:
-        if split == "valid" and not config.valid:
-            sets.append(None)
-            continue
-        tokens = cached_tokens(task.examples(split), tokenizer, config)
-        report += [f"data.{split}: left out: {where}" for where in task.skipped[:3]]
-        if len(task.skipped) > 3:
-            report.append(f"data.{split}: left out {len(task.skipped)} broken rows in all")
-        if task.repeated:
-            report.append(f"data.{split}: {task.repeated} rows left out as duplicates")
-        report += [f"data.{split}: {note}" for note in task.notes]
-        report += cut_rows(tokens, config, split)
-        if not len(tokens):
-            raise UserError(
-                f"data.{split}: no row has a token to learn within"
-                f" data.cutoff={config.cutoff}; raise it"
-            )
-        if (largest := int(tokens.tokens.max())) >= vocab_size:
-            raise UserError(
-                f"model.tokenizer: makes token id {largest}, the model has {vocab_size} ids"
-                f" (0..{vocab_size - 1}): tokenizer and model do not belong together; set"
-                " model.tokenizer to the model's own"
-            )
-        sets.append(tokens)
-    train, valid = sets
-    assert train is not None
+    config, report = task.config, list[str]()
+    train = _split(task, "train", tokenizer, vocab_size, report)
+    valid = _split(task, "valid", tokenizer, vocab_size, report) if config.valid else None
     if size := config.valid_size:
         if size >= len(train):
             raise UserError(
                 f"data.valid_size={size} leaves nothing of the {len(train)} training rows"
             )
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-        valid, train = (
-            train.take(order[:size].sort().values),
-            train.take(order[size:].sort().values),
-        )
-    report.append(
-        f"data: {len(train)} training rows"
-        + (f", {len(valid)} held out" if valid is not None else "")
-    )
+        valid = train.take(order[:size].sort().values)
+        train = train.take(order[size:].sort().values)
+    held_out = "" if valid is None else f", {len(valid)} held out"
+    report.append(f"data: {len(train)} training rows{held_out}")
     return train, valid, report
+
+
+def _split(
+    task: Task, split: Split, tokenizer: Any, vocab_size: int, report: list[str]
+) -> TokenSet:
+    """A split's tokens; adds to ``report`` what was left out of them."""
+    config = task.config
+    tokens = cached_tokens(task.examples(split), tokenizer, config)
+    report += [*task.remarks(split), *cut_rows(tokens, config, split)]
+    if not len(tokens):
+        raise UserError(
+            f"data.{split}: no row has a token to learn within data.cutoff={config.cutoff};"
+            " raise it"
+        )
+    if (largest := int(tokens.tokens.max())) >= vocab_size:
+        raise UserError(
+            f"model.tokenizer: makes token id {largest}, the model has {vocab_size} ids"
+            f" (0..{vocab_size - 1}): tokenizer and model do not belong together; set"
+            " model.tokenizer to the model's own"
+        )
+    return tokens
 
 
 def cut_rows(tokens: TokenSet, config: TaskConfig, split: str) -> list[str]:

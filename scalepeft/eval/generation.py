@@ -2,7 +2,6 @@
 
 import random
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from scalepeft.data.tasks.base import Example
 from scalepeft.data.tokens import strip_eos
 
 
-class _Progress:
+class Progress:
     """Lines with rows a second and the time that is left; the first batch, which warms up and has
     the longest rows, does not count.
     """
@@ -26,7 +25,7 @@ class _Progress:
         self.begin = self.last_line = time.monotonic()
 
     def add(self, rows: int) -> None:
-        """Counts a batch; says a line, but not too often."""
+        """Counts a batch; prints a line, but not too often."""
         now = time.monotonic()
         self.done += rows
         if not self.first:
@@ -40,26 +39,18 @@ class _Progress:
             )
 
 
-@dataclass(frozen=True)
-class Generator:
-    """Continues prompts on this rank's device. Only ``config`` decides how: whatever generation
-    settings came with the model's files are left out.
+class Backend:
+    """Continues prompts; only ``config`` decides how. ``generate`` is the backend's own.
 
-    Attributes:
-        model: a causal LM.
-        tokenizer: its tokenizer; prompts get its special tokens (BOS).
+    Args:
+        tokenizer: of the model; prompts get its special tokens (BOS).
         config: length limits, beams, stop texts.
-        device: of the model.
-        synced: ranks must go through the same number of forwards (sharded parameters).
+        positions: of the model.
     """
 
-    model: Any
-    tokenizer: Any
-    config: EvaluateConfig
-    device: torch.device
-    synced: bool
+    def __init__(self, tokenizer: Any, config: EvaluateConfig, positions: int) -> None:
+        self.tokenizer, self.config, self.positions = tokenizer, config, positions
 
-    @torch.no_grad()
     def __call__(self, prompts: list[str]) -> tuple[list[str], list[bool]]:
         """Returns the new text alone of each prompt, and which prompts lost their beginning.
 
@@ -68,15 +59,56 @@ class Generator:
         """
         if not prompts:
             return [], []
+        ids, cut = encode(prompts, self.tokenizer, self.config, self.positions)
+        limits = [self.config.max_new_tokens] * len(ids)
+        if self.config.max_tokens is not None:
+            limits = [min(self.config.max_new_tokens, self.config.max_tokens - len(i)) for i in ids]
+        answers = self.generate(ids, limits)
+        answers = [row[:limit] for row, limit in zip(answers, limits, strict=True)]
+        texts = _decode(answers, self.tokenizer)
+        return [_cut_at(text, self.config.stop) for text in texts], cut
+
+    def generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
+        """The new tokens of each prompt; those past its limit, or a stop text, do not count."""
+        raise NotImplementedError
+
+    def lengths(self, prompts: list[str]) -> list[int]:
+        """Tokens of each prompt, before any of it is cut."""
+        return [len(ids) for ids in self.tokenizer(prompts, verbose=False)["input_ids"]]
+
+
+class Generator(Backend):
+    """``evaluate.backend=hf``: the run's own model, on this rank's device. Whatever generation
+    settings came with the model's files are left out.
+
+    Args:
+        model: a causal LM.
+        tokenizer: its tokenizer.
+        config: length limits, beams, stop texts.
+        device: of the model.
+        synced: ranks must go through the same number of forwards (sharded parameters).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        config: EvaluateConfig,
+        device: torch.device,
+        synced: bool,
+    ) -> None:
+        super().__init__(tokenizer, config, model.config.max_position_embeddings)
+        self.model, self.device, self.synced = model, device, synced
+
+    @torch.no_grad()
+    def generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
+        """Left-padded, with a KV cache."""
         from transformers import GenerationConfig
 
-        positions = self.model.config.max_position_embeddings
-        ids, cut = encode(prompts, self.tokenizer, self.config, positions)
         tokens, mask = _left_padded(ids)
-        limits = answer_limits(ids, self.config)
         # What is not set in the call is taken from here, which is filled from the model's files.
         self.model.generation_config = GenerationConfig()
-        out = self.model.generate(
+        new: list[list[int]] = self.model.generate(
             input_ids=tokens.to(self.device),
             attention_mask=mask.to(self.device),
             generation_config=GenerationConfig(
@@ -93,17 +125,7 @@ class Generator:
             else None,
             synced_gpus=self.synced,
         )[:, tokens.shape[1] :].tolist()
-        answers = [row[:limit] for row, limit in zip(out, limits, strict=True)]
-        return texts_of(answers, self.tokenizer, self.config), cut
-
-    def lengths(self, prompts: list[str]) -> list[int]:
-        """Tokens of each prompt, before any of it is cut."""
-        return lengths(prompts, self.tokenizer)
-
-
-def lengths(prompts: list[str], tokenizer: Any) -> list[int]:
-    """Tokens of each prompt."""
-    return [len(ids) for ids in tokenizer(prompts, verbose=False)["input_ids"]]
+        return new
 
 
 def check(config: EvaluateConfig) -> None:
@@ -164,19 +186,7 @@ def prompt_room(config: EvaluateConfig, positions: int) -> int:
     return room
 
 
-def answer_limits(ids: list[list[int]], config: EvaluateConfig) -> list[int]:
-    """Tokens that the answer to each prompt may have."""
-    if config.max_tokens is None:
-        return [config.max_new_tokens] * len(ids)
-    return [min(config.max_new_tokens, config.max_tokens - len(prompt)) for prompt in ids]
-
-
-def texts_of(answers: list[list[int]], tokenizer: Any, config: EvaluateConfig) -> list[str]:
-    """Answers as text, up to the first stop text."""
-    return [cut_at(text, config.stop) for text in _decode(answers, tokenizer)]
-
-
-def cut_at(text: str, stop: list[str]) -> str:
+def _cut_at(text: str, stop: list[str]) -> str:
     """The text before the first of the stop texts in it."""
     return text[: min((i for i in map(text.find, stop) if i >= 0), default=len(text))]
 
@@ -203,7 +213,7 @@ def _left_padded(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
 class _Ends:
     """Stopping criterion of greedy rows: a stop text, or the row's own length limit.
 
-    It only saves forwards: what an answer is, ``cut_at`` decides on the whole text. (The criterion
+    It only saves forwards: what an answer is, ``_cut_at`` decides on the whole text. (The criterion
     that transformers has for stop texts goes through the whole vocabulary for every batch.)
     """
 

@@ -5,110 +5,116 @@ next begins.
 import hashlib
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scalepeft.core.errors import UserError
-from scalepeft.core.files import write_atomically
+from scalepeft.core.files import read_lines, write_atomically
 from scalepeft.core.log import say
 from scalepeft.core.preemption import tell_job
+from scalepeft.parallel.ranks import Ranks
+from scalepeft.run.stage import set_aside
 
-TOLD = ("examples", "model", "batch")
-"""Settings that are told, and change no prediction that is there: each row knows what it asks, and
-weights are known by their fingerprint."""
+INFORMATIVE = ("examples", "model", "batch")
+"""Settings that are recorded but change no prediction that is there: each row knows what it asks,
+and weights are known by their fingerprint."""
+KINDS = {"id": str, "asked": str, "prediction": str, "cut": bool}
+"""Keys of a row, and their types."""
 
 
-@dataclass
 class Predictions:
-    """The predictions of one evaluation, on rank 0.
+    """The predictions of one evaluation, on every rank; rank 0 alone touches the disk.
 
     Attributes:
         path: predictions.jsonl; settings.json beside it says what was evaluated and how.
-        settings: that.
         asked: example id -> digest of its prompt, of every row of this evaluation.
         done: example id -> row with ``id``, ``asked``, ``prediction`` and ``cut`` (the prompt lost
             its beginning), of rows that still ask the same.
     """
 
-    path: Path
-    settings: dict[str, Any]
-    asked: dict[str, str]
-    done: dict[str, dict[str, Any]]
-
-    @classmethod
-    def open(cls, folder: Path, settings: dict[str, Any], prompts: dict[str, str]) -> "Predictions":
-        """Continues predictions of the same adapter and settings; sets those of others aside.
+    def __init__(
+        self,
+        run_dir: Path,
+        name: str,
+        settings: dict[str, Any],
+        prompts: dict[str, str],
+        ranks: Ranks | None = None,
+    ) -> None:
+        """Continue predictions of the same target and settings; set those of others aside.
 
         Args:
-            folder: of the evaluation.
+            run_dir: of the run.
+            name: folder of the evaluation in it.
             settings: what is evaluated and how.
             prompts: example id -> prompt. More rows, fewer or other ones change nothing for those
                 that stay.
+            ranks: that evaluate together.
+
+        Raises:
+            UserError: the folder cannot be written.
         """
-        path = folder / "predictions.jsonl"
-        asked = {i: hashlib.sha256(p.encode()).hexdigest()[:16] for i, p in prompts.items()}
-        found = cls(path, settings, asked, {})
-        try:
-            if path.exists() and not found._ours():
-                number = 1 + len(list(folder.parent.glob(f"{folder.name}.old-*")))
-                folder.rename(folder.with_name(f"{folder.name}.old-{number}"))
-                say(
-                    f"{folder}: predictions of another adapter or other settings: kept as"
-                    f" {folder.name}.old-{number}"
-                )
-            folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(found._marker, json.dumps(settings, indent=1, sort_keys=True))
-            lines = found._read()
-            if path.exists() and lines != path.read_bytes():
-                write_atomically(path, lines.decode())  # without what a kill left torn
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
-        return found
-
-    @property
-    def _marker(self) -> Path:
-        return self.path.with_name("settings.json")
-
-    def _ours(self) -> bool:
-        try:
-            held: Any = json.loads(self._marker.read_text())
-        except (OSError, ValueError):
-            return False
-        if not isinstance(held, dict):
-            return False
-        both = ({k: v for k, v in s.items() if k not in TOLD} for s in (held, self.settings))
-        return next(both) == next(both)
-
-    def _read(self) -> bytes:
-        """Fills ``done``; returns the lines that are whole."""
-        kept = b""
-        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
-            try:
-                row = json.loads(line)
-                types = [type(row[key]) for key in ("id", "asked", "prediction", "cut")]
-            except (ValueError, KeyError, TypeError):
-                continue  # generated again
-            if types == [str, str, str, bool]:
-                now = self.asked.get(row["id"])
-                if now == row["asked"]:
-                    self.done[row["id"]] = row
-                if now in (None, row["asked"]):  # None: of a test set that may come back
-                    kept += line + b"\n"
-        return kept
+        self.run_dir, self.name, self.settings = run_dir, name, settings
+        self.path, self.ranks = run_dir / name / "predictions.jsonl", ranks or Ranks()
+        self.asked = {i: hashlib.sha256(p.encode()).hexdigest()[:16] for i, p in prompts.items()}
+        self.done: dict[str, dict[str, Any]] = self.ranks.main_only(self._open)
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        """Writes a batch of predictions through to the disk.
+        """Write a batch, a part of it on each rank, through to the disk; a collective.
 
         Raises:
             UserError: the disk refuses, or another evaluation has taken the folder.
         """
+        batch = [
+            {**row, "asked": self.asked[row["id"]]}
+            for part in self.ranks.gather(rows)
+            for row in part
+        ]
+        self.ranks.main_only(lambda: self._write(batch))
+        self.done.update((row["id"], row) for row in batch)
+
+    def check_ours(self) -> None:
+        """Raise UserError if another evaluation, with other settings, has begun here meanwhile."""
+        if not self._is_ours():
+            raise UserError(
+                f"{self.path.parent}: another evaluation of this run has begun with other settings,"
+                f" and set these {len(self.done)} predictions aside; run one after the other"
+            )
+
+    def _open(self) -> dict[str, dict[str, Any]]:
+        folder = self.path.parent
+        try:
+            if self.path.exists() and not self._is_ours():
+                target = set_aside(self.run_dir, [self.name])
+                say(f"{folder}: predictions of another adapter or other settings: kept in {target}")
+            folder.mkdir(parents=True, exist_ok=True)
+            marker = json.dumps(self.settings, indent=1, sort_keys=True)
+            write_atomically(self.path.with_name("settings.json"), marker)
+            stored = [
+                row
+                for row in read_lines(self.path, *KINDS)
+                if all(type(row[key]) is kind for key, kind in KINDS.items())
+                # None: of a test set that may come back
+                and self.asked.get(row["id"]) in (None, row["asked"])
+            ]
+            text = _lines(stored)
+            if self.path.exists() and text.encode() != self.path.read_bytes():
+                write_atomically(self.path, text)  # without what a kill left torn
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
+        return {row["id"]: row for row in stored if row["id"] in self.asked}
+
+    def _is_ours(self) -> bool:
+        try:
+            stored: Any = json.loads(self.path.with_name("settings.json").read_text())
+        except (OSError, ValueError):
+            return False
+        return isinstance(stored, dict) and _deciding(stored) == _deciding(self.settings)
+
+    def _write(self, batch: list[dict[str, Any]]) -> None:
         self.check_ours()
-        rows = [{**row, "asked": self.asked[row["id"]]} for row in rows]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         try:
             with self.path.open("a", encoding="utf-8") as f:
-                f.write(text)
+                f.write(_lines(batch))
                 f.flush()
                 os.fsync(f.fileno())
         except OSError as error:
@@ -116,13 +122,12 @@ class Predictions:
                 f"{self.path}: cannot be written: {error.strerror}; the {len(self.done)}"
                 " predictions before are kept: make room and run the same command again"
             ) from None
-        self.done.update((row["id"], row) for row in rows)
-        tell_job("progress", f"{len(self.done)} predictions")
+        tell_job("progress", f"{len(self.done) + len(batch)} predictions")
 
-    def check_ours(self) -> None:
-        """Raises UserError: another evaluation, with other settings, has begun here meanwhile."""
-        if not self._ours():
-            raise UserError(
-                f"{self.path.parent}: another evaluation of this run has begun with other settings,"
-                f" and set these {len(self.done)} predictions aside; run one after the other"
-            )
+
+def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in INFORMATIVE}
+
+
+def _lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -8,7 +8,8 @@ from typing import Any
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import read_mapping, write_atomically
 from scalepeft.core.stats import mean_of_shares
-from scalepeft.data.tasks.base import Example, Metric, Scored, Task
+from scalepeft.core.text import table
+from scalepeft.data.tasks.base import Example, Scored, Task
 
 
 def summarise(
@@ -32,27 +33,39 @@ def summarise(
     groups: dict[str, list[Scored]] = {}
     for row in rows:
         groups.setdefault(str(row.example.meta.get("source", "")), []).append(row)
-    sources = {name: _of(task, group) for name, group in sorted(groups.items())}
+    sources = {name: _summary(task, group) for name, group in sorted(groups.items())}
     # One source alone is all rows: a bootstrap is not done twice.
-    whole = _of(task, rows) if len(sources) > 1 else next(iter(sources.values()))
-    found = {"headline": task.headline, **whole, "sources": sources}
+    pooled = _summary(task, rows) if len(sources) > 1 else next(iter(sources.values()))
+    results = {"headline": task.headline, **pooled, "sources": sources}
     if len(sources) > 1:
         names = set.intersection(*(set(s["metrics"]) for s in sources.values()))
-        found["mean_of_sources"] = {
+        results["mean_of_sources"] = {
             name: sum(s["metrics"][name]["value"] for s in sources.values()) / len(sources)
             for name in sorted(names)
         }
-        if task.sources_weigh_the_same:
-            found["mean"] = _mean(
-                [s["metrics"][task.headline] for s in sources.values()],
+        if task.macro_average:
+            value, *interval = mean_of_shares(
+                [s["metrics"][task.headline]["value"] for s in sources.values()],
                 [s["count"] for s in sources.values()],
             )
-    return found | {"left_out": len(task.skipped), "notes": task.notes}, rows
+            results["mean"] = {"value": value, "ci95": interval, "share": True}
+    return results | {"left_out": len(task.skipped), "notes": task.notes}, rows
 
 
-def _mean(shares: list[dict[str, Any]], counts: list[int]) -> dict[str, Any]:
-    value, *interval = mean_of_shares([s["value"] for s in shares], counts)
-    return {"value": value, "ci95": interval, "share": True}
+def _summary(task: Task, rows: list[Scored]) -> dict[str, Any]:
+    return {
+        "count": len(rows),
+        "no_answer_found": sum(row.score.extracted is None for row in rows),
+        "metrics": {
+            name: {
+                "value": metric.value,
+                "ci95": [metric.low, metric.high],
+                "share": metric.share,
+                **({"signature": metric.signature} if metric.signature else {}),
+            }
+            for name, metric in task.metrics(rows).items()
+        },
+    }
 
 
 def first(scores: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -64,25 +77,7 @@ def first(scores: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return scores["headline"], scores["metrics"][scores["headline"]]
 
 
-def _of(task: Task, rows: list[Scored]) -> dict[str, Any]:
-    return {
-        "count": len(rows),
-        "no_answer_found": sum(row.score.extracted is None for row in rows),
-        "metrics": {name: _plain(metric) for name, metric in task.metrics(rows).items()},
-    }
-
-
-def _plain(metric: Metric) -> dict[str, Any]:
-    values = asdict(metric)
-    return {
-        "value": values["value"],
-        "ci95": [values["low"], values["high"]],
-        "share": values["share"],
-        **({"signature": metric.signature} if metric.signature else {}),
-    }
-
-
-def write(folder: Path, found: dict[str, Any], rows: list[Scored]) -> None:
+def write(folder: Path, results: dict[str, Any], rows: list[Scored]) -> None:
     """Writes scores.json, and before it scored.jsonl: each row with what was found in it."""
     scored = (
         {
@@ -97,7 +92,7 @@ def write(folder: Path, found: dict[str, Any], rows: list[Scored]) -> None:
     )
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scored)
     write_atomically(folder / "scored.jsonl", text)
-    write_atomically(folder / "scores.json", json.dumps(found, indent=1))
+    write_atomically(folder / "scores.json", json.dumps(results, indent=1))
 
 
 def shown(metric: dict[str, Any]) -> str:
@@ -116,38 +111,35 @@ def _text(value: float, as_share: bool) -> str:
 
 
 def lines(scores: dict[str, Any]) -> list[str]:
-    """The scores as a table: a line for each source, then over all, then signatures."""
-    rows = list(scores["sources"].items()) if len(scores["sources"]) > 1 else []
-    rows.append(("all rows", scores))
-    names = list(scores["metrics"])
-    width = max(len(name) for name, _ in rows)
-    heads = "".join(f"{name:>18}{'95 % interval':>20}" for name in names)
-    found = [f"{'':<{width}}{'rows':>8}{'no answer':>11}{heads}"]
-    for name, row in rows:
-        cells = "".join(
-            f"{shown(row['metrics'][m]):>18}{between(row['metrics'][m]):>20}" for m in names
-        )
-        found.append(f"{name:<{width}}{row['count']:>8}{row['no_answer_found']:>11}{cells}")
-    if mean := scores.get("mean_of_sources"):
-        cells = "".join(
-            f"{_text(mean[m], scores['metrics'][m]['share']):>18}"
-            + (
-                f"{between(scores['mean'] if m == scores['headline'] else {}):>20}"
-                if m == scores["headline"] and "mean" in scores
-                else f"{'':>20}"
-            )
-            for m in names
-        )
-        label = f"mean of {len(scores['sources'])}"
-        found.append(f"{label:<{width}}{'':>19}{cells}".rstrip())
+    """The scores as a table: a line for each source, then over all, then what to know of them."""
+    names, sources = list(scores["metrics"]), scores["sources"]
+    parts = [*(sources.items() if len(sources) > 1 else ()), ("all rows", scores)]
+    rows = [["", "rows", "no answer", *(x for name in names for x in (name, "95 % interval"))]]
+    for part, row in parts:
+        cells = (text(row["metrics"][m]) for m in names for text in (shown, between))
+        rows.append([part, str(row["count"]), str(row["no_answer_found"]), *cells])
+    if means := scores.get("mean_of_sources"):
+        last = [f"mean of {len(sources)}", "", ""]
+        for m in names:
+            mean = scores.get("mean") if m == scores["headline"] else None
+            last += [_text(means[m], scores["metrics"][m]["share"]), between(mean) if mean else ""]
+        rows.append(last)
+    made = table(rows, indent="")
     if scores.get("left_out"):
-        found.append(f"left out: {scores['left_out']} broken rows, in none of these numbers")
-    found += [
-        f"{name}: {metric['signature']}"
-        for name, metric in scores["metrics"].items()
-        if metric.get("signature")
-    ]
-    return found
+        made.append(f"left out: {scores['left_out']} broken rows, in none of these numbers")
+    for name, metric in scores["metrics"].items():
+        if metric.get("signature"):
+            made.append(f"{name}: {metric['signature']}")
+    if scores.get("prompts_cut"):
+        made.append(
+            f"{scores['prompts_cut']} prompts were longer than the model's positions, or"
+            " evaluate.max_tokens, allow beside the answer, and lost their beginning"
+        )
+    for key, (published, here) in scores.get("deviations", {}).items():
+        made.append(
+            f"departs from protocol {scores['protocol']}: {key} is {here!r}, not {published!r}"
+        )
+    return made
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What an evaluation scores: the adapter, a merged checkpoint or the base."""
+"""What an evaluation scores: the adapter over its base, a merged checkpoint, or the base alone."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,62 +16,62 @@ from scalepeft.run.folder import check_base, older_adapter
 
 
 @dataclass(frozen=True)
-class Chosen:
+class EvalTarget:
     """What an evaluation scores.
 
     Attributes:
+        kind: ``adapter``, ``merged`` or ``base``.
         config: loads it: for a merged checkpoint, with that in the place of the base.
-        base: of that config.
-        adapter: what ``injection.read_adapter`` found; None for a base or a merged checkpoint.
+        base: of that config, opened.
         fingerprint: of the adapter, or of the base's or merged weights.
-        tokenizer: hash of the tokenizer.
+        adapter: what ``injection.read_adapter`` returns; None for a base or a merged checkpoint.
         step: of the training that the adapter comes from.
     """
 
+    kind: Subject
     config: RunConfig
     base: Base
-    adapter: Any
     fingerprint: str
-    tokenizer: str
+    adapter: Any = None
     step: int | None = None
 
     @classmethod
-    def of(cls, config: RunConfig, subject: Subject, ranks: Ranks) -> "Chosen":
+    def find(cls, config: RunConfig, kind: Subject, ranks: Ranks) -> "EvalTarget":
         """Finds it; a collective. Raises UserError: there is none yet."""
-        where = Path(config.run_dir) / "adapter"
-        adapter = None
-        if subject == "adapter" or (subject == "base" and where.is_dir()):
-            adapter = ranks.together(lambda: injection.read_adapter(where))
-        if subject == "merged":
+        run_dir = Path(config.run_dir)
+        adapter: Any = None
+        if kind == "adapter" or (kind == "base" and (run_dir / "adapter").is_dir()):
+            adapter = ranks.together(lambda: injection.read_adapter(run_dir / "adapter"))
+        if kind == "merged":
             config = ranks.together(lambda: _with_merged(config))
         base = open_base(config.model, ranks)
-        weights = ranks.together(lambda: base.fingerprint)
-        tokenizer = ranks.together(lambda: base.tokenizer_hash)
-        if adapter is None:
-            return cls(config, base, None, weights, tokenizer)
-        # Base and adapter are compared in reports: they must be of one base.
-        trained_on = adapter[2].get("base_model", {})
-        ranks.together(lambda: check_base(config, trained_on, weights))
-        if subject == "base":
-            return cls(config, base, None, weights, tokenizer)
-        step = adapter[2].get("step")
-        if ranks.is_main and (word := older_adapter(where.parent, step)):
-            say(word)
-        return cls(config, base, adapter, digest(where / "adapter.safetensors"), tokenizer, step)
 
-    def load(self, ranks: Ranks, poll: Any) -> tuple[Built, Any]:
-        """Builds the model on this rank, in evaluation mode; returns it with its tokenizer.
+        def look() -> None:
+            if adapter is not None:  # base and adapter are compared: they must be of one base
+                check_base(config, adapter[2].get("base_model", {}), base.fingerprint)
+            _ = base.fingerprint, base.tokenizer
+
+        ranks.together(look)
+        if kind != "adapter":
+            return cls(kind, config, base, base.fingerprint)
+        step = adapter[2].get("step")
+        if ranks.is_main and (outdated := older_adapter(run_dir, step)):
+            say(outdated)
+        fingerprint = digest(run_dir / "adapter" / "adapter.safetensors")
+        return cls(kind, config, base, fingerprint, adapter, step)
+
+    def load(self, ranks: Ranks, poll: Any) -> Built:
+        """Builds the model on this rank, in evaluation mode.
 
         Raises:
             UserError: the base is not that of the adapter, or what ``build`` refuses.
         """
-        config, adapter = self.config, self.adapter
-        built = build(config, self.base, ranks, poll, adapted=adapter is not None)
-        if adapter is not None:
-            injection.load_state(built.model, adapter[1], f"{config.run_dir}/adapter")
+        built = build(self.config, self.base, ranks, poll, adapted=self.adapter is not None)
+        if self.adapter is not None:
+            injection.load_state(built.model, self.adapter[1], f"{self.config.run_dir}/adapter")
         built.engine.attach(built.model, None)
         built.model.eval()
-        return built, self.base.tokenizer
+        return built
 
 
 def _with_merged(config: RunConfig) -> RunConfig:

@@ -12,7 +12,6 @@ evaluation with an error instead of 75; what is in predictions.jsonl counts all 
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,129 +19,96 @@ from scalepeft.config.schema import EvaluateConfig, RunConfig, Subject
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import read_mapping
 from scalepeft.core.log import say
-from scalepeft.eval.generation import answer_limits, encode, lengths, texts_of
+from scalepeft.eval.generation import Backend, encode
+from scalepeft.eval.target import EvalTarget
 from scalepeft.export import peft as export
-from scalepeft.models import hub as models
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 INSTALL = "pip install vllm in an environment with a GPU, or evaluate.backend=hf"
 
 
-@dataclass(frozen=True)
-class Generator:
-    """Continues prompts; called as ``scalepeft.eval.generation.Generator`` is.
+class Generator(Backend):
+    """vLLM's engine on every GPU that this process sees.
 
-    Attributes:
-        llm: vLLM's engine.
+    Args:
+        llm: the engine.
         tokenizer: makes the prompts' ids and the answers' texts, as for the other backend.
         config: length limits, beams, stop texts.
         positions: of the model.
         lora: the exported adapter, as vLLM takes it.
     """
 
-    llm: Any
-    tokenizer: Any
-    config: EvaluateConfig
-    positions: int
-    lora: Any = None
+    def __init__(
+        self, llm: Any, tokenizer: Any, config: EvaluateConfig, positions: int, lora: Any = None
+    ) -> None:
+        super().__init__(tokenizer, config, positions)
+        self.llm, self.lora = llm, lora
 
     @classmethod
-    def load(
-        cls, config: RunConfig, folder: Path, adapter: str | None, prompts: list[str]
-    ) -> "Generator":
-        """Starts vLLM on every GPU that this process sees.
-
-        Args:
-            config: of the run; ``model`` is the merged checkpoint's where that is evaluated.
-            folder: of the model.
-            adapter: sha256 of the run's adapter file; None to leave the adapter out.
-            prompts: all that are to come: their length is what vLLM plans its memory for.
+    def load(cls, target: EvalTarget, prompts: list[str]) -> "Generator":
+        """Starts vLLM for all ``prompts`` that are to come: their length is what it plans its
+        memory for.
 
         Raises:
             UserError: vLLM is missing, the adapter is no LoRA or of too large a rank, or the heads
                 do not divide among the GPUs.
         """
+        config, tokenizer = target.config, target.base.tokenizer
         try:
             from vllm import LLM
             from vllm.lora.request import LoRARequest
         except ImportError as error:
             raise UserError(f"evaluate.backend=vllm: {error}; {INSTALL}") from None
-        architecture = models.architecture(folder)
-        tokenizer = models.load_tokenizer(config.model, folder)
+        architecture = target.base.architecture
         positions = architecture.max_position_embeddings
         ids, _ = encode(prompts, tokenizer, config.evaluate, positions)
         settings: dict[str, Any] = {
-            "model": str(folder),
-            "tokenizer": config.model.tokenizer or str(folder),
+            "model": str(target.base.folder),
+            "tokenizer": config.model.tokenizer or str(target.base.folder),
             "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.train.precision],
             "max_model_len": max(map(len, ids)) + config.evaluate.max_new_tokens,
             "tensor_parallel_size": _gpus(architecture.num_attention_heads),
             "seed": 0,
         }
         lora = None
-        if adapter is not None:
-            path, rank = exported(config, adapter)
+        if target.adapter is not None:
+            path, rank = exported(config, target.fingerprint)
             settings |= {"enable_lora": True, "max_lora_rank": next(r for r in RANKS if r >= rank)}
             lora = LoRARequest("adapter", 1, str(path))
         if config.evaluate.num_beams > 1:  # a beam step looks at so many tokens
             settings["max_logprobs"] = 2 * config.evaluate.num_beams
         return cls(LLM(**settings), tokenizer, config.evaluate, positions, lora)
 
-    def __call__(self, prompts: list[str]) -> tuple[list[str], list[bool]]:
-        """Returns the new text alone of each prompt, and which prompts lost their beginning."""
-        if not prompts:
-            return [], []
-        ids, cut = encode(prompts, self.tokenizer, self.config, self.positions)
-        answers = self._beams(ids) if self.config.num_beams > 1 else self._greedy(ids)
-        limits = answer_limits(ids, self.config)
-        answers = [row[:limit] for row, limit in zip(answers, limits, strict=True)]
-        return texts_of(answers, self.tokenizer, self.config), cut
-
-    def lengths(self, prompts: list[str]) -> list[int]:
-        """Tokens of each prompt, before any of it is cut."""
-        return lengths(prompts, self.tokenizer)
-
-    def _greedy(self, ids: list[list[int]]) -> list[list[int]]:
+    def generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
+        """Greedy, or by vLLM's beam search."""
         from vllm import SamplingParams, TokensPrompt
-
-        found = self.llm.generate(
-            [TokensPrompt(prompt_token_ids=prompt) for prompt in ids],
-            [
-                SamplingParams(
-                    temperature=0.0,
-                    max_tokens=limit,
-                    stop=self.config.stop or None,
-                    # Else it would end at what generation_config.json calls EOS as well.
-                    ignore_eos=True,
-                    stop_token_ids=[self.tokenizer.eos_token_id],
-                )
-                for limit in answer_limits(ids, self.config)
-            ],
-            use_tqdm=False,
-            lora_request=self.lora,
-        )
-        return [list(request.outputs[0].token_ids) for request in found]
-
-    def _beams(self, ids: list[list[int]]) -> list[list[int]]:
-        from vllm import TokensPrompt
         from vllm.sampling_params import BeamSearchParams
 
-        found = self.llm.beam_search(
-            [TokensPrompt(prompt_token_ids=prompt) for prompt in ids],
-            BeamSearchParams(
-                beam_width=self.config.num_beams, max_tokens=self.config.max_new_tokens
-            ),
-            lora_request=self.lora,
-        )
-        best = [list(output.sequences[0].tokens) for output in found]
-        answers = []
-        for tokens, prompt in zip(best, ids, strict=True):
-            assert tokens[: len(prompt)] == prompt, "a hypothesis of vLLM begins with its prompt"
-            answers.append(tokens[len(prompt) :])
-        return answers
+        prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in ids]
+        if self.config.num_beams > 1:
+            width, length = self.config.num_beams, self.config.max_new_tokens
+            params = BeamSearchParams(beam_width=width, max_tokens=length)
+            found = self.llm.beam_search(prompts, params, lora_request=self.lora)
+            best = [list(output.sequences[0].tokens) for output in found]
+            begun = all(b[: len(i)] == i for b, i in zip(best, ids, strict=True))
+            assert begun, "a hypothesis of vLLM begins with its prompt"
+            return [b[len(i) :] for b, i in zip(best, ids, strict=True)]
+        greedy = [
+            SamplingParams(
+                temperature=0.0,
+                max_tokens=limit,
+                stop=self.config.stop or None,
+                # Else it would end at what generation_config.json calls EOS as well.
+                ignore_eos=True,
+                stop_token_ids=[self.tokenizer.eos_token_id],
+            )
+            for limit in limits
+        ]
+        found = self.llm.generate(prompts, greedy, use_tqdm=False, lora_request=self.lora)
+        return [list(request.outputs[0].token_ids) for request in found]
 
 
-def check(config: RunConfig, subject: Subject, world_size: int) -> None:
+def check(config: RunConfig, kind: Subject, world_size: int) -> None:
     """Refuses what vLLM cannot evaluate as the run has it; found out before anything is loaded.
 
     Raises:
@@ -153,7 +119,7 @@ def check(config: RunConfig, subject: Subject, world_size: int) -> None:
             f"evaluate.backend=vllm in {world_size} processes: vLLM spreads over the GPUs by"
             " itself; start scalepeft evaluate once, without torchrun or srun's tasks"
         )
-    if subject != "merged" and config.model.quant != "none":
+    if kind != "merged" and config.model.quant != "none":
         run = config.run_dir
         raise UserError(
             f"evaluate.backend=vllm: this run's base is held as {config.model.quant}, vLLM would"

@@ -22,7 +22,8 @@ from scalepeft.build import start_ranks
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.preemption import USER_ERROR
-from scalepeft.eval import evaluate, target
+from scalepeft.eval import evaluate
+from scalepeft.eval.target import EvalTarget
 from scalepeft.run.folder import load_run
 
 try:
@@ -81,9 +82,9 @@ class ScalepeftLM(HFLM):
         config = load_run(str(run_dir), settings, evaluate.ALLOWED, "an evaluation")
         _check(config)
         self.ranks = start_ranks(config)
-        self.chosen = target.Chosen.of(config, subject, self.ranks)
+        self.target = EvalTarget.find(config, subject, self.ranks)
         self.about = {"run_dir": str(run_dir), "subject": subject}
-        built, tokenizer = self.chosen.load(self.ranks, lambda: None)
+        built, tokenizer = self.target.load(self.ranks, lambda: None), self.target.base.tokenizer
         # The task decides, and the tokenizer's end of text; what the model's files say does not.
         model: Any = built.model
         model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
@@ -105,15 +106,15 @@ class ScalepeftLM(HFLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes into its results: which run, and which weights of it."""
-        model = self.chosen.config.model
+        model = self.target.config.model
         return {
             **self.about,
             "model_num_parameters": sum(p.numel() for p in self.model.parameters()),
             "model_dtype": self.model.dtype,
             "model_path": model.path,
             "model_quant": model.quant,
-            "fingerprint": self.chosen.fingerprint,
-            "step": self.chosen.step,
+            "fingerprint": self.target.fingerprint,
+            "step": self.target.step,
         }
 
 

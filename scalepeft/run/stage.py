@@ -124,16 +124,24 @@ def differing(old: Any, new: dict[str, Any], limit: int = 4) -> str:
 
 
 def set_aside(folder: Path, names: Iterable[str], prefix: str = "replaced") -> Path | None:
-    """Moves the entries of ``folder`` that exist to ``folder/PREFIX-N``; returns that folder, or
-    None where there is nothing to move.
+    """Moves the entries of ``folder`` that exist to ``folder/PREFIX-N``, under their own names.
+
+    Args:
+        folder: of the entries.
+        names: relative paths of results that are no longer valid.
+        prefix: of the folder that they are kept in.
+
+    Returns:
+        That folder; None where there is nothing to move.
     """
     present = [name for name in names if (folder / name).exists()]
     if not present:
         return None
-    number = 1 + len(list(folder.glob(f"{prefix}-*")))
+    taken = (path.name.rpartition("-")[2] for path in folder.glob(f"{prefix}-*"))
+    number = 1 + max((int(n) for n in taken if n.isdecimal()), default=0)
     target = folder / f"{prefix}-{number}"
-    target.mkdir()
     for name in present:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).rename(target / name)
     return target
 

@@ -171,32 +171,40 @@ KINDS = ("plain", "bf16", "nf4", "int8", "nf4-bf16")  # the last: what training 
 def every(
     shapes: tuple[str, ...] = tuple(SHAPES), kinds: tuple[str, ...] = KINDS, first: bool = False
 ) -> Any:
-    """Parametrises over (name, variant, shape, kind); a variant is left out where it refuses.
+    """Parametrize over (name, variant, shape, kind); a variant is left out where it refuses.
+
+    Pairwise in every run: each variant meets each storage (on squares) and each shape (with
+    storages in turn); the product is ``--full``'s.
 
     ``first``: one variant a method, and of SURM and BOFT all that are affine.
     """
     cases = []
-    for name in registry.available("adapters.methods"):
-        for i, variant in enumerate(VARIANTS.get(name, [])):
-            if first and i and not (name in ("surm", "boft") and variant.affine):
-                continue
-            label = "-".join(f"{v}" for v in variant.settings.values())
-            for shape in shapes:
-                for kind in kinds:
-                    # NF4 blocks of 64 lie inside a row, so a width of 172 is int8's or plain.
-                    if not variant.fits(*SHAPES[shape]) or (
-                        kind.startswith("nf4") and shape == "wide172"
-                    ):
-                        continue
-                    where = f"{name}-{label}-{shape}-{kind}"
-                    # The fast part has every shape plain and in NF4, every storage on squares.
-                    slow = kind not in ("plain", "nf4") and shape != "square"
-                    if kind == "nf4-bf16" and shape not in ("square", "gqa"):
-                        continue
-                    marks = [pytest.mark.slow] if slow else []
-                    case = (name, variant, SHAPES[shape], kind)
-                    cases.append(pytest.param(*case, id=where, marks=marks))
+    named = [
+        (name, i, variant)
+        for name in registry.available("adapters.methods")
+        for i, variant in enumerate(VARIANTS.get(name, []))
+    ]
+    for turn, (name, i, variant) in enumerate(named):
+        if first and i and not (name in ("surm", "boft") and variant.affine):
+            continue
+        label = "-".join(f"{v}" for v in variant.settings.values())
+        for column, shape in enumerate(shapes):
+            possible = [
+                kind for kind in kinds if variant.fits(*SHAPES[shape]) and holds(kind, shape)
+            ]
+            for n, kind in enumerate(possible):
+                pair = shape == "square" or n == (turn + column) % len(possible)
+                case = (name, variant, SHAPES[shape], kind)
+                marks = [] if pair else [pytest.mark.full]
+                cases.append(pytest.param(*case, id=f"{name}-{label}-{shape}-{kind}", marks=marks))
     return pytest.mark.parametrize(("name", "variant", "shape", "kind"), cases)
+
+
+def holds(kind: str, shape: str) -> bool:
+    """NF4 blocks of 64 lie inside a row, so a width of 172 is int8's or plain."""
+    if kind == "nf4-bf16":
+        return shape in ("square", "gqa")
+    return not (kind == "nf4" and shape == "wide172")
 
 
 def base_layer(kind: str, shape: tuple[int, int], bias: bool) -> nn.Linear:

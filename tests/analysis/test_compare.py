@@ -1,7 +1,6 @@
 """scalepeft compare: the same chances for every method, its arithmetic, its cells, its picture."""
 
 import json
-import math
 import os
 import re
 import signal
@@ -14,6 +13,7 @@ import pytest
 from conftest import adapter_bytes, call, losses, rows, zygote
 from safetensors.torch import load_file
 
+from scalepeft.adapters import sizing
 from scalepeft.analysis.compare import cells, design, plots, table
 from scalepeft.analysis.compare import command as compare
 from scalepeft.analysis.compare import worker as children
@@ -27,9 +27,6 @@ RUN = [
     "model=tiny", "data=toy", "data.train_size=200", "data.valid_size=16", "train.precision=fp32",
     "train.global_batch=4", "train.max_steps=4", "train.max_nonfinite=2",
 ]  # fmt: skip
-
-
-LAYERS = [(256, 256), (256, 128), (256, 128), (256, 704), (704, 256)]  # (in, out) in mini, twice
 
 
 def test_the_interval_is_students() -> None:
@@ -49,40 +46,6 @@ def test_rates_are_given_or_factors() -> None:
             design.rates(wrong, 1e-3)
 
 
-@pytest.mark.parametrize(
-    ("name", "key", "count"),
-    [
-        ("lora", "rank", lambda r: sum(2 * r * (i + o) for i, o in LAYERS)),
-        ("hoft", "rank", lambda r: sum(2 * r * (i + o) for i, o in LAYERS) if r % 2 == 0 else None),
-        (
-            "shoft",
-            "rank",
-            lambda r: sum(2 * (r * (i + o) + o) for i, o in LAYERS) if r % 2 == 0 else None,
-        ),
-        ("hut", "rank", lambda r: sum(2 * r * (i + o) for i, o in LAYERS) if 64 % r == 0 else None),
-        (
-            "oft",
-            "block_size",
-            lambda b: sum(i * (b - 1) for i, _ in LAYERS) if 64 % b == 0 else None,
-        ),
-    ],
-)
-@pytest.mark.parametrize("target", [9_000, 25_600, 200_000])
-def test_a_size_is_the_nearest_there_is(name: str, key: str, count: Any, target: int) -> None:
-    base = shapes.meta_model("mini")
-    _, adapter, _ = design.named(name)
-    found = design.fit(base, adapter, key, target)
-    sizes = {r: n for r in range(1 if key == "rank" else 2, 65) if (n := count(r)) is not None}
-    best = min(sizes, key=lambda r: (abs(sizes[r] - target), r))
-    assert found[key] == best and design.count(base, found) == sizes[best]
-
-
-def test_a_new_rank_keeps_what_the_update_is_scaled_by() -> None:
-    assert design.resized({"name": "lora", "rank": 32, "alpha": 64}, "rank", 4)["alpha"] == 8
-    scaled = design.resized({"name": "lora", "rank": 64, "alpha": 64, "rslora": True}, "rank", 16)
-    assert scaled["alpha"] / math.sqrt(16) == 64 / math.sqrt(64)
-
-
 def test_what_has_no_size_key_keeps_its_size_and_says_so() -> None:
     base = shapes.meta_model("mini")
     names = ["lora", "goft", "hadamard", "surm_kronecker", "oft"]
@@ -92,7 +55,7 @@ def test_what_has_no_size_key_keeps_its_size_and_says_so() -> None:
     assert found["lora"].parameters == 25_600 and found["lora"].size == "rank=4"
     for name in ("goft", "hadamard", "surm_kronecker"):
         assert found[name].size == "its own size" and not found[name].follows
-        assert found[name].parameters == design.count(base, design.named(name)[1])
+        assert found[name].parameters == sizing.count_parameters(base, design.named(name)[1])
     assert found["hadamard"].parameters == 2 * 3 * 256  # scale, shift and norm of two blocks
     assert found["bad"].parameters == found["oft"].parameters, "any block size can be replaced"
     (kept,) = design.sized(base, given[-1:], None, False)

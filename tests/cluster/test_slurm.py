@@ -16,14 +16,14 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, TINY, adapter_bytes, call, losses, rows, train
+from conftest import FULL, ROOT, TINY, adapter_bytes, call, losses, rows, train
 from slurm_cluster import ENDS, Cluster, missing
-from test_readme import COMMANDS
+from test_docs import COMMANDS
 
 from scalepeft.config import files as config_files
 from scalepeft.models import tiny
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.multiprocess]
 
 
 SETTINGS = [*TINY, "engine=fsdp2", "engine.device=cpu", "model.quant=nf4", "train.save_every=5"]
@@ -166,10 +166,16 @@ def test_two_nodes_of_two_ranks_then_zero_3_on_two(runs: Runs) -> None:
     assert len(losses(runs.folder / "run")) == 8
 
 
-def test_five_preemptions_of_every_kind_change_nothing(runs: Runs, undisturbed: Path) -> None:
+def test_preemptions_of_every_kind_change_nothing(runs: Runs, undisturbed: Path) -> None:
     cluster = runs.cluster
     job = runs.submit(str(runs.job_file()))
-    kinds = ["TERM with grace", "warning", "requeue", "USR1 with grace", "TERM with grace"]
+    kinds = [
+        "TERM with grace",
+        "warning",
+        "requeue",
+        "USR1 with grace",
+        *["TERM with grace"] * FULL,
+    ]
     for count, kind in enumerate(kinds, 1):
         runs.wait_step(runs.steps() + 3 if count > 1 else 3)
         saw = runs.steps()
@@ -188,21 +194,22 @@ def test_five_preemptions_of_every_kind_change_nothing(runs: Runs, undisturbed: 
         assert resumed[-1] >= saw, f"{kind}: steps were lost"
     cluster.reconfigure("")
     done = cluster.wait(job, "COMPLETED")
-    assert done["Restarts"] == "5"
+    assert done["Restarts"] == str(len(kinds))
     starts = starts_of(runs)
-    assert [e["restarts"] for e in starts] == [0, 1, 2, 3, 4, 5]
+    assert [e["restarts"] for e in starts] == list(range(len(kinds) + 1))
     assert all(e.get("recomputed_steps", 0) == 0 for e in starts), "an orderly stop loses no step"
     assert losses(runs.folder / "run") == losses(undisturbed)
     assert adapter_bytes(runs.folder / "run") == adapter_bytes(undisturbed)
-    assert "start 6 (restarts: 5)" in runs.log(job)
+    assert f"start {len(kinds) + 1} (restarts: {len(kinds)})" in runs.log(job)
 
     report = subprocess.run(
         [sys.executable, "-m", "scalepeft", "report", str(runs.folder / "run")],
         capture_output=True, text=True, check=True, cwd=ROOT,
     ).stdout  # fmt: skip
-    assert "goodput" in report and "waiting" in report and "starts 6" in report
+    assert "goodput" in report and "waiting" in report and f"starts {len(kinds) + 1}" in report
 
 
+@pytest.mark.full
 def test_power_cuts_and_a_frozen_node(runs: Runs, undisturbed: Path) -> None:
     cluster = runs.cluster
     (runs.folder / "slow").mkdir()
@@ -282,6 +289,7 @@ def test_a_job_that_gains_nothing_gives_up(runs: Runs) -> None:
     assert "gives up: the last 2 starts all found the same progress (nothing)" in runs.log(job)
 
 
+@pytest.mark.full
 def test_a_restart_on_fewer_nodes_keeps_the_global_batch(runs: Runs, undisturbed: Path) -> None:
     cluster = runs.cluster
     job = runs.submit("--nodes=4", str(runs.job_file()))
@@ -546,6 +554,7 @@ def test_local_requeue_comes_back_like_a_job(tmp_path: Path) -> None:
     assert text.count("comes back") == 1 and "resuming" in text
 
 
+@pytest.mark.full
 def test_a_comparison_runs_as_arrays_and_ends_in_a_table(runs: Runs) -> None:
     """A cell that its job is warned in saves, comes back with the job and goes on."""
     settings = ("data.valid_size=20", "train.max_steps=30", "model.quant=none")

@@ -375,7 +375,7 @@ def test_the_mean_of_the_tasks_comes_first(tmp_path: Path) -> None:
     name, metric = scores.first(found)
     assert name == "mean accuracy of 2" and metric["value"] == 0.5
     # Agresti and Coull by hand: 42 of 44 and 2 of 14.
-    half = 1.96 * (42 / 44 * 2 / 44 / 44 / 4 + 2 / 14 * 12 / 14 / 14 / 4) ** 0.5
+    half = 1.959963984540054 * (42 / 44 * 2 / 44 / 44 / 4 + 2 / 14 * 12 / 14 / 14 / 4) ** 0.5
     assert metric["ci95"] == pytest.approx([0.5 - half, 0.5 + half])
     one, _ = scores.summarise(chosen, examples[:5], said)
     assert scores.first(one)[0] == "accuracy"

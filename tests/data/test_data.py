@@ -74,13 +74,13 @@ def error(task: Commonsense) -> str:
     [
         ("array.json", ARRAY),
         ("lines.jsonl", LINES),
-        ("array.json.gz", gzip.compress(ARRAY)),
-        ("lines.jsonl.gz", gzip.compress(LINES)),
+        ("array.json.gz", gzip.compress(ARRAY, mtime=0)),
+        ("lines.jsonl.gz", gzip.compress(LINES, mtime=0)),
         ("lines.json", LINES),
         ("array.jsonl", ARRAY),
-        ("gzip-in-disguise.json", gzip.compress(ARRAY)),
+        ("gzip-in-disguise.json", gzip.compress(ARRAY, mtime=0)),
         ("bom.json", b"\xef\xbb\xbf" + ARRAY),
-        ("bom.jsonl.gz", gzip.compress(b"\xef\xbb\xbf" + LINES)),
+        ("bom.jsonl.gz", gzip.compress(b"\xef\xbb\xbf" + LINES, mtime=0)),
         ("crlf.jsonl", LINES.replace(b"\n", b"\r\n")),
         ("crlf.json", ARRAY.replace(b"\n", b"\r\n")),
         ("no-last-newline.jsonl", LINES.rstrip()),
@@ -104,8 +104,8 @@ def test_a_line_separator_inside_a_string_ends_no_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
-        (gzip.compress(ARRAY)[:-20], ["cannot be read"]),
-        (gzip.compress(ARRAY)[:12], ["cannot be read"]),
+        (gzip.compress(ARRAY, mtime=0)[:-20], ["cannot be read"]),
+        (gzip.compress(ARRAY, mtime=0)[:12], ["cannot be read"]),
         (b"\x1f\x8bnot gzip at all", ["cannot be read"]),
         (ARRAY[:-5], ["broken JSON", "line", "column"]),
         (b"", ["no usable row"]),

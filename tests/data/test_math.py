@@ -1,5 +1,6 @@
-"""Math rows, prompts, answers, leaks: against published rules, answers by hand, real data."""
+"""Math rows, prompts, answers, contamination: against published rules, by hand, on real data."""
 
+import base64
 import gzip
 import importlib.util
 import json
@@ -17,8 +18,7 @@ from scalepeft.config import schema as config
 from scalepeft.core.errors import UserError
 from scalepeft.core.registry import available
 from scalepeft.data import tokens as data
-from scalepeft.data.math import answers, equivalence, hendrycks
-from scalepeft.data.math import contamination as leaks
+from scalepeft.data.math import answers, contamination, equivalence, hendrycks
 from scalepeft.data.tasks.base import Example
 from scalepeft.data.tasks.math import Math, MathConfig
 from scalepeft.models import hub, tiny
@@ -69,8 +69,8 @@ def task(protocol: str = "metamath", **settings: Any) -> Math:
 
 
 @pytest.fixture(scope="module")
-def judge() -> equivalence.Judge:
-    return equivalence.Judge()
+def equivalent() -> equivalence.EquivalenceServer:
+    return equivalence.EquivalenceServer()
 
 
 def example(answer: str, kind: str = "number") -> Example:
@@ -159,7 +159,7 @@ def test_protocols_fill_the_config() -> None:
 
 def test_helpers_are_no_tasks() -> None:
     assert "math" in available("data.tasks")
-    helpers = {"answers", "equivalence", "hendrycks", "leaks", "problems"}
+    helpers = {"answers", "equivalence", "hendrycks", "contamination", "problems"}
     assert not helpers & set(available("data.tasks"))
 
 
@@ -294,9 +294,11 @@ def test_a_letter_is_found_wherever_it_stands(text: str, found: str | None) -> N
         ("", "5", False),
     ],
 )
-def test_equal_answers(judge: equivalence.Judge, right: str, prediction: str, same: bool) -> None:
+def test_equal_answers(
+    equivalent: equivalence.EquivalenceServer, right: str, prediction: str, same: bool
+) -> None:
     agreed = answers.agree(right, prediction)
-    assert (judge(right, prediction) if agreed is None else agreed) is same
+    assert (equivalent(right, prediction) if agreed is None else agreed) is same
 
 
 def test_quick_comparisons_are_math_verifys() -> None:
@@ -471,7 +473,7 @@ def test_golds_like_those_of_math_500(metamath: Math, gold: str, other: str, wro
     row = {"problem": "q", "solution": f"so $\\boxed{{{gold}}}$.", "answer": gold}
     for protocol in PROTOCOLS:
         made = task(protocol)
-        made.judge = metamath.judge
+        made.equivalent = metamath.equivalent
         ours = made.example(row, "x#1", "test")
         for text in (ours.completion, row["solution"]):
             assert made.score(text, ours).correct, (protocol, text)
@@ -496,25 +498,25 @@ def test_no_prediction_crashes_a_scoring(metamath: Math, text: str) -> None:
 
 
 def test_a_prediction_that_hangs_is_given_up(
-    judge: equivalence.Judge, monkeypatch: pytest.MonkeyPatch
+    equivalent: equivalence.EquivalenceServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert judge("6", "3!")
+    assert equivalent("6", "3!")
     monkeypatch.setattr(equivalence, "LIMIT", 0.2)  # math-verify's own alarm would ring after 3 s
     begin = time.monotonic()
-    assert judge("1", "10^{10^{10}}") is False
+    assert equivalent("1", "10^{10^{10}}") is False
     assert time.monotonic() - begin < 2
     monkeypatch.undo()
-    assert judge("6", "3!"), "it answers the next question"
+    assert equivalent("6", "3!"), "it answers the next question"
 
 
-def test_a_judge_that_dies_is_started_again() -> None:
-    judge = equivalence.Judge()
-    assert judge("6", "3!")
-    first = judge._process
+def test_a_server_that_dies_is_started_again() -> None:
+    equivalent = equivalence.EquivalenceServer()
+    assert equivalent("6", "3!")
+    first = equivalent._process
     assert first is not None
     first.kill()
     first.wait()
-    assert judge("6", "3!") and judge._process is not first
+    assert equivalent("6", "3!") and equivalent._process is not first
 
 
 def test_a_missing_math_verify_is_said_before_any_generation(
@@ -546,14 +548,20 @@ TEST_SETS = ["SVAMP", "MultiArith", "SingleEq", "AddSub", "AQuA", "mawps"]
 
 
 def test_fingerprints_are_those_of_the_public_test_sets(shared_data: Path) -> None:
-    held = json.loads(leaks.FILE.read_text())
+    held = json.loads(contamination.FILE.read_text())
     rows = {"GSM8K": [r["question"] for r in shared(shared_data / "gsm8k", "test.jsonl.gz")]}
     for name in TEST_SETS:
         file = shared_data / "llm_adapters/dataset" / name
         rows["MAWPS" if name == "mawps" else name] = [
             r["instruction"] for r in shared(file, "test.json.gz")
         ]
-    assert held == {name: leaks.packed(questions) for name, questions in rows.items()}
+    assert held == {name: packed(questions) for name, questions in rows.items()}
+
+
+def packed(questions: list[str]) -> str:
+    """What ``test_questions.json`` holds for the questions of a test set."""
+    prints = sorted({contamination.fingerprint(q) for q in questions})
+    return base64.b64encode(b"".join(prints)).decode()
 
 
 @pytest.mark.parametrize(
@@ -561,13 +569,13 @@ def test_fingerprints_are_those_of_the_public_test_sets(shared_data: Path) -> No
     ["Question: {}", "Q: {}\nA:", "{} Let's think step by step.", "Problem: {}\nSolution:",
      "Question: {} Think step by step.\nAnswer:"],
 )  # fmt: skip
-def test_what_prompts_put_around_a_question_hides_no_leak(around: str) -> None:
+def test_what_prompts_put_around_a_question_hides_no_test_question(around: str) -> None:
     question = "A robe takes 2 bolts of blue fiber and half that much white fiber. How many bolts?"
-    assert leaks.fingerprint(around.format(question)) == leaks.fingerprint(question)
-    assert leaks.fingerprint("Q " + question) != leaks.fingerprint(question)
+    assert contamination.fingerprint(around.format(question)) == contamination.fingerprint(question)
+    assert contamination.fingerprint("Q " + question) != contamination.fingerprint(question)
 
 
-def test_the_leaky_training_file_is_refused(shared_data: Path, tmp_path: Path) -> None:
+def test_the_contaminated_training_file_is_refused(shared_data: Path, tmp_path: Path) -> None:
     file = shared_data / "llm_adapters/ft-training_set/math_data.json.gz"
     with pytest.raises(UserError) as caught:
         task(train=[str(file)]).examples("train")
@@ -646,7 +654,10 @@ def test_training_meets_the_gate_and_says_what_was_left_out(tmp_path: Path) -> N
 
 def test_the_wheel_holds_the_fingerprints() -> None:
     # hatchling takes every file of the package that git does not ignore.
-    assert leaks.FILE.is_relative_to(ROOT / "scalepeft") and leaks.FILE.stat().st_size < 50_000
+    assert (
+        contamination.FILE.is_relative_to(ROOT / "scalepeft")
+        and contamination.FILE.stat().st_size < 50_000
+    )
     ignored = (ROOT / ".gitignore").read_text()
     assert "json" not in ignored
 

@@ -32,7 +32,7 @@ from scalepeft.data.tasks.base import (
     prepared_for,
     to_prepared,
 )
-from scalepeft.data.tasks.translation import ALMA, Translation, TranslationConfig
+from scalepeft.data.tasks.translation import PROTOCOLS, Translation, TranslationConfig
 from scalepeft.eval import comet, scores
 
 PAIRS = [
@@ -376,7 +376,7 @@ def test_masks_token_by_token_on_a_real_tokenizer(
     folder = next(
         (shared_data / "alma_wmt/human_written_data").glob(f"*/test.{source}-{target}.json.gz")
     )
-    made = task(folder, source_language=source, target_language=target, **ALMA.data)
+    made = task(folder, source_language=source, target_language=target, **PROTOCOLS["alma"].data)
     examples = made.examples("test")[:150]
     tokens = data.tokenise(examples, tokenizer, made.config)
     assert len(tokens) == len(examples) and not tokens.dropped and not tokens.cut

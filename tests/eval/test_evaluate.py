@@ -306,7 +306,7 @@ def kept(found: Predictions) -> dict[str, str]:
 
 
 def test_predictions_that_a_kill_tore_are_made_again(tmp_path: Path) -> None:
-    first = Predictions.open(tmp_path / "toy", {"a": 1}, ASKED)
+    first = Predictions(tmp_path, "toy", {"a": 1}, ASKED)
     first.append([row("1"), row("2", "ü\n\u2028")])
     broken = [
         '{"id": "3", "predic', '{"id": "4", "prediction": "old"}', '{"id": 5, "prediction": "",'
@@ -314,17 +314,17 @@ def test_predictions_that_a_kill_tore_are_made_again(tmp_path: Path) -> None:
     ]  # fmt: skip
     with first.path.open("ab") as f:
         f.write("\n".join(broken).encode("latin-1"))
-    again = Predictions.open(tmp_path / "toy", {"a": 1}, ASKED)
+    again = Predictions(tmp_path, "toy", {"a": 1}, ASKED)
     assert kept(again) == {"1": "t", "2": "ü\n\u2028"}
     again.append([row("3")])
     assert [json.loads(line)["id"] for line in again.path.open()] == ["1", "2", "3"]
 
 
 def test_predictions_of_other_settings_never_mix(tmp_path: Path) -> None:
-    first = Predictions.open(tmp_path / "toy", {"a": 1}, ASKED)
+    first = Predictions(tmp_path, "toy", {"a": 1}, ASKED)
     first.append([row("1")])
-    second = Predictions.open(tmp_path / "toy", {"a": 2}, ASKED)
-    assert not second.done and (tmp_path / "toy.old-1" / "predictions.jsonl").is_file()
+    second = Predictions(tmp_path, "toy", {"a": 2}, ASKED)
+    assert not second.done and (tmp_path / "replaced-1/toy/predictions.jsonl").is_file()
     with pytest.raises(UserError, match="another evaluation of this run has begun"):
         first.append([row("2")])
     second.append([row("9")])
@@ -333,20 +333,20 @@ def test_predictions_of_other_settings_never_mix(tmp_path: Path) -> None:
 
 def test_other_rows_keep_the_predictions_of_those_that_stay(tmp_path: Path) -> None:
     """An eighth task, or evaluate.limit taken away, costs the new rows alone."""
-    first = Predictions.open(tmp_path / "toy", {"a": 1, "examples": "x"}, {"1": "p", "2": "q"})
+    first = Predictions(tmp_path, "toy", {"a": 1, "examples": "x"}, {"1": "p", "2": "q"})
     first.append([row("1"), row("2")])
     more = {"1": "p", "2": "another question", "3": "r"}
-    second = Predictions.open(tmp_path / "toy", {"a": 1, "examples": "y"}, more)
+    second = Predictions(tmp_path, "toy", {"a": 1, "examples": "y"}, more)
     assert list(second.done) == ["1"], "what asks something else now is asked again"
     second.append([row("2", "new"), row("3")])
-    fewer = Predictions.open(tmp_path / "toy", {"a": 1, "examples": "z"}, {"3": "r"})
+    fewer = Predictions(tmp_path, "toy", {"a": 1, "examples": "z"}, {"3": "r"})
     assert list(fewer.done) == ["3"]
-    again = Predictions.open(tmp_path / "toy", {"a": 1, "examples": "y"}, more)
+    again = Predictions(tmp_path, "toy", {"a": 1, "examples": "y"}, more)
     assert kept(again) == {"1": "t", "2": "new", "3": "t"}, "and what was not asked for stays"
 
 
 def test_a_full_disk_keeps_what_is_there(tmp_path: Path) -> None:
-    first = Predictions.open(tmp_path / "toy", {"a": 1}, ASKED)
+    first = Predictions(tmp_path, "toy", {"a": 1}, ASKED)
     first.append([row(str(i)) for i in range(20)])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -359,7 +359,7 @@ def test_a_full_disk_keeps_what_is_there(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, before)
     torn = first.path.read_bytes()
     assert not torn.endswith(b"\n"), "the disk took a part of the batch"
-    again = Predictions.open(tmp_path / "toy", {"a": 1}, ASKED)
+    again = Predictions(tmp_path, "toy", {"a": 1}, ASKED)
     assert list(again.done) == [str(i) for i in range(21)]
 
 
@@ -448,7 +448,7 @@ def test_the_time_left_is_that_of_the_rate(
 ) -> None:
     clock = iter([0.0, 200.0, 220.0, 221.0, 260.0])  # the first batch warms up
     monkeypatch.setattr(generation, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    progress = generation._Progress(400)
+    progress = generation.Progress(400)
     for _ in range(4):
         progress.add(40)
     first, second = capsys.readouterr().err.splitlines()
@@ -463,10 +463,10 @@ def test_the_merged_checkpoint_answers_as_the_adapter(stories: Path, tmp_path: P
         evaluate.run(str(run_dir), [], "merged", StopFlag())
     merge.run(str(run_dir), str(run_dir / "merged"), [], "dequantized", "fp32")
     found = {}
-    for subject, folder in evaluate.FOLDERS.items():
-        assert evaluate.run(str(run_dir), ["evaluate.max_new_tokens=8"], subject, StopFlag()) == 0
-        found[subject], scores = scored(run_dir, folder)
-        assert scores["subject"] == subject and scores["count"] == 4
+    for kind, folder in evaluate.FOLDERS.items():
+        assert evaluate.run(str(run_dir), ["evaluate.max_new_tokens=8"], kind, StopFlag()) == 0
+        found[kind], scores = scored(run_dir, folder)
+        assert scores["subject"] == kind and scores["count"] == 4
     assert found["merged"] == found["adapter"] != found["base"]
     config = config_files.load(str(run_dir / "config.yaml"), [])[0]
     prompts = {e.id: e.prompt for e in evaluate._examples(evaluate.task_of(config), 4)}
@@ -485,7 +485,7 @@ def test_a_changed_base_is_not_scored_with_old_predictions(tmp_path: Path, stori
         evaluate.run(str(run_dir), [], "base", StopFlag())
     shutil.rmtree(run_dir / "adapter")  # without one to compare it with it is just another base
     evaluate.run(str(run_dir), [], "base", StopFlag())
-    assert (run_dir / "eval-base" / "toy.old-1").is_dir()
+    assert (run_dir / "replaced-1/eval-base/toy").is_dir()
 
 
 @pytest.mark.slow

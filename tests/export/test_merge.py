@@ -518,7 +518,8 @@ def python(code: str, *arguments: str, **env: str) -> subprocess.CompletedProces
 
 KILLED = """
 import os, signal, sys
-from scalepeft import cli, merge
+from scalepeft import cli
+from scalepeft.export import merge
 merge._write_index = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 cli.main(["merge", sys.argv[1], sys.argv[2]])
 """
@@ -565,7 +566,7 @@ def test_the_command_line(tmp_path: Path) -> None:
 PEAK = """
 import sys
 from pathlib import Path
-from scalepeft import merge
+from scalepeft.export import merge
 
 def memory(key):
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key))

@@ -3,7 +3,6 @@
 """
 
 import json
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import engine_corners
 import pytest
 import torch
 import yaml
-from conftest import Job, adapter_bytes, losses, rows, train
+from conftest import FULL, Job, adapter_bytes, losses, rows, train
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -25,17 +24,19 @@ from scalepeft.parallel import zero
 from scalepeft.parallel.fsdp2 import FSDP2, FSDP2Config
 from scalepeft.parallel.ranks import Ranks
 
-# (ranks, engine settings): every engine at every world size from 1 to 4.
+# (ranks, engine settings): every engine at some world sizes, with --full at every one from 1 to 4.
+WORLDS = {"ddp": (2, 3), "fsdp2": (1, 2, 3), 1: (2,), 2: (3,), 3: (1, 2, 3)}
+if FULL:
+    WORLDS = dict.fromkeys(WORLDS, (1, 2, 3, 4))
 LAYOUTS = [
     (1, "name=single"),
-    *((ranks, "name=ddp") for ranks in (1, 2, 3, 4)),
-    *((ranks, "name=fsdp2") for ranks in (1, 2, 3, 4)),
+    *((ranks, f"name={name}") for name in ("ddp", "fsdp2") for ranks in WORLDS[name]),
     (4, "name=fsdp2,shard_over=2"),
     # whole_below: else stage 3 would keep all of so small a model whole.
     *(
         (ranks, f"name=zero,stage={stage}" + ",whole_below=0" * (stage == 3))
-        for ranks in (1, 2, 3, 4)
         for stage in (1, 2, 3)
+        for ranks in WORLDS[stage]
     ),
 ]
 
@@ -52,9 +53,9 @@ CELLS = [
 ]
 
 
-# At night all of the tables; in every run each layout has the first cell, and what it saves resumes
-# under one other; ``thorough`` ones have one of the other cells too, and resume themselves.
-WHOLE = int(os.environ.get("SCALEPEFT_TEST_ROUNDS", "1")) > 1
+# With --full all of the tables; in every run each layout has the first cell, and what it saves
+# resumes under one other; ``thorough`` ones have one of the other cells too, and resume themselves.
+WHOLE = FULL
 
 
 RUN = [
@@ -138,6 +139,7 @@ def table(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("layout", LAYOUTS, ids=label)
 def test_losses_equal_one_process(layout: Layout, table: Path) -> None:
     """20 steps of ragged rows, dropout included; other micro-batches than in the reference."""
@@ -172,6 +174,7 @@ def resumed(table: Path) -> list[tuple[Layout, Layout, Path]]:
 
 
 @pytest.mark.slow
+@pytest.mark.multiprocess
 def test_a_run_goes_on_under_any_engine_at_any_world_size(
     table: Path, resumed: list[tuple[Layout, Layout, Path]]
 ) -> None:
@@ -191,6 +194,7 @@ def test_a_run_goes_on_under_any_engine_at_any_world_size(
 
 
 @pytest.mark.slow
+@pytest.mark.multiprocess
 @pytest.mark.parametrize(
     "adapter",
     [
@@ -218,6 +222,7 @@ def test_other_methods_and_activation_checkpointing_under_fsdp2(
 
 
 @pytest.mark.slow
+@pytest.mark.multiprocess
 def test_corners_of_engines(small: Path) -> None:
     """One launch; the program is engine_corners.py."""
     settings = [
@@ -232,6 +237,7 @@ def test_corners_of_engines(small: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.multiprocess
 def test_evaluation_under_zero_3(tmp_path: Path) -> None:
     """Each rank holds half of the base; the answers are those of one process."""
     train(1, tmp_path / "run", "model.quant=nf4", "train.max_steps=1", "data.test_size=10")
@@ -277,6 +283,7 @@ def test_settings_that_an_engine_cannot_take(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
+@pytest.mark.multiprocess
 def test_two_runs_of_the_same_layout_are_bitwise_equal(tmp_path: Path) -> None:
     for name in ("a", "b"):
         train(2, tmp_path / name, "engine.name=fsdp2", "model.quant=nf4", "train.max_steps=5")
@@ -284,6 +291,7 @@ def test_two_runs_of_the_same_layout_are_bitwise_equal(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.multiprocess
 def test_bytes_held_and_read_fall_as_one_over_n(tmp_path: Path) -> None:
     found: dict[int, list[dict[str, Any]]] = {}
     for ranks in (1, 2, 3):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, TINY, Job, adapter_bytes, losses, rows, train
+from conftest import FULL, ROOT, TINY, Job, adapter_bytes, losses, rows, train
 from test_checkpoint import delete_a_file, empty, flip_a_bit, truncate
 
 from scalepeft.adapters.inject import read_adapter
@@ -26,8 +26,8 @@ from scalepeft.run import lease
 pytestmark = pytest.mark.slow
 
 
-# How often the random moments of kills and signals are drawn: 1 in every run, more at night.
-ROUNDS = int(os.environ.get("SCALEPEFT_TEST_ROUNDS", "1"))
+# How often the random moments of kills and signals are drawn: 1 in every run, more with --full.
+ROUNDS = 3 if FULL else 1
 
 
 RUN = ["model.quant=nf4", "train.save_every=2", "data.valid_size=20", "train.eval_every=20"]
@@ -76,7 +76,7 @@ def kill_in_training(job: Job, folder: Path, rng: random.Random) -> None:
     job.wait()
 
 
-@pytest.mark.parametrize(("ranks", "kills"), [(1, 12 * ROUNDS), (2, 3 * ROUNDS)])
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 6 * ROUNDS), (2, 2 * ROUNDS)])
 def test_kill_9_at_random_moments_changes_nothing(ranks: int, kills: int, tmp_path: Path) -> None:
     engine = (
         ["engine.name=single"] if ranks == 1 else ["engine.name=fsdp2", "train.save_mode=async"]
@@ -106,7 +106,7 @@ def test_sigusr1_ends_in_one_agreed_save_and_75(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     settings = ["engine.name=fsdp2", f"train.max_steps={50 + 30 * ROUNDS}"]
     rng = random.Random(0)
-    for turn in range(6 * ROUNDS):
+    for turn in range(4 * ROUNDS):
         both = turn % 2 == 1
         early = turn % 5 == 0
         job = start(2, folder, *settings, fresh=early)
@@ -414,7 +414,7 @@ def test_torchrun_passes_sigusr1_on_with_the_flag_of_the_readme(tmp_path: Path) 
         "--nproc-per-node=2",
         "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1",
     ]
-    assert command[-1] in (ROOT / "README.md").read_text()
+    assert command[-1] in (ROOT / "docs/getting-started.md").read_text()
     settings = [*TINY, *RUN, "engine.name=fsdp2", "train.max_steps=4000", "train.save_every=1000"]
     agent = subprocess.Popen(
         [*command, "-m", "scalepeft", "train", *settings, f"run_dir={folder}"],

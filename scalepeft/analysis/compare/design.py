@@ -1,25 +1,20 @@
 """What is compared, fairly: the methods at one budget, the rates of each, the seeds; as a file."""
 
-import copy
 import dataclasses
 import hashlib
 import json
 import math
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from scalepeft.adapters import inject
-from scalepeft.adapters import inject as injection
-from scalepeft.adapters.base import Adapter, AdapterConfig
+from scalepeft.adapters import inject, sizing
+from scalepeft.adapters.sizing import SHARED, count_parameters, resize, size_key
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
-from scalepeft.core import registry
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import read_mapping
 from scalepeft.core.log import say
@@ -31,7 +26,6 @@ from scalepeft.models import shapes
 from scalepeft.models.hub import BUILTIN
 from scalepeft.models.weights import Weights
 
-COMMON = tuple(f.name for f in dataclasses.fields(AdapterConfig) if f.name != "name")
 AT_THE_END = 10**9  # train.eval_every that leaves the held-out loss of the last step alone
 CALIBRATION_STEPS = 10
 
@@ -161,63 +155,6 @@ def rates(text: str, usual: float) -> list[float]:
     return sorted(float(f"{v * usual if factors[0] else v:.6g}") for v in found)
 
 
-def size_key(config: AdapterConfig) -> str | None:
-    """The setting that makes a method larger or smaller; None where it has a size of its own."""
-    names = {f.name for f in dataclasses.fields(config)}
-    if "structure" in names:  # of surm: balanced factors and circulants have one size
-        return "ldr_rank" if getattr(config, "structure", None) == "ldr" else None
-    return next((key for key in ("rank", "block_size") if key in names), None)
-
-
-def resized(adapter: dict[str, Any], key: str, size: int) -> dict[str, Any]:
-    """The settings at another size; what LoRA's update is scaled by stays as it is configured."""
-    full = cfg.to_dict(inject.adapter_config(adapter))
-    found = {**full, key: size}
-    if key == "rank" and "alpha" in full:
-        ratio = size / full["rank"]
-        found["alpha"] = full["alpha"] * (math.sqrt(ratio) if full.get("rslora") else ratio)
-    return found
-
-
-def count(base: nn.Module, adapter: dict[str, Any]) -> int:
-    """Parameters that a method trains on a model (meta). Raises UserError: it does not fit."""
-    net = injection.inject(copy.deepcopy(base), adapter)
-    return sum(p.numel() for _, a in injection.adapters(net) for p in a.parameters())
-
-
-def fit(base: nn.Module, adapter: dict[str, Any], key: str, target: int) -> dict[str, Any]:
-    """The settings with that value of ``key`` which trains nearest to ``target`` parameters.
-
-    Raises:
-        UserError: no value of it fits this model.
-    """
-    config = inject.adapter_config(adapter)
-    where = {name: getattr(config, name) for name in COMMON}
-    net = injection.inject(copy.deepcopy(base), {"name": "lora", "rank": 1, **where})
-    layers = Counter((m.in_features, m.out_features) for _, m in injection.adapted_layers(net))
-    make = registry.find_class("adapters.methods", config.name, "adapter", Adapter)
-    best: tuple[int, int] | None = None
-    refusal: UserError | None = None
-    for size in range(1, 2 * max(max(pair) for pair in layers) + 1):
-        try:
-            now = inject.adapter_config(resized(adapter, key, size))
-            with torch.device("meta"):
-                found = sum(
-                    n * sum(p.numel() for p in make(now, *pair).parameters())
-                    for pair, n in layers.items()
-                )
-        except UserError as error:
-            refusal = refusal or error
-            continue
-        if best is None or abs(found - target) < abs(best[0] - target):
-            best = found, size
-        if found > 2 * target:  # it only grows from here
-            break
-    if best is None:
-        raise refusal or UserError(f"adapter.{key}: no value fits this model")
-    return resized(adapter, key, best[1])
-
-
 def named(name: str) -> tuple[str, dict[str, Any], float]:
     """(label, settings, usual rate) of a file of configs/adapters, or of a YAML file of one's own.
 
@@ -259,9 +196,10 @@ def sized(base: nn.Module, methods: list[Method], target: int | None, fitted: bo
                 size = "its own size"
             elif fitted and key:
                 assert target is not None
-                adapter = fit(base, adapter, key, target)
+                shapes_of_layers = sizing.adapted_shapes(base, adapter)
+                adapter = sizing.fit(adapter, key, shapes_of_layers, target)
                 size = f"{key}={adapter[key]}"
-            number = count(base, adapter)
+            number = count_parameters(base, adapter)
         except UserError as error:
             found.append(dataclasses.replace(method, refused=" ".join(str(error).split())))
             continue
@@ -285,10 +223,10 @@ def target_of(base: nn.Module, reference: str, rank: int | None, own: dict[str, 
     _, adapter, _ = named(reference)
     adapter = {**adapter, **own}
     if size_key(inject.adapter_config(adapter)) == "rank":
-        adapter = resized(adapter, "rank", rank or 16)
+        adapter = resize(adapter, "rank", rank or 16)
     elif rank is not None:
         raise UserError(f"--rank {rank}: {reference} has no rank; give --parameters N")
-    return count(base, adapter)
+    return count_parameters(base, adapter)
 
 
 def inputs(config: RunConfig, evaluate: bool) -> dict[str, Any]:
@@ -332,13 +270,13 @@ def read_settings(path: str | None, settings: list[str]) -> tuple[dict[str, Any]
     for setting in settings:
         key = setting.partition("=")[0]
         section, _, last = key.partition(".")
-        if section == "adapter" and last in COMMON:
+        if section == "adapter" and last in SHARED:
             shared.append(setting)
         elif key in decided or section == "adapter":
             option = decided.get(key, "--methods FILE.yaml with it")
             raise UserError(
                 f"{setting}: a comparison takes {option}; of the adapter, all methods share"
-                f" {' and '.join(f'adapter.{name}' for name in COMMON)} alone"
+                f" {' and '.join(f'adapter.{name}' for name in SHARED)} alone"
             )
     rest = [s for s in settings if s not in shared]
     notes: list[str] = []

@@ -1,4 +1,4 @@
-"""Training rows that are questions of test sets.
+"""Test-set contamination: training rows that are questions of public test sets.
 
 ``test_questions.json`` holds fingerprints, base64 of 6 bytes each, of the questions of public test
 sets: GSM8K (openai/grade-school-math), SVAMP, MultiArith, SingleEq, AddSub, AQuA and MAWPS (as in
@@ -11,7 +11,6 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -48,8 +47,3 @@ def known() -> dict[bytes, str]:
         for i in range(0, len(packed), BYTES):
             found.setdefault(packed[i : i + BYTES], name)
     return found
-
-
-def packed(questions: Iterable[str]) -> str:
-    """What stands in ``test_questions.json`` for the questions of a test set."""
-    return base64.b64encode(b"".join(sorted(set(map(fingerprint, questions))))).decode()

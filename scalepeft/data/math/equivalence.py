@@ -34,8 +34,8 @@ def check_installed() -> None:
         )
 
 
-class Judge:
-    """Says whether a prediction equals the right answer; starts its process when first asked."""
+class EquivalenceServer:
+    """Decides whether a prediction equals the right answer; its process starts when first asked."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -47,14 +47,8 @@ class Judge:
         """
         if not prediction.strip() or max(len(right), len(prediction)) > LONGEST:
             return False
-        asked = json.dumps([right, prediction]).encode() + b"\n"
         for _ in range(2):  # again where the process died: it may have been somebody's signal
-            process = self._running()
-            try:
-                process.stdin.write(asked)  # type: ignore[union-attr]
-                answer = _line(process.stdout, LIMIT)  # type: ignore[arg-type]
-            except BrokenPipeError:
-                answer = b""
+            answer = self._ask(json.dumps([right, prediction]).encode() + b"\n")
             if answer:
                 return answer == b"true\n"
             self.stop()
@@ -62,23 +56,32 @@ class Judge:
                 return False
         return False
 
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is None:
-            check_installed()
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "scalepeft.data.math.equivalence"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                bufsize=0,
+    def _ask(self, question: bytes) -> bytes | None:
+        process = self._process or self._start()
+        assert process.stdin and process.stdout
+        try:
+            process.stdin.write(question)
+        except BrokenPipeError:
+            return b""
+        return _line(process.stdout, LIMIT)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        check_installed()
+        self._process = process = subprocess.Popen(
+            [sys.executable, "-m", "scalepeft.data.math.equivalence"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+        )
+        self._end = weakref.finalize(self, _end, process)
+        assert process.stdout
+        if _line(process.stdout, START) != b"ready\n":
+            self.stop()
+            raise UserError(
+                "math-verify does not start; see: python -m scalepeft.data.math.equivalence"
             )
-            self._end = weakref.finalize(self, _end, self._process)
-            if _line(self._process.stdout, START) != b"ready\n":  # type: ignore[arg-type]
-                self.stop()
-                raise UserError(
-                    "math-verify does not start; see: python -m scalepeft.data.math.equivalence"
-                )
-        return self._process
+        return process
 
     def stop(self) -> None:
         """Ends the process; the next question starts another."""
@@ -89,10 +92,8 @@ class Judge:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(BrokenPipeError):
-            pipe.close()  # type: ignore[union-attr]
+    with contextlib.suppress(BrokenPipeError):
+        process.communicate()  # closes the pipes
 
 
 def _line(pipe: IO[bytes], seconds: float) -> bytes | None:

@@ -7,8 +7,10 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
+import yaml
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
@@ -18,6 +20,7 @@ from scalepeft.core.stats import wilson
 from scalepeft.data.rows import expand, hint, one_line, read_rows, source_labels
 
 Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 
 @plain_dataclass(frozen=True)
@@ -32,6 +35,13 @@ class Protocol:
     """Where it comes from, and its oddities, in a line or two."""
     data: dict[str, Any] = field(default_factory=dict)
     evaluate: dict[str, Any] = field(default_factory=dict)
+
+
+def protocols(task: str) -> dict[str, Protocol]:
+    """The published settings of a task: name -> those of ``scalepeft/data/protocols/TASK.yaml``."""
+    file = Path(__file__).parents[1] / "protocols" / f"{task}.yaml"
+    named = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return {name: Protocol(**settings) for name, settings in named.items()}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -144,7 +154,7 @@ class Task:
     """Part of every reported number: raised when prompts or scoring change."""
     headline: ClassVar[str] = "accuracy"
     """The metric that tables show first."""
-    sources_weigh_the_same: ClassVar[bool] = False
+    macro_average: ClassVar[bool] = False
     """True if papers report the unweighted mean of the sources' headlines."""
     reads_files: ClassVar[bool] = True
     """False for a task that makes its own rows."""
@@ -174,12 +184,11 @@ class Task:
             )
         files = expand(sources, f"data.{split}")
         self.skipped, self.repeated, self.notes = [], 0, []
-        found, seen = [], set()
-        ids: dict[str, int] = {}
+        found, seen, ids = [], set(), dict[str, int]()
         drop = split == "train" and self.config.duplicates == "drop"
         for label, source in zip(source_labels(files), files, strict=True):
             number = 0
-            for number, row in self.rows(source):
+            for number, row in self.rows(source, split):
                 try:
                     example = self._example(row, f"{label}#{number}", split)
                     if example.id in ids:
@@ -204,6 +213,15 @@ class Task:
             raise UserError(f"data.{split}: no usable row in {', '.join(files)[:500]}{why}")
         return found
 
+    def remarks(self, split: Split) -> list[str]:
+        """What the user should know of the rows of the last ``examples``, a line each."""
+        lines = [f"left out: {where}" for where in self.skipped[:3]]
+        if len(self.skipped) > 3:
+            lines.append(f"left out {len(self.skipped)} broken rows in all")
+        if self.repeated:
+            lines.append(f"{self.repeated} rows left out as duplicates")
+        return [f"data.{split}: {line}" for line in [*lines, *self.notes]]
+
     def _leave_out(self, what: str, remedy: str) -> None:
         if self.config.on_error == "stop":
             raise UserError(f"{what}; {remedy}, or data.on_error=skip leaves it out") from None
@@ -214,7 +232,7 @@ class Task:
             return from_prepared(row, prepared_for(self, split))
         return self.example(row, row_id, split)
 
-    def rows(self, source: str) -> Iterator[tuple[int, Any]]:
+    def rows(self, source: str, split: Split) -> Iterator[tuple[int, Any]]:
         """(row number from 1, row) of a source."""
         return read_rows(source)
 

@@ -22,7 +22,7 @@ from pydantic.dataclasses import dataclass
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT
 from scalepeft.data.rows import fill, text_field
-from scalepeft.data.tasks.base import Example, Protocol, Score, Split, Task, TaskConfig
+from scalepeft.data.tasks.base import Example, Protocol, Score, Split, Task, TaskConfig, protocols
 
 # The words that each kind of question is answered with. A prediction's first one of its own kind
 # counts, with the case as it stands, as in the evaluation script of LLM-Adapters.
@@ -32,52 +32,6 @@ KINDS = (
     re.compile(r"answer1|answer2|answer3|answer4|answer5"),
     re.compile(r"ending1|ending2|ending3|ending4"),
     re.compile(r"option1|option2"),
-)
-INDENT = " " * 16
-ASKED = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes"
-    " the request."
-)
-
-LLM_ADAPTERS = Protocol(
-    about=(
-        "LLM-Adapters (arXiv 2304.01933, also DoRA's scripts): its two templates, which differ in"
-        " training and evaluation, as they are. Its scripts train on duplicated WinoGrande rows"
-        " too (data.duplicates=keep)"
-    ),
-    data={
-        # The indentation of the Python source is part of the published prompts.
-        "prompt": (
-            f"{ASKED}  \n\n{INDENT}### Instruction:\n{INDENT}{{instruction}}\n{INDENT}\n"
-            f"{INDENT}### Response:\n{INDENT}"
-        ),
-        "test_prompt": (
-            f"{ASKED} \n\n{INDENT}### Instruction:\n{INDENT}{{instruction}}\n\n"
-            f"{INDENT}### Response:\n{INDENT}"
-        ),
-        "completion": "{output}",
-        "train_on": "all",
-        "tokenise": "together",
-        "cutoff": 256,
-        "duplicates": "drop",
-        "passage": False,
-    },
-    # temperature, top_p and top_k of the script have no effect: it does not sample.
-    evaluate={"num_beams": 4, "max_new_tokens": 32, "stop": ["### Response:"]},
-)
-CLEAN = Protocol(
-    about="one template for training and evaluation, loss on the response, greedy decoding",
-    data={
-        "prompt": f"{ASKED}\n\n### Instruction:\n{{instruction}}\n\n### Response:\n",
-        "test_prompt": None,
-        "completion": "{output}",
-        "train_on": "response",
-        "tokenise": "apart",
-        "cutoff": 512,
-        "duplicates": "drop",
-        "passage": True,
-    },
-    evaluate={"num_beams": 1, "max_new_tokens": 32, "stop": []},
 )
 
 
@@ -89,7 +43,7 @@ class CommonsenseConfig(TaskConfig):
         passage: puts BoolQ's passage before its question; rows of LLM-Adapters have none.
     """
 
-    PROTOCOLS: ClassVar[dict[str, Protocol]] = {"clean": CLEAN, "llm-adapters": LLM_ADAPTERS}
+    PROTOCOLS: ClassVar[dict[str, Protocol]] = protocols("commonsense")
 
     name: str = "commonsense"
     protocol: str | None = "clean"
@@ -102,7 +56,7 @@ class Commonsense(Task):
     Config: ClassVar[type[TaskConfig]] = CommonsenseConfig
     config: CommonsenseConfig
     version = 2
-    sources_weigh_the_same = True
+    macro_average = True
 
     def example(self, row: Any, row_id: str, split: Split) -> Example:
         """Fills the templates; the answer must be one of the answer words."""

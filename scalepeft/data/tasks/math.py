@@ -9,87 +9,10 @@ from pydantic.dataclasses import dataclass
 
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT
-from scalepeft.data.math import answers, equivalence
-from scalepeft.data.math import contamination as leaks
+from scalepeft.data.math import answers, contamination, equivalence
 from scalepeft.data.math.problems import read
 from scalepeft.data.rows import fill
-from scalepeft.data.tasks.base import Example, Protocol, Score, Split, Task, TaskConfig
-from scalepeft.data.tasks.commonsense import LLM_ADAPTERS as COMMONSENSE
-
-ASKED = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
-PROMPT = f"Below is an instruction that describes a task. {ASKED}{{instruction}}\n\n### Response:"
-METAMATH_DATA = {
-    "prompt": PROMPT,
-    "input_prompt": (
-        "Below is an instruction that describes a task, paired with an input that provides further"
-        f" context. {ASKED}{{instruction}}\n\n### Input:\n{{input}}\n\n### Response:"
-    ),
-    "test_prompt": f"{PROMPT} Let's think step by step.",
-    "completion": "{output}",
-    "ending": "The answer is: {answer}",
-    "train_on": "response",
-    "tokenise": "together",
-    "cutoff": 512,
-    "max_chars": None,
-    "duplicates": "keep",
-}
-METAMATH_STOP = [
-    "Question:", "Question", "USER:", "USER", "ASSISTANT:", "ASSISTANT", "Instruction:",
-    "Instruction", "Response:", "Response",
-]  # fmt: skip
-METAMATH = Protocol(
-    about=(
-        "MetaMath (arXiv 2309.12284) with GSM8K's answer length; metamath-math has MATH's. Only the"
-        " test prompt says \"Let's think step by step.\", in training the lines after a query's"
-        " first are its ### Input:. Its GSM8K rule cuts numbers at the second comma and rounds"
-        " decimals (strict_accuracy keeps that). HRA and HOFT follow it with 1024 new tokens and"
-        " fewer stops"
-    ),
-    data=METAMATH_DATA,
-    evaluate={
-        "num_beams": 1, "max_new_tokens": 512, "max_tokens": None, "stop": METAMATH_STOP,
-    },
-)  # fmt: skip
-METAMATH_MATH = Protocol(
-    about="metamath with the answer length of MetaMath's evaluation on MATH",
-    data=METAMATH_DATA,
-    evaluate={**METAMATH.evaluate, "max_new_tokens": 2048},
-)
-PEFT_BENCHMARK = Protocol(
-    about=(
-        "method_comparison/MetaMathQA of HF PEFT: loss on prompt and response, training rows longer"
-        " than 1300 characters left out, GSM8K test. Its rule takes a number with thousands commas"
-        " for a text, which only the same text equals (strict_accuracy keeps that)"
-    ),
-    data={
-        "prompt": "Question: {instruction} Think step by step.\nAnswer:",
-        "input_prompt": None,
-        "test_prompt": None,
-        "completion": "{output}",
-        "ending": "The answer is: {answer}",
-        "train_on": "all",
-        "tokenise": "together",
-        "cutoff": 768,
-        "max_chars": 1300,
-        "duplicates": "keep",
-    },
-    evaluate={"num_beams": 1, "max_new_tokens": 300, "max_tokens": 800, "stop": []},
-)
-LLM_ADAPTERS = Protocol(
-    about=(
-        "LLM-Adapters (arXiv 2304.01933), its two templates as they are. The last number counts, of"
-        " AQuA the first capital A to E of any word (strict_accuracy keeps that). Its README takes"
-        " MultiArith, AddSub and SingleEq back as tests of math_10k, which has their questions"
-    ),
-    data={
-        **{key: value for key, value in COMMONSENSE.data.items() if key != "passage"},
-        "input_prompt": None,
-        "ending": "The answer is {answer}.",
-        "max_chars": None,
-        "duplicates": "keep",
-    },
-    evaluate={**COMMONSENSE.evaluate, "max_new_tokens": 256, "max_tokens": None},
-)
+from scalepeft.data.tasks.base import Example, Protocol, Score, Split, Task, TaskConfig, protocols
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -109,12 +32,7 @@ class MathConfig(TaskConfig):
             trained on (``keep``).
     """
 
-    PROTOCOLS: ClassVar[dict[str, Protocol]] = {
-        "metamath": METAMATH,
-        "metamath-math": METAMATH_MATH,
-        "peft-benchmark": PEFT_BENCHMARK,
-        "llm-adapters": LLM_ADAPTERS,
-    }
+    PROTOCOLS: ClassVar[dict[str, Protocol]] = protocols("math")
 
     name: str = "math"
     protocol: str | None = "metamath"
@@ -133,7 +51,7 @@ class Math(Task):
 
     def __init__(self, config: TaskConfig) -> None:
         super().__init__(config)
-        self.judge = equivalence.Judge()
+        self.equivalent = equivalence.EquivalenceServer()
 
     def examples(self, split: Split) -> list[Example]:
         """Reads a split; training rows go through ``max_chars`` and ``test_rows``.
@@ -175,34 +93,30 @@ class Math(Task):
         return kept
 
     def _without_test_rows(self, rows: list[Example]) -> list[Example]:
-        sets = leaks.known()
+        sets = contamination.known()
         if self.config.test:
-            own = Math(self.config).examples("test")
-            sets = {leaks.fingerprint(e.meta["question"]): "data.test" for e in own} | sets
-        hits = [
-            sets.get(leaks.fingerprint(e.meta["question"])) or e.meta.get("rephrases") for e in rows
-        ]
+            tested = Math(self.config).examples("test")
+            sets = {_fingerprint(e): "data.test" for e in tested} | sets
+        hits = [sets.get(_fingerprint(e)) or e.meta.get("rephrases") for e in rows]
         counts = Counter(hit for hit in hits if hit)
         if not counts:
             return rows
-        said = (
-            f"{counts.total()} of {len(rows)} rows are questions of test sets"
-            f" ({', '.join(f'{count} {name}' for name, count in counts.most_common())})"
-        )
-        first = rows[next(i for i, hit in enumerate(hits) if hit)].id
-        if self.config.test_rows == "refuse":
-            raise UserError(
-                f"data.train: {said}, the first is {first}: a model trained on them scores what it"
-                " has seen; data.test_rows=drop leaves them out, data.test_rows=keep trains on them"
-                " all the same"
-            )
-        kept = [e for e, hit in zip(rows, hits, strict=True) if not hit]
+        listed = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+        finding = f"{counts.total()} of {len(rows)} rows are questions of test sets ({listed})"
         if self.config.test_rows == "keep":
-            self.notes.append(f"{said}: its scores on these sets mean nothing")
+            self.notes.append(f"{finding}: its scores on these sets mean nothing")
             return rows
+        kept = [e for e, hit in zip(rows, hits, strict=True) if not hit]
+        if self.config.test_rows == "refuse":
+            first = next(e.id for e, hit in zip(rows, hits, strict=True) if hit)
+            raise UserError(
+                f"data.train: {finding}, the first is {first}: a model trained on them scores what"
+                " it has seen; data.test_rows=drop leaves them out, data.test_rows=keep trains on"
+                " them all the same"
+            )
         if not kept:
-            raise UserError(f"data.train: {said}: data.test_rows=drop leaves nothing")
-        self.notes.append(f"{said}: left out")
+            raise UserError(f"data.train: {finding}: data.test_rows=drop leaves nothing")
+        self.notes.append(f"{finding}: left out")
         return kept
 
     def example(self, row: Any, row_id: str, split: Split) -> Example:
@@ -218,7 +132,7 @@ class Math(Task):
             asked, _, rest = problem.question.partition("\n")
         values = {"instruction": asked, "input": rest}
         more: dict[str, Any] = {"guessed": True} if problem.guessed else {}
-        if seen := leaks.known().get(leaks.fingerprint(problem.original)):
+        if seen := contamination.known().get(contamination.fingerprint(problem.original)):
             more["rephrases"] = seen
         return Example(
             row_id,
@@ -247,6 +161,10 @@ class Math(Task):
         if found is not None:
             correct = found == right if kind == "letter" else answers.agree(right, found)
             if correct is None:
-                correct = self.judge(right, found)
+                correct = self.equivalent(right, found)
         rule = answers.RULES.get(self.config.protocol or "")
         return Score(found, correct, rule(prediction, right, kind) if rule else None)
+
+
+def _fingerprint(example: Example) -> bytes:
+    return contamination.fingerprint(example.meta["question"])

@@ -32,48 +32,15 @@ from scalepeft.data.tasks.base import (
     Split,
     Task,
     TaskConfig,
+    protocols,
 )
 
-PROMPT = (
-    "Translate this from {source_language} to {target_language}:\n"
-    "{source_language}: {source}\n{target_language}:"
-)
 RESAMPLES = 1000
 """Of the bootstrap. For all three metrics a core needs 4 s at 2,000 rows, and 40 s and 2 GB at the
 13,500 of CoVoST-2's German test set.
 """
 
-ALMA = Protocol(
-    about=(
-        "ALMA (arXiv 2309.11674): its prompt, the target right behind the colon, beam 5, the first"
-        " line that is not empty. Masked right, other than its script: all of the target and the"
-        " real EOS are learnt, no token of the prompt. Its script cuts the source at 256 tokens;"
-        " here the target's end is cut, in training where both exceed data.cutoff (counted), and no"
-        " source is cut in a test. As in its script, a target that begins with a quote shares a"
-        " token with the colon (6 to 7 % of its German-English rows), which no generation starts"
-        " from: data.tokenise=apart is without that"
-    ),
-    data={
-        "prompt": PROMPT,
-        "test_prompt": None,
-        "completion": "{target}",
-        "train_on": "response",
-        "tokenise": "together",
-        "cutoff": 512,
-        "duplicates": "keep",
-    },
-    evaluate={"num_beams": 5, "max_new_tokens": 256, "stop": []},
-)
-COVOST_HOFT = Protocol(
-    about=(
-        "HOFT (arXiv 2505.16531) on CoVoST-2, to English: all rows of Slovene and Latvian, the"
-        " first 10,000 of German and French (data.train_rows=10000). Prompt, loss mask, lengths and"
-        " beams are not stated: they are ALMA's here, so compare differences between methods rather"
-        " than values with its table"
-    ),
-    data={**ALMA.data, "target_language": "en"},
-    evaluate=ALMA.evaluate,
-)
+PROTOCOLS = protocols("translation")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -90,11 +57,11 @@ class TranslationConfig(TaskConfig):
         bleu_tokenizer: sacreBLEU's; null: by the target (13a; zh, ja-mecab, ko-mecab).
     """
 
-    PROTOCOLS: ClassVar[dict[str, Protocol]] = {"alma": ALMA, "covost-hoft": COVOST_HOFT}
+    PROTOCOLS: ClassVar[dict[str, Protocol]] = PROTOCOLS
 
     name: str = "translation"
     protocol: str | None = "alma"
-    prompt: str = PROMPT
+    prompt: str = PROTOCOLS["alma"].data["prompt"]
     completion: str = "{target}"
     source_language: str = ""
     target_language: str = ""
@@ -129,22 +96,16 @@ class Translation(Task):
     headline = "BLEU"
     translates = True
 
-    def __init__(self, config: TranslationConfig) -> None:
-        super().__init__(config)
-        self.reading: Split = "train"
-        """The split of the last ``examples``: what a file can be depends on it."""
-
     def examples(self, split: Split) -> list[Example]:
         """Reads a split; a test needs sacreBLEU, and says so before anything is generated."""
         if split == "test":
             scorers(self._tokenizer())
-        self.reading = split
         found = super().examples(split)
         return found[: self.config.train_rows] if split == "train" else found
 
-    def rows(self, source: str) -> bitext.Numbered:
+    def rows(self, source: str, split: Split) -> bitext.Numbered:
         """JSON, tsv, pairs of files, reference lines."""
-        return bitext.read(source, self.reading)
+        return bitext.read(source, split)
 
     def example(self, row: Any, row_id: str, split: Split) -> Example:
         """Fills the templates. A reference line has an empty prompt: nothing can be generated

@@ -1,0 +1,134 @@
+"""Methods at equal size: the rank or block size at which one trains a given number of parameters.
+
+A method is sized on the layers of a model alone, ``{(in, out): how many}``, on the meta device.
+"""
+
+import copy
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from scalepeft.adapters import inject
+from scalepeft.adapters.base import Adapter, AdapterConfig
+from scalepeft.core import registry
+from scalepeft.core.errors import UserError
+
+SHARED = tuple(f.name for f in dataclasses.fields(AdapterConfig) if f.name != "name")
+"""Settings that every method has: which layers it adapts."""
+
+Shapes = Mapping[tuple[int, int], int]
+"""(in, out) of a linear layer -> how many such layers are adapted."""
+
+
+def size_key(config: AdapterConfig) -> str | None:
+    """Return the setting that makes a method larger or smaller, None if its size is fixed."""
+    names = {f.name for f in dataclasses.fields(config)}
+    if "structure" in names:  # of surm: balanced factors and circulants have one size
+        return "ldr_rank" if getattr(config, "structure", None) == "ldr" else None
+    return next((key for key in ("rank", "block_size") if key in names), None)
+
+
+def resize(adapter: dict[str, Any], key: str, size: int) -> dict[str, Any]:
+    """Return the settings at another size; the factor on LoRA's update stays as configured."""
+    full = dataclasses.asdict(inject.adapter_config(adapter))
+    resized = {**full, key: size}
+    if key == "rank" and "alpha" in full:
+        ratio = size / full["rank"]
+        resized["alpha"] = full["alpha"] * (math.sqrt(ratio) if full.get("rslora") else ratio)
+    return resized
+
+
+def count_parameters(model: nn.Module, adapter: dict[str, Any]) -> int:
+    """Count what a method would train on a model, which is left as it is.
+
+    Raises:
+        UserError: it does not fit the model.
+    """
+    net = inject.inject(copy.deepcopy(model), adapter)
+    return sum(p.numel() for _, a in inject.adapters(net) for p in a.parameters())
+
+
+def adapted_shapes(model: nn.Module, adapter: dict[str, Any]) -> Counter[tuple[int, int]]:
+    """Count the layers of a model that the settings adapt, by (in, out).
+
+    Raises:
+        UserError: a target that matches nothing.
+    """
+    where = {key: adapter[key] for key in SHARED if key in adapter}
+    net = inject.inject(copy.deepcopy(model), {"name": "lora", "rank": 1, **where})
+    return Counter((m.in_features, m.out_features) for _, m in inject.adapted_layers(net))
+
+
+def nearest(sizes: Iterable[int], count: Callable[[int], float], target: int) -> int | None:
+    """Return the size whose count is nearest to the target, the smaller of two; None if none fits.
+
+    Args:
+        sizes: ascending.
+        count: parameters at a size, ascending; a UserError leaves the size out.
+        target: parameters.
+    """
+    best: tuple[float, int] | None = None
+    for size in sizes:
+        try:
+            number = count(size)
+        except UserError:
+            continue
+        if best is None or abs(number - target) < best[0]:
+            best = abs(number - target), size
+        if number > 2 * target:  # it only grows from here
+            break
+    return None if best is None else best[1]
+
+
+def block_sizes(shapes: Shapes) -> list[int]:
+    """Return the even blocks b with 2 b (BOFT's second factor) a divisor of every input width."""
+    common = math.gcd(*(width for width, _ in shapes))
+    return [b for b in range(2, common // 2 + 1, 2) if common % (2 * b) == 0]
+
+
+def fit(
+    adapter: dict[str, Any],
+    key: str,
+    shapes: Shapes,
+    target: int,
+    sizes: Iterable[int] | None = None,
+) -> dict[str, Any]:
+    """Return the settings with that value of ``key`` which trains nearest to ``target`` parameters.
+
+    Args:
+        adapter: settings of a method.
+        key: ``rank`` or ``block_size``, see ``size_key``.
+        shapes: the layers it adapts.
+        target: parameters over all of them.
+        sizes: those to choose from, ascending; by default all that fit.
+
+    Raises:
+        UserError: no value fits these layers.
+    """
+    refusals: list[UserError] = []
+    name = inject.adapter_config(adapter).name
+    make = registry.find_class("adapters.methods", name, "adapter", Adapter)
+
+    def count(size: int) -> int:
+        try:
+            config = inject.adapter_config(resize(adapter, key, size))
+            with torch.device("meta"):
+                return sum(
+                    number * sum(p.numel() for p in make(config, *shape).parameters())
+                    for shape, number in shapes.items()
+                )
+        except UserError as error:
+            refusals.append(error)
+            raise
+
+    if sizes is None:
+        sizes = range(1, 2 * max(map(max, shapes)) + 1)
+    best = nearest(sizes, count, target)
+    if best is None:
+        raise refusals[0] if refusals else UserError(f"adapter.{key}: no value fits these layers")
+    return resize(adapter, key, best)

@@ -1,0 +1,50 @@
+"""Prepared rows of a pipeline: each split read, checked and written once, as its examples."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from scalepeft.core.files import read_lines, write_atomically
+from scalepeft.core.log import say
+from scalepeft.data.tasks.base import Split, Task, prepared_for, to_prepared
+
+
+def write(task: Task, split: Split, path: Path) -> dict[str, Any]:
+    """Writes a split's examples to ``path``, and beside it what was left out; returns counts."""
+    examples = task.examples(split)
+    key = prepared_for(task, split)
+    rows = (json.dumps(to_prepared(e, key), ensure_ascii=False) + "\n" for e in examples)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, "".join(rows))
+    listed = path.with_name(f"{split}.left-out.txt")
+    listed.unlink(missing_ok=True)  # of an earlier reading
+    if task.skipped:
+        write_atomically(listed, "".join(f"{where}\n" for where in task.skipped))
+        say(f"data.{split}: {len(task.skipped)} broken rows left out, listed in {listed}")
+    for line in task.remarks(split):
+        say(line)
+    return {
+        "rows": len(examples),
+        "left_out": len(task.skipped),
+        "duplicates": task.repeated,
+        "notes": task.notes,
+    }
+
+
+def overlaps(files: dict[Split, Path]) -> dict[str, int]:
+    """``test_questions_in_train`` and so on: how many questions two splits share, but for case and
+    spacing; says those that do.
+    """
+    asked: dict[str, set[str]] = {split: _questions(path) for split, path in files.items()}
+    counts = {}
+    for split, other in (("test", "train"), ("test", "valid"), ("valid", "train")):
+        common = len(asked.get(split, set()) & asked.get(other, set()))
+        counts[f"{split}_questions_in_{other}"] = common
+        if common:
+            say(f"data.{split}: {common} of its questions are in data.{other} too")
+    return counts
+
+
+def _questions(path: Path) -> set[str]:
+    rows = read_lines(path, "prompt", "meta")
+    return {" ".join(str(r["meta"].get("question", r["prompt"])).lower().split()) for r in rows}
