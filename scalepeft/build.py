@@ -61,14 +61,14 @@ def build(
         loss.add_token_loss(model)
         return model
 
-    model = ranks.together(make)
-    weights = ranks.together(lambda: base.weights)
+    model = ranks.all_or_raise(make)
+    weights = ranks.all_or_raise(lambda: base.weights)
     before = weights.bytes_read
     engine = engine_class(config)(config.engine, ranks)
     engine.shard(model, structure.blocks_of(model))
     structure.materialize(model, ranks.device)
     turns = load_weights(model, weights)
-    while ranks.together(lambda: next(turns, "end")) != "end":
+    while ranks.all_or_raise(lambda: next(turns, "end")) != "end":
         poll()
     injection.reset_adapters(model, config.train.seed)
     description = {
@@ -76,8 +76,8 @@ def build(
         "revision": config.model.revision,
         "quant": config.model.quant,
         "double_quant": config.model.double_quant,
-        "fingerprint": ranks.same(
-            ranks.together(lambda: base.fingerprint),
+        "fingerprint": ranks.assert_equal(
+            ranks.all_or_raise(lambda: base.fingerprint),
             f"model.path={config.model.path}: files differ",
         ),
     }

@@ -80,7 +80,7 @@ class Pipeline:
         self.prepared = task_of(self.config)
         """Config and task over the prepared rows."""
         self.opened = base = models.open_base(config.model, ranks)
-        self.base = ranks.main_only(
+        self.base = ranks.run_on_main(
             lambda: {
                 "weights": base.fingerprint,
                 "tokenizer": base.tokenizer_hash,
@@ -93,7 +93,7 @@ class Pipeline:
         last = STAGES.index(options.only or options.last or STAGES[-1])
         for name in STAGES[: last + 1]:
             self.stop.saved = False
-            inputs = self.ranks.main_only(partial(self._begin, name, options))
+            inputs = self.ranks.run_on_main(partial(self._begin, name, options))
             if inputs is None:
                 continue
             started = time.time()
@@ -291,7 +291,7 @@ def run(config: RunConfig, options: Options, stop: StopFlag) -> int:
         ranks = start_ranks(config)
     else:
         ranks = Ranks()  # a job without a GPU, whatever engine and device the others are for
-    lease = ranks.together(lambda: _claim(Path(config.run_dir) / "stages", ranks))
+    lease = ranks.all_or_raise(lambda: _claim(Path(config.run_dir) / "stages", ranks))
     try:
         code = Pipeline(config, task, ranks, stop).run(options)
     except Stopping:

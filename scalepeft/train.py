@@ -155,7 +155,7 @@ def run_on(
 def _check_finished(config: RunConfig, base: Base, ranks: Ranks, records: RunRecorder) -> None:
     """A finished run is finished for its own base and rows; others are named, not passed over."""
     rows = _rows(config, base, ranks)
-    ranks.together(
+    ranks.all_or_raise(
         lambda: check_resumed(
             config, records.resumed, rows.total, base.fingerprint, rows.train.fingerprint()
         )
@@ -226,11 +226,11 @@ def _trainer(
     poll: Callable[[], None],
 ) -> Trainer:
     """Builds the model; refuses a checkpoint that belongs to another base or to other rows."""
-    fingerprint = ranks.same(rows.train.fingerprint(), "data.train: training rows differ")
+    fingerprint = ranks.assert_equal(rows.train.fingerprint(), "data.train: training rows differ")
     poll()
     built = build(config, base, ranks, poll)
     trainer = Trainer(config, ranks, built, fingerprint)
-    ranks.together(
+    ranks.all_or_raise(
         lambda: check_resumed(config, records.resumed, rows.total, base.fingerprint, fingerprint)
     )
     return trainer
@@ -333,8 +333,8 @@ def _rows(config: RunConfig, base: Base, ranks: Ranks) -> _Rows:
             )
         return tokens.prepare(task_of(config), base.tokenizer, base.vocab_size, config.train.seed)
 
-    prepared = ranks.together(lambda: prepare() if ranks.local_rank == 0 else None)
-    train, valid, report = ranks.together(lambda: prepared or prepare())  # now from the cache
+    prepared = ranks.all_or_raise(lambda: prepare() if ranks.local_rank == 0 else None)
+    train, valid, report = ranks.all_or_raise(lambda: prepared or prepare())  # now from the cache
     if ranks.is_main:
         for line in report:
             say(line)

@@ -146,7 +146,7 @@ class Trainer:
             engine.load_state_parts(self.trained, self.optimizer, kinds, fill)
             return reader.bytes_read
 
-        read_bytes = self.ranks.together(read)
+        read_bytes = self.ranks.all_or_raise(read)
         engine.state_loaded()
         self.nonfinite = resumed.state["nonfinite_in_a_row"]
         return resumed.step, read_bytes

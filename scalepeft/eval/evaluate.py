@@ -99,7 +99,7 @@ def evaluate(config: RunConfig, task: Task, kind: Subject, ranks: Ranks, stop: S
         from scalepeft.eval import vllm
 
         vllm.check(config, kind, ranks.world_size)
-    examples = ranks.together(lambda: _examples(task, config.evaluate.limit))
+    examples = ranks.all_or_raise(lambda: _examples(task, config.evaluate.limit))
     for line in task.remarks("test") if ranks.is_main else ():
         say(line)
     target = EvalTarget.find(config, kind, ranks)
@@ -113,7 +113,7 @@ def evaluate(config: RunConfig, task: Task, kind: Subject, ranks: Ranks, stop: S
     if left:
         poll()
         _generate(target, left, examples, predictions, poll)
-    ranks.main_only(lambda: _write_scores(target, task, examples, predictions))
+    ranks.run_on_main(lambda: _write_scores(target, task, examples, predictions))
     if task.translates:  # in a process of its own, now that the model is let go
         ranks.alone(lambda: _add_comet(predictions.path.parent, stop))
 

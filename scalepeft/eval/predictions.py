@@ -56,7 +56,7 @@ class Predictions:
         self.run_dir, self.name, self.settings = run_dir, name, settings
         self.path, self.ranks = run_dir / name / "predictions.jsonl", ranks or Ranks()
         self.asked = {i: hashlib.sha256(p.encode()).hexdigest()[:16] for i, p in prompts.items()}
-        self.done: dict[str, dict[str, Any]] = self.ranks.main_only(self._open)
+        self.done: dict[str, dict[str, Any]] = self.ranks.run_on_main(self._open)
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Write a batch, a part of it on each rank, through to the disk; a collective.
@@ -69,7 +69,7 @@ class Predictions:
             for part in self.ranks.gather(rows)
             for row in part
         ]
-        self.ranks.main_only(lambda: self._write(batch))
+        self.ranks.run_on_main(lambda: self._write(batch))
         self.done.update((row["id"], row) for row in batch)
 
     def check_ours(self) -> None:

@@ -41,9 +41,9 @@ class EvalTarget:
         run_dir = Path(config.run_dir)
         adapter: Any = None
         if kind == "adapter" or (kind == "base" and (run_dir / "adapter").is_dir()):
-            adapter = ranks.together(lambda: injection.read_adapter(run_dir / "adapter"))
+            adapter = ranks.all_or_raise(lambda: injection.read_adapter(run_dir / "adapter"))
         if kind == "merged":
-            config = ranks.together(lambda: _with_merged(config))
+            config = ranks.all_or_raise(lambda: _with_merged(config))
         base = open_base(config.model, ranks)
 
         def look() -> None:
@@ -51,7 +51,7 @@ class EvalTarget:
                 check_base(config, adapter[2].get("base_model", {}), base.fingerprint)
             _ = base.fingerprint, base.tokenizer
 
-        ranks.together(look)
+        ranks.all_or_raise(look)
         if kind != "adapter":
             return cls(kind, config, base, base.fingerprint)
         step = adapter[2].get("step")

@@ -46,7 +46,7 @@ class Base:
     """A frozen base, opened once and passed on; a part is read when it is first asked for.
 
     Reading a part is this rank's own work and raises UserError: ranks agree on it with
-    ``Ranks.together``.
+    ``Ranks.all_or_raise``.
 
     Attributes:
         config: which base.
@@ -116,7 +116,7 @@ def resolve(config: ModelConfig, ranks: Ranks) -> Path:
             return config.path
         return _download(config.path, config.revision)
 
-    here = ranks.together(make)
+    here = ranks.all_or_raise(make)
     # Every rank of a node uses what its local rank 0 found; node paths may differ.
     folders = ranks.gather((here, ranks.local_rank))
     for folder, local_rank in folders[: ranks.rank + 1][::-1]:

@@ -127,7 +127,7 @@ class Ranks:
         dist.gather_object(value, values, dst=0, group=self.control)
         return values
 
-    def same(self, value: str, what: str) -> str:
+    def assert_equal(self, value: str, what: str) -> str:
         """Returns ``value`` if it is equal on every rank, as a node's own copy of a file should be.
 
         Raises:
@@ -141,7 +141,7 @@ class Ranks:
             )
         return value
 
-    def together(self, work: Callable[[], T]) -> T:
+    def all_or_raise(self, work: Callable[[], T]) -> T:
         """Runs ``work`` (without collectives) here; if it fails on any rank, every rank raises.
 
         So that a file missing on one node ends the job everywhere, and nobody waits for a dead
@@ -164,15 +164,15 @@ class Ranks:
                 raise (UserError if kind else RuntimeError)(f"rank {rank}: {text}")
         return result  # type: ignore[return-value]
 
-    def main_only(self, work: Callable[[], T]) -> T:
+    def run_on_main(self, work: Callable[[], T]) -> T:
         """Runs ``work`` on rank 0, returns its result on every rank; its failure is everyone's."""
-        result = [self.together(lambda: work() if self.is_main else None)]
+        result = [self.all_or_raise(lambda: work() if self.is_main else None)]
         if self.world_size > 1:
             dist.broadcast_object_list(result, src=0, group=self.control)
         return result[0]  # type: ignore[return-value]
 
     def alone(self, work: Callable[[], T]) -> T:
-        """``main_only`` for long work that polls for a signal: its Stopping is everyone's."""
+        """``run_on_main`` for long work that polls for a signal: its Stopping is everyone's."""
         stopped = False
 
         def guarded() -> T | None:
@@ -183,7 +183,7 @@ class Ranks:
                 stopped = True
                 return None
 
-        result = self.main_only(guarded)
+        result = self.run_on_main(guarded)
         if self.any(stopped):
             raise Stopping
         return result  # type: ignore[return-value]

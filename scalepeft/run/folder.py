@@ -126,7 +126,7 @@ def check_nodes(run_dir: str, ranks: Ranks) -> None:
         os.close(handle)
         return Path(name)
 
-    seen = ranks.main_only(mark)
+    seen = ranks.run_on_main(mark)
 
     def look() -> None:
         try:
@@ -142,7 +142,7 @@ def check_nodes(run_dir: str, ranks: Ranks) -> None:
             ) from None
 
     try:
-        ranks.together(lambda: look() if ranks.local_rank == 0 else None)
+        ranks.all_or_raise(lambda: look() if ranks.local_rank == 0 else None)
     finally:
         if ranks.is_main:
             seen.unlink(missing_ok=True)

@@ -86,7 +86,7 @@ class RunRecorder:
         self._progress: Progress | None = None
         self._lost: dict[str, float] = {}
         """What came between the last sign of life of the run and this start; for the report."""
-        self.resumed: Checkpoint | None = ranks.main_only(lambda: self._open(allow_changes))
+        self.resumed: Checkpoint | None = ranks.run_on_main(lambda: self._open(allow_changes))
 
     def _open(self, allow_changes: bool) -> Checkpoint | None:
         check_same_run(self.config, allow_changes)
@@ -106,7 +106,7 @@ class RunRecorder:
         Args:
             launched: when this process began, in seconds of the epoch.
         """
-        self.generation, self.resumed, self.evaluated = self.ranks.main_only(
+        self.generation, self.resumed, self.evaluated = self.ranks.run_on_main(
             lambda: self._claim(launched)
         )
 
@@ -149,7 +149,7 @@ class RunRecorder:
 
     def finished(self) -> bool:
         """True if the adapter of this very config is written and no step is left to do."""
-        return self.ranks.main_only(self._finished)
+        return self.ranks.run_on_main(self._finished)
 
     def _finished(self) -> bool:
         file = self.path / "adapter" / "adapter_config.json"
@@ -196,7 +196,7 @@ class RunRecorder:
             if self.ranks.is_main:
                 self._progress = Progress(self.config, first_step, steps)
 
-        self.ranks.together(show)
+        self.ranks.all_or_raise(show)
 
     def close(self, finished: bool, planned: bool) -> None:
         """Writes the last event and tells user and job script how the run ended.
@@ -263,7 +263,7 @@ class RunRecorder:
             except OSError as error:
                 return None, error.strerror or str(error)
 
-        return self.ranks.main_only(begin)
+        return self.ranks.run_on_main(begin)
 
     def abandon_save(self, temporary: Path) -> None:
         """Removes what a save left that failed on some rank."""
@@ -285,13 +285,13 @@ class RunRecorder:
             tell_job("progress", f"step {save.step}")
             return None
 
-        return self.ranks.main_only(commit)
+        return self.ranks.run_on_main(commit)
 
     def save_adapter(self, step: int, base: dict[str, Any]) -> None:
         """Writes adapter/: ``adapter.safetensors`` out of the last checkpoint, then
         ``adapter_config.json``, whose presence means that it is complete.
         """
-        self.ranks.main_only(lambda: self._save_adapter(step, base))
+        self.ranks.run_on_main(lambda: self._save_adapter(step, base))
 
     def _save_adapter(self, step: int, base: dict[str, Any]) -> None:
         self.folder.check_fence()
