@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lm_eval.api.registry import register_model
-from lm_eval.models.huggingface import HFLM
 
 from scalepeft.build import start_ranks
 from scalepeft.config.schema import RunConfig
