@@ -220,7 +220,9 @@ def _parser() -> argparse.ArgumentParser:
             "settings", nargs="*", metavar="model.path=FOLDER", help="where the base is now"
         )
     merge.add_argument(
+        "--base-weights",
         "--base",
+        dest="base",
         choices=("original", "dequantized"),
         default="original",
         help="merge into the weights of the files, or into what the adapter saw in training",
@@ -403,7 +405,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(args, stop)
     except KeyboardInterrupt:
-        print("scalepeft: interrupted; nothing half-written is left", file=sys.stderr)
+        print("scalepeft: interrupted; no partial files left", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         code = _explain(error, args.debug)

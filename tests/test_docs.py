@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, zygote
 
 README = ROOT / "README.md"
-PAGES = [README, *ROOT.glob("CONTRIBUTING.md"), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 SLURM = ("sbatch", "srun", "launch/submit")  # test_slurm.py runs these
 DONE_ELSEWHERE = ("bash launch/demo.sh", "bash launch/test.sh", ".venv/bin/python -m pytest")
 
@@ -137,12 +137,12 @@ def test_demo(tmp_path: Path) -> None:
         which: json.loads((tmp_path / "demo" / folder / "toy/scores.json").read_text())["metrics"][
             "accuracy"
         ]
-        for which, folder in (("base", "eval-base"), ("adapter", "eval"))
+        for which, folder in (("base", "eval-base"), ("tuned", "eval"))
     }
     assert scores["base"]["ci95"][0] <= 0.25 <= scores["base"]["ci95"][1], (
         "the base must score chance"
     )
-    assert scores["adapter"]["value"] > 0.9
+    assert scores["tuned"]["value"] > 0.9
     for which in scores:
         assert re.search(rf"{which} +\S+ +toy +200 +{scores[which]['value']:.1%}", text)
     assert "starts 2 (at step 0, " in text
