@@ -8,393 +8,22 @@ import signal
 import sys
 import time
 import traceback
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any
 
-from scalepeft import __version__
+from scalepeft import arguments
 from scalepeft.core.launch import rank
+from scalepeft.core.log import say
 from scalepeft.core.preemption import BROKEN, FINISHED, USER_ERROR, StopFlag
 
-EPILOG = """\
-exit codes: 0 finished; 75 stopped by SIGTERM, SIGINT or SIGUSR1 and saved, run again to continue;
-            2 a mistake in the call, config or data (one line says which); 1 a bug, a broken machine
-            merge, export, methods and bench end with 130 when they are interrupted
-"""
-TRAIN = """\
-Trains an adapter. On a folder that holds a run it resumes at the newest checkpoint that verifies.
-
-  scalepeft train configs/runs/commonsense_hoft.yaml model.path=DIR_OR_HUB_ID data.train=FILES
-  scalepeft train model=tiny data=toy adapter.rank=8 train.max_steps=50 run_dir=runs/try
-  torchrun --nproc-per-node 8 -m scalepeft train CONFIG engine.name=fsdp2
-
-SECTION=NAME takes a whole file of configs/, SECTION.KEY=VALUE sets one key; the last one wins.
-"""
-
-
-REPORT = """\
-Prints a table and writes report.html (one file, no network), report.md and its plots in report/:
-into RUN_DIR, for several runs into ./report, or where --out says. Of one run RUN_DIR/loss.png too.
-
-  scalepeft report runs/commonsense_hoft
-  scalepeft report runs/hoft runs/lora runs/dora --out comparison
-"""
-MERGE = """\
-Writes OUT, tensor by tensor: no more memory than the largest tensor needs. A method that adds a
-bias gives the model one where its architecture has a switch for it. Prints the error of the merged
-model's logits against the adapted model's.
-
-  scalepeft merge runs/commonsense_hoft merged --base original
-"""
-STAGES = ("prepare", "train", "merge", "evaluate", "report")
-PIPELINE = """\
-Does the stages prepare, train, merge, evaluate and report of a run in RUN_DIR. What is done for the
-same inputs is passed over, what was stopped or killed goes on where it was, what depends on a
-changed input is done again (the old results are moved to RUN_DIR/replaced-N).
-
-  scalepeft pipeline configs/runs/commonsense_hoft.yaml data.train=FILES data.test=FILES
-  launch/local.sh 8 pipeline CONFIG engine=fsdp2 ...        on the GPUs of one machine
-  launch/submit slurm/hoft_llama70b.sh ... --pipeline       a chain of jobs, a stage each
-"""
-SCORE = """\
-Scores predictions with the code that evaluate uses: line by line, or by id where objects have one.
-
-  scalepeft score --task commonsense --predictions out.jsonl --references ARC-Easy/test.json
-  scalepeft score --task math --predictions out.txt --references gsm8k/test.jsonl
-  scalepeft score --task translation --predictions system.en --references ref.en \\
-      data.source_language=de data.target_language=en
-"""
-EXPORT = """\
---format peft   the same method in HF PEFT's layout, for the methods that PEFT has
---format lora   a LoRA that is exactly the adapter (hoft: of rank 2r), for any LoRA server
-"""
-BENCH = """\
-Times forward, backward and optimiser of every method, of HF PEFT's and of the frozen base alone,
-taking turns in one process, and counts bytes saved for backward and peak memory.
-
-  scalepeft bench model --shape small --tokens 2048 --out bench
-  scalepeft bench layer --shape llama-8b-block --precision bf16 --quant nf4 --methods hoft,goft
-"""
-COMPARE = """\
-Trains every method on the same rows, batches and budget: a sweep of rates of equal size under one
-seed, then fresh seeds at each method's best rate. Writes compare.json, .md and .png into OUT: mean
-held-out loss with 95 % intervals, difference to the reference under the same seeds, parameters,
-time, memory. Each cell is an ordinary run in OUT/cells; what is done is never run again.
-
-  scalepeft compare CONFIG model.path=DIR data.train=FILES --methods hoft,shoft,lora --out OUT
-  scalepeft compare CONFIG ... --budget steps --lrs 1e-4,3e-4,1e-3 --seeds 5 --out OUT
-  scalepeft compare --out OUT            goes on with what is there, or prints it again
-"""
-DOCTOR = """\
-Tries what a run needs, in one process or on every rank of a job, and exits with 0, or with 1 and
-the list of what to fix: versions, devices, links between the ranks, bytes through an all-gather,
-clocks, the base, and the file system of the run folder. Trains nothing and leaves nothing behind.
-
-  scalepeft doctor configs/runs/commonsense_hoft.yaml model.path=DIR run_dir=runs/x
-  srun python -m scalepeft doctor CONFIG engine=fsdp2 KEY=VALUE ...
-  SCALEPEFT_COMMAND=doctor sbatch slurm/hoft_llama70b.sh        the job's own nodes and settings
-"""
-PLAN = """\
-What a training needs, from its config alone: memory of a rank by kind, bytes read, collectives,
-checkpoint, and the grace period for Slurm's --signal; the smallest number of GPUs that fits, and
-what to change if it does not. CONFIG and settings are those of scalepeft train.
-
-  scalepeft plan configs/runs/commonsense_hoft.yaml model=llama-3.1-70b engine=fsdp2 \\
-      --nodes 2 --gpus-per-node 8 --gpu H100 --plot plan.png
-"""
-SUBMIT = """\
-Checks config, data and run folder, plans the run (does it fit, does --signal leave time to save),
-keeps the code and the resolved config in RUN_DIR/submissions, and queues JOB_FILE with sbatch. What
-follows JOB_FILE is laid over its settings.
-
-  launch/submit slurm/hoft_llama70b.sh model.path=DIR --sbatch time=12:00:00
-  launch/submit slurm/hoft_llama70b.sh --sweep train.lr=1e-4,3e-4 --throttle 1 --dry-run
-  launch/submit slurm/hoft_llama70b.sh data.test=FILES --then evaluate
-  launch/submit slurm/hoft_llama70b.sh data.test=FILES --pipeline --cpu-sbatch partition=cpu
-  launch/submit slurm/hoft_llama70b.sh run_dir=runs/all --compare methods=hoft,lora,goft
-
-JOB_FILE itself is run as far as slurm/train.sh, to learn its settings: keep slow lines out of it.
-"""
-
+if TYPE_CHECKING:  # its module imports torch
+    from scalepeft.config.schema import RunConfig, Subject
 
 INTERRUPTED = 130  # as the shell reports a death by Ctrl-C
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, as for every other mistake."""
-        print(f"scalepeft: error: {message}; see {self.prog} --help", file=sys.stderr)
-        sys.exit(USER_ERROR)
-
-
-def _parser() -> argparse.ArgumentParser:
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = _Parser("scalepeft", description=__doc__, epilog=EPILOG, formatter_class=shape)
-    parser.add_argument("--version", action="version", version=f"scalepeft {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    train = commands.add_parser(
-        "train",
-        help="train an adapter, or resume",
-        description=TRAIN,
-        epilog=EPILOG,
-        formatter_class=shape,
-    )
-    train.add_argument(
-        "settings", nargs="*", metavar="[CONFIG] KEY=VALUE", help="a YAML file, then settings"
-    )
-    train.add_argument(
-        "--resume-with-changes",
-        action="store_true",
-        help="continue although harmless keys differ from the run's config",
-    )
-
-    evaluate = commands.add_parser(
-        "evaluate", help="generate answers for data.test and score them", epilog=EPILOG
-    )
-    evaluate.add_argument("run_dir", help="folder of a finished run")
-    evaluate.add_argument(
-        "settings", nargs="*", metavar="KEY=VALUE", help="e.g. data.test=FILES evaluate.limit=100"
-    )
-    which = evaluate.add_mutually_exclusive_group()
-    which.add_argument(
-        "--base", action="store_true", help="score the base model without the adapter"
-    )
-    which.add_argument(
-        "--merged", action="store_true", help="score the checkpoint in RUN_DIR/merged"
-    )
-
-    pipeline = commands.add_parser(
-        "pipeline",
-        help="prepare, train, merge, evaluate, report: each once, resumable",
-        description=PIPELINE,
-        epilog=EPILOG,
-        formatter_class=shape,
-    )
-    pipeline.add_argument("settings", nargs="*", metavar="[CONFIG] KEY=VALUE", help="as for train")
-    which = pipeline.add_mutually_exclusive_group()
-    which.add_argument("--stage", choices=STAGES, help="this one alone; those before it are done")
-    which.add_argument("--until", choices=STAGES, help="end after this one")
-    pipeline.add_argument(
-        "--from", dest="first", choices=STAGES, help="do this one and those after it again"
-    )
-
-    score = commands.add_parser(
-        "score",
-        help="score any system's output files; needs no model",
-        description=SCORE,
-        formatter_class=shape,
-    )
-    score.add_argument("settings", nargs="*", metavar="data.KEY=VALUE", help="e.g. data.protocol=")
-    score.add_argument("--task", required=True, help="commonsense, math or translation")
-    score.add_argument("--predictions", required=True, metavar="FILE", help="text or json (lines)")
-    score.add_argument("--references", required=True, metavar="FILE", help="rows, or text lines")
-    score.add_argument("--sources", metavar="FILE", help="source text of a translation")
-    score.add_argument("--key", help="of the predictions' objects that holds the text")
-    score.add_argument("--out", metavar="FOLDER", help="for scores.json and scored.jsonl")
-    score.add_argument("--json", action="store_true", help="print scores.json, not a table")
-
-    report = commands.add_parser(
-        "report",
-        help="scores, curves and examples of one run, or of several compared",
-        description=REPORT,
-        formatter_class=shape,
-    )
-    report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="folder of a run")
-    report.add_argument("--out", metavar="FOLDER", help="where the report goes")
-
-    merge = commands.add_parser(
-        "merge",
-        help="write base and adapter as one checkpoint that stock transformers loads",
-        description=MERGE,
-        formatter_class=shape,
-    )
-    export = commands.add_parser(
-        "export",
-        help="write the adapter for HF PEFT, or as a plain LoRA",
-        description=EXPORT,
-        formatter_class=shape,
-    )
-    for command in (merge, export):
-        command.add_argument("run_dir", help="folder of a finished run")
-        command.add_argument("out", help="folder to write; must not exist")
-        command.add_argument(
-            "settings", nargs="*", metavar="model.path=FOLDER", help="where the base is now"
-        )
-    merge.add_argument(
-        "--base-weights",
-        "--base",
-        dest="base",
-        choices=("original", "dequantized"),
-        default="original",
-        help="merge into the weights of the files, or into what the adapter saw in training",
-    )
-    merge.add_argument(
-        "--dtype", choices=("base", "fp32", "bf16"), default="base", help="of the merged weights"
-    )
-    export.add_argument("--format", choices=("peft", "lora"), required=True)
-
-    methods = commands.add_parser("methods", help="all methods: size, cost, exports, papers")
-    methods.add_argument(
-        "--model", default="llama-3.1-8b", help="a shape by name, or a model folder"
-    )
-    methods.add_argument("--json", action="store_true", help="one JSON list instead of a table")
-
-    bench = commands.add_parser(
-        "bench",
-        help="methods against HF PEFT in one run",
-        description=BENCH,
-        formatter_class=shape,
-    )
-    bench.add_argument("what", choices=("layer", "model"))
-    bench.add_argument("--shape", default="small", help="a shape by name, or a model folder")
-    bench.add_argument("--methods", default="all", help="names by comma; 'all' for every one")
-    bench.add_argument("--rank", type=int, default=16, help="of LoRA; the others follow its size")
-    bench.add_argument("--tokens", type=int, default=2048, help="a step, in rows of 512 at most")
-    bench.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    bench.add_argument("--quant", choices=("none", "nf4", "int8"), default="none")
-    bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    bench.add_argument("--repeats", type=int, default=5, help="timed steps of every method")
-    bench.add_argument("--out", default=None, help="folder for bench.json and bench.png")
-    compare = commands.add_parser(
-        "compare",
-        help="train methods against each other, over rates and seeds",
-        description=COMPARE,
-        epilog=EPILOG,
-        formatter_class=shape,
-    )
-    compare.add_argument(
-        "settings", nargs="*", metavar="[CONFIG] KEY=VALUE", help="as for train, without an adapter"
-    )
-    compare.add_argument("--out", required=True, metavar="FOLDER", help="for runs and results")
-    compare.add_argument(
-        "--methods", metavar="A,B,C", help="files of configs/adapters by name, or YAML files"
-    )
-    compare.add_argument(
-        "--lrs",
-        default="x0.3,x1,x3",
-        help="rates for all (1e-4,3e-4), or factors on each method's usual one (%(default)s)",
-    )
-    compare.add_argument("--seeds", type=int, default=3, help="reported runs of each method")
-    compare.add_argument(
-        "--budget",
-        default="parameters",
-        help="what is equal: steps, or parameters too (each method at the size nearest to these)",
-    )
-    compare.add_argument("--reference", default="lora", help="that others are held against")
-    compare.add_argument("--rank", type=int, help="of the reference, whose size is the budget (16)")
-    compare.add_argument("--parameters", type=int, metavar="N", help="the budget as a number")
-    compare.add_argument(
-        "--evaluate", action="store_true", help="score data.test too, in the reported runs"
-    )
-    compare.add_argument("--cell", type=int, metavar="N", help="run this one cell of OUT alone")
-    compare.add_argument("--table", action="store_true", help="run nothing; print what there is")
-    doctor = commands.add_parser(
-        "doctor",
-        help="try what a run needs, here or on every rank",
-        description=DOCTOR,
-        formatter_class=shape,
-    )
-    doctor.add_argument(
-        "settings", nargs="*", metavar="[CONFIG] KEY=VALUE", help="of the run, as for train"
-    )
-    doctor.add_argument("--run-dir", help="folder to look at (default: the config's, or this one)")
-    doctor.add_argument(
-        "--timeout", type=float, default=120, metavar="SECONDS", help="for ranks and each check"
-    )
-    doctor.add_argument("--json", action="store_true", help="one JSON object instead of lines")
-
-    plan = commands.add_parser(
-        "plan",
-        help="memory, traffic, times and grace period of a training, before it queues",
-        description=PLAN,
-        formatter_class=shape,
-    )
-    plan.add_argument("settings", nargs="*", metavar="[CONFIG] KEY=VALUE", help="as for train")
-    plan.add_argument("--nodes", type=int, default=1)
-    plan.add_argument("--gpus-per-node", type=int, default=1, help="one rank each")
-    plan.add_argument(
-        "--gpu", help="A100-40, A100-80, L40S, H100, H200, B200, or nvidia-smi's name of one"
-    )
-    plan.add_argument("--memory", type=float, metavar="GIB", help="of a GPU, in place of its name")
-    plan.add_argument(
-        "--disk-gbps", type=float, default=1.0, metavar="GB/S", help="of the run folder's disk"
-    )
-    plan.add_argument(
-        "--step-seconds", type=float, metavar="S", help="measured, in place of the estimate"
-    )
-    plan.add_argument("--json", action="store_true", help="bytes and seconds, not a table")
-    plan.add_argument("--plot", metavar="FILE.png", help="a bar chart of memory by kind")
-
-    submit = commands.add_parser(
-        "submit",
-        help="queue a job file of slurm/ (launch/submit)",
-        description=SUBMIT,
-        formatter_class=shape,
-    )
-    submit.add_argument("job_file", help="e.g. slurm/hoft_llama70b.sh")
-    submit.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="over the job file's")
-    submit.add_argument(
-        "--sweep", action="append", default=[], metavar="KEY=A,B,C", help="a job array, a run each"
-    )
-    submit.add_argument("--throttle", type=int, default=0, help="runs of a sweep at a time")
-    submit.add_argument(
-        "--pipeline", action="store_true", help="a chain of jobs, one for each stage of pipeline"
-    )
-    submit.add_argument(
-        "--cpu-sbatch", action="append", default=[], metavar="OPTION=VALUE",
-        help="for the stages of --pipeline that need no GPU, e.g. partition=cpu",
-    )  # fmt: skip
-    submit.add_argument("--then", choices=("evaluate",), help="a second job, after a success")
-    submit.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="over #SBATCH lines"
-    )
-    submit.add_argument(
-        "--compare", action="append", default=[], metavar="OPTION=VALUE",
-        help="scalepeft compare in run_dir as job arrays, e.g. methods=hoft,lora",
-    )  # fmt: skip
-    submit.add_argument("--resume-with-changes", action="store_true", help="as for scalepeft train")
-    submit.add_argument("--dry-run", action="store_true", help="print, queue and write nothing")
-    submit.add_argument("--gpu", help="as for plan, where the job file does not name its GPUs")
-    submit.add_argument(
-        "--no-plan", dest="plan", action="store_false", help="do not look whether the run fits"
-    )
-
-    status = commands.add_parser("status", help="how runs stand (launch/status)")
-    status.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="a run, or a sweep's folder")
-    status.add_argument("--json", action="store_true", help="one JSON list")
-    settings = commands.add_parser("config", help="print the resolved settings, or every key")
-    settings.add_argument("settings", nargs="*", metavar="[CONFIG] KEY=VALUE", help="as for train")
-    settings.add_argument(
-        "--reference", nargs="?", const="", metavar="SECTION", help="every key, of a section or all"
-    )
-    for command in (
-        train, evaluate, pipeline, score, report, merge, export, methods, bench, compare, doctor,
-        plan, submit, status, settings
-    ):  # fmt: skip
-        command.add_argument(
-            "--debug", action="store_true", help="show the traceback of a user error too"
-        )
-    return parser
-
-
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    """Parses; flags may stand anywhere between settings, which argparse alone does not allow."""
-    parser = _parser()
-    args, left = parser.parse_known_args(argv)
-    settings = [a for a in left if "=" in a and not a.startswith("-")]
-    if len(settings) != len(left) or (settings and not hasattr(args, "settings")):
-        parser.error(f"unrecognized arguments: {' '.join(left)}")
-    if settings:
-        args.settings = [*args.settings, *settings]
-    if args.command in ("merge", "export"):
-        for name in ("run_dir", "out"):
-            if "=" in getattr(args, name):
-                parser.error(f"{name.upper()}={getattr(args, name)}: RUN_DIR and OUT come first")
-    return args
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns the exit code."""
-    args = _arguments(argv)
+    args = arguments.parse(argv, __doc__)
     # Before torch is imported: from here on a signal means "stop in order".
     stop = StopFlag()
     stoppable = args.command in ("train", "evaluate", "pipeline", "compare")
@@ -426,38 +55,58 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, stop: StopFlag) -> int:
-    from scalepeft.config import files as config_files
-    from scalepeft.config import schema as config
+    # Each command's module is imported here, after the signals are taken over.
+    on_ranks = {
+        "train": _train, "pipeline": _pipeline, "evaluate": _evaluate, "compare": _compare,
+    }  # fmt: skip
+    if args.command in on_ranks:
+        return on_ranks[args.command](args, stop)
+    if args.command in ("doctor", "plan", "submit", "status"):
+        return _cluster(args)
+    return _results(args)
 
-    if args.command == "train":
-        path, settings = config_files._config_first(args.settings)
-        run_config, notes = config_files.load(path, settings)
-        from scalepeft import train
 
-        _say_notes(notes)
-        return train.run(run_config, stop, args.resume_with_changes)
-    if args.command == "pipeline":
-        from scalepeft import pipeline
+def _load(args: argparse.Namespace) -> "RunConfig":
+    from scalepeft.config import files
 
-        path, settings = config_files._config_first(args.settings)
-        run_config, notes = config_files.load(path, settings)
-        _say_notes(notes)
-        stages = pipeline.Options(args.first, args.until, args.stage)
-        return pipeline.run(run_config, stages, stop)
-    if args.command == "evaluate":
-        from scalepeft.eval import evaluate
+    config, notes = files.load(*files._config_first(args.settings))
+    for note in notes if rank() == 0 else ():
+        say(note)
+    return config
 
-        subject: config.Subject = "base" if args.base else "merged" if args.merged else "adapter"
-        return evaluate.run(args.run_dir, args.settings, subject, stop)
-    if args.command == "compare":
-        from scalepeft.analysis.compare import command as compare
 
-        return compare.run(compare.Options.of(args), stop)
+def _train(args: argparse.Namespace, stop: StopFlag) -> int:
+    config = _load(args)
+    from scalepeft import train
+
+    return train.run(config, stop, args.resume_with_changes)
+
+
+def _pipeline(args: argparse.Namespace, stop: StopFlag) -> int:
+    config = _load(args)
+    from scalepeft import pipeline
+
+    return pipeline.run(config, pipeline.Options(args.first, args.until, args.stage), stop)
+
+
+def _evaluate(args: argparse.Namespace, stop: StopFlag) -> int:
+    from scalepeft.eval import evaluate
+
+    kind: Subject = "base" if args.base else "merged" if args.merged else "adapter"
+    return evaluate.run(args.run_dir, args.settings, kind, stop)
+
+
+def _compare(args: argparse.Namespace, stop: StopFlag) -> int:
+    from scalepeft.analysis.compare import command
+
+    return command.run(command.Options.of(args), stop)
+
+
+def _results(args: argparse.Namespace) -> int:
     if args.command == "score":
-        from scalepeft.eval import score_files as score
+        from scalepeft.eval import score_files
 
-        values = {k: v for k, v in vars(args).items() if k not in ("command", "debug")}
-        score.run(score.Options(**values))
+        score_files.run(score_files.Options(**_values(args)))
     elif args.command == "report":
         from scalepeft.analysis.report import command as report
 
@@ -467,42 +116,17 @@ def _run(args: argparse.Namespace, stop: StopFlag) -> int:
 
         merge.run(args.run_dir, args.out, args.settings, args.base, args.dtype)
     elif args.command == "export":
-        from scalepeft.export import peft as export
+        from scalepeft.export import peft
 
-        export.run(args.run_dir, args.out, args.settings, args.format)
+        peft.run(args.run_dir, args.out, args.settings, args.format)
     elif args.command == "config":
-        from scalepeft.config import command as config_command
+        from scalepeft.config import command as config
 
-        config_command.run(args.settings, args.reference)
+        config.run(args.settings, args.reference)
     elif args.command == "methods":
         from scalepeft.analysis import methods
 
         methods.run(args.model, args.json)
-    elif args.command == "doctor":
-        from scalepeft.cluster.doctor import command as doctor
-
-        return doctor.run(doctor.Options.of(args))
-    elif args.command == "plan":
-        from scalepeft.cluster.plan import command as plan
-
-        options = plan.Options(
-            nodes=args.nodes,
-            gpus_per_node=args.gpus_per_node,
-            gpu=args.gpu,
-            memory=args.memory,
-            disk=args.disk_gbps * 1e9,
-            step_seconds=args.step_seconds,
-        )
-        plan.run(args.settings, options, args.json, args.plot)
-    elif args.command == "submit":
-        from scalepeft.cluster import submit
-
-        values = {k: v for k, v in vars(args).items() if k not in ("command", "debug")}
-        submit.run(submit.Options(**values))
-    elif args.command == "status":
-        from scalepeft.cluster import status
-
-        status.run(args.run_dirs, args.json)
     else:
         from scalepeft.analysis.bench import command as bench
 
@@ -510,11 +134,32 @@ def _run(args: argparse.Namespace, stop: StopFlag) -> int:
     return FINISHED
 
 
-def _say_notes(notes: list[str]) -> None:
-    from scalepeft.core.log import say
+def _cluster(args: argparse.Namespace) -> int:
+    if args.command == "doctor":
+        from scalepeft.cluster.doctor import command as doctor
 
-    for note in notes if rank() == 0 else ():
-        say(note)
+        return doctor.run(doctor.Options.of(args))
+    if args.command == "plan":
+        from scalepeft.cluster.plan import command as plan
+
+        options = plan.Options(
+            nodes=args.nodes, gpus_per_node=args.gpus_per_node, gpu=args.gpu, memory=args.memory,
+            disk=args.disk_gbps * 1e9, step_seconds=args.step_seconds,
+        )  # fmt: skip
+        plan.run(args.settings, options, args.json, args.plot)
+    elif args.command == "submit":
+        from scalepeft.cluster import submit
+
+        submit.run(submit.Options(**_values(args)))
+    else:
+        from scalepeft.cluster import status
+
+        status.run(args.run_dirs, args.json)
+    return FINISHED
+
+
+def _values(args: argparse.Namespace) -> dict[str, Any]:
+    return {k: v for k, v in vars(args).items() if k not in ("command", "debug")}
 
 
 def _explain(error: Exception, debug: bool) -> int:

@@ -49,7 +49,6 @@ BASE = ["train", *TINY, "train.max_steps=2"]
         (["train.max_steps=0"], ["train.max_steps=0", "greater than or equal to 1"]),
         (["train.epochs=1"], ["one of train.max_steps and train.epochs"]),
         (["train.stop_at=2"], ["train.stop_at=2", "train.max_steps=2"]),
-        (["train.eval_every=1"], ["train.eval_every", "data.valid_size"]),
         (
             ["model.quant=int8", "model.double_quant=true"],
             ["model.double_quant=true needs model.quant=nf4"],

@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A room imports rooms to its left alone; rooms in one group do not import each other.
 ORDER = (
     "core < parallel < data < models < adapters < config < run, build < export, trainer"
-    " < train, eval < analysis < pipeline < cluster < integrations < cli < __main__"
+    " < train, eval < analysis < pipeline < cluster < integrations < arguments < cli < __main__"
 )
 FLOOR = {
     room.strip(): floor for floor, rooms in enumerate(ORDER.split("<")) for room in rooms.split(",")

@@ -142,9 +142,9 @@ def test_mistakes_are_one_line(words: list[str], text: str, tmp_path: Path) -> N
 
 
 def _parsed(words: list[str]) -> Any:
-    from scalepeft import cli
+    from scalepeft import arguments
 
-    return cli._arguments(words)
+    return arguments.parse(words, None)
 
 
 def test_a_folder_without_a_comparison_and_options_without_effect(

@@ -348,16 +348,13 @@ def test_score_names_what_is_wrong(references: Path, content: str, said: str) ->
     assert code == 2 and said in text and len(text.splitlines()) == 1, text
 
 
-def test_ids_of_another_copy_are_taken_by_their_number(references: Path) -> None:
+def test_ids_of_other_references_are_refused(references: Path) -> None:
     """predictions.jsonl is not in the order of its rows: order must never be taken for it."""
     rows = [{"id": f"cluster/test.json#{i}", "prediction": w}
             for i, w in ((3, "true"), (1, "true"), (2, "false"))]  # fmt: skip
     code, text = scored(references, "".join(json.dumps(row) + "\n" for row in rows))
-    assert code == 0 and "made for cluster/test.json" in text and "100.0%" in text
+    assert code == 2 and "its ids (cluster/test.json#3, ...) are not those of" in text
     rows[0]["id"] = None
-    code, text = scored(references, "".join(json.dumps(row) + "\n" for row in rows))
-    assert code == 2 and "row 1: has no id" in text
-    rows[0]["id"] = "other/test.json#3"
     code, text = scored(references, "".join(json.dumps(row) + "\n" for row in rows))
     assert code == 2 and "are not those of" in text
 
@@ -391,7 +388,7 @@ def test_score_refuses_a_row_twice_and_rows_without_a_prediction(references: Pat
     rows = [score.Prediction("true", i, n) for n, i in enumerate(ids, 1)]
     options = score.Options("commonsense", "out", "ref", None, [], None, None, False)
     examples = task(test=[str(references)]).examples("test")
-    with pytest.raises(UserError, match=r"row 3: id .*#2 stood in row 2 already"):
+    with pytest.raises(UserError, match=r"row 3: id .*#2 appears in row 2 already"):
         score.match(rows, examples, options, 0)
     with pytest.raises(
         UserError, match=r"1 of 3 rows of ref have no prediction, the first is .*#3"
