@@ -22,12 +22,13 @@ warn() { [ -z "$skipped" ] || echo "test: WARNING: no $skipped here and no root 
 warn
 [ -z "$skipped" ] || [ -z "${CI:-}" ] || { echo "test: with CI set that is a failure" >&2; exit 1; }
 
+workers=${SCALEPEFT_TEST_WORKERS:-$(($(nproc) + 1))}  # before nproc, too, takes OMP_NUM_THREADS for all there is
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 code=0
 # The Slurm tests wait for Slurm more than they compute: one worker more than cores.
-.venv/bin/python -m pytest -rs -n "${SCALEPEFT_TEST_WORKERS:-$(($(nproc) + 1))}" --dist loadgroup "$@" || code=$?
+.venv/bin/python -m pytest -rs -n "$workers" --dist loadgroup "$@" || code=$?
 warn
 exit $code

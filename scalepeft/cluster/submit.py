@@ -15,20 +15,16 @@ from pathlib import Path
 
 from scalepeft.analysis.compare import command as compare
 from scalepeft.build import check_batch, engine_class, task_of
-from scalepeft.cluster import sbatch
-from scalepeft.cluster.plan import gpus, planning
+from scalepeft.cluster import jobplan, sbatch
 from scalepeft.cluster.sbatch import Job
-from scalepeft.config import changes
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError
-from scalepeft.core.fields import Decides
 from scalepeft.core.files import write_atomically
 from scalepeft.core.log import say
 from scalepeft.core.slurm import ACTIVE
-from scalepeft.models import dimensions as sources
 from scalepeft.models import hub as models
 from scalepeft.pipeline import ON_RANKS, STAGES
 from scalepeft.pipeline import check as check_pipeline
@@ -107,7 +103,8 @@ def run(options: Options) -> None:
     _check(configs, header, options)
     design = _design(path, settings, options, base_dir) if options.compare else None
     if options.plan:
-        _plan(configs if design is None else _competitors(design), header, options)
+        planned = configs if design is None else _competitors(design)
+        jobplan.check(planned, header, options.gpu)
     folder = _next(base_dir / "submissions")
     texts = {f"configs/{i}.yaml": _text(config, folder) for i, config in enumerate(configs)}
     scripts = {
@@ -263,70 +260,6 @@ def _design(
 def _competitors(design: compare.Design) -> list[RunConfig]:
     """A config of each method, at its usual rate."""
     return [design.config(m, m.usual_lr, design.seeds[0]) for m in design.methods if not m.refused]
-
-
-def _plan(configs: list[RunConfig], header: dict[str, str], options: Options) -> None:
-    gpu, by = (gpus.find(options.gpu), "--gpu") if options.gpu else sbatch.gpu_of(header)
-    if gpu:
-        say(f"plan: for GPU {gpu.name}, by {by}")
-    else:
-        say(
-            f"plan: {by or 'the job file'} names no GPU that is known here: whether the run fits is"
-            " not looked at; add --gpu NAME"
-        )
-    where = planning.Options(
-        nodes=sbatch.nodes_of(header) or 1,
-        gpus_per_node=sbatch.tasks_per_node(header),
-        gpu=gpu.name if gpu else None,
-        network=False,
-        advise=False,
-    )
-    seen = set()
-    for config in configs:
-        kind = f"{config.model} {config.adapter} {changes.deciding(config, Decides.SPEED)}"
-        if kind in seen:
-            continue
-        seen.add(kind)
-        try:
-            sources.find(config.model, network=False)
-        except UserError as error:
-            say(f"not planned: {error}")
-            continue
-        _check_plan(planning.plan(config, where), header)
-
-
-def _check_plan(planned: planning.Plan, header: dict[str, str]) -> None:
-    """Raise UserError for what fails whatever is assumed; what depends on that is only said."""
-    need, gpu = planned.need / planning.GIB, planned.options.target
-    warning = sbatch.warning_seconds(header)
-    tensors, stop = planned.step.peak_bytes / planning.GIB, f"{planned.stop_seconds:.1f} s"
-    rows = f"rows of data.cutoff={planned.config.data.cutoff} tokens"
-    if gpu and tensors > gpu.gib:
-        raise UserError(
-            f"the run's tensors alone, with {rows}, need {tensors:.1f} GiB a GPU, {gpu.name} has"
-            f" {gpu.gib:g}: see scalepeft plan ... --gpu {gpu.name} for what to change, or add"
-            " --no-plan"
-        )
-    if warning is not None and warning < planned.stop_seconds:
-        raise UserError(
-            f"--signal={header['--signal']}: comes {warning} s before the time limit, a step and a"
-            f" save alone take {stop} (assumed: {planning.MFU:.0%} of a GPU's peak, {rows});"
-            f" write --signal=B:USR1@{planned.grace}, or add --no-plan"
-        )
-    say(
-        f"plan: {planned.config.adapter.name}: {need:.1f} GiB a GPU at the peak, {stop} for a step"
-        f" and a save, grace period {planned.grace} s (assumed rates: scalepeft plan)"
-    )
-    if gpu and not planned.fits:
-        say(
-            f"plan: tight: {tensors:.1f} GiB of tensors fit {gpu.name} ({gpu.gib:g} GiB), with what"
-            f" is assumed for CUDA, NCCL and the allocator {need:.1f} GiB do not"
-        )
-    if warning is not None and warning < planned.grace:
-        say(
-            f"plan: --signal={header['--signal']} comes {warning} s before the time limit;"
-            f" --signal=B:USR1@{planned.grace} leaves {planning.SAFETY:g} times what is assumed"
-        )
 
 
 def _check(configs: list[RunConfig], header: dict[str, str], options: Options) -> None:
