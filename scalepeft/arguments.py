@@ -168,6 +168,9 @@ def _training(commands: Any) -> None:
     pipeline.add_argument(
         "--from", dest="first", choices=STAGES, help="do this one and those after it again"
     )
+
+
+def _compare(commands: Any) -> None:
     compare = _command(
         commands,
         "compare",
@@ -345,6 +348,7 @@ def parser(doc: str | None) -> Parser:
     parser.add_argument("--version", action="version", version=f"scalepeft {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _training(commands)
+    _compare(commands)
     _results(commands)
     _methods(commands)
     _before(commands)

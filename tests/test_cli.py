@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, Job, call, rows, train
+from processes import ROOT, TINY, Job, call, rows, train
 
 
 def wrong(*arguments: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, Job, call, losses
+from processes import ROOT, Job, call, losses
 
 METHOD = '''
 """y = base(x) * (1 + s), a scale of each output."""

@@ -148,3 +148,22 @@ def test_signals_can_be_taken_over_before_torch_is_loaded(module: str) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_files_and_functions_stay_short(file: Path) -> None:
+    text = file.read_text()
+    assert text.count("\n") <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 70, node.name
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if f.name == "__init__.py"], ids=str)
+def test_a_rooms_init_holds_its_docstring_alone(file: Path) -> None:
+    docstring, *code = ast.parse(file.read_text()).body
+    assert isinstance(docstring, ast.Expr)
+    if file.parent == PACKAGE:  # hands on the public names
+        assert len(code) <= 5
+    else:
+        assert not code

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FULL, Job, call
+from processes import FULL, Job, call
 from safetensors.torch import load_file, save_file
 
 from scalepeft import pipeline

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import references
 import torch
-from conftest import Job
+from processes import Job
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import adapter_bytes, call, losses, rows, zygote
+from processes import adapter_bytes, call, losses, rows, zygote
 from safetensors.torch import load_file
 
 from scalepeft.adapters import sizing

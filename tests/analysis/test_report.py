@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY
 from matplotlib import pyplot as plt
+from processes import ROOT, TINY
 
 from scalepeft.analysis.report import command as report
 from scalepeft.analysis.report import document, draw, examples, facts, html, markdown, scored

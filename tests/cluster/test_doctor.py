@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Job, train
+from processes import ROOT, TINY, Job, train
 
 from scalepeft.cluster.doctor import command as doctor
 from scalepeft.cluster.doctor import inputs, links, machine, run_folder

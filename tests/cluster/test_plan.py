@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, TINY, Job, train
+from processes import ROOT, TINY, Job, train
 
 from scalepeft.cli import main
 from scalepeft.cluster.plan import command, gpus, planning, report

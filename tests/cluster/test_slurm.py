@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import FULL, ROOT, TINY, adapter_bytes, call, losses, rows, train
+from processes import FULL, ROOT, TINY, adapter_bytes, call, losses, rows, train
 from slurm_cluster import ENDS, Cluster, missing
 from test_docs import COMMANDS
 

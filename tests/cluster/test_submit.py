@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY, train
+from processes import ROOT, TINY, train
 
 from scalepeft.analysis.compare import cells
 from scalepeft.analysis.compare import command as compare

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import call
+from processes import call
 
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as config

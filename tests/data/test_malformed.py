@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import call
+from processes import call
 
 from scalepeft.build import task_of
 from scalepeft.config import schema as config

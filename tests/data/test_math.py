@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from processes import ROOT
 
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as config

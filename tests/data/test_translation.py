@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, call
+from processes import ROOT, call
 
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as config

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Job, call, rows
 from finished import adapted, make_run, stock
+from processes import Job, call, rows
 
 from scalepeft.build import build
 from scalepeft.config import files as config_files

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT
 from finished import METHODS, adapted, distance, logits, make_run, stock, write_adapter
+from processes import ROOT
 from safetensors.torch import load_file, save_file
 from torch import nn
 

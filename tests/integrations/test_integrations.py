@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Job, rows
 from finished import adapted, make_run, stock
+from processes import Job, rows
 
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as cfg

@@ -12,7 +12,7 @@ import engine_corners
 import pytest
 import torch
 import yaml
-from conftest import FULL, Job, adapter_bytes, losses, rows, train
+from processes import FULL, Job, adapter_bytes, losses, rows, train
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Job, rows, train
+from processes import ROOT, Job, rows, train
 
 from scalepeft.analysis.report import command as report
 from scalepeft.cluster import status
@@ -171,7 +171,7 @@ def test_real_runs_leave_what_the_report_needs(tmp_path: Path) -> None:
 
 
 def command(run: Path, *settings: str) -> list[str]:
-    from conftest import TINY
+    from processes import TINY
 
     return ["train", *TINY, f"run_dir={run}", "train.max_steps=6", *settings]
 

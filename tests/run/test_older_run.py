@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, zygote
+from processes import ROOT, zygote
 from safetensors.torch import load_file
 
 OLD = ROOT / "tests/data/run-2026-11-21"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FULL, ROOT, TINY, Job, adapter_bytes, losses, rows, train
+from processes import FULL, ROOT, TINY, Job, adapter_bytes, losses, rows, train
 from test_checkpoint import delete_a_file, empty, flip_a_bit, truncate
 
 from scalepeft.adapters.inject import read_adapter
