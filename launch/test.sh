@@ -28,7 +28,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 code=0
-# The Slurm tests wait for Slurm more than they compute: one worker more than cores.
-.venv/bin/python -m pytest -rs -n "$workers" --dist loadgroup "$@" || code=$?
+# A file's tests share fixtures, so a file stays on one worker, the longest first (tests/conftest.py). The Slurm tests wait
+# for Slurm more than they compute: one worker more than cores.
+.venv/bin/python -m pytest -rs -n "$workers" --dist loadfile --no-loadscope-reorder "$@" || code=$?
 warn
 exit $code

@@ -12,12 +12,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="whole products, more kills and rounds")
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Keep the slow tests of a file, which share expensive fixtures, on one worker of xdist."""
-    if item.get_closest_marker("slow") and not item.get_closest_marker("xdist_group"):
-        item.add_marker(pytest.mark.xdist_group(item.path.name))
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is marked ``full``; the longest first."""
     if not FULL:
