@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from processes import ROOT, zygote
@@ -80,17 +81,28 @@ def desk(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def page_cases() -> list[Any]:
+    """Every page with commands; with ``--full`` alone those that other tests run much of too."""
+    always = ("README", "getting-started", "config", "checkpoints")
+    return [
+        pytest.param(page, id=page.stem, marks=[] if page.stem in always else [pytest.mark.full])
+        for page in PAGES
+        if commands(page)
+    ]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", page_cases())
 def test_the_commands_of_a_page(page: Path, desk: Path) -> None:
+    if page.stem == "slurm":  # a run that its launch/status can look at
+        shutil.copytree(ROOT / "tests/data/run-2026-11-21/finished", desk / "runs/commonsense_hoft")
     for command in commands(page):
         words = shlex.split(command, comments=True)
         if words[0] in SLURM or command.startswith(DONE_ELSEWHERE):
             continue
-        words = ["scalepeft" if word == "python" else word for word in words]
-        if words[:3] == ["scalepeft", "-m", "scalepeft"]:
-            words = words[2:]
-        if {"train", "pipeline", "compare"} & set(words[:4]) and "model=tiny" not in words:
+        if "||" in words:
+            words = ["bash", "-c", command]
+        if {"train", "pipeline", "compare"} & set(words) and "model.path=MODEL" in words:
             words += SHORT
         if "compare" in words:
             words = [{"x0.3,x1,x3": "x1", "3": "1"}.get(word, word) for word in words]
