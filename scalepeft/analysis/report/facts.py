@@ -1,5 +1,6 @@
 """What a run's folder says, without believing it: what is broken is named, the rest is used."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -13,6 +14,7 @@ import yaml
 
 from scalepeft.config import changes
 from scalepeft.config import schema as cfg
+from scalepeft.config.schema import renamed
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import read_lines, read_mapping
 from scalepeft.eval import comet, scores
@@ -140,6 +142,8 @@ def read(folder: Path, name: str) -> Run:
     spent = goodput(folder)
     evaluations, broken = evaluations_of(folder)
     config = _mapping(folder / "config.yaml", yaml.safe_load, problems)
+    with contextlib.suppress(UserError):  # a key under both spellings: shown as it stands
+        config = renamed(config)
     adapter = folder / "adapter/adapter_config.json"
     return Run(
         folder=folder,
