@@ -65,7 +65,15 @@ taking turns in one process, and counts bytes saved for backward and peak memory
 
   scalepeft bench model --shape small --tokens 2048 --out bench
   scalepeft bench layer --shape llama-8b-block --precision bf16 --quant nf4 --methods hoft,goft
+
+bench gpu tries a machine with one GPU: exact bytes and gradients, training of an 8B shape against
+the plan, kills and resumes. It takes --out (gpu-bench), --seconds, --only and --tiny alone, writes
+gpu.json after each section and gpu.md, and ends with 1 if something is a fault.
+
+  scalepeft bench gpu --seconds 500 --out gpu-bench
 """
+BENCH_FLAGS = "shape methods rank tokens precision quant device repeats".split()
+GPU_FLAGS = "seconds only tiny".split()
 COMPARE = """\
 Trains every method on the same rows, batches and budget: a sweep of rates of equal size under one
 seed, then fresh seeds at each method's best rate. Writes compare.json, .md and .png into OUT: mean
@@ -257,16 +265,19 @@ def _methods(commands: Any) -> None:
     )
     methods.add_argument("--json", action="store_true", help="one JSON list instead of a table")
     bench = _command(commands, "bench", "methods against HF PEFT in one run", BENCH)
-    bench.add_argument("what", choices=("layer", "model"))
-    bench.add_argument("--shape", default="small", help="a shape by name, or a model folder")
-    bench.add_argument("--methods", default="all", help="names by comma; 'all' for every one")
-    bench.add_argument("--rank", type=int, default=16, help="of LoRA; the others follow its size")
-    bench.add_argument("--tokens", type=int, default=2048, help="a step, in rows of 512 at most")
-    bench.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    bench.add_argument("--quant", choices=("none", "nf4", "int8"), default="none")
-    bench.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    bench.add_argument("--repeats", type=int, default=5, help="timed steps of every method")
-    bench.add_argument("--out", default=None, help="folder for bench.json and bench.png")
+    bench.add_argument("what", choices=("layer", "model", "gpu"))
+    bench.add_argument("--shape", help="a shape by name, or a model folder (small)")
+    bench.add_argument("--methods", help="names by comma; 'all', the default, for every one")
+    bench.add_argument("--rank", type=int, help="of LoRA (16); the others follow its size")
+    bench.add_argument("--tokens", type=int, help="a step (2048), in rows of 512 at most")
+    bench.add_argument("--precision", choices=("fp32", "bf16"))
+    bench.add_argument("--quant", choices=("none", "nf4", "int8"))
+    bench.add_argument("--device", choices=("auto", "cpu", "cuda"))
+    bench.add_argument("--repeats", type=int, help="timed steps of every method (5)")
+    bench.add_argument("--out", help="folder for bench.json and bench.png, or gpu.json and gpu.md")
+    bench.add_argument("--seconds", type=float, help="gpu: for all sections together (500)")
+    bench.add_argument("--only", metavar="A,B", help="gpu: these sections alone, e.g. env,quant")
+    bench.add_argument("--tiny", action="store_const", const=True, help="gpu: seconds, on any CPU")
 
 
 def _before(commands: Any) -> None:
@@ -369,4 +380,8 @@ def parse(argv: list[str] | None, doc: str | None) -> argparse.Namespace:
         for name in ("run_dir", "out"):
             if "=" in getattr(args, name):
                 made.error(f"{name.upper()}={getattr(args, name)}: RUN_DIR and OUT come first")
+    if args.command == "bench":
+        for name in GPU_FLAGS if args.what != "gpu" else BENCH_FLAGS:
+            if getattr(args, name) is not None:
+                made.error(f"--{name} is not an option of bench {args.what}")
     return args

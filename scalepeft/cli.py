@@ -127,6 +127,10 @@ def _results(args: argparse.Namespace) -> int:
         from scalepeft.analysis import methods
 
         methods.run(args.model, args.json)
+    elif args.what == "gpu":
+        from scalepeft.analysis.bench.gpu import command as gpu
+
+        return gpu.run(args.out, args.seconds, args.only, args.tiny)
     else:
         from scalepeft.analysis.bench import command as bench
 

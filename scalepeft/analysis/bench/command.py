@@ -65,7 +65,8 @@ class Options:
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Options":
         """Takes the fields from the command line."""
-        return cls(**{f.name: getattr(args, f.name) for f in dataclasses.fields(cls)})
+        given = {f.name: getattr(args, f.name) for f in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in given.items() if value is not None})
 
     def check(self) -> None:
         """Refuses numbers, devices and folders that cannot be used.

@@ -1,0 +1,1 @@
+"""``scalepeft bench gpu``: is a machine right, and how fast is it."""

@@ -1,0 +1,80 @@
+"""Right numbers: stored bytes of the device against the CPU's, every method against fp64."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scalepeft.adapters import inject as injection
+from scalepeft.analysis.bench.gpu.session import Session
+from scalepeft.core import registry
+from scalepeft.models import quant
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SETTINGS: dict[str, list[dict[str, Any]]] = {  # beside the defaults
+    "surm": [{"structure": s} for s in ("circulant", "toeplitz", "kronecker", "ldr")],
+    "hut": [{"rank": 4}], "goft": [{"scale": True}],
+}  # fmt: skip
+
+
+def storage(session: Session) -> dict[str, Any]:
+    """NF4 and int8: known bytes; random rows stored here and on the CPU, and read back."""
+    cases = [(f, d) for f in (quant.NF4(False), quant.NF4(True), quant.Int8()) for d in DTYPES]
+    return {f"{fmt} {dtype}": session.attempt(_bytes, fmt, DTYPES[dtype]) for fmt, dtype in cases}
+
+
+def _bytes(session: Session, fmt: quant.Format, dtype: torch.dtype) -> dict[str, Any]:
+    quant.self_check(session.device, fmt)
+    rows = torch.randn(256, 4096, generator=torch.Generator().manual_seed(3)).to(dtype)
+    rows[7] = 0
+    weight, scale = fmt.encode(rows)
+    here = [t.to(session.device) for t in (weight, scale)]
+    got = fmt.encode(rows.to(session.device))
+    decoded = fmt.decode(here[0], here[1], 4096, torch.float32).cpu()
+    return {
+        "weight bytes that differ": int((got[0].cpu() != weight).sum()),
+        "scale bytes that differ": int((got[1].cpu() != scale).sum()),
+        "of": weight.numel() + scale.numel(),
+        "decoded alike": torch.equal(decoded, fmt.decode(weight, scale, 4096, torch.float32)),
+    }
+
+
+def methods(session: Session) -> dict[str, Any]:
+    """Output and all gradients of a layer on the device against fp64: largest relative error."""
+    names = registry.available("adapters.methods")
+    cases = [(name, more) for name in names for more in ({}, *SETTINGS.get(name, []))]
+    label = " {}={}".format
+    return {
+        name + "".join(label(*m) for m in more.items()): session.attempt(_errors, name, more)
+        for name, more in cases
+    }
+
+
+def _errors(session: Session, name: str, more: dict[str, Any]) -> dict[str, float]:
+    torch.manual_seed(0)
+    layer: Any = injection.adapt(nn.Linear(256, 256), name, **more)
+    for p in layer.adapter.parameters():
+        p.data += 0.05 * torch.randn_like(p)
+    x, dy = torch.randn(2, 64, 256), torch.randn(2, 64, 256)
+    want = _run(layer, x, dy, torch.float64, torch.device("cpu"))
+    found = {}
+    for label, dtype in DTYPES.items():
+        pairs = zip(_run(layer, x, dy, dtype, session.device), want, strict=True)
+        found[label] = max(float((a - b).norm() / b.norm()) for a, b in pairs)
+    return found
+
+
+def _run(
+    layer: nn.Module, x: Tensor, dy: Tensor, dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """Output, gradient of x and of the adapter, as fp64; the adapter stays in fp32 under bf16."""
+    layer = copy.deepcopy(layer).to(device)
+    for name, p in layer.named_parameters():
+        low = dtype == torch.bfloat16 and name.startswith("adapter.")
+        p.data = p.data.to(torch.float32 if low else dtype)
+    x = x.to(device, dtype, copy=True).requires_grad_()
+    y = layer(x)
+    y.backward(dy.to(device, dtype))
+    grads = [p.grad for p in layer.parameters() if p.requires_grad]
+    return [t.detach().double().cpu() for t in (y, x.grad, *grads) if t is not None]

@@ -1,0 +1,104 @@
+"""``scalepeft bench gpu --tiny`` on a CPU: every section runs, a failing one is a result."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from processes import call, zygote
+
+from scalepeft.analysis.bench.gpu import command, training
+from scalepeft.analysis.bench.gpu.session import Session
+from scalepeft.core.errors import UserError
+from scalepeft.core.registry import available
+
+
+@pytest.mark.slow
+def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = ["bench", "gpu", "--tiny", "--out", str(tmp_path / "new/out")]
+    done = zygote().run(("-m", "scalepeft"), words, env, timeout=400)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "new/out/gpu.json").read_text())
+    assert list(found) == list(command.SECTIONS)
+    assert not command.has_fault(found)
+    assert "skipped" not in json.dumps(found)
+    for row in found["quant"].values():
+        assert row["decoded alike"]
+        assert row["weight bytes that differ"] == row["scale bytes that differ"] == 0
+    assert set(available("adapters.methods")) <= set(found["exactness"])
+    for row in found["exactness"].values():
+        assert row["fp32"] < 1e-5 and row["bf16"] < 3e-2
+    rows = {f"{a} {s}": found["training"][f"{a} {s}"]
+            for a in training.ROWS for s in training.STORAGES}  # fmt: skip
+    for label, row in rows.items():
+        assert math.isfinite(row["first loss"]) and math.isfinite(row["last loss"]), label
+        assert row["ms"] > 0 and row["peak GiB"] is None and row["launches"] is None
+    (planned,) = found["plan"].values()
+    assert planned["planned GiB"] > 0 and planned["measured GiB"] is None
+    (resumed,) = found["running"].values()
+    assert resumed["bitwise"] and resumed["killed after"] >= 12
+    assert set(found["collectives"]) == {"links", "4-bit bytes"}
+    assert all(row["tokens/s"] > 0 for row in found["generation"].values())
+    text = (tmp_path / "new/out/gpu.md").read_text()
+    assert text.strip() in done.stdout and all(f"\n## {name}\n" in text for name in found)
+    assert not (tmp_path / "new/out/runs").exists()
+
+
+def broken(session: Session) -> dict[str, Any]:
+    raise ZeroDivisionError("of this test")
+
+
+def test_a_section_that_fails_is_a_fault_and_the_next_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def look(session: Session) -> dict[str, Any]:
+        kept = json.loads((tmp_path / "gpu.json").read_text())
+        assert kept["quant"]["fault"] == "ZeroDivisionError: of this test"
+        return {"looked": True}
+
+    monkeypatch.setitem(command.SECTIONS, "quant", broken)
+    monkeypatch.setitem(command.SECTIONS, "exactness", look)
+    assert command.run(str(tmp_path), None, "exactness,env,quant", True) == 1
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert list(found) == ["env", "quant", "exactness"]
+    assert found["exactness"] == {"looked": True}
+    assert "ZeroDivisionError: of this test" in (tmp_path / "gpu.md").read_text()
+
+
+def test_a_section_without_time_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(command.SECTIONS, "quant", broken)
+    assert command.run(str(tmp_path), 1.0, "quant", True) == 0
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found == {"quant": {"skipped": "no time left"}}
+    assert "no time left" in (tmp_path / "gpu.md").read_text()
+
+
+def test_options_that_cannot_be_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"no section .* 'quants'\. .*quant"):
+        command.run(str(tmp_path), None, "env,quants", True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out .*name a folder"):
+        command.run(str(tmp_path / "file"), None, None, True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="no CUDA device here; add --tiny"):
+        command.run(str(tmp_path), None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["gpu", "--tiny", "--rank", "4"], "--rank is not an option of bench gpu"),
+        (["gpu", "--device", "cpu"], "--device is not an option of bench gpu"),
+        (["layer", "--tiny"], "--tiny is not an option of bench layer"),
+        (["model", "--only", "env"], "--only is not an option of bench model"),
+    ],
+)
+def test_a_flag_of_another_bench_is_refused_in_one_line(words: list[str], message: str) -> None:
+    done = call("bench", *words)
+    assert done.returncode == 2 and message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
