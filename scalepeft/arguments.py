@@ -87,7 +87,7 @@ time, memory. Each cell is an ordinary run in OUT/cells; what is done is never r
 DOCTOR = """\
 Tries what a run needs, in one process or on every rank of a job, and exits with 0, or with 1 and
 the list of what to fix: versions, devices, links between the ranks, bytes through an all-gather,
-clocks, the base, and the file system of the run folder. Trains nothing and leaves nothing behind.
+the base, and the file system of the run folder. Trains nothing and leaves nothing behind.
 
   scalepeft doctor configs/runs/commonsense_hoft.yaml model.path=DIR run_dir=runs/x
   srun python -m scalepeft doctor CONFIG engine=fsdp2 KEY=VALUE ...
