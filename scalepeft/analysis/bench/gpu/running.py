@@ -12,8 +12,8 @@ from scalepeft.core.preemption import STOPPED
 
 RUN = (
     "model.path=builtin:tiny", "data.name=toy", "data.train_size=300", "adapter.rank=4",
-    "engine.name=single", "train.precision=bf16", "train.lr=3e-3", "train.global_batch=12",
-    "train.micro_batch=4", "train.max_steps=40", "train.save_every=4",
+    "engine.name=single", "train.precision=bf16", "train.lr=3e-3", "train.global_batch=8",
+    "train.micro_batch=4", "train.max_steps=24", "train.save_every=4",
 )  # fmt: skip
 CASES = {
     "hoft, nf4": ("adapter.name=hoft", "model.quant=nf4"),

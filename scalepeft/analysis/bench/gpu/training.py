@@ -177,11 +177,10 @@ def plan(session: Session) -> dict[str, Any]:
 
 def _planned(session: Session, *row: str) -> dict[str, Any]:
     said = json.loads(session.call("plan", *_settings(session, *row), "--json"))
-    planned, peak = said["peak"]["total"] / GIB, session.results["training"][" ".join(row)]
-    peak = peak["peak GiB"]
-    return {
-        "planned GiB": planned, "measured GiB": peak, "ratio": planned / peak if peak else None
-    }  # fmt: skip
+    planned, label = said["peak"]["total"] / GIB, " ".join(row)
+    peak = session.results["training"][label]["peak GiB"]
+    ratio = planned / peak if peak else None
+    return {"planned GiB": planned, "measured GiB": peak, "ratio": ratio}
 
 
 def generation(session: Session) -> dict[str, Any]:
