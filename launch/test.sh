@@ -30,6 +30,6 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 code=0
 # A file's tests share fixtures, so a file stays on one worker, the longest first (tests/conftest.py). The Slurm tests wait
 # for Slurm more than they compute: one worker more than cores.
-.venv/bin/python -m pytest -rs -n "$workers" --dist loadfile --no-loadscope-reorder "$@" || code=$?
+.venv/bin/python -m pytest -rsf -n "$workers" --dist loadfile --no-loadscope-reorder "$@" || code=$?
 warn
 exit $code

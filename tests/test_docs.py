@@ -83,7 +83,7 @@ def desk(tmp_path: Path) -> Path:
 
 def page_cases() -> list[Any]:
     """Every page with commands; with ``--full`` alone those that other tests run much of too."""
-    always = ("README", "getting-started", "config", "checkpoints")
+    always = ("README", "config", "checkpoints")
     return [
         pytest.param(page, id=page.stem, marks=[] if page.stem in always else [pytest.mark.full])
         for page in PAGES
@@ -142,6 +142,7 @@ def test_the_site_builds(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_demo(tmp_path: Path) -> None:
     assert "bash launch/demo.sh" in COMMANDS and "bash launch/test.sh" in COMMANDS
     text = run(["bash", str(ROOT / "launch/demo.sh"), str(tmp_path / "demo")], tmp_path)

@@ -16,6 +16,7 @@ from scalepeft.core.registry import available
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = ["bench", "gpu", "--tiny", "--out", str(tmp_path / "new/out")]

@@ -299,6 +299,7 @@ def test_a_broken_run_is_named_and_the_rest_shown(
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_a_long_run_stays_small(tmp_path: Path) -> None:
     run = make(tmp_path / "run", steps=200_000)
     long = facts.read(run, "run")

@@ -83,7 +83,7 @@ CASES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.full)])
 def test_a_plan_is_what_really_happens(ranks: int, model: Path) -> None:
     """Peaks to 10 % of the profiler's (they are within 0.2), all else exactly."""
     cases = [settings(model, *more) for more in CASES[ranks]]
@@ -109,6 +109,7 @@ def test_a_plan_is_what_really_happens(ranks: int, model: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_short_models_stand_for_long_ones(model: Path) -> None:
     config, _ = config_files.load(None, settings(model, "engine=fsdp2", "model.quant=nf4"))
     found = source.find(config.model)
@@ -182,7 +183,7 @@ def test_what_stays_is_arithmetic(
 @pytest.mark.slow
 def test_zero_by_arithmetic(blocks: list[str]) -> None:
     base, trained = bytes_by_hand("llama-3.1-8b", "nf4", 1, layers=2)
-    one = [*blocks, "engine.name=zero"]
+    one = [*blocks, "engine=zero"]
     parts = {}
     for stage in (1, 2, 3):
         step = planned([*one, f"engine.stage={stage}"], gpus_per_node=8).step
@@ -202,6 +203,7 @@ def test_zero_by_arithmetic(blocks: list[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_70b_on_a_laptop() -> None:
     """16 GPUs as 2 nodes, 4,096 tokens: under 3 minutes and 4 GB, the part that stays to 1 %."""
     words = [*LLAMA70B, "model.double_quant=false"]
@@ -244,6 +246,7 @@ def test_what_a_run_that_does_not_fit_is_told(blocks: list[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_the_smallest_number_of_gpus() -> None:
     words = ["model=llama-3.1-8b", "data=toy", "run_dir=run", "train.max_steps=9", FEW]
     words += ["engine=fsdp2", "model.quant=none", "model.double_quant=false"]

@@ -359,6 +359,7 @@ def submit(runs: Runs, *words: str, expect: int = 0, plan: bool = False) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.full
 def test_submit_queues_the_stages_as_a_chain(runs: Runs, undisturbed: Path) -> None:
     cluster, file = runs.cluster, str(runs.job_file("data.test_size=20"))
     words = ("evaluate.max_new_tokens=4", "pipeline.evaluate=adapter,merged")
@@ -454,6 +455,7 @@ def test_a_preempted_array_task_comes_back_alone(runs: Runs) -> None:
     assert event["job"] == f"{array}_1"
 
 
+@pytest.mark.full
 def test_the_70b_job_as_it_stands(tmp_path: Path, cluster: Cluster) -> None:
     big = Cluster(nodes=2, cpus=64, gpus=8)
     try:

@@ -229,6 +229,6 @@ if __name__ == "__main__":
         sys.argv = [program[1], *request["arguments"]]
         runpy.run_module(program[1], run_name="__main__", alter_sys=True)
     else:
-        sys.path.insert(0, str(Path(program[0]).resolve().parent))
+        sys.path[:0] = [str(Path(program[0]).resolve().parent), str(Path(__file__).parent)]
         sys.argv = [program[0], *request["arguments"]]
         runpy.run_path(program[0], run_name="__main__")
