@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from processes import call, zygote
 
-from scalepeft.analysis.bench.gpu import command, training
+from scalepeft.analysis.bench.gpu import command, exactness, training
 from scalepeft.analysis.bench.gpu.session import Session
 from scalepeft.core.errors import UserError
 from scalepeft.core.registry import available
+from scalepeft.models import quant
 
 
 @pytest.mark.slow
@@ -103,3 +105,39 @@ def test_a_flag_of_another_bench_is_refused_in_one_line(words: list[str], messag
     done = call("bench", *words)
     assert done.returncode == 2 and message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("seconds", ["0", "-3", "nan", "inf"])
+def test_seconds_that_are_no_budget(seconds: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="--seconds"):
+        command.run(str(out), float(seconds), "env", True)
+    assert not out.exists()
+
+
+def test_a_wrong_number_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(tmp_path, 100, True)
+    right = exactness._errors(session, "lora", {})
+    assert not command.has_fault(right) and 0 < right["fp32"] < 1e-5
+    run, calls = exactness._run, []
+
+    def wrong(*args: Any) -> Any:
+        calls.append(args)
+        found = run(*args)
+        return found if len(calls) == 1 else [t * float("nan") for t in found]
+
+    monkeypatch.setattr(exactness, "_run", wrong)
+    assert command.has_fault(exactness._errors(session, "lora", {}))
+    assert not command.has_fault(exactness._bytes(session, quant.NF4(False), torch.float32))
+    encode = quant.NF4.encode
+    turns = iter([False, True])
+
+    def other(self: Any, rows: Any) -> Any:
+        weight, scale = encode(self, rows)
+        return (weight ^ 1 if next(turns) else weight), scale
+
+    monkeypatch.setattr(quant, "self_check", lambda *_: None)
+    monkeypatch.setattr(quant.NF4, "encode", other)
+    assert command.has_fault(exactness._bytes(session, quant.NF4(False), torch.float32))
+    session.keep("lora", {"fp32": float("nan")})
+    assert json.loads((tmp_path / "gpu.json").read_text()) == {"lora": {"fp32": "nan"}}

@@ -1,5 +1,6 @@
 """``scalepeft bench gpu``: the sections in the order of their worth; one that fails is a result."""
 
+import math
 import os
 import subprocess
 import warnings
@@ -61,6 +62,8 @@ def run(out: str | None, seconds: float | None, only: str | None, tiny: bool | N
             raise errors.unknown("section (--only)", name, SECTIONS)
     if not tiny and not torch.cuda.is_available():
         raise UserError("bench gpu: torch sees no CUDA device here; add --tiny to try it")
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise UserError(f"--seconds {seconds}: expected a number above 0, such as 500")
     folder = Path(out or "gpu-bench").resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -49,6 +49,9 @@ def _kill(session: Session, words: tuple[str, ...], metrics: Path) -> int:
     """Kills a run that goes on; returns the steps that it had written down."""
     with session.start(*words) as process:
         while process.poll() is None and metrics.read_bytes().count(b"\n") < 12:
+            if time.monotonic() > session.end:
+                process.kill()
+                raise RuntimeError("hangs: no new step until the time was over")
             time.sleep(0.005)
         process.kill()
         said = process.communicate()[1]

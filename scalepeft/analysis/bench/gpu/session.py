@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import subprocess
 import sys
 import time
@@ -29,7 +30,8 @@ class Session:
     def keep(self, name: str, value: Any) -> None:
         """Writes ``gpu.json`` anew with this section in it."""
         self.results[name] = value
-        write_atomically(self.out / "gpu.json", json.dumps(self.results, indent=1, default=str))
+        text = json.dumps(_strict(self.results), indent=1, default=str, allow_nan=False)
+        write_atomically(self.out / "gpu.json", text)
 
     def attempt(self, work: Callable[..., Any], *args: Any) -> Any:
         """What ``work(self, *args)`` returns, or why there is nothing: no time, or a fault."""
@@ -72,3 +74,12 @@ class Session:
         if process.returncode not in expect:
             raise RuntimeError(f"scalepeft {words[0]}: exit {process.returncode}: {said[-400:]}")
         return out
+
+
+def _strict(value: Any) -> Any:
+    """NaN and infinity as texts: JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {key: _strict(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_strict(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -140,6 +140,10 @@ def _measure(session: Session, adapter: str, storage: str, ceiling: float) -> di
     weights = shape["num_hidden_layers"] * block + d * shape["vocab_size"]
     rate = 4 * weights * rows * length / ms / 1e9
     peak = torch.cuda.max_memory_allocated() / GIB if session.cuda else None
+    if None in losses:  # a step that was not finite is skipped
+        raise FloatingPointError(
+            f"loss or gradient was not finite in step {losses.index(None) + 1}"
+        )
     return {
         "ms": ms, "tokens/s": 1e3 * rows * length / ms, "TFLOP/s": rate, "MFU": rate / ceiling,
         "peak GiB": peak, "first loss": losses[0], "last loss": losses[-1],
