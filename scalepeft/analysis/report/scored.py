@@ -57,7 +57,12 @@ def _task(task: str, found: list[tuple[Run, Evaluation]], one: bool) -> list[Blo
         for name, metric in e.scores["metrics"].items()
         if metric.get("signature")
     )
-    signatures |= dict.fromkeys(f"COMET: {e.comet['model']}" for _, e in found if e.comet)
+    signatures |= dict.fromkeys(
+        f"COMET: {e.comet['model']}"
+        + (f", unbabel-comet {version}" if (version := e.comet.get("version")) else "")
+        for _, e in found
+        if e.comet
+    )
     return blocks + [Text(signature) for signature in signatures]
 
 
