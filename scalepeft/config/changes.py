@@ -5,14 +5,13 @@
 * ``differences(old, new)``, ``is_harmless(key)``: resume; ``is_free(key)``: never compared there.
 * ``for_evaluation()``, ``for_export()``: keys that ``run.folder.load_run`` lets through.
 * ``decides_rows(key)``: two runs are trained and measured on the same rows where these agree.
-* ``current(flat)``: what an older manifest holds of the keys that decide the training, as now.
 """
 
 import functools
 from pathlib import Path
 from typing import Any
 
-from scalepeft.config.schema import NAMED, PLAIN, TOP, RunConfig, config_class, renamed_key, to_dict
+from scalepeft.config.schema import NAMED, PLAIN, TOP, RunConfig, config_class, to_dict
 from scalepeft.core import registry
 from scalepeft.core.fields import Decides, marks_of
 
@@ -100,12 +99,6 @@ def decides_rows(key: str) -> bool:
     """True for the keys of ``data`` under which rows or their tokens are others."""
     wanted = {Decides.ROWS, Decides.TOKENS, Decides.FILES}
     return bool(_of(key) & wanted) and Decides.PREDICTIONS not in _of(key)
-
-
-def current(flat: dict[str, Any]) -> dict[str, Any]:
-    """The keys that decide what is learned, of an older manifest's ``dotted key -> value``."""
-    renamed = {renamed_key(key): value for key, value in flat.items()}
-    return {key: value for key, value in renamed.items() if _of(key) & LEARNED}
 
 
 def matches_key(key: str, listed: tuple[str, ...]) -> bool:

@@ -155,9 +155,10 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 def _parsed(path: Path) -> dict[str, Any]:
     """The settings of one file, alone."""
     if not path.is_file():
+        shipped = sorted(file.stem for file in (config_root() / "runs").glob("*.yaml"))
         raise UserError(
-            f"no config file {path} (from {Path.cwd()}); the shipped ones are in"
-            f" {config_root()}/runs"
+            f"no config file {path} (from {Path.cwd()}).{nearest(path.stem, shipped)} The shipped"
+            f" ones are {', '.join(shipped)}, in {config_root()}/runs"
         )
     try:
         text = path.read_text(encoding="utf-8")

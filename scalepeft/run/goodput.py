@@ -72,6 +72,8 @@ def goodput(run_dir: Path) -> Goodput | None:
     first = starts[0]["launched"]  # the first that can be read: nothing from before it counts
     rows = [row for row in rows if row["time"] >= first]
     events = [event for event in events if event["time"] >= first]
+    if not events and not rows:  # damaged: a start that is later than all that followed it
+        return None
 
     def total(key: str) -> float:
         own = ("startup", "load")

@@ -98,7 +98,8 @@ class Stage:
     def changes(self, inputs: Any) -> str:
         """Names the inputs that differ from those it was done or begun with; empty if none."""
         manifest = self.done() or self.begun()
-        return differing(manifest.get("inputs"), plain(inputs)) if manifest else ""
+        held = _counting(manifest.get("inputs"), inputs)
+        return differing(held, plain(inputs)) if manifest else ""
 
 
 def _counting(held: Any, inputs: Any) -> Any:

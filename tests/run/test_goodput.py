@@ -55,6 +55,11 @@ def disturbed(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
+def test_a_start_later_than_all_that_followed_it(tmp_path: Path) -> None:
+    write(tmp_path, events=[{**start(1000.0), "launched": 9e9}], metrics=[step(1, 1015.0)])
+    assert goodput.goodput(tmp_path) is None
+
+
 def test_every_second_of_the_wall_time_is_named_once(disturbed: Path) -> None:
     spent = goodput.goodput(disturbed)
     assert spent is not None

@@ -66,3 +66,14 @@ def test_results_set_aside_keep_their_names_and_every_earlier_folder(tmp_path: P
         assert sorted(p.name for p in target.iterdir()) == ["eval", "log"]
         assert json.loads((target / "eval/toy/scores.json").read_text()) == i
     assert not (tmp_path / "eval/toy").exists()
+
+
+def test_settings_that_count_no_more_and_former_spellings_are_no_change(tmp_path: Path) -> None:
+    stage = Stage(tmp_path / "stages", "train")
+    old = {"config": {"data.tokenise": "apart", "data.test_prompt": None}, "rows": {"a": 1}}
+    stage.begin({**old, "data": {"tokenise": "apart", "workers": 2}})
+    stage.finish({**old, "data": {"tokenise": "apart", "workers": 2}}, [], time.time())
+    new = {"config": {"data.tokenize": "apart"}, "rows": {"a": 1}, "data": {"tokenize": "apart"}}
+    assert stage.is_done(new) and stage.changes(new) == ""
+    assert not stage.is_done({**new, "rows": {}}), "of what is no setting nothing is passed over"
+    assert not stage.is_done({**new, "data": {"tokenize": "together"}})
