@@ -1,4 +1,4 @@
-"""What a run's folder says, without believing it: what is broken is named, the rest is used."""
+"""What a run's folder says: what is broken or foreign is named in a line, the rest is used."""
 
 import contextlib
 import hashlib
@@ -13,26 +13,26 @@ import numpy as np
 import yaml
 
 from scalepeft.config import changes
-from scalepeft.config import schema as cfg
 from scalepeft.config.schema import renamed
 from scalepeft.core.errors import UserError
-from scalepeft.core.files import read_lines, read_mapping
+from scalepeft.core.files import digest, read_lines, read_mapping
 from scalepeft.eval import comet, scores
 from scalepeft.run import status
 from scalepeft.run.checkpoint import DamagedCheckpoint, NewerCheckpoint, RunFolder, verify
 from scalepeft.run.goodput import Goodput, goodput
 
 SUBJECTS = {"eval-base": "base", "eval": "tuned", "eval-merged": "merged"}
-COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens_per_second", "time")
+COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens_per_second")
 MARKS = ("config.yaml", "events.jsonl", "metrics.jsonl")
 """One of them makes a folder a run's."""
 SET_ASIDE = re.compile(r"\.old-\d+$")
+FOREIGN = (KeyError, TypeError, ValueError, AttributeError)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One scores.json: ``which`` is base, tuned or merged; ``about`` decides what may be compared
-    with it.
+    """One scores.json: ``which`` is base, tuned or merged; ``about``, its settings.json, decides
+    what may be compared with it.
     """
 
     which: str
@@ -43,20 +43,16 @@ class Evaluation:
     comet: dict[str, Any] | None
 
     @property
-    def metric(self) -> dict[str, Any]:
-        """The one that tables show first."""
-        return scores.first(self.scores)[1]
+    def first(self) -> tuple[str, dict[str, Any]]:
+        """The metric that tables show first, with its name."""
+        return scores.first(self.scores)
 
     @property
-    def metric_name(self) -> str:
-        """Its name."""
-        return scores.first(self.scores)[0]
-
-    @property
-    def mean(self) -> float | None:
-        """Unweighted mean of it over the sources; None with one source."""
-        found: float | None = self.scores.get("mean_of_sources", {}).get(self.scores["headline"])
-        return found
+    def means(self) -> dict[str, str]:
+        """The unweighted mean of each metric over the sources, as text; none with one source."""
+        means, metrics = self.scores.get("mean_of_sources", {}), self.scores["metrics"]
+        held = {name: {**m, "value": means[name]} for name, m in metrics.items() if name in means}
+        return {name: scores.shown(metric) for name, metric in held.items()}
 
 
 @dataclass(frozen=True)
@@ -64,14 +60,12 @@ class Run:
     """A run folder.
 
     Attributes:
-        name: what it is called beside other runs.
-        config: sections of config.yaml; empty where it is lost.
-        metrics: rows of metrics.jsonl.
-        columns: the same by key, NaN where a row has no number.
-        checkpoint: manifest and state of the newest checkpoint that verifies.
+        metrics: rows of metrics.jsonl; in ``columns`` by key, NaN where a row has no number.
+        held_out: step and held-out loss.
         peak: the newest event that tells how much memory was held.
-        adapter: adapter_config.json; empty before the end.
-        problems: what could not be read, one line each.
+        checkpoint: manifest and state of the newest one that verifies.
+        unscored: what of the evaluations could not be read, a line each.
+        problems: what could not be read at all, those lines among them.
     """
 
     folder: Path
@@ -87,6 +81,7 @@ class Run:
     evaluations: list[Evaluation]
     checkpoint: dict[str, Any] | None
     adapter: dict[str, Any]
+    unscored: list[str]
     problems: list[str]
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -102,12 +97,11 @@ class Run:
     @property
     def skipped(self) -> list[int]:
         """Steps whose loss was not finite."""
-        steps, losses = self.columns["step"], self.columns["loss"]
-        return [int(s) for s in steps[~np.isfinite(losses)]]
+        return [int(s) for s in self.columns["step"][~np.isfinite(self.columns["loss"])]]
 
 
 def read_all(folders: list[Path]) -> list[Run]:
-    """Reads runs in the order given, each once.
+    """Read runs in the order given, each once.
 
     Raises:
         UserError: one of them is no run folder.
@@ -125,51 +119,57 @@ def read_all(folders: list[Path]) -> list[Run]:
 
 
 def read(folder: Path, name: str) -> Run:
-    """Reads one run."""
+    """Read one run."""
     problems: list[str] = []
     metrics = read_lines(folder / "metrics.jsonl", "step", "loss", "sample_index")
     metrics = [row for row in metrics if np.isfinite(number(row["step"]))]
-    columns = {
-        key: np.array([number(row.get(key)) for row in metrics], dtype=float) for key in COLUMNS
-    }
     held_out = [
         (row["step"], number(row["loss"]))
         for row in read_lines(folder / "validation.jsonl", "step", "loss")
-        if np.isfinite([number(row["step"]), number(row["loss"])]).all()
     ]
-    events = read_lines(folder / "events.jsonl", "event", "step", "world_size")
-    ended = read_lines(folder / "events.jsonl", "event", "time")
+    events = read_lines(folder / "events.jsonl", "event")
+    starts = [e for e in events if e["event"] == "start" and {"step", "world_size"} <= e.keys()]
     spent = goodput(folder)
-    evaluations, broken = evaluations_of(folder)
+    whole = spent and spent.wall > 0 and np.isfinite([*vars(spent).values()]).all()
+    evaluations, unscored = evaluations_of(folder)
     config = _mapping(folder / "config.yaml", yaml.safe_load, problems)
     with contextlib.suppress(UserError):  # a key under both spellings: shown as it stands
         config = renamed(config)
     adapter = folder / "adapter/adapter_config.json"
+    told = _mapping(adapter, json.loads, problems) if adapter.is_file() else {}
     return Run(
         folder=folder,
         name=name,
         config={k: v for k, v in config.items() if isinstance(v, dict)},
         metrics=metrics,
-        columns=columns,
-        held_out=held_out,
-        starts=[event for event in events if event["event"] == "start"],
-        peak=next((e for e in reversed(ended) if "peak_resident" in e), {}),
+        columns={key: np.array([number(row.get(key)) for row in metrics]) for key in COLUMNS},
+        held_out=[pair for pair in held_out if np.isfinite([number(v) for v in pair]).all()],
+        starts=[_start(event) for event in starts],
+        peak=next((e for e in reversed(events) if "peak_resident" in e), {}),
         status=status.status(folder),
-        goodput=spent if spent and spent.wall > 0 else None,
+        goodput=spent if whole else None,
         evaluations=evaluations,
         checkpoint=_newest(folder, problems),
-        adapter=_mapping(adapter, json.loads, problems) if adapter.is_file() else {},
-        problems=problems + broken + _adapter_problems(folder),
+        adapter=told,
+        unscored=unscored,
+        problems=problems + unscored + _adapter_problems(adapter, told),
     )
 
 
 def number(value: Any) -> float:
-    """A finite number as it is, anything else as NaN."""
+    """Return a finite number as it is, anything else as NaN."""
     try:
         found = float(value) if type(value) in (int, float) else np.nan
     except OverflowError:
         return np.nan
     return found if np.isfinite(found) else np.nan
+
+
+def _start(event: dict[str, Any]) -> dict[str, Any]:
+    """A start event; what it says of ranks and versions only where that is of this form."""
+    ranks, versions = (event.get(key) for key in ("per_rank", "versions"))
+    ranks = [r for r in ranks if isinstance(r, dict)] if isinstance(ranks, list) else []
+    return event | {"per_rank": ranks, "versions": versions if isinstance(versions, dict) else {}}
 
 
 def _mapping(file: Path, parse: Callable[[str], object], problems: list[str]) -> dict[str, Any]:
@@ -181,80 +181,73 @@ def _mapping(file: Path, parse: Callable[[str], object], problems: list[str]) ->
 
 
 def evaluations_of(folder: Path) -> tuple[list[Evaluation], list[str]]:
-    """Every evaluation of a run, base first, and what of them cannot be used."""
+    """Return every evaluation of a run, base first, and what of them cannot be used."""
     found: list[Evaluation] = []
     problems: list[str] = []
-    known = [*SUBJECTS, *sorted({p.name for p in folder.glob("eval-*")} - set(SUBJECTS))]
+    known = [*SUBJECTS, *sorted({p.name for p in folder.glob("eval-*")} - {*SUBJECTS})]
     for sub in known:
         for place in sorted(p for p in (folder / sub).glob("*") if p.is_dir()):
             if SET_ASIDE.search(place.name):
                 continue  # of an older adapter, or other settings
-            which = SUBJECTS.get(sub, sub.removeprefix("eval-"))
             try:
-                found.append(_evaluation(which, place, problems))
+                held = _scores(place / "scores.json")
             except UserError as error:
-                done = _lines_in(place / "predictions.jsonl")
-                so_far = f" ({done} predictions there)" if done else ""
+                done = place / "predictions.jsonl"
+                count = len(done.read_bytes().splitlines()) if done.is_file() else 0
+                so_far = f" ({count} predictions there)" if count else ""
                 problems.append(" ".join(str(error).split()) + so_far)
+                continue
+            which = SUBJECTS.get(sub, sub.removeprefix("eval-"))
+            about = _mapping(place / "settings.json", json.loads, problems)
+            comets = _comet(place, problems)
+            found.append(Evaluation(which, place.name, place, held, about, comets))
     return found, problems
 
 
-def _evaluation(which: str, place: Path, problems: list[str]) -> Evaluation:
-    held = scores.read(place / "scores.json")
+def _scores(file: Path) -> dict[str, Any]:
+    """A scores.json, once all that is shown of it can be written down."""
+    held = scores.read(file)
     try:
-        _check(held)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        for part in (held, *held["sources"].values()):
+            f"{part['count']:,d} {part['no_answer_found']:,d}"
+            for metric in part["metrics"].values():
+                metric["share"] = bool(metric["share"])
+                scores.shown(metric), scores.between(metric)
+        scores.between(scores.first(held)[1])
+        f"{held.get('step') or '-':>6} {held.get('prompts_cut') or 0:,d}"
+        [f"{value:.2f}" for value in held.get("mean_of_sources", {}).values()]
+        held["deviations"] = {k: (v, w) for k, (v, w) in (held.get("deviations") or {}).items()}
+        held["evaluate"] = dict(held.get("evaluate") or {})
+        held["metrics"][held["headline"]]
+    except FOREIGN as error:
         raise UserError(
-            f"{place / 'scores.json'}: damaged, or of another version"
-            f" ({type(error).__name__}: {error}); evaluate again"
+            f"{file}: damaged, or of another version ({type(error).__name__}: {error});"
+            " evaluate again"
         ) from None
-    about = _mapping(place / "settings.json", json.loads, problems)
-    return Evaluation(which, place.name, place, held, about, _comet(place, problems))
+    return held
 
 
 def _comet(place: Path, problems: list[str]) -> dict[str, Any] | None:
     """COMET's scores of these very translations, where they were computed."""
     if not (place / "comet.json").is_file():
         return None
-    held = comet.read(place)
+    held = comet.read(place) or {}
     try:
-        low, high = (held or {})["ci95"]
-        texts = [(place / "comet" / name).read_bytes() for name in comet.TEXTS]
-        figures = [number(value) for value in ((held or {})["score"], low, high)]
-    except (KeyError, TypeError, ValueError, OSError):
-        held, figures, texts = None, [], []
-    if not held or not np.isfinite(figures).all():
+        low, high = held["ci95"]
+        parts = {name: f"{value:.2f}" for name, value in (held.get("sources") or {}).items()}
+        held["texts_of"] = {**parts, None: f"{held['score']:.2f} ({low:.2f} to {high:.2f})"}
+        texts = b"\0".join((place / "comet" / name).read_bytes() for name in comet.TEXTS)
+    except (*FOREIGN, OSError):
         problems.append(f"{place / 'comet.json'}: damaged; evaluate again to have it computed")
         return None
-    if hashlib.sha256(b"\0".join(texts)).hexdigest() != held["texts"]:
+    if hashlib.sha256(texts).hexdigest() != held["texts"]:
         problems.append(f"{place / 'comet.json'}: is of other translations; evaluate again")
         return None
     return held
 
 
-def _check(held: dict[str, Any]) -> None:
-    for part in (held, *held["sources"].values()):
-        if type(part["count"]) is not int or type(part["no_answer_found"]) is not int:
-            raise ValueError("a count that is none")
-        for metric in part["metrics"].values():
-            low, high = metric["ci95"]
-            if not np.isfinite([number(v) for v in (metric["value"], low, high)]).all():
-                raise ValueError("a metric that is no number")
-            metric["share"] = bool(metric["share"])
-    if not np.isfinite([number(v) for v in held.get("mean_of_sources", {}).values()]).all():
-        raise ValueError("a mean that is no number")
-    held["metrics"][held["headline"]]
-
-
-def _lines_in(file: Path) -> int:
-    if not file.is_file():
-        return 0
-    with file.open("rb") as f:
-        return sum(1 for _ in f)
-
-
 def _newest(folder: Path, problems: list[str]) -> dict[str, Any] | None:
-    """Looks for the newest checkpoint that verifies, without touching the folder."""
+    """The newest checkpoint that verifies; the folder is not touched."""
     for step in RunFolder.steps_in(folder / "checkpoints"):
         place = folder / "checkpoints" / f"step-{step:06d}"
         try:
@@ -266,27 +259,21 @@ def _newest(folder: Path, problems: list[str]) -> dict[str, Any] | None:
     return None
 
 
-def _adapter_problems(folder: Path) -> list[str]:
-    held, file = folder / "adapter/adapter_config.json", folder / "adapter/adapter.safetensors"
-    if not held.is_file():
+def _adapter_problems(told: Path, held: dict[str, Any]) -> list[str]:
+    file = told.with_name("adapter.safetensors")
+    if not told.is_file():
         return []
-    told = _mapping(held, json.loads, []).get("sha256")
     if not file.is_file():
-        return [f"{file}: no such file, though {held.name} says that it was written"]
-    with file.open("rb") as f:
-        same = told is None or hashlib.file_digest(f, "sha256").hexdigest() == told
-    return [] if same else [f"{file}: has changed: sha256 differs from {held.name}"]
+        return [f"{file}: no such file, though {told.name} says that it was written"]
+    same = held.get("sha256") in (None, digest(file))
+    return [] if same else [f"{file}: has changed: sha256 differs from {told.name}"]
 
 
 def not_comparable(one: Evaluation, other: Evaluation) -> list[str]:
-    """What differs between two evaluations that must not where their scores are compared."""
+    """Return what differs between two evaluations that must not where their scores are compared."""
     words = {"examples": "rows", "prompt": "prompt", "task_version": "task version"}
-    found = [
-        word
-        for key, word in words.items()
-        if None not in (one.about.get(key), other.about.get(key))
-        and one.about[key] != other.about[key]
-    ]
+    pairs = {word: (one.about.get(key), other.about.get(key)) for key, word in words.items()}
+    found = [word for word, (a, b) in pairs.items() if None not in (a, b) and a != b]
     if one.scores["count"] != other.scores["count"] and "rows" not in found:
         found.append("rows")
     if one.scores["headline"] != other.scores["headline"]:
@@ -298,7 +285,7 @@ def not_comparable(one: Evaluation, other: Evaluation) -> list[str]:
 
 
 def same_rows(runs: list[Run]) -> bool:
-    """True if the losses of runs are over the same rows, as far as their settings tell."""
+    """Return whether the losses of runs are over the same rows, as far as their settings tell."""
 
     def rows(run: Run) -> dict[str, Any]:
         data = run.config.get("data", {})
@@ -307,30 +294,3 @@ def same_rows(runs: list[Run]) -> bool:
         return {**kept, "seed": run.get("train.seed") if run.get("data.valid_size") else None}
 
     return all(run.config.get("data") and rows(run) == rows(runs[0]) for run in runs)
-
-
-def defaults_of(run: Run) -> dict[str, Any] | None:
-    """Dotted key -> default of every setting of a run; None where its config is not one of this
-    version.
-    """
-    found: dict[str, Any] = {}
-    try:
-        for section, plain in cfg.PLAIN.items():
-            found |= dict(changes.flatten({section: cfg.to_dict(plain())}))
-        for section in cfg.NAMED:
-            name = str(run.get(f"{section}.name"))
-            built = cfg.config_class(section, name)(name=name)
-            found |= dict(changes.flatten({section: cfg.to_dict(built)}))
-    except (UserError, TypeError, ValueError):
-        return None
-    return found
-
-
-def protocol_of(run: Run) -> dict[str, Any]:
-    """Dotted key -> value of the protocol that a run names; empty without one."""
-    try:
-        cls = cfg.config_class("data", str(run.get("data.name")))
-        protocol = cls.PROTOCOLS[run.get("data.protocol")]  # type: ignore[attr-defined]
-    except (UserError, KeyError):
-        return {}
-    return dict(changes.flatten({"data": protocol.data, "evaluate": protocol.evaluate}))
