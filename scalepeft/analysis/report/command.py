@@ -30,8 +30,8 @@ def run(run_dirs: list[str], out: str | None = None) -> None:
     runs = read_all([Path(name) for name in run_dirs])
     print("\n\n".join(map(table, runs)) + "\n")
     files = _files(runs, Path(out) if out else None)
-    curves = next((png for file, png in files.items() if file.name == "curves.png"), None)
-    if len(runs) == 1 and curves:
+    if len(runs) == 1 and runs[0].metrics:
+        curves = next(png for file, png in files.items() if file.name == "curves.png")
         _write({runs[0].folder / "loss.png": curves})
         print(f"loss curve: {runs[0].folder / 'loss.png'}")
     written = _write(files)
@@ -61,8 +61,8 @@ def _files(runs: list[Run], out: Path | None) -> dict[Path, bytes]:
     context = render.context(runs)
     plots = render.pictures(context)
     files = {folder / PICTURES / f"{plot['name']}.png": plot["png"] for plot in plots}
-    files[folder / "report.md"] = render.markdown(context).encode()
-    files[folder / "report.html"] = render.html(context).encode()
+    for name, form in (("report.md", "markdown"), ("report.html", "html")):
+        files[folder / name] = render.render(context, form).encode()
     return files
 
 

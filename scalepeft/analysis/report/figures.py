@@ -5,6 +5,7 @@ Colors are Okabe and Ito's, told apart by color-blind readers.
 
 import io
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import matplotlib
@@ -12,11 +13,12 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from scalepeft.analysis.report.load import Run
 from scalepeft.core.text import duration, visible
 from scalepeft.eval import scores
+from scalepeft.run.goodput import Goodput
 
 matplotlib.use("Agg")
 
@@ -42,7 +44,8 @@ SHARES = {
 }  # fmt: skip
 """What wall time goes to -> the field of Goodput, the color."""
 
-Rows = list[tuple[str, list[tuple[str, dict[str, Any]]]]]
+Rows = dict[str, dict[str, dict[str, Any]]]
+"""A line of a plot of scores -> the subjects in it -> metric."""
 
 
 def picture(name: str, alt: str, draw: Callable[[], Figure], caption: str = "") -> dict[str, Any]:
@@ -61,21 +64,11 @@ def smooth(values: np.ndarray) -> tuple[np.ndarray, int]:
     Returns:
         The means, NaN where a window holds none; and the window, in values.
     """
-    width = max(1, len(values) // 40)
-    width += 1 - width % 2
+    width = len(values) // 40 | 1
     finite = np.isfinite(values)
-    padded = [np.pad(np.cumsum(v), (1, 0)) for v in (np.where(finite, values, 0.0), finite * 1.0)]
-    at = np.arange(len(values))
-    low, high = np.maximum(at - width // 2, 0), np.minimum(at + width // 2 + 1, len(values))
-    total, count = (p[high] - p[low] for p in padded)
-    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0), width
-
-
-def medians(x: np.ndarray, y: np.ndarray, parts: int = 200) -> tuple[np.ndarray, np.ndarray]:
-    """Return the medians of stretches of a curve."""
-    kept = np.flatnonzero(np.isfinite(y))
-    found = np.array_split(kept, min(parts, len(kept))) if len(kept) else []
-    return np.array([x[p].mean() for p in found]), np.array([np.median(y[p]) for p in found])
+    columns = (np.where(finite, values, 0.0), finite.astype(float))
+    total, count = (np.convolve(column, np.ones(width), "same") for column in columns)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan), width
 
 
 def label(name: str) -> str:
@@ -96,62 +89,48 @@ def _finite(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def curves(runs: list[Run]) -> Figure:
     """Draw loss above, tokens a second below, over steps, with restarts."""
-    alone, below = len(runs) == 1, len(runs) > 4  # the legend
-    height = 5.4 + (0.3 * (len(runs) // 3 + 1) if below else 0)
-    figure, (loss, speed) = plt.subplots(
-        2, sharex=True, figsize=(8.5, height), height_ratios=(2.3, 1)
-    )
+    alone, size = len(runs) == 1, (8.5, 5.4 + 0.3 * (len(runs) // 3))
+    figure, (loss, speed) = plt.subplots(2, sharex=True, figsize=size, height_ratios=(2.3, 1))
     seen = []
     for i, run in enumerate(runs):
         seen += _loss(loss, run, i, alone)
-        x, y = medians(run.columns["step"], run.columns["tokens_per_second"])
+        x, y = run.columns["step"], smooth(run.columns["tokens_per_second"])[0]
         speed.plot(x, y, **_line(i), lw=1.6, marker="o" if len(x) < 3 else "")
     if alone:
         _restarts(loss, speed, runs[0])
-    if seen:
-        _frame(loss, min(seen), max(seen))
+    low, high = min(seen, default=0), max(seen, default=0)
+    if high > 3 * low > 0:  # a steep beginning would flatten all that follows
+        loss.set_yscale("log")
+        loss.yaxis.set_major_locator(LogLocator(10, (1, 1.5, 2, 3, 5, 7)))
+        loss.yaxis.set_major_formatter("{x:g}")
+        loss.yaxis.set_minor_formatter(NullFormatter())
+        loss.set_ylim(low / 1.1, high * 1.1)
+    elif high > low:
+        loss.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
     loss.set(ylabel="loss (nats a token)", title="Loss" if alone else "Loss of each run")
     speed.set(ylabel="tokens/s", xlabel="step", title="Speed")
     speed.set_ylim(bottom=0)
     for axes in (loss, speed):
         axes.grid(axis="y", lw=0.8)
-    if not alone and any(len(run.starts) > 1 for run in runs):
-        loss.plot([], [], "|", color=INK, ms=11, mew=1.6, label="restart")
-    if not alone and any(run.held_out for run in runs):
-        loss.plot([], [], "o", color=GRAY, mec=INK, mew=0.6, label="held out")
-    if below:
-        figure.legend(*loss.get_legend_handles_labels(), loc="outside lower left", ncols=3)
-    else:
-        loss.legend(loc="upper right")
+    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower left", ncols=3)
     return figure
-
-
-def _frame(axes: Axes, low: float, high: float) -> None:
-    """The range of losses; logarithmic where a steep beginning would flatten all that follows."""
-    if low > 0 and high > 3 * low:
-        axes.set_yscale("log")
-        axes.set_ylim(low / 1.08, high * 1.15)
-        axes.yaxis.set_major_locator(LogLocator(10, (1, 1.5, 2, 3, 5, 7)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        return
-    room = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
-    axes.set_ylim(low - room, high + 1.5 * room)
 
 
 def _loss(axes: Axes, run: Run, i: int, alone: bool) -> list[float]:
     """Draw a run's losses; return values that must be seen."""
     steps, losses = run.columns["step"], run.columns["loss"]
     means, width = smooth(losses)
-    name = f"training, mean of {width} steps" if alone else label(run.name)
-    color = _line(i)["color"]
+    name, color = (
+        f"training, mean of {width} steps" if alone else label(run.name),
+        _line(i)["color"],
+    )
     if alone and width > 1:
         axes.plot(*_finite(steps, losses), color=color, lw=0.8, alpha=0.3, label="training, each")
-    axes.plot(steps, means, **_line(i), lw=2, label=name, marker="o" if len(steps) == 1 else "")
-    at, seen = _finite(steps, means)
-    again = [e["step"] for e in run.starts[1:] if e["step"] > 0]
-    if again and len(seen) and not alone:
-        axes.plot(again, np.interp(again, at, seen), "|", color=INK, ms=11, mew=1.6, zorder=3)
+    again = np.searchsorted(steps, [] if alone else [e["step"] for e in run.starts[1:]])
+    ticks = {"marker": "|", "ms": 11, "mec": INK, "markevery": list(again[again < len(steps)])}
+    axes.plot(
+        steps, means, **_line(i), lw=2, label=name, **(ticks if len(steps) > 1 else {"marker": "o"})
+    )
     held_out = np.array(run.held_out, dtype=float).reshape(-1, 2).T
     if run.held_out:
         axes.plot(
@@ -167,28 +146,21 @@ def _loss(axes: Axes, run: Run, i: int, alone: bool) -> list[float]:
         )  # fmt: skip
     finite = losses[np.isfinite(losses)]
     edges = np.quantile(finite, (0.005, 0.995)) if alone and len(finite) else []
-    return [float(v) for v in (*seen, *held_out[1], *edges)]
+    return [float(v) for v in (*means[np.isfinite(means)], *held_out[1], *edges)]
 
 
 def _restarts(loss: Axes, speed: Axes, run: Run) -> None:
-    """A line at each restart; a new number of ranks is written beside it where there is room."""
-    extent = max([1.0, *run.columns["step"]])
-    written = -extent
-    name: str | None = f"restart ({len(run.starts) - 1})"
-    for before, event in list(zip(run.starts, run.starts[1:], strict=False))[:200]:
-        if event["step"] <= 0:
-            continue
-        at, now = event["step"] + 0.5, event["world_size"]
-        for axes, text in ((loss, name), (speed, None)):
-            axes.axvline(at, color=INK, ls=(0, (4, 3)), lw=1, alpha=0.7, label=text)
-        name = None
-        if now != before["world_size"] and at - written > 0.12 * extent:
-            written = at
-            loss.annotate(
-                f"{before['world_size']} → {now} ranks", (at, 1), (4, -2), va="top", fontsize=10,
-                xycoords=loss.get_xaxis_transform(), textcoords="offset points",
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-            )  # fmt: skip
+    """A line at each restart; of a few, with the number of ranks where it changed."""
+    at = [event["step"] + 0.5 for event in run.starts[1:]]
+    for axes in (loss, speed) if at else ():
+        axes.vlines(
+            at, 0, 1, transform=axes.get_xaxis_transform(), color=INK, ls=(0, (4, 3)), lw=1,
+            alpha=0.7, label=f"restart ({len(at)})",
+        )  # fmt: skip
+    for before, event in pairwise(run.starts[:6]):
+        if event["world_size"] != before["world_size"]:
+            text = f" {before['world_size']} → {event['world_size']} ranks"
+            loss.text(event["step"] + 0.5, 1, text, transform=loss.get_xaxis_transform(), va="top")
 
 
 def rates(runs: list[Run]) -> Figure:
@@ -203,32 +175,28 @@ def rates(runs: list[Run]) -> Figure:
     if norms and max(norms) > 20 * min(norms):
         right.set_yscale("log")
     for axes, title in ((left, "Learning rate"), (right, "Gradient norm, before clipping")):
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+        axes.yaxis.set_major_formatter("{x:.4g}")
         axes.set(xlabel="step", title=title)
         axes.grid(axis="y", lw=0.8)
     return figure
 
 
-def wall_time(runs: list[Run]) -> Figure:
+def wall_time(runs: dict[str, Goodput]) -> Figure:
     """Draw a stacked bar a run: shares of its wall time."""
-    shown = [(run, run.goodput) for run in runs if run.goodput]
-    alone = len(shown) == 1
-    figure, axes = plt.subplots(figsize=(8.5, 1.9 + 0.45 * len(shown)))
-    for place, (_, spent) in enumerate(shown):
-        left = 0.0
-        for name, (key, color) in SHARES.items():
-            took = getattr(spent, key)
-            width = 100 * took / spent.wall
-            text = (f"{name} {duration(took)}" if alone else name) if place == 0 else None
-            axes.barh(place, width, left=left, color=color, height=0.62, label=text)
-            if width > 6:
-                axes.text(
-                    left + width / 2, place, f"{width:.0f}%", ha="center", va="center",
-                    color=INK if color == PALE else "white", fontweight="bold",
-                )  # fmt: skip
-            left += width
-    names = [f"{label(run.name)}\n{duration(spent.wall)}" for run, spent in shown]
-    axes.set_yticks(range(len(shown)), [""] if alone else names)
+    spent, alone = list(runs.values()), len(runs) == 1
+    walls, left = np.array([one.wall for one in spent]), np.zeros(len(spent))
+    figure, axes = plt.subplots(figsize=(8.5, 1.9 + 0.45 * len(spent)))
+    for name, (key, color) in SHARES.items():
+        took = np.array([getattr(one, key) for one in spent])
+        shares = 100 * took / walls
+        text = f"{name} {duration(took[0])}" if alone else name
+        bars = axes.barh(range(len(spent)), shares, 0.62, left, color=color, label=text)
+        written = [f"{share:.0f}%" if share > 6 else "" for share in shares]
+        ink = INK if color == PALE else "white"
+        axes.bar_label(bars, written, label_type="center", color=ink, fontweight="bold")
+        left += shares
+    names = [f"{label(name)}\n{duration(one.wall)}" for name, one in runs.items()]
+    axes.set_yticks(range(len(spent)), [""] if alone else names)
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
     axes.set(xlim=(0, 100), xlabel="% of wall time", title="Where the wall time went")
@@ -238,27 +206,26 @@ def wall_time(runs: list[Run]) -> Figure:
 
 def intervals(title: str, rows: Rows) -> Figure:
     """Draw points with their 95 % intervals: a line for each of ``rows``, a color a subject."""
-    subjects = list(dict.fromkeys(which for _, found in rows for which, _ in found))
+    subjects = list(dict.fromkeys(which for row in rows.values() for which in row))
     colors = {"base": GRAY, "tuned": BLUE, "merged": YELLOW}
     figure, axes = plt.subplots(figsize=(8.5, 1.7 + 0.16 * len(rows) * (1 + len(subjects))))
-    as_share = all(metric["share"] for _, found in rows for _, metric in found)
+    as_share = all(metric["share"] for row in rows.values() for metric in row.values())
     scale = 100 if as_share else 1
     for spot, which in enumerate(subjects):
         shift = 0.5 * (spot - (len(subjects) - 1) / 2) / max(1, len(subjects) - 1)
-        color = colors.get(which, SERIES[(1 + spot) % len(SERIES)])
-        points = [
-            (i, dict(found)[which]) for i, (_, found) in enumerate(rows) if which in dict(found)
-        ]
-        for i, (place, metric) in enumerate(points):
-            at, value = place + shift, scale * metric["value"]
-            low, high = (scale * v for v in metric["ci95"])
-            axes.plot([low, high], [at, at], color=color, lw=2.2, solid_capstyle="butt")
-            axes.plot(value, at, "osD^"[spot % 4], color=color, ms=7, label=None if i else which)
+        metrics = {i + shift: row[which] for i, row in enumerate(rows.values()) if which in row}
+        values = scale * np.array([metric["value"] for metric in metrics.values()])
+        ends = scale * np.array([metric["ci95"] for metric in metrics.values()]).T
+        axes.errorbar(
+            values, list(metrics), xerr=np.abs(ends - values), fmt="osD"[spot], ms=7, lw=2.2,
+            color=colors[which], label=which,
+        )  # fmt: skip
+        for (at, metric), high in zip(metrics.items(), ends[1], strict=True):
             axes.annotate(
                 scores.shown(metric), (high, at), (6, 0), textcoords="offset points", va="center",
                 fontsize=10,
             )  # fmt: skip
-    axes.set_yticks(range(len(rows)), [label(name) for name, _ in rows])
+    axes.set_yticks(range(len(rows)), list(map(label, rows)))
     axes.margins(x=0.12)
     axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="%" if as_share else "points", title=title)
     axes.grid(axis="x", lw=0.8)

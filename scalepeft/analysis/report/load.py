@@ -1,9 +1,8 @@
-"""What a run's folder says: what is broken or foreign is named in a line, the rest is used."""
+"""What a run's folder says: what is broken is named in a line, the rest is used."""
 
 import contextlib
 import hashlib
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,6 @@ SUBJECTS = {"eval-base": "base", "eval": "tuned", "eval-merged": "merged"}
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens_per_second")
 MARKS = ("config.yaml", "events.jsonl", "metrics.jsonl")
 """One of them makes a folder a run's."""
-SET_ASIDE = re.compile(r"\.old-\d+$")
-FOREIGN = (KeyError, TypeError, ValueError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -51,8 +48,7 @@ class Evaluation:
     def means(self) -> dict[str, str]:
         """The unweighted mean of each metric over the sources, as text; none with one source."""
         means, metrics = self.scores.get("mean_of_sources", {}), self.scores["metrics"]
-        held = {name: {**m, "value": means[name]} for name, m in metrics.items() if name in means}
-        return {name: scores.shown(metric) for name, metric in held.items()}
+        return {name: scores.shown({**metrics[name], "value": v}) for name, v in means.items()}
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ class Run:
     status: dict[str, Any]
     goodput: Goodput | None
     evaluations: list[Evaluation]
-    checkpoint: dict[str, Any] | None
+    checkpoint: dict[str, Any]
     adapter: dict[str, Any]
     unscored: list[str]
     problems: list[str]
@@ -106,70 +102,50 @@ def read_all(folders: list[Path]) -> list[Run]:
     Raises:
         UserError: one of them is no run folder.
     """
-    unique = list({folder.resolve(): folder for folder in folders}.values())
-    for folder in unique:
+    unique = {folder.resolve(): folder for folder in folders}
+    for folder in unique.values():
         if not any((folder / name).is_file() for name in MARKS):
             raise UserError(
                 f"{folder} is no run folder: no config.yaml, events.jsonl or metrics.jsonl in it;"
                 " name the run_dir of a training"
             )
-    short = [folder.resolve().name for folder in unique]
-    names = short if len(set(short)) == len(short) else [str(folder) for folder in unique]
-    return [read(folder, name) for folder, name in zip(unique, names, strict=True)]
+    short = len({path.name for path in unique}) == len(unique)
+    return [read(folder, path.name if short else str(folder)) for path, folder in unique.items()]
 
 
 def read(folder: Path, name: str) -> Run:
     """Read one run."""
     problems: list[str] = []
-    metrics = read_lines(folder / "metrics.jsonl", "step", "loss", "sample_index")
-    metrics = [row for row in metrics if np.isfinite(number(row["step"]))]
-    held_out = [
-        (row["step"], number(row["loss"]))
-        for row in read_lines(folder / "validation.jsonl", "step", "loss")
-    ]
-    events = read_lines(folder / "events.jsonl", "event")
-    starts = [e for e in events if e["event"] == "start" and {"step", "world_size"} <= e.keys()]
-    spent = goodput(folder)
-    whole = spent and spent.wall > 0 and np.isfinite([*vars(spent).values()]).all()
-    evaluations, unscored = evaluations_of(folder)
     config = _mapping(folder / "config.yaml", yaml.safe_load, problems)
     with contextlib.suppress(UserError):  # a key under both spellings: shown as it stands
         config = renamed(config)
-    adapter = folder / "adapter/adapter_config.json"
-    told = _mapping(adapter, json.loads, problems) if adapter.is_file() else {}
+    adapter, checkpoint = _adapter(folder / "adapter", problems), _newest(folder, problems)
+    evaluations, unscored = evaluations_of(folder)
+    metrics = read_lines(folder / "metrics.jsonl", "step", "loss", "sample_index")
+    valid = read_lines(folder / "validation.jsonl", "step", "loss")
+    events, spent = read_lines(folder / "events.jsonl", "event", "time", "step"), goodput(folder)
     return Run(
         folder=folder,
         name=name,
         config={k: v for k, v in config.items() if isinstance(v, dict)},
         metrics=metrics,
         columns={key: np.array([number(row.get(key)) for row in metrics]) for key in COLUMNS},
-        held_out=[pair for pair in held_out if np.isfinite([number(v) for v in pair]).all()],
-        starts=[_start(event) for event in starts],
+        held_out=[(r["step"], loss) for r in valid if np.isfinite(loss := number(r["loss"]))],
+        starts=[e for e in events if e["event"] == "start" and "world_size" in e],
         peak=next((e for e in reversed(events) if "peak_resident" in e), {}),
         status=status.status(folder),
-        goodput=spent if whole else None,
+        goodput=spent if spent and spent.wall > 0 else None,
         evaluations=evaluations,
-        checkpoint=_newest(folder, problems),
-        adapter=told,
+        checkpoint=checkpoint,
+        adapter=adapter,
         unscored=unscored,
-        problems=problems + unscored + _adapter_problems(adapter, told),
+        problems=problems + unscored,
     )
 
 
 def number(value: Any) -> float:
     """Return a finite number as it is, anything else as NaN."""
-    try:
-        found = float(value) if type(value) in (int, float) else np.nan
-    except OverflowError:
-        return np.nan
-    return found if np.isfinite(found) else np.nan
-
-
-def _start(event: dict[str, Any]) -> dict[str, Any]:
-    """A start event; what it says of ranks and versions only where that is of this form."""
-    ranks, versions = (event.get(key) for key in ("per_rank", "versions"))
-    ranks = [r for r in ranks if isinstance(r, dict)] if isinstance(ranks, list) else []
-    return event | {"per_rank": ranks, "versions": versions if isinstance(versions, dict) else {}}
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e300 else np.nan
 
 
 def _mapping(file: Path, parse: Callable[[str], object], problems: list[str]) -> dict[str, Any]:
@@ -184,104 +160,72 @@ def evaluations_of(folder: Path) -> tuple[list[Evaluation], list[str]]:
     """Return every evaluation of a run, base first, and what of them cannot be used."""
     found: list[Evaluation] = []
     problems: list[str] = []
-    known = [*SUBJECTS, *sorted({p.name for p in folder.glob("eval-*")} - {*SUBJECTS})]
-    for sub in known:
-        for place in sorted(p for p in (folder / sub).glob("*") if p.is_dir()):
-            if SET_ASIDE.search(place.name):
-                continue  # of an older adapter, or other settings
-            try:
-                held = _scores(place / "scores.json")
-            except UserError as error:
-                done = place / "predictions.jsonl"
-                count = len(done.read_bytes().splitlines()) if done.is_file() else 0
-                so_far = f" ({count} predictions there)" if count else ""
-                problems.append(" ".join(str(error).split()) + so_far)
-                continue
-            which = SUBJECTS.get(sub, sub.removeprefix("eval-"))
-            about = _mapping(place / "settings.json", json.loads, problems)
-            comets = _comet(place, problems)
-            found.append(Evaluation(which, place.name, place, held, about, comets))
+    places = [
+        (which, p) for sub, which in SUBJECTS.items() for p in sorted(folder.glob(f"{sub}/*"))
+    ]
+    for which, place in places:
+        if not place.is_dir() or ".old-" in place.name:  # of an older adapter, or other settings
+            continue
+        try:
+            held = scores.read(place / "scores.json")
+            scores.lines(held)  # all that is shown of it is there
+        except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
+            said = f"{place / 'scores.json'}: damaged, or of another version"
+            said += f" ({type(error).__name__}: {error}); evaluate again"
+            said = " ".join(str(error).split()) if isinstance(error, UserError) else said
+            count = len(read_lines(place / "predictions.jsonl"))
+            problems.append(said + (f" ({count} predictions there)" if count else ""))
+            continue
+        about = _mapping(place / "settings.json", json.loads, problems)
+        found.append(Evaluation(which, place.name, place, held, about, _comet(place, problems)))
     return found, problems
-
-
-def _scores(file: Path) -> dict[str, Any]:
-    """A scores.json, once all that is shown of it can be written down."""
-    held = scores.read(file)
-    try:
-        for part in (held, *held["sources"].values()):
-            f"{part['count']:,d} {part['no_answer_found']:,d}"
-            for metric in part["metrics"].values():
-                metric["share"] = bool(metric["share"])
-                scores.shown(metric), scores.between(metric)
-        scores.between(scores.first(held)[1])
-        f"{held.get('step') or '-':>6} {held.get('prompts_cut') or 0:,d}"
-        [f"{value:.2f}" for value in held.get("mean_of_sources", {}).values()]
-        held["deviations"] = {k: (v, w) for k, (v, w) in (held.get("deviations") or {}).items()}
-        held["evaluate"] = dict(held.get("evaluate") or {})
-        held["metrics"][held["headline"]]
-    except FOREIGN as error:
-        raise UserError(
-            f"{file}: damaged, or of another version ({type(error).__name__}: {error});"
-            " evaluate again"
-        ) from None
-    return held
 
 
 def _comet(place: Path, problems: list[str]) -> dict[str, Any] | None:
     """COMET's scores of these very translations, where they were computed."""
-    if not (place / "comet.json").is_file():
+    stored = comet.read(place)
+    if stored is None:
         return None
-    held = comet.read(place) or {}
-    try:
-        low, high = held["ci95"]
-        parts = {name: f"{value:.2f}" for name, value in (held.get("sources") or {}).items()}
-        held["texts_of"] = {**parts, None: f"{held['score']:.2f} ({low:.2f} to {high:.2f})"}
-        texts = b"\0".join((place / "comet" / name).read_bytes() for name in comet.TEXTS)
-    except (*FOREIGN, OSError):
-        problems.append(f"{place / 'comet.json'}: damaged; evaluate again to have it computed")
-        return None
-    if hashlib.sha256(texts).hexdigest() != held["texts"]:
-        problems.append(f"{place / 'comet.json'}: is of other translations; evaluate again")
-        return None
-    return held
-
-
-def _newest(folder: Path, problems: list[str]) -> dict[str, Any] | None:
-    """The newest checkpoint that verifies; the folder is not touched."""
-    for step in RunFolder.steps_in(folder / "checkpoints"):
-        place = folder / "checkpoints" / f"step-{step:06d}"
-        try:
-            manifest = verify(place)
-            state = json.loads((place / "state.json").read_text())
-            return {**manifest, "state": state if isinstance(state, dict) else {}}
-        except (DamagedCheckpoint, NewerCheckpoint, OSError, ValueError) as error:
-            problems.append(f"checkpoint {place.name} does not verify: {error}")
+    files = [file for name in comet.TEXTS if (file := place / "comet" / name).is_file()]
+    texts = b"\0".join(file.read_bytes() for file in files)
+    if hashlib.sha256(texts).hexdigest() == stored["texts"]:
+        return stored
+    problems.append(f"{place / 'comet.json'}: is of other translations; evaluate again")
     return None
 
 
-def _adapter_problems(told: Path, held: dict[str, Any]) -> list[str]:
-    file = told.with_name("adapter.safetensors")
+def _newest(folder: Path, problems: list[str]) -> dict[str, Any]:
+    """Manifest and ``state`` of the newest checkpoint that verifies; the folder is not touched."""
+    for step in RunFolder.steps_in(folder / "checkpoints"):
+        place = folder / "checkpoints" / f"step-{step:06d}"
+        try:
+            return verify(place) | {"state": json.loads((place / "state.json").read_text())}
+        except (DamagedCheckpoint, NewerCheckpoint, OSError, ValueError) as error:
+            problems.append(f"checkpoint {place.name} does not verify: {error}")
+    return {}
+
+
+def _adapter(folder: Path, problems: list[str]) -> dict[str, Any]:
+    """What adapter_config.json says; nothing before it is written."""
+    told, file = folder / "adapter_config.json", folder / "adapter.safetensors"
     if not told.is_file():
-        return []
+        return {}
+    held = _mapping(told, json.loads, problems)
     if not file.is_file():
-        return [f"{file}: no such file, though {told.name} says that it was written"]
-    same = held.get("sha256") in (None, digest(file))
-    return [] if same else [f"{file}: has changed: sha256 differs from {told.name}"]
+        problems.append(f"{file}: no such file, though {told.name} says that it was written")
+    elif held.get("sha256") not in (None, digest(file)):
+        problems.append(f"{file}: has changed: sha256 differs from {told.name}")
+    return held
 
 
 def not_comparable(one: Evaluation, other: Evaluation) -> list[str]:
     """Return what differs between two evaluations that must not where their scores are compared."""
-    words = {"examples": "rows", "prompt": "prompt", "task_version": "task version"}
-    pairs = {word: (one.about.get(key), other.about.get(key)) for key, word in words.items()}
-    found = [word for word, (a, b) in pairs.items() if None not in (a, b) and a != b]
-    if one.scores["count"] != other.scores["count"] and "rows" not in found:
-        found.append("rows")
-    if one.scores["headline"] != other.scores["headline"]:
-        found.append("metric")
-    how: list[Any] = [a.about.get("generation") for a in (one, other)]
-    if all(isinstance(v, list) for v in how) and how[0] != how[1]:
-        found.append("generation settings")
-    return found
+    about = {"examples": "rows", "prompt": "prompt", "task_version": "task version"}
+    about["generation"] = "generation settings"
+    pairs = [(word, one.about.get(key), other.about.get(key)) for key, word in about.items()]
+    for key, word in {"count": "rows", "headline": "metric"}.items():
+        pairs.append((word, one.scores[key], other.scores[key]))
+    return list(dict.fromkeys(word for word, a, b in pairs if None not in (a, b) and a != b))
 
 
 def same_rows(runs: list[Run]) -> bool:

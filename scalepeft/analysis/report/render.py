@@ -1,4 +1,4 @@
-"""The report of runs as one plain context, and that as HTML and as Markdown by two templates.
+"""The report of runs as one plain context, written as HTML and as Markdown by one template.
 
 All texts in the context are plain. What a template writes of them is escaped unless it is marked,
 and control characters are made visible.
@@ -7,7 +7,6 @@ and control characters are made visible.
 import base64
 import re
 import time
-from collections.abc import Callable
 from functools import partial
 from html import escape
 from typing import Any
@@ -23,19 +22,11 @@ from scalepeft.eval.scores import between
 from scalepeft.eval.scores import shown as score
 
 
-def html(context: dict[str, Any]) -> str:
-    """Return the report as one HTML file: no script, no network, light and dark."""
-    return _environment(visible).get_template("report.html.j2").render(context)
-
-
-def markdown(context: dict[str, Any]) -> str:
-    """Return the report as Markdown, with its plots as PNGs beside it."""
-    made = _environment(line).get_template("report.md.j2").render(context)
-    return made.strip() + "\n"
-
-
-def _environment(text: Callable[[str], str]) -> Environment:
-    """Templates whose every value goes through ``text``."""
+def render(context: dict[str, Any], form: str) -> str:
+    """Return the report as one ``html`` file without script and network, or as ``markdown`` with
+    its plots as PNGs beside it.
+    """
+    text = {"html": visible, "markdown": line}[form]
     environment = Environment(
         loader=PackageLoader("scalepeft.analysis.report"),
         autoescape=True,
@@ -44,8 +35,12 @@ def _environment(text: Callable[[str], str]) -> Environment:
         lstrip_blocks=True,
         finalize=lambda value: value if isinstance(value, Markup) else text(str(value)),
     )
-    environment.filters |= {"fenced": fenced, "data_uri": _data_uri}
-    return environment
+    environment.filters |= {"fenced": fenced, "base64": _base64}
+    return environment.get_template("report.j2").render(context, form=f"{form}.j2").strip() + "\n"
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
 
 
 def line(value: str) -> Markup:
@@ -63,22 +58,16 @@ def fenced(value: str) -> Markup:
     return Markup(f"{fence}text\n{text}\n{fence}")
 
 
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
 def context(runs: list[Run]) -> dict[str, Any]:
-    """Return what the templates write: texts, lists, tables and plots."""
+    """Return what the templates write: texts, lists, tables (their head first) and plots."""
     one, names = len(runs) == 1, ", ".join(run.name for run in runs)
     places = ", ".join(str(run.folder) for run in runs)
-    when = time.strftime("%Y-%m-%d %H:%M %Z")
-    summary = _one(runs[0]) if one else _several(runs)
-    summary["warnings"] += [
-        problem if one else f"{run.name}: {problem}" for run in runs for problem in run.problems
-    ]
+    summary: dict[str, Any] = _one(runs[0]) if one else {"cards": [], "table": _several(runs)}
+    problems = [p if one else f"{run.name}: {p}" for run in runs for p in run.problems]
+    summary["warnings"] = [*summary.get("warnings", ()), *problems]
     return {
         "title": runs[0].name if one else f"{len(runs)} runs: {names}",
-        "subtitle": f"scalepeft report of {places}, as of {when}",
+        "subtitle": f"scalepeft report of {places}, as of {time.strftime('%Y-%m-%d %H:%M %Z')}",
         "summary": summary,
         "tasks": scores.tasks(runs),
         "training": _training(runs),
@@ -95,46 +84,52 @@ def pictures(made: dict[str, Any]) -> list[dict[str, Any]]:
     return plots + made["training"]["pictures"] + made["time"]["pictures"]
 
 
-def _several(runs: list[Run]) -> dict[str, Any]:
-    rows = []
+def _several(runs: list[Run]) -> list[list[str]]:
+    """The runs beside each other."""
+    head = ["run", "method", "base", "status", "step", "score", "held-out loss", "wall time"]
+    rows = [head]
     for run in runs:
         tuned = scores.subject(run, "tuned", "merged")
-        method, base = provenance.method_of(run), provenance.base_of(run, short=True)
-        status, step = provenance.standing(run)[0], provenance.step_of(run)
-        best = scores.with_interval(tuned.first[1]) if tuned else "not evaluated"
-        held_out = f"{run.held_out[-1][1]:.3f}" if run.held_out else "–"
-        wall = duration(run.goodput.wall) if run.goodput else "–"
-        rows.append([run.name, method, base, status, step, best, held_out, wall])
-    head = ["run", "method", "base", "status", "step", "score", "held-out loss", "wall time"]
-    table = {"head": head, "rows": rows, "align": "llllrrrr"}
-    return {"remarks": [], "cards": [], "verdict": "", "warnings": [], "table": table}
+        rows.append(
+            [
+                run.name,
+                provenance.method_of(run),
+                provenance.base_of(run, short=True),
+                run.status["state"],
+                provenance.step_of(run),
+                scores.with_interval(tuned.first[1]) if tuned else "not evaluated",
+                f"{run.held_out[-1][1]:.3f}" if run.held_out else "–",
+                duration(run.goodput.wall) if run.goodput else "–",
+            ]
+        )
+    return rows
 
 
 def _one(run: Run) -> dict[str, Any]:
     """The figures that a reader looks for first, as (label, value, note), and what they say."""
     cards: list[tuple[str, str, str]] = []
     tuned, base = scores.subject(run, "tuned", "merged"), scores.subject(run, "base")
-    for found in [e for e in (tuned, base) if e]:
-        name, metric = found.first
-        note = f"95 % interval {between(metric)}, {found.scores['count']:,} rows"
-        if "mean" in found.scores:
-            note += f"; over all rows {score(found.scores['metrics'][found.scores['headline']])}"
-        elif mean := found.means.get(name):
-            note += f"; mean of {len(found.scores['sources'])} sources {mean}"
-        cards.append((f"{name}, {found.which}", score(metric), note))
+    for e in [e for e in (tuned, base) if e]:
+        name, metric = e.first
+        note = f"95 % interval {between(metric)}, {e.scores['count']:,} rows"
+        if "mean" in e.scores:
+            note += f"; over all rows {score(e.scores['metrics'][e.scores['headline']])}"
+        elif mean := e.means.get(name):
+            note += f"; mean of {len(e.scores['sources'])} sources {mean}"
+        cards.append((f"{name}, {e.which}", score(metric), note))
     if run.held_out:
         (first, begin), (last, end) = run.held_out[0], run.held_out[-1]
-        note = f"at step {last}; {begin:.3f} at step {first}" if last != first else f"step {last}"
-        cards.append(("Held-out loss", f"{end:.3f}", note))
+        cards.append(("Held-out loss", f"{end:.3f}", f"step {last}; {begin:.3f} at step {first}"))
     if run.goodput:
         spent = f"of {duration(run.goodput.wall)} went into steps that count"
         cards.append(("Goodput", f"{run.goodput.share:.0%}", spent))
-    cards.append(("Status", *provenance.standing(run)))
+    state = run.status["state"].partition(",")[0]
+    cards.append(("Status", state, f"step {provenance.step_of(run)}"))
     said, warnings = "", list[str]()
     if tuned and base and tuned.task == base.task:
         said, warnings = scores.verdict(tuned, base)
-    table = {"head": ["", ""], "rows": provenance.about(run), "align": "ll"}
-    return {"remarks": [], "cards": cards, "verdict": said, "warnings": warnings, "table": table}
+    table = [["", ""], *provenance.about(run)]
+    return {"cards": cards, "remarks": [said] if said else [], "warnings": warnings, "table": table}
 
 
 def _training(runs: list[Run]) -> dict[str, Any]:
@@ -142,7 +137,8 @@ def _training(runs: list[Run]) -> dict[str, Any]:
     remarks = [f"{run.name}: no step was made yet." for run in runs if not run.metrics]
     warnings, plots = [], []
     if trained:
-        note = "Dashed lines: the run was stopped or killed and resumed." if len(runs) == 1 else ""
+        note = "Dashed lines: the run was stopped or killed and resumed."
+        note = note if len(runs) == 1 else "Dots: held-out loss. Ticks: restarts."
         alt = "loss and tokens a second over steps"
         plots.append(figures.picture("curves", alt, partial(figures.curves, trained), note))
         alt = "learning rate and gradient norm"
@@ -158,27 +154,16 @@ def _training(runs: list[Run]) -> dict[str, Any]:
 
 
 def _time(runs: list[Run]) -> dict[str, Any]:
-    """Of one run times and shares, a line each; of several the shares, a line a run."""
-    known = [(run, run.goodput) for run in runs if run.goodput]
+    """What took how long: a line each, a column a run."""
     text = "no figures: no step was made yet, or its records are older than them."
     remarks = [f"{run.name}: {text}" for run in runs if not run.goodput]
+    known = {run.name: run.goodput for run in runs if run.goodput}
     if not known:
-        return {"remarks": remarks, "warnings": [], "pictures": [], "table": None}
-    bars = partial(figures.wall_time, [run for run, _ in known])
-    took = [[getattr(spent, key) for key, _ in figures.SHARES.values()] for _, spent in known]
-    shares = [[f"{t / s.wall:.1%}" for t in ts] for ts, (_, s) in zip(took, known, strict=True)]
-    walls = [duration(spent.wall) for _, spent in known]
-    if len(runs) == 1:
-        head, spans = ["", "time", "share"], [*map(duration, took[0]), *walls]
-        columns = [[*figures.SHARES, "wall time"], spans, [*shares[0], ""]]
-        rows = [list(row) for row in zip(*columns, strict=True)]
-    else:
-        head = ["run", *figures.SHARES, "wall time"]
-        names = [run.name for run, _ in known]
-        rows = [[n, *s, wall] for n, s, wall in zip(names, shares, walls, strict=True)]
-    return {
-        "remarks": remarks,
-        "warnings": [],
-        "pictures": [figures.picture("goodput", "shares of wall time", bars)],
-        "table": {"head": head, "rows": rows, "align": "l" + "r" * (len(head) - 1)},
-    }
+        return {"remarks": remarks, "pictures": [], "table": []}
+    table = [["", *known]]
+    for name, (key, _) in figures.SHARES.items():
+        took = [(getattr(spent, key), spent.wall) for spent in known.values()]
+        table.append([name, *(f"{duration(t)} ({t / wall:.1%})" for t, wall in took)])
+    table.append(["wall time", *(duration(spent.wall) for spent in known.values())])
+    plot = figures.picture("goodput", "shares of wall time", partial(figures.wall_time, known))
+    return {"remarks": remarks, "pictures": [plot], "table": table}
