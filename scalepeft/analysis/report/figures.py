@@ -1,11 +1,9 @@
-"""The plots: curves across restarts, scores with intervals, where the time went; PNG on white.
-
-Colors are Okabe and Ito's, told apart by color-blind readers.
-"""
+"""The plots: curves across restarts, scores with intervals, where the time went; PNG on white."""
 
 import io
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -22,20 +20,9 @@ from scalepeft.run.goodput import Goodput
 
 matplotlib.use("Agg")
 
-BLUE, ORANGE, GREEN, PINK, YELLOW, SKY = SERIES = (
-    "#0072b2", "#d55e00", "#009e73", "#b65a94", "#c98500", "#3f9fd0",
-)  # fmt: skip
-INK, GRID, GRAY, PALE = "#1b1f24", "#d8dce0", "#6b6b6b", "#b9b9b9"
-LINES = ("-", "--", ":", "-.")
-STYLE: dict[Any, Any] = {
-    "font.size": 11, "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "legend.fontsize": 10, "legend.edgecolor": "none", "axes.spines.top": False,
-    "axes.spines.right": False, "text.parse_math": False, "figure.constrained_layout.use": True,
-    "axes.axisbelow": True, "grid.color": GRID, "agg.path.chunksize": 10_000,
-    **dict.fromkeys(
-        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
-    ),
-}  # fmt: skip
+STYLE = Path(__file__).with_name("templates") / "plots.mplstyle"
+BLUE, ORANGE, GREEN, PINK, YELLOW, SKY = (f"C{i}" for i in range(6))
+INK, GRAY, PALE = "#1b1f24", "#6b6b6b", "#b9b9b9"
 SHARES = {
     "steps that count": ("steps", BLUE), "start-up": ("startup", SKY), "load": ("load", YELLOW),
     "held-out loss": ("held_out", GREEN), "save": ("save", PINK),
@@ -51,9 +38,9 @@ Rows = dict[str, dict[str, dict[str, Any]]]
 def picture(name: str, alt: str, draw: Callable[[], Figure], caption: str = "") -> dict[str, Any]:
     """Draw a plot: its name, texts and the bytes of its PNG."""
     png = io.BytesIO()
-    with plt.rc_context(STYLE):
+    with plt.style.context(STYLE):
         figure = draw()
-        figure.savefig(png, format="png", dpi=150)
+        figure.savefig(png, format="png")
         plt.close(figure)
     return {"name": name, "alt": alt, "caption": caption, "png": png.getvalue()}
 
@@ -80,7 +67,7 @@ def label(name: str) -> str:
 
 def _line(i: int) -> dict[str, Any]:
     """Color and line style of the i-th run."""
-    return {"color": SERIES[i % len(SERIES)], "ls": LINES[i // len(SERIES) % len(LINES)]}
+    return {"color": f"C{i % 6}", "ls": ("-", "--", ":", "-.")[i // 6 % 4]}
 
 
 def _finite(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -110,8 +97,6 @@ def curves(runs: list[Run]) -> Figure:
     loss.set(ylabel="loss (nats a token)", title="Loss" if alone else "Loss of each run")
     speed.set(ylabel="tokens/s", xlabel="step", title="Speed")
     speed.set_ylim(bottom=0)
-    for axes in (loss, speed):
-        axes.grid(axis="y", lw=0.8)
     figure.legend(*loss.get_legend_handles_labels(), loc="outside lower left", ncols=3)
     return figure
 
@@ -120,64 +105,58 @@ def _loss(axes: Axes, run: Run, i: int, alone: bool) -> list[float]:
     """Draw a run's losses; return values that must be seen."""
     steps, losses = run.columns["step"], run.columns["loss"]
     means, width = smooth(losses)
-    name, color = (
-        f"training, mean of {width} steps" if alone else label(run.name),
-        _line(i)["color"],
-    )
-    if alone and width > 1:
-        axes.plot(*_finite(steps, losses), color=color, lw=0.8, alpha=0.3, label="training, each")
-    again = np.searchsorted(steps, [] if alone else [e["step"] for e in run.starts[1:]])
-    ticks = {"marker": "|", "ms": 11, "mec": INK, "markevery": list(again[again < len(steps)])}
-    axes.plot(
-        steps, means, **_line(i), lw=2, label=name, **(ticks if len(steps) > 1 else {"marker": "o"})
-    )
-    held_out = np.array(run.held_out, dtype=float).reshape(-1, 2).T
+    line, name, ticks = _line(i), label(run.name), [e["step"] for e in run.starts[1:]]
+    x, each = _finite(steps, losses)
+    if alone:
+        name, ticks = f"training, mean of {width} steps" if width > 1 else "training", []
+        text = "training, each" if width > 1 else None
+        axes.plot(x, each, color=line["color"], lw=0.8, alpha=0.3, label=text)
+    axes.plot(steps, means, **line, lw=2, label=name, marker="o" if len(steps) == 1 else "")
+    axes.plot(ticks, np.interp(ticks, steps, means), "|", color=INK, ms=11, mew=1.6)
     if run.held_out:
-        axes.plot(
-            *held_out, "o-" if alone else "o", color=ORANGE if alone else color, ms=5, lw=1.4,
-            mec=INK, mew=0.6, label="held out" if alone else None,
-            markevery=-(-len(run.held_out) // 60),
-        )  # fmt: skip
+        own: dict[str, Any] = (
+            {"color": ORANGE, "label": "held out"} if alone else {**line, "ls": ""}
+        )
+        mark: dict[str, Any] = {
+            "marker": "o",
+            "ms": 5,
+            "mec": INK,
+            "markevery": 1 + len(run.held_out) // 60,
+        }
+        axes.plot(*zip(*run.held_out, strict=True), **own, **mark, lw=1.4, mew=0.6)
     if alone and run.skipped:
-        axes.plot(
-            run.skipped, [0.02] * len(run.skipped), "x", color=ORANGE, ms=6,
-            transform=axes.get_xaxis_transform(),
-            label=f"skipped, not finite ({len(run.skipped):,})",
-        )  # fmt: skip
-    finite = losses[np.isfinite(losses)]
-    edges = np.quantile(finite, (0.005, 0.995)) if alone and len(finite) else []
-    return [float(v) for v in (*means[np.isfinite(means)], *held_out[1], *edges)]
+        at, text = axes.get_xaxis_transform(), f"skipped, not finite ({len(run.skipped):,})"
+        low = np.full(len(run.skipped), 0.02)
+        axes.plot(run.skipped, low, "x", color=ORANGE, ms=6, transform=at, label=text)
+    edges = np.quantile(each, (0.005, 0.995)) if alone and len(each) else ()
+    seen = (*means, *edges, *(loss for _, loss in run.held_out))
+    return [float(value) for value in seen if np.isfinite(value)]
 
 
 def _restarts(loss: Axes, speed: Axes, run: Run) -> None:
     """A line at each restart; of a few, with the number of ranks where it changed."""
-    at = [event["step"] + 0.5 for event in run.starts[1:]]
-    for axes in (loss, speed) if at else ():
-        axes.vlines(
-            at, 0, 1, transform=axes.get_xaxis_transform(), color=INK, ls=(0, (4, 3)), lw=1,
-            alpha=0.7, label=f"restart ({len(at)})",
-        )  # fmt: skip
-    for before, event in pairwise(run.starts[:6]):
-        if event["world_size"] != before["world_size"]:
-            text = f" {before['world_size']} → {event['world_size']} ranks"
-            loss.text(event["step"] + 0.5, 1, text, transform=loss.get_xaxis_transform(), va="top")
+    for before, event in pairwise(run.starts[:200]):
+        at, ranks = event["step"] + 0.5, (before["world_size"], event["world_size"])
+        text = f"restart ({len(run.starts) - 1})" if before is run.starts[0] else None
+        for axes in (loss, speed):
+            axes.axvline(at, color=INK, ls=(0, (4, 3)), lw=1, alpha=0.7, label=text)
+        if len(run.starts) < 7 and len(set(ranks)) == 2:
+            where = loss.get_xaxis_transform()
+            loss.text(at, 1, " {} → {} ranks".format(*ranks), transform=where, va="top", size=10)
 
 
 def rates(runs: list[Run]) -> Figure:
     """Draw learning rate and gradient norm, small."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 2.5))
-    norms: list[float] = []
-    for i, run in enumerate(runs):
-        left.plot(*_finite(run.columns["step"], run.columns["lr"]), **_line(i), lw=1.6)
-        x, y = _finite(run.columns["step"], run.columns["grad_norm"])
-        right.plot(x, y, **_line(i), lw=1)
-        norms += [v for v in y if v > 0]
-    if norms and max(norms) > 20 * min(norms):
-        right.set_yscale("log")
-    for axes, title in ((left, "Learning rate"), (right, "Gradient norm, before clipping")):
+    figure, both = plt.subplots(1, 2, figsize=(8.5, 2.5))
+    names = {"lr": "Learning rate", "grad_norm": "Gradient norm, before clipping"}
+    for axes, (key, title) in zip(both, names.items(), strict=True):
+        for i, run in enumerate(runs):
+            axes.plot(*_finite(run.columns["step"], run.columns[key]), **_line(i), lw=1.4)
         axes.yaxis.set_major_formatter("{x:.4g}")
         axes.set(xlabel="step", title=title)
-        axes.grid(axis="y", lw=0.8)
+    norms = [v for run in runs for v in run.columns["grad_norm"] if v > 0]
+    if norms and max(norms) > 20 * min(norms):
+        both[1].set_yscale("log")
     return figure
 
 
@@ -199,6 +178,7 @@ def wall_time(runs: dict[str, Goodput]) -> Figure:
     axes.set_yticks(range(len(spent)), [""] if alone else names)
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
+    axes.grid(visible=False)
     axes.set(xlim=(0, 100), xlabel="% of wall time", title="Where the wall time went")
     figure.legend(loc="outside lower left", ncols=3 if alone else 4)
     return figure
@@ -207,7 +187,7 @@ def wall_time(runs: dict[str, Goodput]) -> Figure:
 def intervals(title: str, rows: Rows) -> Figure:
     """Draw points with their 95 % intervals: a line for each of ``rows``, a color a subject."""
     subjects = list(dict.fromkeys(which for row in rows.values() for which in row))
-    colors = {"base": GRAY, "tuned": BLUE, "merged": YELLOW}
+    looks = {"base": (GRAY, "o"), "tuned": (BLUE, "s"), "merged": (YELLOW, "D")}
     figure, axes = plt.subplots(figsize=(8.5, 1.7 + 0.16 * len(rows) * (1 + len(subjects))))
     as_share = all(metric["share"] for row in rows.values() for metric in row.values())
     scale = 100 if as_share else 1
@@ -216,18 +196,14 @@ def intervals(title: str, rows: Rows) -> Figure:
         metrics = {i + shift: row[which] for i, row in enumerate(rows.values()) if which in row}
         values = scale * np.array([metric["value"] for metric in metrics.values()])
         ends = scale * np.array([metric["ci95"] for metric in metrics.values()]).T
-        axes.errorbar(
-            values, list(metrics), xerr=np.abs(ends - values), fmt="osD"[spot], ms=7, lw=2.2,
-            color=colors[which], label=which,
-        )  # fmt: skip
-        for (at, metric), high in zip(metrics.items(), ends[1], strict=True):
-            axes.annotate(
-                scores.shown(metric), (high, at), (6, 0), textcoords="offset points", va="center",
-                fontsize=10,
-            )  # fmt: skip
+        (color, mark), bars, at = looks[which], np.abs(ends - values), list(metrics)
+        axes.errorbar(values, at, xerr=bars, fmt=mark, color=color, ms=7, lw=2.2, label=which)
+        for (place, metric), high in zip(metrics.items(), ends[1], strict=True):
+            axes.text(high, place, f"  {scores.shown(metric)}", va="center", size=10)
     axes.set_yticks(range(len(rows)), list(map(label, rows)))
     axes.margins(x=0.12)
     axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="%" if as_share else "points", title=title)
-    axes.grid(axis="x", lw=0.8)
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x")
     figure.legend(loc="outside lower left", ncols=4)
     return figure

@@ -119,7 +119,9 @@ def _one(run: Run) -> dict[str, Any]:
         cards.append((f"{name}, {e.which}", score(metric), note))
     if run.held_out:
         (first, begin), (last, end) = run.held_out[0], run.held_out[-1]
-        cards.append(("Held-out loss", f"{end:.3f}", f"step {last}; {begin:.3f} at step {first}"))
+        cards.append(
+            ("Held-out loss", f"{end:.3f}", f"at step {last}; {begin:.3f} at step {first}")
+        )
     if run.goodput:
         spent = f"of {duration(run.goodput.wall)} went into steps that count"
         cards.append(("Goodput", f"{run.goodput.share:.0%}", spent))
