@@ -59,7 +59,7 @@ def _files(runs: list[Run], out: Path | None) -> dict[Path, bytes]:
 
     folder = out or (runs[0].folder if len(runs) == 1 else Path("report"))
     context = render.context(runs)
-    plots = render.pictures(context)
+    plots = context["pictures"].values()
     files = {folder / PICTURES / f"{plot['name']}.png": plot["png"] for plot in plots}
     for name, form in (("report.md", "markdown"), ("report.html", "html")):
         files[folder / name] = render.render(context, form).encode()

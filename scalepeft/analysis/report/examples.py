@@ -81,10 +81,7 @@ def examples(runs: list[Run]) -> list[dict[str, Any]]:
         {
             "heading": heading,
             "groups": [
-                {
-                    "title": f"{title}: {len(rows)} examples",
-                    "rows": [_example(row, beside.get(row["id"]), limit) for row in rows],
-                }
+                (title, [_example(row, beside.get(row["id"]), limit) for row in rows])
                 for title, rows in groups
             ],
         }
@@ -111,10 +108,10 @@ def _example(row: dict[str, Any], base: dict[str, Any] | None, limit: int) -> di
     return {"title": f"{row['id']}{quality}", "texts": texts}
 
 
-def _quote(label: str, text: str, limit: int, folded: bool = False) -> dict[str, Any]:
-    """A text of a model or a data set, cut where it is long; a longer one is folded."""
+def _quote(label: str, text: str, limit: int, folded: bool = False) -> tuple[str, str, bool]:
+    """Label and text, cut where it is long; whether it is folded."""
     folded = folded or len(text) > 600 or text.count("\n") > 12
     if len(text) > limit:
         text = f"{text[:limit]} […] (cut here)"
         label += f" (its first {limit:,} characters)"
-    return {"label": label if text else f"{label} (empty)", "text": text, "folded": folded}
+    return label if text else f"{label} (empty)", text, folded

@@ -125,8 +125,8 @@ def _defaults(run: Run) -> dict[str, Any]:
     return dict(changes.flatten({section: cfg.to_dict(held) for section, held in built.items()}))
 
 
-def origin(run: Run) -> dict[str, Any]:
-    """Return hardware, versions, digests, checkpoints, starts, commands."""
+def origin(run: Run) -> list[list[str]]:
+    """Return the rows of versions, hardware, digests and the newest checkpoint."""
     state = run.checkpoint.get("state", {})
     base = state.get("base") or run.adapter.get("base_model") or {}
     flat = changes.flatten(run.config)
@@ -136,7 +136,7 @@ def origin(run: Run) -> dict[str, Any]:
     if run.checkpoint:
         files = [info["bytes"] for info in run.checkpoint["files"].values()]
         checkpoint = f"step {run.checkpoint['step']:,}: {len(files)} files, {size(sum(files))}"
-    rows = [
+    return [
         ["versions", _listed(run.last.get("versions", {}))],
         ["commit of scalepeft", str(run.last.get("commit") or UNKNOWN)],
         ["devices", _devices_of(run)],
@@ -147,7 +147,6 @@ def origin(run: Run) -> dict[str, Any]:
         ["adapter, sha256", _digest(run.adapter.get("sha256")) if run.adapter else "not written"],
         ["newest checkpoint that verifies", checkpoint],
     ]
-    return {"name": run.name, "rows": rows, "starts": _starts(run), "commands": commands(run)}
 
 
 def _listed(values: dict[str, Any]) -> str:
@@ -158,8 +157,8 @@ def _digest(value: object) -> str:
     return f"{str(value)[:16]}…" if value else UNKNOWN  # enough to tell two apart
 
 
-def _starts(run: Run) -> list[list[Any]]:
-    """The newest starts, a row each."""
+def starts(run: Run) -> list[list[Any]]:
+    """Return the rows of the newest starts."""
     rows = []
     for number, start in list(enumerate(run.starts, 1))[-50:]:
         ranks = [start, *start.get("per_rank", ())]

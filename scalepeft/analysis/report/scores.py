@@ -15,25 +15,45 @@ COMET = "COMET"
 Found = list[tuple[Run, Evaluation]]
 
 
-def with_interval(metric: dict[str, Any]) -> str:
-    """Return a metric's value and interval as text."""
+def _with_interval(metric: dict[str, Any]) -> str:
     return f"{scores.shown(metric)} ({scores.between(metric)})"
 
 
-def subject(run: Run, *kinds: str) -> Evaluation | None:
-    """Return the first evaluation of the first of these kinds that there is."""
-    return next((e for kind in kinds for e in run.evaluations if e.which == kind), None)
+def _subjects(run: Run) -> tuple[Evaluation | None, Evaluation | None]:
+    """Tuned and base of the first task that has them."""
+    by = {e.which: e for e in reversed(run.evaluations)}
+    return by.get("tuned") or by.get("merged"), by.get("base")
+
+
+def best(run: Run) -> str:
+    """Return the score of the tuned model with its interval."""
+    tuned, _ = _subjects(run)
+    return _with_interval(tuned.first[1]) if tuned else "not evaluated"
+
+
+def cards(run: Run) -> list[tuple[str, str, str]]:
+    """Return (label, value, note) of the scores that a reader looks for first."""
+    found = []
+    for e in filter(None, _subjects(run)):
+        name, metric = e.first
+        note = f"95 % interval {scores.between(metric)}, {e.scores['count']:,} rows"
+        if "mean" in e.scores:
+            note += f"; over all rows {scores.shown(e.scores['metrics'][e.scores['headline']])}"
+        elif mean := e.means.get(name):
+            note += f"; mean of {len(e.scores['sources'])} sources {mean}"
+        found.append((f"{name}, {e.which}", scores.shown(metric), note))
+    return found
 
 
 def tasks(runs: list[Run]) -> list[dict[str, Any]]:
-    """Return name, plot, tables, warnings and remarks of each task."""
+    """Return name, title and plot, tables, warnings and remarks of each task."""
     one, listed = len(runs) == 1, []
     for task in dict.fromkeys(e.task for run in runs for e in run.evaluations):
         found = [(run, e) for run in runs for e in run.evaluations if e.task == task]
         title = f"{task}: {found[0][1].scores['headline']} with 95 % intervals"
         plot = partial(figures.intervals, title, _plotted(found, one))
-        picture = figures.picture(f"scores-{task}", title, plot)
-        listed.append({"name": task, "picture": picture, **_tables(found, one), **_notes(found)})
+        texts = {"name": task, "title": title, "plot": plot}
+        listed.append({**texts, **_tables(found, one), **_notes(found, one)})
     return listed
 
 
@@ -41,9 +61,8 @@ def _who(run: Run, e: Evaluation, one: bool) -> str:
     return e.which if one else f"{run.name}, {e.which}"
 
 
-def _notes(found: Found) -> dict[str, list[str]]:
+def _notes(found: Found, one: bool) -> dict[str, list[str]]:
     remarks, warnings = [], []
-    one = all(run is found[0][0] for run, _ in found)
     for run, e in () if one else found[1:]:
         if wrong := not_comparable(found[0][1], e):
             text = (
@@ -114,7 +133,7 @@ def _tables(found: Found, one: bool) -> dict[str, Any]:
 def _cells(e: Evaluation, names: list[str], source: str | None = None) -> list[str]:
     """Rows, metrics and missing answers over a source, or over all rows."""
     part = e.scores if source is None else e.scores["sources"][source]
-    held = {name: with_interval(metric) for name, metric in part["metrics"].items()}
+    held = {name: _with_interval(metric) for name, metric in part["metrics"].items()}
     held[COMET] = "not computed"
     if e.comet:
         low, high = e.comet["ci95"]
@@ -124,11 +143,14 @@ def _cells(e: Evaluation, names: list[str], source: str | None = None) -> list[s
     return [f"{part['count']:,}", *values, f"{part['no_answer_found']:,}"]
 
 
-def verdict(tuned: Evaluation, base: Evaluation) -> tuple[str, list[str]]:
-    """Say what tuned against base says ("" where nothing may be said), and what spoils it."""
+def verdict(run: Run) -> dict[str, list[str]]:
+    """Return what tuned against base says, where it may be said, and warnings of what spoils it."""
+    tuned, base = _subjects(run)
+    if not tuned or not base or tuned.task != base.task:
+        return {}
     if wrong := not_comparable(tuned, base):
         text = f"{tuned.which} and base must not be compared: they differ in {', '.join(wrong)}."
-        return "", [f"{text} Evaluate both again with the same settings."]
+        return {"warnings": [f"{text} Evaluate both again with the same settings."]}
     (name, one), (_, other) = tuned.first, base.first
     if pairs := paired(tuned, base):
         gain, low, high = (100 * v for v in pairs)
@@ -147,7 +169,7 @@ def verdict(tuned: Evaluation, base: Evaluation) -> tuple[str, list[str]]:
         for which, none, count in missing
         if none > 0.2 * count
     ]
-    return f"{name}: {text}", warnings
+    return {"remarks": [f"{name}: {text}"], "warnings": warnings}
 
 
 def paired(one: Evaluation, other: Evaluation) -> tuple[float, float, float] | None:
