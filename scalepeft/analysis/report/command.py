@@ -29,58 +29,50 @@ def run(run_dirs: list[str], out: str | None = None) -> None:
     """
     runs = read_all([Path(name) for name in run_dirs])
     print("\n\n".join(map(table, runs)) + "\n")
-    files = _files(runs, Path(out) if out else None)
+    written = _write_report(runs, Path(out) if out else None)
     if len(runs) == 1 and runs[0].metrics:
-        curves = next(png for file, png in files.items() if file.name == "curves.png")
-        _write({runs[0].folder / "loss.png": curves})
-        print(f"loss curve: {runs[0].folder / 'loss.png'}")
-    written = _write(files)
+        loss = runs[0].folder / "loss.png"
+        _write(loss, (written[-1].parent / PICTURES / "curves.png").read_bytes())
+        print(f"loss curve: {loss}")
     print(f"report: {written[-1]} and {written[-2].name} beside it")
 
 
 def write(run_dirs: list[Path], out: Path | None = None) -> list[Path]:
-    """Write report.html, report.md and the plots of the latter in ``report/``.
-
-    Args:
-        run_dirs: one run, or several to compare.
-        out: the folder they go into; by default that of the run, or ``report`` for several.
-
-    Returns:
-        The files, report.html last.
+    """Write report.html, report.md and the plots of the latter, as ``run`` does; return the files,
+    report.html last.
 
     Raises:
         UserError: one is no run, or a file cannot be written; nothing is written by halves.
     """
-    return _write(_files(read_all(run_dirs), out))
+    return _write_report(read_all(run_dirs), out)
 
 
-def _files(runs: list[Run], out: Path | None) -> dict[Path, bytes]:
+def _write_report(runs: list[Run], out: Path | None) -> list[Path]:
     from scalepeft.analysis.report import render
 
     folder = out or (runs[0].folder if len(runs) == 1 else Path("report"))
     context = render.context(runs)
-    plots = context["pictures"].values()
-    files = {folder / PICTURES / f"{plot['name']}.png": plot["png"] for plot in plots}
-    for name, form in (("report.md", "markdown"), ("report.html", "html")):
-        files[folder / name] = render.render(context, form).encode()
-    return files
-
-
-def _write(files: dict[Path, bytes]) -> list[Path]:
-    """Write files, each as a whole: a reader sees the old or the new one."""
+    plots = context["pictures"].items()
+    files = {folder / PICTURES / f"{name}.png": plot["png"] for name, plot in plots}
+    files[folder / "report.md"] = render.render(context, "markdown").encode()
+    files[folder / "report.html"] = render.render(context, "html").encode()
     for file, content in files.items():
-        temporary = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(content)
-            temporary.replace(file)
-        except OSError as error:
-            raise UserError(
-                f"{file}: cannot be written: {error.strerror}; --out takes another folder"
-            ) from None
-        finally:
-            temporary.unlink(missing_ok=True)
+        _write(file, content)
     return list(files)
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Write a file as a whole: a reader sees the old or the new one."""
+    temporary = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(file)
+    except OSError as error:
+        text = f"{file}: cannot be written: {error.strerror}; --out takes another folder"
+        raise UserError(text) from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def table(run: Run) -> str:

@@ -70,10 +70,6 @@ def _line(i: int) -> dict[str, Any]:
     return {"color": f"C{i % 6}", "ls": ("-", "--", ":", "-.")[i // 6 % 4]}
 
 
-def _finite(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return x[np.isfinite(y)], y[np.isfinite(y)]
-
-
 def curves(runs: list[Run]) -> Figure:
     """Draw loss above, tokens a second below, over steps, with restarts."""
     alone, size = len(runs) == 1, (8.5, 5.4 + 0.3 * (len(runs) // 3))
@@ -106,11 +102,13 @@ def _loss(axes: Axes, run: Run, i: int, alone: bool) -> list[float]:
     steps, losses = run.columns["step"], run.columns["loss"]
     means, width = smooth(losses)
     line, name, ticks = _line(i), label(run.name), [e["step"] for e in run.starts[1:]]
-    x, each = _finite(steps, losses)
+    each = losses[np.isfinite(losses)]
     if alone:
         name, ticks = f"training, mean of {width} steps" if width > 1 else "training", []
         text = "training, each" if width > 1 else None
-        axes.plot(x, each, color=line["color"], lw=0.8, alpha=0.3, label=text)
+        axes.plot(
+            steps[np.isfinite(losses)], each, color=line["color"], lw=0.8, alpha=0.3, label=text
+        )
     axes.plot(steps, means, **line, lw=2, label=name, marker="o" if len(steps) == 1 else "")
     axes.plot(ticks, np.interp(ticks, steps, means), "|", color=INK, ms=11, mew=1.6)
     if run.held_out:
@@ -151,7 +149,7 @@ def rates(runs: list[Run]) -> Figure:
     names = {"lr": "Learning rate", "grad_norm": "Gradient norm, before clipping"}
     for axes, (key, title) in zip(both, names.items(), strict=True):
         for i, run in enumerate(runs):
-            axes.plot(*_finite(run.columns["step"], run.columns[key]), **_line(i), lw=1.4)
+            axes.plot(run.columns["step"], run.columns[key], **_line(i), lw=1.4)
         axes.yaxis.set_major_formatter("{x:.4g}")
         axes.set(xlabel="step", title=title)
     norms = [v for run in runs for v in run.columns["grad_norm"] if v > 0]

@@ -8,8 +8,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from scalepeft.analysis.report.load import Run
 from scalepeft.config import changes
 from scalepeft.config import schema as cfg
@@ -33,15 +31,12 @@ def method_of(run: Run) -> str:
     return f"{name}{'' if rank is None else f' rank {rank}'}{trained}"
 
 
-def base_of(run: Run, short: bool = False) -> str:
-    """Return the base and how its weights are held; ``short``: of a long path its end."""
-    path = shown(run.get("model.path", "unknown base"))
-    if short and len(path) > 30:
-        path = f"…/{'/'.join(path.rsplit('/', 2)[-2:])}"
+def base_of(run: Run) -> str:
+    """Return the base and how its weights are held."""
     storage = run.get("model.quant", "none")
     double = " with double quantization" if run.get("model.double_quant") else ""
     held = run.get("train.precision", "unknown dtype") if storage == "none" else storage
-    return f"{path} in {held}{double}"
+    return f"{run.get('model.path', 'unknown base')} in {held}{double}"
 
 
 def step_of(run: Run) -> str:
@@ -79,8 +74,7 @@ def _departures(run: Run) -> str:
     if run.evaluations:  # what was generated with stands in the scores, and may be other than here
         found = {key: pair for key, pair in found.items() if not key.startswith("evaluate.")}
     for e in run.evaluations:
-        held = e.scores.get("deviations", {}).items()
-        found |= {key: pair for key, pair in held if key.startswith("evaluate.")}
+        found |= e.scores.get("deviations", {})
     listed = (f"{key} is {shown(now)}, not {shown(was)}" for key, (was, now) in found.items())
     return "; ".join(listed) or "none"
 
@@ -94,17 +88,13 @@ def _devices_of(run: Run) -> str:
 def settings(runs: list[Run]) -> dict[str, Any]:
     """Return what differs between the runs; of one run, from the defaults."""
     one, columns = len(runs) == 1, {run.name: dict(changes.flatten(run.config)) for run in runs}
-    files = {}
-    for run in runs:
-        dumped = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
-        files["all settings" if one else f"all settings of {run.name}"] = dumped[:50_000]
     keys = list(dict.fromkeys(key for held in columns.values() for key in held))
     if one:
         try:
             columns = {"here": columns[runs[0].name], "default": _defaults(runs[0])}
         except (TypeError, ValueError):
             text = "config.yaml is lost or not one of this version: not compared with the defaults."
-            return {"files": files, "warnings": [text], "table": []}
+            return {"warnings": [text], "table": []}
     first, *others = columns.values()
     rows = [
         [key, *(shown(held[key], 80) if key in held else "–" for held in columns.values())]
@@ -113,7 +103,7 @@ def settings(runs: list[Run]) -> dict[str, Any]:
     ]
     differ = "are not the default" if one else "differ between the runs"
     remarks = [f"{len(rows)} of {len(keys)} settings {differ}."]
-    return {"files": files, "remarks": remarks, "table": rows and [["setting", *columns], *rows]}
+    return {"remarks": remarks, "table": rows and [["setting", *columns], *rows]}
 
 
 def _defaults(run: Run) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from functools import partial
 from html import escape
 from typing import Any
 
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -60,11 +61,11 @@ def render(context: dict[str, Any], form: str) -> str:
         lstrip_blocks=True,
         finalize=lambda value: value if isinstance(value, Markup) else text(str(value)),
     )
-    environment.filters |= {"fenced": fenced, "base64": _base64, "duration": duration}
-    environment.globals |= {
-        "scores": scores, "provenance": provenance, "shares": figures.SHARES, "form": f"{form}.j2",
-    }  # fmt: skip
-    return environment.get_template("report.j2").render(context).strip() + "\n"
+    dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
+    filters = {"fenced": fenced, "base64": _base64, "duration": duration, "yaml": dump}
+    environment.filters.update(filters)
+    environment.globals.update(scores=scores, provenance=provenance, shares=figures.SHARES)
+    return environment.get_template("report.j2").render(context, form=f"{form}.j2").strip() + "\n"
 
 
 def _base64(content: bytes) -> str:

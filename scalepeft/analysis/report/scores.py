@@ -12,7 +12,8 @@ from scalepeft.eval import scores
 
 COMET = "COMET"
 
-Found = list[tuple[Run, Evaluation]]
+Found = dict[str, Evaluation]
+"""The evaluations of a task by what tables call them: ``tuned``, of several runs ``RUN, tuned``."""
 
 
 def _with_interval(metric: dict[str, Any]) -> str:
@@ -47,87 +48,78 @@ def cards(run: Run) -> list[tuple[str, str, str]]:
 
 def tasks(runs: list[Run]) -> list[dict[str, Any]]:
     """Return name, title and plot, tables, warnings and remarks of each task."""
-    one, listed = len(runs) == 1, []
-    for task in dict.fromkeys(e.task for run in runs for e in run.evaluations):
-        found = [(run, e) for run in runs for e in run.evaluations if e.task == task]
-        title = f"{task}: {found[0][1].scores['headline']} with 95 % intervals"
-        plot = partial(figures.intervals, title, _plotted(found, one))
+    every = [(run.name if len(runs) > 1 else "", e) for run in runs for e in run.evaluations]
+    listed = []
+    for task in dict.fromkeys(e.task for _, e in every):
+        found = {f"{n}, {e.which}" if n else e.which: e for n, e in every if e.task == task}
+        headline = next(iter(found.values())).scores["headline"]
+        title = f"{task}: {headline} with 95 % intervals"
+        plot = partial(figures.intervals, title, _plotted(found, headline))
         texts = {"name": task, "title": title, "plot": plot}
-        listed.append({**texts, **_tables(found, one), **_notes(found, one)})
+        listed.append({**texts, **_tables(found), **_notes(found)})
     return listed
 
 
-def _who(run: Run, e: Evaluation, one: bool) -> str:
-    return e.which if one else f"{run.name}, {e.which}"
-
-
-def _notes(found: Found, one: bool) -> dict[str, list[str]]:
+def _notes(found: Found) -> dict[str, list[str]]:
     remarks, warnings = [], []
-    for run, e in () if one else found[1:]:
-        if wrong := not_comparable(found[0][1], e):
-            text = (
-                f"differs from {_who(*found[0], one)}, in {', '.join(wrong)}: not to be compared."
-            )
-            warnings.append(f"{_who(run, e, one)}: {text}")
-    for run, e in found:
-        if cut := e.scores.get("prompts_cut"):
-            text = f"{cut:,} prompts were too long and lost their beginning."
-            remarks.append(f"{_who(run, e, one)}: {text}")
+    first = next(iter(found))
+    for who, e in found.items():
+        if wrong := not_comparable(found[first], e):
+            text = f"differs from {first}, in {', '.join(wrong)}: not to be compared."
+            warnings.append(f"{who}: {text}")
         for key, (was, now) in e.scores.get("deviations", {}).items():
             text = f"departs from protocol {e.scores.get('protocol')}: {key} is"
-            warnings.append(f"{_who(run, e, one)}: {text} {shown(now)}, not {shown(was)}.")
-    for _, e in found:
+            warnings.append(f"{who}: {text} {shown(now)}, not {shown(was)}.")
+        if cut := e.scores.get("prompts_cut"):
+            remarks.append(f"{who}: {cut:,} prompts were too long and lost their beginning.")
+    for e in found.values():
         metrics = e.scores["metrics"].items()
         remarks += [f"{name}: {m['signature']}" for name, m in metrics if m.get("signature")]
-    for held in [e.comet for _, e in found if e.comet]:
-        version = held.get("version")  # of results that an older scalepeft wrote
-        told = f", unbabel-comet {version}" if version else ""
-        remarks.append(f"{COMET}: {held['model']}{told}")
+        if e.comet:
+            version = e.comet.get("version")  # of results that an older scalepeft wrote
+            told = f", unbabel-comet {version}" if version else ""
+            remarks.append(f"{COMET}: {e.comet['model']}{told}")
     return {"remarks": list(dict.fromkeys(remarks)), "warnings": warnings}
 
 
-def _plotted(found: Found, one: bool) -> figures.Rows:
+def _plotted(found: Found, headline: str) -> figures.Rows:
     """The headline of each run, or of one run over each source and over all rows."""
-    name, sources = found[0][1].scores["headline"], _sources(found) if one else []
-    parts = [(s, e.which, e.scores["sources"].get(s)) for s in sources for _, e in found]
-    parts += [("all rows" if one else run.name, e.which, e.scores) for run, e in found]
+    one, sources = not any(", " in who for who in found), _sources(found)
+    parts = [(s, e, e.scores["sources"].get(s)) for s in sources for e in found.values() if one]
+    parts += [(who.rpartition(", ")[0] or "all rows", e, e.scores) for who, e in found.items()]
+    if one:
+        means = [(e, {"metrics": {headline: e.scores.get("mean")}}) for e in found.values()]
+        parts += [(f"mean of {len(sources)}", e, mean) for e, mean in means]
     rows: figures.Rows = {}
-    for label, which, part in parts:
-        if part and name in part["metrics"]:
-            rows.setdefault(label, {})[which] = part["metrics"][name]
-    if one and (means := {e.which: e.scores["mean"] for _, e in found if "mean" in e.scores}):
-        rows[f"mean of {len(sources)}"] = means
+    for label, e, part in parts:
+        if part and (metric := part["metrics"].get(headline)):
+            rows.setdefault(label, {})[e.which] = metric
     return rows
 
 
 def _sources(found: Found) -> list[str]:
     """All sources, where there are several."""
-    names = list(dict.fromkeys(s for _, e in found for s in e.scores["sources"]))
+    names = list(dict.fromkeys(s for e in found.values() for s in e.scores["sources"]))
     return names if len(names) > 1 else []
 
 
-def _tables(found: Found, one: bool) -> dict[str, Any]:
-    """The scores over each source, over all rows, and the unweighted means; of several runs the
-    sources apart.
-    """
-    names = list(dict.fromkeys(name for _, e in found for name in e.scores["metrics"]))
+def _tables(found: Found) -> dict[str, list[Any]]:
+    """The scores over each source (``parts``); over all rows, and their unweighted means."""
+    names = list(dict.fromkeys(name for e in found.values() for name in e.scores["metrics"]))
     names += [COMET] if any("bleu" in name.lower() for name in names) else []
     head = ["source", "model", "rows", *(f"{n} (95 % interval)" for n in names), "no answer"]
-    every = [(e, _who(run, e, one)) for run, e in found]
     parts = [
         [source, who, *_cells(e, names, source)]
         for source in _sources(found)
-        for e, who in every
+        for who, e in found.items()
         if source in e.scores["sources"]
     ]
-    whole = [["all rows", who, *_cells(e, names)] for e, who in every]
-    for e, who in every:
+    whole = [["all rows", who, *_cells(e, names)] for who, e in found.items()]
+    for who, e in found.items():
         if means := e.means:
             text = f"unweighted mean of {len(e.scores['sources'])} sources"
             whole.append([text, who, "", *(means.get(name, "") for name in names), ""])
-    if one:
-        return {"table": [head, *parts, *whole], "by_source": []}
-    return {"table": [head, *whole], "by_source": [head, *parts] if parts else []}
+    return {"head": head, "parts": parts, "whole": whole}
 
 
 def _cells(e: Evaluation, names: list[str], source: str | None = None) -> list[str]:
