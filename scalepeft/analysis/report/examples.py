@@ -62,9 +62,14 @@ def _ranked(rows: Rows, each: int) -> list[tuple[str, Rows]]:
     return [(f"Best {among}", marked[:half]), (f"Worst {among}", marked[half:][-half:])]
 
 
-def examples(runs: list[Run]) -> list[dict[str, Any]]:
-    """Return examples of each run and task, of the tuned model where it was evaluated."""
-    picked = []
+def examples(runs: list[Run]) -> dict[str, Any]:
+    """Return examples of each run and task, of the tuned model where it was evaluated.
+
+    Returns:
+        ``evaluations``: (heading, [(heading, [(row, the base's row or None)])]); ``limit``:
+        characters of a text that are shown.
+    """
+    evaluations, count = [], 1
     for run in runs:
         for task in dict.fromkeys(e.task for e in run.evaluations):
             by = {e.which: e for e in run.evaluations if e.task == task}
@@ -73,45 +78,8 @@ def examples(runs: list[Run]) -> list[dict[str, Any]]:
             chosen = {row["id"] for _, rows in groups for row in rows}
             base = rows_of(by["base"].folder) if "base" in by and best is not by["base"] else []
             beside = {row["id"]: row for row in base if row["id"] in chosen}
+            pairs = [(title, [(r, beside.get(r["id"])) for r in rows]) for title, rows in groups]
             mark = f"{run.name}, " if len(runs) > 1 else ""
-            picked.append((f"{mark}{task}, {best.which}", groups, beside))
-    count = sum(len(rows) for _, groups, _ in picked for _, rows in groups)
-    limit = max(300, min(4000, BUDGET // max(1, 4 * count)))
-    return [
-        {
-            "heading": heading,
-            "groups": [
-                (title, [_example(row, beside.get(row["id"]), limit) for row in rows])
-                for title, rows in groups
-            ],
-        }
-        for heading, groups, beside in picked
-    ]
-
-
-def _example(row: dict[str, Any], base: dict[str, Any] | None, limit: int) -> dict[str, Any]:
-    quality = f", chrF {row['chrf']:.1f}" if "chrf" in row else ""
-    found, right, strict = row.get("extracted"), row.get("correct"), row.get("strict")
-    answer = ""
-    if right is not None:
-        answer = ", no answer found" if found is None else f", answer taken: {found[:120]}"
-    if strict is not None and strict != right:
-        answer += f"; the published extraction calls it {'right' if strict else 'wrong'}"
-    texts = [
-        _quote("prompt", row["prompt"], limit, folded=True),
-        _quote("expected", row["expected"], limit),
-        _quote(f"prediction{answer}", row["prediction"], limit),
-    ]
-    if base:
-        verdict = {"True": ", right", "False": ", wrong"}.get(str(base.get("correct")), "")
-        texts.append(_quote(f"prediction of the base{verdict}", base["prediction"], limit))
-    return {"title": f"{row['id']}{quality}", "texts": texts}
-
-
-def _quote(label: str, text: str, limit: int, folded: bool = False) -> tuple[str, str, bool]:
-    """Label and text, cut where it is long; whether it is folded."""
-    folded = folded or len(text) > 600 or text.count("\n") > 12
-    if len(text) > limit:
-        text = f"{text[:limit]} […] (cut here)"
-        label += f" (its first {limit:,} characters)"
-    return label if text else f"{label} (empty)", text, folded
+            evaluations.append((f"{mark}{task}, {best.which}", pairs))
+            count += sum(len(rows) for _, rows in groups)
+    return {"evaluations": evaluations, "limit": max(300, min(4000, BUDGET // (4 * count)))}
