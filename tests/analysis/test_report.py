@@ -179,6 +179,7 @@ def test_one_run_is_one_file_and_the_same_as_markdown(finished: Path, tmp_path: 
             "hoft rank 4", "builtin:tiny in fp32", "ddp on 2 → 1 ranks", "1 x Some GPU",
             "torch 9.8.7", "c0ffee", "3 prompts were too long", "train.lr", "recomputed steps",
             "unweighted mean of 2 sources", "Right: 4 examples", "base said",
+            "prediction, answer taken: answer1", "prediction of the base, wrong",
         ):  # fmt: skip
             assert fact in said, fact
     headings = re.findall(r"^## (.*)", made, re.M)

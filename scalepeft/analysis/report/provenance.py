@@ -45,28 +45,16 @@ def step_of(run: Run) -> str:
     return f"{step:,}" + (f" of {steps:,}" if steps else "")
 
 
-def about(run: Run) -> list[list[str]]:
-    """Return the rows of a run's description."""
-    protocol, restarts = run.get("data.protocol"), max(0, len(run.starts) - 1)
-    task = run.get("data.name", "unknown task")
+def ranks_of(run: Run) -> str:
+    """Return engine and ranks over the starts."""
     engines = dict.fromkeys(str(start.get("engine", "?")) for start in run.starts)
     worlds = [world for world, _ in groupby(start["world_size"] for start in run.starts)]
     ranks = f"{' → '.join(map(str, worlds))} rank{'' if worlds == [1] else 's'}"
-    again = f"{restarts} restart{'' if restarts == 1 else 's'}"
-    rows = {
-        "method": method_of(run),
-        "base": base_of(run),
-        "task": f"{task}, protocol {protocol}" if protocol else task,
-        "departs from the protocol in": _departures(run) if protocol else None,
-        "engine": f"{' → '.join(engines)} on {ranks}" if run.starts else UNKNOWN,
-        "devices": _devices_of(run),
-        "status": f"{run.status['state']}, step {step_of(run)}, {again}",
-    }
-    return [[name, text] for name, text in rows.items() if text is not None]
+    return f"{' → '.join(engines)} on {ranks}" if worlds else UNKNOWN
 
 
-def _departures(run: Run) -> str:
-    """Where the run departs from its protocol."""
+def departures(run: Run) -> str:
+    """Return where the run departs from its protocol."""
     try:
         found = cfg.deviations(cfg.from_dict({**run.config, "run_dir": str(run.folder)}))
     except ValueError as error:
@@ -79,8 +67,8 @@ def _departures(run: Run) -> str:
     return "; ".join(listed) or "none"
 
 
-def _devices_of(run: Run) -> str:
-    """The devices of the newest start."""
+def devices_of(run: Run) -> str:
+    """Return the devices of the newest start."""
     names = Counter(str(rank.get("device") or UNKNOWN) for rank in run.last.get("per_rank", ()))
     return ", ".join(f"{count} x {name}" for name, count in names.items()) or UNKNOWN
 
@@ -129,7 +117,7 @@ def origin(run: Run) -> list[list[str]]:
     return [
         ["versions", _listed(run.last.get("versions", {}))],
         ["commit of scalepeft", str(run.last.get("commit") or UNKNOWN)],
-        ["devices", _devices_of(run)],
+        ["devices", devices_of(run)],
         ["most memory that rank 0 held", ", ".join(memory) or UNKNOWN],
         ["seeds", _listed({key: value for key, value in flat if key.endswith("seed")})],
         ["base, fingerprint of its files", _digest(base.get("fingerprint"))],

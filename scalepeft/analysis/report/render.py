@@ -20,6 +20,7 @@ from scalepeft.analysis.report import figures, provenance, scores
 from scalepeft.analysis.report.examples import examples
 from scalepeft.analysis.report.load import Run, same_rows
 from scalepeft.core.text import duration, visible
+from scalepeft.eval.scores import between, shown
 
 
 def context(runs: list[Run]) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def render(context: dict[str, Any], form: str) -> str:
     )
     dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
     filters = {"fenced": fenced, "base64": _base64, "duration": duration, "yaml": dump}
-    environment.filters.update(filters)
+    environment.filters.update(filters, shown=shown, between=between)
     environment.globals.update(scores=scores, provenance=provenance, shares=figures.SHARES)
     return environment.get_template("report.j2").render(context, form=f"{form}.j2").strip() + "\n"
 

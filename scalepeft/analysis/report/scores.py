@@ -16,34 +16,15 @@ Found = dict[str, Evaluation]
 """The evaluations of a task by what tables call them: ``tuned``, of several runs ``RUN, tuned``."""
 
 
-def _with_interval(metric: dict[str, Any]) -> str:
+def with_interval(metric: dict[str, Any]) -> str:
+    """Return a metric's value and interval as text."""
     return f"{scores.shown(metric)} ({scores.between(metric)})"
 
 
-def _subjects(run: Run) -> tuple[Evaluation | None, Evaluation | None]:
-    """Tuned and base of the first task that has them."""
+def subjects(run: Run) -> tuple[Evaluation | None, Evaluation | None]:
+    """Return tuned (else merged) and base of the first task that has them."""
     by = {e.which: e for e in reversed(run.evaluations)}
     return by.get("tuned") or by.get("merged"), by.get("base")
-
-
-def best(run: Run) -> str:
-    """Return the score of the tuned model with its interval."""
-    tuned, _ = _subjects(run)
-    return _with_interval(tuned.first[1]) if tuned else "not evaluated"
-
-
-def cards(run: Run) -> list[tuple[str, str, str]]:
-    """Return (label, value, note) of the scores that a reader looks for first."""
-    found = []
-    for e in filter(None, _subjects(run)):
-        name, metric = e.first
-        note = f"95 % interval {scores.between(metric)}, {e.scores['count']:,} rows"
-        if "mean" in e.scores:
-            note += f"; over all rows {scores.shown(e.scores['metrics'][e.scores['headline']])}"
-        elif mean := e.means.get(name):
-            note += f"; mean of {len(e.scores['sources'])} sources {mean}"
-        found.append((f"{name}, {e.which}", scores.shown(metric), note))
-    return found
 
 
 def tasks(runs: list[Run]) -> list[dict[str, Any]]:
@@ -125,7 +106,7 @@ def _tables(found: Found) -> dict[str, list[Any]]:
 def _cells(e: Evaluation, names: list[str], source: str | None = None) -> list[str]:
     """Rows, metrics and missing answers over a source, or over all rows."""
     part = e.scores if source is None else e.scores["sources"][source]
-    held = {name: _with_interval(metric) for name, metric in part["metrics"].items()}
+    held = {name: with_interval(metric) for name, metric in part["metrics"].items()}
     held[COMET] = "not computed"
     if e.comet:
         low, high = e.comet["ci95"]
@@ -137,7 +118,7 @@ def _cells(e: Evaluation, names: list[str], source: str | None = None) -> list[s
 
 def verdict(run: Run) -> dict[str, list[str]]:
     """Return what tuned against base says, where it may be said, and warnings of what spoils it."""
-    tuned, base = _subjects(run)
+    tuned, base = subjects(run)
     if not tuned or not base or tuned.task != base.task:
         return {}
     if wrong := not_comparable(tuned, base):
