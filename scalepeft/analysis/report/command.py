@@ -4,6 +4,7 @@ Facts are read (load.py), arranged (scores.py, provenance.py, examples.py), draw
 written down by templates (render.py).
 """
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -69,10 +70,10 @@ def _write(file: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         temporary.replace(file)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         text = f"{file}: cannot be written: {error.strerror}; --out takes another folder"
         raise UserError(text) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def table(run: Run) -> str:
