@@ -110,8 +110,9 @@ def _cells(e: Evaluation, names: list[str], source: str | None = None) -> list[s
     held[COMET] = "not computed"
     if e.comet:
         low, high = e.comet["ci95"]
-        whole = f"{e.comet['score']:.2f} ({low:.2f} to {high:.2f})"
-        held[COMET] = whole if source is None else f"{e.comet['sources'][source]:.2f}"
+        texts = {name: f"{value:.2f}" for name, value in e.comet.get("sources", {}).items()}
+        texts[None] = f"{e.comet['score']:.2f} ({low:.2f} to {high:.2f})"
+        held[COMET] = texts.get(source, "–")
     values = [held.get(name, "–") for name in names]
     return [f"{part['count']:,}", *values, f"{part['no_answer_found']:,}"]
 
