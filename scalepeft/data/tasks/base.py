@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, Decides, NameList, deciding
 from scalepeft.core.stats import wilson
-from scalepeft.data.rows import expand, one_line, read_rows, source_labels
+from scalepeft.data.rows import expand, fill, one_line, read_rows, source_labels
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
@@ -195,18 +195,17 @@ class Task:
                     example = self._example(row, f"{label}#{number}", split)
                     if example.id in ids:
                         raise UserError(f"id {example.id} stood in row {ids[example.id]} already")
-                except (UserError, RecursionError) as error:
-                    reason = str(error) if isinstance(error, UserError) else "nested too deeply"
-                    reason = one_line(reason)
+                except UserError as error:
+                    reason = one_line(str(error))
                     self._leave_out(f"{source}, row {number}: {reason}", "repair it")
                     continue
                 ids[example.id] = number
                 text = (example.prompt, example.completion)
                 if drop and text in seen:
                     self.repeated += 1
-                    continue
-                seen.add(text)
-                found.append(example)
+                else:
+                    seen.add(text)
+                    found.append(example)
             if not number:
                 self._leave_out(f"{source}: no usable row, the file is empty", "copy it again")
         if not found:
@@ -233,6 +232,23 @@ class Task:
         if isinstance(row, dict) and "prepared" in row and len(row.keys() & PREPARED) > 2:
             return from_prepared(row, prepared_for(self, split))
         return self.example(row, row_id, split)
+
+    def filled(
+        self, row_id: str, template: str, asked: dict[str, str], told: dict[str, str], **meta: Any
+    ) -> Example:
+        """The example of a row.
+
+        Args:
+            row_id: source and row number.
+            template: of the prompt.
+            asked: values of the prompt's fields.
+            told: values of further fields of the completion.
+            meta: what ``score`` needs; the source is added.
+        """
+        prompt = fill(template, asked, "data.prompt")
+        completion = fill(self.config.completion, asked | told, "data.completion")
+        source = row_id.rsplit("#", 1)[0]
+        return Example(row_id, prompt, completion, {"source": source, **meta})
 
     def rows(self, source: str, split: Split) -> Iterator[tuple[int, Any]]:
         """(row number from 1, row) of a source."""
@@ -265,48 +281,40 @@ class Task:
         return found
 
 
+SET_APART = {"prompt", "valid_size", "duplicates"}
+"""Of the fields that decide rows: the template stands for the prompt; the others choose rows, and
+make none.
+"""
+PREPARED = {"prepared", "id", "prompt", "completion", "meta", "sum"}
+"""Keys of a prepared row."""
+
+
 def prepared_for(task: Task, split: Split) -> str:
     """What of task and config decides the examples made of a row; rows that ``scalepeft pipeline``
     has prepared carry it.
     """
     config = task.config
-    in_a_row = [k for k in deciding(type(config), Decides.ROWS) if k not in SET_APART]
-    kept = {k: getattr(config, k) for k in in_a_row}
-    text = json.dumps([type(task).__name__, task.version, task.template(split), kept], default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-SET_APART = ("prompt", "valid_size", "duplicates")
-"""Of the fields that decide rows: the template stands for the prompt; the others choose rows, and
-make none.
-"""
-
-
-PREPARED = {"prepared", "id", "prompt", "completion", "meta", "sum"}
-"""Keys of a prepared row."""
+    names = deciding(type(config), Decides.ROWS)
+    values = {name: getattr(config, name) for name in names if name not in SET_APART}
+    return _sum([type(task).__name__, task.version, task.template(split), values], default=str)
 
 
 def to_prepared(example: Example, key: str) -> dict[str, Any]:
     """A row that ``Task.examples`` takes back as it is."""
-    return {"prepared": key, "sum": _sum(vars(example)), **vars(example)}
+    return {"prepared": key, "sum": _sum(vars(example), sort_keys=True), **vars(example)}
 
 
 def from_prepared(row: dict[str, Any], key: str) -> Example:
     """The example of a prepared row. Raises UserError: made under other settings, or changed."""
-    again = "run scalepeft pipeline --from prepare"
-    if missing := sorted(PREPARED - row.keys()):
-        raise UserError(f"key '{missing[0]}' is missing in a prepared row; {again}")
-    if row["prepared"] != key:
-        raise UserError(f"was prepared under another task, prompt or version; {again}")
-    values = {name: row[name] for name in ("id", "prompt", "completion", "meta")}
-    if row["sum"] != _sum(values):
+    values: dict[str, Any] = {k: row.get(k) for k in ("id", "prompt", "completion", "meta")}
+    example = Example(**values)
+    if row != to_prepared(example, key):
         raise UserError(
-            "was changed after scalepeft pipeline wrote it: change the file it came from, and"
-            f" {again}"
+            "a prepared row of another task, prompt or version, or changed after scalepeft pipeline"
+            " wrote it: change the file it came from, and run scalepeft pipeline --from prepare"
         )
-    return Example(**values)
+    return example
 
 
-def _sum(values: dict[str, Any]) -> str:
-    """Of what an example holds: a changed one would train, or be scored, as something else."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+def _sum(values: Any, **options: Any) -> str:
+    return hashlib.sha256(json.dumps(values, **options).encode()).hexdigest()[:16]

@@ -22,7 +22,7 @@ from pydantic.dataclasses import dataclass
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, Decides
 from scalepeft.data import bitext, languages
-from scalepeft.data.rows import fill, text_field
+from scalepeft.data.rows import text_field
 from scalepeft.data.tasks.base import (
     Example,
     Metric,
@@ -75,17 +75,20 @@ class TranslationConfig(TaskConfig):
 
     def __post_init__(self) -> None:
         for side in ("source", "target"):
-            if not (code := getattr(self, f"{side}_language")):
+            if not getattr(self, f"{side}_language"):
                 raise UserError(f"{side}_language is not set, e.g. data.{side}_language=de")
-            if getattr(self, f"{side}_name") is None:
-                try:
-                    languages.name_of(code, f"{side}_name")
-                except UserError as error:
-                    raise UserError(f"{side}_language={error}") from None
+            self.name_of(side)
         if self.source_language == self.target_language:
             raise UserError(
                 f"source_language={self.source_language}: is the target language as well"
             )
+
+    def name_of(self, side: str) -> str:
+        """A language's name in the prompt. Raises UserError: none is set, and none known."""
+        name: str | None = getattr(self, f"{side}_name")
+        return (
+            name if name is not None else languages.name_of(getattr(self, f"{side}_language"), side)
+        )
 
 
 class Translation(Task):
@@ -112,29 +115,18 @@ class Translation(Task):
         """Fills the templates. A reference line has an empty prompt: nothing can be generated
         from it.
         """
-        config, source = self.config, ""
         if isinstance(row, bitext.ReferenceLine):
-            target = text_field({"the line": row.text}, "the line")
+            source, target = "", text_field({"the line": row.text}, "the line")
         else:
             source, target = self._pair(row)
         if "\n" in target or "\r" in target:
             raise UserError("the translation holds a line break; one is read up to its first")
-        values = {
-            "source_language": self._name("source"),
-            "target_language": self._name("target"),
-            "source": source,
-        }
-        return Example(
-            row_id,
-            fill(self.template(split), values, "data.prompt") if source else "",
-            fill(config.completion, {**values, "target": target}, "data.completion"),
-            {"source": row_id.rsplit("#", 1)[0], "question": source, "reference": target},
+        sides = {f"{side}_language": self.config.name_of(side) for side in ("source", "target")}
+        template = self.template(split) if source else ""
+        told = {"question": source, "reference": target}
+        return self.filled(
+            row_id, template, {**sides, "source": source}, {"target": target}, **told
         )
-
-    def _name(self, side: str) -> str:
-        name: str | None = getattr(self.config, f"{side}_name")
-        code = getattr(self.config, f"{side}_language")
-        return name if name is not None else languages.name_of(code, f"{side}_name")
 
     def _pair(self, row: Any) -> tuple[str, str]:
         """Source and target text of a row."""
@@ -150,9 +142,7 @@ class Translation(Task):
         for keys in (("sentence", "translation"), ("source", "target"), codes):
             if row.keys() >= set(keys):
                 return text_field(row, keys[0]), text_field(row, keys[1])
-        flores = {
-            k.removeprefix("sentence_"): v for k, v in row.items() if k.startswith("sentence_")
-        }
+        flores = {k[9:]: v for k, v in row.items() if k.startswith("sentence_")}
         if flores:
             return self._both(flores, "the row")
         raise UserError(
@@ -214,10 +204,7 @@ def scorers(tokenizer: str) -> dict[str, Any]:
             " 'scalepeft[eval]'"
         ) from None
     try:
-        bleu = BLEU(tokenize=tokenizer)
+        return {"BLEU": BLEU(tokenize=tokenizer), "chrF2": CHRF(), "chrF++": CHRF(word_order=2)}
     except (RuntimeError, ImportError, OSError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(
-            f"sacreBLEU's tokenizer {tokenizer} cannot be used: {' '.join(lines)}"
-        ) from None
-    return {"BLEU": bleu, "chrF2": CHRF(), "chrF++": CHRF(word_order=2)}
+        reason = " ".join(str(error).split())
+        raise UserError(f"sacreBLEU's tokenizer {tokenizer} cannot be used: {reason}") from None
