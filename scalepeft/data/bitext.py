@@ -68,8 +68,8 @@ def _parallel(files: list[str], texts: list[str], _: Split) -> Numbered:
     for file, text in zip(files, texts, strict=True):
         if not text or _ends(file, ".json", ".jsonl", ".tsv"):
             raise UserError(
-                f"{PAIR.join(files)}: {file} is {'no text file' if text else 'empty'}; a pair is two"
-                " text files, or CoVoST-2's translations and Common Voice's validated.tsv"
+                f"{PAIR.join(files)}: {file} is {'no text file' if text else 'empty'}; a pair is"
+                " two text files, or CoVoST-2's translations and Common Voice's validated.tsv"
             )
     first, second = map(_lines, texts)
     if len(first) != len(second):

@@ -26,10 +26,8 @@ class Order:
         epoch, position = divmod(index, self.rows)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
-            self._epoch, self._permutation = (
-                epoch,
-                torch.randperm(self.rows, generator=generator).tolist(),
-            )
+            self._permutation = torch.randperm(self.rows, generator=generator).tolist()
+            self._epoch = epoch
         return self._permutation[position]
 
 
@@ -69,15 +67,13 @@ class _Rows(Dataset[Any]):
         self.tokens = tokens
 
     def __getitem__(self, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-        t = self.tokens
-        length = max(int(t.offsets[r + 1] - t.offsets[r]) for _, r in pairs)
-        length = -(-length // PAD_TO) * PAD_TO
+        rows = [self.tokens.row(r) for _, r in pairs]
+        length = -(-max(map(len, rows)) // PAD_TO) * PAD_TO
         ids = torch.zeros(len(pairs), length, dtype=torch.int64)
         labels = torch.full((len(pairs), length), IGNORED)
-        for i, (_, r) in enumerate(pairs):
-            row = t.tokens[t.offsets[r] : t.offsets[r + 1]]
+        for i, (row, (_, r)) in enumerate(zip(rows, pairs, strict=True)):
+            start = int(self.tokens.label_start[r])
             ids[i, : len(row)] = row
-            start = int(t.label_start[r])
             labels[i, start : len(row)] = row[start:]
         return ids, labels, torch.tensor([sample for sample, _ in pairs])
 
@@ -142,5 +138,4 @@ class Loader:
         for step in range(self.first_step, last):
             rows = [row for _, row in self.step_pairs(step)]
             micro = [MicroBatch(*next(stream)) for _ in self._micro(step)]
-            labels, tokens = self.tokens.label_tokens(rows), self.tokens.all_tokens(rows)
-            yield StepBatch(step, micro, labels, tokens)
+            yield StepBatch(step, micro, *self.tokens.count(rows))
