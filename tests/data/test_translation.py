@@ -698,7 +698,7 @@ def test_comet_in_its_own_environment(tmp_path: Path, monkeypatch: pytest.Monkey
         ("data = [{'mt': 'x'}]; a.to_json = ''", "ended with 1: KeyError: 'COMET'"),
         ("json.dump({'mt.txt': [{'mt': 1}]}, open(a.to_json, 'w')); sys.exit(0)", "is not what"),
         ("json.dump([1], open(a.to_json, 'w')); sys.exit(0)", "is not what comet-score"),
-        ("data = data[1:]", "segments.json: 2 scores, not 3 finite ones"),
+        ("data = data[1:]", "2 scores, not 3 finite ones"),
         ("data[0]['COMET'] = float('nan')", "3 scores, not 3 finite ones"),
     ],
 )
