@@ -46,7 +46,7 @@ def read(source: str, split: Split) -> Numbered:
     elif _is_tsv(source, texts[0]):
         yield from _table(source, texts[0], {"sentence", "translation"})
     elif split == "test":
-        yield from ((n, ReferenceLine(line)) for n, line in enumerate(_lines(texts[0]), 1))
+        yield from ((n, ReferenceLine(line)) for n, line in enumerate(lines_of(texts[0]), 1))
     else:
         raise UserError(
             f"{source}: neither JSON nor a tsv with a header; text files come in pairs, as"
@@ -58,7 +58,7 @@ def _ends(file: str, *suffixes: str) -> bool:
     return Path(file).name.removesuffix(".gz").endswith(suffixes)
 
 
-def _lines(text: str) -> list[str]:
+def lines_of(text: str) -> list[str]:
     """Lines as sacreBLEU and ``wc -l`` count them: other separators of Unicode belong to a text."""
     lines = text.removesuffix("\n").split("\n") if text else []
     return [line.removesuffix("\r") for line in lines]
@@ -71,7 +71,7 @@ def _parallel(files: list[str], texts: list[str], _: Split) -> Numbered:
                 f"{PAIR.join(files)}: {file} is {'no text file' if text else 'empty'}; a pair is"
                 " two text files, or CoVoST-2's translations and Common Voice's validated.tsv"
             )
-    first, second = map(_lines, texts)
+    first, second = map(lines_of, texts)
     if len(first) != len(second):
         raise UserError(
             f"{files[0]} has {len(first)} lines, {files[1]} {len(second)}: they must go together"
@@ -99,7 +99,7 @@ def _table(file: str, text: str, needed: set[str]) -> Numbered:
             f" {', '.join(columns)[:200]}; CoVoST-2's translations alone are named with Common"
             f" Voice's sentences, {file}{PAIR}VALIDATED_TSV"
         )
-    for number, line in enumerate(_lines(text)[1:], 2):
+    for number, line in enumerate(lines_of(text)[1:], 2):
         if line:
             cells = _cells(line)
             row = dict(zip(columns, cells, strict=False))
