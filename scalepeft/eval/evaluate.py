@@ -119,14 +119,11 @@ def _examples(task: Task, limit: int | None) -> list[Example]:
             f"data.test: {bare.id} is a reference alone, without what is asked; name"
             " FILE_SOURCE::FILE_TARGET (scalepeft score takes references alone)"
         )
-    taken: Counter[str] = Counter()
-    kept = []
+    by_source: dict[str, list[str]] = {}
     for example in examples:
-        source = str(example.meta.get("source", ""))
-        taken[source] += 1
-        if limit is None or taken[source] <= limit:
-            kept.append(example)
-    return kept
+        by_source.setdefault(str(example.meta.get("source", "")), []).append(example.id)
+    kept = {id_ for ids in by_source.values() for id_ in ids[:limit]}
+    return [e for e in examples if e.id in kept]
 
 
 def _settings(
@@ -184,10 +181,11 @@ def _generate(
         # A rank with nothing left generates for the first prompt once more: sharded forwards are
         # collectives.
         texts, cut = generator([e.prompt for e in mine or batch[:1]])
+        answered = zip(mine, texts, cut, strict=False)
         predictions.append(
             [
-                {"id": e.id, "prediction": t, "cut": c}
-                for e, t, c in zip(mine, texts, cut, strict=False)
+                {"id": e.id, "prediction": text, "cut": c}
+                for e, text, c in answered
                 if e.id not in done  # of a batch that was torn
             ]
         )
@@ -206,6 +204,7 @@ def _write_scores(
     texts = {id_: row["prediction"] for id_, row in done.items()}
     summary, rows = scores.summarize(task, examples, texts)
     folder = predictions.path.parent
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     results = {
         "task": config.data.name,
         "protocol": config.data.protocol,
@@ -217,11 +216,7 @@ def _write_scores(
         "prompts_cut": sum(done[e.id]["cut"] for e in examples),
         **summary,
         "task_version": task.version,
-        "versions": {
-            "scalepeft": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": {"scalepeft": __version__, **versions},
     }
     try:
         scores.write(folder, results, rows)
@@ -239,4 +234,4 @@ def _write_scores(
 
 def _add_comet(folder: Path, stop: StopFlag) -> None:
     comet.compute(folder, stop)
-    say(f"COMET: {comet.line(folder)}")
+    say(comet.line(folder))
