@@ -123,31 +123,25 @@ class Math(Task):
             template = self.config.input_prompt
         if "{input}" not in template:
             asked, rest = problem.question, ""
-        more: dict[str, Any] = {"guessed": True} if problem.guessed else {}
+        meta: dict[str, Any] = {k: getattr(problem, k) for k in ("question", "answer", "kind")}
+        if problem.guessed:
+            meta["guessed"] = True
         if seen := contamination.known().get(contamination.fingerprint(problem.original)):
-            more["rephrases"] = seen
-        return self.filled(
-            row_id,
-            template,
-            {"instruction": asked, "input": rest},
-            {"output": problem.output, "answer": problem.answer or ""},
-            question=problem.question,
-            answer=problem.answer,
-            kind=problem.kind,
-            **more,
-        )
+            meta["rephrases"] = seen
+        values = {"instruction": asked, "input": rest}
+        told = {"output": problem.output, "answer": problem.answer or ""}
+        return self.filled(row_id, template, values, told, **meta)
 
     def score(self, prediction: str, example: Example) -> Score:
         """``correct``: equal to the right answer by math-verify, wherever the answer stands;
         ``strict``: what the script of the protocol says.
         """
         right, kind = example.meta["answer"], example.meta["kind"]
-        found = answers.find(prediction, kind)
-        correct: bool | None = False
-        if found is not None:
-            correct = found == right if kind == "letter" else answers.agree(right, found)
-            if correct is None:
-                correct = self.equivalent(right, found)
+        found, correct = answers.find(prediction, kind), None
+        if found is None or kind == "letter":
+            correct = found is not None and found == right
+        elif (correct := answers.agree(right, found)) is None:
+            correct = self.equivalent(right, found)
         rule = answers.RULES.get(self.config.protocol or "")
         return Score(found, correct, rule(prediction, right, kind) if rule else None)
 

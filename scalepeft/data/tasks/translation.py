@@ -139,11 +139,10 @@ class Translation(Task):
         for key in ("translation", "-".join(codes), "-".join(codes[::-1]), *pairs):
             if key in nested:
                 return self._both(nested[key], f"'{key}'")
-        for keys in (("sentence", "translation"), ("source", "target"), codes):
-            if row.keys() >= set(keys):
-                return text_field(row, keys[0]), text_field(row, keys[1])
-        flores = {k[9:]: v for k, v in row.items() if k.startswith("sentence_")}
-        if flores:
+        for one, other in (("sentence", "translation"), ("source", "target"), codes):
+            if one in row and other in row:
+                return text_field(row, one), text_field(row, other)
+        if flores := {k[9:]: v for k, v in row.items() if k.startswith("sentence_")}:
             return self._both(flores, "the row")
         raise UserError(
             f"the row has {', '.join(map(str, row))}; a pair is one of {{translation: {{de, en}}}},"
@@ -152,7 +151,7 @@ class Translation(Task):
         )
 
     def _both(self, texts_by_code: dict[str, Any], where: str) -> tuple[str, str]:
-        texts = []
+        keys = []
         for side in ("source", "target"):
             code = getattr(self.config, f"{side}_language")
             if (key := languages.matching(code, map(str, texts_by_code))) is None:
@@ -160,8 +159,8 @@ class Translation(Task):
                     f"{where} has {', '.join(map(str, texts_by_code)) or 'nothing'}, not '{code}'"
                     f" (data.{side}_language)"
                 )
-            texts.append(text_field(texts_by_code, key))
-        return texts[0], texts[1]
+            keys.append(key)
+        return text_field(texts_by_code, keys[0]), text_field(texts_by_code, keys[1])
 
     def score(self, prediction: str, example: Example) -> Score:
         """Takes the first of the first three lines that is not empty, as ALMA does."""
@@ -179,13 +178,8 @@ class Translation(Task):
             stated = json.loads(score.format(width=6, signature=signature, is_json=True))
             mean = stated.get("confidence_mean", score.score)  # none where all resamples are 0
             half = stated.get("confidence_var", 0.0)
-            found[name] = Metric(
-                score.score,
-                max(0.0, mean - half),
-                min(100.0, mean + half),
-                share=False,
-                signature=f"{score.name}|{signature}",
-            )
+            interval = max(0.0, mean - half), min(100.0, mean + half)
+            found[name] = Metric(score.score, *interval, False, f"{score.name}|{signature}")
         return found
 
     def _tokenizer(self) -> str:
