@@ -21,6 +21,7 @@ import shutil
 import statistics
 import subprocess
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -32,33 +33,23 @@ from scalepeft.data.tasks.base import Scored
 
 VARIABLE = "SCALEPEFT_COMET"
 MODEL = "Unbabel/wmt22-comet-da"
-HOW = (
-    "not computed (pip install unbabel-comet in an environment of its own, then"
-    f" {VARIABLE}=ENV/bin/comet-score)"
-)
-NO_SOURCE = "not computed (the references came without the text that was translated)"
 TEXTS = ("src.txt", "mt.txt", "ref.txt")
 # comet-score would take itself for a rank of our job, and our packages for its own.
 INHERITED = re.compile(r"(?!SLURM_|PMI|TORCHELASTIC_|MASTER_|PYTHON)(?!.*(RANK|WORLD_SIZE))")
 
 
 def write(folder: Path, rows: list[Scored]) -> None:
-    """Write the texts to ``folder/comet``, a row a line; none where a row has no source text."""
-    inputs = folder / "comet"
-    if any(not row.example.meta.get("question") for row in rows):
-        shutil.rmtree(inputs, ignore_errors=True)
-        (folder / "comet.json").unlink(missing_ok=True)
-        return
+    """Write the texts to ``folder/comet``, a row a line."""
     columns = {
         "src.txt": [row.example.meta["question"] for row in rows],
         "mt.txt": [row.score.extracted or "" for row in rows],
         "ref.txt": [row.example.meta["reference"] for row in rows],
         "set.txt": [str(row.example.meta.get("source", "")) for row in rows],
     }
-    inputs.mkdir(parents=True, exist_ok=True)
+    (folder / "comet").mkdir(parents=True, exist_ok=True)
     for name, texts in columns.items():
         lines = (re.sub(r"[\r\n]+", " ", text) + "\n" for text in texts)
-        write_atomically(inputs / name, "".join(lines))
+        write_atomically(folder / "comet" / name, "".join(lines))
 
 
 def compute(folder: Path, stop: StopFlag | None = None) -> dict[str, Any] | None:
@@ -67,15 +58,13 @@ def compute(folder: Path, stop: StopFlag | None = None) -> dict[str, Any] | None
     Returns:
         ``score`` and ``ci95`` (times 100), ``rows``, ``sources`` (name -> score), ``model``,
         ``command``; None if ``SCALEPEFT_COMET`` is not set and these texts have not been scored
-        yet, or there are none.
+        yet.
 
     Raises:
         UserError: no such program, it failed, or its output is not COMET's.
         Stopping: a signal came; the program was ended.
     """
     inputs, result = folder / "comet", folder / "comet.json"
-    if not (inputs / TEXTS[0]).is_file():
-        return None
     digest = hashlib.sha256(b"\0".join((inputs / name).read_bytes() for name in TEXTS)).hexdigest()
     program, model = _program()
     stored = read(folder)
@@ -91,15 +80,15 @@ def compute(folder: Path, stop: StopFlag | None = None) -> dict[str, Any] | None
     names = (inputs / "set.txt").read_text().split("\n")[:-1]
     scores = _segments(inputs / "segments.json", len(names))
     mean, half = mean_interval(scores)
-    pairs = list(zip(names, scores, strict=True))
+    half = half or 0.0
+    by_source: dict[str, list[float]] = defaultdict(list)
+    for name, score in sorted(zip(names, scores, strict=True)):
+        by_source[name].append(score)
     results = {
         "score": mean,
-        "ci95": [mean - (half or 0.0), mean + (half or 0.0)],
+        "ci95": [mean - half, mean + half],
         "rows": len(scores),
-        "sources": {
-            name: statistics.fmean(score for other, score in pairs if other == name)
-            for name in sorted(set(names))
-        },
+        "sources": {name: statistics.fmean(found) for name, found in by_source.items()},
         "model": model,
         "command": shlex.join(command),
         "texts": digest,
@@ -119,13 +108,16 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 def line(folder: Path) -> str:
     """Return COMET as a line of a table, or how to get it. Call ``compute`` before."""
-    if results := read(folder):
-        low, high = results["ci95"]
+    if (results := read(folder)) is None:
         return (
-            f"COMET: {results['score']:.2f}, 95 % interval {low:.2f} to {high:.2f}"
-            f" ({results['model']}, {results['rows']} rows)"
+            "COMET: not computed (pip install unbabel-comet in an environment of its own, then"
+            f" {VARIABLE}=ENV/bin/comet-score)"
         )
-    return f"COMET: {HOW if (folder / 'comet' / TEXTS[0]).is_file() else NO_SOURCE}"
+    low, high = results["ci95"]
+    return (
+        f"COMET: {results['score']:.2f}, 95 % interval {low:.2f} to {high:.2f}"
+        f" ({results['model']}, {results['rows']} rows)"
+    )
 
 
 def _program() -> tuple[list[str], str]:
@@ -165,9 +157,11 @@ def _run(command: list[str], inputs: Path, stop: StopFlag | None) -> None:
             raise Stopping
         time.sleep(0.05)
     if process.returncode:
-        printed = log.read_text(errors="replace").split("\n")
-        last = next((text.strip() for text in reversed(printed) if text.strip()), "printed nothing")
-        raise UserError(f"{command[0]} ended with {process.returncode}: {last[:300]}; log: {log}")
+        printed = log.read_text(errors="replace").strip().rpartition("\n")[2].strip()
+        raise UserError(
+            f"{command[0]} ended with {process.returncode}: {printed[:300] or 'printed nothing'};"
+            f" log: {log}"
+        )
 
 
 def _segments(file: Path, rows: int) -> list[float]:

@@ -677,11 +677,6 @@ def test_comet_in_its_own_environment(tmp_path: Path, monkeypatch: pytest.Monkey
     comet.write(run, scored(list(ENGLISH)))
     assert comet.compute(run) is None and "not computed" in comet.line(run), "of other texts"
     assert len(calls.read_text().splitlines()) == 2
-    bare = [
-        Scored(Example("a", "", "x", {"question": "", "reference": "x"}), "x", Score("x", None))
-    ]
-    comet.write(run, bare)
-    assert comet.compute(run) is None and "without the text that was translated" in comet.line(run)
 
 
 @pytest.mark.parametrize(
