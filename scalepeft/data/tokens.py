@@ -233,6 +233,7 @@ def cut_rows(tokens: TokenSet, config: TaskConfig, split: str) -> list[str]:
         f" {tokens.lost} of them lost their whole response"
     )
     if tokens.dropped:
-        return [f"{said}; {tokens.dropped} rows had no token left to learn and were dropped"]
-    kept = " and teach their prompt alone (data.train_on=all)" if tokens.lost else ""
-    return [said + kept]
+        said += f"; {tokens.dropped} rows had no token left to learn and were dropped"
+    elif tokens.lost:
+        said += " and teach their prompt alone (data.train_on=all)"
+    return [said]

@@ -1,16 +1,8 @@
 r"""Rows of math data sets in any of their formats -> question, solution, answer.
 
-Rows are told apart by their keys:
-
-    openai/gsm8k:main                question, answer with "#### N" and <<48/2=24>> marks
-    meta-math/MetaMathQA             query, response (type, original_question)
-    HuggingFaceH4/MATH-500           problem, solution and/or answer (level, subject, type)
-    LLM-Adapters                     instruction, input, output, answer: a number, or A to E (AQuA)
-    MetaMath's MATH_test.jsonl       instruction, output with \boxed{}
-    microsoft/orca-math-word-problems-200k   question, answer without "####"
-
-GSM8K's calculator marks are taken out: no protocol here has a calculator, and MetaMathQA is without
-them.
+Rows are told apart by their keys, as the table of formats in docs/data.md has them. GSM8K's
+calculator marks (<<48/2=24>>) are taken out: no protocol here has a calculator, and MetaMathQA is
+without them.
 """
 
 import re

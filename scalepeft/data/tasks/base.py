@@ -166,12 +166,11 @@ class Task:
 
     def __init__(self, config: TaskConfig) -> None:
         self.config = config
+        # Of the last ``examples``: where broken rows were left out (``on_error: skip``), the number
+        # of duplicates left out, and what else the user should know, a line each.
         self.skipped: list[str] = []
-        """Where broken rows were left out (``on_error: skip``) by the last ``examples``."""
         self.repeated = 0
-        """Training rows left out as duplicates by the last ``examples``."""
         self.notes: list[str] = []
-        """What else the user should know of the rows of the last ``examples``, a line each."""
 
     def examples(self, split: Split) -> list[Example]:
         """Reads a split.
@@ -179,12 +178,10 @@ class Task:
         Raises:
             UserError: no files, an unreadable file, or a broken row under ``on_error: stop``.
         """
-        sources: list[str] = getattr(self.config, split)
-        if not sources:
-            raise UserError(
-                f"data.{split} is empty: name files, e.g. data.{split}=DIR/{split}.json"
-            )
-        files = expand(sources, f"data.{split}")
+        key = f"data.{split}"
+        if not (sources := getattr(self.config, split)):
+            raise UserError(f"{key} is empty: name files, e.g. {key}=DIR/{split}.json")
+        files = expand(sources, key)
         self.skipped, self.repeated, self.notes = [], 0, []
         found, seen, ids = [], set(), dict[str, int]()
         drop = split == "train" and self.config.duplicates == "drop"
@@ -209,9 +206,9 @@ class Task:
             if not number:
                 self._leave_out(f"{source}: no usable row, the file is empty", "copy it again")
         if not found:
-            count = len(self.skipped)
-            why = f": {count} left out, the first is {self.skipped[0]}" if count else ""
-            raise UserError(f"data.{split}: no usable row in {', '.join(files)[:500]}{why}")
+            skipped = self.skipped
+            why = f": {len(skipped)} left out, the first is {skipped[0]}" if skipped else ""
+            raise UserError(f"{key}: no usable row in {', '.join(files)[:500]}{why}")
         return found
 
     def remarks(self, split: Split) -> list[str]:
@@ -236,14 +233,8 @@ class Task:
     def filled(
         self, row_id: str, template: str, asked: dict[str, str], told: dict[str, str], **meta: Any
     ) -> Example:
-        """The example of a row.
-
-        Args:
-            row_id: source and row number.
-            template: of the prompt.
-            asked: values of the prompt's fields.
-            told: values of further fields of the completion.
-            meta: what ``score`` needs; the source is added.
+        """The example of a row: ``template``, the prompt's, is filled with ``asked``, that of the
+        completion with ``told`` as well; ``meta`` gets the row's source.
         """
         prompt = fill(template, asked, "data.prompt")
         completion = fill(self.config.completion, asked | told, "data.completion")
@@ -261,8 +252,7 @@ class Task:
         return self.config.prompt
 
     def example(self, row: Any, row_id: str, split: Split) -> Example:
-        """Builds one example from a row; raises UserError for a broken one (without file and
-        number).
+        """Builds one example from a row; raises UserError for a broken one.
 
         ``meta`` holds what ``score`` needs, ``source`` (rows of a source are scored together) and
         ``question`` (what is asked, without the prompt around it: equal ones are the same row).

@@ -2,15 +2,7 @@
 
 A row is that of LLM-Adapters (arXiv 2304.01933), ``{instruction, input, output, answer}`` with
 ``output`` "the correct answer is answer2" and ``answer`` the label, or a row of one of the original
-data sets, from which the same instruction is made:
-
-    aps/super_glue:boolq     question, passage, label
-    baber/piqa               goal, sol1, sol2, label
-    lighteval/siqa           context, question, answerA, answerB, answerC, label (1 to 3)
-    Rowan/hellaswag          activity_label, ctx, endings, label
-    allenai/winogrande       sentence, option1, option2, answer (1 or 2)
-    allenai/ai2_arc          question, choices {text, label}, answerKey
-    allenai/openbookqa       question_stem, choices {text, label}, answerKey
+data sets (``ORIGINALS``, and BoolQ's question, passage, label), of which the same text is made.
 """
 
 import re
@@ -101,20 +93,13 @@ class Commonsense(Task):
 class Original(NamedTuple):
     """A multiple choice as its own data set has it."""
 
-    asked: str
-    """What is to be chosen, and for what, in the words of LLM-Adapters."""
-    word: str
-    """What a choice is called: ``answer`` gives Answer1, answer1, ..."""
-    choices: str
-    """Keys of the choices, or of a list of them."""
-    label: str
-    """Key of the right one."""
-    labels: str = ""
-    """Of the choices, in their order; of ``choices`` they are in the row."""
-    between: str = " "
-    """Stands between the choices."""
-    form: str = "\n\n"
-    """Stands before the answer's format."""
+    asked: str  # what is to be chosen, and for what, in the words of LLM-Adapters
+    word: str  # what a choice is called: ``answer`` gives Answer1, answer1, ...
+    choices: str  # keys of the choices, or of a list of them
+    label: str  # key of the right one
+    labels: str = ""  # of the choices, in their order; of ``choices`` they are in the row
+    between: str = " "  # stands between the choices
+    form: str = "\n\n"  # stands before the answer's format
 
 
 ORIGINALS = (

@@ -1,15 +1,7 @@
 """Translation between any two languages, scored by sacreBLEU.
 
-Rows hold a pair in one of these forms (``de`` and ``en`` stand for the codes of the config):
-
-    {"translation": {"de": ..., "en": ...}}   WMT, ALMA; {"de-en": {...}} too, as its hub sets have
-    {"sentence": ..., "translation": ...}     CoVoST-2, JSON or tsv
-    {"source": ..., "target": ...}            ALMA's shots, pairs of text files
-    {"sentence_deu_Latn": ..., ...}           FLORES-200 of the hub
-    {"de": ..., "en": ...}                    plain
-
-Files: ``bitext``. Papers: CoVoST-2 (arXiv 2007.10310), ALMA (arXiv 2309.11674), sacreBLEU (Post
-2018).
+Rows hold a pair in one of the forms that docs/data.md lists; files: ``bitext``. Papers: CoVoST-2
+(arXiv 2007.10310), ALMA (arXiv 2309.11674), sacreBLEU (Post 2018).
 """
 
 import json
