@@ -106,9 +106,9 @@ def read(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def line(folder: Path) -> str:
-    """Return COMET as a line of a table, or how to get it. Call ``compute`` before."""
-    if (results := read(folder)) is None:
+def line(results: dict[str, Any] | None) -> str:
+    """Return what ``compute`` returned as a line, or how to get it."""
+    if results is None:
         return (
             "COMET: not computed (pip install unbabel-comet in an environment of its own, then"
             f" {VARIABLE}=ENV/bin/comet-score)"

@@ -37,13 +37,7 @@ def run(run_dir: str, settings: list[str], kind: Subject, stop: StopFlag) -> int
     """Evaluates a run on ``data.test``; returns the exit code, 0 or 75.
 
     Writes ``RUN_DIR/eval/TASK/`` (``eval-merged``, ``eval-base``): predictions.jsonl, scored.jsonl
-    and scores.json.
-
-    Args:
-        run_dir: the run.
-        settings: ``key=value`` arguments over its config.
-        kind: its adapter over its base, the checkpoint in ``RUN_DIR/merged``, or the base alone.
-        stop: polled between batches.
+    and scores.json. ``settings`` go over the run's config; ``stop`` is polled between batches.
 
     Raises:
         UserError: no run, no adapter or merged checkpoint yet, no test rows.
@@ -104,8 +98,9 @@ def evaluate(config: RunConfig, task: Task, kind: Subject, ranks: Ranks, stop: S
         poll()
         _generate(target, left, examples, predictions, poll)
     ranks.run_on_main(lambda: _write_scores(target, task, examples, predictions))
+    folder = predictions.path.parent
     if task.translates:  # in a process of its own, now that the model is let go
-        ranks.alone(lambda: _add_comet(predictions.path.parent, stop))
+        ranks.alone(lambda: say(comet.line(comet.compute(folder, stop))))
 
 
 def _examples(task: Task, limit: int | None) -> list[Example]:
@@ -230,8 +225,3 @@ def _write_scores(
     for line in scores.lines(results):
         say(line)
     say(f"{config.data.name}, {target.kind}: {folder}/scores.json")
-
-
-def _add_comet(folder: Path, stop: StopFlag) -> None:
-    comet.compute(folder, stop)
-    say(comet.line(folder))

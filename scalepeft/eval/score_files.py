@@ -106,11 +106,7 @@ class Prediction:
 
 
 def read(file: str, key: str | None) -> list[Prediction]:
-    """Read predictions.
-
-    Raises:
-        UserError: unreadable, empty, or a row without a text in it.
-    """
+    """Read predictions. Raise UserError: unreadable, empty, or a row without a text in it."""
     if not Path(file).is_file():
         raise UserError(f"--predictions {file}: {absent(Path(file))}")
     text = read_text(file)
@@ -156,13 +152,8 @@ def _prediction(row: Any, key: str | None, number: int) -> Prediction:
 def match(
     predictions: list[Prediction], examples: list[Example], options: Options, skipped: int
 ) -> dict[str, str]:
-    """Return example id -> its prediction: by id where ids of the references come, else by order.
-
-    Args:
-        predictions: as they stand in the file.
-        examples: of the references, those that can be used.
-        options: name the files.
-        skipped: number of broken references that were left out.
+    """Return example id -> its prediction: by id where ids of the references come, else by order,
+    which ``skipped`` broken references would disturb.
 
     Raises:
         UserError: an id twice, no id beside others, rows without a prediction, ids of other
@@ -171,9 +162,12 @@ def match(
     known = {e.id for e in examples}
     by_id = {p.id: p for p in reversed(predictions) if p.id is not None}
     faults = [
-        f"row {p.row}: has no id, others have"
-        if p.id is None
-        else f"row {p.row}: id {p.id} appears in row {by_id[p.id].row} already"
+        f"row {p.row}: "
+        + (
+            f"id {p.id} appears in row {by_id[p.id].row} already"
+            if p.id
+            else "has no id, others have"
+        )
         for p in predictions
         if p.id is None or by_id[p.id] is not p
     ]

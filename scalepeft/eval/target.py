@@ -20,9 +20,7 @@ class EvalTarget:
     """What an evaluation scores.
 
     Attributes:
-        kind: ``adapter``, ``merged`` or ``base``.
         config: loads it: for a merged checkpoint, with that in the place of the base.
-        base: of that config.
         fingerprint: of the adapter, or of the base's or merged weights.
         adapter: what ``injection.read_adapter`` returns; None for a base or a merged checkpoint.
         step: of the training that the adapter comes from.

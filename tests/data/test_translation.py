@@ -652,8 +652,10 @@ def test_comet_in_its_own_environment(tmp_path: Path, monkeypatch: pytest.Monkey
     run = tmp_path / "run"
     rows = scored([ENGLISH[0], "Costs\r\n5\u2028", ""])
     comet.write(run, rows)
-    assert comet.compute(run) is None and "SCALEPEFT_COMET=ENV/bin/comet-score" in comet.line(run)
-    assert "not computed" in comet.line(run)
+    assert comet.compute(run) is None and "SCALEPEFT_COMET=ENV/bin/comet-score" in comet.line(
+        comet.read(run)
+    )
+    assert "not computed" in comet.line(comet.read(run))
     lines = {name: (run / "comet" / name).read_bytes().decode() for name in comet.TEXTS}
     assert (
         lines["mt.txt"] == f"{ENGLISH[0]}\nCosts 5\u2028\n\n" and lines["src.txt"].count("\n") == 3
@@ -666,7 +668,9 @@ def test_comet_in_its_own_environment(tmp_path: Path, monkeypatch: pytest.Monkey
     assert found["score"] == pytest.approx(100 * (0.9 + 0.5 + 0.5) / 3) and found["rows"] == 3
     assert found["sources"] == pytest.approx({"a": 70.0, "b": 50.0})
     assert found["model"] == "Unbabel/wmt22-comet-da"
-    assert "COMET: 63.33" in comet.line(run) and "wmt22-comet-da, 3 rows)" in comet.line(run)
+    assert "COMET: 63.33" in comet.line(
+        comet.read(run)
+    ) and "wmt22-comet-da, 3 rows)" in comet.line(comet.read(run))
     calls = run / "comet" / "calls"
     assert comet.compute(run) == found and calls.read_text() == "Unbabel/wmt22-comet-da 0 True\n"
 
@@ -675,7 +679,9 @@ def test_comet_in_its_own_environment(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.delenv(comet.VARIABLE)
     assert comet.compute(run)["model"] == "/x/y.ckpt", "kept: the same texts"  # type: ignore[index]
     comet.write(run, scored(list(ENGLISH)))
-    assert comet.compute(run) is None and "not computed" in comet.line(run), "of other texts"
+    assert comet.compute(run) is None and "not computed" in comet.line(comet.read(run)), (
+        "of other texts"
+    )
     assert len(calls.read_text().splitlines()) == 2
 
 
@@ -705,7 +711,7 @@ def test_comet_that_fails_is_no_score(
     with pytest.raises(UserError) as caught:
         comet.compute(tmp_path)
     assert said in str(caught.value) and "\n" not in str(caught.value)
-    assert comet.read(tmp_path) is None and "not computed" in comet.line(tmp_path)
+    assert comet.read(tmp_path) is None and "not computed" in comet.line(comet.read(tmp_path))
 
 
 def test_comet_that_is_not_there_or_is_stopped(

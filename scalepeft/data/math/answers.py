@@ -119,7 +119,7 @@ def metamath(prediction: str, right: str, kind: str) -> bool:
     found = re.search(r"[\-+]?\d*[\.,/]?\d+", text.strip())
     if not found:
         return False
-    above, slash, below = found[0].replace(",", "").partition("/")
+    above, _, below = found[0].replace(",", "").partition("/")
     try:
         value = float(above) if below in ("", "0") else float(Fraction(above) / Fraction(below))
         return round(value) == float(right.replace(",", ""))
