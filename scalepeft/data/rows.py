@@ -51,9 +51,9 @@ def source_labels(files: list[str]) -> list[str]:
         labels = [f if f.startswith("hf://") else "/".join(Path(f).parts[-parts:]) for f in files]
         if len(set(labels)) == len(set(files)):
             break
-    seen: dict[str, int] = {}
+    seen = Counter[str]()
     for i, label in enumerate(labels):
-        seen[label] = seen.get(label, 0) + 1
+        seen[label] += 1
         if seen[label] > 1:  # a file listed twice is trained on twice, under its own ids
             labels[i] = f"{label}({seen[label]})"
     return labels
