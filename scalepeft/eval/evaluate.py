@@ -6,7 +6,7 @@ and ``scores`` sums up.
 """
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,11 +114,11 @@ def _examples(task: Task, limit: int | None) -> list[Example]:
             f"data.test: {bare.id} is a reference alone, without what is asked; name"
             " FILE_SOURCE::FILE_TARGET (scalepeft score takes references alone)"
         )
-    by_source: dict[str, list[str]] = {}
+    by_source: dict[str, list[str]] = defaultdict(list)
     for example in examples:
-        by_source.setdefault(str(example.meta.get("source", "")), []).append(example.id)
+        by_source[str(example.meta.get("source", ""))].append(example.id)
     kept = {id_ for ids in by_source.values() for id_ in ids[:limit]}
-    return [e for e in examples if e.id in kept]
+    return [example for example in examples if example.id in kept]
 
 
 def _settings(

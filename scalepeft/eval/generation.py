@@ -120,11 +120,13 @@ class Generator(Backend):
 
 
 def check(config: EvaluateConfig) -> None:
-    """Raise UserError for an empty stop text, and a length of prompt and answer with beams; found
-    out before a model is loaded.
+    """Raise UserError for an empty stop text, and a length of prompt and answer that leaves no room
+    or goes with beams; found out before a model is loaded.
     """
     if "" in config.stop:
         raise UserError("evaluate.stop: an empty text would end every answer before it begins")
+    if config.max_tokens == 1:
+        raise UserError("evaluate.max_tokens=1 leaves no room for a prompt and an answer")
     if config.max_tokens is not None and config.num_beams > 1:
         raise UserError(
             f"evaluate.max_tokens={config.max_tokens} with evaluate.num_beams={config.num_beams}: a"
@@ -141,7 +143,9 @@ def encode(
     Raises:
         UserError: a prompt without a token, or no room for one.
     """
-    room = prompt_room(config, positions)
+    if positions <= (new := config.max_new_tokens):
+        raise UserError(f"evaluate.max_new_tokens={new} fills the model's {positions} positions")
+    room = min(positions - new, (config.max_tokens or positions) - 1)
     found, cut = [], []
     for prompt in tokenizer(prompts, verbose=False)["input_ids"]:
         ids = strip_eos(prompt, tokenizer)
@@ -156,23 +160,6 @@ def encode(
             ids = kept + ids[len(ids) - room + len(kept) :]
         found.append(ids)
     return found, cut
-
-
-def prompt_room(config: EvaluateConfig, positions: int) -> int:
-    """Tokens a prompt may have; longer ones lose their beginning."""
-    if positions <= config.max_new_tokens:
-        raise UserError(
-            f"evaluate.max_new_tokens={config.max_new_tokens} fills the model's {positions}"
-            " positions"
-        )
-    room = positions - config.max_new_tokens
-    if config.max_tokens is not None:
-        room = min(room, config.max_tokens - 1)
-    if room < 1:
-        raise UserError(
-            f"evaluate.max_tokens={config.max_tokens} leaves no room for a prompt and an answer"
-        )
-    return room
 
 
 def _cut_at(text: str, stop: list[str]) -> str:
