@@ -23,12 +23,9 @@ class ReferenceLine:
 
 
 def read(source: str, split: Split) -> Numbered:
-    """Yields (row number, row) of a source.
-
-    JSON (array or lines) and data sets of the hub give their rows as they are. A tsv gives rows
-    with its columns, numbered by line. ``A::B`` are two text files, or CoVoST-2's translations and
-    Common Voice's validated.tsv, in either order. Any other file is read as reference lines, for
-    the test alone.
+    """Yields (row number, row) of a source: the rows of JSON and hub data sets, a tsv's by line, of
+    ``A::B`` two text files or CoVoST-2's translations and Common Voice's validated.tsv in either
+    order, and of any other file reference lines, for the test alone.
 
     Raises:
         UserError: an unreadable file, two files that do not go together, missing columns, a text

@@ -31,8 +31,7 @@ class Protocol:
     the scores as a deviation.
     """
 
-    about: str
-    """Where it comes from, and its oddities, in a line or two."""
+    about: str  # where it comes from, and its oddities, in a line or two
     data: dict[str, Any] = field(default_factory=dict)
     evaluate: dict[str, Any] = field(default_factory=dict)
 
@@ -71,8 +70,7 @@ class TaskConfig:
     """
 
     PROTOCOLS: ClassVar[dict[str, Protocol]] = {}
-    OWN_VALID: ClassVar[bool] = False
-    """True if the task makes held-out rows without ``valid`` and ``valid_size``."""
+    OWN_VALID: ClassVar[bool] = False  # held-out rows need neither ``valid`` nor ``valid_size``
 
     name: Annotated[str, Decides.ROWS]
     protocol: Annotated[str | None, Decides.SCORES] = None
@@ -152,17 +150,11 @@ class Task:
     """A family of data sets with one row format, one prompt and one way to score."""
 
     Config: ClassVar[type[TaskConfig]] = TaskConfig
-    version: ClassVar[int]
-    """Part of every reported number: raised when prompts or scoring change."""
-    headline: ClassVar[str] = "accuracy"
-    """The metric that tables show first."""
-    macro_average: ClassVar[bool] = False
-    """True if papers report the unweighted mean of the sources' headlines."""
-    reads_files: ClassVar[bool] = True
-    """False for a task that makes its own rows."""
-
-    translates: ClassVar[bool] = False
-    """True if ``question`` and ``reference`` of a row are texts of one meaning, as COMET wants."""
+    version: ClassVar[int]  # of every reported number: raised when prompts or scoring change
+    headline: ClassVar[str] = "accuracy"  # the metric that tables show first
+    macro_average: ClassVar[bool] = False  # papers report the mean of the sources' headlines
+    reads_files: ClassVar[bool] = True  # False: it makes its own rows
+    translates: ClassVar[bool] = False  # ``question`` and ``reference`` of a row are COMET's
 
     def __init__(self, config: TaskConfig) -> None:
         self.config = config
@@ -271,12 +263,9 @@ class Task:
         return found
 
 
+# Of the fields that decide rows: the template stands for the prompt; the others choose rows alone.
 SET_APART = {"prompt", "valid_size", "duplicates"}
-"""Of the fields that decide rows: the template stands for the prompt; the others choose rows, and
-make none.
-"""
-PREPARED = {"prepared", "id", "prompt", "completion", "meta", "sum"}
-"""Keys of a prepared row."""
+PREPARED = {"prepared", "id", "prompt", "completion", "meta", "sum"}  # keys of a prepared row
 
 
 def prepared_for(task: Task, split: Split) -> str:
