@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,8 +81,7 @@ def chosen(method: Method, swept: dict[float, dict[str, Any] | None]) -> tuple[f
     if lacking(swept) or not losses:
         return None
     best = min(losses, key=lambda lr: (losses[lr], lr))
-    where = {method.rates[0]: "lowest", method.rates[-1]: "highest"}
-    return best, where.get(best, "")
+    return best, {method.rates[0]: "lowest", method.rates[-1]: "highest"}.get(best, "")
 
 
 def cell_inputs(config: RunConfig, files: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -117,6 +115,12 @@ class Runner:
         cells = [c for c in sweep(self.design) if c.method == method.label]
         return {c.lr: self.result(c) for c in cells if c.lr is not None}
 
+    def settled(self, cell: Cell) -> Cell:
+        """Return the cell with its rate; without one where the sweep does not give it."""
+        method = self.design.method(cell.method)
+        best = chosen(method, self.swept(method)) if cell.lr is None else None
+        return dataclasses.replace(cell, lr=best[0]) if best else cell
+
     def stages(self, config: RunConfig) -> list[tuple[Stage, dict[str, Any]]]:
         """Return the stages of a cell with their inputs."""
         folder, inputs = Path(config.run_dir), cell_inputs(config, self.design.files)
@@ -133,89 +137,74 @@ class Runner:
         method = self.design.method(cell.method)
         if method.refused:
             return {"state": "failed", "reason": method.refused}
+        cell = self.settled(cell)
         if cell.lr is None:
-            swept = self.swept(method)
-            if lacking(swept):
-                return None  # nothing is chosen from half a sweep
-            best = chosen(method, swept)
-            if best is None:
-                return {"state": "failed", "reason": "no rate of the sweep trained"}
-            cell = dataclasses.replace(cell, lr=best[0])
+            none = {"state": "failed", "reason": "no rate of the sweep trained"}
+            return None if lacking(self.swept(method)) else none
         config = self.config(cell)
         result: dict[str, Any] = {"state": "done", "lr": cell.lr, "wall": 0.0}
         for stage, inputs in self.stages(config):
             if not stage.is_done(inputs):
                 note = stage.begun() if stage.is_begun(inputs) else {}
-                same = note.get("state") == "broke" or note.get("config") == cfg.dump(config)
-                if not same:
-                    return None
-                return {"lr": cell.lr, "state": note["state"], "reason": note["reason"]}
+                if note.get("state") == "broke" or note.get("config") == cfg.dump(config):
+                    return {"lr": cell.lr, "state": note["state"], "reason": note["reason"]}
+                return None
             manifest = stage.done()
             result |= manifest["result"]
             result["wall"] += manifest["seconds"]
         return result
 
-    def work(self, cells: list[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
-        """Run the cells that have no result; yield each with its rate and its result.
+    def run(self, cell: Cell) -> tuple[Cell, dict[str, Any]]:
+        """Run a cell if it has no result; return it, with its rate, and its result.
 
         Raises:
             Stopping: a signal came; the state has been saved.
             UserError: the sweep that is to choose a rate lacks cells, or another start holds one.
         """
-        for cell in cells:
-            self._poll()
-            result = self.result(cell)
-            if result is None or result["state"] == "broke":
-                result = self._run(self._settled(cell))
-            yield dataclasses.replace(cell, lr=result.get("lr", cell.lr)), result
-
-    def _settled(self, cell: Cell) -> Cell:
-        """Return the cell with its rate, which may be the sweep's to choose."""
-        if cell.lr is not None:
-            return cell
-        method = self.design.method(cell.method)
-        swept = self.swept(method)
-        if missing := lacking(swept):
+        self._poll()
+        cell = self.settled(cell)
+        result = self.result(cell)
+        if result is not None and result["state"] != "broke":
+            return cell, result
+        if cell.lr is None:
+            missing = lacking(self.swept(self.design.method(cell.method)))
             listed = ", ".join(f"lr {lr:g} ({reason})" for lr, reason in missing.items())
             raise UserError(
-                f"--cell {cell.index}: the sweep of {method.label} lacks {listed}; no rate is"
-                " chosen without it: run its cells first"
+                f"--cell {cell.index}: the sweep of {cell.method} lacks {listed}; no rate is chosen"
+                " without it: run its cells first"
             )
-        best = chosen(method, swept)
-        assert best is not None, "else the cell has a result"
-        return dataclasses.replace(cell, lr=best[0])
-
-    def _run(self, cell: Cell) -> dict[str, Any]:
         config = self.config(cell)
-        for stage, inputs in self.stages(config):
-            if stage.is_done(inputs):
-                continue
-            if not rank():
-                check_free(stage.root, *slurm_start())
-                _begin(stage, inputs)
-            started = time.time()
-            state, reason = self._execute(stage.name, config)
-            while rank() and not stage.is_done(inputs) and "state" not in stage.begun():
-                self._poll()  # what rank 0 records goes for all, else they would part here
-                time.sleep(0.2)
-            if not rank() and state == "done":
-                result, outputs = read_result(config, stage.name)
-                if "loss" in result and result["loss"] is None:
-                    state, reason = "failed", "diverged: held-out loss is not finite"
-                else:
-                    stage.finish(inputs, outputs, started, result=result)
-            if not rank() and state != "done":
-                # A failure may come from any setting: under another config it is tried again.
-                stage.note(state=state, reason=reason, config=cfg.dump(config))
-            if not stage.is_done(inputs):
-                break
-        return self.result(cell) or {"state": "broke", "reason": "its files have changed"}
+        all(self._run_stage(stage, inputs, config) for stage, inputs in self.stages(config))
+        return cell, self.result(cell) or {"state": "broke", "reason": "its files have changed"}
+
+    def _run_stage(self, stage: Stage, inputs: dict[str, Any], config: RunConfig) -> bool:
+        """Do what is not done; return True if it is now. Rank 0 alone keeps the manifests."""
+        if stage.is_done(inputs):
+            return True
+        if not rank():
+            check_free(stage.root, *slurm_start())
+            _begin(stage, inputs)
+        started = time.time()
+        state, reason = self._execute(stage.name, config)
+        while rank() and not stage.is_done(inputs) and "state" not in stage.begun():
+            self._poll()  # what rank 0 records goes for all, else they would part here
+            time.sleep(0.2)
+        if rank():
+            return stage.is_done(inputs)
+        result, outputs = read_result(config, stage.name) if state == "done" else ({}, [])
+        if result.get("loss", 0.0) is None:
+            state, reason = "failed", "diverged: held-out loss is not finite"
+        if state == "done":
+            stage.finish(inputs, outputs, started, result=result)
+        else:  # under another config a failure is tried again: it may come from any setting
+            stage.note(state=state, reason=reason, config=cfg.dump(config))
+        return state == "done"
 
     def _execute(self, name: str, config: RunConfig) -> tuple[str, str]:
         """Train or evaluate in a child process; return (state, reason)."""
         folder, text = Path(config.run_dir), cfg.dump(config)
         folder.mkdir(parents=True, exist_ok=True)
-        command, hold = ["evaluate", str(folder), *_evaluate_settings(config)], None
+        command, lease = ["evaluate", str(folder), *_evaluate_settings(config)], None
         if name == "training":
             file = self.out / "configs" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.yaml"
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -223,14 +212,14 @@ class Runner:
             # What differs from a run that was begun is harmless: the inputs were compared.
             command = ["train", str(file), "--resume-with-changes"]
         elif not rank():  # training takes the lease itself; two evaluations would mix their rows
-            hold = Lease(folder, 0, *slurm_start())
+            lease = Lease(folder, 0, *slurm_start())
         log = folder / ("log.txt" if not rank() else f"log-{rank()}.txt")
         start = log.stat().st_size if log.is_file() else 0
         try:
             code = run_child(command, log, self.stop)
         finally:
-            if hold:
-                hold.release()
+            if lease:
+                lease.release()
         if code == USER_ERROR:
             check_free(folder, *slurm_start())  # another start was faster: no failure of the cell
         return ("done", "") if code == FINISHED else failure_reason(code, log, start)

@@ -1,6 +1,7 @@
 """What a cell's run is to the comparison: a child process and the figures it leaves."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ def run_child(arguments: list[str], log: Path, stop: StopFlag) -> int:
         Stopping: it was told to stop, by us or by somebody else.
     """
     paths = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
-    forwarded = None
+    forwarded = False
     with log.open("a") as out:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "scalepeft", *arguments],
@@ -31,17 +32,16 @@ def run_child(arguments: list[str], log: Path, stop: StopFlag) -> int:
             start_new_session=True,  # Ctrl-C reaches it once, through us
         )
         while process.poll() is None:
-            if stop.signal is not None and forwarded is None:
-                forwarded = stop.signal
-                process.send_signal(forwarded)
+            if stop.signal is not None and not forwarded:
+                process.send_signal(stop.signal)
+                forwarded = True
             try:
                 process.wait(0.1)
             except subprocess.TimeoutExpired:
                 continue
-    code = process.returncode
-    if code == STOPPED or (forwarded is not None and code != FINISHED):
+    if process.returncode == STOPPED or (forwarded and process.returncode != FINISHED):
         raise Stopping
-    return code
+    return process.returncode
 
 
 def failure_reason(code: int, log: Path, start: int) -> tuple[str, str]:
@@ -52,18 +52,17 @@ def failure_reason(code: int, log: Path, start: int) -> tuple[str, str]:
         log: what it printed.
         start: where its own part of the log begins, in bytes.
     """
-    lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
     if code < 0:
         more = " (out of memory?)" if -code == signal.SIGKILL else ""
         return "broke", f"killed by {signal.Signals(-code).name}{more}"
-    for line in reversed(lines):
-        _, error, reason = line.partition("scalepeft: error: ")
-        if error and code == USER_ERROR:
-            return "failed", reason
-        _, error, reason = line.partition("FloatingPointError: ")
-        if error:
+    text = log.read_bytes()[start:].decode(errors="replace").strip()
+    errors = re.findall("(scalepeft: error|FloatingPointError): (.*)", text)
+    for kind, reason in reversed(errors):
+        if kind == "FloatingPointError":
             return "failed", f"diverged: {reason}"
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "printed nothing")
+        if code == USER_ERROR:
+            return "failed", reason
+    last = text.splitlines()[-1].strip() if text else "printed nothing"
     return "broke", f"exit code {code}: {last}"[:300]
 
 
@@ -81,9 +80,9 @@ def read_result(config: RunConfig, name: str) -> tuple[dict[str, Any], list[Path
         file = folder / "eval" / config.data.name / "scores.json"
         headline, metric = scores.first(scores.read(file))
         return {"metric": headline, "score": metric["value"], "share": metric["share"]}, [file]
-    steps = read_lines(folder / "metrics.jsonl", "step", "seconds", "tokens_per_second")
-    held_out = read_lines(folder / "validation.jsonl", "step", "loss")
-    events = read_lines(folder / "events.jsonl", "event", "time")
+    files = [folder / "metrics.jsonl", folder / "validation.jsonl"]
+    steps, held_out = (read_lines(file, "step") for file in files)
+    events = read_lines(folder / "events.jsonl", "event")
     start = next(e for e in reversed(events) if e["event"] == "start")
     cuda = [e["peak_memory"] for e in events if e.get("peak_memory")]
     resident = [e["peak_resident"] for e in events if e.get("peak_resident")]
@@ -102,4 +101,4 @@ def read_result(config: RunConfig, name: str) -> tuple[dict[str, Any], list[Path
         "peak_memory": max(cuda or resident, default=None),
         "memory": "cuda" if cuda else "resident",
     }
-    return result, [folder / "metrics.jsonl", folder / "validation.jsonl"]
+    return result, files
