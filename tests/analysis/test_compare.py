@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from scalepeft import arguments
 from scalepeft.adapters import sizing
-from scalepeft.analysis.compare import cells, design, plots, table, worker
+from scalepeft.analysis.compare import cells, design, plots, table
 from scalepeft.analysis.compare import command as compare
 from scalepeft.cli import main
 from scalepeft.core import stats
@@ -66,11 +66,12 @@ def test_what_has_no_size_key_keeps_its_size_and_says_so() -> None:
     assert design.fit_method(base, given[0], None).size == "as configured"
 
 
-def swept(**found: float | str | None) -> dict[float, dict[str, Any] | None]:
+def swept(**found: float | str) -> dict[float, dict[str, Any]]:
     results = {}
     for lr, loss in found.items():
-        held = {"state": "done", "loss": loss} if isinstance(loss, float) else None
-        results[float(lr[1:])] = {"state": "failed", "reason": "x"} if loss == "failed" else held
+        done = {"state": "done", "loss": loss}
+        other = {"state": loss, "reason": "x"}
+        results[float(lr[1:])] = done if isinstance(loss, float) else other
     return results
 
 
@@ -81,6 +82,8 @@ def test_the_rate_of_the_lowest_loss_is_chosen_and_an_edge_is_named() -> None:
     assert cells.chosen(method, swept(r1=0.5, r2=0.4, r3=0.3)) == (3.0, "highest")
     assert cells.chosen(method, swept(r1=0.5, r2=0.4, r3="failed")) == (2.0, "")
     assert cells.chosen(method, swept(r1="failed", r2="failed", r3="failed")) is None
+    for state in ("missing", "broke"):
+        assert cells.chosen(method, swept(r1=0.5, r2=0.4, r3=state)) is None
     assert cells.chosen(design.Method("m", {}, 2.0, [7.0]), {}) == (7.0, "")
 
 
@@ -111,7 +114,7 @@ def test_the_difference_is_taken_seed_by_seed() -> None:
 )
 def test_why_a_cell_failed(code: int, said: str, found: tuple[str, str], tmp_path: Path) -> None:
     (tmp_path / "log").write_text("scalepeft: error: of an earlier start\n" + said)
-    assert worker.failure_reason(code, tmp_path / "log", 38) == found
+    assert cells.failure_reason(code, tmp_path / "log", 38) == found
 
 
 @pytest.mark.parametrize(

@@ -286,7 +286,7 @@ def test_a_comparison_is_two_arrays_and_a_table(capsys: pytest.CaptureFixture[st
         (["seeds=2"], {}, "--methods is missing"),
         (["methods=hoft", "seed=2"], {}, "--compare seed=2: expected methods=..."),
         (["methods=hoft", "seeds=two"], {}, "--seeds two: Input should be a valid integer"),
-        (["methods=hoft", "budget=time"], {}, "--budget time: Input should be 'parameters' or 'steps'"),
+        (["methods=hoft", "budget=time"], {}, "'parameters' or 'steps'"),
         (["methods=hoft", "seconds=5"], {}, "--compare seconds=5: expected methods=..."),
         (["methods=hotf"], {}, "Did you mean 'hoft'"),
         (["methods=hoft"], {"then": "evaluate"}, "--compare goes without --then"),

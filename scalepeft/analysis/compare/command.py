@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from scalepeft.analysis.compare import design as designs
 from scalepeft.analysis.compare import plots, table
-from scalepeft.analysis.compare.cells import Cell, Runner, reported, sweep
+from scalepeft.analysis.compare.cells import SETTLED, Cell, Runner, reported, sweep
 from scalepeft.analysis.compare.design import Design
 from scalepeft.config import schema as cfg
 from scalepeft.core.errors import UserError
@@ -198,8 +198,7 @@ def _run(runner: Runner, cells: list[Cell]) -> list[Cell]:
     """Run the cells that are left; return those that broke. Of the seeds none is run where one of
     the sweep broke: no rate is chosen from the others.
     """
-    results = [runner.result(cell) for cell in cells]
-    left = [c for c, r in zip(cells, results, strict=True) if not r or r["state"] == "broke"]
+    left = [cell for cell in cells if runner.result(cell)["state"] not in SETTLED]
     there, walls, broken = len(cells) - len(left), list[float](), list[Cell]()
     if there:
         say(f"{there} of {len(cells)} cells are there already")

@@ -21,15 +21,11 @@ Row = dict[str, Any]
 def summarize(runner: Runner) -> dict[str, Any]:
     """Return all cells of a comparison and a row for each method, those without a result too."""
     design = runner.design
-    missing = {"state": "missing"}
     budget = "the same steps; sizes as configured"
     if design.budget == "parameters":
         sizes = f"{design.target or 0:,}, where a method's size can be set"
         budget = f"the same trained parameters, {sizes}, and the same steps"
-    cells = [
-        {"method": c.method, "seed": c.seed, **(runner.result(c) or missing)}
-        for c in reported(design)
-    ]
+    cells = [{"method": c.method, "seed": c.seed, **runner.result(c)} for c in reported(design)]
     swept = {m.label: runner.swept(m) for m in design.methods}
     done = [c for c in cells if c["state"] == "done"]
     return {
@@ -40,7 +36,7 @@ def summarize(runner: Runner) -> dict[str, Any]:
         "methods": [_row(design, m, cells, swept[m.label]) for m in design.methods],
         "cells": cells,
         "sweep": [
-            {"method": label, "seed": design.sweep_seed, **(result or missing), "lr": lr}
+            {"method": label, "seed": design.sweep_seed, **result, "lr": lr}
             for label, results in swept.items()
             for lr, result in results.items()
         ],
@@ -93,12 +89,12 @@ def _notes(design: Design, method: Method, local: list[Row], swept: dict[float, 
     notes = [method.size] if design.budget == "parameters" and len(bad) < len(local) else []
     if best is not None and best[1]:
         notes.append(f"best rate is the {best[1]} of the sweep: widen it")
-    reasons = {lr: r["reason"] for lr, r in swept.items() if r and r["state"] == "failed"}
+    reasons = {lr: r["reason"] for lr, r in swept.items() if r["state"] == "failed"}
     notes += [f"sweep, lr {lr:g}: {why}" for lr, why in (reasons | lacking(swept)).items()]
     if bad:
         notes.append(f"{len(local) - len(bad)} of {len(local)} seeds")
     if best is not None:
-        notes += [f"seed {c['seed']}: {c.get('reason') or 'not run yet'}" for c in bad]
+        notes += [f"seed {c['seed']}: {c['reason']}" for c in bad]
     return notes
 
 
@@ -150,45 +146,35 @@ def body(result: dict[str, Any], reference: str) -> list[list[str]]:
 def legend(result: dict[str, Any], design: Design) -> list[str]:
     """Return what a reader of the table must know, in lines."""
     rows, seeds, reference = result["methods"], design.seeds, design.reference
-    several = len(seeds) > 1
-    listed = f"({', '.join(map(str, seeds))})"
-    interval = "mean ± half of the 95 % interval (t)" if several else "no interval"
-    held_out = design.values["data"]["valid_size"]
+    several, held_out = len(seeds) > 1, design.values["data"]["valid_size"]
+    mean = "mean ± half of the 95 % interval (t)" if several else "no interval"
+    rate = f"chosen by held-out loss among {design.lrs} under seed {design.sweep_seed}"
     compared = any(r.get("difference") for r in rows)
-    absent = not compared and reference not in [m.label for m in design.methods]
-    chosen_by = f"chosen by held-out loss among {design.lrs} under seed {design.sweep_seed}"
-    swept = f"{chosen_by}, which is not among those reported"
+    absent = reference not in [m.label for m in design.methods]
+    steps = next((f"{r['steps']:.0f}" for r in rows if "steps" in r), "")
     lines = {
         f"budget: {result['budget']}": True,
-        f"{len(seeds)} seed{'s' * several} {listed}: {interval}": True,
+        f"seeds {', '.join(map(str, seeds))}: {mean}": True,
         f"less {reference}'s: difference to {reference} under the same seed, so with the same rows"
         " in the same order; below zero is better": compared,
         f"no differences: the reference, {reference}, is not among the methods": absent,
-        "a method that lacks seeds stands after those that have all": any(
-            len(r["seeds"]) < r["wanted"] for r in rows
-        ),
+        f"{steps} steps of {design.values['train']['global_batch']} rows": steps,
         f"the {held_out} held-out rows are drawn by the seed too: the interval of a loss holds"
-        " their chance; that of a difference, taken on the same rows, holds less of it": (
-            held_out and several
-        ),
-        "the interval of a score is over the seeds alone, not over the test rows": (
-            design.evaluate and several
-        ),
-        f"lr: {swept if design.swept else f'{design.lrs}, not swept'}": True,
+        " their chance; that of a difference holds less of it": held_out and several,
+        "the interval of a score is over the seeds alone": design.evaluate and several,
+        f"lr: {rate}, which is not reported": design.swept,
+        f"lr: {design.lrs}, not swept": not design.swept,
         "seconds: of the training steps alone, of a run": True,
+        **{PEAK[r["memory"]]: True for r in rows if "memory" in r},
     }
-    for row in [r for r in rows if "steps" in r][:1]:
-        lines[f"{row['steps']:.0f} steps of {design.values['train']['global_batch']} rows"] = True
-    return [line for line, wanted in lines.items() if wanted] + [
-        PEAK[kind] for kind in sorted({r["memory"] for r in rows if "memory" in r})
-    ]
+    notes = [f"{r['method']}: {'; '.join(r['notes'])}" for r in rows if r["notes"]]
+    return [line for line, wanted in lines.items() if wanted] + notes
 
 
 def text(result: dict[str, Any], design: Design) -> str:
     """Return the table for a terminal."""
-    notes = [f"{r['method']}: {'; '.join(r['notes'])}" for r in result["methods"] if r["notes"]]
     lines = texts.table(body(result, design.reference), indent="")
-    return "\n".join([*lines, "", *legend(result, design), *([""] if notes else []), *notes])
+    return "\n".join([*lines, "", *legend(result, design)])
 
 
 def markdown(result: dict[str, Any], design: Design) -> str:
@@ -196,21 +182,15 @@ def markdown(result: dict[str, Any], design: Design) -> str:
     header, *rows = body(result, design.reference)
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     held_out = next((c["rows"] for c in result["cells"] if c.get("rows")), "no")
+    base, task = design.values["model"]["path"], design.values["data"]["name"]
+    ruler = ["---", *["---:"] * (len(header) - 1)]
     lines = [
-        f"# {', '.join(m.label for m in design.methods)}",
-        "",
+        f"# {', '.join(m.label for m in design.methods)}\n",
         f"{result['date']}, {' and '.join(result['devices'])}; {versions}.",
-        f"Base {design.values['model']['path']}, task {design.values['data']['name']},"
-        f" {held_out} held-out rows.",
-        "",
-        f"| {' | '.join(header)} |",
-        "|---|" + "---:|" * (len(header) - 1),
-        *(f"| {' | '.join(row)} |" for row in rows),
+        f"Base {base}, task {task}, {held_out} held-out rows.\n",
+        *(f"| {' | '.join(row)} |" for row in (header, ruler, *rows)),
         "",
         *(f"* {line}" for line in legend(result, design)),
-        "",
-        *(f"* **{r['method']}**: {'; '.join(r['notes'])}" for r in result["methods"] if r["notes"]),
-        "",
-        "![held-out loss against trained parameters and against time](compare.png)",
+        "\n![held-out loss against trained parameters and against time](compare.png)\n",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
