@@ -66,25 +66,30 @@ def test_what_has_no_size_key_keeps_its_size_and_says_so() -> None:
     assert design.fit_method(base, given[0], None).size == "as configured"
 
 
-def swept(**found: float | str) -> dict[float, dict[str, Any]]:
-    results = {}
-    for lr, loss in found.items():
-        done = {"state": "done", "loss": loss}
-        other = {"state": loss, "reason": "x"}
-        results[float(lr[1:])] = done if isinstance(loss, float) else other
-    return results
+def swept(*found: float | str) -> dict[float, dict[str, Any]]:
+    """The results of the rates 1, 2, 3: a loss, or a state."""
+    results = [
+        {"state": "done", "loss": f} if isinstance(f, float) else {"state": f, "reason": "x"}
+        for f in found
+    ]
+    return dict(zip([1.0, 2.0, 3.0], results, strict=True))
 
 
 def test_the_rate_of_the_lowest_loss_is_chosen_and_an_edge_is_named() -> None:
     method = design.Method("m", {}, 2.0, [1.0, 2.0, 3.0])
-    assert cells.chosen(method, swept(r1=0.5, r2=0.4, r3=0.6)) == (2.0, "")
-    assert cells.chosen(method, swept(r1=0.3, r2=0.4, r3=0.6)) == (1.0, "lowest")
-    assert cells.chosen(method, swept(r1=0.5, r2=0.4, r3=0.3)) == (3.0, "highest")
-    assert cells.chosen(method, swept(r1=0.5, r2=0.4, r3="failed")) == (2.0, "")
-    assert cells.chosen(method, swept(r1="failed", r2="failed", r3="failed")) is None
+    for found, lr, edge in (
+        ((0.5, 0.4, 0.6), 2.0, ""), ((0.3, 0.4, 0.6), 1.0, "lowest"),
+        ((0.5, 0.4, 0.3), 3.0, "highest"), ((0.5, 0.4, "failed"), 2.0, ""),
+    ):  # fmt: skip
+        remark = f"best rate is the {edge} of the sweep: widen it" if edge else ""
+        assert cells.choose(method, swept(*found)) == {"lr": lr, "remark": remark}
+    assert cells.choose(method, swept("failed", "failed", "failed"))["state"] == "failed"
     for state in ("missing", "broke"):
-        assert cells.chosen(method, swept(r1=0.5, r2=0.4, r3=state)) is None
-    assert cells.chosen(design.Method("m", {}, 2.0, [7.0]), {}) == (7.0, "")
+        assert cells.choose(method, swept(0.5, 0.4, state)) == {
+            "state": "missing",
+            "reason": "the sweep lacks lr 3 (x)",
+        }
+    assert cells.choose(design.Method("m", {}, 2.0, [7.0]), {}) == {"lr": 7.0, "remark": ""}
 
 
 def test_the_difference_is_taken_seed_by_seed() -> None:
@@ -186,7 +191,9 @@ def test_what_all_methods_share_and_what_is_each_ones_own() -> None:
         assert config[label].train.eval_every == design.AT_THE_END
     assert found.seeds == [1, 2, 3] and found.sweep_seed == 0
     sweep, then = cells.sweep(found), cells.reported(found)
-    assert [c.index for c in [*sweep, *then]] == list(range(12))
+    words = compare.arguments(found)
+    assert words["sweep"] == [f"--cell={i}" for i in range(6)] and len(sweep) == len(then) == 6
+    assert words["seeds"] == [f"--cell={i}" for i in range(6, 12)] and words["table"] == ["--table"]
     assert {c.seed for c in sweep}.isdisjoint(c.seed for c in then)
 
 
@@ -311,9 +318,11 @@ def test_a_crash_in_the_sweep_is_tried_again_and_chooses_no_rate(
     assert "lora lr=2,seed=0: no rate is chosen without" in capsys.readouterr().err
     fake.codes[best] = [-9]
     assert start(fake, "--cell", "1") == 1, "a task of the sweep's array"
-    with pytest.raises(UserError, match=r"lora lacks lr 2 \(broke: killed by SIGKILL"):
+    with pytest.raises(
+        UserError, match=r"lora chosen lr,seed=1: the sweep lacks lr 2 \(killed by SIGKILL"
+    ):
         start(fake, "--cell", "2")
-    with pytest.raises(UserError, match=r"no method has a result: .*lr 2: broke: killed"):
+    with pytest.raises(UserError, match=r"no method has a result: .*lr 2 \(killed"):
         start(fake, "--table")
     assert start(fake) == 0
     assert [word.split()[1] for word in fake.ran] == [best, reported]
@@ -440,7 +449,7 @@ def test_without_the_reference_there_is_no_column_of_differences() -> None:
 def test_the_table_of_an_empty_folder_says_what_lacks(fake: Child) -> None:
     with pytest.raises(UserError) as found:
         start(fake, "--table")
-    text = "0 of 1 seeds; sweep, lr 1: not run yet; sweep, lr 2: not run yet"
+    text = "0 of 1 seeds; the sweep lacks lr 1 (not run yet), lr 2 (not run yet)"
     assert str(found.value) == f"no method has a result: {text}"
 
 

@@ -370,7 +370,7 @@ def test_status_of_a_comparison(capsys: pytest.CaptureFixture[str]) -> None:
     design = compare.prepare(options)
     compare.keep(Path("run"), design)
     runner = cells.Runner(Path("run"), design, StopFlag())
-    tried = [*cells.sweep(design), cells.Cell(9, "lora", 2.0, 1), cells.Cell(9, "lora", 2.0, 2)]
+    tried = [*cells.sweep(design), cells.Cell("lora", 2.0, 1), cells.Cell("lora", 2.0, 2)]
     states = ["done", "done", "broke", "begun"]
     for cell, state in zip(tried, states, strict=True):
         ((stage, inputs),) = runner.stages(runner.config(cell))

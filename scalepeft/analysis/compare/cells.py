@@ -41,7 +41,6 @@ Result = dict[str, Any]
 class Cell:
     """One run: a method at a rate (None: the one that the sweep chooses) under a seed."""
 
-    index: int
     method: str
     lr: float | None
     seed: int
@@ -55,37 +54,31 @@ def sweep(design: Design) -> list[Cell]:
     """Return the cells that choose the rates, the lowest rate of all methods first; none where
     there is one rate.
     """
-    turns = zip(*(m.rates for m in design.methods), strict=True) if design.swept else ()
-    labels = [m.label for m in design.methods]
-    pairs = [pair for rates in turns for pair in zip(labels, rates, strict=True)]
-    return [Cell(i, label, lr, design.sweep_seed) for i, (label, lr) in enumerate(pairs)]
+    turns = range(len(design.methods[0].rates)) if design.swept else ()
+    return [Cell(m.label, m.rates[i], design.sweep_seed) for i in turns for m in design.methods]
 
 
 def reported(design: Design) -> list[Cell]:
-    """Return the cells whose numbers are reported, numbered on from the sweep's."""
-    pairs = [(seed, m.label) for seed in design.seeds for m in design.methods]
-    numbers = enumerate(pairs, len(sweep(design)))
-    return [Cell(i, label, None, seed) for i, (seed, label) in numbers]
+    """Return the cells whose numbers are reported."""
+    return [Cell(m.label, None, seed) for seed in design.seeds for m in design.methods]
 
 
-def lacking(swept: dict[float, Result]) -> dict[float, str]:
-    """Return rate -> why the sweep says nothing of it: not run, or its run broke."""
-    words = {"missing": "", "broke": "broke: "}
-    return {lr: words[r["state"]] + r["reason"] for lr, r in swept.items() if r["state"] in words}
-
-
-def chosen(method: Method, swept: dict[float, Result]) -> tuple[float, str] | None:
-    """Return the rate with the lowest held-out loss in the sweep, and where it lies (``lowest``,
-    ``highest`` or empty); None where no rate trained, or before all were tried. A rate that failed
-    bounds the sweep as well as one that lost.
+def choose(method: Method, swept: dict[float, Result]) -> Result:
+    """Return as ``lr`` the rate with the lowest held-out loss in the sweep, with a ``remark`` where
+    it lies at the sweep's edge (a rate that failed bounds the sweep as well as one that lost); or
+    the ``state`` of the cells that need it, and the ``reason``.
     """
     if len(method.rates) == 1:
-        return method.rates[0], ""
+        return {"lr": method.rates[0], "remark": ""}
+    lacking = [f"lr {lr:g} ({r['reason']})" for lr, r in swept.items() if r["state"] not in SETTLED]
+    if lacking:
+        return {"state": "missing", "reason": f"the sweep lacks {', '.join(lacking)}"}
     losses = {lr: r["loss"] for lr, r in swept.items() if r["state"] == "done"}
-    if lacking(swept) or not losses:
-        return None
+    if not losses:
+        return {"state": "failed", "reason": "no rate of the sweep trained"}
     best = min(losses, key=lambda lr: (losses[lr], lr))
-    return best, {method.rates[0]: "lowest", method.rates[-1]: "highest"}.get(best, "")
+    edge = {method.rates[0]: "lowest", method.rates[-1]: "highest"}.get(best)
+    return {"lr": best, "remark": f"best rate is the {edge} of the sweep: widen it" if edge else ""}
 
 
 def cell_inputs(config: RunConfig, files: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -119,12 +112,6 @@ class Runner:
         cells = [c for c in sweep(self.design) if c.method == method.label]
         return {c.lr: self.result(c) for c in cells if c.lr is not None}
 
-    def settled(self, cell: Cell) -> Cell:
-        """Return the cell with its rate; without one where the sweep does not give it."""
-        method = self.design.method(cell.method)
-        best = chosen(method, self.swept(method)) if cell.lr is None else None
-        return dataclasses.replace(cell, lr=best[0]) if best else cell
-
     def stages(self, config: RunConfig) -> list[tuple[Stage, dict[str, Any]]]:
         """Return the stages of a cell with their inputs."""
         folder, inputs = Path(config.run_dir), cell_inputs(config, self.design.files)
@@ -138,51 +125,49 @@ class Runner:
         Its ``state`` is ``done``, ``failed`` (a mistake or a divergence, which would come again),
         ``broke`` (a crash, no memory: the next call tries again) or ``missing``.
         """
-        method, cell = self.design.method(cell.method), self.settled(cell)
-        missing = {"state": "missing", "reason": "not run yet"}
+        method = self.design.method(cell.method)
         if method.refused:
             return {"state": "failed", "reason": method.refused}
         if cell.lr is None:
-            none = {"state": "failed", "reason": "no rate of the sweep trained"}
-            return missing if lacking(self.swept(method)) else none
+            choice = choose(method, self.swept(method))
+            return (
+                self.result(dataclasses.replace(cell, lr=choice["lr"]))
+                if "lr" in choice
+                else choice
+            )
         config = self.config(cell)
         result: Result = {"state": "done", "lr": cell.lr, "wall": 0.0}
         for stage, inputs in self.stages(config):
             if not stage.is_done(inputs):
                 note = stage.begun() if stage.is_begun(inputs) else {}
-                if note.get("state") == "broke" or note.get("config") == cfg.dump(config):
-                    return {"lr": cell.lr, "state": note["state"], "reason": note["reason"]}
-                return missing
+                if note.get("state") != "broke" and note.get("config") != cfg.dump(config):
+                    note = {"state": "missing", "reason": "not run yet"}
+                return {"lr": cell.lr, "state": note["state"], "reason": note["reason"]}
             manifest = stage.done()
             result |= manifest["result"]
             result["wall"] += manifest["seconds"]
         return result
 
-    def run(self, cell: Cell) -> tuple[Cell, Result]:
-        """Run a cell if it is missing or broke; return it, with its rate, and its result.
+    def run(self, cell: Cell) -> Result:
+        """Run a cell if it is missing or broke; return its result.
 
         Raises:
             Stopping: a signal came; the state has been saved.
             UserError: the sweep that is to choose a rate lacks cells, or another start holds one.
         """
         self._poll()
-        cell = self.settled(cell)
         result = self.result(cell)
         if result["state"] in SETTLED:
-            return cell, result
-        if cell.lr is None:
-            missing = lacking(self.swept(self.design.method(cell.method)))
-            listed = ", ".join(f"lr {lr:g} ({reason})" for lr, reason in missing.items())
+            return result
+        if "lr" not in result:
             raise UserError(
-                f"--cell {cell.index}: the sweep of {cell.method} lacks {listed}; no rate is chosen"
-                " without it: run its cells first"
+                f"{cell}: {result['reason']}; no rate is chosen without it: run its cells first"
             )
-        config = self.config(cell)
+        config = self.config(dataclasses.replace(cell, lr=result["lr"]))
         all(self._run_stage(stage, inputs, config) for stage, inputs in self.stages(config))
         result = self.result(cell)
-        if result["state"] == "missing":
-            return cell, {"state": "broke", "reason": "its files have changed"}
-        return cell, result
+        changed = {"state": "broke", "reason": "its files have changed"}
+        return result if result["state"] != "missing" else result | changed
 
     def _run_stage(self, stage: Stage, inputs: dict[str, Any], config: RunConfig) -> bool:
         """Do what is not done; return True if it is now. Rank 0 alone keeps the manifests."""

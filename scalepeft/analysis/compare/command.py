@@ -57,15 +57,20 @@ class Options:
         except ValidationError as error:
             first = error.errors()[0]
             raise UserError(f"--{first['loc'][0]} {first['input']}: {first['msg']}") from None
-        if options.budget == "steps" and (options.rank or options.parameters):
-            name = "rank" if options.rank else "parameters"
-            raise UserError(f"--{name} has no effect with --budget steps; remove it")
-        if options.rank and options.parameters:
-            raise UserError("give one of --rank and --parameters, not both")
-        if options.cell is not None and options.table:
-            raise UserError("give one of --cell and --table, not both")
-        if "=" in options.out:
-            raise UserError(f"--out {options.out}: a folder whose name has '=' reads as a setting")
+        useless = next((k for k in ("rank", "parameters") if getattr(options, k)), "")
+        mistakes = {
+            f"--{useless} has no effect with --budget steps; remove it": (
+                useless and options.budget == "steps"
+            ),
+            "give one of --rank and --parameters, not both": options.rank and options.parameters,
+            "give one of --cell and --table, not both": options.cell is not None and options.table,
+            f"--out {options.out}: a folder whose name has '=' reads as a setting": (
+                "=" in options.out
+            ),
+        }
+        for text, wrong in mistakes.items():
+            if wrong:
+                raise UserError(text)
         return options
 
     @classmethod
@@ -189,9 +194,10 @@ def arguments(design: Design) -> dict[str, list[str]]:
     """Return the words for ``scalepeft compare`` of each step of a comparison that is run as jobs,
     a word a task: ``sweep`` (none where there is one rate), ``seeds`` after it, ``table`` at last.
     """
-    steps = {"sweep": sweep(design), "seeds": reported(design)}
-    words = {name: [f"--cell={c.index}" for c in cells] for name, cells in steps.items() if cells}
-    return {**words, "table": ["--table"]}
+    first, then = len(sweep(design)), len(reported(design))
+    words = [f"--cell={number}" for number in range(first + then)]
+    steps = {"sweep": words[:first], "seeds": words[first:], "table": ["--table"]}
+    return {name: tasks for name, tasks in steps.items() if tasks}
 
 
 def _run(runner: Runner, cells: list[Cell]) -> list[Cell]:
@@ -205,13 +211,14 @@ def _run(runner: Runner, cells: list[Cell]) -> list[Cell]:
     for number, cell in enumerate(left, there + 1):
         if broken and cell.lr is None and broken[0].lr is not None:
             break
-        settled, result = runner.run(cell)
-        text = f"{settled}: {result['state']}: {result.get('reason')}"
+        result = runner.run(cell)
+        name = dataclasses.replace(cell, lr=result.get("lr", cell.lr))
+        text = f"{name}: {result['state']}: {result.get('reason')}"
         if result["state"] == "broke":
             broken.append(cell)
         elif result["state"] == "done":
             walls.append(result["wall"])
-            text = f"{settled}: held-out loss {result['loss']:.4f}, {result['seconds']:.1f} s"
+            text = f"{name}: held-out loss {result['loss']:.4f}, {result['seconds']:.1f} s"
         rest = (len(cells) - number) * statistics.mean(walls or [0.0])
         eta = f", about {duration(rest)} left" if rest else ""
         say(f"cell {number} of {len(cells)}: {text}{eta}")
@@ -226,23 +233,21 @@ def _finish(runner: Runner) -> None:
     """
     design, out = runner.design, runner.out
     result = table.summarize(runner)
-    measured = any("loss" in row for row in result["methods"])
-    if not rank():
-        print(table.text(result, design), flush=True)
-        full = {"design": dataclasses.asdict(design), **result}
-        write_atomically(out / "compare.json", json.dumps(full, indent=1) + "\n")
-        write_atomically(out / "compare.md", table.markdown(result, design))
-        if measured:
-            plots.plot(result, design, out / "compare.png")
-        cells = [*result["sweep"], *result["cells"]]
-        spent = duration(sum(c.get("wall", 0.0) for c in cells))
-        names = "compare.json, compare.md" + (", compare.png" if measured else "")
-        print(f"\n{out}: {names}; {spent} in all runs", flush=True)
-        if failed := sum(c["state"] == "failed" for c in cells):
-            print(
-                f"{failed} cells failed; what failed for a reason that is gone runs again once its"
-                f" folder in {out}/cells is removed"
-            )
-    if not measured:
+    if not any("loss" in row for row in result["methods"]):
         reasons = {note for row in result["methods"] for note in row["notes"]}
         raise UserError(f"no method has a result: {'; '.join(sorted(reasons))[:600]}")
+    if rank():
+        return
+    print(table.text(result, design), flush=True)
+    full = {"design": dataclasses.asdict(design), **result}
+    write_atomically(out / "compare.json", json.dumps(full, indent=1) + "\n")
+    write_atomically(out / "compare.md", table.markdown(result, design))
+    plots.plot(result, design, out / "compare.png")
+    cells = [*result["sweep"], *result["cells"]]
+    spent = duration(sum(c.get("wall", 0.0) for c in cells))
+    print(f"\n{out}: compare.json, compare.md, compare.png; {spent} in all runs", flush=True)
+    if failed := sum(c["state"] == "failed" for c in cells):
+        print(
+            f"{failed} cells failed; what failed for a reason that is gone runs again once its"
+            f" folder in {out}/cells is removed"
+        )

@@ -17,23 +17,26 @@ def plot(result: dict[str, Any], design: Design, target: Path) -> None:
     from matplotlib import ticker
 
     rows = sorted((r for r in result["methods"] if "loss" in r), key=lambda r: r["loss"])
-    places = {"parameters": side_by_side([r["parameters"] for r in rows])}
-    places["seconds"] = [r["seconds"] for r in rows]
-    labels = {"parameters": "trained parameters, equal ones side by side"}
-    labels["seconds"] = "seconds of training"
+    labels = {
+        "parameters": "trained parameters, equal ones side by side",
+        "seconds": "seconds of training",
+    }
     figure, axes = plt.subplots(1, 2, figsize=(11, 5.2), dpi=130, sharey=True, layout="constrained")
     axes[0].set_xscale("log")
     axes[0].xaxis.set_major_locator(ticker.LogLocator(10, (1, 2, 5)))
     axes[0].xaxis.set_major_formatter(ticker.EngFormatter())
     axes[0].xaxis.set_minor_formatter(ticker.NullFormatter())
-    for axis, (key, xs) in zip(axes, places.items(), strict=True):
+    for axis, (key, label) in zip(axes, labels.items(), strict=True):
+        xs = [r[key] for r in rows]
+        if key == "parameters":
+            xs = side_by_side(xs)
+            axis.set_xlim(min(xs) / 2, max(xs) * 2)
         for i, (row, x) in enumerate(zip(rows, xs, strict=True)):
             look = {"fmt": MARKERS[i % len(MARKERS)], "color": plt.colormaps["tab10"](i % 10)}
             axis.errorbar(x, row["loss"], row["loss_ci"], capsize=3, label=row["method"], **look)
         axis.margins(0.15)
         axis.grid(alpha=0.25)
-        axis.set_xlabel(labels[key])
-    axes[0].set_xlim(min(places["parameters"]) / 2, max(places["parameters"]) * 2)
+        axis.set_xlabel(label)
     axes[0].set_ylabel("held-out loss per label token (nats), lower is better")
     axes[1].legend()
     n, values = len(design.seeds), design.values

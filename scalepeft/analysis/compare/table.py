@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from scalepeft.analysis.compare.cells import Runner, chosen, lacking, reported
+from scalepeft.analysis.compare.cells import Runner, choose, reported
 from scalepeft.analysis.compare.design import Design, Method
 from scalepeft.core import text as texts
 from scalepeft.core.stats import mean_interval
@@ -84,18 +84,15 @@ def difference(reference: str, label: str, cells: list[Row]) -> dict[str, Any] |
 def _notes(design: Design, method: Method, local: list[Row], swept: dict[float, Any]) -> list[str]:
     if method.refused:
         return [f"not run: {method.refused}"]
-    bad = [c for c in local if c["state"] != "done"]
-    best = chosen(method, swept)
+    bad, choice = [c for c in local if c["state"] != "done"], choose(method, swept)
     notes = [method.size] if design.budget == "parameters" and len(bad) < len(local) else []
-    if best is not None and best[1]:
-        notes.append(f"best rate is the {best[1]} of the sweep: widen it")
-    reasons = {lr: r["reason"] for lr, r in swept.items() if r["state"] == "failed"}
-    notes += [f"sweep, lr {lr:g}: {why}" for lr, why in (reasons | lacking(swept)).items()]
+    notes += [choice["remark"]] if choice.get("remark") else []
+    failed = {lr: r["reason"] for lr, r in swept.items() if r["state"] == "failed"}
+    notes += [f"sweep, lr {lr:g}: {reason}" for lr, reason in failed.items()]
     if bad:
         notes.append(f"{len(local) - len(bad)} of {len(local)} seeds")
-    if best is not None:
-        notes += [f"seed {c['seed']}: {c['reason']}" for c in bad]
-    return notes
+    seeds = [f"seed {c['seed']}: {c['reason']}" for c in bad]
+    return notes + (seeds if "lr" in choice else [choice["reason"]])
 
 
 def _interval(mean: float, half: float | None, form: str = ".4f") -> str:
