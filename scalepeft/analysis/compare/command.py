@@ -57,20 +57,14 @@ class Options:
         except ValidationError as error:
             first = error.errors()[0]
             raise UserError(f"--{first['loc'][0]} {first['input']}: {first['msg']}") from None
-        useless = next((k for k in ("rank", "parameters") if getattr(options, k)), "")
-        mistakes = {
-            f"--{useless} has no effect with --budget steps; remove it": (
-                useless and options.budget == "steps"
-            ),
-            "give one of --rank and --parameters, not both": options.rank and options.parameters,
-            "give one of --cell and --table, not both": options.cell is not None and options.table,
-            f"--out {options.out}: a folder whose name has '=' reads as a setting": (
-                "=" in options.out
-            ),
-        }
-        for text, wrong in mistakes.items():
-            if wrong:
-                raise UserError(text)
+        sizes = [name for name in ("rank", "parameters") if getattr(options, name)]
+        if sizes and options.budget == "steps":
+            raise UserError(f"--{sizes[0]} has no effect with --budget steps; remove it")
+        if len(sizes) > 1 or (options.cell is not None and options.table):
+            pair = "--rank and --parameters" if len(sizes) > 1 else "--cell and --table"
+            raise UserError(f"give one of {pair}, not both")
+        if "=" in options.out:
+            raise UserError(f"--out {options.out}: a folder whose name has '=' reads as a setting")
         return options
 
     @classmethod
@@ -81,13 +75,11 @@ class Options:
             UserError: no such option, or as ``of``.
         """
         values: dict[str, Any] = {"settings": settings, "out": out}
-        names = [
-            f.name for f in dataclasses.fields(cls) if f.name not in ("cell", "table", *values)
-        ]
+        names = ("methods", "reference", "rank", "parameters", "budget", "lrs", "seeds")
         for word in words:
             key, _, value = word.partition("=")
-            if key not in names or not (value or word == "evaluate"):
-                listed = ", ".join(f"{name}=..." for name in names if name != "evaluate")
+            if word != "evaluate" and (key not in names or not value):
+                listed = ", ".join(f"{name}=..." for name in names)
                 raise UserError(f"--compare {word}: expected {listed} or evaluate")
             values[key] = value or True
         return cls.of(values)

@@ -103,12 +103,7 @@ def parse_rates(text: str, usual: float) -> list[float]:
 
 
 def read_method(name: str, shared: dict[str, Any] | None = None, lrs: str = "x1") -> Method:
-    """Read a file of configs/adapters, or a YAML file.
-
-    Args:
-        name: of the file.
-        shared: settings of the adapter that all methods share.
-        lrs: see ``parse_rates``.
+    """Read a file of configs/adapters, or a YAML file; over it go ``shared`` settings of adapters.
 
     Raises:
         UserError: no such file, or one without a method or a rate; or as ``parse_rates``.
