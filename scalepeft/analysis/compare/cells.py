@@ -155,7 +155,8 @@ class Runner:
             Stopping: a signal came; the state has been saved.
             UserError: the sweep that is to choose a rate lacks cells, or another start holds one.
         """
-        self._poll()
+        if self.stop.signal is not None:
+            raise Stopping
         result = self.result(cell)
         if result["state"] in SETTLED:
             return result
@@ -170,17 +171,26 @@ class Runner:
         return result if result["state"] != "missing" else result | changed
 
     def _run_stage(self, stage: Stage, inputs: dict[str, Any], config: RunConfig) -> bool:
-        """Do what is not done; return True if it is now. Rank 0 alone keeps the manifests."""
+        """Do what is not done, after a run of other inputs was set aside; return True if it is done
+        now. Rank 0 alone keeps the manifests.
+        """
         if stage.is_done(inputs):
             return True
         if not rank():
-            check_free(stage.root, *slurm_start())
-            _begin(stage, inputs)
+            known, folder = stage.is_begun(inputs), stage.root
+            check_free(folder, *slurm_start())
+            if stage.name == "training" and not known and (folder / "config.yaml").exists():
+                changed = stage.changes(inputs) or "of an older version, or changed by hand"
+                kept = set_aside(folder.parent, [folder.name])
+                say(f"{folder}: was run with other inputs ({changed}): kept in {kept}, run again")
+            if not known or "state" in stage.begun():
+                stage.begin(inputs)
         started = time.time()
         state, reason = self._execute(stage.name, config)
         while rank() and not stage.is_done(inputs) and "state" not in stage.begun():
-            self._poll()  # what rank 0 records goes for all, else they would part here
-            time.sleep(0.2)
+            if self.stop.signal is not None:
+                raise Stopping
+            time.sleep(0.2)  # what rank 0 records goes for all, else they would part here
         if rank():
             return stage.is_done(inputs)
         result, outputs = read_result(config, stage.name) if state == "done" else ({}, [])
@@ -222,21 +232,6 @@ class Runner:
         if code == USER_ERROR:
             check_free(folder, *slurm_start())  # another start was faster: no failure of the cell
         return ("done", "") if code == FINISHED else failure_reason(code, log, start)
-
-    def _poll(self) -> None:
-        if self.stop.signal is not None:
-            raise Stopping
-
-
-def _begin(stage: Stage, inputs: dict[str, Any]) -> None:
-    """Record the inputs; set a run of other inputs aside."""
-    known, folder = stage.is_begun(inputs), stage.root
-    if stage.name == "training" and not known and (folder / "config.yaml").exists():
-        changed = stage.changes(inputs) or "of an older version, or changed by hand"
-        kept = set_aside(folder.parent, [folder.name])
-        say(f"{folder}: was run with other inputs ({changed}): kept in {kept}, run again")
-    if not known or "state" in stage.begun():
-        stage.begin(inputs)
 
 
 def run_child(arguments: list[str], log: Path, stop: StopFlag) -> int:
