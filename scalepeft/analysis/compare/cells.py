@@ -4,6 +4,7 @@
 are stages, each done once for its inputs; a cell that was killed resumes at its checkpoint.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -114,8 +115,8 @@ class Runner:
 
     def stages(self, config: RunConfig) -> list[tuple[Stage, dict[str, Any]]]:
         """Return the stages of a cell with their inputs."""
-        folder, inputs = Path(config.run_dir), cell_inputs(config, self.design.files)
         scored = self.design.evaluate and config.train.seed in self.design.seeds
+        inputs, folder = cell_inputs(config, self.design.files), Path(config.run_dir)
         names = ["training", "evaluation"] if scored else ["training"]
         return [(Stage(folder, name, root=folder), inputs[name]) for name in names]
 
@@ -255,10 +256,8 @@ def run_child(arguments: list[str], log: Path, stop: StopFlag) -> int:
             if stop.signal is not None and not forwarded:
                 process.send_signal(stop.signal)
                 forwarded = True
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.1)
-            except subprocess.TimeoutExpired:
-                continue
     if process.returncode == STOPPED or (forwarded and process.returncode != FINISHED):
         raise Stopping
     return process.returncode
