@@ -327,6 +327,11 @@ def test_a_crash_in_the_sweep_is_tried_again_and_chooses_no_rate(
     assert start(fake) == 0
     assert [word.split()[1] for word in fake.ran] == [best, reported]
     assert "among 1,2 under seed 0" in capsys.readouterr().out
+    page = (fake.out / "compare.md").read_text()
+    assert page.startswith("# lora\n\n") and "\n|---|---:|" in page and "\n| lora | " in page
+    assert (
+        "task toy, 16 held-out rows." in page and "\n* **lora**: best rate is the highest" in page
+    )
 
 
 def test_a_cell_that_another_start_holds_is_left_alone(fake: Child) -> None:
@@ -436,7 +441,7 @@ def test_without_the_reference_there_is_no_column_of_differences() -> None:
     header, *body = table.body(found, "lora")
     assert header[3:5] == ["held-out loss", "accuracy"]
     assert {len(row) for row in body} == {len(header)} and body[0][4] == "50.00 ± 10.00 %"
-    said = "\n".join(table.legend(found, given))
+    said = table.render(found, given, "terminal")
     assert "the reference, lora, is not among the methods" in said
     assert "holds less of it" in said and "the interval of a score is over the seeds alone" in said
     found["methods"][0]["difference"] = {"mean": 0.1, "ci": None, "seeds": 1}

@@ -230,14 +230,14 @@ def _finish(runner: Runner) -> None:
         raise UserError(f"no method has a result: {'; '.join(sorted(reasons))[:600]}")
     if rank():
         return
-    print(table.text(result, design), flush=True)
+    print(table.render(result, design, "terminal"), flush=True)
     full = {"design": dataclasses.asdict(design), **result}
     write_atomically(out / "compare.json", json.dumps(full, indent=1) + "\n")
-    write_atomically(out / "compare.md", table.markdown(result, design))
+    write_atomically(out / "compare.md", table.render(result, design, "markdown"))
     plots.plot(result, design, out / "compare.png")
     cells = [*result["sweep"], *result["cells"]]
     spent = duration(sum(c.get("wall", 0.0) for c in cells))
-    print(f"\n{out}: compare.json, compare.md, compare.png; {spent} in all runs", flush=True)
+    print(f"{out}: compare.json, compare.md, compare.png; {spent} in all runs", flush=True)
     if failed := sum(c["state"] == "failed" for c in cells):
         print(
             f"{failed} cells failed; what failed for a reason that is gone runs again once its"

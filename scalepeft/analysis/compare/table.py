@@ -6,15 +6,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from scalepeft.analysis.compare.cells import Runner, choose, reported
 from scalepeft.analysis.compare.design import Design, Method
-from scalepeft.core import text as texts
 from scalepeft.core.stats import mean_interval
+from scalepeft.core.text import table
 
-PEAK = {
-    "cuda": "peak MiB: of CUDA's allocator, rank 0",
-    "resident": "peak MiB: resident, of the whole process (Python and torch are some hundred)",
-}
 Row = dict[str, Any]
 
 
@@ -140,54 +138,15 @@ def body(result: dict[str, Any], reference: str) -> list[list[str]]:
     return lines
 
 
-def legend(result: dict[str, Any], design: Design) -> list[str]:
-    """Return what a reader of the table must know, in lines."""
-    rows, seeds, reference = result["methods"], design.seeds, design.reference
-    several, held_out = len(seeds) > 1, design.values["data"]["valid_size"]
-    mean = "mean ± half of the 95 % interval (t)" if several else "no interval"
-    rate = f"chosen by held-out loss among {design.lrs} under seed {design.sweep_seed}"
-    compared = any(r.get("difference") for r in rows)
-    absent = reference not in [m.label for m in design.methods]
-    steps = next((f"{r['steps']:.0f}" for r in rows if "steps" in r), "")
-    lines = {
-        f"budget: {result['budget']}": True,
-        f"seeds {', '.join(map(str, seeds))}: {mean}": True,
-        f"less {reference}'s: difference to {reference} under the same seed, so with the same rows"
-        " in the same order; below zero is better": compared,
-        f"no differences: the reference, {reference}, is not among the methods": absent,
-        f"{steps} steps of {design.values['train']['global_batch']} rows": steps,
-        f"the {held_out} held-out rows are drawn by the seed too: the interval of a loss holds"
-        " their chance; that of a difference holds less of it": held_out and several,
-        "the interval of a score is over the seeds alone": design.evaluate and several,
-        f"lr: {rate}, which is not reported": design.swept,
-        f"lr: {design.lrs}, not swept": not design.swept,
-        "seconds: of the training steps alone, of a run": True,
-        **{PEAK[r["memory"]]: True for r in rows if "memory" in r},
-    }
-    notes = [f"{r['method']}: {'; '.join(r['notes'])}" for r in rows if r["notes"]]
-    return [line for line, wanted in lines.items() if wanted] + notes
-
-
-def text(result: dict[str, Any], design: Design) -> str:
-    """Return the table for a terminal."""
-    lines = texts.table(body(result, design.reference), indent="")
-    return "\n".join([*lines, "", *legend(result, design)])
-
-
-def markdown(result: dict[str, Any], design: Design) -> str:
-    """Return ``compare.md``."""
-    header, *rows = body(result, design.reference)
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    held_out = next((c["rows"] for c in result["cells"] if c.get("rows")), "no")
-    base, task = design.values["model"]["path"], design.values["data"]["name"]
-    ruler = ["---", *["---:"] * (len(header) - 1)]
-    lines = [
-        f"# {', '.join(m.label for m in design.methods)}\n",
-        f"{result['date']}, {' and '.join(result['devices'])}; {versions}.",
-        f"Base {base}, task {task}, {held_out} held-out rows.\n",
-        *(f"| {' | '.join(row)} |" for row in (header, ruler, *rows)),
-        "",
-        *(f"* {line}" for line in legend(result, design)),
-        "\n![held-out loss against trained parameters and against time](compare.png)\n",
-    ]
-    return "\n".join(lines)
+def render(result: dict[str, Any], design: Design, form: str) -> str:
+    """Return table and legend for a ``terminal``, or as ``markdown`` (``compare.md``)."""
+    environment = Environment(
+        loader=PackageLoader("scalepeft.analysis.compare"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    rows = body(result, design.reference)
+    lines = "\n".join(table(rows, indent=""))
+    words = {"result": result, "design": design, "header": rows[0], "body": rows[1:]}
+    text = environment.get_template("compare.j2").render(words, table=lines, form=form)
+    return text.strip() + "\n"
