@@ -110,14 +110,15 @@ def run(options: Options, stop: StopFlag) -> int:
         return STOPPED
     finally:
         stop.saved = True
-    if broken and (number is not None or broken[0].lr is not None):
+    if number is not None:  # a task of a job array: a crash is its failure too
+        return BROKEN if broken else FINISHED
+    if broken and broken[0].lr is not None:
         say(
             f"stopped: broke: {'; '.join(map(str, broken))}: no rate is chosen without (logs:"
             f" {out}/cells); the same command tries again"
         )
         return BROKEN
-    if number is None:
-        _finish(runner)
+    _finish(runner)
     return FINISHED
 
 
