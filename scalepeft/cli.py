@@ -99,7 +99,7 @@ def _evaluate(args: argparse.Namespace, stop: StopFlag) -> int:
 def _compare(args: argparse.Namespace, stop: StopFlag) -> int:
     from scalepeft.analysis.compare import command
 
-    return command.run(command.Options.of(args), stop)
+    return command.run(command.Options.of(_values(args)), stop)
 
 
 def _results(args: argparse.Namespace) -> int:

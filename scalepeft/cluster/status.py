@@ -71,8 +71,8 @@ def comparison(folder: Path) -> dict[str, Any]:
     count = dict.fromkeys(("done", "running", "failed", "broke", "left"), 0)
     going = _begun(folder)
     for cell in cells:
-        held = runner.result(cell)
-        count[held["state"] if held else "left"] += 1
+        state = runner.result(cell)["state"]
+        count["left" if state == "missing" else state] += 1
     count["running"] = min(going, count["left"])
     count["left"] -= count["running"]
     jobs = {}
