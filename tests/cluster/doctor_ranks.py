@@ -31,8 +31,8 @@ def die(_: Any) -> None:
     os._exit(3)
 
 
-def other_versions(_: Any) -> dict[str, str]:
-    return {**machine.versions(), "torch": "2.12.1", "source": "abc"}
+def other_versions(context: Any) -> dict[str, str]:
+    return {**machine.versions(context), "torch": "2.12.1", "source": "abc"}
 
 
 def mount_over(*words: str) -> None:
@@ -64,7 +64,15 @@ if os.environ["RANK"] == "1":
             copy(parameter, full)
 
         links.copy_rows = wrong
+    if fault == "sums":
+        all_reduce = torch.distributed.all_reduce
+
+        def off_by_one(x: torch.Tensor, *rest: Any, **options: Any) -> None:
+            all_reduce(x, *rest, **options)
+            x += 1
+
+        torch.distributed.all_reduce = off_by_one
 else:
     socket.gethostname = lambda: "n1"
 
-sys.exit(command.run(command.Options([], run_dir, float(timeout))))
+sys.exit(command.run([], run_dir, float(timeout)))
