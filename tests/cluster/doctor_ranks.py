@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,9 +46,9 @@ if os.environ["RANK"] == "1":
     socket.gethostname = lambda: "n2"
     if fault in ("hang", "hang-in-the-lock", "die"):
         work = {"hang": hang, "die": die}.get(fault, hang_in_the_lock)
-        machine.KERNELS = replace(machine.KERNELS, probe=work)
+        machine.KERNELS = machine.KERNELS._replace(probe=work)
     if fault == "versions":
-        machine.VERSIONS = replace(machine.VERSIONS, probe=other_versions)
+        machine.VERSIONS = machine.VERSIONS._replace(probe=other_versions)
     if fault == "folder":
         mount_over("-t", "tmpfs", "tmpfs")
     if fault == "read-only":

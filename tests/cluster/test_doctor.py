@@ -37,7 +37,7 @@ def of(*settings: str) -> config.RunConfig:
 
 def context(*settings: str, run_dir: Path = Path("x"), alone: bool = False) -> Context:
     store, config = torch.distributed.HashStore(), None if alone else of(*settings)
-    return Context(Ranks(), store, 5.0, config, run_dir, HOSTS)
+    return Context(Ranks(), 5.0, config, run_dir, store, HOSTS)
 
 
 def report(text: str) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def test_ranks_that_never_come() -> None:
     (last,), text = alone[1].wait(60)
     assert last == 1 and len(text.splitlines()) == 1, text
     assert "rank 2 on " in text and "does not reach rank 0 at 127.0.0.1:" in text
-    assert "(Connection refused)" in text and "MASTER_ADDR" in text
+    assert "Connection refused)" in text and "MASTER_ADDR" in text
 
 
 @pytest.mark.slow
@@ -118,7 +118,7 @@ def test_a_fault_on_another_node(
     assert all(" on n2" in line or " n1" in line for line in fixes), text
     assert len(fixes) == 1
     if fault in ("die", "hang-in-the-lock"):
-        assert "not every rank answers any more" in text
+        assert "what comes after this was not tried" in text
     if fault == "hang":  # the other checks are made all the same
         assert "right on 2 ranks" in text and "every rank sees the same folder" in text
     assert not list(tmp_path.iterdir())
@@ -224,8 +224,6 @@ def test_deepspeed_that_cannot_be_imported(
         raise RuntimeError(f"CUDA_HOME does not exist ({device_type})\nand more")
 
     monkeypatch.setattr(zero, "_deepspeed", fails)
-    monkeypatch.setattr(machine, "find_spec", lambda name: True)
-    monkeypatch.setattr(provenance, "versions", lambda *names: {**VERSIONS, "deepspeed": "0.19.8"})
     settings = [*TINY, "train.max_steps=2", f"run_dir={tmp_path / 'run'}", "engine.device=cpu"]
     (*_, finding) = fixes(capsys, *settings, "engine.name=zero")
     assert finding.startswith("deepspeed: CUDA_HOME does not exist (cpu) on rank")
@@ -364,7 +362,6 @@ VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0", "to
 
 
 def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert str(machine.requirements()["torch"]) == ">=2.11"
     assert machine.versions(context())["torch"] == torch.__version__
 
     def probe(*settings: str, **here: str) -> Any:
@@ -377,14 +374,14 @@ def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
         UserError, match=r"torch>=2.11, here 2.9.1\+cu128: pip install 'torch>=2.11'"
     ):
         probe(torch="2.9.1+cu128")
-    nf4 = ("model.quant=nf4", "engine.name=zero")
+    nf4 = ("model.quant=nf4", "train.tensorboard=true")
     with pytest.raises(
         UserError,
         match=r"model.quant=nf4 needs bitsandbytes>=0.50, here not installed: pip install"
-        r" 'bitsandbytes>=0.50'; engine.name=zero needs deepspeed<0.20,>=0.19, here 0.18: ",
+        r" 'bitsandbytes>=0.50'; train.tensorboard=True needs tensorboard>=2.19, here 2.1: ",
     ):
-        probe(*nf4, deepspeed="0.18")
-    assert probe(*nf4, deepspeed="0.19.8", bitsandbytes="0.50")
+        probe(*nf4, tensorboard="2.1")
+    assert probe(*nf4, tensorboard="2.20", bitsandbytes="0.50")
     with pytest.raises(UserError, match=r"train\.wandb=x needs wandb, here not installed"):
         probe("train.wandb=x")
 
@@ -491,7 +488,7 @@ def test_kernels_of_the_configured_storage() -> None:
 
 
 def test_words() -> None:
-    assert where([3], {}) == "rank 3" and where([0, 1, 2, 5], {}) == "ranks 0-2, 5"
+    assert where([3], {}) == "rank 3" and where([0, 1, 2, 5], {}) == "ranks 0, 1, 2, 5"
     assert where([0, 1, 2], HOSTS) == "ranks 0-1 on n1 and rank 2 on n2"
     assert by_value({0: "a", 1: "b"}, {}) == "a on rank 0; b on rank 1"
     assert doctor.summary([Finding("a", "ok", "b")]) == ["nothing to fix"]

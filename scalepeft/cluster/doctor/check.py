@@ -40,58 +40,58 @@ class Finding(NamedTuple):
         return " ".join(self.found.split()) + (f" -> {self.remedy}" if self.remedy else "")
 
 
+Values = Mapping[int, Any]  # rank -> what its probe returned
+Verdict = Iterator[tuple[str, ...]]  # (state, found) or (state, found, remedy) of each finding
+
+
 @dataclass
 class Context:
     """What is looked at, by which ranks, and what was found.
 
     Attributes:
         ranks: this process; its device is set by the check of the devices.
-        store: where the ranks meet; the main thread's: one client serves one thread at a time.
-        timeout: seconds that a check may take.
+        timeout: seconds that ranks may take to come, and each check.
         config: of the run; without one the machine alone is looked at.
         run_dir: the folder that is looked at.
-        hosts: rank -> host of those that came; this, ``findings`` and ``facts`` (each rank's
-            values, by check) are rank 0's.
-        broken: there is something to fix. ``lost``: a rank gave no answer, so nothing more is
-            tried. ``stuck``: for that, or because a thread hangs somewhere, processes can only end
-            with ``os._exit``.
+        store: where the ranks meet; the main thread's: one client serves one thread at a time.
+        hosts: of the ranks that came.
+        findings: in the order of the checks.
+        facts: rank -> check -> what its probe returned.
+        lost: a rank gave no answer, so nothing more is tried.
+        stuck: for that, or as a thread hangs somewhere, processes must end with ``os._exit``.
     """
 
     ranks: Ranks
-    store: Any
     timeout: float
-    config: Any = None
-    run_dir: Path = Path()
+    config: Any
+    run_dir: Path
+    store: Any = None
     hosts: dict[int, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     facts: dict[int, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
-    broken: bool = False
     lost: bool = False
     stuck: bool = False
     _round: int = 0
 
-    def gather(self, value: Any, seconds: float) -> dict[int, Any]:
-        """Return rank -> value, of JSON's types, of those that answer in time; on rank 0 alone."""
+    def exchange(self, value: Any, seconds: float) -> dict[int, Any]:
+        """Return rank -> value, of JSON's types, of those that answer in time, on every rank."""
         self._round += 1
-        keys = {r: f"{self._round}/{r}" for r in self.hosts or range(self.ranks.world_size)}
-        self.store.set(f"{self._round}/{self.ranks.rank}", json.dumps(value))
-        if not self.ranks.is_main:
-            return {}
+        keys = [f"{self._round}/{rank}" for rank in range(self.ranks.world_size)]
+        self.store.set(keys[self.ranks.rank], json.dumps(value))
         until = time.monotonic() + seconds
         # Not store.wait: it prints warnings of its own when the time is up.
-        while not self.store.check(list(keys.values())) and time.monotonic() < until:
+        while not (complete := self.store.check(keys)) and time.monotonic() < until:
             time.sleep(0.02)
-        came = {rank: key for rank, key in keys.items() if self.store.check([key])}
-        return {rank: json.loads(self.store.get(key)) for rank, key in came.items()}
+        came = [r for r, key in enumerate(keys) if complete or self.store.check([key])]
+        values = self.store.multi_get([keys[rank] for rank in came])
+        return {rank: json.loads(value) for rank, value in zip(came, values, strict=True)}
 
-    def share(self, value: Any) -> Any:
-        """Return rank 0's value on every rank. Raises RuntimeError: rank 0 is gone."""
-        self._round += 1
-        key = f"{self._round}"
-        if self.ranks.is_main:
-            self.store.set(key, json.dumps(value))
-        self.store.wait([key], timedelta(seconds=2 * (self.timeout + GRACE)))
-        return json.loads(self.store.get(key))
+    def leave(self) -> None:
+        """Leave; rank 0, which may serve the store, is the last."""
+        self.store.set(f"left/{self.ranks.rank}", "")
+        until = time.monotonic() + GRACE * self.ranks.is_main
+        while time.monotonic() < until and not self.store.check([f"left/{r}" for r in self.hosts]):
+            time.sleep(0.02)
 
     def check(self, check: "Check") -> bool:
         """Run a check on its ranks; return on every rank whether there is nothing to fix."""
@@ -99,29 +99,24 @@ class Context:
             return False
         probes = {"all": True, "nodes": self.ranks.local_rank == 0, "main": self.ranks.is_main}
         mine = self.limited(partial(check.probe, self)) if probes[check.on] else None
-        answers = self.gather(mine, self.timeout + GRACE)
+        answers = self.exchange(mine, self.timeout + GRACE)
         outcomes = {rank: answer for rank, answer in answers.items() if answer}
         failed = {rank: text for rank, (state, text) in outcomes.items() if state != "done"}
         values = {rank: value for rank, (_, value) in outcomes.items()}
         for rank, value in values.items():
             self.facts[rank][check.name] = value
-        findings = []
         if silent := self.hosts.keys() - answers.keys():
             text = f"{check.name}: {where(silent, self.hosts)}: no answer within"
-            findings = [
-                Finding("ranks", "fix", f"{text} {self.timeout:.0f} s: died, or hangs"),
-                Finding("ranks", "info", "nothing more was tried: not every rank answers any more"),
-            ]
+            text += f" {self.timeout:.0f} s: died, or hangs; what comes after this was not tried"
+            findings = [Finding("ranks", "fix", text)]
         elif failed:
             findings = [Finding(check.name, "fix", by_value(failed, self.hosts), check.remedy)]
-        elif values:
+        else:
             findings = [Finding(check.name, *f) for f in check.verdict(self, values)]
         good = all(f.state != "fix" for f in findings)
         self.findings += [f for f in findings if good or f.state != "ok"]
-        hangs = any(state == "hangs" for state, _ in outcomes.values())
-        good, self.lost, hangs = self.share([good, bool(silent), hangs])
-        self.broken |= not good
-        self.stuck |= self.lost or hangs
+        self.lost = bool(silent)
+        self.stuck |= self.lost or any(state == "hangs" for state, _ in outcomes.values())
         return good
 
     def limited(self, work: Callable[[], Any]) -> tuple[str, Any]:
@@ -145,12 +140,6 @@ class Context:
         return outcome
 
 
-Values = Mapping[int, Any]
-"""Rank -> what its probe returned."""
-Verdict = Iterator[tuple[str, ...]]
-"""(state, found) or (state, found, remedy) of each ``Finding``."""
-
-
 def same_everywhere(context: Context, values: Values) -> Verdict:
     """Yield values: None, text, name -> text, (state, text); and what differs of those ``ok``."""
     pairs = {}
@@ -168,16 +157,14 @@ def same_everywhere(context: Context, values: Values) -> Verdict:
         yield state, text if len(ranks) == len(pairs) else by_value(ranks, context.hosts)
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One check.
 
     Attributes:
         name: as it is printed.
-        probe: on each rank: returns what it sees, of JSON's types; may raise any exception, whose
-            first line becomes the finding, and may use collectives where ``on`` is ``all``.
-        verdict: on rank 0: yields the findings from the values of the ranks that probed; an ``ok``
-            beside a ``fix`` is left out.
+        probe: returns what a rank sees, of JSON's types; of what it raises, the first line is the
+            finding. May use collectives where ``on`` is ``all``.
+        verdict: yields the findings from all ranks' values; ``ok`` beside ``fix`` goes.
         on: the ranks that probe: ``all``, the first of each node (``nodes``), or rank 0 (``main``).
         remedy: what to do if a probe raises.
     """
@@ -189,51 +176,43 @@ class Check:
     remedy: str = ""
 
 
-def meet(env: Mapping[str, str], timeout: float) -> Context:
-    """Meet the other ranks at MASTER_ADDR:MASTER_PORT; rank 0 learns who is there.
-
-    Args:
-        env: the launcher's variables (``launch_variables``).
-        timeout: seconds to wait for the last one, and for each later round.
+def meet(context: Context, env: Mapping[str, str]) -> None:
+    """Meet the other ranks at MASTER_ADDR:MASTER_PORT of the launcher's variables.
 
     Raises:
         RuntimeError: the store cannot be reached, or ranks did not come: who, and where to look.
     """
-    rank, world_size, local_rank = (int(env[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    ranks, host = Ranks(rank, world_size, local_rank), socket.gethostname()
+    rank, world_size, timeout = context.ranks.rank, context.ranks.world_size, context.timeout
+    host = socket.gethostname()
     if world_size == 1:
-        return Context(ranks, dist.HashStore(), timeout, hosts={0: host})
+        context.store, context.hosts = dist.HashStore(), {0: host}
+        return
     address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
     at, limit = f"{address}:{port}", timedelta(seconds=timeout)
     # torchrun serves the store itself.
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if not serves and (error := _unreachable(address, port, timeout)):
-        raise RuntimeError(
-            f"rank {rank} on {host} does not reach rank 0 at {at} within {timeout:.0f} s ({error}):"
-            f" is rank 0 there (its lines say), does {host} take {address} for the right machine"
-            " (set MASTER_ADDR), is a firewall in between"
-        )
     try:
+        if not serves:
+            _reach(address, port, timeout)
         store = dist.TCPStore(address, port, None, serves, limit, wait_for_workers=False)
-    except RuntimeError as failure:
+    except (OSError, RuntimeError) as failure:
         raise RuntimeError(
-            f"rank {rank} on {host}, {at}: {first_line(failure)}; if the port is taken, set"
-            " MASTER_PORT to a free one"
+            f"rank {rank} on {host} does not reach rank 0 at {at} within {timeout:.0f} s"
+            f" ({first_line(failure)}): is rank 0 there (its lines say), does {host} take {address}"
+            " for the right machine (set MASTER_ADDR), is the port taken (set MASTER_PORT to a free"
+            " one), is a firewall in between"
         ) from None
     # A restart by torchrun meets at the same store, where the keys of the first start still are.
     prefix = f"doctor {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    context = Context(ranks, dist.PrefixStore(prefix, store), timeout)
-    context.hosts = hosts = context.gather(host, timeout)
-    missing = context.share([r for r in range(world_size) if r not in hosts])
-    if not missing:
-        return context
-    context.gather(None, GRACE)  # rank 0, which may serve the store, is the last to leave
-    text = f"{where(missing, {})} of {world_size} did not come to {at} within {timeout:.0f} s"
-    if rank == 0:
+    context.store = dist.PrefixStore(prefix, store)
+    context.hosts = hosts = context.exchange(host, timeout)
+    if missing := set(range(world_size)) - hosts.keys():
+        context.leave()
+        text = f"{where(missing, {})} of {world_size} did not come to {at} within {timeout:.0f} s"
         text += f"; there: {where(hosts, hosts)}"
         if empty := sorted(_step_nodes() - {host.split(".")[0] for host in hosts.values()}):
             text += f"; no rank of {', '.join(empty)} came"
-    raise RuntimeError(text)
+        raise RuntimeError(text)
 
 
 def _step_nodes() -> set[str]:
@@ -244,31 +223,29 @@ def _step_nodes() -> set[str]:
     return {name.split(".")[0] for name in _output("scontrol", "show", "hostnames", nodes).split()}
 
 
-def _unreachable(address: str, port: int, timeout: float) -> str:
-    """Return why nobody listens there in time. TCPStore's own waiting prints stacks."""
-    until, error = time.monotonic() + timeout, ""
-    while (remaining := until - time.monotonic()) > 0:
+def _reach(address: str, port: int, timeout: float) -> None:
+    """Wait until somebody listens there. TCPStore's own waiting prints stacks."""
+    until = time.monotonic() + timeout
+    while True:
         try:
-            socket.create_connection((address, port), timeout=remaining).close()
-            return ""
-        except OSError as failure:
-            error = failure.strerror or str(failure)
-            time.sleep(min(0.1, remaining))
-    return error
+            remaining = max(0.1, until - time.monotonic())
+            return socket.create_connection((address, port), timeout=remaining).close()
+        except OSError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(0.1)
 
 
 def where(ranks: Iterable[int], hosts: Mapping[int, str]) -> str:
-    """``rank 3 on n2``, ``ranks 0-2, 5 on n1 and rank 8 on n2``; no host where none is known."""
-    spans: dict[str, list[range]] = {}
+    """``rank 3 on n2``, ``ranks 0-2 on n1 and ranks 5, 8 on n2``; no host where none is known."""
+    by_host: dict[str, list[int]] = defaultdict(list)
     for rank in sorted(ranks):
-        of_host = spans.setdefault(hosts.get(rank, ""), [])
-        start = of_host.pop().start if of_host and of_host[-1].stop == rank else rank
-        of_host.append(range(start, rank + 1))
+        by_host[hosts.get(rank, "")].append(rank)
     texts = []
-    for host, of_host in spans.items():
-        shown = ", ".join(f"{s[0]}-{s[-1]}" if len(s) > 1 else f"{s[0]}" for s in of_host)
-        plural = "s" * (sum(map(len, of_host)) > 1)
-        texts.append(f"rank{plural} {shown}" + f" on {host}" * bool(host))
+    for host, (first, *others) in by_host.items():
+        run = others and others[-1] - first == len(others)
+        shown = f"{first}-{others[-1]}" if run else ", ".join(map(str, (first, *others)))
+        texts.append(f"rank{'s' * bool(others)} {shown}" + f" on {host}" * bool(host))
     return " and ".join(texts)
 
 

@@ -8,16 +8,16 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
 
 from scalepeft.build import engine_class
 from scalepeft.cluster.doctor import links, machine, storage
-from scalepeft.cluster.doctor.check import GRACE, Context, Finding, first_line, meet
+from scalepeft.cluster.doctor.check import Context, Finding, first_line, meet
 from scalepeft.config import files
 from scalepeft.core.errors import UserError
 from scalepeft.core.launch import launch_variables
 from scalepeft.core.log import say
 from scalepeft.core.preemption import BROKEN, FINISHED
+from scalepeft.parallel.ranks import Ranks
 
 LONGEST = 86400  # seconds that --timeout may ask for
 
@@ -44,25 +44,27 @@ def run(
         folder = [] if run_dir is None else [f"run_dir={run_dir}"]
         config, _ = files.load(path, [*overrides, *folder])
         engine_class(config).check(int(env["WORLD_SIZE"]))
+    ranks = Ranks(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
+    context = Context(ranks, timeout, config, Path(config.run_dir if config else run_dir or "."))
     try:
-        context = meet(env, timeout)
-        context.config = config
-        context.run_dir = Path(config.run_dir if config else run_dir or ".")
+        meet(context, env)
         run_checks(context)
-        if context.ranks.is_main:
-            facts = [context.facts[rank] for rank in context.hosts]
-            _print(context.findings, facts, list(context.hosts.values()), as_json)
-        context.gather(None, GRACE)  # rank 0, which may serve the store, is the last to leave
+        if ranks.is_main:
+            _print(context, as_json)
+        context.leave()
     except RuntimeError as error:
+        context.findings = [Finding("ranks", "fix", first_line(error))]
+        context.stuck = True
         # There may be no rank 0 to tell it to: each rank prints what it knows.
-        if env["RANK"] == "0":
-            _print([Finding("ranks", "fix", str(error))], [], [], as_json)
+        if ranks.is_main:
+            _print(context, as_json)
         else:
             say(f"error: {first_line(error)}")
-        _leave(BROKEN)
-    code = BROKEN if context.broken else FINISHED
+    code = BROKEN if any(f.state == "fix" for f in context.findings) else FINISHED
     if context.stuck:
-        _leave(code)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 
@@ -89,16 +91,21 @@ def run_checks(context: Context) -> None:
         context.limited(ranks.finish)
 
 
-def _print(findings: list[Finding], facts: list[Any], hosts: list[str], as_json: bool) -> None:
+def _print(context: Context, as_json: bool) -> None:
+    findings = context.findings
+    lines = [
+        f"{'FIX' if f.state == 'fix' else f.state:5} {f.check:13} {f.text()}" for f in findings
+    ]
+    lines += summary(findings)
     if as_json:
-        healthy = all(f.state != "fix" for f in findings)
-        found = [f._asdict() for f in findings]
-        print(json.dumps({"healthy": healthy, "hosts": hosts, "findings": found, "ranks": facts}))
-    else:
-        for f in findings:
-            print(f"{'FIX' if f.state == 'fix' else f.state:5} {f.check:13} {f.text()}")
-        print("\n".join(summary(findings)))
-    sys.stdout.flush()
+        report = {
+            "healthy": all(f.state != "fix" for f in findings),
+            "hosts": list(context.hosts.values()),
+            "findings": [f._asdict() for f in findings],
+            "ranks": [context.facts[rank] for rank in context.hosts],
+        }
+        lines = [json.dumps(report)]
+    print("\n".join(lines), flush=True)
 
 
 def summary(findings: list[Finding]) -> list[str]:
@@ -109,10 +116,3 @@ def summary(findings: list[Finding]) -> list[str]:
     if not wrong:
         return [f"nothing to fix{rest}"]
     return [f"to fix{rest}:", *(f"  {i}. {f.check}: {f.text()}" for i, f in enumerate(wrong, 1))]
-
-
-def _leave(code: int) -> NoReturn:
-    """End the process although a thread may hang in a collective, or the peers be gone."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -1,5 +1,6 @@
 """What each rank finds on its node: versions, cache and variables, devices, kernels."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -24,11 +25,10 @@ from scalepeft.run import provenance
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 # Package -> the key that needs it, the value for which (None: any).
-EXTRAS = {"bitsandbytes": ("model.quant", "nf4"), "deepspeed": ("engine.name", "zero"),
-          "tensorboard": ("train.tensorboard", True), "wandb": ("train.wandb", None)}  # fmt: skip
-VARIABLES = re.compile(
-    r"(NCCL|GLOO|TORCH_NCCL)_\w+|CUDA_VISIBLE_DEVICES|OMP_NUM_THREADS|HF_HUB_OFFLINE|HF_HOME"
-    r"|SLURM_(JOB_ID|JOB_NUM_NODES|NTASKS|NTASKS_PER_NODE|RESTART_COUNT|STEP_NODELIST)"
+EXTRAS = {"bitsandbytes": ("model.quant", "nf4"), "tensorboard": ("train.tensorboard", True),
+          "wandb": ("train.wandb", None)}  # fmt: skip
+VARIABLES = (
+    r"(NCCL|GLOO|TORCH_NCCL|CUDA|OMP)_\w+|HF_(HOME|HUB_OFFLINE)|SLURM_(JOB_ID|NTASKS|NODELIST)"
 )
 DRIVER = Path("/proc/driver/nvidia/version")
 OTHERS_ON_GPU = 2 << 30  # bytes that are more than a CUDA context
@@ -40,7 +40,10 @@ def versions(context: Context) -> dict[str, str]:
     Raises:
         UserError: a package that the config needs is missing or too old.
     """
-    found, bounds = provenance.versions(*PACKAGES, *EXTRAS), requirements()
+    found, bounds = provenance.versions(*PACKAGES, *EXTRAS, "deepspeed"), {}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a bare checkout
+        lines = importlib.metadata.requires("scalepeft") or []
+        bounds = {r.name: r.specifier for r in map(Requirement, lines)}
     needed = dict.fromkeys(PACKAGES, "scalepeft")
     for name, (key, needing) in EXTRAS.items() if context.config is not None else ():
         if (value := attrgetter(key)(context.config)) and needing in (None, value):
@@ -62,15 +65,6 @@ def versions(context: Context) -> dict[str, str]:
     return {**found, "source": digest.hexdigest()[:8]}
 
 
-def requirements() -> dict[str, SpecifierSet]:
-    """Return package -> versions that scalepeft takes; nothing in an uninstalled checkout."""
-    try:
-        lines = importlib.metadata.requires("scalepeft") or []
-    except importlib.metadata.PackageNotFoundError:
-        return {}
-    return {r.name: r.specifier for r in map(Requirement, lines)}
-
-
 def environment(context: Context) -> tuple[str, str]:
     """Try to write in the cache folder; return it and the variables that launchers look at."""
     cache = Path(os.environ.get("SCALEPEFT_CACHE") or Path.home() / ".cache" / "scalepeft")
@@ -78,7 +72,7 @@ def environment(context: Context) -> tuple[str, str]:
     tasks = os.environ.get("SLURM_NTASKS", "1")
     if tasks != "1" and context.ranks.world_size == 1:
         return "warn", f"a Slurm job of {tasks} tasks, but this is one process: start it with srun"
-    variables = (f", {k}={v}" for k, v in sorted(os.environ.items()) if VARIABLES.fullmatch(k))
+    variables = (f", {k}={v}" for k, v in sorted(os.environ.items()) if re.fullmatch(VARIABLES, k))
     return "info", f"{torch.get_num_threads()} threads, cache {cache}{''.join(variables)}"
 
 
@@ -92,9 +86,7 @@ def device(context: Context) -> dict[str, Any]:
     torch.zeros(1, device=ranks.device)
     gpu = torch.cuda.get_device_properties(ranks.device)
     free, total = torch.cuda.mem_get_info(ranks.device)
-    driver = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", DRIVER.read_text()) if DRIVER.is_file() else None
     name = f"{gpu.name} of {size(total)}, capability {gpu.major}.{gpu.minor}"
-    name += f", driver {driver[0]}" if driver else ""
     return {"type": "cuda", "name": name, "uuid": str(gpu.uuid), "used": total - free,
             "bf16": gpu.major >= 8}  # fmt: skip
 
@@ -130,33 +122,23 @@ def check_devices(context: Context, values: Values) -> Verdict:
 
 def kernels(context: Context) -> Any:
     """Run the self-checks of quantized storage: the config's, or all that can be had."""
-    if context.config is not None:
-        model = context.config.model
-        formats = [quant.get_format(model.quant, model.double_quant)]
-    else:
-        names = ["int8", *(["nf4"] if find_spec("bitsandbytes") else [])]
-        formats = [quant.get_format(name) for name in names]
-    checked = [fmt for fmt in formats if fmt is not None]
-    for fmt in checked:
+    model = context.config.model if context.config else None
+    names = [model.quant] if model else ["int8"] + ["nf4"] * bool(find_spec("bitsandbytes"))
+    formats = [quant.get_format(name, bool(model and model.double_quant)) for name in names]
+    for fmt in filter(None, formats):
         quant.self_check(context.ranks.device, fmt)
-    if not checked:
+    if names == ["none"]:
         return "info", "model.quant=none: nothing is quantized"
-    return f"{' and '.join(fmt.name for fmt in checked)}: known bytes, exact values, right products"
-
-
-def deepspeed(context: Context) -> Any:
-    """Import DeepSpeed as the engine does; that it is missing is for ``versions``."""
-    if not find_spec("deepspeed"):
-        return "info", "not installed"
-    zero._deepspeed(context.ranks.device.type)  # fails where it finds GPUs and no CUDA compiler
-    return "can be imported"
+    return f"{' and '.join(names)}: known bytes, exact values, right products"
 
 
 VERSIONS = Check("versions", versions)
-ENVIRONMENT = Check(
-    "environment", environment, on="nodes",
-    remedy="set SCALEPEFT_CACHE to a folder that can be written",
-)  # fmt: skip
+CACHE = "set SCALEPEFT_CACHE to a folder that can be written"
+ENVIRONMENT = Check("environment", environment, on="nodes", remedy=CACHE)
 DEVICES = Check("devices", device, check_devices)
 KERNELS = Check("kernels", kernels)
-DEEPSPEED = Check("deepspeed", deepspeed, on="nodes", remedy="repair it, or take engine.name=fsdp2")
+DEEPSPEED = Check(
+    "deepspeed",  # fails too where it finds GPUs and no CUDA compiler
+    lambda context: f"{zero._deepspeed(context.ranks.device.type).__version__} can be imported",
+    on="nodes", remedy="repair it, or take engine.name=fsdp2",
+)  # fmt: skip
