@@ -31,7 +31,7 @@ def die(_: Any) -> None:
 
 
 def other_versions(context: Any) -> dict[str, str]:
-    return {**machine.versions(context), "torch": "2.12.1", "source": "abc"}
+    return {**versions(context), "torch": "2.12.1", "source": "abc"}
 
 
 def mount_over(*words: str) -> None:
@@ -46,9 +46,9 @@ if os.environ["RANK"] == "1":
     socket.gethostname = lambda: "n2"
     if fault in ("hang", "hang-in-the-lock", "die"):
         work = {"hang": hang, "die": die}.get(fault, hang_in_the_lock)
-        machine.KERNELS = machine.KERNELS._replace(probe=work)
+        machine.kernels = work
     if fault == "versions":
-        machine.VERSIONS = machine.VERSIONS._replace(probe=other_versions)
+        versions, machine.versions = machine.versions, other_versions
     if fault == "folder":
         mount_over("-t", "tmpfs", "tmpfs")
     if fault == "read-only":

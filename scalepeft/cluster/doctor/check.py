@@ -44,6 +44,23 @@ Values = Mapping[int, Any]  # rank -> what its probe returned
 Verdict = Iterator[tuple[str, ...]]  # (state, found) or (state, found, remedy) of each finding
 
 
+def same_everywhere(context: "Context", values: Values) -> Verdict:
+    """Yield values: None, text, name -> text, (state, text); and what differs of those ``ok``."""
+    pairs = {}
+    for rank, value in values.items():
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        pairs[rank] = tuple(text) if isinstance(text, list | tuple) else ("ok", text or "in order")
+    parts = {rank: text.split(", ") for rank, (state, text) in pairs.items() if state == "ok"}
+    common = set.intersection(*map(set, parts.values())) if parts else set()
+    differ = {rank: ", ".join(p for p in of_rank if p not in common) or "none"
+              for rank, of_rank in parts.items()}  # fmt: skip
+    if len(set(differ.values())) > 1:
+        yield "fix", by_value(differ, context.hosts), "give every node the same"
+    for state, text in dict.fromkeys(pairs.values()):
+        ranks = {rank: text for rank, pair in pairs.items() if pair == (state, text)}
+        yield state, text if len(ranks) == len(pairs) else by_value(ranks, context.hosts)
+
+
 @dataclass
 class Context:
     """What is looked at, by which ranks, and what was found.
@@ -93,26 +110,42 @@ class Context:
         while time.monotonic() < until and not self.store.check([f"left/{r}" for r in self.hosts]):
             time.sleep(0.02)
 
-    def check(self, check: "Check") -> bool:
-        """Run a check on its ranks; return on every rank whether there is nothing to fix."""
+    def check(
+        self,
+        name: str,
+        probe: Callable[["Context"], Any],
+        on: str = "all",
+        remedy: str = "",
+        verdict: Callable[["Context", Values], Verdict] = same_everywhere,
+    ) -> bool:
+        """Run a check; return on every rank whether there is nothing to fix.
+
+        Args:
+            name: as it is printed.
+            probe: returns what a rank sees, of JSON's types; of what it raises, the first line is
+                the finding. May use collectives where ``on`` is ``all``.
+            on: the ranks that probe: ``all``, the first of each node (``nodes``), 0 (``main``).
+            remedy: what to do if a probe raises.
+            verdict: yields the findings from all ranks' values; ``ok`` beside ``fix`` is left out.
+        """
         if self.lost:
             return False
         probes = {"all": True, "nodes": self.ranks.local_rank == 0, "main": self.ranks.is_main}
-        mine = self.limited(partial(check.probe, self)) if probes[check.on] else None
+        mine = self.limited(partial(probe, self)) if probes[on] else None
         answers = self.exchange(mine, self.timeout + GRACE)
         outcomes = {rank: answer for rank, answer in answers.items() if answer}
         failed = {rank: text for rank, (state, text) in outcomes.items() if state != "done"}
         values = {rank: value for rank, (_, value) in outcomes.items()}
         for rank, value in values.items():
-            self.facts[rank][check.name] = value
+            self.facts[rank][name] = value
         if silent := self.hosts.keys() - answers.keys():
-            text = f"{check.name}: {where(silent, self.hosts)}: no answer within"
+            text = f"{name}: {where(silent, self.hosts)}: no answer within"
             text += f" {self.timeout:.0f} s: died, or hangs; what comes after this was not tried"
             findings = [Finding("ranks", "fix", text)]
         elif failed:
-            findings = [Finding(check.name, "fix", by_value(failed, self.hosts), check.remedy)]
+            findings = [Finding(name, "fix", by_value(failed, self.hosts), remedy)]
         else:
-            findings = [Finding(check.name, *f) for f in check.verdict(self, values)]
+            findings = [Finding(name, *f) for f in verdict(self, values)]
         good = all(f.state != "fix" for f in findings)
         self.findings += [f for f in findings if good or f.state != "ok"]
         self.lost = bool(silent)
@@ -138,42 +171,6 @@ class Context:
         thread.start()
         thread.join(self.timeout)
         return outcome
-
-
-def same_everywhere(context: Context, values: Values) -> Verdict:
-    """Yield values: None, text, name -> text, (state, text); and what differs of those ``ok``."""
-    pairs = {}
-    for rank, value in values.items():
-        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
-        pairs[rank] = tuple(text) if isinstance(text, list | tuple) else ("ok", text or "in order")
-    parts = {rank: text.split(", ") for rank, (state, text) in pairs.items() if state == "ok"}
-    common = set.intersection(*map(set, parts.values())) if parts else set()
-    differ = {rank: ", ".join(p for p in of_rank if p not in common) or "none"
-              for rank, of_rank in parts.items()}  # fmt: skip
-    if len(set(differ.values())) > 1:
-        yield "fix", by_value(differ, context.hosts), "give every node the same"
-    for state, text in dict.fromkeys(pairs.values()):
-        ranks = {rank: text for rank, pair in pairs.items() if pair == (state, text)}
-        yield state, text if len(ranks) == len(pairs) else by_value(ranks, context.hosts)
-
-
-class Check(NamedTuple):
-    """One check.
-
-    Attributes:
-        name: as it is printed.
-        probe: returns what a rank sees, of JSON's types; of what it raises, the first line is the
-            finding. May use collectives where ``on`` is ``all``.
-        verdict: yields the findings from all ranks' values; ``ok`` beside ``fix`` goes.
-        on: the ranks that probe: ``all``, the first of each node (``nodes``), or rank 0 (``main``).
-        remedy: what to do if a probe raises.
-    """
-
-    name: str
-    probe: Callable[[Context], Any]
-    verdict: Callable[[Context, Values], Verdict] = same_everywhere
-    on: str = "all"
-    remedy: str = ""
 
 
 def meet(context: Context, env: Mapping[str, str]) -> None:

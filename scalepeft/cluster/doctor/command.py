@@ -17,8 +17,12 @@ from scalepeft.core.errors import UserError
 from scalepeft.core.launch import launch_variables
 from scalepeft.core.log import say
 from scalepeft.core.preemption import BROKEN, FINISHED
+from scalepeft.core.slurm import slurm_start
 from scalepeft.parallel.ranks import Ranks
+from scalepeft.run.folder import check_same_run
+from scalepeft.run.lease import check_free
 
+LINKS = "set {}_SOCKET_IFNAME to the interface that the nodes share; open the ports between them"
 LONGEST = 86400  # seconds that --timeout may ask for
 
 
@@ -71,20 +75,33 @@ def run(
 def run_checks(context: Context) -> None:
     """Run every check; one that needs another's success is left out without it."""
     check, config, ranks = context.check, context.config, context.ranks
-    check(machine.VERSIONS)
-    check(machine.ENVIRONMENT)
-    if usable := check(machine.DEVICES):
-        check(machine.KERNELS)
-        if config is not None and config.engine.name == "zero":
-            check(machine.DEEPSPEED)
-    for each in storage.INPUTS if config is not None else ():
-        check(each)
-    linked = check(links.GLOO)
+    check("versions", machine.versions)
+    check("environment", machine.environment, "nodes", "set SCALEPEFT_CACHE to another folder")
+    usable = check("devices", machine.device, verdict=machine.check_devices)
+    if usable:
+        check("kernels", machine.kernels)
+    if config is not None:
+        if usable and config.engine.name == "zero":
+            check("deepspeed", machine.deepspeed, "nodes", "repair it, or take engine.name=fsdp2")
+        check("base", storage.base, "nodes")
+        check("data", storage.data, "nodes")
+        check("rows", storage.rows, "main")
+        check("global batch", storage.batch, "main")
+        check("run config", lambda _: check_same_run(config, allow_changes=False), "main")
+        check("holder", lambda _: check_free(context.run_dir, *slurm_start()), "main")
+    linked = check("links", partial(links.collectives, backend="gloo"), remedy=LINKS.format("GLOO"))
+    if linked and usable and ranks.device.type == "cuda":
+        linked = check(
+            "GPU links", partial(links.collectives, backend="nccl"), remedy=LINKS.format("NCCL")
+        )
     if linked and usable:
-        linked = ranks.device.type == "cpu" or check(links.NCCL)
-        linked = linked and check(links.BYTES)
-    if check(storage.SAVING) and check(storage.SAME):
-        check(storage.SPACE)
+        remedy = "update torch or the driver; take engine.name=ddp"
+        linked = check("4-bit bytes", links.stored_bytes, remedy=remedy)
+    room = "make room, mount it writable, or choose another run_dir"
+    shared = "any node may hold rank 0 after a restart: put run_dir where all can see and write it"
+    saves = check("run folder", storage.saving, "main", room)
+    if saves and check("run folder", storage.same_folder, remedy=shared):
+        check("free space", storage.space, "main", room)
     context.limited(partial(storage.clean_up, context))
     context.stuck |= not linked  # leaving a process group in order takes all of its ranks
     if not context.stuck:

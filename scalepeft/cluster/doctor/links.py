@@ -3,14 +3,13 @@
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scalepeft.cluster.doctor.check import Check, Context
+from scalepeft.cluster.doctor.check import Context
 from scalepeft.core.errors import UserError
 from scalepeft.parallel.base import copy_rows
 from scalepeft.parallel.fsdp2 import FSDP2, FSDP2Config
@@ -134,11 +133,3 @@ def changed(tensor: Tensor, expected: Tensor) -> str | None:
     at = int(different[0])
     text = f"{len(different)} of {len(got)} bytes changed, the first at {at}:"
     return f"{text} {int(want[at]):#04x} became {int(got[at]):#04x}"
-
-
-REMEDY = "set {}_SOCKET_IFNAME to the interface that the nodes share; open the ports between them"
-GLOO = Check("links", partial(collectives, backend="gloo"), remedy=REMEDY.format("GLOO"))
-NCCL = Check("GPU links", partial(collectives, backend="nccl"), remedy=REMEDY.format("NCCL"))
-BYTES = Check(
-    "4-bit bytes", stored_bytes, remedy="update torch or the driver; take engine.name=ddp"
-)

@@ -13,19 +13,17 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from scalepeft.adapters import inject
 from scalepeft.build import check_batch, task_of
-from scalepeft.cluster.doctor.check import Check, Context
+from scalepeft.cluster.doctor.check import Context
+from scalepeft.cluster.plan.memory import resident
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import fsync, try_to_write, write_atomically
-from scalepeft.core.slurm import _output, slurm_start
+from scalepeft.core.slurm import _output
 from scalepeft.core.text import size
 from scalepeft.data.rows import expand, paths_of
-from scalepeft.models import hub, structure, tiny
+from scalepeft.models import dimensions, hub
 from scalepeft.models.weights import Weights
-from scalepeft.run.folder import check_same_run
-from scalepeft.run.lease import check_free
 
 SEEN_WITHIN = 5.0  # seconds that another node may take to see a new file
 LOGS = 16 << 20  # bytes: room for metrics, events and manifests
@@ -45,35 +43,28 @@ def base(context: Context) -> Any:
     Raises:
         UserError: it is here and cannot be used, or it is not and there is no hub.
     """
-    model, folder = context.config.model, base_folder(context.config)
+    model = context.config.model
+    folder = Path(model.path)
     if model.path == hub.BUILTIN:
         return f"{model.path} is made in the cache when it is needed"
     hub.check_place(model.path)
-    if folder is not None:
-        hub.architecture(folder)
-        fingerprint = Weights(folder).fingerprint()[:12]
-        hub.load_tokenizer(model, folder)
-        return f"{model.path}: complete shards and a tokenizer; fingerprint {fingerprint}"
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        raise UserError(
-            f"model.path={model.path}: not in the hub's cache, and HF_HUB_OFFLINE is set; download"
-            " it where there is a network, or name its folder"
-        )
-    text = "is not here: each node downloads it at the start (HF_HOME on a shared disk: once)"
-    return "info", f"{model.path} {text}"
-
-
-def base_folder(config: RunConfig) -> Path | None:
-    """Return the base's folder on this node; None if it has to be made or downloaded."""
-    name, revision = config.model.path, config.model.revision
-    if Path(name).is_dir():
-        return Path(name)
-    try:
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
-        Weights(folder)
-    except (OSError, ValueError, UserError):  # a download that was interrupted is resumed
-        return None
-    return folder
+    if not folder.is_dir():
+        try:
+            name, revision = model.path, model.revision
+            folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+            Weights(folder)
+        except (OSError, ValueError, UserError):  # a download that was interrupted is resumed
+            if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+                raise UserError(
+                    f"model.path={name}: not in the hub's cache, and HF_HUB_OFFLINE is set;"
+                    " download it where there is a network, or name its folder"
+                ) from None
+            text = "not here: each node downloads it at the start (HF_HOME on a shared disk: once)"
+            return "info", f"{name} is {text}"
+    hub.architecture(folder)
+    fingerprint = Weights(folder).fingerprint()[:12]
+    hub.load_tokenizer(model, folder)
+    return f"{model.path}: complete shards and a tokenizer; fingerprint {fingerprint}"
 
 
 def data(context: Context) -> Any:
@@ -184,15 +175,12 @@ def space(context: Context) -> str:
 
 
 def checkpoint_bytes(config: RunConfig) -> int | None:
-    """Return the size of one checkpoint, the adapter and AdamW's two moments in fp32; None for a
-    base of the hub that is not in this node's cache.
-    """
-    folder = tiny.make(0) if config.model.path == hub.BUILTIN else base_folder(config)
-    if folder is None or not (folder / "config.json").is_file():
+    """Return the size of one checkpoint; None for a base whose dimensions are not known here."""
+    try:
+        source = dimensions.find(config.model, network=False)
+    except UserError:
         return None
-    model = structure.build(config.model, folder, config.train.precision)
-    inject.inject(model, config.adapter)
-    return 3 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return resident(config, source, world=1, per_node=1)[0].checkpoint
 
 
 def existing(folder: Path) -> Path:
@@ -207,20 +195,3 @@ def check_writable(name: str, folder: Path) -> None:
         try_to_write(existing(folder))
     except OSError as error:
         raise OSError(f"{name} cannot be written: {error.strerror or error}") from None
-
-
-INPUTS = (
-    Check("base", base, on="nodes"),
-    Check("data", data, on="nodes"),
-    Check("rows", rows, on="main"),
-    Check("global batch", batch, on="main"),
-    Check("run config", lambda c: check_same_run(c.config, allow_changes=False), on="main"),
-    Check("holder", lambda c: check_free(c.run_dir, *slurm_start()), on="main"),
-)
-ROOM = "make room, mount it writable, or choose another run_dir"
-SAVING = Check("run folder", saving, on="main", remedy=ROOM)
-SHARED = (
-    "any node may hold rank 0 after a restart: put run_dir where all nodes can see and write it"
-)
-SAME = Check("run folder", same_folder, remedy=SHARED)
-SPACE = Check("free space", space, on="main", remedy=ROOM)
