@@ -327,8 +327,8 @@ def test_what_a_file_system_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_changed_byte_is_found() -> None:
-    every = links.patterns(3)
-    assert len(every) % 2 == 0 and len(every) % 3 and links.patterns(2).shape == (257, 512)
+    every = links.patterns()
+    assert every.shape == (257, 512)
     assert len(set(every.view(torch.int16).flatten().tolist())) == 1 << 16
     assert int(every.view(torch.bfloat16).isnan().sum()) == 254
     assert links.changed(every, every.clone()) is None

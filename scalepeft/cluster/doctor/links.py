@@ -74,17 +74,14 @@ def wrong_collectives(ranks: Ranks, device: torch.device) -> list[str]:
 
 
 def stored_bytes(context: Context) -> Any:
-    """Shard 4-bit storage as the engine does, in uint8, and gather it.
-
-    Raises:
-        RuntimeError: bytes changed. UserError: the run shards them, which this torch cannot.
-    """
-    n, config, every = context.ranks.world_size, context.config, patterns(context.ranks.world_size)
+    """Shard 4-bit storage as the engine does, in uint8, and gather it; raise if bytes changed."""
+    n, config, every = context.ranks.world_size, context.config, patterns()
+    norm, adapter = torch.linspace(-2, 2, 130).bfloat16(), torch.linspace(-1, 1, 192).view(3, 64)
     stored = {
         "weight": every,
         "scales": every[:, ::4].contiguous(),
-        "norm": torch.linspace(-2, 2, 130).bfloat16(),
-        "adapter": torch.sin(torch.arange(3 * 64.0)).view(3, 64),
+        "norm": norm,
+        "adapter": adapter,
     }
     try:
         gathered = gather(context.ranks, stored)
@@ -100,13 +97,12 @@ def stored_bytes(context: Context) -> Any:
     return f"all 65,536 16-bit patterns come through fsdp2's all-gather as uint8{uneven}"
 
 
-def patterns(world_size: int) -> Tensor:
-    """Return every 16-bit pattern, hence every byte, as (rows, 512) uint8; no world size divides
-    the rows. bf16 has 254 NaNs among them; quantized weights take any pattern.
+def patterns() -> Tensor:
+    """Return every 16-bit pattern, hence every byte, as (257, 512) uint8: a prime number of rows,
+    so that shards are uneven. bf16 has 254 NaNs among them; quantized weights take any pattern.
     """
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.uint8).view(-1, 512)
-    extra = 1 if world_size > 1 and len(every) % world_size == 0 else 0
-    return torch.cat([every, every.flip(1)[:extra]])
+    return torch.cat([every, every[:1].flip(1)])
 
 
 def gather(ranks: Ranks, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
