@@ -142,7 +142,7 @@ def _cluster(args: argparse.Namespace) -> int:
     if args.command == "doctor":
         from scalepeft.cluster.doctor import command as doctor
 
-        return doctor.run(doctor.Options.of(args))
+        return doctor.run(args.settings, args.run_dir, args.timeout, args.json)
     if args.command == "plan":
         from scalepeft.cluster.plan import command as plan
 
