@@ -12,7 +12,7 @@ from torch import nn
 from torch.profiler import profile
 
 from scalepeft.adapters import inject as injection
-from scalepeft.analysis.bench import command as bench
+from scalepeft.analysis.bench.cases import inject_peft
 from scalepeft.analysis.bench.gpu.session import Session
 from scalepeft.build import Built
 from scalepeft.config import files as config_files
@@ -103,7 +103,8 @@ def _add_peft(model: Any, targets: list[str]) -> None:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, quant.bnb_linear(plain))
             model.is_loaded_in_4bit = True  # PEFT asks for it
-    bench._peft_injector({"config": "LoraConfig", "r": 16, "lora_alpha": 32}, targets, False)(model)
+    fields = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": targets}
+    inject_peft(model, fields)
 
 
 def training(session: Session) -> dict[str, Any]:
