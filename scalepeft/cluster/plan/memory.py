@@ -36,7 +36,8 @@ class Step:
     load: int  # bytes that this rank reads from the model's files
     checkpoint: int  # bytes of a checkpoint's tensors
     resident: dict[str, float]  # bytes between steps, by kind
-    peak: dict[str, float] = field(default_factory=dict)  # bytes at the peak, by kind
+    peak: dict[str, float]  # bytes at the peak, by kind
+    alike: bool  # all blocks
     moment: str = ""  # of the step where the peak is
     exchanges: dict[Exchange, tuple[float, float]] = field(default_factory=dict)
     """Collective -> (count, bytes of the full tensors) in a step."""
@@ -54,10 +55,8 @@ class Step:
         return sum(self.peak.values())
 
 
-def resident(
-    config: RunConfig, source: Source, world: int, per_node: int
-) -> tuple[Step, nn.Module]:
-    """The part that needs no simulation, and the model on the meta device.
+def resident(config: RunConfig, source: Source, world: int, per_node: int) -> Step:
+    """The part that needs no simulation; the peak is what stays.
 
     Raises:
         UserError: the engine or the global batch cannot be had at this number of ranks; no such
@@ -91,7 +90,8 @@ def resident(
     }
     if shares.gradients > 1 and not shares.simulated:
         kinds["gradients"] = part(trained, shares.gradients)
-    step = Step(
+    stays = {kind: size for kind, size in kinds.items() if kind not in shares.on_host}
+    return Step(
         rows,
         -(-local_batch // rows),
         (sum(map(math.prod, base.values())), sum(p.numel() for p in trained)),
@@ -102,9 +102,10 @@ def resident(
             for name, shape in base.items()
         ),
         checkpoint=3 * sum(p.nbytes for p in trained) + 4 * len(trained),
-        resident={kind: size for kind, size in kinds.items() if kind not in shares.on_host},
+        resident=stays,
+        peak=stays,
+        alike=_alike(source, structure.blocks_of(model)),
     )
-    return step, model
 
 
 def _rank_bytes(shape: tuple[int, ...], item: int, ranks: int, by_rows: bool) -> int:
@@ -126,9 +127,20 @@ def _base_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def measure(config: RunConfig, source: Source, world: int, per_node: int) -> Step:
     """Memory, collectives and work of rank 0. Raise UserError as ``resident`` does."""
-    step, model = resident(config, source, world, per_node)
-    figures, step.simulated = _figures(config, source, model, step, world, per_node)
-    shares = step.shares
+    step = resident(config, source, world, per_node)
+    shares, layers = step.shares, source.layers
+
+    def simulated(config: RunConfig, layers: int) -> Figures:
+        with source.folder(layers) as folder:
+            return simulate(config, folder, world, per_node, step.rows, step.micro, shares)
+
+    if layers > SHORT[1] and step.alike:
+        step.simulated = SHORT
+        short = replace(config, adapter=replace(config.adapter, layers="all"))
+        figures = stretch(simulated(short, SHORT[0]), simulated(short, SHORT[1]), SHORT, layers)
+    else:
+        step.simulated = (layers,)
+        figures = simulated(config, layers)
     if not shares.simulated:
         parts = {kind: step.resident.get(kind, 0.0) for kind in ("base", "adapter", "optimizer")}
         parts |= shares.transient
@@ -152,22 +164,6 @@ def measure(config: RunConfig, source: Source, world: int, per_node: int) -> Ste
         value *= times[part]
         step.exchanges[key] = (count + value, size) if unit == "count" else (count, size + value)
     return step
-
-
-def _figures(
-    config: RunConfig, source: Source, model: nn.Module, step: Step, world: int, per_node: int
-) -> tuple[Figures, tuple[int, ...]]:
-    """Simulate all blocks where they are few or differ, else two short models."""
-
-    def one(config: RunConfig, layers: int) -> Figures:
-        with source.folder(layers) as folder:
-            return simulate(config, folder, world, per_node, step.rows, step.micro, step.shares)
-
-    layers = source.layers
-    if layers <= SHORT[1] or not _alike(source, structure.blocks_of(model)):
-        return one(config, layers), (layers,)
-    short = replace(config, adapter=replace(config.adapter, layers="all"))
-    return stretch((one(short, SHORT[0]), one(short, SHORT[1])), SHORT, layers), SHORT
 
 
 def _alike(source: Source, blocks: list[nn.Module]) -> bool:

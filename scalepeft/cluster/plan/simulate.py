@@ -181,9 +181,9 @@ def _ranks_of(args: tuple[Any, ...]) -> list[int]:
     return dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
 
 
-def stretch(short: tuple[Figures, Figures], lengths: tuple[int, int], layers: int) -> Figures:
+def stretch(a: Figures, b: Figures, lengths: tuple[int, int], layers: int) -> Figures:
     """The figures of a model with ``layers`` blocks from those of two shorter ones."""
-    (a, b), (la, lb) = short, lengths
+    la, lb = lengths
 
     def line(x: float, y: float) -> float:
         return x + (y - x) * (layers - la) / (lb - la)
