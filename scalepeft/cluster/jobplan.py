@@ -28,14 +28,9 @@ def check(configs: list[RunConfig], header: dict[str, str], name: str | None) ->
         else f"plan: {by or 'the job file'} names no GPU that is known here: whether the run fits"
         " is not looked at; add --gpu NAME"
     )
-    nodes = sbatch.nodes_of(header) or 1
-    where = planning.Options(
-        nodes=nodes,
-        gpus_per_node=max(1, (sbatch.ranks_of(header) or 1) // nodes),
-        gpu=gpu.name if gpu else None,
-        network=False,
-        advise=False,
-    )
+    nodes, gpu_name = sbatch.nodes_of(header) or 1, gpu.name if gpu else None
+    per_node = max(1, (sbatch.ranks_of(header) or 1) // nodes)
+    where = planning.Options(nodes, per_node, gpu_name, network=False, advise=False)
     kinds = {f"{c.model} {c.adapter} {changes.deciding(c, Decides.SPEED)}": c for c in configs}
     for config in kinds.values():
         try:

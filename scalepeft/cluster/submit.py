@@ -109,12 +109,10 @@ def run(options: Options) -> None:
     numbers = [int(p.name) for p in base_dir.glob("submissions/[0-9]*") if p.name.isdecimal()]
     folder = (base_dir / "submissions" / f"{max(numbers, default=0) + 1:03}").absolute()
     jobs = _jobs(options, configs, folder, design)
-    scripts = {
-        f"{name}.sh": sbatch.render(
-            lines, job, _laid_over(name, job, over, folder, options), folder
-        )
-        for name, job in jobs.items()
-    }
+    scripts = {}
+    for name, job in jobs.items():
+        laid_over = _laid_over(name, job, over, folder, options)
+        scripts[f"{name}.sh"] = sbatch.render(lines, job, laid_over, folder)
     if options.dry_run:
         _show(scripts, {compare.FILE: design.text()} if design else _texts(configs, folder))
         return
@@ -125,9 +123,8 @@ def run(options: Options) -> None:
         if design is not None:
             compare.keep(base_dir, design)  # the jobs read it there
         # A cell that failed is a row of the table and no reason to leave it out.
-        _queue(
-            folder, jobs, "afterany" if design else "aftercorr" if len(configs) > 1 else "afterok"
-        )
+        after = "afterany" if design else "aftercorr" if len(configs) > 1 else "afterok"
+        _queue(folder, jobs, after)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
 
@@ -210,8 +207,8 @@ def _configs(
         one, said = config_files.load(path, [*settings, *sections, *options.settings, *keys])
         notes |= set(said)
         base_dir = Path(one.run_dir)
-        name = ",".join(chosen).replace("/", "_")
-        found.append(replace(one, run_dir=str(base_dir / name)))
+        own = base_dir / ",".join(chosen).replace("/", "_")
+        found.append(replace(one, run_dir=str(own)))
     for note in sorted(notes):
         say(note)
     return found, base_dir
@@ -289,12 +286,9 @@ def _snapshot(root: Path, folder: Path, extensions: str | None) -> None:
         if source.is_dir():
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(source, folder / "code" / name, ignore=ignored)
-    git = [
-        sbatch.call(["git", "-C", str(root), *words])
-        for words in (["rev-parse", "HEAD"], ["status", "--short"])
-    ]
-    commit = "".join("no git\n" if done.returncode else done.stdout for done in git)
-    write_atomically(folder / "code" / "COMMIT", commit)
+    asked = (["rev-parse", "HEAD"], ["status", "--short"])  # empty without git
+    commit = [sbatch.call(["git", "-C", str(root), *words]).stdout for words in asked]
+    write_atomically(folder / "code" / "COMMIT", "".join(commit))
 
 
 def _queue(folder: Path, jobs: dict[str, Job], after: str) -> None:

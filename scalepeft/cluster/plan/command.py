@@ -13,6 +13,7 @@ from typing import Any
 from scalepeft.cluster.plan import planning
 from scalepeft.cluster.plan.gpus import GPUS
 from scalepeft.cluster.plan.planning import GIB, Options, Plan, counts, plan
+from scalepeft.cluster.plan.simulate import KINDS
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
@@ -21,16 +22,6 @@ from scalepeft.core.errors import UserError
 from scalepeft.core.log import say
 from scalepeft.core.text import duration, gib
 
-WORDS = {
-    "base": "base (frozen)",
-    "adapter": "adapter",
-    "optimizer": "optimizer",
-    "gradients": "gradients",
-    "gathered": "gathered parameters",
-    "dequantized": "dequantized weight",
-    "activations": "activations",
-    "loss": "logits and loss",
-}
 MOMENTS = {"start": "the first gather", "loss": "the loss", "step": "the optimizer's step"}
 HINTS = (
     "less memory: engine.activation_checkpointing=true; train.micro_batch=1 or a shorter"
@@ -140,7 +131,7 @@ def table(plan: Plan) -> str:
         if f.name not in ("name", "device") and getattr(c.engine, f.name) != f.default
     ]
     memory: list[list[object]] = [["GiB a rank", "between steps", "at the peak"]]
-    for kind, words in WORDS.items():
+    for kind, words in KINDS.items():
         sizes = [step.resident.get(kind, 0), step.peak.get(kind, 0)]
         if sizes[0] or sizes[1] > 2**10:
             memory.append([words, *(f"{size / GIB:.3f}" for size in sizes)])
@@ -229,7 +220,7 @@ def plot(plan: Plan, target: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(9, 3), layout="constrained")
     left = [0.0, 0.0]
-    for kind, words in WORDS.items():
+    for kind, words in KINDS.items():
         sizes = [k.get(kind, 0.0) / GIB for k in (plan.step.peak, plan.step.resident)]
         if any(sizes):
             axis.barh(["at the peak", "between steps"], sizes, left=left, label=words)

@@ -37,12 +37,20 @@ from scalepeft.parallel.base import Engine, Shares
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.trainer import Trainer
 
-KINDS = (
-    "base", "adapter", "optimizer", "gradients", "gathered", "dequantized", "activations", "loss",
-)  # fmt: skip
+KINDS = {  # of memory, in words
+    "base": "base (frozen)",
+    "adapter": "adapter",
+    "optimizer": "optimizer",
+    "gradients": "gradients",
+    "gathered": "gathered parameters",
+    "dequantized": "dequantized weight",
+    "activations": "activations",
+    "loss": "logits and loss",
+}
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "broadcast")
 Exchange = tuple[str, int, int]
 """A collective's name, the number of ranks in it and of nodes they are on."""
+Work = dict[tuple[str, Exchange | None, str], float]
 
 
 @dataclass
@@ -56,9 +64,7 @@ class Figures:
     """
 
     moments: dict[str, dict[str, float]] = field(default_factory=dict)
-    work: dict[tuple[str, Exchange | None, str], float] = field(
-        default_factory=lambda: defaultdict(float)
-    )
+    work: Work = field(default_factory=lambda: defaultdict(float))
 
 
 class Tracker(TorchDispatchMode):
