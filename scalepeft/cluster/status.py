@@ -25,17 +25,17 @@ def run(run_dirs: list[str], as_json: bool) -> None:
     Raises:
         UserError: a folder that holds neither a run nor a submission, once the others are shown.
     """
-    found, wrong = [], []
-    for name in run_dirs:
-        compared = (Path(name) / COMPARISON).is_file()
-        runs = [Path(name)] if compared else _runs(Path(name))
-        found += [comparison(folder) if compared else status(folder) for folder in runs]
-        wrong += [] if runs else [name]
+    runs = {name: _runs(Path(name)) for name in run_dirs}
+    found = [
+        comparison(folder) if (folder / COMPARISON).is_file() else status(folder)
+        for folders in runs.values()
+        for folder in folders
+    ]
     if as_json:
         print(json.dumps(found, indent=1))
     elif found:
         print("\n\n".join("\n".join(_lines(one)) for one in found))
-    if wrong:
+    if wrong := [name for name, folders in runs.items() if not folders]:
         raise UserError(
             f"{', '.join(wrong)}: no events.jsonl and no submission in it; name the run_dir of a"
             " training or a comparison"
@@ -43,8 +43,8 @@ def run(run_dirs: list[str], as_json: bool) -> None:
 
 
 def _runs(folder: Path) -> list[Path]:
-    """The run, or the runs of a sweep, those that have not begun yet too."""
-    if (folder / "events.jsonl").is_file():
+    """The run or comparison, or the runs of a sweep, those that have not begun yet too."""
+    if any((folder / name).is_file() for name in ("events.jsonl", COMPARISON)):
         return [folder]
     found = {p.parent for p in folder.glob("*/events.jsonl")}
     for file in folder.glob("submissions/*/configs/*.yaml"):

@@ -73,7 +73,7 @@ class Options:
             f"--throttle {self.throttle}: how many runs of a --sweep or --compare go at a time":
                 self.throttle < 0 or (self.throttle and not (self.sweep or self.compare)),
         }  # fmt: skip
-        for text in (text for text, is_so in wrong.items() if is_so):
+        if text := next((text for text, is_so in wrong.items() if is_so), None):
             raise UserError(text)
 
 
