@@ -10,21 +10,19 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from scalepeft import pipeline
 from scalepeft.analysis.compare import command as compare
 from scalepeft.build import check_batch, engine_class, task_of
 from scalepeft.cluster import jobplan, sbatch
 from scalepeft.cluster.sbatch import Job
 from scalepeft.config import files as config_files
-from scalepeft.config import schema as cfg
-from scalepeft.config.schema import RunConfig
+from scalepeft.config.schema import RunConfig, dump
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import write_atomically
 from scalepeft.core.log import say
 from scalepeft.data.tasks.base import Split
 from scalepeft.models import hub as models
-from scalepeft.pipeline import ON_RANKS, STAGES
-from scalepeft.pipeline import check as check_pipeline
 from scalepeft.run.folder import check_same_run
 from scalepeft.run.status import job_of
 
@@ -135,7 +133,8 @@ def _jobs(
     """The jobs by name, in order; each waits for the one before."""
     files = [str(folder / "configs" / f"{i}.yaml") for i in range(len(configs))]
     if options.pipeline:
-        return {s: Job("pipeline", files, ["--stage", s], s in ON_RANKS) for s in STAGES}
+        stages, on_ranks = pipeline.STAGES, pipeline.ON_RANKS
+        return {s: Job("pipeline", files, ["--stage", s], s in on_ranks) for s in stages}
     if design is not None:
         out = ["--out", str(folder.parent.parent)]
         steps = compare.arguments(design).items()
@@ -242,7 +241,7 @@ def _check(configs: list[RunConfig], header: dict[str, str], options: Options) -
             engine_class(config).check(ranks)
             check_batch(config, ranks)
         if options.pipeline:
-            check_pipeline(config)
+            pipeline.check(config)
         for split in splits:
             sources = getattr(config.data, split)
             key = f"{split} {sources or config.data}"
@@ -255,7 +254,7 @@ def _texts(configs: list[RunConfig], folder: Path) -> dict[str, str]:
     """The configs as the jobs read them: with the snapshot's extensions."""
     kept = str(folder / "code" / EXTENSIONS)
     return {
-        f"configs/{i}.yaml": cfg.dump(replace(c, extensions=kept) if c.extensions else c)
+        f"configs/{i}.yaml": dump(replace(c, extensions=kept) if c.extensions else c)
         for i, c in enumerate(configs)
     }
 
@@ -286,7 +285,7 @@ def _snapshot(root: Path, folder: Path, extensions: str | None) -> None:
         if source.is_dir():
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(source, folder / "code" / name, ignore=ignored)
-    asked = (["rev-parse", "HEAD"], ["status", "--short"])  # empty without git
+    asked = (["rev-parse", "--verify", "HEAD"], ["status", "--short"])  # empty without git
     commit = [sbatch.call(["git", "-C", str(root), *words]).stdout for words in asked]
     write_atomically(folder / "code" / "COMMIT", "".join(commit))
 
