@@ -4,18 +4,36 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from scalepeft.cluster.plan import gpus
 from scalepeft.core.errors import UserError
 
 SIGNAL_SECONDS = 60  # Slurm's, where --signal names none
-GPU_OPTIONS = ("--gres", "--gpus", "--gpus-per-node", "--gpus-per-task")
+GPU_OPTIONS = {"--gres": "gpu:", "--gpus": "", "--gpus-per-node": "", "--gpus-per-task": ""}
 ALONE = {"--nodes": "1", "--ntasks": "1", "--ntasks-per-node": "1"}
 NOT_ALONE = (*GPU_OPTIONS, *ALONE, "--mem", "--exclusive", "--ntasks-per-gpu", "--cpus-per-gpu")
 SOURCES = re.compile(r"^\s*(?:source|\.)\s.*slurm/train\.sh", re.M)
+LONG = {
+    "-N": "--nodes", "-n": "--ntasks", "-D": "--chdir", "-a": "--array", "-o": "--output",
+    "-J": "--job-name", "-t": "--time", "-p": "--partition", "-G": "--gpus",
+}  # fmt: skip
+TAIL = """
+# By launch/submit: code and resolved configs as they were when this was queued.
+SCALEPEFT_ROOT={code}
+SCALEPEFT_JOBS={jobs}
+PYTHON=${{PYTHON:-{python}}}
+SCALEPEFT_COMMAND={command}
+targets=({targets})
+CONFIG=${{targets[${{SLURM_ARRAY_TASK_ID:-0}}]}}
+SETTINGS=({flags})
+source "$SCALEPEFT_ROOT/slurm/train.sh" "$@"
+"""
+
+call = partial(subprocess.run, capture_output=True, text=True, check=False)
 
 
 @dataclass(frozen=True)
@@ -26,30 +44,6 @@ class Job:
     targets: list[str]
     flags: list[str]
     gpus: bool = True
-    array: bool = False
-
-
-def long_options(options: Iterable[str]) -> list[str]:
-    """``time=1:00`` as sbatch takes it."""
-    return [o if o.startswith("-") else f"--{o}" for o in options]
-
-
-def _without(lines: list[str], keys: Iterable[str]) -> list[str]:
-    """Job file lines without these options in the ``#SBATCH`` ones."""
-    kept = []
-    for line in lines:
-        if line.startswith("#SBATCH"):
-            words = words_of(shlex.split(line.removeprefix("#SBATCH"), comments=True))
-            left = [_option(k, v) for k, v in words.items() if k not in keys]
-            line = "#SBATCH " + " ".join(left) if left else "#"
-        kept.append(line)
-    return kept
-
-
-def _option(key: str, value: str) -> str:
-    if not value:
-        return key
-    return f'{key}="{value}"' if key.startswith("--") else f'{key} "{value}"'
 
 
 def read(job_file: str) -> list[str]:
@@ -68,8 +62,8 @@ def read(job_file: str) -> list[str]:
             ' source "${SCALEPEFT_ROOT:-$SLURM_SUBMIT_DIR}/slurm/train.sh" "$@"'
         )
     lines = text[: found.start()].splitlines()
-    for number, line in enumerate(lines[first_command(lines) :], first_command(lines) + 1):
-        if line.startswith("#SBATCH"):
+    for number, line in enumerate(lines, 1):
+        if line.startswith("#SBATCH") and number > _first_command(lines):
             raise UserError(
                 f"{job_file}, line {number}: Slurm does not read an #SBATCH line below the first"
                 " command; move it up"
@@ -77,54 +71,63 @@ def read(job_file: str) -> list[str]:
     return lines
 
 
-def first_command(lines: list[str]) -> int:
+def _first_command(lines: list[str]) -> int:
     """Index of the first line that is neither empty nor a comment."""
-    return next(
-        (i for i, line in enumerate(lines) if line.strip() and not line.startswith("#")), len(lines)
-    )
+    return next((i for i, x in enumerate(lines) if x.strip() and not x.startswith("#")), len(lines))
 
 
-def words_of(options: list[str]) -> dict[str, str]:
+def words_of(options: Iterable[str]) -> dict[str, str]:
     """sbatch options by their long names: ``--nodes=2``, ``--nodes 2``, ``-N 2`` and ``-N2``."""
-    long = {"-N": "--nodes", "-n": "--ntasks", "-D": "--chdir", "-a": "--array"}
-    long |= {"-o": "--output", "-J": "--job-name", "-t": "--time", "-p": "--partition"}
-    long |= {"-G": "--gpus"}
     found: dict[str, str] = {}
     last = ""
     for word in options:
-        if word.startswith("--"):
-            last, _, found[last] = word.partition("=")
-        elif word.startswith("-"):
-            last = long.get(word[:2], word[:2])
-            found[last] = word[2:].removeprefix("=").strip()
+        if option := re.match(r"(--[^=]+|-.)=?\s*(.*)", word):
+            last = LONG.get(option[1], option[1])
+            found[last] = option[2].rstrip()
         elif last:
             found[last] = word
     return found
 
 
+def over(options: Iterable[str]) -> dict[str, str]:
+    """The same of a ``--sbatch``, which takes ``time=1:00`` too."""
+    return words_of(o if o.startswith("-") else f"--{o}" for o in options)
+
+
+def _words_in(line: str) -> dict[str, str]:
+    if not line.startswith("#SBATCH"):
+        return {}
+    try:
+        return words_of(shlex.split(line.removeprefix("#SBATCH"), comments=True))
+    except ValueError as error:
+        raise UserError(f"{line}: {error}") from None
+
+
 def header_of(lines: list[str]) -> dict[str, str]:
     """Options of the ``#SBATCH`` lines."""
-    words = []
-    for line in lines:
-        if line.startswith("#SBATCH"):
-            try:
-                words += shlex.split(line.removeprefix("#SBATCH"), comments=True)
-            except ValueError as error:
-                raise UserError(f"{line}: {error}") from None
-    return words_of(words)
+    return {key: value for line in lines for key, value in _words_in(line).items()}
+
+
+def _line(options: dict[str, str], without: Collection[str] = ()) -> str:
+    words = [
+        key if not value else f'{key}{"=" if key.startswith("--") else " "}"{value}"'
+        for key, value in options.items()
+        if key not in without
+    ]
+    return f"#SBATCH {' '.join(words)}" if words else "#"
 
 
 def gpu_of(header: dict[str, str]) -> tuple[gpus.Gpu | None, str]:
     """The GPU that the type in ``--gpus-per-node=h100:8`` or ``--gres=gpu:h100:8`` names, if it is
     one that is known; and the options that have a type.
     """
-    models, typed = set(), []
-    for key in GPU_OPTIONS:
+    typed = {}
+    for key, prefix in GPU_OPTIONS.items():
         for item in header.get(key, "").split(","):
-            kind, *_ = item.removeprefix("gpu:" if key == "--gres" else "").split(":")
-            if kind and not kind.isdecimal() and (key != "--gres" or item.startswith("gpu:")):
-                models.add(gpus.named(kind))
-                typed.append(f"{key}={item}")
+            kind = item.removeprefix(prefix).partition(":")[0]
+            if item.startswith(prefix) and kind and not kind.isdecimal():
+                typed[f"{key}={item}"] = gpus.named(kind)
+    models = set(typed.values())
     return models.pop() if len(models) == 1 else None, ", ".join(typed)
 
 
@@ -134,38 +137,31 @@ def nodes_of(header: dict[str, str]) -> int | None:
     return int(fewest[0]) if fewest else None
 
 
-def warning_seconds(header: dict[str, str]) -> int | None:
-    """Seconds before the time limit at which ``--signal`` comes; None without it."""
-    if "--signal" not in header:
-        return None
-    seconds = header["--signal"].partition("@")[2]
-    return int(seconds) if seconds.isdecimal() else SIGNAL_SECONDS
-
-
-def tasks_per_node(header: dict[str, str]) -> int:
-    """Of ``--ntasks-per-node``, or of ``--ntasks`` over the nodes; 1 without both."""
-    per_node, total = header.get("--ntasks-per-node", ""), header.get("--ntasks", "")
-    if per_node.isdecimal():
-        return int(per_node)
-    return max(1, int(total) // (nodes_of(header) or 1)) if total.isdecimal() else 1
-
-
 def ranks_of(header: dict[str, str]) -> int | None:
     """Number of tasks; None where the header leaves it to Slurm.
 
     Raises:
         UserError: several nodes without a number of tasks on each.
     """
-    total, nodes = header.get("--ntasks", ""), nodes_of(header)
+    total, per_node = header.get("--ntasks", ""), header.get("--ntasks-per-node", "")
+    nodes = nodes_of(header) or 1
     if total:
         return int(total) if total.isdecimal() else None
-    if nodes and header.get("--ntasks-per-node", "").isdecimal():
-        return nodes * int(header["--ntasks-per-node"])
-    if nodes and nodes > 1:
+    if per_node.isdecimal():
+        return nodes * int(per_node)
+    if nodes > 1:
         raise UserError(
             f"--nodes={header['--nodes']} without --ntasks-per-node: set it, one task a GPU"
         )
     return None
+
+
+def warning_seconds(header: dict[str, str]) -> int | None:
+    """Seconds before the time limit at which ``--signal`` comes; None without it."""
+    if "--signal" not in header:
+        return None
+    seconds = header["--signal"].partition("@")[2]
+    return int(seconds) if seconds.isdecimal() else SIGNAL_SECONDS
 
 
 def render(lines: list[str], job: Job, options: dict[str, str], folder: Path) -> str:
@@ -177,24 +173,18 @@ def render(lines: list[str], job: Job, options: dict[str, str], folder: Path) ->
         options: laid over those of the job file.
         folder: of the submission.
     """
-    lines = lines if job.gpus else _without(lines, NOT_ALONE)
-    first = first_command(lines)
-    last = max((i for i, x in enumerate(lines[:first]) if x.startswith("#SBATCH")), default=0) + 1
-    tail = [
-        "",
-        "# By launch/submit: code and resolved configs as they were when this was queued.",
-        f"SCALEPEFT_ROOT={shlex.quote(str(folder / 'code'))}",
-        f"SCALEPEFT_JOBS={shlex.quote(str(folder / 'jobs'))}",
-        f"PYTHON=${{PYTHON:-{shlex.quote(sys.executable)}}}",
-        f"SCALEPEFT_COMMAND={job.command}",
-        f"targets=({' '.join(shlex.quote(target) for target in job.targets)})",
-        "CONFIG=${targets[${SLURM_ARRAY_TASK_ID:-0}]}",
-        f"SETTINGS=({' '.join(job.flags)})",
-        'source "$SCALEPEFT_ROOT/slurm/train.sh" "$@"',
-    ]
-    added = [f"#SBATCH {_option(key, value)}" for key, value in options.items()]
-    script = "\n".join([*lines[:last], *added, *lines[last:], *tail]) + "\n"
-    done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
+    if not job.gpus:
+        lines = [_line(_words_in(x), NOT_ALONE) if x.startswith("#SBATCH") else x for x in lines]
+    head = lines[: _first_command(lines)]
+    last = max((i for i, line in enumerate(head, 1) if line.startswith("#SBATCH")), default=1)
+    tail = TAIL.format(
+        code=shlex.quote(str(folder / "code")), jobs=shlex.quote(str(folder / "jobs")),
+        python=shlex.quote(sys.executable), command=job.command,
+        targets=shlex.join(job.targets), flags=shlex.join(job.flags),
+    )  # fmt: skip
+    added = [_line({key: value}) for key, value in options.items()]
+    script = "\n".join([*lines[:last], *added, *lines[last:], tail])
+    done = call(["bash", "-n"], input=script)
     if done.returncode:
         raise UserError(
             "the job file ends within an if, a loop or a quote where it sources train.sh"

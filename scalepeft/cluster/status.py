@@ -25,17 +25,17 @@ def run(run_dirs: list[str], as_json: bool) -> None:
     Raises:
         UserError: a folder that holds neither a run nor a submission, once the others are shown.
     """
-    found, wrong = [], []
-    for name in run_dirs:
-        compared = (Path(name) / COMPARISON).is_file()
-        runs = [Path(name)] if compared else _runs(Path(name))
-        found += [comparison(folder) if compared else status(folder) for folder in runs]
-        wrong += [] if runs else [name]
+    runs = {name: _runs(Path(name)) for name in run_dirs}
+    found = [
+        comparison(folder) if (folder / COMPARISON).is_file() else status(folder)
+        for folders in runs.values()
+        for folder in folders
+    ]
     if as_json:
         print(json.dumps(found, indent=1))
     elif found:
         print("\n\n".join("\n".join(_lines(one)) for one in found))
-    if wrong:
+    if wrong := [name for name, folders in runs.items() if not folders]:
         raise UserError(
             f"{', '.join(wrong)}: no events.jsonl and no submission in it; name the run_dir of a"
             " training or a comparison"
@@ -43,8 +43,8 @@ def run(run_dirs: list[str], as_json: bool) -> None:
 
 
 def _runs(folder: Path) -> list[Path]:
-    """The run, or the runs of a sweep, those that have not begun yet too."""
-    if (folder / "events.jsonl").is_file():
+    """The run or comparison, or the runs of a sweep, those that have not begun yet too."""
+    if any((folder / name).is_file() for name in ("events.jsonl", COMPARISON)):
         return [folder]
     found = {p.parent for p in folder.glob("*/events.jsonl")}
     for file in folder.glob("submissions/*/configs/*.yaml"):
@@ -68,57 +68,49 @@ def comparison(folder: Path) -> dict[str, Any]:
 
     runner = Runner(folder, Design.read(folder / COMPARISON), StopFlag())
     cells = [*sweep(runner.design), *reported(runner.design)]
-    count = dict.fromkeys(("done", "running", "failed", "broke", "left"), 0)
-    going = _begun(folder)
-    for cell in cells:
-        state = runner.result(cell)["state"]
-        count["left" if state == "missing" else state] += 1
-    count["running"] = min(going, count["left"])
-    count["left"] -= count["running"]
-    jobs = {}
-    for step, job in _newest_jobs(folder).items():
-        states = Counter(_word(task) for task in _ask_all(job))
-        jobs[step] = {"job": job, "states": dict(states)}
+    states = Counter(runner.result(cell)["state"] for cell in cells)
+    states["left"] = states.pop("missing", 0)
+    begun = {file.parent for file in folder.glob("cells/*/*/*.begun.json")}
+    alive = [r for r in begun if (r / "events.jsonl").is_file() and _runs_now(status(r))]
+    states["running"] = min(len(alive), states["left"])
+    states["left"] -= states["running"]
+    jobs = {
+        step: {"job": job, "states": dict(Counter(map(_word, _ask_all(job))))}
+        for step, job in _newest_jobs(folder).items()
+    }
+    count = {state: states[state] for state in ("done", "running", "failed", "broke", "left")}
     return {"run": str(folder), "cells": {**count, "all": len(cells)}, "jobs": jobs}
 
 
-def _begun(folder: Path) -> int:
-    """Cells that are begun and whose trainer has given a sign of life."""
-    found = 0
-    for run in {file.parent for file in folder.glob("cells/*/*/*.begun.json")}:
-        if (run / "events.jsonl").is_file():
-            found += status(run)["state"].lower().startswith("running")
-    return found
+def _runs_now(one: dict[str, Any]) -> bool:
+    return one["state"].lower().startswith("running")
 
 
-def _comparison_lines(one: dict[str, Any]) -> Iterator[str]:
-    yield f"comparison {one['run']}"
+def _lines(one: dict[str, Any]) -> list[str]:
+    kind, rows = ("comparison", _of_cells) if "cells" in one else ("run", _of_run)
+    return [f"{kind} {one['run']}", *(f"  {label:9} {text}" for label, text in rows(one))]
+
+
+def _of_cells(one: dict[str, Any]) -> Iterator[tuple[str, str]]:
     count = dict(one["cells"])
     total = count.pop("all")
-    said = ", ".join(f"{n} {state}" for state, n in count.items() if n)
-    yield f"  cells     {said} of {total}"
+    yield "cells", ", ".join(f"{n} {state}" for state, n in count.items() if n) + f" of {total}"
     for step, job in one["jobs"].items():
         states = ", ".join(f"{n} {state}" for state, n in job["states"].items())
-        yield f"  {step:9} Slurm job {job['job']}: {states or 'not known to a Slurm here'}"
+        yield step, f"Slurm job {job['job']}: {states or 'not known to a Slurm here'}"
 
 
-def _lines(one: dict[str, Any]) -> Iterator[str]:
-    if "cells" in one:
-        yield from _comparison_lines(one)
-        return
-    yield f"run {one['run']}"
-    job = f" (Slurm job {one['job']}" + (f" on {one['nodes']}" if one["nodes"] else "")
-    yield f"  state     {one['state']}{job + ')' if one['job'] else ''}"
+def _of_run(one: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    nodes = f" on {one['nodes']}" if one["nodes"] else ""
+    yield "state", one["state"] + (f" (Slurm job {one['job']}{nodes})" if one["job"] else "")
     of = f" of {one['steps']:,} ({one['step'] / one['steps']:.1%})" if one["steps"] else ""
-    yield f"  step      {one['step']:,}{of}, saved at step {one['saved']:,}"
+    yield "step", f"{one['step']:,}{of}, saved at step {one['saved']:,}"
     if one["step_seconds"]:
-        tokens, seconds = one["tokens_per_second"], one["step_seconds"]
-        yield f"  speed     {tokens:,.0f} tok/s, {seconds:.2f} s a step"
+        yield "speed", f"{one['tokens_per_second']:,.0f} tok/s, {one['step_seconds']:.2f} s a step"
     if one["stages"]:
-        yield f"  stages    {', '.join(f'{name} {word}' for name, word in one['stages'].items())}"
-    yield f"  restarts  {one['restarts']}, time lost to them {duration(one['lost_seconds'])}"
-    if one["eta_seconds"] is not None:
-        end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + one["eta_seconds"]))
-        running = "RUNNING" in one["state"] or "running" in one["state"]
-        when = f", {end}" if running else " once it runs"
-        yield f"  ETA       {duration(one['eta_seconds'])}{when}, without further restarts"
+        yield "stages", ", ".join(f"{name} {word}" for name, word in one["stages"].items())
+    yield "restarts", f"{one['restarts']}, time lost to them {duration(one['lost_seconds'])}"
+    if (eta := one["eta_seconds"]) is not None:
+        end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + eta))
+        when = f", {end}" if _runs_now(one) else " once it runs"
+        yield "ETA", f"{duration(eta)}{when}, without further restarts"

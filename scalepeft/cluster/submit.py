@@ -6,28 +6,23 @@ queue.
 
 import itertools
 import os
-import shlex
 import shutil
-import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from scalepeft import pipeline
 from scalepeft.analysis.compare import command as compare
 from scalepeft.build import check_batch, engine_class, task_of
 from scalepeft.cluster import jobplan, sbatch
 from scalepeft.cluster.sbatch import Job
 from scalepeft.config import files as config_files
-from scalepeft.config import schema as cfg
-from scalepeft.config.schema import RunConfig
+from scalepeft.config.schema import RunConfig, dump
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import write_atomically
 from scalepeft.core.log import say
-from scalepeft.core.slurm import ACTIVE
+from scalepeft.data.tasks.base import Split
 from scalepeft.models import hub as models
-from scalepeft.pipeline import ON_RANKS, STAGES
-from scalepeft.pipeline import check as check_pipeline
 from scalepeft.run.folder import check_same_run
 from scalepeft.run.status import job_of
 
@@ -44,38 +39,40 @@ NODE_VARIABLES = [
 
 @dataclass(frozen=True)
 class Options:
-    """What ``launch/submit`` was asked for.
+    """What ``launch/submit`` was asked for."""
 
-    Attributes:
-        job_file: a file of ``slurm/``, or a copy of one.
-        settings: ``key=value``, over those of the job file.
-        sweep: ``key=a,b,c``; several give their product. Each run has its own folder.
-        throttle: runs of a sweep at a time; 0 for all.
-        then: ``evaluate``: a second job once the first has succeeded.
-        pipeline: the stages of ``scalepeft pipeline`` as a chain of jobs in place of a training.
-        cpu_sbatch: options of the stages that need no GPU, e.g. ``partition=cpu``.
-        compare: options of ``scalepeft compare`` (``methods=hoft,lora``): its cells as job arrays
-            in place of a training.
-        sbatch: options over the ``#SBATCH`` lines of the job file.
-        resume_with_changes: continue runs although harmless keys differ from their config.
-        dry_run: print what would be queued, write nothing.
-        gpu: what the job's GPUs are, where the job file does not name them.
-        plan: look whether the run fits, and saves in time for the time limit.
-    """
+    job_file: str  # of slurm/, or a copy of one
+    settings: list[str]  # key=value, over those of the job file
+    sweep: list[str]  # key=a,b,c; several give their product. Each run has its own folder
+    throttle: int  # runs of a sweep at a time; 0 for all
+    then: str | None  # evaluate: a second job once the first has succeeded
+    sbatch: list[str]  # options over the #SBATCH lines of the job file
+    resume_with_changes: bool  # although harmless keys differ from the run's config
+    dry_run: bool  # print what would be queued, write nothing
+    gpu: str | None = None  # what the job's GPUs are, where the job file does not name them
+    plan: bool = True  # look whether the run fits, and saves in time for the time limit
+    pipeline: bool = False  # the stages of ``scalepeft pipeline`` as jobs in place of a training
+    cpu_sbatch: tuple[str, ...] = ()  # options of the stages that need no GPU, e.g. partition=cpu
+    compare: tuple[str, ...] = ()  # options of ``scalepeft compare``: its cells as job arrays
 
-    job_file: str
-    settings: list[str]
-    sweep: list[str]
-    throttle: int
-    then: str | None
-    sbatch: list[str]
-    resume_with_changes: bool
-    dry_run: bool
-    gpu: str | None = None
-    plan: bool = True
-    pipeline: bool = False
-    cpu_sbatch: tuple[str, ...] = ()
-    compare: tuple[str, ...] = ()
+    def check(self) -> None:
+        """Raise UserError if one option has no effect beside another."""
+        wrong = {
+            f"--then {self.then} has no effect with --pipeline, which evaluates":
+                self.then and self.pipeline,
+            "--cpu-sbatch is for the CPU stages of --pipeline and --compare":
+                self.cpu_sbatch and not (self.pipeline or self.compare),
+            "--compare goes without --then, --pipeline and --sweep; it sweeps itself":
+                self.compare and (self.then or self.pipeline or self.sweep),
+            "--resume-with-changes: a pipeline or comparison runs again what a change asks for":
+                self.resume_with_changes and (self.pipeline or self.compare),
+            f"--gpu {self.gpu} has no effect with --no-plan; give one of them":
+                self.gpu and not self.plan,
+            f"--throttle {self.throttle}: how many runs of a --sweep or --compare go at a time":
+                self.throttle < 0 or (self.throttle and not (self.sweep or self.compare)),
+        }  # fmt: skip
+        if text := next((text for text, is_so in wrong.items() if is_so), None):
+            raise UserError(text)
 
 
 def run(options: Options) -> None:
@@ -87,9 +84,8 @@ def run(options: Options) -> None:
     root = Path(__file__).resolve().parents[2]
     if not (root / "slurm" / "train.sh").is_file():
         raise UserError(f"{root} is not a checkout: launch/submit takes slurm/train.sh from there")
-    _check_options(options)
-    lines = sbatch.read(options.job_file)
-    over = sbatch.words_of(sbatch.long_options(options.sbatch))
+    options.check()
+    lines, over = sbatch.read(options.job_file), sbatch.over(options.sbatch)
     header = {**sbatch.header_of(lines), **over}
     if "--array" in header:
         raise UserError("--array: launch/submit makes the array itself: --sweep KEY=A,B,C")
@@ -103,44 +99,32 @@ def run(options: Options) -> None:
     _check(configs, header, options)
     design = _design(path, settings, options, base_dir) if options.compare else None
     if options.plan:
-        planned = configs if design is None else _competitors(design)
+        planned = configs
+        if design is not None:  # each method at its usual rate
+            tried = [m for m in design.methods if not m.refused]
+            planned = [design.config(m, m.usual_lr, design.seeds[0]) for m in tried]
         jobplan.check(planned, header, options.gpu)
-    folder = _next(base_dir / "submissions")
-    texts = {f"configs/{i}.yaml": _text(config, folder) for i, config in enumerate(configs)}
-    scripts = {
-        name: sbatch.render(lines, job, _sbatch_options(name, job, over, base_dir, options), folder)
-        for name, job in _jobs(options, configs, folder, design).items()
-    }
+    numbers = [int(p.name) for p in base_dir.glob("submissions/[0-9]*") if p.name.isdecimal()]
+    folder = (base_dir / "submissions" / f"{max(numbers, default=0) + 1:03}").absolute()
+    jobs = _jobs(options, configs, folder, design)
+    scripts = {}
+    for name, job in jobs.items():
+        laid_over = _laid_over(name, job, over, folder, options)
+        scripts[f"{name}.sh"] = sbatch.render(lines, job, laid_over, folder)
     if options.dry_run:
-        _show(scripts, texts if design is None else {compare.FILE: design.text()})
+        _show(scripts, {compare.FILE: design.text()} if design else _texts(configs, folder))
         return
     try:
         _snapshot(root, folder, configs[0].extensions)
-        for name, text in {**texts, **{f"{n}.sh": s for n, s in scripts.items()}}.items():
+        for name, text in {**_texts(configs, folder), **scripts}.items():
             write_atomically(folder / name, text)
         if design is not None:
             compare.keep(base_dir, design)  # the jobs read it there
         # A cell that failed is a row of the table and no reason to leave it out.
-        after = "afterany" if design else "aftercorr" if options.sweep else "afterok"
-        _queue(folder, scripts, after)
+        after = "afterany" if design else "aftercorr" if len(configs) > 1 else "afterok"
+        _queue(folder, jobs, after)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
-
-
-def _check_options(options: Options) -> None:
-    """Raise UserError if one option has no effect beside another."""
-    if options.then and options.pipeline:
-        raise UserError(f"--then {options.then} has no effect with --pipeline, which evaluates")
-    if options.cpu_sbatch and not (options.pipeline or options.compare):
-        raise UserError("--cpu-sbatch is for the CPU stages of --pipeline and --compare")
-    if options.compare and (options.then or options.pipeline or options.sweep):
-        raise UserError("--compare goes without --then, --pipeline and --sweep; it sweeps itself")
-    if options.resume_with_changes and options.pipeline:
-        raise UserError("--resume-with-changes: a pipeline does again what a change asks for")
-    if options.resume_with_changes and options.compare:
-        raise UserError("--resume-with-changes: a comparison runs again what a change asks for")
-    if options.gpu and not options.plan:
-        raise UserError(f"--gpu {options.gpu} has no effect with --no-plan; give one of them")
 
 
 def _jobs(
@@ -148,52 +132,42 @@ def _jobs(
 ) -> dict[str, Job]:
     """The jobs by name, in order; each waits for the one before."""
     files = [str(folder / "configs" / f"{i}.yaml") for i in range(len(configs))]
-    array = bool(options.sweep)
     if options.pipeline:
-        return {
-            stage: Job("pipeline", files, ["--stage", stage], stage in ON_RANKS, array)
-            for stage in STAGES
-        }
+        stages, on_ranks = pipeline.STAGES, pipeline.ON_RANKS
+        return {s: Job("pipeline", files, ["--stage", s], s in on_ranks) for s in stages}
     if design is not None:
-        out = ["--out", shlex.quote(str(folder.parent.parent))]
-        return {
-            step: Job("compare", words, out, gpus=step != "table", array=step != "table")
-            for step, words in compare.arguments(design).items()
-        }
+        out = ["--out", str(folder.parent.parent)]
+        steps = compare.arguments(design).items()
+        return {step: Job("compare", words, out, step != "table") for step, words in steps}
     flags = ["--resume-with-changes"] if options.resume_with_changes else []
-    jobs = {"train": Job("train", files, flags, array=array)}
+    jobs = {"train": Job("train", files, flags)}
     if options.then:
         runs = [str(Path(c.run_dir).absolute()) for c in configs]
-        jobs[options.then] = Job(options.then, runs, [], array=array)
+        jobs[options.then] = Job(options.then, runs, [])
     return jobs
 
 
-def _sbatch_options(
-    name: str, job: Job, over: dict[str, str], base_dir: Path, options: Options
+def _laid_over(
+    name: str, job: Job, over: dict[str, str], folder: Path, options: Options
 ) -> dict[str, str]:
     """Options over those of the job file: the command line's, then ours."""
-    found = {k: v for k, v in over.items() if job.gpus or k not in sbatch.NOT_ALONE}
     if not job.gpus:
-        found |= sbatch.ALONE | sbatch.words_of(sbatch.long_options(options.cpu_sbatch))
-    if job.array:
+        over = {k: v for k, v in over.items() if k not in sbatch.NOT_ALONE}
+        over |= sbatch.ALONE | sbatch.over(options.cpu_sbatch)
+    ours = {"--chdir": str(Path.cwd())}
+    if array := len(job.targets) > 1:
         throttle = f"%{options.throttle}" if options.throttle else ""
-        found["--array"] = f"0-{len(job.targets) - 1}{throttle}"
-    if "--output" not in over:
-        log = f"%x-{'%A_%a' if job.array else '%j'}.log"
-        found["--output"] = str(_next(base_dir / "submissions") / log)
-    if "--job-name" not in over:
-        found["--job-name"] = base_dir.name + ("" if name == "train" else f"-{name}")
-    return {**found, "--chdir": str(Path.cwd())}
+        ours["--array"] = f"0-{len(job.targets) - 1}{throttle}"
+    run_name = folder.parent.parent.name + ("" if name == "train" else f"-{name}")
+    log = str(folder / f"%x-{'%A_%a' if array else '%j'}.log")
+    return {"--output": log, "--job-name": run_name, **over, **ours}
 
 
 def _describe(job_file: str, root: Path) -> tuple[str | None, list[str]]:
     """Run the job file as far as train.sh, which then says which config and settings it got."""
-    known_on_a_node = dict.fromkeys(NODE_VARIABLES, ON_A_NODE)
-    environment = {"SCALEPEFT_DESCRIBE": "1", "SCALEPEFT_ROOT": str(root), **known_on_a_node}
-    done = subprocess.run(
-        ["bash", job_file], capture_output=True, text=True, env={**os.environ, **environment},
-        check=False,
-    )  # fmt: skip
+    environment = dict.fromkeys(NODE_VARIABLES, ON_A_NODE)
+    environment |= {"SCALEPEFT_DESCRIBE": "1", "SCALEPEFT_ROOT": str(root)}
+    done = sbatch.call(["bash", job_file], env={**os.environ, **environment})
     _, found, words = done.stdout.partition("\0")
     if done.returncode or not found:
         raise UserError(f"{job_file}: {done.stderr.strip() or 'did not reach slurm/train.sh'}")
@@ -207,9 +181,8 @@ def _describe(job_file: str, root: Path) -> tuple[str | None, list[str]]:
             )
     if command_name != "train":
         raise UserError(f"{job_file}: runs {command_name}; launch/submit is for training jobs")
-    if settings and "=" not in settings[0]:
-        return settings[0], settings[1:]
-    return None, settings
+    has_path = settings and "=" not in settings[0]
+    return (settings[0], settings[1:]) if has_path else (None, settings)
 
 
 def _configs(
@@ -218,18 +191,13 @@ def _configs(
     """Resolve every run of the submission; returns them and the folder that holds all."""
     axes: dict[str, list[str]] = {}
     for axis in options.sweep:
-        key, equals, values = axis.partition("=")
+        key, _, values = axis.partition("=")
         parts = values.split(",")
-        if not equals or not all(parts) or key == "run_dir" or "[" in values:
+        if not all(parts) or key == "run_dir" or "[" in values:
             raise UserError(f"--sweep {axis}: expected KEY=A,B,C, e.g. train.lr=1e-4,3e-4")
         if key in axes or len(set(parts)) < len(parts):
             raise UserError(f"--sweep {axis}: the same run appears twice")
         axes[key] = [f"{key}={value}" for value in parts]
-    if options.throttle < 0 or (options.throttle and not (axes or options.compare)):
-        raise UserError(
-            f"--throttle {options.throttle}: how many runs of a --sweep or --compare may run at a"
-            " time"
-        )
     found, notes, base_dir = [], set(), Path()
     for chosen in itertools.product(*axes.values()):
         # A whole section goes first: keys of the command line are laid over it in every run.
@@ -238,8 +206,8 @@ def _configs(
         one, said = config_files.load(path, [*settings, *sections, *options.settings, *keys])
         notes |= set(said)
         base_dir = Path(one.run_dir)
-        name = ",".join(chosen).replace("/", "_")
-        found.append(replace(one, run_dir=str(base_dir / name)) if axes else one)
+        own = base_dir / ",".join(chosen).replace("/", "_")
+        found.append(replace(one, run_dir=str(own)))
     for note in sorted(notes):
         say(note)
     return found, base_dir
@@ -249,27 +217,22 @@ def _design(
     path: str | None, settings: list[str], options: Options, base_dir: Path
 ) -> compare.Design:
     """The comparison in ``run_dir``, without what the job file says of an adapter of its own."""
-    own = [s for s in settings if s.startswith(("adapter=", "adapter.", "train.lr=", "run_dir="))]
-    if left := [s for s in own if not s.startswith("run_dir=")]:
-        say(f"{options.job_file}: {', '.join(left)}: left out, each method brings its own")
-    given = [s for s in options.settings if not s.startswith("run_dir=")]
-    rest = [*([path] if path else []), *(s for s in settings if s not in own), *given]
+    adapter = [s for s in settings if s.startswith(("adapter=", "adapter.", "train.lr="))]
+    if adapter:
+        say(f"{options.job_file}: {', '.join(adapter)}: left out, each method brings its own")
+    kept = [s for s in settings if s not in adapter] + options.settings
+    rest = [*([path] if path else []), *(s for s in kept if not s.startswith("run_dir="))]
     return compare.prepare(compare.Options.parse(list(options.compare), rest, str(base_dir)))
-
-
-def _competitors(design: compare.Design) -> list[RunConfig]:
-    """A config of each method, at its usual rate."""
-    return [design.config(m, m.usual_lr, design.seeds[0]) for m in design.methods if not m.refused]
 
 
 def _check(configs: list[RunConfig], header: dict[str, str], options: Options) -> None:
     ranks = sbatch.ranks_of(header)
+    splits: list[Split] = ["train", "test"] if options.then or options.pipeline else ["train"]
     read: set[str] = set()
     for config in configs:
-        number, state = job_of(Path(config.run_dir)) or ("", "")
-        if state in ACTIVE:
+        if job := job_of(Path(config.run_dir)):
             raise UserError(
-                f"run_dir={config.run_dir}: active Slurm job of the run: {number} ({state});"
+                f"run_dir={config.run_dir}: active Slurm job of the run: {job[0]} ({job[1]});"
                 " scancel it first, or choose another run_dir"
             )
         check_same_run(config, options.resume_with_changes)
@@ -277,48 +240,38 @@ def _check(configs: list[RunConfig], header: dict[str, str], options: Options) -
         if ranks is not None:
             engine_class(config).check(ranks)
             check_batch(config, ranks)
-        task = task_of(config)
         if options.pipeline:
-            check_pipeline(config)
-        for split in ("train", "test") if options.then or options.pipeline else ("train",):
+            pipeline.check(config)
+        for split in splits:
             sources = getattr(config.data, split)
-            key = f"{config.data}" if not sources else f"{split} {sources}"
+            key = f"{split} {sources or config.data}"
             if key not in read and not any(s.startswith("hf://") for s in sources):
-                task.examples(split)
+                task_of(config).examples(split)
             read.add(key)
 
 
-def _next(submissions: Path) -> Path:
-    numbers = [int(p.name) for p in submissions.glob("[0-9]*") if p.name.isdecimal()]
-    return (submissions / f"{max(numbers, default=0) + 1:03}").absolute()
+def _texts(configs: list[RunConfig], folder: Path) -> dict[str, str]:
+    """The configs as the jobs read them: with the snapshot's extensions."""
+    kept = str(folder / "code" / EXTENSIONS)
+    return {
+        f"configs/{i}.yaml": dump(replace(c, extensions=kept) if c.extensions else c)
+        for i, c in enumerate(configs)
+    }
 
 
-def _show(rendered: dict[str, str], texts: dict[str, str]) -> None:
-    for command, script in rendered.items():
-        print(f"# ---- {command}.sh\n{script}")
-    for name, text in texts.items():
+def _show(scripts: dict[str, str], texts: dict[str, str]) -> None:
+    for name, text in {**scripts, **texts}.items():
         print(f"# ---- {name}\n{text}")
-    first = next(iter(rendered))
+    name, script = next(iter(scripts.items()))
     if shutil.which("sbatch"):
-        done = subprocess.run(
-            ["sbatch", "--test-only"], input=rendered[first], capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
+        done = sbatch.call(["sbatch", "--test-only"], input=script)
+        last = sbatch.last_line(done.stderr)
         if done.returncode:
-            raise UserError(
-                f"sbatch --test-only refuses {first}.sh: {sbatch.last_line(done.stderr)}"
-            )
-        say(sbatch.last_line(done.stderr))
+            raise UserError(f"sbatch --test-only refuses {name}: {last}")
+        say(last)
     else:
         say("no sbatch here, so Slurm has not been asked whether it takes the job")
     say("dry run: nothing was written or queued")
-
-
-def _text(config: RunConfig, folder: Path) -> str:
-    """The config as the job reads it: with the snapshot's extensions."""
-    if config.extensions:
-        config = replace(config, extensions=str(folder / "code" / EXTENSIONS))
-    return cfg.dump(config)
 
 
 def _snapshot(root: Path, folder: Path, extensions: str | None) -> None:
@@ -332,35 +285,26 @@ def _snapshot(root: Path, folder: Path, extensions: str | None) -> None:
         if source.is_dir():
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(source, folder / "code" / name, ignore=ignored)
-    write_atomically(folder / "code" / "COMMIT", "\n".join(_commit(root)) + "\n")
+    asked = (["rev-parse", "--verify", "HEAD"], ["status", "--short"])  # empty without git
+    commit = [sbatch.call(["git", "-C", str(root), *words]).stdout for words in asked]
+    write_atomically(folder / "code" / "COMMIT", "".join(commit))
 
 
-def _commit(root: Path) -> Iterator[str]:
-    """The commit that the snapshot is of, and the names of files that differ from it."""
-    for words in (["rev-parse", "HEAD"], ["status", "--short"]):
-        done = subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, check=False
-        )
-        yield done.stdout.strip() if done.returncode == 0 else "no git"
-
-
-def _queue(folder: Path, rendered: dict[str, str], after: str) -> None:
+def _queue(folder: Path, jobs: dict[str, Job], after: str) -> None:
     parent = ""
-    for command in rendered:
-        words = ["sbatch", "--parsable"]
-        if parent:
-            words += [f"--dependency={after}:{parent}", "--kill-on-invalid-dep=yes"]
-        words.append(str(folder / f"{command}.sh"))
+    for name in jobs:
+        chain = [f"--dependency={after}:{parent}", "--kill-on-invalid-dep=yes"] if parent else []
+        words = ["sbatch", "--parsable", *chain, f"{folder}/{name}.sh"]
         try:
-            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            done = sbatch.call(words)
         except FileNotFoundError:
-            raise UserError(f"no sbatch on this machine; {folder}/{command}.sh is ready") from None
+            raise UserError(f"no sbatch on this machine; {words[-1]} is ready") from None
         if done.returncode:
             raise UserError(
-                f"sbatch refuses {folder}/{command}.sh: {sbatch.last_line(done.stderr)}"
+                f"sbatch refuses {words[-1]}: {sbatch.last_line(done.stderr)}"
                 + (f"; job {parent} is queued (scancel {parent} takes it back)" if parent else "")
             )
         parent = done.stdout.strip().split(";")[0]
-        print(f"{command}: job {parent}  {' '.join(words)}", flush=True)
-        write_atomically(folder / f"{command}.job", f"{parent}\n")
+        print(f"{name}: job {parent}  {' '.join(words)}", flush=True)
+        write_atomically(folder / f"{name}.job", f"{parent}\n")
     print(f"log and job files: {folder}\nlaunch/status {folder.parent.parent}")

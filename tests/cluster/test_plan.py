@@ -13,7 +13,7 @@ import torch
 from processes import ROOT, TINY, Job, train
 
 from scalepeft.cli import main
-from scalepeft.cluster.plan import command, gpus, planning, report
+from scalepeft.cluster.plan import command, gpus, planning
 from scalepeft.cluster.plan.memory import measure, resident
 from scalepeft.cluster.plan.planning import GIB, Options, plan
 from scalepeft.config import files as config_files
@@ -199,7 +199,7 @@ def test_zero_by_arithmetic(blocks: list[str]) -> None:
     )  # fmt: skip
     assert moved.step.host == pytest.approx((base + 5 * trained) / 8, rel=0.01)
     assert moved.step.resident_bytes == 0 and moved.need < planned(one, gpus_per_node=8).need
-    assert "by arithmetic" in report.table(moved) and "in host memory" in report.table(moved)
+    assert "by arithmetic" in command.table(moved) and "in host memory" in command.table(moved)
 
 
 @pytest.mark.slow
@@ -236,13 +236,13 @@ def test_what_a_run_that_does_not_fit_is_told(blocks: list[str]) -> None:
     words = [*blocks, FEW, "engine=single", "model.quant=none", "data.cutoff=1024"]
     large = planned(words, memory=8.0)
     assert large.fits is False and large.smallest is None
-    lines = report.table(large)
+    lines = command.table(large)
     assert "does NOT fit GPUs of 8 GiB" in lines and "fits on no number of GPUs" in lines
     for hint in ("activation_checkpointing", "train.micro_batch=1", "engine=fsdp2", "nf4"):
         assert hint in lines
     smaller = planned([*words, "train.micro_batch=1", "model.quant=nf4"], memory=8.0)
     assert smaller.fits and smaller.need < large.need
-    assert "train.micro_batch=1" not in report.table(smaller), "no hints where it fits"
+    assert "train.micro_batch=1" not in command.table(smaller), "no hints where it fits"
 
 
 @pytest.mark.slow
@@ -384,7 +384,7 @@ def test_where_dimensions_come_from(
     load = []
     for folder in (tmp_path, model):
         config, _ = config_files.load(None, settings(folder))
-        load.append(resident(config, source.find(config.model), 1, 1)[0].load)
+        load.append(resident(config, source.find(config.model), 1, 1).load)
     assert load[0] == load[1] > 0
     assert shapes.of_hub_id("meta-llama/Meta-Llama-3.1-8B-Instruct") == "llama-3.1-8b"
     assert shapes.of_hub_id("Qwen/Qwen2.5-7B-Instruct") == "qwen2.5-7b"

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from scalepeft.adapters import inject as injection
 from scalepeft.build import check_batch, engine_class
-from scalepeft.cluster.plan.simulate import empty_model, simulate
-from scalepeft.cluster.plan.tracker import KINDS, Bytes, Exchange, Figures, stretch
+from scalepeft.cluster.plan.simulate import KINDS, Exchange, Figures, empty_model, simulate, stretch
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.models import hub as models
@@ -27,37 +26,23 @@ WHEN = {"micro": ("last", "other"), "last": ("last",), "step": ("control",)}  # 
 
 @dataclass
 class Step:
-    """A rank's memory and work in one optimizer step.
+    """A rank's memory and work in one optimizer step."""
 
-    Attributes:
-        rows: of a micro-batch, of ``data.cutoff`` tokens each.
-        micro: micro-batches of a step on this rank.
-        parameters: (of the base, trained).
-        shares: what the engine says.
-        resident: bytes between steps, by kind.
-        peak: bytes at the peak, by kind.
-        moment: of the step where the peak is.
-        host: bytes of this rank in the node's memory.
-        load: bytes that this rank reads from the model's files.
-        checkpoint: bytes of a checkpoint's tensors.
-        exchanges: collective -> (count, bytes of the full tensors) in a step.
-        flops: of this rank in a step.
-        simulated: blocks of the simulated models.
-    """
-
-    rows: int
-    micro: int
-    parameters: tuple[int, int]
-    shares: Shares
-    resident: Bytes = field(default_factory=dict)
-    peak: Bytes = field(default_factory=dict)
-    moment: str = ""
-    host: float = 0.0
-    load: int = 0
-    checkpoint: int = 0
+    rows: int  # of a micro-batch, of data.cutoff tokens each
+    micro: int  # micro-batches of a step on this rank
+    parameters: tuple[int, int]  # of the base, trained
+    shares: Shares  # what the engine says
+    host: float  # bytes of this rank in the node's memory
+    load: int  # bytes that this rank reads from the model's files
+    checkpoint: int  # bytes of a checkpoint's tensors
+    resident: dict[str, float]  # bytes between steps, by kind
+    peak: dict[str, float]  # bytes at the peak, by kind
+    alike: bool  # all blocks
+    moment: str = ""  # of the step where the peak is
     exchanges: dict[Exchange, tuple[float, float]] = field(default_factory=dict)
-    flops: float = 0.0
-    simulated: tuple[int, ...] = ()
+    """Collective -> (count, bytes of the full tensors) in a step."""
+    flops: float = 0.0  # of this rank in a step
+    simulated: tuple[int, ...] = ()  # blocks of the simulated models
 
     @property
     def resident_bytes(self) -> float:
@@ -70,16 +55,8 @@ class Step:
         return sum(self.peak.values())
 
 
-def rank_bytes(shape: tuple[int, ...], item: int, ranks: int, rows: bool) -> int:
-    """Bytes of the first rank's part, as large as any: whole rows, or any 1/N of the numbers."""
-    first, rest = (shape[0], math.prod(shape[1:])) if rows and shape else (math.prod(shape), 1)
-    return -(-first // ranks) * rest * item
-
-
-def resident(
-    config: RunConfig, source: Source, world: int, per_node: int
-) -> tuple[Step, nn.Module]:
-    """The part that needs no simulation, and the model on the meta device.
+def resident(config: RunConfig, source: Source, world: int, per_node: int) -> Step:
+    """The part that needs no simulation; the peak is what stays.
 
     Raises:
         UserError: the engine or the global batch cannot be had at this number of ranks; no such
@@ -103,90 +80,95 @@ def resident(
     base = _base_shapes(model)
 
     def part(parameters: Iterable[Tensor], ranks: int) -> int:
-        return sum(rank_bytes(p.shape, p.element_size(), ranks, shares.by_rows) for p in parameters)
+        by_rows = shares.by_rows
+        return sum(_rank_bytes(p.shape, p.element_size(), ranks, by_rows) for p in parameters)
 
-    step = Step(
-        rows,
-        -(-local_batch // rows),
-        (sum(map(math.prod, base.values())), sum(p.numel() for p in trained)),
-        shares,
-        load=sum(
-            rank_bytes(shape, source.item_bytes(name), shares.base, rows=True)
-            for name, shape in base.items()
-        ),
-        checkpoint=3 * sum(p.nbytes for p in trained) + 4 * len(trained),
-    )
-    kinds: Bytes = {
+    kinds: dict[str, float] = {
         "base": part((p for p in model.parameters() if not p.requires_grad), shares.base),
         "adapter": part(trained, shares.adapter),
         "optimizer": (2 + shares.copies) * part(trained, shares.optimizer) + 4 * len(trained),
     }
     if shares.gradients > 1 and not shares.simulated:
         kinds["gradients"] = part(trained, shares.gradients)
-    step.host = sum(kinds.get(kind, 0) for kind in shares.on_host)
-    step.resident = {kind: size for kind, size in kinds.items() if kind not in shares.on_host}
-    return step, model
+    stays = {kind: size for kind, size in kinds.items() if kind not in shares.on_host}
+    return Step(
+        rows,
+        -(-local_batch // rows),
+        (sum(map(math.prod, base.values())), sum(p.numel() for p in trained)),
+        shares,
+        host=sum(kinds.get(kind, 0) for kind in shares.on_host),
+        load=sum(
+            _rank_bytes(shape, source.item_bytes(name), shares.base, by_rows=True)
+            for name, shape in base.items()
+        ),
+        checkpoint=3 * sum(p.nbytes for p in trained) + 4 * len(trained),
+        resident=stays,
+        peak=stays,
+        alike=_alike(source, structure.blocks_of(model)),
+    )
+
+
+def _rank_bytes(shape: tuple[int, ...], item: int, ranks: int, by_rows: bool) -> int:
+    """Bytes of the first rank's part, as large as any: whole rows, or any 1/N of the numbers."""
+    row = math.prod(shape[1:]) if by_rows else 1
+    return -(-math.prod(shape) // (row * ranks)) * row * item
 
 
 def _base_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name in the files -> whole shape of the base's tensors, ties once, scales left out."""
-    found = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, p in model.named_parameters():
-        if p.requires_grad or name.endswith("weight_scale"):
-            continue
-        module = model.get_submodule(name.rpartition(".")[0])
-        quantized = isinstance(module, quant.QuantLinear) and p is module.weight
-        found[name] = (module.out_features, module.in_features) if quantized else tuple(p.shape)
-    return found  # type: ignore[return-value]
+        if not p.requires_grad and not name.endswith("weight_scale"):
+            module: Any = model.get_submodule(name.rpartition(".")[0])
+            quantized = isinstance(module, quant.QuantLinear) and p is module.weight
+            shapes[name] = (module.out_features, module.in_features) if quantized else p.shape
+    return shapes
 
 
 def measure(config: RunConfig, source: Source, world: int, per_node: int) -> Step:
     """Memory, collectives and work of rank 0. Raise UserError as ``resident`` does."""
-    step, model = resident(config, source, world, per_node)
-    figures, step.simulated = _figures(config, source, model, step, world, per_node)
-    nodes = -(-world // per_node)
-    if not step.shares.simulated:
+    step = resident(config, source, world, per_node)
+    shares, layers = step.shares, source.layers
+
+    def simulated(config: RunConfig, layers: int) -> Figures:
+        with source.folder(layers) as folder:
+            return simulate(config, folder, world, per_node, step.rows, step.micro, shares)
+
+    if layers > SHORT[1] and step.alike:
+        step.simulated = SHORT
+        short = replace(config, adapter=replace(config.adapter, layers="all"))
+        figures = stretch(simulated(short, SHORT[0]), simulated(short, SHORT[1]), SHORT, layers)
+    else:
+        step.simulated = (layers,)
+        figures = simulated(config, layers)
+    if not shares.simulated:
         parts = {kind: step.resident.get(kind, 0.0) for kind in ("base", "adapter", "optimizer")}
-        parts |= step.shares.transient
+        parts |= shares.transient
         parts["gradients"] = parts.get("gradients", 0.0) + step.resident.get("gradients", 0.0)
         for kinds in figures.moments.values():
             kinds |= parts
-    for name, when, count, size in step.shares.exchanges:
+    for name, when, count, size in shares.exchanges:
+        exchange = name, world, -(-world // per_node)
         for part in WHEN[when]:
-            figures.exchanges.setdefault(part, {})[name, world, nodes] = count, size
-    moments = {name: sum(kinds.values()) for name, kinds in figures.moments.items()}
-    step.moment = max(moments, key=moments.__getitem__)
-    step.peak = {k: figures.moments[step.moment].get(k, 0.0) for k in KINDS}
+            figures.work[part, exchange, "count"] = count
+            figures.work[part, exchange, "bytes"] = size
+    peaks = {moment: sum(kinds.values()) for moment, kinds in figures.moments.items()}
+    step.moment = max(peaks, key=peaks.__getitem__)
+    step.peak = {kind: figures.moments[step.moment].get(kind, 0.0) for kind in KINDS}
     times = {"other": step.micro - 1, "last": 1, "control": 1}
-    for part, exchanges in figures.exchanges.items():
-        for key, (count, size) in exchanges.items():
-            before = step.exchanges.get(key, (0.0, 0.0))
-            step.exchanges[key] = before[0] + times[part] * count, before[1] + times[part] * size
-    step.flops = sum(times[part] * flops for part, flops in figures.flops.items())
+    for (part, key, unit), value in figures.work.items():
+        if key is None:
+            step.flops += times[part] * value
+            continue
+        count, size = step.exchanges.get(key, (0.0, 0.0))
+        value *= times[part]
+        step.exchanges[key] = (count + value, size) if unit == "count" else (count, size + value)
     return step
 
 
-def _figures(
-    config: RunConfig, source: Source, model: nn.Module, step: Step, world: int, per_node: int
-) -> tuple[Figures, tuple[int, ...]]:
-    """Simulate all blocks where they are few or differ, else two short models."""
-
-    def one(config: RunConfig, layers: int) -> Figures:
-        with source.folder(layers) as folder:
-            return simulate(config, folder, world, per_node, step.rows, step.micro, step.shares)
-
-    layers = source.layers
-    if layers <= SHORT[1] or not _alike(source, structure.blocks_of(model)):
-        return one(config, layers), (layers,)
-    short = replace(config, adapter=replace(config.adapter, layers="all"))
-    a, b = (one(short, n) for n in SHORT)
-    return stretch((a, b), SHORT, layers), SHORT
-
-
 def _alike(source: Source, blocks: list[nn.Module]) -> bool:
-    def look(block: nn.Module) -> list[tuple[Any, ...]]:
-        return [(n, p.shape, p.dtype, p.requires_grad) for n, p in block.named_parameters()]
-
-    first = look(blocks[0])
-    kinds = set(source.values.get("layer_types") or ())
-    return len(kinds) <= 1 and all(look(block) == first for block in blocks)
+    looks = {
+        tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in block.named_parameters())
+        for block in blocks
+    }
+    return len(looks) == 1 and len(set(source.values.get("layer_types") or ())) <= 1

@@ -4,8 +4,7 @@ What is assumed and not computed stands here by name.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scalepeft.cluster.plan import gpus
 from scalepeft.cluster.plan.gpus import GPUS, Gpu
@@ -31,27 +30,16 @@ SAFETY = 2.0  # on step and save, both of which are estimates
 
 @dataclass(frozen=True)
 class Options:
-    """Where the run is to go.
-
-    Attributes:
-        nodes: number of nodes.
-        gpus_per_node: GPUs, and ranks, a node.
-        gpu: a name that ``gpus.find`` knows, or None.
-        memory: GiB a GPU, in place of a name.
-        disk: bytes a second of the run folder's file system.
-        step_seconds: measured, in place of the estimate.
-        network: whether the hub may be asked for ``config.json``.
-        advise: search for the smallest number of GPUs.
-    """
+    """Where the run is to go."""
 
     nodes: int = 1
-    gpus_per_node: int = 1
-    gpu: str | None = None
-    memory: float | None = None
-    disk: float = 1e9
-    step_seconds: float | None = None
-    network: bool = True
-    advise: bool = True
+    gpus_per_node: int = 1  # and ranks
+    gpu: str | None = None  # a name that gpus.find knows
+    memory: float | None = None  # GiB a GPU, in place of a name
+    disk: float = 1e9  # bytes a second of the run folder's file system
+    step_seconds: float | None = None  # measured, in place of the estimate
+    network: bool = True  # whether the hub may be asked for config.json
+    advise: bool = True  # search for the smallest number of GPUs
 
     def __post_init__(self) -> None:
         for name in ("nodes", "gpus_per_node", "memory", "disk", "step_seconds"):
@@ -61,8 +49,12 @@ class Options:
                 raise UserError(f"{flag} {value:g}: expected a number above 0")
         if self.gpu is not None and self.memory is not None:
             raise UserError("give one of --gpu and --memory, not both")
-        if self.gpu is not None:
-            gpus.find(self.gpu)
+        _ = self.target  # a name that is not known is said here
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.nodes * self.gpus_per_node
 
     @property
     def target(self) -> Gpu | None:
@@ -72,50 +64,41 @@ class Options:
         return gpus.find(self.gpu) if self.gpu is not None else None
 
 
-@dataclass(frozen=True)
 class Plan:
-    """What a run needs. Bytes and seconds; of one rank unless it says otherwise.
+    """What a run needs. Bytes and seconds; of one rank unless it says otherwise."""
 
-    Attributes:
-        config: of the run.
-        options: where it is to go.
-        source: where the base's dimensions came from.
-        step: memory and work of a rank.
-        runtime: bytes of CUDA, NCCL and the allocator (assumed).
-        compute_seconds: of a step (assumed rate).
-        exchange_seconds: of a step (assumed rates), not overlapped.
-        save_seconds: of a checkpoint (assumed rates).
-        grace: seconds that ``--signal=B:USR1@SECONDS`` needs.
-        fits: whether it fits ``options.target``; None without one.
-        smallest: (nodes, GPUs a node) of the smallest number of GPUs that fits; None if none does.
-    """
-
-    config: RunConfig
-    options: Options
-    source: str
-    step: Step
-    runtime: float
-    compute_seconds: float
-    exchange_seconds: float
-    save_seconds: float
-    grace: int
-    fits: bool | None
-    smallest: tuple[int, int] | None
-
-    @property
-    def need(self) -> float:
-        """Bytes of a GPU: the peak and the runtime's part."""
-        return self.step.peak_bytes + self.runtime
-
-    @property
-    def step_seconds(self) -> float:
-        """Of one optimizer step."""
-        return self.options.step_seconds or self.compute_seconds + self.exchange_seconds
-
-    @property
-    def stop_seconds(self) -> float:
-        """Of a step and a save: what a stop takes at the assumed rates, without any safety."""
-        return self.step_seconds + self.save_seconds
+    def __init__(self, config: RunConfig, options: Options, source: Source, step: Step) -> None:
+        self.config, self.options, self.source, self.step = config, options, source, step
+        self.smallest: tuple[int, int] | None = None
+        """(nodes, GPUs a node) of the smallest number of GPUs that fits; None if none does."""
+        target, world, saved = options.target, options.world, step.checkpoint
+        comes_and_goes = max(0.0, step.peak_bytes - step.resident_bytes)
+        self.runtime = CONTEXT_BYTES + NCCL_BYTES * (world > 1) + FRAGMENTED * comes_and_goes
+        """Bytes of CUDA, NCCL and the allocator (assumed)."""
+        self.need = step.peak_bytes + self.runtime
+        self.fits = self.need <= target.gib * GIB if target else None
+        rated = target if target and target.tflops else GPUS["a100-80"]  # the slowest one
+        self.tflops = rated.tflops if config.train.precision == "bf16" else rated.tflops_fp32
+        self.compute_seconds = step.flops / (self.tflops * MFU * 1e12)
+        self.exchange_seconds = sum(
+            (2 if name == "all-reduce" else 1) * size * (ranks - 1) / ranks
+            / (NODE_BYTES_PER_SECOND if nodes == 1 else NETWORK_BYTES_PER_SECOND)
+            for (name, ranks, nodes), (_, size) in step.exchanges.items()
+        )  # fmt: skip
+        """Of a step, not overlapped with ``compute_seconds``."""
+        self.step_seconds = options.step_seconds or self.compute_seconds + self.exchange_seconds
+        mode = config.train.save_mode
+        if mode == "auto":
+            mode = "async" if saved > GATHERED_BYTES else "gathered"
+        hashed = saved / (1 if mode == "gathered" else world)
+        self.save_seconds = saved / options.disk + hashed / HASH_BYTES_PER_SECOND
+        self.stop_seconds = self.step_seconds + self.save_seconds
+        """What a stop takes at the assumed rates, without any safety."""
+        # What an asynchronous save under way has written still goes to the disk.
+        saves = 1 + (mode == "async")
+        waits = SAFETY * (self.step_seconds + saves * self.save_seconds) + MARGIN_SECONDS
+        self.grace = max(60, 30 * math.ceil(waits / 30))
+        """Seconds that ``--signal=B:USR1@SECONDS`` needs."""
 
 
 def plan(config: RunConfig, options: Options) -> Plan:
@@ -126,89 +109,41 @@ def plan(config: RunConfig, options: Options) -> Plan:
             dimensions cannot be had; a GPU that is not known.
     """
     source = dimensions.find(config.model, options.network)
-    world, target = options.nodes * options.gpus_per_node, options.target
-    step = measure(config, source, world, options.gpus_per_node)
-    fits = _fits(step, world, target) if target else None
-    compute = step.flops / (peak_tflops(target, config.train.precision) * MFU * 1e12)
-    exchange = sum(_seconds(key, size) for key, (_, size) in step.exchanges.items())
-    save, saves = _save_seconds(config, step, world, options.disk)
-    step_seconds = options.step_seconds or compute + exchange
-    waits = SAFETY * (step_seconds + saves * save) + MARGIN_SECONDS
-    smallest = None
-    if target and options.advise:
-        smallest = _smallest(config, source, options, target, bool(fits))
-    return Plan(
-        config, options, source.where, step, _runtime(step, world), compute, exchange, save,
-        max(60, 30 * math.ceil(waits / 30)), fits, smallest,
-    )  # fmt: skip
+    step = measure(config, source, options.world, options.gpus_per_node)
+    planned = Plan(config, options, source, step)
+    if options.target and options.advise:
+        planned.smallest = _smallest(planned)
+    return planned
 
 
-def _save_seconds(config: RunConfig, step: Step, world: int, disk: float) -> tuple[float, int]:
-    """(seconds of a save, saves to leave time for): what an asynchronous one under way has written
-    when a stop gives it up still goes to the disk.
-    """
-    mode = config.train.save_mode
-    if mode == "auto":
-        mode = "async" if step.checkpoint > GATHERED_BYTES else "gathered"
-    hashed = step.checkpoint / (1 if mode == "gathered" else world)
-    return step.checkpoint / disk + hashed / HASH_BYTES_PER_SECOND, 1 + (mode == "async")
-
-
-def peak_tflops(target: Gpu | None, precision: str) -> float:
-    """Peak rate of a GPU; of the slowest one where it is not named."""
-    gpu = target if target and target.tflops else GPUS["a100-80"]
-    return gpu.tflops if precision == "bf16" else gpu.tflops_fp32
-
-
-def _runtime(step: Step, world: int) -> float:
-    comes_and_goes = max(0.0, step.peak_bytes - step.resident_bytes)
-    return CONTEXT_BYTES + NCCL_BYTES * (world > 1) + FRAGMENTED * comes_and_goes
-
-
-def _fits(step: Step, world: int, target: Gpu) -> bool:
-    return step.peak_bytes + _runtime(step, world) <= target.gib * GIB
-
-
-def _seconds(key: tuple[str, int, int], size: float) -> float:
-    name, ranks, nodes = key
-    rate = NODE_BYTES_PER_SECOND if nodes == 1 else NETWORK_BYTES_PER_SECOND
-    return (2 if name == "all-reduce" else 1) * size * (ranks - 1) / ranks / rate
-
-
-def counts(config: RunConfig, gpus_per_node: int) -> Iterator[tuple[int, int]]:
+def counts(config: RunConfig, gpus_per_node: int) -> list[tuple[int, int]]:
     """(nodes, GPUs a node) to try, smallest first: 1, 2, 4, ... of a node, then whole nodes."""
     batch = config.train.global_batch
-    per_node = 1
-    while per_node < gpus_per_node:
-        if batch % per_node == 0:
-            yield 1, per_node
-        per_node *= 2
-    nodes = 1
-    while nodes * gpus_per_node <= batch:
-        if batch % (nodes * gpus_per_node) == 0:
-            yield nodes, gpus_per_node
-        nodes *= 2
+    powers = [2**i for i in range(batch.bit_length())]
+    all_counts = [(1, n) for n in powers if n < gpus_per_node] + [
+        (n, gpus_per_node) for n in powers
+    ]
+    return [count for count in all_counts if batch % math.prod(count) == 0]
 
 
-def _smallest(
-    config: RunConfig, source: Source, options: Options, target: Gpu, fits: bool
-) -> tuple[int, int] | None:
+def _smallest(planned: Plan) -> tuple[int, int] | None:
     """The first of ``counts`` that fits; whether the asked count does is known."""
+    config, source, options = planned.config, planned.source, planned.options
     asked = options.nodes, options.gpus_per_node
     for nodes, per_node in counts(config, options.gpus_per_node):
-        world = nodes * per_node
-        if fits and world >= math.prod(asked):
+        where = replace(options, nodes=nodes, gpus_per_node=per_node)
+        if planned.fits and where.world >= options.world:
             break
         if (nodes, per_node) == asked:
             continue
         try:
-            step, _ = resident(config, source, world, per_node)
-            step.peak = step.resident
             # What stays is cheap to know and often too much already.
-            if _fits(step, world, target) and _fits(
-                measure(config, source, world, per_node), world, target
-            ):
+            for bytes_of in (resident, measure):
+                step = bytes_of(config, source, where.world, per_node)
+                if not Plan(config, where, source, step).fits:
+                    break
+            else:
                 return nodes, per_node
         except UserError:  # the engine cannot run on so many
             continue
-    return asked if fits else None
+    return asked if planned.fits else None

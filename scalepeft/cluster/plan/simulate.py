@@ -5,8 +5,11 @@ process group talks to nobody. Blocks are alike, so two short models give every 
 ``a + b * layers``, at each moment where a step can be at its peak.
 """
 
+import weakref
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -19,12 +22,13 @@ from torch._subclasses import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from transformers import masking_utils
 
 from scalepeft.adapters import inject as injection
 from scalepeft.build import Built, engine_class
-from scalepeft.cluster.plan.tracker import Figures, Tracker
 from scalepeft.config.schema import RunConfig
 from scalepeft.data.loader import MicroBatch
 from scalepeft.data.tokens import PAD_TO
@@ -33,86 +37,174 @@ from scalepeft.parallel.base import Engine, Shares
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.trainer import Trainer
 
-
-class FakeRanks(Ranks):
-    """Rank 0 of ``world``, ``per_node`` on a node; the others exist in name only."""
-
-    def __init__(self, world: int, per_node: int) -> None:
-        super().__init__(0, world)
-        self._per_node = min(world, per_node)
-
-    def ranks_a_node(self) -> int:
-        """Known here; really a collective."""
-        return self._per_node
-
-
-@contextmanager
-def fake_ranks(world: int, per_node: int) -> Iterator[FakeRanks]:
-    """A process group that talks to nobody."""
-    assert not dist.is_initialized(), "plan runs in a process of its own"
-    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
-    try:
-        yield FakeRanks(world, per_node)
-    finally:
-        dist.destroy_process_group()
+KINDS = {  # of memory, in words
+    "base": "base (frozen)",
+    "adapter": "adapter",
+    "optimizer": "optimizer",
+    "gradients": "gradients",
+    "gathered": "gathered parameters",
+    "dequantized": "dequantized weight",
+    "activations": "activations",
+    "loss": "logits and loss",
+}
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "broadcast")
+Exchange = tuple[str, int, int]
+"""A collective's name, the number of ranks in it and of nodes they are on."""
+Work = dict[tuple[str, Exchange | None, str], float]
 
 
-@contextmanager
-def _watched(tracker: Tracker, shares: Shares) -> Iterator[None]:
-    """Tell the tracker what the engine, the loss and the storage formats are about to allocate."""
-    resize = torch.UntypedStorage.resize_
+@dataclass
+class Figures:
+    """What one simulated step shows; every number is linear in the number of layers.
 
-    def resized(storage: torch.UntypedStorage, size: int) -> Any:
-        done = resize(storage, size)
-        tracker.resized(storage, size)
-        return done
+    Attributes:
+        moments: moment of the step -> kind -> bytes alive at that moment's own peak.
+        work: (part of the step, collective, ``count`` or ``bytes`` of the full tensors) -> number;
+            (part of the step, None, ``flops``) -> FLOP.
+    """
 
-    work: list[tuple[Any, str, str | None]] = [
-        *shares.marks,
-        *((fmt, "decode", "dequantized") for fmt in (quant.NF4, quant.Int8)),
-        (loss, "chunked_cross_entropy", "loss"),
-        # DTensor asks fake tensors of the whole size what an operator's result looks like.
-        (ShardingPropagator, "_propagate_tensor_meta_non_cached", None),
-    ]
-    with ExitStack() as patches:
-        patches.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", resized))
-        # Which looks at values, and with fake ones would give every layer a (length, length) mask.
-        packed = "find_packed_sequence_indices"
-        if hasattr(masking_utils, packed):
-            patches.enter_context(mock.patch.object(masking_utils, packed, return_value=None))
-        for owner, name, kind in work:
-            if not hasattr(owner, name):  # another torch: its work counts as activations
-                continue
-            wrapped = tracker.wrapped(getattr(owner, name), kind)
-            patches.enter_context(mock.patch.object(owner, name, wrapped))
-        yield
+    moments: dict[str, dict[str, float]] = field(default_factory=dict)
+    work: Work = field(default_factory=lambda: defaultdict(float))
 
 
-def _name_moments(tracker: Tracker, blocks: list[nn.Module]) -> None:
-    """Marks where each block begins, forward and backward, and the loss after the last one."""
-    hooked: set[int] = set()
+class Tracker(TorchDispatchMode):
+    """Follows every storage from the operator that makes it until it is freed, by kind.
 
-    def entered(i: int, block: nn.Module) -> None:
-        tracker.at(f"forward {i}")
-        for p in block.parameters():  # gathered now: these are what gradients come to
-            if p.requires_grad and id(p) not in hooked:
-                hooked.add(id(p))
-                p.register_post_accumulate_grad_hook(got_gradient)
+    Scratch space inside one operator is not seen. Values that a step reads on the host are made up:
+    a number is 1, and of a mask every place is true (so every token counts as a label).
+    """
 
-    def got_gradient(p: Tensor) -> None:
-        if p.grad is not None and not isinstance(p.grad, DTensor):
-            tracker.follow(p.grad.untyped_storage(), "gradients")
+    def __init__(self, per_node: int) -> None:
+        super().__init__()
+        self.kind: str | None = "activations"
+        """None: what is made now has no memory in a real run."""
+        self.moment, self.part = "start", "control"
+        self.now: Counter[str] = Counter()
+        self.figures = Figures()
+        self._per_node = per_node
+        self._followed: dict[int, tuple[str, int]] = {}
 
-    def left(i: int, output: Any) -> None:
-        if i == len(blocks) - 1:
-            tracker.at("loss")
-        out = next(t for t in tree_leaves(output) if isinstance(t, Tensor))
-        if out.requires_grad:
-            out.register_hook(lambda _: tracker.at(f"backward {i}"))
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # it comes again with the local tensors
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0 if args[0].is_floating_point() else 1
+        if func is torch.ops.aten.nonzero.default:
+            rows = torch.arange(args[0].numel(), device=args[0].device)
+            return rows[:, None].expand(-1, args[0].dim())
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor):
+                self.follow(t.untyped_storage())
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self._exchanged(func, args, out)
+        else:
+            self._computed(func, args, kwargs or {}, out)
+        return out
 
-    for i, block in enumerate(blocks):
-        block.register_forward_pre_hook(lambda m, _, i=i: entered(i, m))
-        block.register_forward_hook(lambda m, _, out, i=i: left(i, out))
+    def follow(self, storage: torch.UntypedStorage, kind: str | None = None) -> None:
+        """Begins to follow a storage, or gives it another kind."""
+        key, made_for = storage._cdata, kind or self.kind
+        if made_for is None:
+            return
+        if key not in self._followed:
+            self._followed[key] = (made_for, 0)
+            weakref.finalize(storage, self._freed, key)
+            self.resized(storage, storage.nbytes())
+        elif kind is not None:
+            size = self._freed(key)
+            self._followed[key] = (kind, size)
+            self.now[kind] += size
+
+    def resized(self, storage: torch.UntypedStorage, size: int) -> None:
+        """Notes the size of a storage that is followed."""
+        if storage._cdata not in self._followed:
+            return
+        kind, old = self._followed[storage._cdata]
+        self._followed[storage._cdata] = (kind, size)
+        self.now[kind] += size - old
+        self.at(self.moment)
+
+    def _freed(self, key: int) -> int:
+        kind, size = self._followed.pop(key)
+        self.now[kind] -= size
+        return size
+
+    def begin(self) -> None:
+        """Forgets what came before; what is alive stays."""
+        self.figures = Figures()
+        self.at("start")
+
+    def at(self, moment: str) -> None:
+        """From here on the step is at this moment."""
+        self.moment = moment
+        peak = self.figures.moments.get(moment)
+        if peak is None or self.now.total() > sum(peak.values()):
+            self.figures.moments[moment] = dict(self.now)
+
+    @contextmanager
+    def doing(self, kind: str | None) -> Iterator[None]:
+        """What is allocated within, or by a function that this decorates, is of this kind."""
+        before, self.kind = self.kind, kind
+        try:
+            yield
+        finally:
+            self.kind = before
+
+    def _exchanged(self, func: Any, args: tuple[Any, ...], out: Any) -> None:
+        called = func._opname.replace("_", "")
+        name = next((n for n in COLLECTIVES if n.replace("-", "") in called), None)
+        if name is None:
+            return  # waits and barriers
+        group = _ranks_of(args)
+        key = name, len(group), len({rank // self._per_node for rank in group})
+        sizes = (
+            sum(t.nbytes for t in tree_leaves(part) if isinstance(t, Tensor))
+            for part in (*args, out)
+        )
+        self.figures.work[self.part, key, "count"] += 1
+        self.figures.work[self.part, key, "bytes"] += max(sizes)
+
+    def _computed(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        flops = 0
+        if "attention" in func._opname:
+            at = 1 if "backward" in func._opname else 0
+            (*_, length, width), keys = args[at].shape, args[at + 1].shape[-2]
+            flops = (10 if at else 4) * args[at].shape[:-2].numel() * length * keys * width
+        elif func._overloadpacket in flop_registry:
+            flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        self.figures.work[self.part, None, "flops"] += flops
+
+
+def _ranks_of(args: tuple[Any, ...]) -> list[int]:
+    """Ranks of a collective's group: an object among the arguments, or a name as the last one."""
+    if isinstance(args[-1], str):
+        return dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(args[-1]))  # type: ignore[arg-type]
+    # The group comes before the kind of reduction, another such object.
+    group = next(value for value in args if isinstance(value, torch.ScriptObject))
+    return dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
+
+
+def stretch(a: Figures, b: Figures, lengths: tuple[int, int], layers: int) -> Figures:
+    """The figures of a model with ``layers`` blocks from those of two shorter ones."""
+    la, lb = lengths
+
+    def line(x: float, y: float) -> float:
+        return x + (y - x) * (layers - la) / (lb - la)
+
+    names = [[name] * 3 for name in ("start", "loss", "step")]
+    for blocks in (0, 0, 0), (1, 1, 1), (la - 2, lb - 2, layers - 2), (la - 1, lb - 1, layers - 1):
+        names += [[f"{way} {block}" for block in blocks] for way in ("forward", "backward")]
+    stretched = Figures()
+    for i, j, name in names:
+        at_a, at_b = a.moments.get(i, {}), b.moments.get(j, {})
+        bytes_at = {kind: line(at_a.get(kind, 0), at_b.get(kind, 0)) for kind in KINDS}
+        stretched.moments[name] = {kind: max(0.0, size) for kind, size in bytes_at.items()}
+    for key in {**a.work, **b.work}:
+        stretched.work[key] = line(a.work[key], b.work[key])
+    return stretched
 
 
 def simulate(
@@ -124,7 +216,7 @@ def simulate(
     micro: int,
     shares: Shares,
 ) -> Figures:
-    """Run one optimiser step of rank 0 on fake tensors; moments are named by the block's number.
+    """Run one optimizer step of rank 0 on fake tensors; moments are named by the block's number.
 
     Args:
         config: of the run.
@@ -138,40 +230,40 @@ def simulate(
     Raises:
         UserError: a model or target that cannot be.
     """
-    tracker = Tracker(per_node)
+    assert not dist.is_initialized(), "plan runs in a process of its own"
+    tracker, ranks = Tracker(per_node), Ranks(0, world)
     with ExitStack() as contexts:
-        ranks = contexts.enter_context(fake_ranks(world, per_node))
+        dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+        contexts.callback(dist.destroy_process_group)
         contexts.enter_context(torch.random.fork_rng(devices=[]))
-        contexts.enter_context(_watched(tracker, shares))
+        a_node = min(world, per_node)  # known here; really a collective
+        contexts.enter_context(mock.patch.object(ranks, "ranks_a_node", return_value=a_node))
+        for patch in _patches(tracker, shares):
+            contexts.enter_context(patch)
         model = empty_model(config, folder)
         kind = engine_class(config) if shares.simulated else Engine
         engine = kind(config.engine, ranks)
         engine.shard(model, structure.blocks_of(model))
-        with ExitStack() as modes:
-            modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            modes.enter_context(tracker)
-            _materialize(model, tracker)
-            trainer = Trainer(config, ranks, Built(engine, model, {}, 0), "")
-            _start_optimizer(trainer, tracker)
-            _name_moments(tracker, structure.blocks_of(model))
-            _name_parts(tracker, trainer)
-            shape = rows, -(-config.data.cutoff // PAD_TO) * PAD_TO
-            ids, labels = (torch.zeros(shape, dtype=torch.int64) for _ in "xy")
-            batch = MicroBatch(ids, labels, torch.zeros(rows, dtype=torch.int64))
-            model.train()
-            tracker.begin()
-            tracker.part = "control"
-            ranks.any(False)  # of the training loop: shall we stop?
-            trainer.step([batch] * min(micro, 2), 1, config.train.lr)
+        contexts.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        contexts.enter_context(tracker)
+        structure.materialize(model, torch.device("cpu"))
+        trainer = Trainer(config, ranks, Built(engine, model, {}, 0), "")
+        _follow_state(trainer, tracker)
+        _name_moments(tracker, structure.blocks_of(model))
+        _name_parts(tracker, trainer)
+        shape = rows, -(-config.data.cutoff // PAD_TO) * PAD_TO
+        ids, labels = (torch.zeros(shape, dtype=torch.int64) for _ in "xy")
+        batch = MicroBatch(ids, labels, torch.zeros(rows, dtype=torch.int64))
+        model.train()
+        tracker.begin()
+        tracker.part = "control"
+        ranks.any(False)  # of the training loop: shall we stop?
+        trainer.step([batch] * min(micro, 2), 1, config.train.lr)
         return tracker.figures
 
 
 def empty_model(config: RunConfig, folder: Path) -> nn.Module:
-    """The adapted model on the meta device, as ``build`` makes it before it is sharded.
-
-    Raises:
-        UserError: as there.
-    """
+    """The model on the meta device as ``build`` shards it. Raise UserError as that does."""
     with redirect_stderr(StringIO()):  # which layers stay unquantized: the run itself says it
         model = structure.build(config.model, folder, config.train.precision)
     injection.inject(model, config.adapter)
@@ -179,32 +271,78 @@ def empty_model(config: RunConfig, folder: Path) -> nn.Module:
     return model
 
 
-def _local(t: Tensor) -> Tensor:
-    return t.to_local() if isinstance(t, DTensor) else t
+def _patches(tracker: Tracker, shares: Shares) -> Iterator[Any]:
+    """Tell the tracker what the engine, the loss and the storage formats are about to allocate."""
+    resize = torch.UntypedStorage.resize_
+
+    def resized(storage: torch.UntypedStorage, size: int) -> Any:
+        done = resize(storage, size)
+        tracker.resized(storage, size)
+        return done
+
+    yield mock.patch.object(torch.UntypedStorage, "resize_", resized)
+    # Which looks at values, and with fake ones would give every layer a (length, length) mask.
+    packed = "find_packed_sequence_indices"
+    if hasattr(masking_utils, packed):
+        yield mock.patch.object(masking_utils, packed, return_value=None)
+    work: list[tuple[Any, str, str | None]] = [
+        *shares.marks,
+        *((fmt, "decode", "dequantized") for fmt in (quant.NF4, quant.Int8)),
+        (loss, "chunked_cross_entropy", "loss"),
+        # DTensor asks fake tensors of the whole size what an operator's result looks like.
+        (ShardingPropagator, "_propagate_tensor_meta_non_cached", None),
+    ]
+    for owner, name, kind in work:
+        if hasattr(owner, name):  # else another torch: its work counts as activations
+            yield mock.patch.object(owner, name, tracker.doing(kind)(getattr(owner, name)))
 
 
-def _materialize(model: nn.Module, tracker: Tracker) -> None:
-    structure.materialize(model, torch.device("cpu"))
-    for t in (*model.parameters(), *model.buffers()):
-        kind = "adapter" if t.requires_grad else "base"
-        tracker.follow(_local(t.detach()).untyped_storage(), kind)
-
-
-def _start_optimizer(trainer: Trainer, tracker: Tracker) -> None:
-    """Give the optimizer its moments, which a first step would leave behind."""
+def _follow_state(trainer: Trainer, tracker: Tracker) -> None:
+    """Name what stays between steps, with the moments that a first step would leave behind."""
     for p in trainer.trained.values():
         p.grad = torch.zeros_like(p)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
-    for held in trainer.optimizer.state.values():
-        for value in held.values():
-            tracker.follow(_local(value).untyped_storage(), "optimizer")
+    model = trainer.built.model
+    state = [(t, "optimizer") for s in trainer.optimizer.state.values() for t in s.values()]
+    for t in (*model.parameters(), *model.buffers()):
+        state.append((t.detach(), "adapter" if t.requires_grad else "base"))
+    for t, kind in state:
+        local = t.to_local() if isinstance(t, DTensor) else t
+        tracker.follow(local.untyped_storage(), kind)
+
+
+def _name_moments(tracker: Tracker, blocks: list[nn.Module]) -> None:
+    """Marks where each block begins, forward and backward, and the loss after the last one."""
+    hooked: set[int] = set()
+
+    def entered(block: nn.Module, _: Any) -> None:
+        tracker.at(f"forward {blocks.index(block)}")
+        for p in block.parameters():  # gathered now: these are what gradients come to
+            if p.requires_grad and id(p) not in hooked:
+                hooked.add(id(p))
+                p.register_post_accumulate_grad_hook(got_gradient)
+
+    def got_gradient(p: Tensor) -> None:
+        if p.grad is not None and not isinstance(p.grad, DTensor):
+            tracker.follow(p.grad.untyped_storage(), "gradients")
+
+    def left(block: nn.Module, _: Any, output: Any) -> None:
+        if block is blocks[-1]:
+            tracker.at("loss")
+        out = next(t for t in tree_leaves(output) if isinstance(t, Tensor))
+        if out.requires_grad:
+            out.register_hook(lambda _: tracker.at(f"backward {blocks.index(block)}"))
+
+    for block in blocks:
+        block.register_forward_pre_hook(entered)
+        block.register_forward_hook(left)
 
 
 def _name_parts(tracker: Tracker, trainer: Trainer) -> None:
     """Marks micro-batches (all but the last are alike) and the work after them."""
-    engine = trainer.built.engine
-    accumulate, norm = engine.accumulate, engine.grad_norm
+    engine, ranks = trainer.built.engine, trainer.ranks
+    accumulate, norm, together = engine.accumulate, engine.grad_norm, ranks.sum
 
     def next_micro(last: bool) -> Any:
         tracker.part = "last" if last else "other"
@@ -219,8 +357,6 @@ def _name_parts(tracker: Tracker, trainer: Trainer) -> None:
         tracker.part = "control"
         return together(values)
 
-    ranks = trainer.ranks
-    together = ranks.sum
     ranks.sum = summed  # type: ignore[method-assign]
     engine.accumulate = next_micro  # type: ignore[method-assign]
     engine.grad_norm = after  # type: ignore[method-assign]
