@@ -1,5 +1,6 @@
 """Which methods a benchmark compares, at equal parameters: ours and, of HF PEFT's, their like."""
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -61,7 +62,7 @@ def _settings(layers: list[Layer], rank: int) -> tuple[dict[str, Any], dict[str,
     """
     targets = list(dict.fromkeys(name for name, _, _ in layers))
     shapes = Counter((width, out) for _, width, out in layers)
-    target, blocks = sum(rank * (i + o) for _, i, o in layers), sizing.block_sizes(shapes) or [2]
+    target = sum(rank * (i + o) for _, i, o in layers)
     ours: dict[str, dict[str, Any]] = {}
     for name in registry.available("adapters.methods"):
         settings: dict[str, Any] = {"name": name, "target_modules": targets}
@@ -77,14 +78,16 @@ def _settings(layers: list[Layer], rank: int) -> tuple[dict[str, Any], dict[str,
         elif key == "rank":
             settings["rank"] = 2 * rank if name == "hra" else rank  # reflections of one side
         elif key == "block_size":
-            settings = sizing.fit(settings, key, shapes, target, blocks)
+            settings = sizing.fit(settings, key, shapes, target)
         if name not in ("surm", "hut"):
             ours[name] = settings
 
     def stored(b: int) -> int:  # PEFT's BOFT has whole blocks, of which the skew part counts
         return sum(number * (width * b + out) for (width, out), number in shapes.items())
 
-    block = sizing.nearest(blocks, stored, target)
+    common = math.gcd(*(width for width, _ in shapes))
+    blocks = [b for b in range(2, common // 2 + 1, 2) if common % (2 * b) == 0] or [2]
+    block = min(blocks, key=lambda b: abs(stored(b) - target))
     # More factors than one need PEFT's CUDA extension, and cost more.
     twins = {**ours, "boft": {**ours["boft"], "factors": 1, "block_size": block}}
     twins["c3a"] = twins.pop("circulant")

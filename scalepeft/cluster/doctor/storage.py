@@ -180,7 +180,7 @@ def checkpoint_bytes(config: RunConfig) -> int | None:
         source = dimensions.find(config.model, network=False)
     except UserError:
         return None
-    return resident(config, source, world=1, per_node=1)[0].checkpoint
+    return resident(config, source, world=1, per_node=1).checkpoint
 
 
 def existing(folder: Path) -> Path:
