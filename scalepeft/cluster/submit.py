@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from scalepeft.analysis.compare import command as compare
 from scalepeft.build import check_batch, engine_class, task_of
@@ -47,27 +48,26 @@ class Options:
     """What ``launch/submit`` was asked for.
 
     Attributes:
-        job_file: a file of ``slurm/``, or a copy of one.
-        settings: ``key=value``, over those of the job file.
-        sweep: ``key=a,b,c``; several give their product. Each run has its own folder.
-        throttle: runs of a sweep at a time; 0 for all.
-        then: ``evaluate``: a second job once the first has succeeded.
-        pipeline: the stages of ``scalepeft pipeline`` as a chain of jobs in place of a training.
-        cpu_sbatch: options of the stages that need no GPU, e.g. ``partition=cpu``.
-        compare: options of ``scalepeft compare`` (``methods=hoft,lora``): its cells as job arrays
-            in place of a training.
-        sbatch: options over the ``#SBATCH`` lines of the job file.
-        resume_with_changes: continue runs although harmless keys differ from their config.
-        dry_run: print what would be queued, write nothing.
-        gpu: what the job's GPUs are, where the job file does not name them.
-        plan: look whether the run fits, and saves in time for the time limit.
+        job_file: a file of slurm/, or a copy of one, e.g. slurm/hoft_llama70b.sh
+        settings: KEY=VALUE: over the job file's
+        sweep: KEY=A,B,C: a job array, a run each in its own folder; several give their product
+        throttle: runs of a sweep at a time; 0 for all
+        then: a second job, once the first has succeeded
+        pipeline: a chain of jobs, one for each stage of scalepeft pipeline
+        cpu_sbatch: OPTION=VALUE: for the stages that need no GPU, e.g. partition=cpu
+        compare: OPTION=VALUE: scalepeft compare in run_dir as job arrays, e.g. methods=hoft,lora
+        sbatch: OPTION=VALUE: over the #SBATCH lines of the job file
+        resume_with_changes: continue although harmless keys differ from the run's config
+        dry_run: print what would be queued; queue and write nothing
+        gpu: as for plan, where the job file does not name its GPUs
+        plan: do not look whether the run fits, and saves in time for the time limit
     """
 
     job_file: str
     settings: list[str]
     sweep: list[str]
     throttle: int
-    then: str | None
+    then: Literal["evaluate"] | None
     sbatch: list[str]
     resume_with_changes: bool
     dry_run: bool

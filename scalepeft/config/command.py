@@ -27,7 +27,7 @@ def run(settings: list[str], reference: str | None = None) -> None:
     if reference is not None:
         print(reference_page(reference or None), end="")
         return
-    config, _ = files.load(*files._config_first(settings))
+    config, _ = files.load(*files.config_first(settings))
     print(dump(config), end="")
 
 

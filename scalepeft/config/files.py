@@ -25,8 +25,8 @@ from scalepeft.core.errors import UserError, nearest, unknown
 from scalepeft.core.fields import _field_names
 
 
-def _config_first(settings: list[str]) -> tuple[str | None, list[str]]:
-    """Parts ``[CONFIG] KEY=VALUE ...``."""
+def config_first(settings: list[str]) -> tuple[str | None, list[str]]:
+    """Split ``[CONFIG] KEY=VALUE ...`` into the config, if one is named, and the settings."""
     if settings and "=" not in settings[0]:
         return settings[0], settings[1:]
     return None, settings

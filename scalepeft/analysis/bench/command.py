@@ -10,7 +10,6 @@ stand on bitsandbytes' ``Linear4bit``; with int8 on our storage, because bitsand
 activations too and so computes something else.
 """
 
-import argparse
 import dataclasses
 import gc
 import time
@@ -20,7 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,24 +48,31 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}  # of an entry's first output against t
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure; see ``scalepeft bench --help``."""
+    """What to measure.
 
-    what: str
+    Attributes:
+        what: layers alone, a model, or (see below) a machine with a GPU
+        shape: a shape by name, or a model folder
+        methods: names by comma; 'all' for every one
+        rank: of LoRA; the others follow its size
+        tokens: a step, in rows of 512 at most
+        precision: of base and activations
+        quant: how the base is stored
+        device: where
+        repeats: timed steps of every method
+        out: FOLDER: for bench.json and bench.png, or gpu.json and gpu.md
+    """
+
+    what: Literal["layer", "model", "gpu"]
     shape: str = "small"
     methods: str = "all"
     rank: int = 16
     tokens: int = 2048
-    precision: str = "fp32"
-    quant: str = "none"
-    device: str = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    quant: Literal["none", "nf4", "int8"] = "none"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     repeats: int = 5
     out: str | None = None
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> "Options":
-        """Takes the fields from the command line."""
-        given = {f.name: getattr(args, f.name) for f in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in given.items() if value is not None})
 
     def check(self) -> None:
         """Refuses numbers, devices and folders that cannot be used.

@@ -38,18 +38,18 @@ class Options:
     """What to compare.
 
     Attributes:
-        settings: as for train, without an adapter.
-        out: folder for runs and results.
-        methods: files of configs/adapters by name, or YAML files, by comma.
-        reference: the method that the others are held against.
-        rank: of the reference, whose size is the budget (16).
-        parameters: the budget as a number.
-        budget: what is equal: steps, or parameters too (each method at the size nearest to these).
-        lrs: rates for all (1e-4,3e-4), or factors on each method's usual one (x0.3,x1,x3).
-        seeds: reported runs of each method.
-        evaluate: score data.test too, in the reported runs.
-        cell: run this one cell alone.
-        table: run nothing; print what there is.
+        settings: as for train, without an adapter
+        out: FOLDER: for runs and results
+        methods: A,B,C: files of configs/adapters by name, or YAML files
+        reference: that others are held against
+        rank: of the reference, whose size is the budget (16)
+        parameters: N: the budget as a number
+        budget: what is equal: steps, or parameters too (each method at the size nearest to these)
+        lrs: rates for all (1e-4,3e-4), or factors on each method's usual one
+        seeds: reported runs of each method
+        evaluate: score data.test too, in the reported runs
+        cell: N: run this one cell of OUT alone
+        table: run nothing; print what there is
     """
 
     settings: list[str]

@@ -34,14 +34,14 @@ class Options:
     """Where the run is to go.
 
     Attributes:
-        nodes: number of nodes.
-        gpus_per_node: GPUs, and ranks, a node.
-        gpu: a name that ``gpus.find`` knows, or None.
-        memory: GiB a GPU, in place of a name.
-        disk: bytes a second of the run folder's file system.
-        step_seconds: measured, in place of the estimate.
-        network: whether the hub may be asked for ``config.json``.
-        advise: search for the smallest number of GPUs.
+        nodes: of the job
+        gpus_per_node: of each node; one rank each
+        gpu: A100-40, A100-80, L40S, H100, H200, B200, or nvidia-smi's name of one
+        memory: GIB: of a GPU, in place of its name
+        disk: bytes a second of the run folder's file system
+        step_seconds: S: measured, in place of the estimate
+        network: whether the hub may be asked for ``config.json``
+        advise: search for the smallest number of GPUs
     """
 
     nodes: int = 1

@@ -1,0 +1,78 @@
+"""Arguments of a command from its ``Options`` dataclass: name, type, default and help."""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import re
+import typing
+from collections.abc import Container
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+
+def described(cls: type) -> dict[str, str]:
+    """Field -> its lines of the ``Attributes:`` docstrings of the class and those above it."""
+    about: dict[str, str] = {}
+    for above in reversed(cls.__mro__):
+        _, _, listed = inspect.cleandoc(above.__doc__ or "").partition("Attributes:\n")
+        for entry in re.split(r"\n(?=    \w+: )", "\n" + listed.split("\n\n")[0]):
+            name, colon, text = entry.strip().partition(": ")
+            if colon and name.isidentifier():
+                about[name] = " ".join(text.split())
+    return about
+
+
+def declared(module: str) -> type:
+    """The ``Options`` that a module's source declares, without methods: the module itself may
+    import torch, which must wait until the signals are taken over.
+    """
+    spec = find_spec(module)
+    assert spec and spec.origin, module
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    cls = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Options")
+    cls.body = [part for part in cls.body if not isinstance(part, ast.FunctionDef)]
+    names: dict[str, Any] = {**vars(typing), **vars(dataclasses), "__name__": __name__}
+    exec(compile(ast.Module([cls], []), spec.origin, "exec"), names)
+    made: type = names["Options"]
+    return made
+
+
+def add_arguments(
+    command: argparse.ArgumentParser, cls: type, positional: Container[str] = (),
+    without: Container[str] = (),
+) -> None:  # fmt: skip
+    """Add ``--name-with-dashes`` for each field of a dataclass but those in ``without``.
+
+    ``NAME: `` before the help of a field is its metavar; ``settings`` are always positional.
+    """
+    about, hints = described(cls), typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        if field.name in without:
+            continue
+        hint, default = hints[field.name], field.default
+        parts = typing.get_args(hint)
+        kind = parts[0] if type(None) in parts else hint
+        prefix = re.match(r"([\w.]*[A-Z][A-Z,=]*): ", about[field.name])
+        text = about[field.name].removeprefix(prefix[0] if prefix else "")
+        words: dict[str, Any] = {"metavar": prefix[1]} if prefix else {}
+        flag = "--" + field.name.replace("_", "-")
+        if field.name == "settings":
+            words = {"nargs": "*", "metavar": "[CONFIG] KEY=VALUE", **words}
+        elif kind is bool:
+            flag = flag.replace("--", "--no-") if default is True else flag
+            words["action"] = "store_false" if default is True else "store_true"
+        elif typing.get_origin(kind) in (list, tuple):
+            words |= {"action": "append", "default": []}
+        else:
+            choices = typing.get_args(kind)
+            words |= {"choices": choices} if choices else {"type": kind}
+            words["default"] = None if default is dataclasses.MISSING else default
+            text += f" ({words['default']})" if words["default"] else ""
+        words["help"] = text.replace("``", "").replace("%", "%%")
+        if field.name == "settings" or field.name in positional:
+            command.add_argument(field.name, **words)
+        else:
+            required = default is dataclasses.MISSING and hint is str
+            command.add_argument(flag, dest=field.name, required=required, **words)
