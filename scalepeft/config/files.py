@@ -22,7 +22,7 @@ from scalepeft.config.schema import (
 )
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError, nearest, unknown
-from scalepeft.core.fields import _field_names
+from scalepeft.core.fields import field_names
 
 
 def config_first(settings: list[str]) -> tuple[str | None, list[str]]:
@@ -280,7 +280,7 @@ def _check_name(section: str, below: Any, keys: dict[str, Any]) -> None:
     default, wanted = NAMED[section][2], keys.get("name")
     if not wanted or not isinstance(below, dict) or below.get("name", default) == wanted:
         return
-    allowed = _field_names(config_class(section, str(wanted)))
+    allowed = field_names(config_class(section, str(wanted)))
     if foreign := sorted(key for key in below if key not in allowed and key not in keys):
         listed = ", ".join(f"{section}.{key}" for key in foreign)
         raise UserError(

@@ -40,7 +40,7 @@ def marks_of(cls: type) -> dict[str, frozenset[Decides]]:
     hints = get_type_hints(cls, include_extras=True)
     return {
         name: frozenset(m for m in _metadata(hints[name]) if isinstance(m, Decides)) or default
-        for name in _field_names(cls)
+        for name in field_names(cls)
     }
 
 
@@ -53,18 +53,18 @@ def _metadata(hint: Any) -> tuple[Any, ...]:
     return getattr(hint, "__metadata__", ())
 
 
-def _field_names(cls: type) -> list[str]:
+def field_names(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
 
 
 def _build(cls: type, values: dict[str, Any], section: str) -> Any:
     for key in values:
-        if key not in _field_names(cls):
+        if key not in field_names(cls):
             name = f" of {values['name']}" if "name" in values else ""
             raise UserError(
                 f"{section}.{key}={values[key]}: no such"
-                f" key{name}.{nearest(str(key), _field_names(cls))} Allowed:"
-                f" {', '.join(_field_names(cls))}"
+                f" key{name}.{nearest(str(key), field_names(cls))} Allowed:"
+                f" {', '.join(field_names(cls))}"
             )
     try:
         built = cls(**values)

@@ -542,7 +542,9 @@ def test_the_reference_is_that_of_the_docs() -> None:
     described = re.findall(r"^\| `[\w.]+` \|.*\|  \|$", page, re.M)
     assert described == [], "keys without a line under Attributes:"
     assert "| `train.keep_checkpoints` | int >= 2 | `2` |" in page
-    assert "| `train.max_steps` | int or null >= 1 | `null` |" in page
+    assert "| `train.max_steps` | int >= 1 or null | `null` |" in page
+    assert "| `train.seed` | int >= 0, < 2147483648 | `0` |" in page
+    assert '| `adapter.layers` | `all` or list of int | `"all"` |' in page
 
 
 def test_the_config_command(capsys: pytest.CaptureFixture[str]) -> None:
