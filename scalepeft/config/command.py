@@ -59,15 +59,14 @@ def reference_page(section: str | None = None) -> str:
 
 
 def _table(section: str, title: str, cls: type, without: Sequence[str] = ()) -> list[str]:
-    about, decided = described(cls), marks_of(cls)
-    types = TypeAdapter(cls).json_schema()["properties"]
+    about, types = described(cls), TypeAdapter(cls).json_schema()["properties"]
+    decided = {k: ", ".join(sorted(m.name.lower() for m in v)) for k, v in marks_of(cls).items()}
     rows = [
-        [f"`{section}.{name}`", _type(types[name]), _default(cls, name)]
-        + [", ".join(sorted(m.name.lower() for m in decided[name])), about.get(name, "")]
-        for name in field_names(cls)
-        if name not in without
+        (f"`{section}.{k}`", _type(types[k]), _default(cls, k), decided[k], about.get(k, ""))
+        for k in field_names(cls)
+        if k not in without
     ]
-    cells = [["key", "type", "default", "decides", "meaning"], ["---"] * 5, *rows]
+    cells = [("key", "type", "default", "decides", "meaning"), ("---",) * 5, *rows]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
     return ["", f"## {title}", "", *(lines if rows else ["No keys of its own."])]
 

@@ -54,6 +54,7 @@ def _metadata(hint: Any) -> tuple[Any, ...]:
 
 
 def field_names(cls: type) -> list[str]:
+    """Names of a dataclass's fields."""
     return [f.name for f in dataclasses.fields(cls)]
 
 
