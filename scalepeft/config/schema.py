@@ -218,17 +218,22 @@ def use_extensions(folder: Any) -> str | None:
     return str(Path(folder).resolve())
 
 
+def check_sections(values: dict[str, Any], where: str = "") -> None:
+    """Raise UserError, after ``where``, if a section is none of ours or holds no keys."""
+    for section, value in values.items():
+        if section not in (*SECTIONS, *TOP):
+            near = nearest(str(section), SECTIONS)
+            raise UserError(f"{where}no section '{section}'.{near} Allowed: {', '.join(SECTIONS)}")
+        if section not in TOP and not isinstance(value or {}, dict):
+            raise UserError(
+                f"{where}{section} is a section, not {value!r}: set keys of it, {section}.KEY=VALUE"
+            )
+
+
 def from_dict(values: dict[str, Any]) -> RunConfig:
     """Builds the typed config from nested mappings (``config.yaml``, or merged files)."""
     values = renamed(values)
-    for section in values:
-        if section not in (*SECTIONS, *TOP):
-            raise UserError(
-                f"no section '{section}'.{nearest(str(section), SECTIONS)} Allowed:"
-                f" {', '.join(SECTIONS)}"
-            )
-        if section not in TOP and not isinstance(values[section] or {}, dict):
-            raise UserError(f"{section}: expected keys under it, not {values[section]!r}")
+    check_sections(values)
     if not values.get("run_dir"):
         raise UserError(
             "run_dir is not set: add run_dir=runs/NAME, the folder for checkpoints and results"

@@ -60,7 +60,9 @@ def read_mapping(file: Path, parse: Callable[[str], object], remedy: str) -> dic
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; {remedy}") from None
     except Exception as error:  # every parser has its own
-        raise UserError(f"{file}: cannot be read: {error}; {remedy}") from None
+        raise UserError(
+            f"{file}: cannot be read: {' '.join(str(error).split())}; {remedy}"
+        ) from None
     if not isinstance(values, dict):
         raise UserError(
             f"{file}: must hold keys with values, not {type(values).__name__}; {remedy}"

@@ -203,7 +203,7 @@ def test_an_unknown_shipped_section_file_is_named_with_its_neighbour(shipped: Pa
         ("train: {lr: .inf}", ["train.lr=inf", "finite number"]),
         ("train: {warmup_steps: true}", ["train.warmup_steps=true", "number"]),
         ("- train", ["run.yaml", "mapping", "list"]),
-        ("train: {lr: 1", ["run.yaml", "not valid YAML", "line 1"]),
+        ("train: {lr: 1", ["run.yaml: cannot be read", "line 1"]),
         ("train: {lr: 1}\ntrain: {seed: 1}", ["run.yaml", "duplicate key train", "line 2"]),
         ("train:\n  lr: 1\n  lr: 2", ["run.yaml", "duplicate key lr", "line 3"]),
         ("include: nowhere", ["run.yaml", "'nowhere'", "no such file"]),
@@ -219,7 +219,7 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str, parts: list[str]) -> Non
 def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(b"run_dir: \xff\xfe")
-    assert "run.yaml: not valid YAML" in error(path=path)
+    assert "run.yaml: cannot be read" in error(path=path)
 
 
 def test_a_cycle_over_two_files_is_named_and_a_diamond_is_none(tmp_path: Path) -> None:
