@@ -11,7 +11,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from scalepeft.config.schema import NAMED, PLAIN, TOP, RunConfig, config_class, to_dict
+from scalepeft.config.schema import NAMED, PLAIN, TOP, RunConfig, config_class, flatten, to_dict
 from scalepeft.core import registry
 from scalepeft.core.fields import Decides, marks_of
 
@@ -104,17 +104,6 @@ def decides_rows(key: str) -> bool:
 def matches_key(key: str, listed: tuple[str, ...]) -> bool:
     """True if ``key`` is listed, or its section is (``engine.``)."""
     return any(key == entry or (entry.endswith(".") and key.startswith(entry)) for entry in listed)
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """(dotted key, value) of nested mappings."""
-    flat: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat += flatten(value, f"{prefix}{key}.")
-        else:
-            flat.append((f"{prefix}{key}", value))
-    return flat
 
 
 def _of(key: str) -> frozenset[Decides]:
