@@ -66,11 +66,11 @@ class Options:
     job_file: str
     settings: list[str]
     sweep: list[str]
-    throttle: int
-    then: Literal["evaluate"] | None
     sbatch: list[str]
-    resume_with_changes: bool
-    dry_run: bool
+    throttle: int = 0
+    then: Literal["evaluate"] | None = None
+    resume_with_changes: bool = False
+    dry_run: bool = False
     gpu: str | None = None
     plan: bool = True
     pipeline: bool = False

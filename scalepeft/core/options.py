@@ -52,27 +52,26 @@ def add_arguments(
         if field.name in without:
             continue
         hint, default = hints[field.name], field.default
-        parts = typing.get_args(hint)
-        kind = parts[0] if type(None) in parts else hint
-        prefix = re.match(r"([\w.]*[A-Z][A-Z,=]*): ", about[field.name])
-        text = about[field.name].removeprefix(prefix[0] if prefix else "")
-        words: dict[str, Any] = {"metavar": prefix[1]} if prefix else {}
-        flag = "--" + field.name.replace("_", "-")
+        inside, unset = typing.get_args(hint), default is dataclasses.MISSING
+        kind = inside[0] if type(None) in inside else hint
+        metavar = re.match(r"([\w.]*[A-Z][A-Z,=]*): ", about[field.name])
+        text = about[field.name].removeprefix(metavar[0] if metavar else "")
+        words: dict[str, Any] = {"metavar": metavar[1]} if metavar else {}
+        name = "--" + field.name.replace("_", "-")
         if field.name == "settings":
-            words = {"nargs": "*", "metavar": "[CONFIG] KEY=VALUE", **words}
+            name, words = "settings", {"nargs": "*", "metavar": "[CONFIG] KEY=VALUE", **words}
         elif kind is bool:
-            flag = flag.replace("--", "--no-") if default is True else flag
-            words["action"] = "store_false" if default is True else "store_true"
+            name = name.replace("--", "--no-") if default is True else name
+            words |= {"dest": field.name, "action": f"store_{default is not True}".lower()}
         elif typing.get_origin(kind) in (list, tuple):
             words |= {"action": "append", "default": []}
         else:
             choices = typing.get_args(kind)
             words |= {"choices": choices} if choices else {"type": kind}
-            words["default"] = None if default is dataclasses.MISSING else default
-            text += f" ({words['default']})" if words["default"] else ""
-        words["help"] = text.replace("``", "").replace("%", "%%")
-        if field.name == "settings" or field.name in positional:
-            command.add_argument(field.name, **words)
-        else:
-            required = default is dataclasses.MISSING and hint is str
-            command.add_argument(flag, dest=field.name, required=required, **words)
+            words["default"] = None if unset else default
+            text += f" ({default})" if words["default"] else ""
+            if field.name in positional:
+                name = field.name
+            else:
+                words["required"] = unset and kind is hint
+        command.add_argument(name, help=text.replace("``", "").replace("%", "%%"), **words)
