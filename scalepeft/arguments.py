@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from scalepeft import __version__
 from scalepeft.core import options
+from scalepeft.core.log import say
 from scalepeft.core.preemption import USER_ERROR
 
 STAGES = ("prepare", "train", "merge", "evaluate", "report")
@@ -18,18 +19,16 @@ exit codes: 0 finished; 75 stopped by SIGTERM, SIGINT or SIGUSR1 and saved, run 
 """
 TRAIN = """\
 Trains an adapter. On a folder that holds a run it resumes at the newest checkpoint that verifies.
+SECTION=NAME takes a whole file of configs/, SECTION.KEY=VALUE sets one key; the last one wins.
 
   scalepeft train configs/runs/commonsense_hoft.yaml model.path=DIR_OR_HUB_ID data.train=FILES
   scalepeft train model=tiny data=toy adapter.rank=8 train.max_steps=50 run_dir=runs/try
   torchrun --nproc-per-node 8 -m scalepeft train CONFIG engine.name=fsdp2
-
-SECTION=NAME takes a whole file of configs/, SECTION.KEY=VALUE sets one key; the last one wins.
 """
 REPORT = """\
 Prints a table and writes report.html (one file, no network), report.md and its plots in report/:
 into RUN_DIR, for several runs into ./report, or where --out says. Of one run RUN_DIR/loss.png too.
 
-  scalepeft report runs/commonsense_hoft
   scalepeft report runs/hoft runs/lora runs/dora --out comparison
 """
 MERGE = """\
@@ -37,7 +36,7 @@ Writes OUT, tensor by tensor: no more memory than the largest tensor needs. A me
 bias gives the model one where its architecture has a switch for it. Prints the error of the merged
 model's logits against the adapted model's.
 
-  scalepeft merge runs/commonsense_hoft merged --base original
+  scalepeft merge runs/commonsense_hoft merged --base-weights original
 """
 PIPELINE = """\
 Does the stages prepare, train, merge, evaluate and report of a run in RUN_DIR. What is done for the
@@ -51,7 +50,6 @@ changed input is done again (the old results are moved to RUN_DIR/replaced-N).
 SCORE = """\
 Scores predictions with the code that evaluate uses: line by line, or by id where objects have one.
 
-  scalepeft score --task commonsense --predictions out.jsonl --references ARC-Easy/test.json
   scalepeft score --task math --predictions out.txt --references gsm8k/test.jsonl
   scalepeft score --task translation --predictions system.en --references ref.en \\
       data.source_language=de data.target_language=en
@@ -61,7 +59,7 @@ EXPORT = """\
 --format lora   a LoRA that is exactly the adapter (hoft: of rank 2r), for any LoRA server
 """
 BENCH = """\
-Times forward, backward and optimiser of every method, of HF PEFT's and of the frozen base alone,
+Times forward, backward and optimizer of every method, of HF PEFT's and of the frozen base alone,
 taking turns in one process, and counts bytes saved for backward and peak memory.
 
   scalepeft bench model --shape small --tokens 2048 --out bench
@@ -70,8 +68,6 @@ taking turns in one process, and counts bytes saved for backward and peak memory
 bench gpu tries a machine with one GPU: exact bytes and gradients, training of an 8B shape against
 the plan, kills and resumes. It takes --out (gpu-bench), --seconds, --only and --tiny alone, writes
 gpu.json after each section and gpu.md, and ends with 1 if something is a fault.
-
-  scalepeft bench gpu --seconds 500 --out gpu-bench
 """
 COMPARE = """\
 Trains every method on the same rows, batches and budget: a sweep of rates of equal size under one
@@ -80,7 +76,6 @@ held-out loss with 95 % intervals, difference to the reference under the same se
 time, memory. Each cell is an ordinary run in OUT/cells; what is done is never run again.
 
   scalepeft compare CONFIG model.path=DIR data.train=FILES --methods hoft,shoft,lora --out OUT
-  scalepeft compare CONFIG ... --budget steps --lrs 1e-4,3e-4,1e-3 --seeds 5 --out OUT
   scalepeft compare --out OUT            goes on with what is there, or prints it again
 """
 DOCTOR = """\
@@ -89,29 +84,24 @@ the list of what to fix: versions, devices, links between the ranks, bytes throu
 the base, and the file system of the run folder. Trains nothing and leaves nothing behind.
 
   scalepeft doctor configs/runs/commonsense_hoft.yaml model.path=DIR run_dir=runs/x
-  srun python -m scalepeft doctor CONFIG engine=fsdp2 KEY=VALUE ...
   SCALEPEFT_COMMAND=doctor sbatch slurm/hoft_llama70b.sh        the job's own nodes and settings
 """
 PLAN = """\
 What a training needs, from its config alone: memory of a rank by kind, bytes read, collectives,
 checkpoint, and the grace period for Slurm's --signal; the smallest number of GPUs that fits, and
-what to change if it does not. CONFIG and settings are those of scalepeft train.
+what to change if it does not.
 
-  scalepeft plan configs/runs/commonsense_hoft.yaml model=llama-3.1-70b engine=fsdp2 \\
-      --nodes 2 --gpus-per-node 8 --gpu H100 --plot plan.png
+  scalepeft plan CONFIG model=llama-3.1-70b engine=fsdp2 --nodes 2 --gpus-per-node 8 --gpu H100
 """
 SUBMIT = """\
 Checks config, data and run folder, plans the run (does it fit, does --signal leave time to save),
-keeps the code and the resolved config in RUN_DIR/submissions, and queues JOB_FILE with sbatch. What
-follows JOB_FILE is laid over its settings.
+keeps the code and the resolved config in RUN_DIR/submissions, and queues JOB_FILE with sbatch.
+JOB_FILE itself is run as far as slurm/train.sh, to learn its settings: keep slow lines out of it.
 
   launch/submit slurm/hoft_llama70b.sh model.path=DIR --sbatch time=12:00:00
   launch/submit slurm/hoft_llama70b.sh --sweep train.lr=1e-4,3e-4 --throttle 1 --dry-run
-  launch/submit slurm/hoft_llama70b.sh data.test=FILES --then evaluate
   launch/submit slurm/hoft_llama70b.sh data.test=FILES --pipeline --cpu-sbatch partition=cpu
   launch/submit slurm/hoft_llama70b.sh run_dir=runs/all --compare methods=hoft,lora,goft
-
-JOB_FILE itself is run as far as slurm/train.sh, to learn its settings: keep slow lines out of it.
 """
 BENCH_FLAGS = "shape methods rank tokens precision quant device repeats".split()
 GPU_FLAGS = "seconds only tiny".split()
@@ -140,7 +130,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line, as for every other mistake."""
-        print(f"scalepeft: error: {message}; see {self.prog} --help", file=sys.stderr)
+        say(f"error: {message}; see {self.prog} --help")
         sys.exit(USER_ERROR)
 
 
@@ -188,14 +178,9 @@ def _written_here(commands: dict[str, Parser]) -> None:
     which.add_argument("--until", choices=STAGES, help="end after this one")
     add("pipeline", "--from", "do this one and those after it again", dest="first", choices=STAGES)
     add("report", "--out", "where the report goes", metavar="FOLDER")
-    add(
-        "merge",
-        "--base-weights --base",
-        "merge into the weights of the files, or into what the adapter saw in training",
-        dest="base",
-        choices=("original", "dequantized"),
-        default="original",
-    )
+    weights: dict[str, Any] = {"dest": "base", "choices": ("original", "dequantized")}
+    what = "merge into the weights of the files, or into what the adapter saw in training"
+    add("merge", "--base-weights --base", what, default="original", **weights)
     dtypes = ("base", "fp32", "bf16")
     add("merge", "--dtype", "of the merged weights", choices=dtypes, default="base")
     add("export", "--format", "see above", choices=("peft", "lora"), required=True)
@@ -215,18 +200,14 @@ def _written_here(commands: dict[str, Parser]) -> None:
 
 def parse(argv: list[str] | None, doc: str | None) -> argparse.Namespace:
     """Parse; flags may stand anywhere between settings, which argparse alone does not allow."""
-    shape = argparse.RawDescriptionHelpFormatter
-    made = Parser("scalepeft", description=doc, epilog=EPILOG, formatter_class=shape)
+    look: dict[str, Any] = {
+        "epilog": EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }  # fmt: skip
+    made = Parser("scalepeft", description=doc, **look)
     made.add_argument("--version", action="version", version=f"scalepeft {__version__}")
     adding = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands = {
-        name: adding.add_parser(
-            name,
-            help=help,
-            description=text,
-            epilog=EPILOG if name in STOPPABLE else None,
-            formatter_class=shape,
-        )
+        name: adding.add_parser(name, help=help, description=text, **look)
         for name, (help, text) in COMMANDS.items()
     }
     _from_options(commands)

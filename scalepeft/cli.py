@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _run(args, stop)
     except KeyboardInterrupt:
-        print("scalepeft: interrupted; no partial files left", file=sys.stderr)
+        say("interrupted; no partial files left")
         return INTERRUPTED
     except Exception as error:
         code = _explain(error, args.debug)
@@ -47,8 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             signal.signal(signal.SIGTERM, before)
     if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1:
-        # Other ranks may be gone: an orderly shutdown of the process group could wait for them
-        # forever.
+        # Other ranks may be gone: an orderly shutdown of the group could wait for them forever.
         sys.stdout.flush()
         sys.stderr.flush()
         if code == USER_ERROR:
@@ -119,17 +118,13 @@ def _explain(error: Exception, debug: bool) -> int:
     from scalepeft.run.lease import Superseded
 
     if isinstance(error, Superseded):
-        print(f"scalepeft: stopped: {error}", file=sys.stderr)
+        say(f"stopped: {error}")
         return BROKEN
+    if debug or not isinstance(error, UserError):
+        traceback.print_exc()
     if not isinstance(error, UserError):
-        traceback.print_exc()
-        print(
-            f"scalepeft: failed on rank {rank()}: {type(error).__name__}: {error}", file=sys.stderr
-        )
+        say(f"failed on rank {rank()}: {type(error).__name__}: {error}")
         return BROKEN
-    if debug:
-        traceback.print_exc()
-    # User errors are agreed between the ranks, so one line is enough.
-    if rank() == 0:
-        print(f"scalepeft: error: {' '.join(str(error).split())}", file=sys.stderr)
+    if rank() == 0:  # user errors are agreed between the ranks, so one line is enough
+        say(f"error: {' '.join(str(error).split())}")
     return USER_ERROR
