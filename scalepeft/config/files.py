@@ -16,7 +16,6 @@ from scalepeft.config.schema import (
     TOP,
     RunConfig,
     check_sections,
-    config_class,
     from_dict,
     renamed,
     renamed_key,
@@ -24,7 +23,6 @@ from scalepeft.config.schema import (
 )
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError, nearest, unknown
-from scalepeft.core.fields import field_names
 from scalepeft.core.files import read_mapping
 
 FOLDERS = {"adapter": "adapters", "engine": "engines", "model": "models", "data": "tasks"}
@@ -192,8 +190,6 @@ def _apply(values: dict[str, Any], overrides: list[str], notes: list[str]) -> di
             ]
             keys.pop(section, None)  # no path or rank of another survives
             values = _merge({k: v for k, v in values.items() if k != section}, named)
-    for section, (_, _, default, _) in NAMED.items():
-        _check_name(section, default, values.get(section) or {}, keys.get(section, {}))
     train, below = keys.get("train", {}), values.get("train") or {}
     for key, other in (("max_steps", "epochs"), ("epochs", "max_steps")):
         if train.get(key) is not None and other not in train and below.get(other) is not None:
@@ -229,16 +225,3 @@ def _value(text: str) -> Any:
     if not isinstance(value, str | bool | list | None) and str(value) != text:
         return text  # {instruction} is no mapping, revision 0123 no octal number
     return value
-
-
-def _check_name(section: str, default: str, below: dict[str, Any], keys: dict[str, Any]) -> None:
-    """Raise UserError if another ``name`` is set over a section whose keys it does not have."""
-    was, name = below.get("name", default), str(keys.get("name"))
-    if "name" not in keys or was == name:
-        return
-    known = {*field_names(config_class(section, name)), *keys}
-    if foreign := ", ".join(f"{section}.{key}" for key in sorted(below.keys() - known)):
-        raise UserError(
-            f"{section}.name={name}: the config sets {foreign} of {was}, which {name} does not"
-            f" have; {section}={name} replaces the whole section"
-        )

@@ -4,6 +4,7 @@ mistake.
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
 from pathlib import Path
@@ -203,6 +204,14 @@ def config_class(section: str, name: str) -> type:
     """Return the config dataclass of a section whose ``name`` picks it."""
     package, kind, _, base = NAMED[section]
     return registry.find_class(package, name, kind, base)
+
+
+def every_class() -> Iterator[tuple[str, type]]:
+    """Section and config dataclass: of the plain sections, of every adapter, engine and task."""
+    yield from PLAIN.items()
+    for section, (package, *_) in NAMED.items():
+        for name in registry.available(package):
+            yield section, config_class(section, name)
 
 
 def use_extensions(folder: Any) -> str | None:

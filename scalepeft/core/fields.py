@@ -58,10 +58,11 @@ def field_names(cls: type) -> list[str]:
 def _build(cls: type, values: dict[str, Any], section: str) -> Any:
     names = field_names(cls)
     if key := next((key for key in values if key not in names), None):
-        name = f" of {values['name']}" if "name" in values else ""
+        name, near = values.get("name"), nearest(str(key), names)
         raise UserError(
-            f"{section}.{key}={values[key]}: no such key{name}.{nearest(str(key), names)} Allowed:"
-            f" {', '.join(names)}"
+            f"{section}.{key}={values[key]}: no such key{f' of {name}' if name else ''}.{near}"
+            f" Allowed: {', '.join(names)}"
+            + (f"; {section}={name} replaces the whole section" if name and not near else "")
         )
     try:
         built = cls(**values)
