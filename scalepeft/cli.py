@@ -64,25 +64,27 @@ CALLS: dict[str, tuple[str, Callable[[Any, argparse.Namespace, StopFlag], Any]]]
         lambda m, a, stop: m.run(_load(a), m.Options(a.first, a.until, a.stage), stop),
     ),
     "evaluate": ("eval.evaluate", lambda m, a, stop: m.run(a.run_dir, a.settings, a.kind, stop)),
-    "compare": ("analysis.compare.command", lambda m, a, stop: m.run(_options(m, a), stop)),
-    "score": ("eval.score_files", lambda m, a, _: m.run(_options(m, a))),
+    "compare": (
+        "analysis.compare.command", lambda m, a, stop: m.run(m.Options(**_values(m, a)), stop)
+    ),
+    "score": ("eval.score_files", lambda m, a, _: m.run(m.Options(**_values(m, a)))),
     "report": ("analysis.report.command", lambda m, a, _: m.run(a.run_dirs, a.out)),
     "merge": ("export.merge", lambda m, a, _: m.run(a.run_dir, a.out, a.settings, a.base, a.dtype)),
     "export": ("export.peft", lambda m, a, _: m.run(a.run_dir, a.out, a.settings, a.format)),
     "methods": ("analysis.methods", lambda m, a, _: m.run(a.model, a.json)),
-    "bench": ("analysis.bench.command", lambda m, a, _: m.run(_options(m, a))),
+    "bench": ("analysis.bench.command", lambda m, a, _: m.run(m.Options(**_values(m, a)))),
     "bench gpu": (
         "analysis.bench.gpu.command", lambda m, a, _: m.run(a.out, a.seconds, a.only, a.tiny)
     ),
     "config": ("config.command", lambda m, a, _: m.run(a.settings, a.reference)),
-    "doctor": ("cluster.doctor.command", lambda m, a, _: m.run(_options(m, a))),
+    "doctor": ("cluster.doctor.command", lambda m, a, _: m.run(m.Options(**_values(m, a)))),
     "plan": (
         "cluster.plan.command",
         lambda m, a, _: m.run(
-            a.settings, _options(m, a, disk=a.disk_gbps * 1e9), a.json, a.plot
+            a.settings, m.Options(**_values(m, a), disk=a.disk_gbps * 1e9), a.json, a.plot
         ),
     ),
-    "submit": ("cluster.submit", lambda m, a, _: m.run(_options(m, a))),
+    "submit": ("cluster.submit", lambda m, a, _: m.run(m.Options(**_values(m, a)))),
     "status": ("cluster.status", lambda m, a, _: m.run(a.run_dirs, a.json)),
 }  # fmt: skip
 
@@ -103,14 +105,13 @@ def _load(args: argparse.Namespace) -> "RunConfig":
     return config
 
 
-def _options(module: Any, args: argparse.Namespace, **more: Any) -> Any:
-    """The module's ``Options`` of the command line; what is None there has its default."""
-    values = {
+def _values(module: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """What the module's ``Options`` take of the command line; None there means their default."""
+    return {
         field.name: getattr(args, field.name)
         for field in dataclasses.fields(module.Options)
         if getattr(args, field.name, None) is not None or field.default is dataclasses.MISSING
     }
-    return module.Options(**values, **more)
 
 
 def _explain(error: Exception, debug: bool) -> int:

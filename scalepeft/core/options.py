@@ -9,7 +9,9 @@ import typing
 from collections.abc import Container
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from scalepeft.core import fields
 
 
 def described(cls: type) -> dict[str, str]:
@@ -33,7 +35,7 @@ def declared(module: str) -> type:
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
     cls = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Options")
     cls.body = [part for part in cls.body if not isinstance(part, ast.FunctionDef)]
-    names: dict[str, Any] = {**vars(typing), **vars(dataclasses), "__name__": __name__}
+    names: dict[str, Any] = {**vars(typing), **vars(fields), **vars(dataclasses)}
     exec(compile(ast.Module([cls], []), spec.origin, "exec"), names)
     made: type = names["Options"]
     return made
@@ -47,13 +49,17 @@ def add_arguments(
 
     ``NAME: `` before the help of a field is its metavar; ``settings`` are always positional.
     """
-    about, hints = described(cls), typing.get_type_hints(cls)
+    about, hints = described(cls), typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
         if field.name in without:
             continue
         hint, default = hints[field.name], field.default
         inside, unset = typing.get_args(hint), default is dataclasses.MISSING
         kind = inside[0] if type(None) in inside else hint
+        optional = kind is not hint
+        if typing.get_origin(kind) is Annotated:  # a list is one text, which its validator splits
+            kind = typing.get_args(kind)[0]
+            kind = str if typing.get_origin(kind) is list else kind
         metavar = re.match(r"([\w.]*[A-Z][A-Z,=]*): ", about[field.name])
         text = about[field.name].removeprefix(metavar[0] if metavar else "")
         words: dict[str, Any] = {"metavar": metavar[1]} if metavar else {}
@@ -73,5 +79,5 @@ def add_arguments(
             if field.name in positional:
                 name = field.name
             else:
-                words["required"] = unset and kind is hint
+                words["required"] = unset and not optional
         command.add_argument(name, help=text.replace("``", "").replace("%", "%%"), **words)

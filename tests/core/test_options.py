@@ -9,6 +9,7 @@ from typing import Literal
 import pytest
 
 from scalepeft.core import options
+from scalepeft.core.fields import NameList, Positive
 
 
 @dataclass
@@ -25,6 +26,8 @@ class Sample:
         several: A,B: may be repeated
         quick: be quick
         look: do not look
+        names: A,B: some
+        count: more than 0
         inner: no argument
     """
 
@@ -36,6 +39,8 @@ class Sample:
     several: tuple[str, ...] = ()
     quick: bool = False
     look: bool = True
+    names: NameList | None = None
+    count: Positive = 2
     inner: int = 5
 
 
@@ -49,11 +54,12 @@ def parser() -> argparse.ArgumentParser:
 def test_values_have_the_types_and_defaults_of_the_fields(parser: argparse.ArgumentParser) -> None:
     assert vars(parser.parse_args(["x", "--needed", "y"])) == {
         "what": "x", "settings": [], "needed": "y", "absent": None, "a_number": 3, "several": [],
-        "quick": False, "look": True,
+        "quick": False, "look": True, "names": None, "count": 2,
     }  # fmt: skip
     words = "x a=1 b=2 --needed y --absent two --a-number 4 --several p --several q --quick"
-    made = Sample(**vars(parser.parse_args([*words.split(), "--no-look"])))
-    assert made == Sample("x", ["a=1", "b=2"], "y", "two", 4, ["p", "q"], True, False)  # type: ignore[arg-type]
+    words += " --no-look --names r,s --count 5"
+    made = Sample(**vars(parser.parse_args(words.split())))
+    assert made == Sample("x", ["a=1", "b=2"], "y", "two", 4, ["p", "q"], True, False, "r,s", 5)  # type: ignore[arg-type]
 
 
 def test_help_is_the_docstrings(parser: argparse.ArgumentParser) -> None:
