@@ -82,7 +82,9 @@ def test_wrong_calls(tmp_path: Path) -> None:
 def test_flags_may_stand_between_settings(tmp_path: Path) -> None:
     line = wrong(*BASE, "--resume-with-changes", f"run_dir={tmp_path}/run", "train.lr=x")
     assert "train.lr='x'" in line
-    assert "unrecognized arguments: --nonsense" in wrong("train", "--nonsense", "run_dir=x")
+    line = wrong("train", "--nonsense", "run_dir=x")
+    assert "unrecognized arguments: --nonsense; see scalepeft train --help" in line
+    assert "see scalepeft evaluate --help" in wrong("evaluate")
 
 
 def test_a_setting_beyond_the_end_of_the_epochs_is_refused(tmp_path: Path) -> None:
@@ -150,7 +152,7 @@ def test_wrong_tokenizer(shared_data: Path, tmp_path: Path) -> None:
 
 
 def test_help_and_version_need_no_torch() -> None:
-    for arguments in (["--help"], ["train", "--help"], ["evaluate", "--help"], ["--version"]):
+    for arguments in (["--help"], ["train", "--help"], ["submit", "--help"], ["--version"]):
         begin = time.monotonic()
         done = call(*arguments)
         assert done.returncode == 0 and done.stdout

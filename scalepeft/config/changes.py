@@ -1,17 +1,10 @@
-"""What a change of a setting means, derived from the marks of the fields (``core.fields.Decides``).
-
-* ``marks()``: dotted key -> its marks, over every section and every adapter, engine and task.
-* ``deciding(config, *marks, but=())``: the dotted keys with one of these marks, and their values.
-* ``differences(old, new)``, ``is_harmless(key)``: resume; ``is_free(key)``: never compared there.
-* ``for_evaluation()``, ``for_export()``: keys that ``run.folder.load_run`` lets through.
-* ``decides_rows(key)``: two runs are trained and measured on the same rows where these agree.
-"""
+"""What a change of a setting means, derived from the marks of its field (``core.fields``)."""
 
 import functools
 from pathlib import Path
 from typing import Any
 
-from scalepeft.config.schema import NAMED, PLAIN, TOP, RunConfig, config_class, to_dict
+from scalepeft.config.schema import TOP, RunConfig, every_class, flatten, to_dict
 from scalepeft.core import registry
 from scalepeft.core.fields import Decides, marks_of
 
@@ -28,10 +21,7 @@ def marks() -> dict[str, frozenset[Decides]]:
 @functools.cache
 def _marks(_extensions: tuple[Path, ...]) -> dict[str, frozenset[Decides]]:
     found = {key: frozenset({Decides.NOTHING}) for key in TOP}
-    classes = list(PLAIN.items())
-    for section, (package, *_) in NAMED.items():
-        classes += [(section, config_class(section, name)) for name in registry.available(package)]
-    for section, cls in classes:
+    for section, cls in every_class():
         for name, decided in marks_of(cls).items():
             key = f"{section}.{name}"
             found[key] = found.get(key, frozenset()) | decided
@@ -48,9 +38,7 @@ def deciding(config: RunConfig, *wanted: Decides, but: tuple[Decides, ...] = ())
 
 
 def is_free(key: str) -> bool:
-    """True if a run may be resumed under another value without a word: it concerns evaluations
-    alone, or nothing.
-    """
+    """True if a run may be resumed under another value without a word: no training sees it."""
     # Files alone are those trained on; with PREDICTIONS beside it they are the test's.
     return _of(key) - EVALUATED <= {Decides.NOTHING, Decides.FILES} and _of(key) != {Decides.FILES}
 
@@ -61,31 +49,22 @@ def is_harmless(key: str) -> bool:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return dotted key -> (old, new) for every key that differs, without those that are free to
-    change.
-    """
-    flat_old, flat_new = (dict(flatten(d)) for d in (old, new))
-    keys = sorted(flat_old.keys() | flat_new.keys())
+    """Return dotted key -> (old, new) for every key that differs and is not free to change."""
+    was, now = dict(flatten(old)), dict(flatten(new))
     return {
-        key: (flat_old.get(key), flat_new.get(key))
-        for key in keys
-        if flat_old.get(key) != flat_new.get(key) and not is_free(key)
+        key: (was.get(key), now.get(key))
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key) and not is_free(key)
     }
 
 
 @functools.cache
 def for_evaluation() -> tuple[str, ...]:
-    """What ``scalepeft evaluate`` may change of a trained run; an entry with a final dot is a
-    section.
-    """
+    """What ``evaluate`` may change of a trained run; an entry with a final dot is a section."""
+    sections, data = ("evaluate.", "engine."), {Decides.ROWS, Decides.TOKENS}
     wanted = EVALUATED | {Decides.PLACE}
-    rest = [
-        key
-        for key, decided in marks().items()
-        if decided & wanted and not decided & {Decides.ROWS, Decides.TOKENS}
-    ]
-    sections = ("evaluate.", "engine.")
-    return (*sections, "engine", *(key for key in rest if not key.startswith(sections)))
+    keys = [key for key, decided in marks().items() if decided & wanted and not decided & data]
+    return (*sections, "engine", *(key for key in keys if not key.startswith(sections)))
 
 
 @functools.cache
@@ -104,17 +83,6 @@ def decides_rows(key: str) -> bool:
 def matches_key(key: str, listed: tuple[str, ...]) -> bool:
     """True if ``key`` is listed, or its section is (``engine.``)."""
     return any(key == entry or (entry.endswith(".") and key.startswith(entry)) for entry in listed)
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """(dotted key, value) of nested mappings."""
-    flat: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat += flatten(value, f"{prefix}{key}.")
-        else:
-            flat.append((f"{prefix}{key}", value))
-    return flat
 
 
 def _of(key: str) -> frozenset[Decides]:

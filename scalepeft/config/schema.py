@@ -4,6 +4,7 @@ mistake.
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
 from pathlib import Path
@@ -33,10 +34,10 @@ from scalepeft.parallel.base import EngineConfig
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
-    """The optimisation.
+    """The optimization.
 
     Attributes:
-        max_steps: optimiser steps; or give ``epochs``.
+        max_steps: optimizer steps; or give ``epochs``.
         epochs: passes over the training data, a fraction allowed.
         global_batch: rows a step over all ranks; fixed for the life of a run.
         micro_batch: rows a forward on one rank, at most.
@@ -52,7 +53,7 @@ class TrainConfig:
         max_nonfinite: a step whose loss or gradient is not finite is skipped; so many in a row stop
             the run.
         seed: of start values, data order, dropout.
-        precision: dtype of base and activations; the adapter and its optimiser stay fp32.
+        precision: dtype of base and activations; the adapter and its optimizer stay fp32.
         loss_chunk: tokens whose logits exist at one time.
         save_every: steps between checkpoints.
         save_mode: ``gathered``: rank 0 writes all; ``sharded``: each rank its own part; ``async``:
@@ -126,7 +127,7 @@ class PipelineConfig:
 
     Attributes:
         merge: into the base's ``original`` weights, into what the adapter saw in training
-            (``dequantized``; the same for a base that is not quantised), or ``none``.
+            (``dequantized``; the same for a base that is not quantized), or ``none``.
         dtype: of the merged weights: as the ``base``, ``fp32`` or ``bf16``.
         evaluate: what is scored: the ``adapter`` over the run's base, the ``merged`` checkpoint,
             or the ``base`` alone; several by comma.
@@ -200,9 +201,17 @@ def renamed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def config_class(section: str, name: str) -> type:
-    """Returns the config dataclass of a section whose ``name`` picks it."""
+    """Return the config dataclass of a section whose ``name`` picks it."""
     package, kind, _, base = NAMED[section]
     return registry.find_class(package, name, kind, base)
+
+
+def every_class() -> Iterator[tuple[str, type]]:
+    """Section and config dataclass: of the plain sections, of every adapter, engine and task."""
+    yield from PLAIN.items()
+    for section, (package, *_) in NAMED.items():
+        for name in registry.available(package):
+            yield section, config_class(section, name)
 
 
 def use_extensions(folder: Any) -> str | None:
@@ -218,105 +227,97 @@ def use_extensions(folder: Any) -> str | None:
     return str(Path(folder).resolve())
 
 
-def from_dict(values: dict[str, Any]) -> RunConfig:
-    """Builds the typed config from nested mappings (``config.yaml``, or merged files)."""
-    values = renamed(values)
-    for section in values:
+def check_sections(values: dict[str, Any], where: str = "") -> None:
+    """Raise UserError, after ``where``, if a section is none of ours or holds no keys."""
+    for section, value in values.items():
         if section not in (*SECTIONS, *TOP):
+            near = nearest(str(section), SECTIONS)
+            raise UserError(f"{where}no section '{section}'.{near} Allowed: {', '.join(SECTIONS)}")
+        if section not in TOP and not isinstance(value or {}, dict):
             raise UserError(
-                f"no section '{section}'.{nearest(str(section), SECTIONS)} Allowed:"
-                f" {', '.join(SECTIONS)}"
+                f"{where}{section} is a section, not {value!r}: set keys of it, {section}.KEY=VALUE"
             )
-        if section not in TOP and not isinstance(values[section] or {}, dict):
-            raise UserError(f"{section}: expected keys under it, not {values[section]!r}")
-    if not values.get("run_dir"):
+
+
+def from_dict(values: dict[str, Any]) -> RunConfig:
+    """Build the typed config from nested mappings (``config.yaml``, or merged files)."""
+    values = renamed(values)
+    check_sections(values)
+    run_dir = values.get("run_dir")
+    if not run_dir:
         raise UserError(
             "run_dir is not set: add run_dir=runs/NAME, the folder for checkpoints and results"
         )
-    if isinstance(values["run_dir"], dict | list):
-        raise UserError(f"run_dir={values['run_dir']}: expected the name of one folder")
+    if isinstance(run_dir, dict | list):
+        raise UserError(f"run_dir={run_dir}: expected the name of one folder")
     extensions = use_extensions(values.get("extensions"))
-    values = {section: dict(values.get(section) or {}) for section in (*PLAIN, *NAMED)} | {
-        "run_dir": values["run_dir"]
-    }
-    _fill_from_protocol(values["data"], values["evaluate"])
-    sections: dict[str, Any] = {s: _build(c, values[s], s) for s, c in PLAIN.items()}
+    found = {section: dict(values.get(section) or {}) for section in (*PLAIN, *NAMED)}
+    classes = dict(PLAIN)
     for section, (_, _, default, _) in NAMED.items():
-        given = values[section]
-        given.setdefault("name", default)
-        sections[section] = _build(config_class(section, str(given["name"])), given, section)
-    config = RunConfig(run_dir=str(values["run_dir"]), extensions=extensions, **sections)
+        found[section].setdefault("name", default)
+        classes[section] = config_class(section, str(found[section]["name"]))
+    task: type[TaskConfig] = classes["data"]
+    name = found["data"].get("protocol", getattr(task, "protocol", None))
+    for section, fixed in protocol_values(task, name).items():
+        found[section] = {**fixed, **found[section]}
+    built = {section: _build(cls, found[section], section) for section, cls in classes.items()}
+    config = RunConfig(run_dir=str(run_dir), extensions=extensions, **built)
     _check(config)
     return config
 
 
-def _fill_from_protocol(data: dict[str, Any], evaluate: dict[str, Any]) -> None:
-    """Gives keys that are not set the values of ``data.protocol``."""
-    cls: type[TaskConfig] = config_class("data", str(data.get("name", NAMED["data"][2])))
-    name = data.get("protocol", getattr(cls, "protocol", None))
+def protocol_values(task: type[TaskConfig], name: str | None) -> dict[str, dict[str, Any]]:
+    """What a ``data.protocol`` sets, by section; nothing for None. Raise UserError if unknown."""
     if name is None:
-        return
-    if name not in cls.PROTOCOLS:
-        raise UserError(f"data.protocol: {unknown('protocol', str(name), cls.PROTOCOLS)}")
-    protocol = cls.PROTOCOLS[name]
-    for given, fixed in ((data, protocol.data), (evaluate, protocol.evaluate)):
-        for key, value in fixed.items():
-            given.setdefault(key, value)
+        return {}
+    if name not in task.PROTOCOLS:
+        raise UserError(f"data.protocol: {unknown('protocol', str(name), task.PROTOCOLS)}")
+    protocol = task.PROTOCOLS[name]
+    return {"data": protocol.data, "evaluate": protocol.evaluate}
 
 
 def deviations(config: RunConfig) -> dict[str, tuple[Any, Any]]:
     """Dotted key -> (the protocol's value, the one here) where a run departs from its
     ``data.protocol``; empty without one.
     """
-    if config.data.protocol is None:
-        return {}
-    protocol = config.data.PROTOCOLS[config.data.protocol]
-    sections = (
-        ("data", config.data, protocol.data),
-        ("evaluate", config.evaluate, protocol.evaluate),
-    )
-    limit = (
-        {} if config.evaluate.limit is None else {"evaluate.limit": (None, config.evaluate.limit)}
-    )
-    return limit | {
-        f"{section}.{key}": (value, getattr(held, key))
-        for section, held, fixed in sections
-        for key, value in fixed.items()
-        if getattr(held, key) != value
-    }
+    values = dict(flatten(to_dict(config)))
+    fixed = dict(flatten(protocol_values(type(config.data), config.data.protocol)))
+    expected = {"evaluate.limit": None, **fixed} if fixed else {}
+    return {key: (was, values[key]) for key, was in expected.items() if was != values[key]}
 
 
 def _check(config: RunConfig) -> None:
-    """Refuses combinations in which a setting cannot take effect."""
+    """Raise UserError for a combination in which a setting cannot take effect."""
     train, model, data = config.train, config.model, config.data
-    if (train.max_steps is None) == (train.epochs is None):
-        raise UserError(
-            "give one of train.max_steps and train.epochs" + (", not both" if train.epochs else "")
-        )
+    both = ", not both" if train.epochs else ""
+    length = (train.max_steps is None) != (train.epochs is None)
+    rows = data.valid or data.valid_size or data.OWN_VALID
+    tiny, elsewhere = model.path == BUILTIN, model.revision or model.tokenizer
+    problems = {
+        f"give one of train.max_steps and train.epochs{both}": not length,
+        "train.eval_every needs held-out rows: set data.valid or data.valid_size": (
+            train.eval_every and not rows
+        ),
+        "give one of data.valid and data.valid_size, not both": data.valid and data.valid_size,
+        f"model.double_quant=true needs model.quant=nf4, not {model.quant}": (
+            model.double_quant and model.quant != "nf4"
+        ),
+        f"model.pretrain_steps is for model.path={BUILTIN} alone, not for {model.path}": (
+            model.pretrain_steps and not tiny
+        ),
+        f"model.path={BUILTIN} takes no model.revision and no model.tokenizer; remove them": (
+            tiny and elsewhere
+        ),
+    }
+    for problem, there in problems.items():
+        if there:
+            raise UserError(problem)
     if train.max_steps is not None:
         check_length(train, train.max_steps)
-    if train.eval_every and not (data.valid or data.valid_size or data.OWN_VALID):
-        raise UserError(
-            "train.eval_every is set, but there are no held-out rows: set data.valid or"
-            " data.valid_size"
-        )
-    if data.valid and data.valid_size:
-        raise UserError("give one of data.valid and data.valid_size, not both")
-    if model.double_quant and model.quant != "nf4":
-        raise UserError(f"model.double_quant=true needs model.quant=nf4, not {model.quant}")
-    if model.path != BUILTIN and model.pretrain_steps:
-        raise UserError(
-            f"model.pretrain_steps is for model.path={BUILTIN} alone, not for {model.path}"
-        )
-    if model.path == BUILTIN and (model.revision or model.tokenizer):
-        raise UserError(
-            f"model.revision and model.tokenizer have no effect with model.path={BUILTIN}; remove"
-            " them"
-        )
 
 
 def check_length(train: TrainConfig, total: int) -> None:
-    """Refuses a stop that a run of ``total`` steps never reaches."""
+    """Raise UserError for a stop that a run of ``total`` steps never reaches."""
     end = f"train.max_steps={total}"
     if train.max_steps is None:
         end = f"train.epochs={train.epochs} ({total} steps)"
@@ -324,8 +325,17 @@ def check_length(train: TrainConfig, total: int) -> None:
         raise UserError(f"train.stop_at={train.stop_at} is not before the end, {end}")
 
 
+def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """(dotted key, value) of nested mappings."""
+    flat: list[tuple[str, Any]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat += flatten(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
+    return flat
+
+
 def to_dict(config: Any) -> dict[str, Any]:
-    """Returns nested plain values: YAML, JSON and ``from_dict`` take them."""
+    """Return nested plain values: YAML, JSON and ``from_dict`` take them."""
     return dataclasses.asdict(config)
 
 

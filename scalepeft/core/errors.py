@@ -5,19 +5,17 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake of the user's: the message says what came, what is allowed and what to do (exit
-    code 2).
-    """
+    """A user's mistake (exit code 2): what came, what is allowed and what to do."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """Returns ``" Did you mean 'x'?"`` for the closest allowed name, or an empty string."""
+    """Return ``" Did you mean 'x'?"`` for the closest allowed name, or an empty string."""
     close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def unknown(kind: str, name: str, allowed: Iterable[str]) -> UserError:
-    """Builds the error for a name that does not exist, with the near one and all that do."""
+    """Build the error for a name that does not exist, with the near one and all that do."""
     allowed = sorted(allowed)
     return UserError(
         f"no {kind} '{name}'.{nearest(name, allowed)} Available: {', '.join(allowed) or 'none'}"

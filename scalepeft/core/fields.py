@@ -38,9 +38,10 @@ def marks_of(cls: type) -> dict[str, frozenset[Decides]]:
     """Field name -> its marks, or its class's ``DECIDES`` where it has none of its own."""
     default: frozenset[Decides] = frozenset(getattr(cls, "DECIDES", ()))
     hints = get_type_hints(cls, include_extras=True)
+    notes = {name: getattr(hints[name], "__metadata__", ()) for name in field_names(cls)}
     return {
-        name: frozenset(m for m in _metadata(hints[name]) if isinstance(m, Decides)) or default
-        for name in _field_names(cls)
+        name: frozenset(note for note in found if isinstance(note, Decides)) or default
+        for name, found in notes.items()
     }
 
 
@@ -49,34 +50,28 @@ def deciding(cls: type, *marks: Decides) -> list[str]:
     return [name for name, found in marks_of(cls).items() if found & set(marks)]
 
 
-def _metadata(hint: Any) -> tuple[Any, ...]:
-    return getattr(hint, "__metadata__", ())
-
-
-def _field_names(cls: type) -> list[str]:
+def field_names(cls: type) -> list[str]:
+    """Names of a dataclass's fields."""
     return [f.name for f in dataclasses.fields(cls)]
 
 
 def _build(cls: type, values: dict[str, Any], section: str) -> Any:
-    for key in values:
-        if key not in _field_names(cls):
-            name = f" of {values['name']}" if "name" in values else ""
-            raise UserError(
-                f"{section}.{key}={values[key]}: no such"
-                f" key{name}.{nearest(str(key), _field_names(cls))} Allowed:"
-                f" {', '.join(_field_names(cls))}"
-            )
+    names = field_names(cls)
+    if key := next((key for key in values if key not in names), None):
+        name, near = values.get("name"), nearest(str(key), names)
+        raise UserError(
+            f"{section}.{key}={values[key]}: no such key{f' of {name}' if name else ''}.{near}"
+            f" Allowed: {', '.join(names)}"
+            + (f"; {section}={name} replaces the whole section" if name and not near else "")
+        )
     try:
         built = cls(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        if not first["loc"]:  # a setting that does not go with another
-            text = first["msg"].removeprefix("Value error, ")
-            raise UserError(f"{section}.{text}") from None
         path = ".".join(str(p) for p in (section, *first["loc"]))
-        raise UserError(
-            f"{path}={first.get('input')!r}: {first['msg'].removeprefix('Value error, ')}"
-        ) from None
+        # Without a place: a setting that does not go with another, which the text names.
+        value = f"={first.get('input')!r}: " if first["loc"] else "."
+        raise UserError(f"{path}{value}{first['msg'].removeprefix('Value error, ')}") from None
     for key, value in values.items():
         if isinstance(value, bool) and getattr(built, key) is not value:  # true is no 1 here
             raise UserError(
@@ -98,11 +93,7 @@ NameList = Annotated[list[str], BeforeValidator(split_commas)]
 """A list of names; ``a,b`` on the command line is the same as ``[a, b]``."""
 
 
-def _one_text(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-TextList = Annotated[list[str], BeforeValidator(_one_text)]
+TextList = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 """A list of texts, which may hold commas; one text alone is a list of it."""
 
 
@@ -111,12 +102,12 @@ def _layers(value: object) -> object:
     if value == "all":
         return value
     try:
-        found = [int(n) for n in numbers]  # type: ignore[attr-defined]
+        found = sorted({int(n) for n in numbers})  # type: ignore[attr-defined]
     except (TypeError, ValueError):
         found = []
-    if not found or min(found) < 0 or isinstance(value, bool):
+    if not found or found[0] < 0 or isinstance(value, bool):
         raise ValueError("expected 'all', or numbers of decoder blocks from 0, such as 0,1,5")
-    return sorted(set(found))
+    return found
 
 
 Layers = Annotated[Literal["all"] | list[int], BeforeValidator(_layers)]

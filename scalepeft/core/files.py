@@ -1,5 +1,6 @@
 """Small files: atomic writes, fsync, digests, JSON lines, mappings."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -31,14 +32,9 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def try_to_write(folder: Path) -> None:
-    """Puts a few bytes on the folder's disk and takes them away again: a full disk makes empty
-    files.
-
-    Raises:
-        OSError: it cannot.
-    """
+    """Put a few bytes on the folder's disk and remove them; raise OSError if it refuses."""
     with tempfile.TemporaryFile(dir=folder) as f:
-        f.write(bytes(4096))
+        f.write(bytes(4096))  # a full disk still makes empty files
         f.flush()
         os.fsync(f.fileno())
 
@@ -60,37 +56,19 @@ def read_mapping(file: Path, parse: Callable[[str], object], remedy: str) -> dic
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; {remedy}") from None
     except Exception as error:  # every parser has its own
-        raise UserError(f"{file}: cannot be read: {error}; {remedy}") from None
-    if not isinstance(values, dict):
         raise UserError(
-            f"{file}: must hold keys with values, not {type(values).__name__}; {remedy}"
-        )
+            f"{file}: cannot be read: {' '.join(str(error).split())}; {remedy}"
+        ) from None
+    if not isinstance(values, dict):
+        kind = type(values).__name__
+        raise UserError(f"{file}: must hold keys with values, not {kind}; {remedy}")
     return values
-
-
-NUMBERS = {
-    "time", "launched", "startup", "load", "waited", "idle", "recomputed", "recomputed_steps",
-    "step", "steps", "seconds", "tokens_per_second", "sample_index", "world_size",
-}  # fmt: skip
-
-
-def _is_row(row: Any, keys: set[str]) -> bool:
-    """A mapping with these keys, and a number wherever one belongs."""
-    return (
-        isinstance(row, dict)
-        and row.keys() >= keys
-        and all(type(row[key]) in (int, float) for key in NUMBERS & row.keys())
-    )
 
 
 def read_lines(file: Path, *keys: str) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file that have these keys; torn and broken lines are left out."""
-    found = []
+    rows = []
     for line in file.read_bytes().splitlines() if file.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if _is_row(row, set(keys)):
-            found.append(row)
-    return found
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and row.keys() >= set(keys)]

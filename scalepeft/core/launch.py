@@ -8,18 +8,13 @@ from scalepeft.core.errors import UserError
 
 
 def rank() -> int:
-    """This process's rank as far as the launcher says; known before the ranks meet:
-    for what one rank alone prints or writes.
-    """
+    """This process's rank as the launcher says, known before the ranks meet."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 def launch_variables(env: Mapping[str, str]) -> dict[str, str]:
-    """Returns RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT as torchrun sets them, from
-    srun if need be.
-
-    Under plain ``srun`` (one task a rank, no torchrun) the rendezvous is the first node of the step
-    and ``slurm_port``.
+    """Return RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT as torchrun sets them; under
+    plain ``srun``, a task a rank, the rendezvous is the first node of the step and ``slurm_port``.
 
     Raises:
         UserError: a launcher set only some of the variables.
@@ -27,15 +22,12 @@ def launch_variables(env: Mapping[str, str]) -> dict[str, str]:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     launched = {name: env[name] for name in names if env.get(name)}
     if "RANK" in env or "WORLD_SIZE" in env:
-        needed: tuple[str, ...] = names
-        if launched.get("WORLD_SIZE") == "1":
+        if alone := launched.get("WORLD_SIZE") == "1":
             launched.setdefault("LOCAL_RANK", launched.get("RANK", "0"))
-            needed = names[:3]
-        if missing := [name for name in needed if name not in launched]:
+        if missing := [name for name in names[: 3 if alone else 5] if name not in launched]:
             raise UserError(
-                f"the launcher set {', '.join(sorted(launched))} but not"
-                f" {', '.join(missing)}; start with torchrun, srun, accelerate launch or"
-                " launch/local.sh"
+                f"the launcher set {', '.join(sorted(launched))} but not {', '.join(missing)};"
+                " start with torchrun, srun, accelerate launch or launch/local.sh"
             )
         return launched
     if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
@@ -51,10 +43,8 @@ def launch_variables(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def slurm_port(env: Mapping[str, str]) -> int:
-    """A port below the ephemeral ones, from job, step and restart.
-
-    Two jobs on one node do not meet, nor do a restarted job and ranks of its earlier start that
-    a hung node kept alive.
+    """A port below the ephemeral ones, from job, step and restart: neither two jobs on a node meet
+    nor a restarted job and ranks of its earlier start that a hung node kept alive.
     """
     job, step = int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"])
     return 10000 + (job + 101 * step + 1009 * int(env.get("SLURM_RESTART_COUNT", "0"))) % 22000

@@ -1,5 +1,4 @@
-"""Signal -> flag -> agreed stop -> exit code. Standard library only: installed before torch is
-imported.
+"""Signal -> flag -> agreed stop -> exit code. Needs no torch: installed before it is imported.
 
 A job script (slurm/train.sh, launch/local.sh --requeue) names a folder in ``SCALEPEFT_JOB_STATE``.
 There it finds ``progress``, what is saved so far, and ``stopped``, left by an orderly stop that a
@@ -12,6 +11,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+
+from scalepeft.core.files import write_atomically
+from scalepeft.core.log import say
 
 FINISHED, BROKEN, USER_ERROR, STOPPED = 0, 1, 2, 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -43,9 +45,7 @@ class StopFlag:
         """The stop is ``train.stop_at``'s: nobody asked the job to come back."""
         self._patient = "SLURM_JOB_ID" in os.environ
         self.saved = False
-        """Set once the agreed save is on disk: from then on even a second signal means exit code
-        75.
-        """
+        """The agreed save is on disk: from here on even a second signal means exit code 75."""
         self._first_at = 0.0
 
     def install(self) -> "StopFlag":
@@ -55,18 +55,12 @@ class StopFlag:
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         for number in SIGNALS:
             signal.signal(number, lambda *_: None)
-        threading.Thread(
-            target=self._watch, args=(read_end,), name="stop-flag", daemon=True
-        ).start()
+        threading.Thread(target=self._watch, args=(read_end,), daemon=True).start()
         return self
 
     def release(self) -> None:
-        """Ignores the signals from here on: the exit code stands, and a late one must not change
-        it.
-
-        Python gives signals with handlers their deadly default back while it shuts down.
-        """
-        for number in SIGNALS:
+        """Ignore the signals from here on: a late one must not change the exit code."""
+        for number in SIGNALS:  # with handlers, Python restores the deadly default at shutdown
             signal.signal(number, signal.SIG_IGN)
 
     def request(self, number: int) -> None:
@@ -88,32 +82,21 @@ class StopFlag:
     def _leave(self, number: int) -> None:
         if self.saved:
             os._exit(STOPPED)
-        name = signal.Signals(number).name
-        os.write(
-            sys.stderr.fileno(), f"scalepeft: second signal ({name}): leaving at once\n".encode()
-        )
+        line = f"scalepeft: second signal ({signal.Signals(number).name}): leaving at once\n"
+        os.write(sys.stderr.fileno(), line.encode())
         os._exit(128 + number)  # as the shell reports a death by this signal
 
 
 def tell_job(name: str, text: str) -> None:
-    """Leaves a word for the job script, if there is one: ``progress`` or ``stopped``.
+    """Leave ``progress`` or ``stopped`` for the job script, if there is one.
 
-    A disk that refuses is said and no more: the state has been saved.
+    A disk that refuses is reported and no more: the state has been saved.
     """
     folder = os.environ.get("SCALEPEFT_JOB_STATE")
     if not folder:
         return
-    temporary = Path(folder, f".{name}.{os.getpid()}")
     try:
-        with temporary.open("w") as f:
-            f.write(f"{text}\n")
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(Path(folder, name))
+        write_atomically(Path(folder, name), f"{text}\n")
     except OSError as error:
         effect = "it will not come back by itself" if name == "stopped" else "it may give up early"
-        print(
-            f"scalepeft: {folder}/{name}: {error.strerror}: the job script does not learn of"
-            f" {text}; {effect}",
-            file=sys.stderr,
-        )
+        say(f"{folder}/{name}: {error.strerror}: the job script does not learn of {text}; {effect}")

@@ -10,7 +10,6 @@ import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import ModuleType
 from typing import TypeVar
 
 from scalepeft.core.errors import UserError, unknown
@@ -48,10 +47,8 @@ def extend(folder: str) -> None:
     """
     places = {package: str(Path(folder, name).resolve()) for package, name in KINDS.items()}
     if not any(Path(place).is_dir() for place in places.values()):
-        raise UserError(
-            f"extensions={folder}: no folder with {', '.join(KINDS.values())} in it;"
-            " each holds one .py file an entry"
-        )
+        kinds = ", ".join(KINDS.values())
+        raise UserError(f"extensions={folder}: no folder with {kinds} in it; each holds .py files")
     for package, place in places.items():
         paths = _paths(package)
         if place in paths:
@@ -67,37 +64,31 @@ def extension_folders() -> list[Path]:
     return [Path(place).parent for place in _paths("parallel")[1:]]
 
 
-def find(package: str, name: str, kind: str) -> ModuleType:
-    """Import entry ``name`` of registry ``scalepeft.<package>``.
+def find_class(package: str, name: str, kind: str, base: type[T]) -> type[T]:
+    """Import entry ``name`` of registry ``scalepeft.<package>``; return its subclass of ``base``.
 
     Raises:
         UserError: no such entry (the message lists those that exist), or an extension that cannot
-            be imported.
+            be imported or defines no subclass.
     """
     if name not in available(package):
         raise unknown(kind, name, available(package))
-    shipped, *_ = _paths(package)
-    module = f"scalepeft.{package}.{name}"
-    if name in _modules(shipped):
-        return importlib.import_module(module)
-    module = _installed(package).get(name, module)
+    shipped = name in _modules(_paths(package)[0])
+    path = f"scalepeft.{package}.{name}"
+    path = path if shipped else _installed(package).get(name, path)
     try:
-        return importlib.import_module(module)
+        module = importlib.import_module(path)
     except Exception as error:  # whatever another's file may raise
+        if shipped:
+            raise
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"{kind} '{name}' cannot be imported from {module}: {reason}") from error
-
-
-def find_class(package: str, name: str, kind: str, base: type[T]) -> type[T]:
-    """Return the entry's own subclass of ``base``.
-
-    Raises:
-        UserError: as ``find``, or the module defines none.
-    """
-    module = find(package, name, kind)
-    classes = (c for c in vars(module).values() if isinstance(c, type) and issubclass(c, base))
-    for found in classes:
-        if found.__module__ == module.__name__:
+        raise UserError(f"{kind} '{name}' cannot be imported from {path}: {reason}") from error
+    for found in vars(module).values():
+        if (
+            isinstance(found, type)
+            and issubclass(found, base)
+            and found.__module__ == module.__name__
+        ):
             return found
     raise UserError(f"{kind} '{name}': {module.__file__} defines no subclass of {base.__name__}")
 

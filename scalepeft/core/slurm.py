@@ -34,17 +34,18 @@ def _ask_slurm(job: str) -> dict[str, str]:
 
 def _ask_all(job: str) -> list[dict[str, str]]:
     """The same of each task of an array; of another job the one."""
-    if shutil.which("scontrol"):
-        text = _output("scontrol", "-o", "show", "job", job)
-        if found := [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in text.splitlines()]:
-            return [task for task in found if "JobState" in task]
-    if shutil.which("sacct"):  # scontrol forgets a job minutes after its end
-        text = _output("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,NodeList")
-        rows = [line.partition("|") for line in reversed(text.strip().splitlines())]
-        return [{"JobState": state.split()[0], "NodeList": nodes} for state, _, nodes in rows]
-    return []
+    text = _output("scontrol", "-o", "show", "job", job)
+    if tasks := [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in text.splitlines()]:
+        return [task for task in tasks if "JobState" in task]
+    # scontrol forgets a job minutes after its end
+    text = _output("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,NodeList")
+    rows = [line.partition("|") for line in reversed(text.strip().splitlines())]
+    return [{"JobState": state.split()[0], "NodeList": nodes} for state, _, nodes in rows]
 
 
 def _output(*command: str) -> str:
+    """What a command prints; nothing where it fails or is not installed."""
+    if not shutil.which(command[0]):
+        return ""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout if done.returncode == 0 else ""

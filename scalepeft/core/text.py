@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 
-def size(count: int) -> str:
+def size(count: float, digits: int = 1) -> str:
     """``2.5 GiB``."""
-    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while value >= 1024 and len(units) > 1:
-        value, units = value / 1024, units[1:]
-    return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
+    power = min(4, int(math.log2(max(count, 1)) // 10))
+    number = f"{count / 1024**power:,.{digits if power else 0}f}"
+    return f"{number} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def duration(seconds: float) -> str:
@@ -24,10 +24,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 1440} d {minutes % 1440 // 60:02} h"
 
 
-def gib(size: float) -> str:
-    """Bytes in the unit that reads best."""
-    power = min(3, max(0, int(math.log2(max(size, 1)) // 10)))
-    return f"{size / 1024**power:,.2f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
+gib = partial(size, digits=2)
 
 
 def table(rows: Sequence[Sequence[object]], indent: str = "  ", left: int = 1) -> list[str]:

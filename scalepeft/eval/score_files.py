@@ -29,15 +29,15 @@ class Options:
     """What ``scalepeft score`` was asked for.
 
     Attributes:
-        task: a file of ``scalepeft/tasks``.
-        predictions: a text file, line i for row i of the references, or json (lines), each a text
-            or an object; objects that all have an ``id`` of the references go by it.
-        references: rows of the task, or text lines where the task takes them.
-        sources: source text lines of a translation, line i for line i of the references.
-        settings: ``data.KEY=VALUE``.
-        key: which key of the predictions' objects holds the text.
-        out: folder for scores.json and scored.jsonl.
-        json: print scores.json instead of a table.
+        task: commonsense, math or translation
+        predictions: FILE: text, line i for row i of the references, or json (lines), each a
+            text or an object; objects that all have an ``id`` of the references go by it
+        references: FILE: rows of the task, or text lines where the task takes them
+        sources: FILE: source text of a translation, line i for line i of the references
+        settings: data.KEY=VALUE: e.g. data.protocol=
+        key: of the predictions' objects that holds the text
+        out: FOLDER: for scores.json and scored.jsonl
+        json: print scores.json, not a table
     """
 
     task: str

@@ -7,14 +7,13 @@ layers. With nf4 PEFT's stand on bitsandbytes' ``Linear4bit``; with int8 on our 
 bitsandbytes' int8 rounds activations too and so computes something else.
 """
 
-import argparse
 import importlib.util
 import json
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,24 +32,31 @@ COLORS = {"scalepeft": "tab:blue", "peft": "tab:orange", "base": "tab:gray"}
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure; see ``scalepeft bench --help``."""
+    """What to measure.
 
-    what: str
+    Attributes:
+        what: layers alone, a model, or (see below) a machine with a GPU
+        shape: a shape by name, or a model folder
+        methods: names by comma; 'all' for every one
+        rank: of LoRA; the others follow its size
+        tokens: a step, in rows of 512 at most
+        precision: of base and activations
+        quant: how the base is stored
+        device: where
+        repeats: timed steps of every method
+        out: FOLDER: for bench.json and bench.png, or gpu.json and gpu.md
+    """
+
+    what: Literal["layer", "model", "gpu"]
     shape: str = "small"
     methods: str = "all"
     rank: int = 16
     tokens: int = 2048
-    precision: str = "fp32"
-    quant: str = "none"
-    device: str = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    quant: Literal["none", "nf4", "int8"] = "none"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     repeats: int = 5
     out: str | None = None
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> "Options":
-        """Take the fields from the command line."""
-        given = {f.name: getattr(args, f.name) for f in fields(cls)}
-        return cls(**{name: value for name, value in given.items() if value is not None})
 
     def check(self) -> None:
         """Raise UserError for numbers and devices that cannot be used, or without PEFT."""

@@ -34,7 +34,22 @@ FILE = "design.json"
 
 @dataclass(frozen=True)
 class Options:
-    """The options of ``scalepeft compare``, whose ``--help`` describes them."""
+    """What to compare.
+
+    Attributes:
+        settings: as for train, without an adapter
+        out: FOLDER: for runs and results
+        methods: A,B,C: files of configs/adapters by name, or YAML files
+        reference: that others are held against
+        rank: of the reference, whose size is the budget (16)
+        parameters: N: the budget as a number
+        budget: what is equal: steps, or parameters too (each method at the size nearest to these)
+        lrs: rates for all (1e-4,3e-4), or factors on each method's usual one
+        seeds: reported runs of each method
+        evaluate: score data.test too, in the reported runs
+        cell: N: run this one cell of OUT alone
+        table: run nothing; print what there is
+    """
 
     settings: list[str]
     out: str

@@ -164,7 +164,7 @@ def read_settings(settings: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     decided = {"train.lr": "--lrs", "run_dir": "--out", "adapter": "--methods"}
     names = [f"adapter.{name}" for name in sizing.SHARED]
-    path, settings = config_files._config_first(settings)
+    path, settings = config_files.config_first(settings)
     shared = [s for s in settings if s.partition("=")[0] in names]
     rest = [s for s in settings if s not in shared]
     for setting in rest:

@@ -44,7 +44,7 @@ def run(
         raise UserError(f"--timeout {timeout:g}: must be more than 0 and at most {LONGEST} seconds")
     env, config = launch_variables(os.environ), None
     if settings:
-        path, overrides = files._config_first(settings)
+        path, overrides = files.config_first(settings)
         folder = [] if run_dir is None else [f"run_dir={run_dir}"]
         config, _ = files.load(path, [*overrides, *folder])
         engine_class(config).check(int(env["WORLD_SIZE"]))

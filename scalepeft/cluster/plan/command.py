@@ -50,9 +50,7 @@ def run(settings: list[str], options: Options, as_json: bool, picture: str | Non
 
 def _config(settings: list[str]) -> RunConfig:
     """As ``config.load``; what no plan reads, the run folder and the length, may be absent."""
-    path = None
-    if settings and "=" not in settings[0]:
-        path, *settings = settings
+    path, settings = config_files.config_first(settings)
     notes: list[str] = []
     values = config_files.values_of(path, settings, notes)
     train = values["train"] = dict(values.get("train") or {})
