@@ -100,7 +100,7 @@ class Context:
         until = time.monotonic() + seconds
         # Not store.wait: it prints warnings of its own when the time is up.
         while not (complete := self.store.check(keys)) and time.monotonic() < until:
-            time.sleep(0.02)
+            time.sleep(0.05)
         came = [r for r, key in enumerate(keys) if complete or self.store.check([key])]
         values = self.store.multi_get([keys[rank] for rank in came])
         return {rank: json.loads(value) for rank, value in zip(came, values, strict=True)}
@@ -150,7 +150,7 @@ class Context:
         return good
 
     def limited(self, work: Callable[[], Any]) -> tuple[str, Any]:
-        """Run ``work`` in a thread; return ``done`` and its result, or ``failed``/``hangs`` and why."""
+        """Run ``work`` in a thread; return ``done`` and its result, or ``failed`` or ``hangs``."""
         outcome: tuple[str, Any] = "hangs", f"still not done after {self.timeout:.0f} s"
 
         def call() -> None:
