@@ -16,7 +16,7 @@ from processes import ROOT, TINY, Job, train
 
 from scalepeft.cluster.doctor import command as doctor
 from scalepeft.cluster.doctor import links, machine, storage
-from scalepeft.cluster.doctor.check import Context, Finding, by_value, same_everywhere, where
+from scalepeft.cluster.doctor.check import Context, Finding, by_value, compare, where
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as config
 from scalepeft.core.errors import UserError
@@ -390,7 +390,7 @@ def test_values_that_differ() -> None:
     def check(**last: str) -> Any:
         values = {rank: dict(VERSIONS) for rank in range(4)}
         values[3] = {name: v for name, v in {**VERSIONS, **last}.items() if v}
-        return list(same_everywhere(context(), values))
+        return list(compare(context(), values))
 
     text = "python 3.11.7, torch 2.13.0, transformers 5.23.0, tokenizers 0.22, safetensors 0.5"
     assert check() == [("ok", f"{text}, source abc")]
@@ -440,8 +440,8 @@ def test_the_base_on_every_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     folder = shutil.copytree(tiny.make(0), tmp_path / "model")
     here = storage.base(context(f"model.path={folder}"))
     assert "complete shards and a tokenizer; fingerprint " in here
-    assert list(same_everywhere(context(), {0: here, 2: here})) == [("ok", here)]
-    fix, *_ = same_everywhere(context(), {0: here, 2: "other"})
+    assert list(compare(context(), {0: here, 2: here})) == [("ok", here)]
+    fix, *_ = compare(context(), {0: here, 2: "other"})
     assert fix[0] == "fix" and "other on rank 2 on n2" in fix[1]
     (folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
@@ -453,7 +453,7 @@ def test_the_base_on_every_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     hub = context("model.path=nobody/no-such-model")
     state, text = storage.base(hub)
     assert state == "info" and "each node downloads it" in text
-    found = list(same_everywhere(context(), {0: here, 2: [state, text]}))
+    found = list(compare(context(), {0: here, 2: [state, text]}))
     assert states(found) == ["ok", "info"] and found[1][1].endswith(" on rank 2 on n2")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set"):
@@ -491,8 +491,19 @@ def test_words() -> None:
     assert where([3], {}) == "rank 3" and where([0, 1, 2, 5], {}) == "ranks 0, 1, 2, 5"
     assert where([0, 1, 2], HOSTS) == "ranks 0-1 on n1 and rank 2 on n2"
     assert by_value({0: "a", 1: "b"}, {}) == "a on rank 0; b on rank 1"
-    assert doctor.summary([Finding("a", "ok", "b")]) == ["nothing to fix"]
-    assert doctor.summary([Finding("a", "warn", "b"), Finding("c", "fix", "d", "e")]) == [
+
+
+def test_the_report() -> None:
+    found = context()
+    found.findings = [Finding("a", "ok", "b")]
+    assert doctor.report(found, False).splitlines() == ["ok    a             b", "nothing to fix"]
+    found.findings = [Finding("a", "warn", "b"), Finding("c", "fix", "d\nd", "e")]
+    assert doctor.report(found, False).splitlines() == [
+        "warn  a             b",
+        "FIX   c             d d -> e",
         "to fix (1 warning):",
-        "  1. c: d -> e",
+        "  1. c: d d -> e",
     ]
+    as_json = json.loads(doctor.report(found, True))
+    assert not as_json["healthy"] and as_json["hosts"] == list(HOSTS.values())
+    assert as_json["findings"][1] == {"check": "c", "state": "fix", "found": "d\nd", "remedy": "e"}

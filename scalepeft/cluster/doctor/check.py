@@ -42,9 +42,11 @@ class Finding(NamedTuple):
 
 Values = Mapping[int, Any]  # rank -> what its probe returned
 Verdict = Iterator[tuple[str, ...]]  # (state, found) or (state, found, remedy) of each finding
+Probe = Callable[["Context"], Any]
+Judge = Callable[["Context", Values], Verdict]
 
 
-def same_everywhere(context: "Context", values: Values) -> Verdict:
+def compare(context: "Context", values: Values) -> Verdict:
     """Yield values: None, text, name -> text, (state, text); and what differs of those ``ok``."""
     pairs = {}
     for rank, value in values.items():
@@ -98,7 +100,7 @@ class Context:
         until = time.monotonic() + seconds
         # Not store.wait: it prints warnings of its own when the time is up.
         while not (complete := self.store.check(keys)) and time.monotonic() < until:
-            time.sleep(0.02)
+            time.sleep(0.05)
         came = [r for r, key in enumerate(keys) if complete or self.store.check([key])]
         values = self.store.multi_get([keys[rank] for rank in came])
         return {rank: json.loads(value) for rank, value in zip(came, values, strict=True)}
@@ -111,12 +113,7 @@ class Context:
             time.sleep(0.02)
 
     def check(
-        self,
-        name: str,
-        probe: Callable[["Context"], Any],
-        on: str = "all",
-        remedy: str = "",
-        verdict: Callable[["Context", Values], Verdict] = same_everywhere,
+        self, name: str, probe: Probe, on: str = "all", remedy: str = "", judge: Judge = compare
     ) -> bool:
         """Run a check; return on every rank whether there is nothing to fix.
 
@@ -126,7 +123,7 @@ class Context:
                 the finding. May use collectives where ``on`` is ``all``.
             on: the ranks that probe: ``all``, the first of each node (``nodes``), 0 (``main``).
             remedy: what to do if a probe raises.
-            verdict: yields the findings from all ranks' values; ``ok`` beside ``fix`` is left out.
+            judge: yields the findings from all ranks' values; ``ok`` beside ``fix`` is left out.
         """
         if self.lost:
             return False
@@ -145,7 +142,7 @@ class Context:
         elif failed:
             findings = [Finding(name, "fix", by_value(failed, self.hosts), remedy)]
         else:
-            findings = [Finding(name, *f) for f in verdict(self, values)]
+            findings = [Finding(name, *f) for f in judge(self, values)]
         good = all(f.state != "fix" for f in findings)
         self.findings += [f for f in findings if good or f.state != "ok"]
         self.lost = bool(silent)
@@ -153,9 +150,7 @@ class Context:
         return good
 
     def limited(self, work: Callable[[], Any]) -> tuple[str, Any]:
-        """Run ``work`` in a thread; return ``done`` with its result, or ``failed``, or ``hangs``
-        after ``timeout`` seconds, with why.
-        """
+        """Run ``work`` in a thread; return ``done`` and its result, or ``failed`` or ``hangs``."""
         outcome: tuple[str, Any] = "hangs", f"still not done after {self.timeout:.0f} s"
 
         def call() -> None:
@@ -207,17 +202,12 @@ def meet(context: Context, env: Mapping[str, str]) -> None:
         context.leave()
         text = f"{where(missing, {})} of {world_size} did not come to {at} within {timeout:.0f} s"
         text += f"; there: {where(hosts, hosts)}"
-        if empty := sorted(_step_nodes() - {host.split(".")[0] for host in hosts.values()}):
-            text += f"; no rank of {', '.join(empty)} came"
+        if (nodes := os.environ.get("SLURM_STEP_NODELIST")) and shutil.which("scontrol"):
+            names = _output("scontrol", "show", "hostnames", nodes).split()
+            came = {name.split(".")[0] for name in hosts.values()}
+            if empty := [name for name in names if name.split(".")[0] not in came]:
+                text += f"; no rank of {', '.join(empty)} came"
         raise RuntimeError(text)
-
-
-def _step_nodes() -> set[str]:
-    """Return the nodes of this Slurm step; none where that is not to be had."""
-    nodes = os.environ.get("SLURM_STEP_NODELIST")
-    if not nodes or not shutil.which("scontrol"):
-        return set()
-    return {name.split(".")[0] for name in _output("scontrol", "show", "hostnames", nodes).split()}
 
 
 def _reach(address: str, port: int, timeout: float) -> None:

@@ -54,19 +54,18 @@ def run(
         meet(context, env)
         run_checks(context)
         if ranks.is_main:
-            _print(context, as_json)
+            print(report(context, as_json), flush=True)
         context.leave()
     except RuntimeError as error:
         context.findings = [Finding("ranks", "fix", first_line(error))]
         context.stuck = True
         # There may be no rank 0 to tell it to: each rank prints what it knows.
         if ranks.is_main:
-            _print(context, as_json)
+            print(report(context, as_json), flush=True)
         else:
             say(f"error: {first_line(error)}")
     code = BROKEN if any(f.state == "fix" for f in context.findings) else FINISHED
     if context.stuck:
-        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
@@ -77,7 +76,7 @@ def run_checks(context: Context) -> None:
     check, config, ranks = context.check, context.config, context.ranks
     check("versions", machine.versions)
     check("environment", machine.environment, "nodes", "set SCALEPEFT_CACHE to another folder")
-    usable = check("devices", machine.device, verdict=machine.check_devices)
+    usable = check("devices", machine.device, judge=machine.check_devices)
     if usable:
         check("kernels", machine.kernels)
     if config is not None:
@@ -108,28 +107,16 @@ def run_checks(context: Context) -> None:
         context.limited(ranks.finish)
 
 
-def _print(context: Context, as_json: bool) -> None:
-    findings = context.findings
-    lines = [
-        f"{'FIX' if f.state == 'fix' else f.state:5} {f.check:13} {f.text()}" for f in findings
-    ]
-    lines += summary(findings)
-    if as_json:
-        report = {
-            "healthy": all(f.state != "fix" for f in findings),
-            "hosts": list(context.hosts.values()),
-            "findings": [f._asdict() for f in findings],
-            "ranks": [context.facts[rank] for rank in context.hosts],
-        }
-        lines = [json.dumps(report)]
-    print("\n".join(lines), flush=True)
-
-
-def summary(findings: list[Finding]) -> list[str]:
-    """Return the last lines: nothing to fix, or all that is, numbered."""
+def report(context: Context, as_json: bool) -> str:
+    """Return the findings as lines, at the end all that is to fix, or as one JSON object."""
+    findings, warnings = context.findings, sum(f.state == "warn" for f in context.findings)
     wrong = [f for f in findings if f.state == "fix"]
-    warnings = sum(f.state == "warn" for f in findings)
+    if as_json:
+        hosts, ranks = list(context.hosts.values()), [context.facts[r] for r in context.hosts]
+        texts = [f._asdict() for f in findings]
+        return json.dumps({"healthy": not wrong, "hosts": hosts, "findings": texts, "ranks": ranks})
     rest = f" ({warnings} warning{'s' * (warnings != 1)})" if warnings else ""
-    if not wrong:
-        return [f"nothing to fix{rest}"]
-    return [f"to fix{rest}:", *(f"  {i}. {f.check}: {f.text()}" for i, f in enumerate(wrong, 1))]
+    lines = [f"{'FIX' if f in wrong else f.state:5} {f.check:13} {f.text()}" for f in findings]
+    lines.append(f"to fix{rest}:" if wrong else f"nothing to fix{rest}")
+    lines += [f"  {number}. {f.check}: {f.text()}" for number, f in enumerate(wrong, 1)]
+    return "\n".join(lines)

@@ -69,6 +69,9 @@ def one_rank(session: Session) -> dict[str, Any]:
     """Collectives, and 4-bit bytes through fsdp2's all-gather, as ``doctor`` tries them."""
     out = session.call("doctor", "--json", f"--run-dir={session.out}", expect=(0, 1))
     said, checks = json.loads(out), ("links", "GPU links", "4-bit bytes")
-    found: dict[str, Any] = {k: v for k, v in said["ranks"][0].items() if k in checks}
+    found: dict[str, Any] = {
+        name: value if isinstance(value, str) else value[1]  # (state, text)
+        for name, value in said["ranks"][0].items() if name in checks
+    }  # fmt: skip
     wrong = [f["found"] for f in said["findings"] if f["state"] == "fix" and f["check"] in checks]
     return found | ({"fault": "; ".join(wrong)} if wrong else {})
