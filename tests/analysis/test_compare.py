@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from itertools import combinations
 from pathlib import Path
@@ -136,11 +137,11 @@ def test_why_a_cell_failed(code: int, said: str, found: tuple[str, str], tmp_pat
         ),
         (
             ["--methods", "hoft", "--budget", "time"],
-            "--budget time: Input should be 'parameters' or 'steps'",
+            "argument --budget: invalid choice: 'time'",
         ),
         (
             ["--methods", "hoft", "--budget", "memory"],
-            "--budget memory: Input should be 'parameters' or 'steps'",
+            "argument --budget: invalid choice: 'memory'",
         ),
         (["--methods", "hoft", "--budget", "steps", "--rank", "4"], "--rank has no effect"),
         (["--methods", "hoft", "--rank", "4", "--parameters", "9"], "one of --rank and"),
@@ -153,11 +154,15 @@ def test_why_a_cell_failed(code: int, said: str, found: tuple[str, str], tmp_pat
         (["--methods", "hoft", "--out", "a=b"], "reads as a setting"),
     ],
 )
-def test_mistakes_are_one_line(words: list[str], text: str, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(
+    words: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = [] if "--out" in words else ["--out", str(tmp_path / "out")]
-    with pytest.raises(UserError) as found:
-        compare.prepare(options_of(["compare", *RUN, *words, *out]))
-    assert text in str(found.value) and not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match="2"):
+        sys.exit(main(["compare", *RUN, *words, *out]))
+    line = capsys.readouterr().err
+    assert text in line and line.count("scalepeft: error: ") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def options_of(words: list[str]) -> compare.Options:
