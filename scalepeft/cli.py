@@ -65,7 +65,7 @@ CALLS: dict[str, tuple[str, Callable[[Any, argparse.Namespace, StopFlag], Any]]]
     ),
     "evaluate": ("eval.evaluate", lambda m, a, stop: m.run(a.run_dir, a.settings, a.kind, stop)),
     "compare": (
-        "analysis.compare.command", lambda m, a, stop: m.run(m.Options(**_values(m, a)), stop)
+        "analysis.compare.command", lambda m, a, stop: m.run(m.Options.of(_values(m, a)), stop)
     ),
     "score": ("eval.score_files", lambda m, a, _: m.run(m.Options(**_values(m, a)))),
     "report": ("analysis.report.command", lambda m, a, _: m.run(a.run_dirs, a.out)),
@@ -77,7 +77,10 @@ CALLS: dict[str, tuple[str, Callable[[Any, argparse.Namespace, StopFlag], Any]]]
         "analysis.bench.gpu.command", lambda m, a, _: m.run(a.out, a.seconds, a.only, a.tiny)
     ),
     "config": ("config.command", lambda m, a, _: m.run(a.settings, a.reference)),
-    "doctor": ("cluster.doctor.command", lambda m, a, _: m.run(m.Options(**_values(m, a)))),
+    "doctor": (
+        "cluster.doctor.command",
+        lambda m, a, _: m.run(a.settings, a.run_dir, a.timeout, a.json),
+    ),
     "plan": (
         "cluster.plan.command",
         lambda m, a, _: m.run(
