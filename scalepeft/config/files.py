@@ -138,7 +138,8 @@ def _parsed(path: Path) -> dict[str, Any]:
             return _as_text(yaml.safe_load(text))
         return OmegaConf.to_container(OmegaConf.create(text))
 
-    values = read_mapping(path, parse, f"a config is a mapping with {', '.join(SECTIONS)}")
+    remedy = f"expected {', '.join(SECTIONS)}, each with its keys; as text ${{ is written \\${{"
+    values = read_mapping(path, parse, remedy)
     return renamed({str(key): value for key, value in values.items()})
 
 
