@@ -19,33 +19,29 @@ LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveM
 
 
 def run(settings: list[str], reference: str | None = None) -> None:
-    """Print the config of ``[CONFIG] KEY=VALUE ...`` as YAML, or the reference.
+    """Print the config of ``[CONFIG] KEY=VALUE ...`` as YAML, or the reference of a section.
 
     Args:
         settings: a config, then settings over it.
         reference: a section; empty for all of them; None for the resolved config.
-
-    Raises:
-        UserError: a setting that is none, an unknown section.
     """
-    if reference is not None:
-        print(reference_page(reference or None), end="")
-        return
-    config, _ = files.load(*files.config_first(settings))
-    print(dump(config), end="")
+    if reference is None:
+        print(dump(files.load(*files.config_first(settings))[0]), end="")
+    else:
+        print(reference_page(reference), end="")
 
 
-def reference_page(section: str | None = None) -> str:
+def reference_page(section: str = "") -> str:
     """Every key with type, default and meaning, in Markdown; of one section, or of all.
 
     Raises:
         UserError: no such section.
     """
     sections = [*PLAIN, *NAMED]
-    if section is not None and section not in sections:
+    if section and section not in sections:
         raise unknown("section", section, sections)
     lines = ["# Settings", "", "Printed by `scalepeft config --reference`."]
-    for name in sections if section is None else [section]:
+    for name in [section] if section else sections:
         if name in PLAIN:
             lines += _table(name, name, PLAIN[name])
             continue

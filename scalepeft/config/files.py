@@ -9,18 +9,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from scalepeft.config.schema import (
-    NAMED,
-    RESOLVED,
-    SECTIONS,
-    TOP,
-    RunConfig,
-    check_sections,
-    from_dict,
-    renamed,
-    renamed_key,
-    use_extensions,
-)
+from scalepeft.config import schema as cfg
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError, nearest, unknown
 from scalepeft.core.files import read_mapping
@@ -44,14 +33,14 @@ def config_root() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
-def load(path: str | None, overrides: list[str]) -> tuple[RunConfig, list[str]]:
+def load(path: str | None, overrides: list[str]) -> tuple[cfg.RunConfig, list[str]]:
     """Build a run's config; return it with the notes the user should see.
 
     Raises:
         UserError: one line with the dotted path, the value, what is allowed, the nearest name.
     """
     notes: list[str] = []
-    return from_dict(values_of(path, overrides, notes)), notes
+    return cfg.from_dict(values_of(path, overrides, notes)), notes
 
 
 def values_of(path: str | None, overrides: list[str], notes: list[str]) -> dict[str, Any]:
@@ -69,9 +58,9 @@ def values_of(path: str | None, overrides: list[str], notes: list[str]) -> dict[
     return _merge(_apply(values, overrides, notes), resolve=True)
 
 
-def overlay(values: dict[str, Any], overrides: list[str]) -> RunConfig:
+def overlay(values: dict[str, Any], overrides: list[str]) -> cfg.RunConfig:
     """Lay ``key=value`` arguments over a resolved config."""
-    return from_dict(_merge(_apply(_as_text(renamed(values)), overrides, []), resolve=True))
+    return cfg.from_dict(_merge(_apply(_as_text(cfg.renamed(values)), overrides, []), resolve=True))
 
 
 def _merge(*layers: dict[str, Any], resolve: bool = False) -> dict[str, Any]:
@@ -81,7 +70,9 @@ def _merge(*layers: dict[str, Any], resolve: bool = False) -> dict[str, Any]:
         layers: settings by section.
         resolve: fill in every ``${...}``: another key of the config, or ``oc.env:NAME``.
     """
-    filled = [{k: v for k, v in d.items() if v is not None or k not in SECTIONS} for d in layers]
+    filled = [
+        {k: v for k, v in d.items() if v is not None or k not in cfg.SECTIONS} for d in layers
+    ]
     try:
         return OmegaConf.to_container(OmegaConf.merge(*filled), resolve=resolve)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
@@ -105,7 +96,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in above:
         raise UserError(f"{path} includes itself by way of {', '.join(p.name for p in above)}")
     values = _parsed(path)
-    use_extensions(values.get("extensions"))  # first: they bring names of their own
+    cfg.use_extensions(values.get("extensions"))  # first: they bring names of their own
     merged: dict[str, Any] = {}
     includes = values.pop("include", None) or []
     for include in includes if isinstance(includes, list) else [includes]:
@@ -120,7 +111,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     for section, name in named.items():  # first: what this file itself sets is over what it names
         merged.pop(section, None)  # whole, as on the command line
         merged = _merge(merged, named_file(section, name))
-    check_sections(values, f"{path}: ")
+    cfg.check_sections(values, f"{path}: ")
     return _merge(merged, values)
 
 
@@ -134,24 +125,25 @@ def _parsed(path: Path) -> dict[str, Any]:
         )
 
     def parse(text: str) -> object:
-        if text.startswith(RESOLVED):
+        if text.startswith(cfg.RESOLVED):
             return _as_text(yaml.safe_load(text))
         return OmegaConf.to_container(OmegaConf.create(text))
 
-    values = read_mapping(path, parse, f"a config is a mapping with {', '.join(SECTIONS)}")
-    return renamed({str(key): value for key, value in values.items()})
+    remedy = f"expected {', '.join(cfg.SECTIONS)}, each with its keys; as text ${{ is written \\${{"
+    values = read_mapping(path, parse, remedy)
+    return cfg.renamed({str(key): value for key, value in values.items()})
 
 
 def config_files(section: str) -> list[Path]:
     """The YAML files, shipped or of extensions, that ``section=NAME`` can take."""
-    use_extensions(None)
+    cfg.use_extensions(None)
     roots = [config_root(), *(folder / "configs" for folder in registry.extension_folders())]
     return [file for root in roots for file in sorted((root / FOLDERS[section]).glob("*.yaml"))]
 
 
 def config_names(section: str) -> list[str]:
     """Every name that ``section=NAME`` can take: of a file, or of an extension's entry."""
-    entries = registry.added(NAMED[section][0]) if section in NAMED else []
+    entries = registry.added(cfg.NAMED[section][0]) if section in cfg.NAMED else []
     return sorted({*(file.stem for file in config_files(section)), *entries})
 
 
@@ -175,12 +167,12 @@ def _apply(values: dict[str, Any], overrides: list[str], notes: list[str]) -> di
     """
     keys: dict[str, Any] = {}
     folders = [o.partition("=")[2] for o in overrides if o.startswith("extensions=")]
-    use_extensions(folders[-1] if folders else values.get("extensions"))
+    cfg.use_extensions(folders[-1] if folders else values.get("extensions"))
     for override in overrides:
         section, key, text = _split(override)
         if key is not None:
             keys.setdefault(section, {})[key] = _value(text)
-        elif section in TOP:
+        elif section in cfg.TOP:
             keys[section] = text if section == "run_dir" else _value(text)
         else:
             named = named_file(section, text)
@@ -201,7 +193,7 @@ def _apply(values: dict[str, Any], overrides: list[str], notes: list[str]) -> di
 def _split(override: str) -> tuple[str, str | None, str]:
     """Parts ``section.key=text``; the key of ``section=text`` is None."""
     name, equals, text = override.partition("=")
-    section, *key = renamed_key(name).split(".")
+    section, *key = cfg.renamed_key(name).split(".")
     if not equals or not all((section, *key)) or len(key) > 1:
         raise UserError(
             f"'{override}': expected section.key=value, e.g. train.lr=1e-4 or adapter=hoft"
@@ -212,7 +204,7 @@ def _split(override: str) -> tuple[str, str | None, str]:
             f" value write {name}=null, for an empty text {name}='\"\"'"
         )
     if key or section not in FOLDERS:
-        check_sections({section: {} if key else text}, f"{override}: ")
+        cfg.check_sections({section: {} if key else text}, f"{override}: ")
     return section, key[0] if key else None, text
 
 

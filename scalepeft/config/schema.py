@@ -1,6 +1,4 @@
-"""Typed dataclasses <- YAML files <- ``dotted.key=value``; one line with the dotted path for every
-mistake.
-"""
+"""The typed settings of a run; one line with the dotted path for every mistake in them."""
 
 import dataclasses
 import os
@@ -189,15 +187,14 @@ def renamed(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: a key is set under both spellings.
     """
-    found = dict(values)
     for old, new in ALIASES.items():
         (section, was), now = old.split("."), new.split(".")[1]
-        held = found.get(section)
-        if isinstance(held, dict) and was in held:
-            if now in held:
+        keys = values.get(section)
+        if isinstance(keys, dict) and was in keys:
+            if now in keys:
                 raise UserError(f"{new} and {old} are one setting, both are set: remove {old}")
-            found[section] = {now if k == was else k: v for k, v in held.items()}
-    return found
+            values = {**values, section: {now if k == was else k: v for k, v in keys.items()}}
+    return values
 
 
 def config_class(section: str, name: str) -> type:

@@ -62,28 +62,27 @@ class SafetensorsFile:
             self.header = f.read(length) if len(head) == 8 and length <= self.size - 8 else b""
         if not self.header:
             raise DamagedFile(f"truncated: {self.size} bytes, too short for its header")
+        begin = 8 + length
         try:
             table = json.loads(self.header)
             self.metadata: dict[str, str] = table.pop("__metadata__", {})
-            begin = 8 + length
             stored = [
                 Stored(name, t["dtype"], tuple(t["shape"]), *(begin + i for i in t["data_offsets"]))
                 for name, t in table.items()
             ]
-            stored.sort(key=lambda tensor: tensor.start)
             end = max((tensor.stop for tensor in stored), default=begin)
         except (ValueError, KeyError, AttributeError, TypeError):
             raise DamagedFile("not a safetensors file (its header is garbage)") from None
         if self.size != end:
             raise DamagedFile(f"truncated or damaged: {self.size} bytes, its header says {end}")
-        self.tensors = {tensor.name: tensor for tensor in stored}
+        self.tensors = {t.name: t for t in sorted(stored, key=lambda t: t.start)}
 
     def __del__(self) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
 
     def read(self, start: int, size: int) -> bytearray:
-        """Returns ``size`` bytes from ``start`` on. Raises OSError, also where the file ends."""
+        """Return ``size`` bytes from ``start`` on. Raises OSError, also where the file ends."""
         if self._descriptor is None:
             self._descriptor = os.open(self.path, os.O_RDONLY)
         buffer = bytearray(size)
@@ -96,16 +95,15 @@ class SafetensorsFile:
         return buffer
 
     def pieces(self, tensor: Stored, size: int = PIECE_BYTES) -> Iterator[bytearray]:
-        """Yields the bytes of a tensor as they lie in the file, ``size`` at a time."""
+        """Yield the bytes of a tensor as they lie in the file, ``size`` at a time."""
         for start in range(tensor.start, tensor.stop, size):
             yield self.read(start, min(size, tensor.stop - start))
 
 
 class Writer:
-    """Writes a file whose tensors come one after the other, each in pieces of bytes.
+    """Write a file tensor by tensor, each in pieces of bytes, and hash what was to be written.
 
-    What is hashed is what was to be written, not what a disk gives back. On leaving the context the
-    file is on the disk.
+    On leaving the context the file is on the disk.
 
     Args:
         path: of the file; one that is there is replaced.
@@ -159,7 +157,7 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, _value: Any, _trace: TracebackType | None
     ) -> None:
-        """Closes the file; one that lacks bytes is our own bug."""
+        """Close the file; one that lacks bytes is our own bug."""
         with self._file:
             if kind is None:
                 os.fsync(self._file.fileno())

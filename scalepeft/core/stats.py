@@ -22,19 +22,14 @@ def mean_of_shares(shares: Sequence[float], counts: Sequence[int]) -> tuple[floa
     The variance is the sum of p (1 - p) / n over k^2, with two right and two wrong answers added to
     each source (Agresti and Coull 1998), so that a source with none right is not taken for exact.
     """
-    mean = sum(shares) / len(shares)
-    variance = 0.0
-    for share, count in zip(shares, counts, strict=True):
-        n = count + 4
-        p = (share * count + 2) / n
-        variance += p * (1 - p) / n / len(shares) ** 2
-    half = Z * math.sqrt(variance)
+    mean = statistics.fmean(shares)
+    pairs = zip(shares, counts, strict=True)
+    adjusted = [((share * count + 2) / (count + 4), count + 4) for share, count in pairs]
+    half = Z * math.sqrt(sum(p * (1 - p) / n for p, n in adjusted)) / len(shares)
     return mean, max(0.0, mean - half), min(1.0, mean + half)
 
 
-def paired_difference(
-    groups: Iterable[Sequence[tuple[bool, bool]]],
-) -> tuple[float, float, float]:
+def paired_difference(groups: Iterable[Sequence[tuple[bool, bool]]]) -> tuple[float, float, float]:
     """Difference of two shares over the same rows: ``(difference, low, high)``.
 
     Over n rows of a group, b right in the first alone and c in the second alone: d = (b - c) / n

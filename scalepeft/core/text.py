@@ -32,15 +32,13 @@ def table(rows: Sequence[Sequence[object]], indent: str = "  ", left: int = 1) -
     left, the others to the right. A short row keeps its last cell unpadded (a remark).
     """
     columns = max((len(row) for row in rows), default=0)
-    full = [[str(cell) for cell in row] for row in rows]
-    widths = [
-        max((len(row[i]) for row in full if i < len(row) and (len(row) == columns)), default=0)
-        for i in range(columns)
-    ]
+    full = [[str(cell) for cell in row] for row in rows if len(row) == columns]
+    widths = [max(map(len, column)) for column in zip(*full, strict=True)]
     lines = []
-    for row in full:
+    for row in rows:
+        rightmost = left if len(row) == columns else columns
         cells = [
-            cell.ljust(width) if i < left or len(row) < columns else cell.rjust(width)
+            str(cell).ljust(width) if i < rightmost else str(cell).rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=False))
         ]
         lines.append((indent + "  ".join(cells)).rstrip())

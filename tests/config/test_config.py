@@ -200,7 +200,7 @@ def test_an_unknown_shipped_section_file_is_named_with_its_neighbour(shipped: Pa
         ("train: 3", ["train", "3"]),
         ("train: {lr: .inf}", ["train.lr=inf", "finite number"]),
         ("train: {warmup_steps: true}", ["train.warmup_steps=true", "number"]),
-        ("- train", ["run.yaml", "mapping", "list"]),
+        ("- train", ["run.yaml", "must hold keys", "list", "adapter, engine"]),
         ("train: {lr: 1", ["run.yaml: cannot be read", "line 1"]),
         ("train: {lr: 1}\ntrain: {seed: 1}", ["run.yaml", "duplicate key train", "line 2"]),
         ("train:\n  lr: 1\n  lr: 2", ["run.yaml", "duplicate key lr", "line 3"]),
