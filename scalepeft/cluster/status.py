@@ -68,12 +68,12 @@ def comparison(folder: Path) -> dict[str, Any]:
 
     runner = Runner(folder, Design.read(folder / COMPARISON), StopFlag())
     cells = [*sweep(runner.design), *reported(runner.design)]
-    results = [runner.result(cell) or {"state": "left"} for cell in cells]
-    states = Counter(result["state"] for result in results)
+    missing = {"state": "missing"}
+    states = Counter((runner.result(cell) or missing)["state"] for cell in cells)
     begun = {file.parent for file in folder.glob("cells/*/*/*.begun.json")}
     alive = [r for r in begun if (r / "events.jsonl").is_file() and _runs_now(status(r))]
-    states["running"] = min(len(alive), states["left"])
-    states["left"] -= states["running"]
+    states["running"] = min(len(alive), states["missing"])
+    states["left"] = states["missing"] - states["running"]
     jobs = {
         step: {"job": job, "states": dict(Counter(map(_word, _ask_all(job))))}
         for step, job in _newest_jobs(folder).items()

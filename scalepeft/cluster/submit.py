@@ -9,6 +9,7 @@ import os
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from scalepeft import pipeline
 from scalepeft.analysis.compare import command as compare
@@ -39,21 +40,37 @@ NODE_VARIABLES = [
 
 @dataclass(frozen=True)
 class Options:
-    """What ``launch/submit`` was asked for."""
+    """What ``launch/submit`` was asked for.
 
-    job_file: str  # of slurm/, or a copy of one
-    settings: list[str]  # key=value, over those of the job file
-    sweep: list[str]  # key=a,b,c; several give their product. Each run has its own folder
-    throttle: int  # runs of a sweep at a time; 0 for all
-    then: str | None  # evaluate: a second job once the first has succeeded
-    sbatch: list[str]  # options over the #SBATCH lines of the job file
-    resume_with_changes: bool  # although harmless keys differ from the run's config
-    dry_run: bool  # print what would be queued, write nothing
-    gpu: str | None = None  # what the job's GPUs are, where the job file does not name them
-    plan: bool = True  # look whether the run fits, and saves in time for the time limit
-    pipeline: bool = False  # the stages of ``scalepeft pipeline`` as jobs in place of a training
-    cpu_sbatch: tuple[str, ...] = ()  # options of the stages that need no GPU, e.g. partition=cpu
-    compare: tuple[str, ...] = ()  # options of ``scalepeft compare``: its cells as job arrays
+    Attributes:
+        job_file: a file of slurm/, or a copy of one, e.g. slurm/hoft_llama70b.sh
+        settings: KEY=VALUE: over the job file's
+        sweep: KEY=A,B,C: a job array, a run each in its own folder; several give their product
+        throttle: runs of a sweep at a time; 0 for all
+        then: a second job, once the first has succeeded
+        pipeline: a chain of jobs, one for each stage of scalepeft pipeline
+        cpu_sbatch: OPTION=VALUE: for the stages that need no GPU, e.g. partition=cpu
+        compare: OPTION=VALUE: scalepeft compare in run_dir as job arrays, e.g. methods=hoft,lora
+        sbatch: OPTION=VALUE: over the #SBATCH lines of the job file
+        resume_with_changes: continue although harmless keys differ from the run's config
+        dry_run: print what would be queued; queue and write nothing
+        gpu: as for plan, where the job file does not name its GPUs
+        plan: do not look whether the run fits, and saves in time for the time limit
+    """
+
+    job_file: str
+    settings: list[str]
+    sweep: list[str]
+    sbatch: list[str]
+    throttle: int = 0
+    then: Literal["evaluate"] | None = None
+    resume_with_changes: bool = False
+    dry_run: bool = False
+    gpu: str | None = None
+    plan: bool = True
+    pipeline: bool = False
+    cpu_sbatch: tuple[str, ...] = ()
+    compare: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raise UserError if one option has no effect beside another."""

@@ -30,16 +30,27 @@ SAFETY = 2.0  # on step and save, both of which are estimates
 
 @dataclass(frozen=True)
 class Options:
-    """Where the run is to go."""
+    """Where the run is to go.
+
+    Attributes:
+        nodes: of the job
+        gpus_per_node: of each node; one rank each
+        gpu: A100-40, A100-80, L40S, H100, H200, B200, or nvidia-smi's name of one
+        memory: GIB: of a GPU, in place of its name
+        disk: bytes a second of the run folder's file system
+        step_seconds: S: measured, in place of the estimate
+        network: whether the hub may be asked for ``config.json``
+        advise: search for the smallest number of GPUs
+    """
 
     nodes: int = 1
-    gpus_per_node: int = 1  # and ranks
-    gpu: str | None = None  # a name that gpus.find knows
-    memory: float | None = None  # GiB a GPU, in place of a name
-    disk: float = 1e9  # bytes a second of the run folder's file system
-    step_seconds: float | None = None  # measured, in place of the estimate
-    network: bool = True  # whether the hub may be asked for config.json
-    advise: bool = True  # search for the smallest number of GPUs
+    gpus_per_node: int = 1
+    gpu: str | None = None
+    memory: float | None = None
+    disk: float = 1e9
+    step_seconds: float | None = None
+    network: bool = True
+    advise: bool = True
 
     def __post_init__(self) -> None:
         for name in ("nodes", "gpus_per_node", "memory", "disk", "step_seconds"):
