@@ -55,13 +55,13 @@ def read(job_file: str) -> list[str]:
         raise UserError(
             f"{job_file}: {reason}; name a job file, e.g. slurm/hoft_llama70b.sh"
         ) from None
-    found = SOURCES.search(text)
-    if not text.startswith("#!") or not found:
+    source = SOURCES.search(text)
+    if not text.startswith("#!") or not source:
         raise UserError(
             f"{job_file}: not a job file: it must begin with #! and end with"
             ' source "${SCALEPEFT_ROOT:-$SLURM_SUBMIT_DIR}/slurm/train.sh" "$@"'
         )
-    lines = text[: found.start()].splitlines()
+    lines = text[: source.start()].splitlines()
     for number, line in enumerate(lines, 1):
         if line.startswith("#SBATCH") and number > _first_command(lines):
             raise UserError(
@@ -78,15 +78,15 @@ def _first_command(lines: list[str]) -> int:
 
 def words_of(options: Iterable[str]) -> dict[str, str]:
     """sbatch options by their long names: ``--nodes=2``, ``--nodes 2``, ``-N 2`` and ``-N2``."""
-    found: dict[str, str] = {}
+    words: dict[str, str] = {}
     last = ""
     for word in options:
         if option := re.match(r"(--[^=]+|-.)=?\s*(.*)", word):
             last = LONG.get(option[1], option[1])
-            found[last] = option[2].rstrip()
+            words[last] = option[2].rstrip()
         elif last:
-            found[last] = word
-    return found
+            words[last] = word
+    return words
 
 
 def over(options: Iterable[str]) -> dict[str, str]:
