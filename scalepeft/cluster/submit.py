@@ -138,7 +138,7 @@ def run(options: Options) -> None:
         if design is not None:
             compare.keep(base_dir, design)  # the jobs read it there
         # A cell that failed is a row of the table and no reason to leave it out.
-        after = "afterany" if design else "aftercorr" if len(configs) > 1 else "afterok"
+        after = "afterany" if design else "aftercorr" if options.sweep else "afterok"
         _queue(folder, jobs, after)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
@@ -172,7 +172,7 @@ def _laid_over(
         over = {k: v for k, v in over.items() if k not in sbatch.NOT_ALONE}
         over |= sbatch.ALONE | sbatch.over(options.cpu_sbatch)
     ours = {"--chdir": str(Path.cwd())}
-    if array := len(job.targets) > 1:
+    if array := bool(options.sweep or (options.compare and job.gpus)):
         throttle = f"%{options.throttle}" if options.throttle else ""
         ours["--array"] = f"0-{len(job.targets) - 1}{throttle}"
     run_name = folder.parent.parent.name + ("" if name == "train" else f"-{name}")
