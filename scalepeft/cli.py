@@ -99,7 +99,7 @@ def _evaluate(args: argparse.Namespace, stop: StopFlag) -> int:
 def _compare(args: argparse.Namespace, stop: StopFlag) -> int:
     from scalepeft.analysis.compare import command
 
-    return command.run(command.Options.of(args), stop)
+    return command.run(command.Options.of(_values(args)), stop)
 
 
 def _results(args: argparse.Namespace) -> int:
@@ -142,7 +142,7 @@ def _cluster(args: argparse.Namespace) -> int:
     if args.command == "doctor":
         from scalepeft.cluster.doctor import command as doctor
 
-        return doctor.run(doctor.Options.of(args))
+        return doctor.run(args.settings, args.run_dir, args.timeout, args.json)
     if args.command == "plan":
         from scalepeft.cluster.plan import command as plan
 

@@ -13,7 +13,6 @@ from processes import ROOT, Job, call, losses
 
 METHOD = '''
 """y = base(x) * (1 + s), a scale of each output."""
-import torch
 from pydantic.dataclasses import dataclass
 from torch import nn
 
@@ -39,9 +38,8 @@ class ToyMethod(Adapter):
     Config = ToyConfig
     paper = "none"
 
-    def __init__(self, config, in_features, out_features, layer_name=""):
-        super().__init__(config, in_features, out_features, layer_name)
-        self.scale = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
+    def declare(self):
+        self.scale = self.new_parameter(self.out_features)
 
     def reset_parameters(self):
         nn.init.constant_(self.scale, self.config.start)

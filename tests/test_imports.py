@@ -112,7 +112,7 @@ def test_a_task_needs_data_alone(name: str) -> None:
     [
         ("bitsandbytes", {"scalepeft.models.quant"}),
         ("deepspeed", {"scalepeft.parallel.zero"}),
-        ("peft", {"scalepeft.analysis.bench.command", "scalepeft.integrations.peft"}),
+        ("peft", {"scalepeft.analysis.bench.cases", "scalepeft.integrations.peft"}),
         ("vllm", {"scalepeft.eval.vllm"}),
         ("lm_eval", {"scalepeft.integrations.lm_eval"}),
     ],

@@ -56,8 +56,8 @@ class Adapter(nn.Module):
     """``y = transform_output(W transform_input(x) + delta(x)) + b``; x (..., in), y (..., out), W
     (out, in).
 
-    A method overrides the hooks it needs and declares its parameters (fp32) in ``__init__``, which
-    must run on the meta device. It knows nothing of how W is stored or sharded.
+    A method declares its parameters and overrides the hooks it needs. It knows nothing of how W is
+    stored or sharded.
     """
 
     Config: ClassVar[type[AdapterConfig]]
@@ -75,16 +75,30 @@ class Adapter(nn.Module):
         self, config: Any, in_features: int, out_features: int, layer_name: str = ""
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.layer_name = config, layer_name
         self.in_features, self.out_features = in_features, out_features
+        self.declare()
+
+    def declare(self) -> None:
+        """Declares the parameters: ``self.U = self.new_parameter(out, r)``; none by default.
+
+        Raises:
+            UserError: dimensions that the method cannot take.
+        """
+
+    @staticmethod
+    def new_parameter(*shape: int) -> nn.Parameter:
+        """A trained fp32 tensor; on the meta device too, and without values."""
+        return nn.Parameter(torch.empty(shape, dtype=torch.float32))
 
     def reset_parameters(self) -> None:
-        """Draws the start values; the adapted layer then equals its base layer.
+        """Draws the start values, zeros by default; the adapted layer then equals its base layer.
 
         Called on an unsharded copy on the CPU under a seed of (run seed, layer name), so that the
         start values do not depend on device, engine or world size.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define reset_parameters")
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
     def transform_input(self, x: Tensor) -> Tensor:
         """Maps x (..., in) before the frozen layer sees it."""
@@ -185,13 +199,8 @@ class Scale(Adapter):
 
     def __init__(self, config: Any, features: int, bias: bool) -> None:
         super().__init__(config, features, features)
-        self.scale = nn.Parameter(torch.empty(features, dtype=torch.float32))
-        self.shift = nn.Parameter(torch.empty(features, dtype=torch.float32)) if bias else None
-
-    def reset_parameters(self) -> None:
-        """Zero: the layer is its base."""
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
+        self.scale = self.new_parameter(features)
+        self.shift = self.new_parameter(features) if bias else None
 
     def transform_output(self, y: Tensor) -> Tensor:
         """Scales and shifts (..., features)."""

@@ -68,10 +68,8 @@ class Reflected(Adapter):
     scale: nn.Parameter | None
     inverse: Inverse = "exact"
 
-    def __init__(
-        self, config: Any, in_features: int, out_features: int, layer_name: str = ""
-    ) -> None:
-        super().__init__(config, in_features, out_features, layer_name)
+    def declare(self) -> None:
+        """Neither U nor scale."""
         self.register_parameter("U", None)
         self.register_parameter("scale", None)
 

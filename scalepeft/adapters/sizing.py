@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -64,71 +64,35 @@ def adapted_shapes(model: nn.Module, adapter: dict[str, Any]) -> Counter[tuple[i
     return Counter((m.in_features, m.out_features) for _, m in inject.adapted_layers(net))
 
 
-def nearest(sizes: Iterable[int], count: Callable[[int], float], target: int) -> int | None:
-    """Return the size whose count is nearest to the target, the smaller of two; None if none fits.
-
-    Args:
-        sizes: ascending.
-        count: parameters at a size, ascending; a UserError leaves the size out.
-        target: parameters.
-    """
-    best: tuple[float, int] | None = None
-    for size in sizes:
-        try:
-            number = count(size)
-        except UserError:
-            continue
-        if best is None or abs(number - target) < best[0]:
-            best = abs(number - target), size
-        if number > 2 * target:  # it only grows from here
-            break
-    return None if best is None else best[1]
-
-
-def block_sizes(shapes: Shapes) -> list[int]:
-    """Return the even blocks b with 2 b (BOFT's second factor) a divisor of every input width."""
-    common = math.gcd(*(width for width, _ in shapes))
-    return [b for b in range(2, common // 2 + 1, 2) if common % (2 * b) == 0]
-
-
-def fit(
-    adapter: dict[str, Any],
-    key: str,
-    shapes: Shapes,
-    target: int,
-    sizes: Iterable[int] | None = None,
-) -> dict[str, Any]:
-    """Return the settings with that value of ``key`` which trains nearest to ``target`` parameters.
+def fit(adapter: dict[str, Any], key: str, shapes: Shapes, target: int) -> dict[str, Any]:
+    """Return the settings with that value of ``key`` which trains nearest to ``target`` parameters,
+    the smaller of two.
 
     Args:
         adapter: settings of a method.
         key: ``rank`` or ``block_size``, see ``size_key``.
         shapes: the layers it adapts.
         target: parameters over all of them.
-        sizes: those to choose from, ascending; by default all that fit.
 
     Raises:
-        UserError: no value fits these layers.
+        UserError: the method's own, where no value fits these layers.
     """
-    refusals: list[UserError] = []
     name = inject.adapter_config(adapter).name
     make = registry.find_class("adapters.methods", name, "adapter", Adapter)
-
-    def count(size: int) -> int:
+    distances: dict[int, int] = {}
+    refusals: list[UserError] = []
+    for size in range(1, 2 * max(map(max, shapes)) + 1):
         try:
             config = inject.adapter_config(resize(adapter, key, size))
             with torch.device("meta"):
-                return sum(
-                    number * sum(p.numel() for p in make(config, *shape).parameters())
-                    for shape, number in shapes.items()
-                )
+                layers = {shape: make(config, *shape).parameters() for shape in shapes}
         except UserError as error:
             refusals.append(error)
-            raise
-
-    if sizes is None:
-        sizes = range(1, 2 * max(map(max, shapes)) + 1)
-    best = nearest(sizes, count, target)
-    if best is None:
-        raise refusals[0] if refusals else UserError(f"adapter.{key}: no value fits these layers")
-    return resize(adapter, key, best)
+            continue
+        count = sum(shapes[s] * sum(p.numel() for p in ps) for s, ps in layers.items())
+        distances[size] = abs(count - target)
+        if count > 2 * target:  # it only grows from here
+            break
+    if not distances:
+        raise refusals[0]
+    return resize(adapter, key, min(distances, key=distances.__getitem__))

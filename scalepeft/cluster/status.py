@@ -68,8 +68,7 @@ def comparison(folder: Path) -> dict[str, Any]:
 
     runner = Runner(folder, Design.read(folder / COMPARISON), StopFlag())
     cells = [*sweep(runner.design), *reported(runner.design)]
-    missing = {"state": "missing"}
-    states = Counter((runner.result(cell) or missing)["state"] for cell in cells)
+    states = Counter(runner.result(cell)["state"] for cell in cells)
     begun = {file.parent for file in folder.glob("cells/*/*/*.begun.json")}
     alive = [r for r in begun if (r / "events.jsonl").is_file() and _runs_now(status(r))]
     states["running"] = min(len(alive), states["missing"])

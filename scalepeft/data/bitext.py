@@ -23,12 +23,9 @@ class ReferenceLine:
 
 
 def read(source: str, split: Split) -> Numbered:
-    """Yields (row number, row) of a source.
-
-    JSON (array or lines) and data sets of the hub give their rows as they are. A tsv gives rows
-    with its columns, numbered by line. ``A::B`` are two text files, or CoVoST-2's translations and
-    Common Voice's validated.tsv, in either order. Any other file is read as reference lines, for
-    the test alone.
+    """Yields (row number, row) of a source: the rows of JSON and hub data sets, a tsv's by line, of
+    ``A::B`` two text files or CoVoST-2's translations and Common Voice's validated.tsv in either
+    order, and of any other file reference lines, for the test alone.
 
     Raises:
         UserError: an unreadable file, two files that do not go together, missing columns, a text
@@ -37,20 +34,16 @@ def read(source: str, split: Split) -> Numbered:
     files = [str(path) for path in paths_of(source)]
     if len(files) > 2:
         raise UserError(f"{source}: {len(files)} files joined by {PAIR}; a pair is two")
-    if len(files) == 2:
-        texts = [read_text(file) for file in files]
-        join = _joined if all(map(_is_tsv, files, texts)) else _parallel
-        yield from join(files, texts, split)
-        return
-    is_json = source.startswith("hf://") or _ends(source, ".json", ".jsonl")
-    text = "" if is_json else read_text(source)
-    if is_json or re.match(r'\s*\[?\s*\{\s*["}]', text):
+    is_json = not files or (len(files) == 1 and _ends(source, ".json", ".jsonl"))
+    texts = [] if is_json else [read_text(file) for file in files]
+    if len(texts) == 2:
+        yield from (_joined if all(map(_is_tsv, files, texts)) else _parallel)(files, texts, split)
+    elif is_json or re.match(r'\s*\[?\s*\{\s*["}]', texts[0]):
         yield from read_rows(source)
-    elif _is_tsv(source, text):
-        yield from _table(source, text, {"sentence", "translation"})
+    elif _is_tsv(source, texts[0]):
+        yield from _table(source, texts[0], {"sentence", "translation"})
     elif split == "test":
-        for number, line in enumerate(_lines(text), 1):
-            yield number, ReferenceLine(line)
+        yield from ((n, ReferenceLine(line)) for n, line in enumerate(lines_of(texts[0]), 1))
     else:
         raise UserError(
             f"{source}: neither JSON nor a tsv with a header; text files come in pairs, as"
@@ -62,31 +55,27 @@ def _ends(file: str, *suffixes: str) -> bool:
     return Path(file).name.removesuffix(".gz").endswith(suffixes)
 
 
-def _lines(text: str) -> list[str]:
+def lines_of(text: str) -> list[str]:
     """Lines as sacreBLEU and ``wc -l`` count them: other separators of Unicode belong to a text."""
-    lines = text.split("\n")
-    if lines[-1] == "":
-        lines.pop()
+    lines = text.removesuffix("\n").split("\n") if text else []
     return [line.removesuffix("\r") for line in lines]
 
 
 def _parallel(files: list[str], texts: list[str], _: Split) -> Numbered:
     for file, text in zip(files, texts, strict=True):
-        if _ends(file, ".json", ".jsonl", ".tsv"):
+        if not text or _ends(file, ".json", ".jsonl", ".tsv"):
             raise UserError(
-                f"{PAIR.join(files)}: {file} is no text file; a pair is two text files, or"
-                " CoVoST-2's translations and Common Voice's validated.tsv"
+                f"{PAIR.join(files)}: {file} is {'no text file' if text else 'empty'}; a pair is"
+                " two text files, or CoVoST-2's translations and Common Voice's validated.tsv"
             )
-        if not text:
-            raise UserError(f"{file}: is empty")
-    first, second = map(_lines, texts)
+    first, second = map(lines_of, texts)
     if len(first) != len(second):
         raise UserError(
             f"{files[0]} has {len(first)} lines, {files[1]} {len(second)}: they must go together"
             " line by line"
         )
-    for number, (source, target) in enumerate(zip(first, second, strict=True), 1):
-        yield number, {"source": source, "target": target}
+    pairs = enumerate(zip(first, second, strict=True), 1)
+    yield from ((number, {"source": one, "target": other}) for number, (one, other) in pairs)
 
 
 def _is_tsv(file: str, text: str) -> bool:
@@ -102,14 +91,12 @@ def _table(file: str, text: str, needed: set[str]) -> Numbered:
     """(line number, row by column) of a tsv; the first line is its header."""
     columns = _header(text)
     if missing := sorted(needed - set(columns)):
-        hint = ""
-        if missing == ["sentence"] and {"path", "translation"} <= set(columns):
-            hint = f"; for these translations name {file}{PAIR}VALIDATED_TSV, with Common Voice's"
         raise UserError(
             f"{file}: no column {', '.join(missing)}; its first line has"
-            f" {', '.join(columns)[:200]}{hint}"
+            f" {', '.join(columns)[:200]}; CoVoST-2's translations alone are named with Common"
+            f" Voice's sentences, {file}{PAIR}VALIDATED_TSV"
         )
-    for number, line in enumerate(_lines(text)[1:], 2):
+    for number, line in enumerate(lines_of(text)[1:], 2):
         if line:
             cells = _cells(line)
             row = dict(zip(columns, cells, strict=False))
@@ -119,13 +106,8 @@ def _table(file: str, text: str, needed: set[str]) -> Numbered:
 
 def _cells(line: str) -> list[str]:
     """Cells of a line without quoting, a backslash before what is to be taken as it is."""
-    cells = [""]
-    for escaped, tab, plain in re.findall(r"\\(.?)|(\t)|([^\\\t]+)", line):
-        if tab:
-            cells.append("")
-        else:
-            cells[-1] += escaped or plain
-    return cells
+    cells = re.findall(r"(?:^|\t)((?:\\.?|[^\\\t])*)", line)
+    return [re.sub(r"\\(.?)", r"\1", cell) for cell in cells]
 
 
 def _joined(files: list[str], texts: list[str], split: Split) -> Numbered:

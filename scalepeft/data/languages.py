@@ -23,12 +23,12 @@ def language(code: str) -> str:
     return SHORT.get(first, first)
 
 
-def name_of(code: str, key: str) -> str:
+def name_of(code: str, side: str) -> str:
     """The English name. Raises UserError for a code without one in the table."""
     if (found := language(code)) not in NAMES:
         raise UserError(
-            f"{code}: no English name known for this code (de, deu_Latn, zh-CN, ...); set"
-            f" data.{key}=NAME"
+            f"{side}_language={code}: no English name known for this code (de, deu_Latn, zh-CN,"
+            f" ...); set data.{side}_name=NAME"
         )
     return NAMES[found]
 

@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
@@ -26,10 +26,8 @@ class Order:
         epoch, position = divmod(index, self.rows)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
-            self._epoch, self._permutation = (
-                epoch,
-                torch.randperm(self.rows, generator=generator).tolist(),
-            )
+            self._permutation = torch.randperm(self.rows, generator=generator).tolist()
+            self._epoch = epoch
         return self._permutation[position]
 
 
@@ -69,15 +67,13 @@ class _Rows(Dataset[Any]):
         self.tokens = tokens
 
     def __getitem__(self, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-        t = self.tokens
-        length = max(int(t.offsets[r + 1] - t.offsets[r]) for _, r in pairs)
-        length = -(-length // PAD_TO) * PAD_TO
+        rows = [self.tokens.row(r) for _, r in pairs]
+        length = -(-max(map(len, rows)) // PAD_TO) * PAD_TO
         ids = torch.zeros(len(pairs), length, dtype=torch.int64)
         labels = torch.full((len(pairs), length), IGNORED)
-        for i, (_, r) in enumerate(pairs):
-            row = t.tokens[t.offsets[r] : t.offsets[r + 1]]
+        for i, (row, (_, r)) in enumerate(zip(rows, pairs, strict=True)):
+            start = int(self.tokens.label_start[r])
             ids[i, : len(row)] = row
-            start = int(t.label_start[r])
             labels[i, start : len(row)] = row[start:]
         return ids, labels, torch.tensor([sample for sample, _ in pairs])
 
@@ -89,6 +85,7 @@ def _quiet_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+@dataclass
 class Loader:
     """Yields each step from ``first_step``: this rank's micro-batches and the global counts.
 
@@ -96,28 +93,25 @@ class Loader:
     is on the right of a causal model and carries no label.
     """
 
-    def __init__(
-        self,
-        tokens: TokenSet,
-        ranks: Ranks,
-        first_step: int,
-        steps: int,
-        *,
-        global_batch: int,
-        micro_batch: int,
-        seed: int = 0,
-        workers: int = 0,
-        shuffle: bool = True,
-    ) -> None:
-        self.tokens, self.ranks = tokens, ranks
-        self.global_batch, self.micro_batch, self.workers = global_batch, micro_batch, workers
-        self.first_step, self.steps = first_step, steps
-        self.order: Any = Order(len(tokens), seed) if shuffle else range(len(tokens))
+    tokens: TokenSet
+    ranks: Ranks
+    first_step: int
+    steps: int
+    _: KW_ONLY
+    global_batch: int
+    micro_batch: int
+    seed: int = 0
+    workers: int = 0
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        rows = len(self.tokens)
+        self.order: Any = Order(rows, self.seed) if self.shuffle else range(rows)
 
     def step_pairs(self, step: int) -> list[tuple[int, int]]:
         """(global sample index, row) of every sample of a step."""
         last = (step + 1) * self.global_batch
-        if not isinstance(self.order, Order):  # one pass, whose last batch may be short
+        if not self.shuffle:  # one pass, whose last batch may be short
             last = min(last, len(self.tokens))
         return [(i, self.order[i]) for i in range(step * self.global_batch, last)]
 
@@ -128,10 +122,9 @@ class Loader:
 
     def __iter__(self) -> Iterator[StepBatch]:
         last = self.first_step + self.steps
-        batches = (m for step in range(self.first_step, last) for m in self._micro(step))
         loader = DataLoader(
             _Rows(self.tokens),
-            sampler=batches,
+            sampler=(m for step in range(self.first_step, last) for m in self._micro(step)),
             batch_size=None,
             num_workers=self.workers,
             worker_init_fn=_quiet_worker if self.workers else None,
@@ -142,5 +135,4 @@ class Loader:
         for step in range(self.first_step, last):
             rows = [row for _, row in self.step_pairs(step)]
             micro = [MicroBatch(*next(stream)) for _ in self._micro(step)]
-            labels, tokens = self.tokens.label_tokens(rows), self.tokens.all_tokens(rows)
-            yield StepBatch(step, micro, labels, tokens)
+            yield StepBatch(step, micro, *self.tokens.count(rows))

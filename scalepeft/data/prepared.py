@@ -13,29 +13,32 @@ def write(task: Task, split: Split, path: Path) -> dict[str, Any]:
     """Writes a split's examples to ``path``, and beside it what was left out; returns counts."""
     examples = task.examples(split)
     key = prepared_for(task, split)
-    rows = (json.dumps(to_prepared(e, key), ensure_ascii=False) + "\n" for e in examples)
     path.parent.mkdir(parents=True, exist_ok=True)
+    rows = (json.dumps(to_prepared(e, key), ensure_ascii=False) + "\n" for e in examples)
     write_atomically(path, "".join(rows))
     listed = path.with_name(f"{split}.left-out.txt")
     listed.unlink(missing_ok=True)  # of an earlier reading
-    if task.skipped:
+    left_out = len(task.skipped)
+    if left_out:
         write_atomically(listed, "".join(f"{where}\n" for where in task.skipped))
-        say(f"data.{split}: {len(task.skipped)} broken rows left out, listed in {listed}")
+        say(f"data.{split}: {left_out} broken rows left out, listed in {listed}")
     for line in task.remarks(split):
         say(line)
-    return {
-        "rows": len(examples),
-        "left_out": len(task.skipped),
-        "duplicates": task.repeated,
-        "notes": task.notes,
-    }
+    counts = {"rows": len(examples), "left_out": left_out, "duplicates": task.repeated}
+    return {**counts, "notes": task.notes}
 
 
 def overlaps(files: dict[Split, Path]) -> dict[str, int]:
     """``test_questions_in_train`` and so on: how many questions two splits share, but for case and
     spacing; says those that do.
     """
-    asked: dict[str, set[str]] = {split: _questions(path) for split, path in files.items()}
+    asked: dict[str, set[str]] = {
+        split: {
+            " ".join(str(row["meta"].get("question", row["prompt"])).lower().split())
+            for row in read_lines(path, "prompt", "meta")
+        }
+        for split, path in files.items()
+    }
     counts = {}
     for split, other in (("test", "train"), ("test", "valid"), ("valid", "train")):
         common = len(asked.get(split, set()) & asked.get(other, set()))
@@ -43,8 +46,3 @@ def overlaps(files: dict[Split, Path]) -> dict[str, int]:
         if common:
             say(f"data.{split}: {common} of its questions are in data.{other} too")
     return counts
-
-
-def _questions(path: Path) -> set[str]:
-    rows = read_lines(path, "prompt", "meta")
-    return {" ".join(str(r["meta"].get("question", r["prompt"])).lower().split()) for r in rows}

@@ -28,20 +28,12 @@ def expand(sources: list[str], key: str) -> list[str]:
     """
     files: list[str] = []
     for source in sources:
-        if source.startswith("hf://"):
-            files.append(source)
-            continue
-        if PAIR in source:
-            for path in paths_of(source):
-                if not path.is_file():
-                    raise UserError(f"{key}: {path}: {absent(path)}")
-            files.append(source)
-            continue
-        matches = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))
-        found = [m for m in matches if Path(m).is_file()]
-        if not found:
-            raise UserError(f"{key}: {source}: {absent(Path(source))}")
-        files += found
+        gone = [path for path in paths_of(source) if not path.is_file()]
+        globbed = sorted(glob.glob(source, recursive=True)) if gone and PAIR not in source else []
+        matches = [m for m in globbed if Path(m).is_file()] if gone else [source]
+        if not matches:
+            raise UserError(f"{key}: {gone[0]}: {absent(gone[0])}")
+        files += matches
     return files
 
 
@@ -59,9 +51,9 @@ def source_labels(files: list[str]) -> list[str]:
         labels = [f if f.startswith("hf://") else "/".join(Path(f).parts[-parts:]) for f in files]
         if len(set(labels)) == len(set(files)):
             break
-    seen: dict[str, int] = {}
+    seen = Counter[str]()
     for i, label in enumerate(labels):
-        seen[label] = seen.get(label, 0) + 1
+        seen[label] += 1
         if seen[label] > 1:  # a file listed twice is trained on twice, under its own ids
             labels[i] = f"{label}({seen[label]})"
     return labels
@@ -81,15 +73,18 @@ def read_rows(source: str) -> Iterator[tuple[int, Any]]:
         yield from enumerate(_hub_rows(source), 1)
         return
     text = read_text(source)
-    if text.lstrip()[:1] == "[":
-        rows = _parsed(text)
-        if isinstance(rows, BrokenRow):
-            raise UserError(
-                f"{source}: {rows.reason}; an array must parse as a whole (json lines can be"
-                " skipped row by row)"
-            )
-        yield from enumerate(rows, 1)
+    whole = _parsed(text)
+    if isinstance(whole, list):
+        yield from enumerate(whole, 1)
         return
+    if isinstance(whole, dict):
+        yield text[: text.index("{")].count("\n") + 1, whole
+        return
+    if isinstance(whole, BrokenRow) and text.lstrip()[:1] == "[":
+        raise UserError(
+            f"{source}: {whole.reason}; an array must parse as a whole (json lines can be skipped"
+            " row by row)"
+        )
     lines = text.split("\n")
     starts = {line.lstrip(" \t\r\ufeff")[:1] for line in lines}
     if starts != {""} and not starts & {"{", '"'}:
@@ -97,17 +92,10 @@ def read_rows(source: str) -> Iterator[tuple[int, Any]]:
             f"{source}: is neither JSON nor JSON lines (it begins with {text.strip()[:40]!r});"
             " allowed: one array of objects, or one object per line"
         )
-    first = True
     for number, line in enumerate(lines, 1):
         line = line.removeprefix("\ufeff")  # of files with a BOM that were put together
-        if not line.strip():
-            continue
-        row = _parsed(line)
-        if first and isinstance(row, BrokenRow) and isinstance(whole := _parsed(text), dict):
-            yield number, whole
-            return
-        first = False
-        yield number, row
+        if line.strip():
+            yield number, _parsed(line)
 
 
 def _parsed(text: str) -> Any:
@@ -117,9 +105,7 @@ def _parsed(text: str) -> Any:
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         return BrokenRow(f"broken JSON at {line}column {error.colno}: {error.msg}")
-    except RecursionError:
-        return BrokenRow("broken JSON: nested too deeply")
-    except ValueError as error:  # numbers of thousands of digits
+    except (RecursionError, ValueError) as error:  # ValueError: numbers of thousands of digits
         return BrokenRow(f"broken JSON: {str(error)[:80]}")
 
 
@@ -142,11 +128,7 @@ def read_text(source: str) -> str:
     try:
         raw = Path(source).read_bytes()
         raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (EOFError, zlib.error) as error:
-        raise UserError(
-            f"{source}: cannot be read: {error}; it is truncated: copy it again"
-        ) from None
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{source}: cannot be read: {error}") from None
     if re.search(rb"[\0-\x08\x0e-\x1f]", raw[:16]):  # UTF-16, zip, parquet, zeros after a crash
         raise UserError(
@@ -164,8 +146,8 @@ class BrokenRow:
 
 
 def text_field(row: Any, key: str, required: bool = True) -> str:
-    """Returns ``row[key]`` as text; raises UserError for what is missing, empty, not text or not
-    UTF-8. Null is missing where it may be.
+    """``row[key]`` as text; null is missing where it may be. Raises UserError for what is missing,
+    empty, not text or not UTF-8.
     """
     if isinstance(row, BrokenRow):
         raise UserError(row.reason)
@@ -197,11 +179,10 @@ def one_line(reason: str) -> str:
 
 def check_utf8(value: str, what: str) -> None:
     """Refuses text that was no UTF-8 in its file."""
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{what} is not valid UTF-8") from None
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{what} is not valid UTF-8") from None
 
 
 def _hub_rows(source: str) -> Iterator[dict[str, Any]]:
@@ -226,14 +207,13 @@ def _hub_rows(source: str) -> Iterator[dict[str, Any]]:
 
 def fill(template: str, values: dict[str, str], key: str) -> str:
     """Replaces ``{name}`` for the given names only, so that braces in the data or template stay as
-    they are.
-
-    Raises:
-        UserError: the template names a field that rows do not have.
+    they are. Raises UserError: the template names a field that rows do not have.
     """
-    for name in re.findall(r"\{([a-z_]+)\}", template):
-        if name not in values:
-            raise UserError(
-                f"{key} uses {{{name}}}; rows have {', '.join('{' + v + '}' for v in values)}"
-            )
-    return re.sub(r"\{([a-z_]+)\}", lambda m: values[m[1]], template)
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] not in values:
+            allowed = ", ".join(f"{{{name}}}" for name in values)
+            raise UserError(f"{key} uses {match[0]}; rows have {allowed}")
+        return values[match[1]]
+
+    return re.sub(r"\{([a-z_]+)\}", value, template)

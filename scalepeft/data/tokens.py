@@ -42,16 +42,14 @@ class TokenSet:
     def __len__(self) -> int:
         return len(self.label_start)
 
-    def label_tokens(self, rows: list[int]) -> int:
-        """Number of label tokens in these rows."""
-        index = torch.tensor(rows)
-        lengths = self.offsets[index + 1] - self.offsets[index]
-        return int((lengths - self.label_start[index]).sum())
+    def row(self, i: int) -> Tensor:
+        """Tokens of an example."""
+        return self.tokens[self.offsets[i] : self.offsets[i + 1]]
 
-    def all_tokens(self, rows: list[int]) -> int:
-        """Number of tokens in these rows, without padding."""
-        index = torch.tensor(rows)
-        return int((self.offsets[index + 1] - self.offsets[index]).sum())
+    def count(self, rows: list[int]) -> tuple[int, int]:
+        """Number of label tokens, and of all tokens without padding, in these rows."""
+        lengths = self.offsets.diff()[rows]
+        return int((lengths - self.label_start[rows]).sum()), int(lengths.sum())
 
     def fingerprint(self) -> str:
         """sha256 of tokens, cuts and labels: a resumed run must see the same data."""
@@ -62,12 +60,13 @@ class TokenSet:
 
     def take(self, rows: Tensor) -> "TokenSet":
         """The subset of these rows, in this order."""
-        pieces = [self.tokens[self.offsets[r] : self.offsets[r + 1]] for r in rows.tolist()]
-        lengths = torch.tensor([0] + [len(p) for p in pieces])
-        tokens = torch.cat(pieces) if pieces else self.tokens[:0]
-        return TokenSet(
-            tokens, lengths.cumsum(0), self.label_start[rows], self.dropped, self.cut, self.lost
-        )
+        counts = (self.dropped, self.cut, self.lost)
+        return _joined(list(map(self.row, rows.tolist())), self.label_start[rows], *counts)
+
+
+def _joined(rows: list[Tensor], starts: Tensor, *counts: int) -> TokenSet:
+    tokens = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int32)
+    return TokenSet(tokens, torch.tensor([0, *map(len, rows)]).cumsum(0), starts, *counts)
 
 
 def tokenize(examples: list[Example], tokenizer: Any, config: TaskConfig) -> TokenSet:
@@ -78,11 +77,7 @@ def tokenize(examples: list[Example], tokenizer: Any, config: TaskConfig) -> Tok
     ``together`` the first label is the first token that reaches into the completion, wherever the
     tokenizer puts the border.
     """
-    pairs = (
-        _apart(examples, tokenizer)
-        if config.tokenize == "apart"
-        else _together(examples, tokenizer)
-    )
+    pairs = (_apart if config.tokenize == "apart" else _together)(examples, tokenizer)
     rows, starts, dropped, cut, lost = [], [], 0, 0, 0
     for text, border in pairs:
         ids = [*text, tokenizer.eos_token_id]
@@ -95,9 +90,7 @@ def tokenize(examples: list[Example], tokenizer: Any, config: TaskConfig) -> Tok
             continue
         rows.append(torch.tensor(ids, dtype=torch.int32))
         starts.append(start)
-    offsets = torch.tensor([0] + [len(r) for r in rows]).cumsum(0)
-    tokens = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int32)
-    return TokenSet(tokens, offsets, torch.tensor(starts, dtype=torch.int32), dropped, cut, lost)
+    return _joined(rows, torch.tensor(starts, dtype=torch.int32), dropped, cut, lost)
 
 
 def _apart(examples: list[Example], tokenizer: Any) -> Iterator[tuple[list[int], int]]:
@@ -114,9 +107,8 @@ def _apart(examples: list[Example], tokenizer: Any) -> Iterator[tuple[list[int],
 def _together(examples: list[Example], tokenizer: Any) -> Iterator[tuple[list[int], int]]:
     texts = [e.prompt + e.completion for e in examples]
     made = tokenizer(texts, return_offsets_mapping=True, verbose=False)
-    for example, ids, spans in zip(
-        examples, made["input_ids"], made["offset_mapping"], strict=True
-    ):
+    every = zip(examples, made["input_ids"], made["offset_mapping"], strict=True)
+    for example, ids, spans in every:
         ids = strip_eos(ids, tokenizer)
         # A special token has the empty span (0, 0), so BOS is on the prompt's side.
         inside = (i for i, (_, end) in enumerate(spans) if end > len(example.prompt))
@@ -138,17 +130,8 @@ def cached_tokens(examples: list[Example], tokenizer: Any, config: TaskConfig) -
     """
     root = config.cache or os.environ.get("SCALEPEFT_CACHE") or Path.home() / ".cache" / "scalepeft"
     file = Path(root) / "tokens" / f"{_key(examples, tokenizer, config)}.safetensors"
-    if file.is_file():
-        try:
-            with safe_open(file, "pt") as f:
-                t, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()  # noqa: SIM118
-            counts = (int(meta[name]) for name in COUNTS)
-            cached = TokenSet(t["tokens"], t["offsets"], t["label_start"], *counts)
-            if cached.fingerprint() == meta["sha256"]:
-                return cached
-        except (SafetensorError, KeyError, TypeError, ValueError, OSError):
-            pass  # damaged: made again
-        file.unlink(missing_ok=True)
+    if (cached := _read(file)) is not None:
+        return cached
     made = tokenize(examples, tokenizer, config)
     tensors = {"tokens": made.tokens, "offsets": made.offsets, "label_start": made.label_start}
     meta = {"sha256": made.fingerprint(), **{name: str(getattr(made, name)) for name in COUNTS}}
@@ -162,6 +145,17 @@ def cached_tokens(examples: list[Example], tokenizer: Any, config: TaskConfig) -
             f"data.cache: {file.parent} cannot be written: {error}; set data.cache=FOLDER"
         ) from None
     return made
+
+
+def _read(file: Path) -> TokenSet | None:
+    """What is cached; None if nothing, or a damaged file."""
+    try:
+        with safe_open(file, "pt") as f:
+            tensors = (f.get_tensor(name) for name in ("tokens", "offsets", "label_start"))
+            found = TokenSet(*tensors, *(int(f.metadata()[name]) for name in COUNTS))
+            return found if found.fingerprint() == f.metadata()["sha256"] else None
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError):
+        return None
 
 
 def _key(examples: list[Example], tokenizer: Any, config: TaskConfig) -> str:
@@ -224,9 +218,8 @@ def _split(
         )
     if (largest := int(tokens.tokens.max())) >= vocab_size:
         raise UserError(
-            f"model.tokenizer: makes token id {largest}, the model has {vocab_size} ids"
-            f" (0..{vocab_size - 1}): tokenizer and model do not belong together; set"
-            " model.tokenizer to the model's own"
+            f"model.tokenizer: makes token id {largest}, the model has {vocab_size} ids: tokenizer"
+            " and model do not belong together; set model.tokenizer to the model's own"
         )
     return tokens
 
@@ -240,6 +233,7 @@ def cut_rows(tokens: TokenSet, config: TaskConfig, split: str) -> list[str]:
         f" {tokens.lost} of them lost their whole response"
     )
     if tokens.dropped:
-        return [f"{said}; {tokens.dropped} rows had no token left to learn and were dropped"]
-    kept = " and teach their prompt alone (data.train_on=all)" if tokens.lost else ""
-    return [said + kept]
+        said += f"; {tokens.dropped} rows had no token left to learn and were dropped"
+    elif tokens.lost:
+        said += " and teach their prompt alone (data.train_on=all)"
+    return [said]

@@ -10,6 +10,7 @@ texts: the path of comet-score and options for it, if any ("ENV/bin/comet-score 
 Paper: COMET-22 (Rei et al., WMT 2022); the model's scores times 100, averaged over the rows.
 """
 
+import argparse
 import hashlib
 import json
 import math
@@ -20,6 +21,7 @@ import shutil
 import statistics
 import subprocess
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -31,33 +33,23 @@ from scalepeft.data.tasks.base import Scored
 
 VARIABLE = "SCALEPEFT_COMET"
 MODEL = "Unbabel/wmt22-comet-da"
-HOW = (
-    "not computed (pip install unbabel-comet in an environment of its own, then"
-    f" {VARIABLE}=ENV/bin/comet-score)"
-)
-NO_SOURCE = "not computed (the references came without the text that was translated)"
 TEXTS = ("src.txt", "mt.txt", "ref.txt")
 # comet-score would take itself for a rank of our job, and our packages for its own.
 INHERITED = re.compile(r"(?!SLURM_|PMI|TORCHELASTIC_|MASTER_|PYTHON)(?!.*(RANK|WORLD_SIZE))")
 
 
 def write(folder: Path, rows: list[Scored]) -> None:
-    """Write the texts to ``folder/comet``, a row a line; none where a row has no source text."""
-    inputs = folder / "comet"
-    if any(not row.example.meta.get("question") for row in rows):
-        shutil.rmtree(inputs, ignore_errors=True)
-        (folder / "comet.json").unlink(missing_ok=True)
-        return
+    """Write the texts to ``folder/comet``, a row a line."""
     columns = {
         "src.txt": [row.example.meta["question"] for row in rows],
         "mt.txt": [row.score.extracted or "" for row in rows],
         "ref.txt": [row.example.meta["reference"] for row in rows],
         "set.txt": [str(row.example.meta.get("source", "")) for row in rows],
     }
-    inputs.mkdir(parents=True, exist_ok=True)
+    (folder / "comet").mkdir(parents=True, exist_ok=True)
     for name, texts in columns.items():
-        lines = (re.sub(r"[\r\n]+", " ", text) for text in texts)
-        write_atomically(inputs / name, "".join(line + "\n" for line in lines))
+        lines = (re.sub(r"[\r\n]+", " ", text) + "\n" for text in texts)
+        write_atomically(folder / "comet" / name, "".join(lines))
 
 
 def compute(folder: Path, stop: StopFlag | None = None) -> dict[str, Any] | None:
@@ -66,41 +58,39 @@ def compute(folder: Path, stop: StopFlag | None = None) -> dict[str, Any] | None
     Returns:
         ``score`` and ``ci95`` (times 100), ``rows``, ``sources`` (name -> score), ``model``,
         ``command``; None if ``SCALEPEFT_COMET`` is not set and these texts have not been scored
-        yet, or there are none.
+        yet.
 
     Raises:
         UserError: no such program, it failed, or its output is not COMET's.
         Stopping: a signal came; the program was ended.
     """
     inputs, result = folder / "comet", folder / "comet.json"
-    if not (inputs / TEXTS[0]).is_file():
-        return None
     digest = hashlib.sha256(b"\0".join((inputs / name).read_bytes() for name in TEXTS)).hexdigest()
-    command = _command()
+    program, model = _program()
     stored = read(folder)
-    if stored and stored["texts"] == digest and (not command or stored["model"] == _model(command)):
+    if stored and stored["texts"] == digest and (not program or stored["model"] == model):
         return stored
     result.unlink(missing_ok=True)  # of other texts
-    if not command:
+    if not program:
         return None
-    output = inputs / "segments.json"
-    output.unlink(missing_ok=True)
-    arguments = ["-s", "src.txt", "-t", "mt.txt", "-r", "ref.txt", "--quiet", "--only_system"]
-    arguments += ["--to_json", output.name]
-    _run([*command, *arguments], inputs, stop)
+    arguments = "-s src.txt -t mt.txt -r ref.txt --quiet --only_system --to_json segments.json"
+    command = [*program, "--model", model, *arguments.split()]
+    (inputs / "segments.json").unlink(missing_ok=True)
+    _run(command, inputs, stop)
     names = (inputs / "set.txt").read_text().split("\n")[:-1]
-    scores = _segments(output, len(names))
+    scores = _segments(inputs / "segments.json", len(names))
     mean, half = mean_interval(scores)
+    half = half or 0.0
+    by_source: dict[str, list[float]] = defaultdict(list)
+    for name, score in sorted(zip(names, scores, strict=True)):
+        by_source[name].append(score)
     results = {
         "score": mean,
-        "ci95": [mean - (half or 0.0), mean + (half or 0.0)],
+        "ci95": [mean - half, mean + half],
         "rows": len(scores),
-        "sources": {
-            name: statistics.fmean(s for s, n in zip(scores, names, strict=True) if n == name)
-            for name in sorted(set(names))
-        },
-        "model": _model(command),
-        "command": shlex.join([*command, *arguments]),
+        "sources": {name: statistics.fmean(found) for name, found in by_source.items()},
+        "model": model,
+        "command": shlex.join(command),
         "texts": digest,
     }
     write_atomically(result, json.dumps(results, indent=1))
@@ -116,37 +106,36 @@ def read(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def line(folder: Path) -> str:
-    """Return COMET as a line of a table, or how to get it. Call ``compute`` before."""
-    if results := read(folder):
-        low, high = results["ci95"]
+def line(results: dict[str, Any] | None) -> str:
+    """Return what ``compute`` returned as a line, or how to get it."""
+    if results is None:
         return (
-            f"COMET: {results['score']:.2f}, 95 % interval {low:.2f} to {high:.2f}"
-            f" ({results['model']}, {results['rows']} rows)"
+            "COMET: not computed (pip install unbabel-comet in an environment of its own, then"
+            f" {VARIABLE}=ENV/bin/comet-score)"
         )
-    return f"COMET: {HOW if (folder / 'comet' / TEXTS[0]).is_file() else NO_SOURCE}"
+    low, high = results["ci95"]
+    return (
+        f"COMET: {results['score']:.2f}, 95 % interval {low:.2f} to {high:.2f}"
+        f" ({results['model']}, {results['rows']} rows)"
+    )
 
 
-def _command() -> list[str]:
-    """Return the program and the user's options for it, with a model; empty if not set."""
+def _program() -> tuple[list[str], str]:
+    """The program with the user's options for it, empty if not set; and the model."""
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--model", default=MODEL)
     try:
-        words = shlex.split(os.environ.get(VARIABLE, ""))
+        chosen, words = options.parse_known_args(shlex.split(os.environ.get(VARIABLE, "")))
     except ValueError as error:
         raise UserError(f"{VARIABLE}={os.environ[VARIABLE]}: {error}") from None
     if not words:
-        return []
+        return [], chosen.model
     if (program := shutil.which(words[0])) is None:
         raise UserError(
             f"{VARIABLE}={words[0]}: no such program; it is the path of comet-score in the"
             " environment where unbabel-comet is installed"
         )
-    named = any(word.split("=")[0] == "--model" for word in words)
-    return [os.path.abspath(program), *words[1:], *([] if named else ["--model", MODEL])]
-
-
-def _model(command: list[str]) -> str:
-    at = next(i for i, word in enumerate(command) if word.split("=")[0] == "--model")
-    return command[at].partition("=")[2] or command[at + 1]
+    return [os.path.abspath(program), *words[1:]], chosen.model
 
 
 def _run(command: list[str], inputs: Path, stop: StopFlag | None) -> None:
@@ -161,19 +150,18 @@ def _run(command: list[str], inputs: Path, stop: StopFlag | None) -> None:
             )  # fmt: skip
         except OSError as error:
             raise UserError(f"{VARIABLE}: {command[0]} cannot be run: {error.strerror}") from None
-        try:
-            while process.poll() is None:
-                if stop is not None and stop.signal is not None:
-                    raise Stopping
-                time.sleep(0.05)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, 9)
-                process.wait()
+    while process.poll() is None:
+        if stop is not None and stop.signal is not None:
+            os.killpg(process.pid, 9)
+            process.wait()
+            raise Stopping
+        time.sleep(0.05)
     if process.returncode:
-        printed = log.read_text(errors="replace").split("\n")
-        last = next((text.strip() for text in reversed(printed) if text.strip()), "printed nothing")
-        raise UserError(f"{command[0]} ended with {process.returncode}: {last[:300]}; log: {log}")
+        printed = log.read_text(errors="replace").strip().rpartition("\n")[2].strip()
+        raise UserError(
+            f"{command[0]} ended with {process.returncode}: {printed[:300] or 'printed nothing'};"
+            f" log: {log}"
+        )
 
 
 def _segments(file: Path, rows: int) -> list[float]:
@@ -181,11 +169,11 @@ def _segments(file: Path, rows: int) -> list[float]:
     try:
         (segments,) = json.loads(file.read_text()).values()
         scores = [100 * float(row["COMET"]) for row in segments]
+        if len(scores) != rows or not all(map(math.isfinite, scores)):
+            raise ValueError(f"{len(scores)} scores, not {rows} finite ones")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{file}: is not what comet-score --to_json writes"
-            f" ({type(error).__name__}: {str(error)[:100]}); log: {file.with_name('log.txt')}"
+            f"{file}: is not what comet-score --to_json writes ({error!r:.150}); log:"
+            f" {file.with_name('log.txt')}"
         ) from None
-    if len(scores) != rows or not all(map(math.isfinite, scores)):
-        raise UserError(f"{file}: {len(scores)} scores, not {rows} finite ones")
     return scores

@@ -6,7 +6,7 @@ and ``scores`` sums up.
 """
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,7 @@ def run(run_dir: str, settings: list[str], kind: Subject, stop: StopFlag) -> int
     """Evaluates a run on ``data.test``; returns the exit code, 0 or 75.
 
     Writes ``RUN_DIR/eval/TASK/`` (``eval-merged``, ``eval-base``): predictions.jsonl, scored.jsonl
-    and scores.json.
-
-    Args:
-        run_dir: the run.
-        settings: ``key=value`` arguments over its config.
-        kind: its adapter over its base, the checkpoint in ``RUN_DIR/merged``, or the base alone.
-        stop: polled between batches.
+    and scores.json. ``settings`` go over the run's config; ``stop`` is polled between batches.
 
     Raises:
         UserError: no run, no adapter or merged checkpoint yet, no test rows.
@@ -104,8 +98,9 @@ def evaluate(config: RunConfig, task: Task, kind: Subject, ranks: Ranks, stop: S
         poll()
         _generate(target, left, examples, predictions, poll)
     ranks.run_on_main(lambda: _write_scores(target, task, examples, predictions))
+    folder = predictions.path.parent
     if task.translates:  # in a process of its own, now that the model is let go
-        ranks.alone(lambda: _add_comet(predictions.path.parent, stop))
+        ranks.alone(lambda: say(comet.line(comet.compute(folder, stop))))
 
 
 def _examples(task: Task, limit: int | None) -> list[Example]:
@@ -119,14 +114,11 @@ def _examples(task: Task, limit: int | None) -> list[Example]:
             f"data.test: {bare.id} is a reference alone, without what is asked; name"
             " FILE_SOURCE::FILE_TARGET (scalepeft score takes references alone)"
         )
-    taken: Counter[str] = Counter()
-    kept = []
+    by_source: dict[str, list[str]] = defaultdict(list)
     for example in examples:
-        source = str(example.meta.get("source", ""))
-        taken[source] += 1
-        if limit is None or taken[source] <= limit:
-            kept.append(example)
-    return kept
+        by_source[str(example.meta.get("source", ""))].append(example.id)
+    kept = {id_ for ids in by_source.values() for id_ in ids[:limit]}
+    return [example for example in examples if example.id in kept]
 
 
 def _settings(
@@ -184,10 +176,11 @@ def _generate(
         # A rank with nothing left generates for the first prompt once more: sharded forwards are
         # collectives.
         texts, cut = generator([e.prompt for e in mine or batch[:1]])
+        answered = zip(mine, texts, cut, strict=False)
         predictions.append(
             [
-                {"id": e.id, "prediction": t, "cut": c}
-                for e, t, c in zip(mine, texts, cut, strict=False)
+                {"id": e.id, "prediction": text, "cut": c}
+                for e, text, c in answered
                 if e.id not in done  # of a batch that was torn
             ]
         )
@@ -206,6 +199,7 @@ def _write_scores(
     texts = {id_: row["prediction"] for id_, row in done.items()}
     summary, rows = scores.summarize(task, examples, texts)
     folder = predictions.path.parent
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     results = {
         "task": config.data.name,
         "protocol": config.data.protocol,
@@ -217,11 +211,7 @@ def _write_scores(
         "prompts_cut": sum(done[e.id]["cut"] for e in examples),
         **summary,
         "task_version": task.version,
-        "versions": {
-            "scalepeft": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": {"scalepeft": __version__, **versions},
     }
     try:
         scores.write(folder, results, rows)
@@ -235,8 +225,3 @@ def _write_scores(
     for line in scores.lines(results):
         say(line)
     say(f"{config.data.name}, {target.kind}: {folder}/scores.json")
-
-
-def _add_comet(folder: Path, stop: StopFlag) -> None:
-    comet.compute(folder, stop)
-    say(f"COMET: {comet.line(folder)}")

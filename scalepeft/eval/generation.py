@@ -41,12 +41,8 @@ class Progress:
 
 
 class Backend:
-    """Continues prompts; only ``config`` decides how. ``generate`` is the backend's own.
-
-    Args:
-        tokenizer: of the model; prompts get its special tokens (BOS).
-        config: length limits, beams, stop texts.
-        positions: of the model.
+    """Continues prompts; only ``config`` (length limits, beams, stop texts) decides how. Prompts
+    get the tokenizer's special tokens (BOS). ``generate`` is the backend's own.
     """
 
     def __init__(self, tokenizer: Any, config: EvaluateConfig, positions: int) -> None:
@@ -60,14 +56,13 @@ class Backend:
         """
         if not prompts:
             return [], []
-        ids, cut = encode(prompts, self.tokenizer, self.config, self.positions)
-        limits = [self.config.max_new_tokens] * len(ids)
-        if self.config.max_tokens is not None:
-            limits = [min(self.config.max_new_tokens, self.config.max_tokens - len(i)) for i in ids]
+        config = self.config
+        ids, cut = encode(prompts, self.tokenizer, config, self.positions)
+        room = config.max_tokens or self.positions
+        limits = [min(config.max_new_tokens, room - len(prompt)) for prompt in ids]
         answers = self.generate(ids, limits)
-        answers = [row[:limit] for row, limit in zip(answers, limits, strict=True)]
-        texts = _decode(answers, self.tokenizer)
-        return [_cut_at(text, self.config.stop) for text in texts], cut
+        new = [answer[:limit] for answer, limit in zip(answers, limits, strict=True)]
+        return [_cut_at(text, config.stop) for text in _decode(new, self.tokenizer)], cut
 
     def generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
         """The new tokens of each prompt; those past its limit, or a stop text, do not count."""
@@ -79,15 +74,8 @@ class Backend:
 
 
 class Generator(Backend):
-    """``evaluate.backend=hf``: the run's own model, on this rank's device. Whatever generation
-    settings came with the model's files are left out.
-
-    Args:
-        model: a causal LM.
-        tokenizer: its tokenizer.
-        config: length limits, beams, stop texts.
-        device: of the model.
-        synced: ranks must go through the same number of forwards (sharded parameters).
+    """``evaluate.backend=hf``: the run's own causal LM, on this rank's device. ``synced``: ranks
+    must go through the same number of forwards (sharded parameters).
     """
 
     def __init__(
@@ -106,37 +94,39 @@ class Generator(Backend):
         """Left-padded, with a KV cache."""
         from transformers import GenerationConfig
 
-        tokens, mask = _left_padded(ids)
+        rows = [torch.tensor(prompt) for prompt in ids]
+        padded = pad_sequence(rows, batch_first=True, padding_side="left", padding_value=-1)
+        padded, end = padded.to(self.device), self.tokenizer.eos_token_id
         # What is not set in the call is taken from here, which is filled from the model's files.
         self.model.generation_config = GenerationConfig()
+        # Beams are cut afterwards: a search must see its hypotheses to their end.
+        greedy = self.config.num_beams == 1
+        ends = _Ends(self.tokenizer, self.config.stop, limits, padded.shape[1])
         new: list[list[int]] = self.model.generate(
-            input_ids=tokens.to(self.device),
-            attention_mask=mask.to(self.device),
+            input_ids=padded.clamp(min=0),
+            attention_mask=(padded >= 0).long(),
             generation_config=GenerationConfig(
                 max_new_tokens=max(limits),
                 num_beams=self.config.num_beams,
                 do_sample=False,
                 use_cache=True,
-                eos_token_id=self.tokenizer.eos_token_id,
-                pad_token_id=self.tokenizer.eos_token_id,
+                eos_token_id=end,
+                pad_token_id=end,
             ),
-            # Beams are cut afterwards: a search must see its hypotheses to their end.
-            stopping_criteria=[_Ends(self.tokenizer, self.config.stop, limits, tokens.shape[1])]
-            if self.config.num_beams == 1
-            else None,
+            stopping_criteria=[ends] if greedy else None,
             synced_gpus=self.synced,
-        )[:, tokens.shape[1] :].tolist()
+        )[:, padded.shape[1] :].tolist()
         return new
 
 
 def check(config: EvaluateConfig) -> None:
-    """Raise UserError for settings that no backend can follow; found out before a model is loaded.
-
-    Raises:
-        UserError: an empty stop text, or a length limit of prompt and answer with beams.
+    """Raise UserError for an empty stop text, and a length of prompt and answer that leaves no room
+    or goes with beams; found out before a model is loaded.
     """
     if "" in config.stop:
         raise UserError("evaluate.stop: an empty text would end every answer before it begins")
+    if config.max_tokens == 1:
+        raise UserError("evaluate.max_tokens=1 leaves no room for a prompt and an answer")
     if config.max_tokens is not None and config.num_beams > 1:
         raise UserError(
             f"evaluate.max_tokens={config.max_tokens} with evaluate.num_beams={config.num_beams}: a"
@@ -153,7 +143,9 @@ def encode(
     Raises:
         UserError: a prompt without a token, or no room for one.
     """
-    room = prompt_room(config, positions)
+    if positions <= (new := config.max_new_tokens):
+        raise UserError(f"evaluate.max_new_tokens={new} fills the model's {positions} positions")
+    room = min(positions - new, (config.max_tokens or positions) - 1)
     found, cut = [], []
     for prompt in tokenizer(prompts, verbose=False)["input_ids"]:
         ids = strip_eos(prompt, tokenizer)
@@ -170,23 +162,6 @@ def encode(
     return found, cut
 
 
-def prompt_room(config: EvaluateConfig, positions: int) -> int:
-    """Tokens a prompt may have; longer ones lose their beginning."""
-    if positions <= config.max_new_tokens:
-        raise UserError(
-            f"evaluate.max_new_tokens={config.max_new_tokens} fills the model's {positions}"
-            " positions"
-        )
-    room = positions - config.max_new_tokens
-    if config.max_tokens is not None:
-        room = min(room, config.max_tokens - 1)
-    if room < 1:
-        raise UserError(
-            f"evaluate.max_tokens={config.max_tokens} leaves no room for a prompt and an answer"
-        )
-    return room
-
-
 def _cut_at(text: str, stop: list[str]) -> str:
     """The text before the first of the stop texts in it."""
     return text[: min((i for i in map(text.find, stop) if i >= 0), default=len(text))]
@@ -198,14 +173,6 @@ def _decode(answers: list[list[int]], tokenizer: Any) -> list[str]:
         answers, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     return found
-
-
-def _left_padded(ids: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Tokens (rows, length) and attention mask; which id the padding has does not matter."""
-    tokens = [torch.tensor(prompt) for prompt in ids]
-    masks = [torch.ones_like(prompt) for prompt in tokens]
-    padded = (pad_sequence(x, batch_first=True, padding_side="left") for x in (tokens, masks))
-    return next(padded), next(padded)
 
 
 class _Ends:

@@ -15,11 +15,9 @@ from scalepeft.core.preemption import tell_job
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.stage import set_aside
 
-INFORMATIVE = ("examples", "model", "batch")
+INFORMATIVE = {"examples", "model", "batch"}
 """Settings that are recorded but change no prediction that is there: each row knows what it asks,
 and weights are known by their fingerprint."""
-KINDS = {"id": str, "asked": str, "prediction": str, "cut": bool}
-"""Keys of a row, and their types."""
 
 
 class Predictions:
@@ -40,15 +38,8 @@ class Predictions:
         prompts: dict[str, str],
         ranks: Ranks | None = None,
     ) -> None:
-        """Continue predictions of the same target and settings; set those of others aside.
-
-        Args:
-            run_dir: of the run.
-            name: folder of the evaluation in it.
-            settings: what is evaluated and how.
-            prompts: example id -> prompt. More rows, fewer or other ones change nothing for those
-                that stay.
-            ranks: that evaluate together.
+        """Continue predictions of the same target and settings; set those of others aside. More
+        ``prompts`` (example id -> prompt), fewer or other ones change nothing for those that stay.
 
         Raises:
             UserError: the folder cannot be written.
@@ -64,11 +55,8 @@ class Predictions:
         Raises:
             UserError: the disk refuses, or another evaluation has taken the folder.
         """
-        batch = [
-            {**row, "asked": self.asked[row["id"]]}
-            for part in self.ranks.gather(rows)
-            for row in part
-        ]
+        every = [row for part in self.ranks.gather(rows) for row in part]
+        batch = [{**row, "asked": self.asked[row["id"]]} for row in every]
         self.ranks.run_on_main(lambda: self._write(batch))
         self.done.update((row["id"], row) for row in batch)
 
@@ -91,10 +79,9 @@ class Predictions:
             write_atomically(self.path.with_name("settings.json"), marker)
             stored = [
                 row
-                for row in read_lines(self.path, *KINDS)
-                if all(type(row[key]) is kind for key, kind in KINDS.items())
+                for row in read_lines(self.path, "id", "asked", "prediction", "cut")
                 # None: of a test set that may come back
-                and self.asked.get(row["id"]) in (None, row["asked"])
+                if self.asked.get(row["id"]) in (None, row["asked"])
             ]
             text = _lines(stored)
             if self.path.exists() and text.encode() != self.path.read_bytes():
@@ -105,10 +92,11 @@ class Predictions:
 
     def _is_ours(self) -> bool:
         try:
-            stored: Any = json.loads(self.path.with_name("settings.json").read_text())
-        except (OSError, ValueError):
+            stored = json.loads(self.path.with_name("settings.json").read_text())
+            keys = stored.keys() | self.settings.keys()
+        except (OSError, ValueError, AttributeError):
             return False
-        return isinstance(stored, dict) and _deciding(stored) == _deciding(self.settings)
+        return all(stored.get(key) == self.settings.get(key) for key in keys - INFORMATIVE)
 
     def _write(self, batch: list[dict[str, Any]]) -> None:
         self.check_ours()
@@ -123,10 +111,6 @@ class Predictions:
                 " predictions before are kept: make room and run the same command again"
             ) from None
         tell_job("progress", f"{len(self.done) + len(batch)} predictions")
-
-
-def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in settings.items() if key not in INFORMATIVE}
 
 
 def _lines(rows: list[dict[str, Any]]) -> str:

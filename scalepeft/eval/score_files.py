@@ -13,7 +13,8 @@ from scalepeft.config import schema as cfg
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import Decides, marks_of
 from scalepeft.core.log import say
-from scalepeft.data.rows import PAIR, BrokenRow, absent, check_utf8, one_line, read_rows, read_text
+from scalepeft.data.bitext import lines_of
+from scalepeft.data.rows import PAIR, absent, check_utf8, one_line, read_rows, read_text, text_field
 from scalepeft.data.tasks.base import Example
 from scalepeft.eval import scores
 
@@ -60,16 +61,10 @@ def run(options: Options) -> None:
     task = task_of(config)
     examples = task.examples("test")
     texts = match(read(options.predictions, options.key), examples, options, len(task.skipped))
-    found, rows = scores.summarize(task, examples, texts)
-    found = {
-        "task": options.task,
-        "protocol": config.data.protocol,
-        "predictions": options.predictions,
-        "references": options.references,
-        **found,
-        "task_version": task.version,
-        "versions": {"scalepeft": __version__},
-    }
+    summary, rows = scores.summarize(task, examples, texts)
+    named = {key: getattr(options, key) for key in ("task", "predictions", "references")}
+    ended = {"task_version": task.version, "versions": {"scalepeft": __version__}}
+    found = {**named, "protocol": config.data.protocol, **summary, **ended}
     if options.out is not None:
         folder = Path(options.out)
         try:
@@ -94,12 +89,10 @@ def _config(options: Options) -> cfg.RunConfig:
         marks = decided.get(cfg.renamed_key(key).removeprefix("data."))
         if marks is not None and Decides.SCORES not in marks:
             raise UserError(f"{setting}: decides nothing in score, which makes no predictions")
-    files = [options.sources, options.references] if options.sources else [options.references]
-    values: dict[str, Any] = {
-        "run_dir": "-",  # nothing is trained: what a run needs besides is of no effect
-        "data": {"name": options.task, "test": [PAIR.join(files)]},
-        "train": {"max_steps": 1},
-    }
+    files = (options.sources, options.references)
+    data = {"name": options.task, "test": [PAIR.join(filter(None, files))]}
+    # Nothing is trained: what a run needs besides is of no effect.
+    values = {"run_dir": "-", "data": data, "train": {"max_steps": 1}}
     return config_files.overlay(values, options.settings)
 
 
@@ -113,28 +106,19 @@ class Prediction:
 
 
 def read(file: str, key: str | None) -> list[Prediction]:
-    """Read predictions.
-
-    Raises:
-        UserError: unreadable, empty, or a row without a text in it.
-    """
+    """Read predictions. Raise UserError: unreadable, empty, or a row without a text in it."""
     if not Path(file).is_file():
         raise UserError(f"--predictions {file}: {absent(Path(file))}")
     text = read_text(file)
-    if not _is_json(file, text):
-        lines = text.split("\n")
-        if lines[-1] == "":
-            lines.pop()
-        found = [Prediction(line.rstrip("\r"), None, i) for i, line in enumerate(lines, 1)]
-    else:
-        found = [_prediction(row, key, number, file) for number, row in read_rows(file)]
+    rows = read_rows(file) if _is_json(file, text) else enumerate(lines_of(text), 1)
+    found = []
+    for number, row in rows:
+        try:
+            found.append(_prediction(row, key, number))
+        except UserError as error:
+            raise UserError(f"{file}, row {number}: {error}") from None
     if not found:
         raise UserError(f"--predictions {file}: is empty")
-    for prediction in found:
-        try:
-            check_utf8(prediction.text, "the text")
-        except UserError as error:
-            raise UserError(f"{file}, row {prediction.row}: {error}") from None
     return found
 
 
@@ -148,63 +132,60 @@ def _is_json(file: str, text: str) -> bool:
     return bool(text.strip()) and all(line[:1] in ("", '"', "{") for line in lines)
 
 
-def _prediction(row: Any, key: str | None, number: int, file: str) -> Prediction:
+def _prediction(row: Any, key: str | None, number: int) -> Prediction:
     if isinstance(row, str):
-        return Prediction(row, None, number)
-    where = f"{file}, row {number}"
-    if isinstance(row, BrokenRow):
-        raise UserError(f"{where}: {row.reason}")
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: must be a text or an object, not {type(row).__name__}")
+        row, key = {"text": row}, "text"
+    elif not isinstance(row, dict):
+        text_field(row, "text")  # raises: a row of what it is
     used = key or next((k for k in KEYS if k in row), None)
-    if used is None or used not in row:
+    if used not in row:
         raise UserError(
-            f"{where}: no key {used or ', '.join(KEYS)}; it has"
-            f" {one_line(', '.join(map(str, row)))}; name the one that holds the text with --key"
+            f"no key {used or ', '.join(KEYS)}; it has {one_line(', '.join(map(str, row)))}; name"
+            " the one that holds the text with --key"
         )
     if not isinstance(row[used], str):
-        raise UserError(f"{where}: '{used}' must be text, not {type(row[used]).__name__}")
-    id_ = row.get("id")
-    return Prediction(row[used], None if id_ is None else str(id_), number)
+        raise UserError(f"'{used}' must be text, not {type(row[used]).__name__}")
+    check_utf8(row[used], "the text")
+    return Prediction(row[used], None if row.get("id") is None else str(row["id"]), number)
 
 
 def match(
     predictions: list[Prediction], examples: list[Example], options: Options, skipped: int
 ) -> dict[str, str]:
-    """Return example id -> its prediction: by id where ids of the references come, else by order.
-
-    Args:
-        predictions: as they stand in the file.
-        examples: of the references, those that can be used.
-        options: name the files.
-        skipped: number of broken references that were left out.
+    """Return example id -> its prediction: by id where ids of the references come, else by order,
+    which ``skipped`` broken references would disturb.
 
     Raises:
         UserError: an id twice, no id beside others, rows without a prediction, ids of other
             references, another number of rows.
     """
-    known, by_id, fault = {e.id for e in examples}, dict[str, Prediction](), ""
-    for p in predictions:
-        first = p if p.id is None else by_id.setdefault(p.id, p)
-        if p.id is None:
-            fault = fault or f"row {p.row}: has no id, others have"
-        elif first is not p:
-            fault = fault or f"row {p.row}: id {p.id} appears in row {first.row} already"
+    known = {e.id for e in examples}
+    by_id = {p.id: p for p in reversed(predictions) if p.id is not None}
+    faults = [
+        f"row {p.row}: "
+        + (
+            f"id {p.id} appears in row {by_id[p.id].row} already"
+            if p.id
+            else "has no id, others have"
+        )
+        for p in predictions
+        if p.id is None or by_id[p.id] is not p
+    ]
     if known & by_id.keys():
-        if fault:
-            raise UserError(f"{options.predictions}, {fault}; a row can be scored once")
+        if faults:
+            raise UserError(f"{options.predictions}, {faults[0]}; a row can be scored once")
         if missing := [e.id for e in examples if e.id not in by_id]:
             raise UserError(
                 f"{options.predictions}: {len(missing)} of {len(examples)} rows of"
                 f" {options.references} have no prediction, the first is {missing[0]}"
             )
-        if others := [i for i in by_id if i not in known]:
+        if others := [p.id for p in predictions if p.id not in known]:
             say(
                 f"{options.predictions}: {len(others)} predictions are of no row of"
                 f" {options.references} and left out, the first is {others[0]}"
             )
         return {e.id: by_id[e.id].text for e in examples}
-    if ours := next((i for i in by_id if re.search(r"#\d+$", i)), None):
+    if ours := next((p.id for p in predictions if p.id and re.search(r"#\d+$", p.id)), None):
         # A predictions.jsonl of evaluate is not in the order of the rows.
         raise UserError(
             f"{options.predictions}: its ids ({ours}, ...) are not those of {options.references}"
@@ -216,9 +197,9 @@ def match(
             " tells which prediction belongs to which row; repair them, or give the predictions ids"
         )
     if len(predictions) != len(examples):
+        fault = f" ({faults[0]})" if faults and by_id else ""
         raise UserError(
             f"{options.predictions} has {len(predictions)} predictions, {options.references}"
-            f" {len(examples)} rows; they must match one by one, or by id"
-            f"{f' ({fault})' if fault and by_id else ''}"
+            f" {len(examples)} rows; they must match one by one, or by id{fault}"
         )
     return {e.id: p.text for e, p in zip(examples, predictions, strict=True)}

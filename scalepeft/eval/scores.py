@@ -15,12 +15,7 @@ from scalepeft.data.tasks.base import Example, Scored, Task
 def summarize(
     task: Task, examples: list[Example], predictions: dict[str, str]
 ) -> tuple[dict[str, Any], list[Scored]]:
-    """Scores predictions over all rows and for each source.
-
-    Args:
-        task: how to score.
-        examples: the rows, each with a prediction.
-        predictions: example id -> generated text.
+    """Scores predictions (example id -> generated text) over all rows and for each source.
 
     Returns:
         ``headline``, ``count``, ``no_answer_found`` and ``metrics`` (name -> value, ci95, share,
@@ -34,20 +29,19 @@ def summarize(
     for row in rows:
         groups.setdefault(str(row.example.meta.get("source", "")), []).append(row)
     sources = {name: _summary(task, group) for name, group in sorted(groups.items())}
+    parts = list(sources.values())
     # One source alone is all rows: a bootstrap is not done twice.
-    pooled = _summary(task, rows) if len(sources) > 1 else next(iter(sources.values()))
+    pooled = _summary(task, rows) if len(parts) > 1 else parts[0]
     results = {"headline": task.headline, **pooled, "sources": sources}
-    if len(sources) > 1:
-        names = set.intersection(*(set(s["metrics"]) for s in sources.values()))
-        results["mean_of_sources"] = {
-            name: sum(s["metrics"][name]["value"] for s in sources.values()) / len(sources)
-            for name in sorted(names)
+    if len(parts) > 1:
+        values = {
+            name: [part["metrics"][name]["value"] for part in parts]
+            for name in sorted(set.intersection(*(set(part["metrics"]) for part in parts)))
         }
+        results["mean_of_sources"] = {n: sum(found) / len(parts) for n, found in values.items()}
         if task.macro_average:
-            value, *interval = mean_of_shares(
-                [s["metrics"][task.headline]["value"] for s in sources.values()],
-                [s["count"] for s in sources.values()],
-            )
+            counts = [part["count"] for part in parts]
+            value, *interval = mean_of_shares(values[task.headline], counts)
             results["mean"] = {"value": value, "ci95": interval, "share": True}
     return results | {"left_out": len(task.skipped), "notes": task.notes}, rows
 
@@ -117,7 +111,7 @@ def lines(scores: dict[str, Any]) -> list[str]:
     rows = [["", "rows", "no answer", *(x for name in names for x in (name, "95 % interval"))]]
     for part, row in parts:
         cells = (text(row["metrics"][m]) for m in names for text in (shown, between))
-        rows.append([part, str(row["count"]), str(row["no_answer_found"]), *cells])
+        rows.append([part, row["count"], row["no_answer_found"], *cells])
     if means := scores.get("mean_of_sources"):
         last = [f"mean of {len(sources)}", "", ""]
         for m in names:

@@ -20,9 +20,7 @@ class EvalTarget:
     """What an evaluation scores.
 
     Attributes:
-        kind: ``adapter``, ``merged`` or ``base``.
         config: loads it: for a merged checkpoint, with that in the place of the base.
-        base: of that config.
         fingerprint: of the adapter, or of the base's or merged weights.
         adapter: what ``injection.read_adapter`` returns; None for a base or a merged checkpoint.
         step: of the training that the adapter comes from.
@@ -61,13 +59,10 @@ class EvalTarget:
         return cls(kind, config, base, fingerprint, adapter, step)
 
     def load(self, ranks: Ranks, poll: Any) -> Built:
-        """Builds the model on this rank, in evaluation mode.
-
-        Raises:
-            UserError: the base is not that of the adapter, or what ``build`` refuses.
+        """Builds the model on this rank, in evaluation mode. Raises UserError: the base is not that
+        of the adapter, or what ``build`` refuses.
         """
-        adapted = self.adapter is not None
-        built = build(self.config, self.base, ranks, poll, adapted)
+        built = build(self.config, self.base, ranks, poll, self.adapter is not None)
         if self.adapter is not None:
             injection.load_state(built.model, self.adapter[1], f"{self.config.run_dir}/adapter")
         built.engine.attach(built.model, None)

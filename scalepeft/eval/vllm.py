@@ -17,7 +17,6 @@ from typing import Any
 
 from scalepeft.config.schema import EvaluateConfig, RunConfig, Subject
 from scalepeft.core.errors import UserError
-from scalepeft.core.files import read_mapping
 from scalepeft.core.log import say
 from scalepeft.eval.generation import Backend, encode
 from scalepeft.eval.target import EvalTarget
@@ -28,14 +27,8 @@ INSTALL = "pip install vllm in an environment with a GPU, or evaluate.backend=hf
 
 
 class Generator(Backend):
-    """vLLM's engine on every GPU that this process sees.
-
-    Args:
-        llm: the engine.
-        tokenizer: makes the prompts' ids and the answers' texts, as for the other backend.
-        config: length limits, beams, stop texts.
-        positions: of the model.
-        lora: the exported adapter, as vLLM takes it.
+    """vLLM's engine ``llm`` on every GPU of this process, with the exported adapter ``lora``.
+    The tokenizer makes the prompts' ids and the answers' texts, as for the other backend.
     """
 
     def __init__(
@@ -82,24 +75,19 @@ class Generator(Backend):
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import BeamSearchParams
 
+        config = self.config
         prompts = [TokensPrompt(prompt_token_ids=prompt) for prompt in ids]
-        if self.config.num_beams > 1:
-            width, length = self.config.num_beams, self.config.max_new_tokens
-            params = BeamSearchParams(beam_width=width, max_tokens=length)
-            found = self.llm.beam_search(prompts, params, lora_request=self.lora)
+        if config.num_beams > 1:
+            beams = BeamSearchParams(beam_width=config.num_beams, max_tokens=config.max_new_tokens)
+            found = self.llm.beam_search(prompts, beams, lora_request=self.lora)
             best = [list(output.sequences[0].tokens) for output in found]
             begun = all(b[: len(i)] == i for b, i in zip(best, ids, strict=True))
             assert begun, "a hypothesis of vLLM begins with its prompt"
             return [b[len(i) :] for b, i in zip(best, ids, strict=True)]
+        # Without ignore_eos it would end at what generation_config.json calls EOS as well.
+        end = {"ignore_eos": True, "stop_token_ids": [self.tokenizer.eos_token_id]}
         greedy = [
-            SamplingParams(
-                temperature=0.0,
-                max_tokens=limit,
-                stop=self.config.stop or None,
-                # Else it would end at what generation_config.json calls EOS as well.
-                ignore_eos=True,
-                stop_token_ids=[self.tokenizer.eos_token_id],
-            )
+            SamplingParams(temperature=0.0, max_tokens=limit, stop=config.stop or None, **end)
             for limit in limits
         ]
         found = self.llm.generate(prompts, greedy, use_tqdm=False, lora_request=self.lora)
@@ -115,10 +103,8 @@ def check_installed() -> None:
 
 
 def check(config: RunConfig, kind: Subject, world_size: int) -> None:
-    """Raise UserError for what vLLM cannot evaluate as the run has it, before anything is loaded.
-
-    Raises:
-        UserError: several ranks, or a base that is stored in fewer bits.
+    """Raise UserError for what vLLM cannot evaluate as the run has it, before anything is loaded:
+    several ranks, or a base that is stored in fewer bits.
     """
     if world_size > 1:
         raise UserError(
@@ -137,10 +123,8 @@ def check(config: RunConfig, kind: Subject, world_size: int) -> None:
 def exported(config: RunConfig, sha256: str) -> tuple[Path, int]:
     """The adapter as a LoRA in ``RUN_DIR/exported-lora``, made if it is not there; and its rank.
 
-    Args:
-        config: of the run.
-        sha256: of its adapter file. The export lies under this name: an adapter that was trained
-            further must not be measured by the export of an earlier one.
+    It lies under the ``sha256`` of the adapter's file: an adapter that was trained further must not
+    be measured by the export of an earlier one.
 
     Raises:
         UserError: the method is no LoRA, or the rank is more than vLLM takes.
@@ -154,10 +138,7 @@ def exported(config: RunConfig, sha256: str) -> tuple[Path, int]:
             export.run(config.run_dir, str(folder), settings, "lora")
         except UserError as error:
             raise UserError(f"evaluate.backend=vllm needs the adapter as a LoRA: {error}") from None
-    description = read_mapping(
-        folder / "adapter_config.json", json.loads, f"remove {folder} to have it exported again"
-    )
-    rank = int(description["r"])
+    rank = int(json.loads((folder / "adapter_config.json").read_text())["r"])
     if rank > RANKS[-1]:
         raise UserError(
             f"evaluate.backend=vllm: as a LoRA the adapter has rank {rank}, vLLM takes"

@@ -76,7 +76,7 @@ def run(run_dir: str, out: str, settings: list[str], format: str) -> None:
         "inference_mode": True,
         "base_model_name_or_path": str(finished.base.folder) if path == BUILTIN else path,
         "revision": finished.config.model.revision,
-        **_common_fields(model.model, fields),
+        **common_fields(model.model, fields),
     }
     with whole_folder(target) as folder:
         weights = folder / "adapter_model.safetensors"
@@ -125,7 +125,7 @@ def _instead(adapter: Adapter) -> str:
     return "keep the adapter" if adapter.unmergeable_reason else "use scalepeft merge"
 
 
-def _common_fields(model: nn.Module, fields: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def common_fields(model: nn.Module, fields: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """One config for all layers: equal fields, PEFT's pattern for C3A's block sizes, and targets.
 
     Targets are the last parts of names where every such layer of the model is adapted, else full

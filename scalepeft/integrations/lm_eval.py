@@ -8,7 +8,6 @@ that a plain ``lm-eval`` does not know the model. Its tasks are a second view: m
 likelihoods, so that the numbers are not those of ``scalepeft evaluate`` on the same data.
 """
 
-import difflib
 import gc
 import sys
 from typing import Any
@@ -18,8 +17,7 @@ import torch.distributed as dist
 
 from scalepeft.build import start_ranks
 from scalepeft.config import changes
-from scalepeft.config.schema import RunConfig
-from scalepeft.core.errors import UserError
+from scalepeft.core.errors import UserError, nearest
 from scalepeft.core.preemption import USER_ERROR
 from scalepeft.eval import evaluate
 from scalepeft.eval.target import EvalTarget
@@ -69,23 +67,27 @@ class ScalepeftLM(HFLM):
             raise UserError(f"subject={subject}: allowed are {', '.join(evaluate.FOLDERS)}")
         settings = [f"{k}={v}" for k, v in more.items() if "." in k or k == "engine"]
         harness = {k: v for k, v in more.items() if "." not in k and k != "engine"}
-        for key in harness.keys() - set(HARNESS):
-            close = difflib.get_close_matches(key, [*HARNESS, "run_dir", "subject"], n=1)
-            near = f" Did you mean '{close[0]}'?" if close else ""
+        allowed = ("run_dir", "subject", *HARNESS)
+        for key in harness.keys() - set(allowed):
             raise UserError(
-                f"--model_args {key}: not known.{near} Allowed: run_dir, subject,"
-                f" {', '.join(HARNESS)}, and settings of the run with a dot"
+                f"--model_args {key}: not known.{nearest(key, allowed)} Allowed:"
+                f" {', '.join(allowed)}, and settings of the run with a dot"
             )
         if device not in (None, DEFAULT_DEVICE):
             settings.append(f"engine.device={device}")
         config = load_run(str(run_dir), settings, changes.for_evaluation(), "an evaluation")
-        _check(config)
+        if config.engine.name not in ("single", "ddp"):
+            raise UserError(
+                f"engine.name={config.engine.name}: under lm-eval each process must hold the whole"
+                " model, since its ranks go through different numbers of forwards; take engine=ddp,"
+                " or engine=single for one process"
+            )
         self.ranks = start_ranks(config)
         self.target = EvalTarget.find(config, subject, self.ranks)
         self.about = {"run_dir": str(run_dir), "subject": subject}
-        built, tokenizer = self.target.load(self.ranks, lambda: None), self.target.base.tokenizer
+        tokenizer = self.target.base.tokenizer
+        model: Any = self.target.load(self.ranks, lambda: None).model
         # The task decides, and the tokenizer's end of text; what the model's files say does not.
-        model: Any = built.model
         model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", **harness)
         self._rank, self._world_size = self.ranks.rank, self.ranks.world_size
@@ -117,21 +119,13 @@ class ScalepeftLM(HFLM):
         }
 
 
-def _check(config: RunConfig) -> None:
-    if config.engine.name not in ("single", "ddp"):
-        raise UserError(
-            f"engine.name={config.engine.name}: under lm-eval each process must hold the whole"
-            " model, since its ranks go through different numbers of forwards; take engine=ddp, or"
-            " engine=single for one process"
-        )
-
-
 def main() -> int:
     """lm-eval's command line, with the model ``scalepeft`` known to it."""
     from lm_eval.__main__ import cli_evaluate
 
     try:
         cli_evaluate()
+        return 0
     except UserError as error:
         print(f"scalepeft: error: {error}", file=sys.stderr)
         return USER_ERROR
@@ -139,7 +133,6 @@ def main() -> int:
         gc.collect()
         if dist.is_initialized():
             dist.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import re
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,12 @@ class RunFolder:
             " make room or choose another folder"
         )
 
-    def claim(self, seen: int | None = None) -> None:
+    def claim(self, seen: int | None = None, announce: Callable[[int], None] | None = None) -> None:
         """Takes the next generation: an older process of this run stops at its next write.
 
         Args:
             seen: the generation that was looked at and found to be over; by default the stored one.
+            announce: called with the new generation before it is stored.
 
         Raises:
             UserError: another start took the folder meanwhile, or the disk refuses.
@@ -89,6 +91,9 @@ class RunFolder:
         try:
             seen = stored_generation(self.path) if seen is None else seen
             self.generation = self._next_generation(seen)
+            # First the lease, then the number: a start that reads the number finds its owner too.
+            if announce is not None:
+                announce(self.generation)
             write_atomically(self.path / "generation", f"{self.generation}\n")
             for mark in self.path.glob(".start-*"):
                 mark.unlink(missing_ok=True)

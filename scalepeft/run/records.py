@@ -114,8 +114,7 @@ class RunRecorder:
         path = self.path
         seen = stored_generation(path)
         check_free(path, *slurm_start())  # once more: loading took its time
-        self.folder.claim(seen)
-        self._lease = Lease(path, self.folder.generation, *slurm_start())
+        self.folder.claim(seen, self._take_lease)
         resumed, _ = self.folder.newest()
         step = resumed.step if resumed else 0
         if resumed:
@@ -129,6 +128,9 @@ class RunRecorder:
         if self.metrics.last_step < step:
             say(f"metrics.jsonl lacks rows: it ends at step {self.metrics.last_step} of {step}")
         return self.folder.generation, resumed, self.validation.last_step
+
+    def _take_lease(self, generation: int) -> None:
+        self._lease = Lease(self.path, generation, *slurm_start())
 
     def _lost_since(self, step: int, launched: float) -> dict[str, float]:
         events = read_lines(self.path / "events.jsonl", "event", "time")

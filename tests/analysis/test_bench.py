@@ -12,10 +12,10 @@ from torch import nn
 
 from scalepeft.adapters import inject as injection
 from scalepeft.analysis.bench import command as bench
-from scalepeft.analysis.bench import report
-from scalepeft.analysis.bench.cases import Case, freeze, layer_case, layer_sets, shared_copy
-from scalepeft.analysis.bench.memory import SavedBytes, peak_bytes
-from scalepeft.analysis.bench.methods import choose, neighbours
+from scalepeft.analysis.bench.cases import Case, layer_sets, make_case, output, shared_copy
+from scalepeft.analysis.bench.entries import Entry, measure
+from scalepeft.analysis.bench.memory import peak_bytes, saved_bytes
+from scalepeft.analysis.bench.methods import choose
 from scalepeft.core.errors import UserError
 from scalepeft.core.registry import available
 from scalepeft.models.quant import bnb_linear
@@ -66,7 +66,7 @@ def test_a_model_is_measured_and_written(
     (case,) = result["cases"]
     found = entries_of(case)
     assert list(found) == [
-        "base", "goft", "hoft", "peft-lora", "peft-oft", "peft-boft", "peft-hra"
+        "base", "goft", "hoft", "peft-boft", "peft-hra", "peft-lora", "peft-oft"
     ]  # fmt: skip
     assert set(found["goft"]["x_neighbours"]) == {"peft-boft", "peft-oft"}
     assert not any(entry["reason"] for entry in found.values())
@@ -120,10 +120,9 @@ def test_nf4(what: str) -> None:
 
 def test_bitsandbytes_own_layer_is_the_same_nf4() -> None:
     pytest.importorskip("bitsandbytes")
-    case = layer_case(("q_proj", 128, 64), 8, torch.float32, torch.device("cpu"))
-    freeze(case, "nf4")
+    case = make_case(("q_proj", 128, 64), 8, torch.float32, torch.device("cpu"), "nf4")
     assert not case.peft_base.get_submodule("q_proj").support_avx512bf16_for_cpu
-    assert torch.allclose(case.probe(case.base), case.probe(case.peft_base), atol=1e-6)
+    assert torch.allclose(output(case.base, case.x), output(case.peft_base, case.x), atol=1e-6)
     biased = nn.Linear(64, 32)
     assert torch.equal(bnb_linear(biased).bias, biased.bias)
 
@@ -134,19 +133,18 @@ def test_int8_runs_peft_on_our_storage() -> None:
     assert found["lora"]["parameters"] == found["peft-lora"]["parameters"]
 
 
-def lora_entry(tokens: int, out: int, width: int, rank: int) -> tuple[Case, bench.Entry]:
-    case = layer_case(("up_proj", width, out), tokens, torch.float32, torch.device("cpu"))
-    freeze(case, "none")
+def lora_entry(tokens: int, out: int, width: int, rank: int) -> tuple[Case, Entry]:
+    case = make_case(("up_proj", width, out), tokens, torch.float32, torch.device("cpu"), "none")
     settings = {"name": "lora", "rank": rank, "target_modules": ["up_proj"]}
-    return case, bench.Entry("lora", "scalepeft", settings, bench._injector(settings))
+    return case, Entry("lora", "scalepeft", settings)
 
 
 def test_saved_bytes_of_lora_are_counted_exactly() -> None:
     tokens, out, width, rank = 24, 48, 32, 4
     case, entry = lora_entry(tokens, out, width, rank)
-    entry.build(case, case.probe(case.base), "fp32")
+    entry.build(case)
     # x, x A^T, and B times its scaling; W and A are parameters and count as nothing saved.
-    assert entry.saved == 4 * (tokens * width + tokens * rank + out * rank)
+    assert entry.saved_bytes == 4 * (tokens * width + tokens * rank + out * rank)
     assert entry.parameters == rank * (width + out)
 
 
@@ -161,21 +159,20 @@ def test_peak_bytes_follow_what_is_alive() -> None:
         b += 1
         c.add_(x[:800].view(8, 100))
 
-    assert peak_bytes(step, [x]) == 4000
+    assert peak_bytes(step, x.device) == 4000
 
     def two() -> None:
         kept = x + 1
         kept.exp()
+        x.mul_(2)  # was there before
 
-    assert peak_bytes(two, [x]) == 8000
+    assert peak_bytes(two, x.device) == 8000
 
 
 def test_counting_frees_what_was_saved() -> None:
     x = torch.randn(100, requires_grad=True)
-    saved = SavedBytes([])
-    with saved:
-        y = x.exp()  # saves its own output
-    assert saved.total == 400
+    y, size = saved_bytes(lambda: x.exp(), [])  # saves its own output
+    assert size == 400
     y.sum().backward()
     assert torch.equal(x.grad, y)  # type: ignore[arg-type]
 
@@ -183,31 +180,31 @@ def test_counting_frees_what_was_saved() -> None:
 def test_entries_share_the_weights_and_leave_the_base_alone() -> None:
     case, entry = lora_entry(4, 16, 8, 2)
     before = case.base.get_submodule("up_proj").weight.clone()
-    entry.build(case, case.probe(case.base), "fp32")
-    assert entry.module is not None
+    entry.build(case)
     assert entry.module.get_submodule("up_proj").weight is case.base.get_submodule("up_proj").weight
     assert torch.equal(before, case.base.get_submodule("up_proj").weight)
     assert not any(True for _ in injection.adapters(case.base))
     assert shared_copy(case.base).get_submodule("up_proj") is not case.base.get_submodule("up_proj")
 
 
-def test_an_entry_that_differs_from_the_base_is_not_timed() -> None:
+def test_an_entry_that_differs_from_the_base_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     case, entry = lora_entry(4, 16, 8, 2)
+    monkeypatch.setattr(Entry, "_output", lambda self, x: output(self.module, x) + 1)
     with pytest.raises(RuntimeError, match="lora: differs from the base at the start"):
-        entry.build(case, case.probe(case.base) + 1, "fp32")
-    theirs = bench.Entry("peft-x", "peft")
-    theirs.build(case, case.probe(case.base) + 1, "fp32")
-    assert "differs from the base" in theirs.reason and theirs.module is None
+        entry.build(case)
+    fields = {"peft_type": "LORA", "target_modules": ["up_proj"]}
+    theirs = Entry("peft-x", "peft", fields)
+    theirs.build(case)
+    assert "differs from the base" in theirs.reason and not theirs.saved_bytes
 
 
 def test_a_slow_entry_stops_after_three_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     case, slow = lora_entry(4, 16, 8, 2)
-    lora = bench.Entry("peft-lora", "base")
-    base = bench.Entry("base", "base")
+    lora, base = Entry("peft-lora", "base"), Entry("base", "base")
     seconds = {"lora": 6.0, "peft-lora": 1.0, "base": 0.5}
-    monkeypatch.setattr(bench, "_seconds", lambda entry, case: seconds[entry.label])
-    bench.measure(case, [base, slow, lora], dataclasses.replace(OPTIONS, repeats=5))
-    found = entries_of(report.summary("t", [base, slow, lora], lambda label: []))
+    monkeypatch.setattr(Entry, "seconds", lambda entry, case: seconds[entry.label])
+    measure(case, [base, slow, lora], 5)
+    found = entries_of(bench.summary("t", [base, slow, lora]))
     assert [len(found[label]["times_ms"]) for label in seconds] == [3, 5, 5]
     assert [found[label]["limited"] for label in seconds] == [True, False, False]
     assert found["lora"]["x_peft_lora"] == 6 and found["lora"]["x_base"] == 12
@@ -216,13 +213,16 @@ def test_a_slow_entry_stops_after_three_rounds(monkeypatch: pytest.MonkeyPatch) 
 
 def test_every_method_has_an_entry_of_equal_size() -> None:
     (layers,) = layer_sets("model", "llama-8b-block")
-    ours, theirs = choose("all", layers, 16, "model", False)
+    entries = {e.label: e for e in choose("all", layers, 16, False)}
+    ours = {e.label: e.settings for e in entries.values() if e.family == "scalepeft"}
+    theirs = {e.label: e.settings for e in entries.values() if e.family == "peft"}
     expected = set(available("adapters.methods")) - {"surm", "hut"}
     assert set(ours) == expected | {
         "circulant", "toeplitz", "kronecker", "ldr", "hut-r1", "hut-r16"
     }  # fmt: skip
     assert "peft-lora-bf16" not in theirs
-    assert "peft-lora-bf16" in choose("hoft", layers, 16, "model", True)[1]
+    low = next(e for e in choose("hoft", layers, 16, True) if e.label == "peft-lora-bf16")
+    assert not low.autocast and low.settings == theirs["peft-lora"]
     lora = sum(16 * (width + out) for _, width, out in layers)
     for name, b, count in (
         ("oft", ours["oft"]["block_size"], lambda b, i, o: i * (b - 1) / 2),
@@ -230,8 +230,11 @@ def test_every_method_has_an_entry_of_equal_size() -> None:
         ("peft-boft", theirs["peft-boft"]["boft_block_size"], lambda b, i, o: i * b + o),
     ):
         assert 0.6 < sum(count(b, i, o) for _, i, o in layers) / lora < 1.5, name
-    assert theirs["peft-c3a"]["block_size_pattern"]["down_proj"] == 2048
-    assert neighbours("hut-r16") == ["peft-hira"] and neighbours("kronecker") == []
+    assert theirs["peft-c3a"]["block_size"] == 2048  # of down_proj too
+    assert theirs["peft-c3a"]["block_size_pattern"] == {
+        "q_proj": 4096, "o_proj": 4096, "k_proj": 1024, "v_proj": 1024
+    }  # fmt: skip
+    assert entries["hut-r16"].neighbours == ["peft-hira"] and not entries["kronecker"].neighbours
 
 
 @pytest.mark.parametrize(
@@ -241,7 +244,7 @@ def test_every_method_has_an_entry_of_equal_size() -> None:
         ({"shape": "llama-9b"}, "no shape or model folder 'llama-9b'"),
         ({"tokens": 0}, "--tokens 0: must be 1 or more"),
         ({"tokens": 700}, "rows of 512; take 512"),
-        ({"tokens": 1}, "--tokens 1"),
+        ({"methods": ""}, "no method .* ''"),
         ({"repeats": 0}, "--repeats 0"),
         ({"rank": 0}, "--rank 0"),
         ({"rank": 5}, "--rank 5: HOFT .* even; take 6"),
@@ -251,7 +254,7 @@ def test_every_method_has_an_entry_of_equal_size() -> None:
 def test_nonsense_is_refused_before_anything_is_built(
     changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench, "_case", lambda *a: pytest.fail("built"))
+    monkeypatch.setattr(bench, "make_case", lambda *a: pytest.fail("built"))
     with pytest.raises(UserError, match=message):
         run(**changes)
 

@@ -140,4 +140,4 @@ def test_a_wrong_number_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(quant.NF4, "encode", other)
     assert command.has_fault(exactness._bytes(session, quant.NF4(False), torch.float32))
     session.keep("lora", {"fp32": float("nan")})
-    assert json.loads((tmp_path / "gpu.json").read_text()) == {"lora": {"fp32": "nan"}}
+    assert json.loads((tmp_path / "gpu.json").read_text()) == {"lora": {"fp32": "NaN"}}

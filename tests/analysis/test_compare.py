@@ -13,8 +13,9 @@ import pytest
 from processes import adapter_bytes, call, losses, rows, zygote
 from safetensors.torch import load_file
 
+from scalepeft import arguments
 from scalepeft.adapters import sizing
-from scalepeft.analysis.compare import cells, design, plots, table, worker
+from scalepeft.analysis.compare import cells, design, plots, table
 from scalepeft.analysis.compare import command as compare
 from scalepeft.cli import main
 from scalepeft.core import stats
@@ -49,13 +50,15 @@ def test_rates_are_given_or_factors() -> None:
 def test_what_has_no_size_key_keeps_its_size_and_says_so() -> None:
     base = shapes.meta_model("mini")
     names = ["lora", "goft", "hadamard", "surm_kronecker", "oft"]
-    given = [design.Method(n, *design.read_method(n)[1:], [1.0]) for n in names]
+    given = [design.read_method(n) for n in names]
     given.append(design.Method("bad", {"name": "oft", "block_size": 7}, 1.0, [1.0]))
     found = {m.label: design.fit_method(base, m, 25_600) for m in given}
     assert found["lora"].parameters == 25_600 and found["lora"].size == "rank=4"
     for name in ("goft", "hadamard", "surm_kronecker"):
         assert found[name].size == "its own size"
-        assert found[name].parameters == sizing.count_parameters(base, design.read_method(name)[1])
+        assert found[name].parameters == sizing.count_parameters(
+            base, design.read_method(name).adapter
+        )
     assert found["hadamard"].parameters == 2 * 3 * 256  # scale, shift and norm of two blocks
     assert found["bad"].parameters == found["oft"].parameters, "any block size can be replaced"
     kept = design.fit_method(base, given[-1], None)
@@ -63,22 +66,30 @@ def test_what_has_no_size_key_keeps_its_size_and_says_so() -> None:
     assert design.fit_method(base, given[0], None).size == "as configured"
 
 
-def swept(**found: float | str | None) -> dict[float, dict[str, Any] | None]:
-    results = {}
-    for lr, loss in found.items():
-        held = {"state": "done", "loss": loss} if isinstance(loss, float) else None
-        results[float(lr[1:])] = {"state": "failed", "reason": "x"} if loss == "failed" else held
-    return results
+def swept(*found: float | str) -> dict[float, dict[str, Any]]:
+    """The results of the rates 1, 2, 3: a loss, or a state."""
+    results = [
+        {"state": "done", "loss": f} if isinstance(f, float) else {"state": f, "reason": "x"}
+        for f in found
+    ]
+    return dict(zip([1.0, 2.0, 3.0], results, strict=True))
 
 
 def test_the_rate_of_the_lowest_loss_is_chosen_and_an_edge_is_named() -> None:
     method = design.Method("m", {}, 2.0, [1.0, 2.0, 3.0])
-    assert cells.chosen(method, swept(r1=0.5, r2=0.4, r3=0.6)) == (2.0, "")
-    assert cells.chosen(method, swept(r1=0.3, r2=0.4, r3=0.6)) == (1.0, "lowest")
-    assert cells.chosen(method, swept(r1=0.5, r2=0.4, r3=0.3)) == (3.0, "highest")
-    assert cells.chosen(method, swept(r1=0.5, r2=0.4, r3="failed")) == (2.0, "")
-    assert cells.chosen(method, swept(r1="failed", r2="failed", r3="failed")) is None
-    assert cells.chosen(design.Method("m", {}, 2.0, [7.0]), {}) == (7.0, "")
+    for found, lr, edge in (
+        ((0.5, 0.4, 0.6), 2.0, ""), ((0.3, 0.4, 0.6), 1.0, "lowest"),
+        ((0.5, 0.4, 0.3), 3.0, "highest"), ((0.5, 0.4, "failed"), 2.0, ""),
+    ):  # fmt: skip
+        remark = f"best rate is the {edge} of the sweep: widen it" if edge else ""
+        assert cells.choose(method, swept(*found)) == {"lr": lr, "remark": remark}
+    assert cells.choose(method, swept("failed", "failed", "failed"))["state"] == "failed"
+    for state in ("missing", "broke"):
+        assert cells.choose(method, swept(0.5, 0.4, state)) == {
+            "state": "missing",
+            "reason": "the sweep lacks lr 3 (x)",
+        }
+    assert cells.choose(design.Method("m", {}, 2.0, [7.0]), {}) == {"lr": 7.0, "remark": ""}
 
 
 def test_the_difference_is_taken_seed_by_seed() -> None:
@@ -108,7 +119,7 @@ def test_the_difference_is_taken_seed_by_seed() -> None:
 )
 def test_why_a_cell_failed(code: int, said: str, found: tuple[str, str], tmp_path: Path) -> None:
     (tmp_path / "log").write_text("scalepeft: error: of an earlier start\n" + said)
-    assert worker.failure_reason(code, tmp_path / "log", 38) == found
+    assert cells.failure_reason(code, tmp_path / "log", 38) == found
 
 
 @pytest.mark.parametrize(
@@ -119,9 +130,18 @@ def test_why_a_cell_failed(code: int, said: str, found: tuple[str, str], tmp_pat
         (["--methods", "none.yaml"], "no config file none.yaml"),
         ([], "--methods is missing"),
         (["--methods", "hoft", "--lrs", "x1,1e-3"], "--lrs x1,1e-3"),
-        (["--methods", "hoft", "--seeds", "0"], "--seeds 0: must be more than 0"),
-        (["--methods", "hoft", "--budget", "time"], "--budget time was removed; take --budget"),
-        (["--methods", "hoft", "--budget", "memory"], "one of parameters, steps"),
+        (
+            ["--methods", "hoft", "--seeds", "0"],
+            "--seeds 0: Input should be greater than or equal to 1",
+        ),
+        (
+            ["--methods", "hoft", "--budget", "time"],
+            "--budget time: Input should be 'parameters' or 'steps'",
+        ),
+        (
+            ["--methods", "hoft", "--budget", "memory"],
+            "--budget memory: Input should be 'parameters' or 'steps'",
+        ),
         (["--methods", "hoft", "--budget", "steps", "--rank", "4"], "--rank has no effect"),
         (["--methods", "hoft", "--rank", "4", "--parameters", "9"], "one of --rank and"),
         (["--methods", "hoft", "--reference", "goft", "--rank", "4"], "goft has no rank"),
@@ -135,16 +155,14 @@ def test_why_a_cell_failed(code: int, said: str, found: tuple[str, str], tmp_pat
 )
 def test_mistakes_are_one_line(words: list[str], text: str, tmp_path: Path) -> None:
     out = [] if "--out" in words else ["--out", str(tmp_path / "out")]
-    options = compare.Options.of(_parsed(["compare", *RUN, *words, *out]))
     with pytest.raises(UserError) as found:
-        compare.prepare(options)
+        compare.prepare(options_of(["compare", *RUN, *words, *out]))
     assert text in str(found.value) and not (tmp_path / "out").exists()
 
 
-def _parsed(words: list[str]) -> Any:
-    from scalepeft import arguments
-
-    return arguments.parse(words, None)
+def options_of(words: list[str]) -> compare.Options:
+    values = vars(arguments.parse(words, None))
+    return compare.Options.of({k: v for k, v in values.items() if k not in ("command", "debug")})
 
 
 def test_a_folder_without_a_comparison_and_options_without_effect(
@@ -164,7 +182,7 @@ def test_what_all_methods_share_and_what_is_each_ones_own() -> None:
         "--methods",
         "lora,goft",
     ]
-    found = compare.prepare(compare.Options.of(_parsed(["compare", *words, "--out", "o"])))
+    found = compare.prepare(options_of(["compare", *words, "--out", "o"]))
     config = {m.label: found.config(m, m.rates[0], 7) for m in found.methods}
     for label, usual in (("lora", 3e-4), ("goft", 1e-3)):
         assert config[label].adapter.target_modules == ["q_proj"]
@@ -173,7 +191,9 @@ def test_what_all_methods_share_and_what_is_each_ones_own() -> None:
         assert config[label].train.eval_every == design.AT_THE_END
     assert found.seeds == [1, 2, 3] and found.sweep_seed == 0
     sweep, then = cells.sweep(found), cells.reported(found)
-    assert [c.index for c in [*sweep, *then]] == list(range(12))
+    words = compare.arguments(found)
+    assert words["sweep"] == [f"--cell={i}" for i in range(6)] and len(sweep) == len(then) == 6
+    assert words["seeds"] == [f"--cell={i}" for i in range(6, 12)] and words["table"] == ["--table"]
     assert {c.seed for c in sweep}.isdisjoint(c.seed for c in then)
 
 
@@ -285,7 +305,7 @@ def start(fake: Child, *words: str) -> int:
     fake.ran.clear()
     given = ["--methods", "lora", "--budget", "steps", "--lrs", "1,2", "--seeds", "1"]
     words = ("compare", *RUN, *given, "--out", str(fake.out), *words)
-    return compare.run(compare.Options.of(_parsed(list(words))), StopFlag())
+    return compare.run(options_of(list(words)), StopFlag())
 
 
 def test_a_crash_in_the_sweep_is_tried_again_and_chooses_no_rate(
@@ -298,13 +318,20 @@ def test_a_crash_in_the_sweep_is_tried_again_and_chooses_no_rate(
     assert "lora lr=2,seed=0: no rate is chosen without" in capsys.readouterr().err
     fake.codes[best] = [-9]
     assert start(fake, "--cell", "1") == 1, "a task of the sweep's array"
-    with pytest.raises(UserError, match=r"lora lacks lr 2 \(broke: killed by SIGKILL"):
+    with pytest.raises(
+        UserError, match=r"lora chosen lr,seed=1: the sweep lacks lr 2 \(killed by SIGKILL"
+    ):
         start(fake, "--cell", "2")
-    with pytest.raises(UserError, match=r"no method has a result: .*lr 2: broke: killed"):
+    with pytest.raises(UserError, match=r"no method has a result: .*lr 2 \(killed"):
         start(fake, "--table")
     assert start(fake) == 0
     assert [word.split()[1] for word in fake.ran] == [best, reported]
     assert "among 1,2 under seed 0" in capsys.readouterr().out
+    page = (fake.out / "compare.md").read_text()
+    assert page.startswith("# lora\n\n") and "\n|---|---:|" in page and "\n| lora | " in page
+    assert (
+        "task toy, 16 held-out rows." in page and "\n* **lora**: best rate is the highest" in page
+    )
 
 
 def test_a_cell_that_another_start_holds_is_left_alone(fake: Child) -> None:
@@ -414,7 +441,7 @@ def test_without_the_reference_there_is_no_column_of_differences() -> None:
     header, *body = table.body(found, "lora")
     assert header[3:5] == ["held-out loss", "accuracy"]
     assert {len(row) for row in body} == {len(header)} and body[0][4] == "50.00 ± 10.00 %"
-    said = "\n".join(table.legend(found, given))
+    said = table.render(found, given, "terminal")
     assert "the reference, lora, is not among the methods" in said
     assert "holds less of it" in said and "the interval of a score is over the seeds alone" in said
     found["methods"][0]["difference"] = {"mean": 0.1, "ci": None, "seeds": 1}
@@ -427,7 +454,7 @@ def test_without_the_reference_there_is_no_column_of_differences() -> None:
 def test_the_table_of_an_empty_folder_says_what_lacks(fake: Child) -> None:
     with pytest.raises(UserError) as found:
         start(fake, "--table")
-    text = "0 of 1 seeds; sweep, lr 1: not run yet; sweep, lr 2: not run yet"
+    text = "0 of 1 seeds; the sweep lacks lr 1 (not run yet), lr 2 (not run yet)"
     assert str(found.value) == f"no method has a result: {text}"
 
 
@@ -447,7 +474,7 @@ def test_a_comparison_in_which_some_fail(
     stop = StopFlag()
 
     def run(*more: str) -> str:
-        assert compare.run(compare.Options.of(_parsed([*words, *more])), stop) == 0
+        assert compare.run(options_of([*words, *more]), stop) == 0
         return capsys.readouterr().out
 
     printed = run()
@@ -524,7 +551,7 @@ def test_killed_and_stopped_it_ends_as_if_undisturbed(
     done = call(*words, "--out", str(tmp_path / "disturbed"))
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(cells, "run_child", warm)
-    options = compare.Options.of(_parsed([*words, "--out", str(tmp_path / "whole")]))
+    options = options_of([*words, "--out", str(tmp_path / "whole")])
     assert compare.run(options, StopFlag()) == 0
     assert losses(folder) == losses(tmp_path / "whole" / name)
     assert adapter_bytes(folder) == adapter_bytes(tmp_path / "whole" / name)
@@ -542,7 +569,7 @@ def test_answers_are_scored(
     words = ["compare", *RUN, "--methods", "lora", "--budget", "steps", "--evaluate"]
     words += ["--lrs", "1e-3", "--seeds", "1", "--out", str(tmp_path)]
     words += ["data.test_size=8", "evaluate.max_new_tokens=4"]
-    assert compare.run(compare.Options.of(_parsed(words)), StopFlag()) == 0
+    assert compare.run(options_of(words), StopFlag()) == 0
     (file,) = tmp_path.glob("cells/lora/lr=*/eval/toy/scores.json")
     share = json.loads(file.read_text())["metrics"]["accuracy"]["value"]
     (method,) = json.loads((tmp_path / "compare.json").read_text())["methods"]

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,8 +30,8 @@ def die(_: Any) -> None:
     os._exit(3)
 
 
-def other_versions(_: Any) -> dict[str, str]:
-    return {**machine.versions(), "torch": "2.12.1", "source": "abc"}
+def other_versions(context: Any) -> dict[str, str]:
+    return {**versions(context), "torch": "2.12.1", "source": "abc"}
 
 
 def mount_over(*words: str) -> None:
@@ -47,9 +46,9 @@ if os.environ["RANK"] == "1":
     socket.gethostname = lambda: "n2"
     if fault in ("hang", "hang-in-the-lock", "die"):
         work = {"hang": hang, "die": die}.get(fault, hang_in_the_lock)
-        machine.KERNELS = replace(machine.KERNELS, probe=work)
+        machine.kernels = work
     if fault == "versions":
-        machine.VERSIONS = replace(machine.VERSIONS, probe=other_versions)
+        versions, machine.versions = machine.versions, other_versions
     if fault == "folder":
         mount_over("-t", "tmpfs", "tmpfs")
     if fault == "read-only":
@@ -64,7 +63,15 @@ if os.environ["RANK"] == "1":
             copy(parameter, full)
 
         links.copy_rows = wrong
+    if fault == "sums":
+        all_reduce = torch.distributed.all_reduce
+
+        def off_by_one(x: torch.Tensor, *rest: Any, **options: Any) -> None:
+            all_reduce(x, *rest, **options)
+            x += 1
+
+        torch.distributed.all_reduce = off_by_one
 else:
     socket.gethostname = lambda: "n1"
 
-sys.exit(command.run(command.Options([], run_dir, float(timeout))))
+sys.exit(command.run([], run_dir, float(timeout)))

@@ -285,9 +285,9 @@ def test_a_comparison_is_two_arrays_and_a_table(capsys: pytest.CaptureFixture[st
     [
         (["seeds=2"], {}, "--methods is missing"),
         (["methods=hoft", "seed=2"], {}, "--compare seed=2: expected methods=..."),
-        (["methods=hoft", "seeds=two"], {}, "expected a number"),
-        (["methods=hoft", "budget=memory"], {}, "one of parameters, steps"),
-        (["methods=hoft", "budget=time", "seconds=5"], {}, "--budget time was removed"),
+        (["methods=hoft", "seeds=two"], {}, "--seeds two: Input should be a valid integer"),
+        (["methods=hoft", "budget=time"], {}, "'parameters' or 'steps'"),
+        (["methods=hoft", "seconds=5"], {}, "--compare seconds=5: expected methods=..."),
         (["methods=hotf"], {}, "Did you mean 'hoft'"),
         (["methods=hoft"], {"then": "evaluate"}, "--compare goes without --then"),
         (["methods=hoft"], {"sweep": ["train.lr=1,2"]}, "--compare goes without --then"),
@@ -370,7 +370,7 @@ def test_status_of_a_comparison(capsys: pytest.CaptureFixture[str]) -> None:
     design = compare.prepare(options)
     compare.keep(Path("run"), design)
     runner = cells.Runner(Path("run"), design, StopFlag())
-    tried = [*cells.sweep(design), cells.Cell(9, "lora", 2.0, 1), cells.Cell(9, "lora", 2.0, 2)]
+    tried = [*cells.sweep(design), cells.Cell("lora", 2.0, 1), cells.Cell("lora", 2.0, 2)]
     states = ["done", "done", "broke", "begun"]
     for cell, state in zip(tried, states, strict=True):
         ((stage, inputs),) = runner.stages(runner.config(cell))

@@ -318,9 +318,9 @@ def check_mask(found: list[base.Example], tokenizer: Any) -> None:
         assert row(everything, i) == ids
         assert int(everything.label_start[i]) == 1
     lengths = response.offsets.diff()
-    assert response.label_tokens([0, 2]) == int((lengths - response.label_start)[[0, 2]].sum())
-    assert everything.label_tokens([1]) == int(lengths[1]) - 1
-    assert response.all_tokens([0, 1]) == int(lengths[:2].sum())
+    labels = int((lengths - response.label_start)[[0, 2]].sum())
+    assert response.count([0, 2]) == (labels, int(lengths[[0, 2]].sum()))
+    assert everything.count([1]) == (int(lengths[1]) - 1, int(lengths[1]))
     assert (response.dropped, response.cut) == (0, 0)
 
 

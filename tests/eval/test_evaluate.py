@@ -267,7 +267,7 @@ def test_settings_that_cannot_be_followed() -> None:
     with pytest.raises(UserError, match=r"max_tokens=800 with evaluate\.num_beams=4"):
         generation.check(EvaluateConfig(max_tokens=800, num_beams=4))
     with pytest.raises(UserError, match="leaves no room for a prompt"):
-        generation.prompt_room(EvaluateConfig(max_tokens=1), 512)
+        generation.check(EvaluateConfig(max_tokens=1))
 
 
 def test_batches_pad_little(shared_data: Path) -> None:

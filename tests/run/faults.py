@@ -47,8 +47,8 @@ def look_at_a_stale_handle(run_dir: Path) -> int:
     return look(run_dir)
 
 
-def claim_then_trouble(self: checkpoint.RunFolder, seen: int | None = None) -> None:
-    claim(self, seen)
+def claim_then_trouble(self: checkpoint.RunFolder, *args: Any) -> None:
+    claim(self, *args)
     lease.stored_generation = look_at_a_stale_handle
 
 

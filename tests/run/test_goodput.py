@@ -13,6 +13,7 @@ import pytest
 from processes import ROOT, Job, rows, train
 
 from scalepeft.analysis.report import command as report
+from scalepeft.analysis.report import load
 from scalepeft.cluster import status
 from scalepeft.core import text as text_
 from scalepeft.core.errors import UserError
@@ -80,7 +81,7 @@ def test_runs_older_than_the_figures_have_none(disturbed: Path) -> None:
     old = [{"event": "start", "time": 1.0, "step": 0, "world_size": 1}]
     write(disturbed, events=old)
     assert goodput.goodput(disturbed) is None
-    assert "goodput" not in report.table(disturbed, rows(disturbed), old)
+    assert "goodput" not in report.table(load.read(disturbed, "run"))
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from test_checkpoint import delete_a_file, empty, flip_a_bit, truncate
 
 from scalepeft.adapters.inject import read_adapter
 from scalepeft.core.errors import UserError
-from scalepeft.run import lease
+from scalepeft.run import checkpoint, lease
 
 pytestmark = pytest.mark.slow
 
@@ -391,6 +391,21 @@ def test_two_starts_at_once_are_one_run(tmp_path: Path) -> None:
     starts = [row for row in events(tmp_path / "run") if row["event"] == "start"]
     assert len(starts) == 1
     assert newest_saved(tmp_path / "run") == step_of(tmp_path / "run") > 0
+
+
+def test_a_number_that_is_stored_has_its_owner_beside_it(tmp_path: Path) -> None:
+    """Else a second start finds the first one's number, no owner, and takes the folder from it."""
+    stored = []
+
+    def announce(generation: int) -> None:
+        stored.append(lease.stored_generation(tmp_path))
+        taken.append(lease.Lease(tmp_path, generation, None, 0))
+
+    taken: list[lease.Lease] = []
+    folder = checkpoint.RunFolder(tmp_path)
+    folder.claim(0, announce)
+    taken[0].release()
+    assert stored == [0] and lease.stored_generation(tmp_path) == folder.generation == 1
 
 
 def test_a_run_that_is_longer_than_asked_for_or_lost_its_config(tmp_path: Path) -> None:

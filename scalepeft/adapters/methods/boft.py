@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 
 from scalepeft.adapters.base import Base, math_dtype, scale_shift
 from scalepeft.adapters.methods.oft import OFT, OFTConfig, block_product, cayley, skew_symmetric
@@ -56,25 +56,18 @@ class BOFT(OFT):
     Config = BOFTConfig
     paper = "arXiv 2311.06243"
 
-    def __init__(
-        self, config: BOFTConfig, in_features: int, out_features: int, layer_name: str = ""
-    ) -> None:
-        super().__init__(config, in_features, out_features, layer_name)
-        b, m = config.block_size, config.factors
-        if m > 1 and (b % 2 or in_features % (b << (m - 1))):
+    def declare(self) -> None:
+        """K (m in / b, b (b - 1) / 2), scale (out,)."""
+        super().declare()
+        b, m, inp = self.config.block_size, self.config.factors, self.in_features
+        if m > 1 and (b % 2 or inp % (b << (m - 1))):
             raise UserError(
                 f"adapter.factors={m} with adapter.block_size={b}: needs an even block size, and"
-                f" {b} * 2^{m - 1} = {b << (m - 1)} to divide the layer's {in_features} inputs;"
+                f" {b} * 2^{m - 1} = {b << (m - 1)} to divide the layer's {inp} inputs;"
                 " take fewer factors or another block size"
             )
-        shape = (m * in_features // b, b * (b - 1) // 2)
-        self.K = nn.Parameter(torch.empty(shape, dtype=torch.float32))
-        self.scale = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
-
-    def reset_parameters(self) -> None:
-        """Zeros: R = I, s = 1."""
-        nn.init.zeros_(self.K)
-        nn.init.zeros_(self.scale)
+        self.K = self.new_parameter(m * inp // b, b * (b - 1) // 2)
+        self.scale = self.new_parameter(self.out_features)
 
     def transform_input(self, x: Tensor) -> Tensor:
         """``x F_(m-1) ... F_0``: gather, rotate blocks, scatter; the last factor first."""

@@ -33,11 +33,10 @@ class DoRA(LoRA):
     Config = DoRAConfig
     paper = "arXiv 2402.09353"
 
-    def __init__(
-        self, config: DoRAConfig, in_features: int, out_features: int, layer_name: str = ""
-    ) -> None:
-        super().__init__(config, in_features, out_features, layer_name)
-        self.magnitude = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
+    def declare(self) -> None:
+        """Those of LoRA, and the magnitude (out,)."""
+        super().declare()
+        self.magnitude = self.new_parameter(self.out_features)
 
     def reset_parameters(self) -> None:
         """A and B as LoRA, the magnitude at that of W."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from scalepeft.adapters.base import Adapter, AdapterConfig, math_dtype, scale_shift
@@ -135,22 +135,13 @@ class GOFT(Adapter):
     paper = "arXiv 2404.04316"
     entries = 1  # numbers a rotation
 
-    def __init__(
-        self, config: GOFTConfig, in_features: int, out_features: int, layer_name: str = ""
-    ) -> None:
-        super().__init__(config, in_features, out_features, layer_name)
-        if in_features < 2:
+    def declare(self) -> None:
+        """p (d - 1,), or (d - 1, 4) in qGOFT; scale (d,) where it is asked for."""
+        d = self.in_features
+        if d < 2:
             raise UserError("GOFT rotates pairs of input channels; this layer has one")
-        shape = (in_features - 1,) if self.entries == 1 else (in_features - 1, self.entries)
-        self.p = nn.Parameter(torch.empty(shape, dtype=torch.float32))
-        self.scale = (
-            nn.Parameter(torch.empty(in_features, dtype=torch.float32)) if config.scale else None
-        )
-
-    def reset_parameters(self) -> None:
-        """Zeros: R = I and s = 1, exactly."""
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
+        self.p = self.new_parameter(*((d - 1,) if self.entries == 1 else (d - 1, self.entries)))
+        self.scale = self.new_parameter(d) if self.config.scale else None
 
     def blocks(self, dtype: torch.dtype) -> Tensor:
         """The 2 x 2 blocks (d - 1, 2, 2) of the rotations, round by round."""

@@ -2,10 +2,9 @@
 
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 
 from scalepeft.adapters.base import Adapter, AdapterConfig, scale_shift
 from scalepeft.core.fields import STRICT, NameList
@@ -46,19 +45,11 @@ class Hadamard(Adapter):
     Config = HadamardConfig
     paper = "arXiv 2407.11033"
 
-    def __init__(
-        self, config: HadamardConfig, in_features: int, out_features: int, layer_name: str = ""
-    ) -> None:
-        super().__init__(config, in_features, out_features, layer_name)
-        self.before = config.position == "before"
-        size = in_features if self.before else out_features
-        self.scale = nn.Parameter(torch.empty(size, dtype=torch.float32))
-        self.shift = nn.Parameter(torch.empty(size, dtype=torch.float32))
-
-    def reset_parameters(self) -> None:
-        """Zeros: w = 1, c = 0."""
-        nn.init.zeros_(self.scale)
-        nn.init.zeros_(self.shift)
+    def declare(self) -> None:
+        """Scale and shift of the side that is changed."""
+        self.before = self.config.position == "before"
+        size = self.in_features if self.before else self.out_features
+        self.scale, self.shift = self.new_parameter(size), self.new_parameter(size)
 
     def transform_input(self, x: Tensor) -> Tensor:
         """``w * x + c`` before the layer."""

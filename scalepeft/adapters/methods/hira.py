@@ -46,12 +46,10 @@ class HiRA(Adapter):
     weight_decay = frozenset({"A", "B"})
     needs_weight = True
 
-    def __init__(
-        self, config: HiRAConfig, in_features: int, out_features: int, layer_name: str = ""
-    ) -> None:
-        super().__init__(config, in_features, out_features, layer_name)
-        self.A = nn.Parameter(torch.empty(config.rank, in_features, dtype=torch.float32))
-        self.B = nn.Parameter(torch.empty(out_features, config.rank, dtype=torch.float32))
+    def declare(self) -> None:
+        """A (r, in), B (out, r)."""
+        self.A = self.new_parameter(self.config.rank, self.in_features)
+        self.B = self.new_parameter(self.out_features, self.config.rank)
 
     def reset_parameters(self) -> None:
         """As LoRA: A Kaiming uniform, B zero."""

@@ -5,7 +5,6 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import nn
 
 from scalepeft.adapters.base import AdapterConfig
 from scalepeft.adapters.householder import Inverse, Reflected, check_rank, paired_columns
@@ -49,16 +48,15 @@ class HOFT(Reflected):
     scaled: ClassVar[bool] = False
     """True in SHOFT: ``m`` (out,) between the rotations, stored as ``scale = m - 1``."""
 
-    def __init__(
-        self, config: HOFTConfig, in_features: int, out_features: int, layer_name: str = ""
-    ) -> None:
-        check_rank(config.rank, min(in_features, out_features))
-        super().__init__(config, in_features, out_features, layer_name)
-        self.inverse = config.inverse
-        self.U = nn.Parameter(torch.empty(out_features, config.rank, dtype=torch.float32))
-        self.V = nn.Parameter(torch.empty(in_features, config.rank, dtype=torch.float32))
+    def declare(self) -> None:
+        """U (out, r), V (in, r); scale (out,) in SHOFT."""
+        super().declare()
+        inp, out, rank = self.in_features, self.out_features, self.config.rank
+        check_rank(rank, min(inp, out))
+        self.inverse = self.config.inverse
+        self.U, self.V = self.new_parameter(out, rank), self.new_parameter(inp, rank)
         if self.scaled:
-            self.scale = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
+            self.scale = self.new_parameter(out)
 
     def reset_parameters(self) -> None:
         """Sets pairs of equal, mutually orthonormal columns (Q = I under both inverses) and m - 1 =

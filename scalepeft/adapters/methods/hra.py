@@ -39,12 +39,11 @@ class HRA(Reflected):
     Config = HRAConfig
     paper = "arXiv 2405.17484"
 
-    def __init__(
-        self, config: HRAConfig, in_features: int, out_features: int, layer_name: str = ""
-    ) -> None:
-        check_rank(config.rank, in_features)
-        super().__init__(config, in_features, out_features, layer_name)
-        self.V = nn.Parameter(torch.empty(in_features, config.rank, dtype=torch.float32))
+    def declare(self) -> None:
+        """V (in, r)."""
+        super().declare()
+        check_rank(self.config.rank, self.in_features)
+        self.V = self.new_parameter(self.in_features, self.config.rank)
 
     def reset_parameters(self) -> None:
         """Draws r / 2 columns as PEFT does and pairs them: the product is I."""

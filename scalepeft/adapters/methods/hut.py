@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from scalepeft.adapters.base import Adapter, AdapterConfig, Base, scale_shift
@@ -101,28 +101,18 @@ class HUT(Adapter):
     Config = HUTConfig
     paper = "arXiv 2409.13501"
 
-    def __init__(
-        self, config: HUTConfig, in_features: int, out_features: int, layer_name: str = ""
-    ) -> None:
-        r = config.rank
-        if in_features % r or out_features % r:
+    def declare(self) -> None:
+        """a (out, r), b (r, in); shift (out,) where it is asked for."""
+        r, inp, out = self.config.rank, self.in_features, self.out_features
+        if inp % r or out % r:
             raise UserError(
                 f"adapter.rank={r}: HUT tiles its vectors over {r} groups of rows and of columns,"
-                f" and {r} does not divide a layer of {out_features} x {in_features}; take a rank"
+                f" and {r} does not divide a layer of {out} x {inp}; take a rank"
                 " that divides both, such as 1, 2 or 4"
             )
-        super().__init__(config, in_features, out_features, layer_name)
         self.needs_weight = r > 1
-        self.a = nn.Parameter(torch.empty(out_features, r, dtype=torch.float32))
-        self.b = nn.Parameter(torch.empty(r, in_features, dtype=torch.float32))
-        self.shift = (
-            nn.Parameter(torch.empty(out_features, dtype=torch.float32)) if config.shift else None
-        )
-
-    def reset_parameters(self) -> None:
-        """Zeros: both factors are 1, beta is 0."""
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
+        self.a, self.b = self.new_parameter(out, r), self.new_parameter(r, inp)
+        self.shift = self.new_parameter(out) if self.config.shift else None
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """Rank 1 on activations, ``a * base(b * x) + beta``; otherwise through the weight."""

@@ -2,10 +2,9 @@
 
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 
 from scalepeft.adapters.base import Adapter, AdapterConfig, Base, scale_shift
 from scalepeft.core.errors import UserError
@@ -48,17 +47,11 @@ class IA3(Adapter):
     Config = IA3Config
     paper = "arXiv 2205.05638"
 
-    def __init__(
-        self, config: IA3Config, in_features: int, out_features: int, layer_name: str = ""
-    ) -> None:
-        super().__init__(config, in_features, out_features, layer_name)
-        self.on_input = any(names(p, layer_name) for p in config.feedforward_modules)
-        size = in_features if self.on_input else out_features
-        self.scale = nn.Parameter(torch.empty(size, dtype=torch.float32))
-
-    def reset_parameters(self) -> None:
-        """Zero: l = 1."""
-        nn.init.zeros_(self.scale)
+    def declare(self) -> None:
+        """Scale (in,) in feed-forward layers, (out,) in others."""
+        patterns = self.config.feedforward_modules
+        self.on_input = any(names(p, self.layer_name) for p in patterns)
+        self.scale = self.new_parameter(self.in_features if self.on_input else self.out_features)
 
     def transform_input(self, x: Tensor) -> Tensor:
         """``l * x`` in feed-forward layers."""

@@ -7,7 +7,6 @@ Letters: r rank, A (r, in), B (out, r), scaling = alpha / r, or alpha / sqrt(r) 
 import math
 from typing import Annotated, Any
 
-import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
@@ -46,16 +45,15 @@ class LoRA(Adapter):
     paper = "arXiv 2106.09685"
     weight_decay = frozenset({"A", "B"})
 
-    def __init__(
-        self, config: LoRAConfig, in_features: int, out_features: int, layer_name: str = ""
-    ) -> None:
-        super().__init__(config, in_features, out_features, layer_name)
+    def declare(self) -> None:
+        """A (r, in), B (out, r)."""
+        config = self.config
         self.scaling = config.alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
-        self.dropout = Dropout(config.dropout, layer_name) if config.dropout else nn.Identity()
+        self.dropout = Dropout(config.dropout, self.layer_name) if config.dropout else nn.Identity()
         if config.rslora:
             self.paper = "arXiv 2312.03732"
-        self.A = nn.Parameter(torch.empty(config.rank, in_features, dtype=torch.float32))
-        self.B = nn.Parameter(torch.empty(out_features, config.rank, dtype=torch.float32))
+        self.A = self.new_parameter(config.rank, self.in_features)
+        self.B = self.new_parameter(self.out_features, config.rank)
 
     def reset_parameters(self) -> None:
         """Draws A as PEFT does (Kaiming uniform, a = sqrt 5) and sets B to zero."""

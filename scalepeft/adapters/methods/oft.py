@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 
 from scalepeft.adapters.base import Adapter, AdapterConfig, Base, math_dtype
 from scalepeft.adapters.block_orthogonal import block_product, skew_symmetric
@@ -59,17 +59,11 @@ class OFT(Adapter):
     Config = OFTConfig
     paper = "arXiv 2306.07280"
 
-    def __init__(
-        self, config: OFTConfig, in_features: int, out_features: int, layer_name: str = ""
-    ) -> None:
-        check_block(config.block_size, in_features)
-        super().__init__(config, in_features, out_features, layer_name)
-        b = config.block_size
-        self.K = nn.Parameter(torch.empty(in_features // b, b * (b - 1) // 2, dtype=torch.float32))
-
-    def reset_parameters(self) -> None:
-        """Zero: R = I."""
-        nn.init.zeros_(self.K)
+    def declare(self) -> None:
+        """K (in / b, b (b - 1) / 2)."""
+        b = self.config.block_size
+        check_block(b, self.in_features)
+        self.K = self.new_parameter(self.in_features // b, b * (b - 1) // 2)
 
     def rotation(self, k: Tensor) -> Tensor:
         """K (n, b, b) -> R (n, b, b)."""

@@ -176,22 +176,19 @@ class SURM(Adapter):
     weight_decay = frozenset({"a", "c0", "b", "t", "A", "B", "g", "h"})
     paper = "arXiv 2406.17740"
 
-    def __init__(
-        self, config: SURMConfig, in_features: int, out_features: int, layer_name: str = ""
-    ) -> None:
-        super().__init__(config, in_features, out_features, layer_name)
+    def declare(self) -> None:
+        """The factors of M; c (out,) in an adapter's place."""
+        config, columns = self.config, self.in_features
         self.c: nn.Parameter | None = None
-        columns = in_features
         if config.placement == "adapter":
             self.unmergeable_reason = "y + gelu(M y) + c is not affine in x"
-            self.c = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
-            columns = out_features
-        square = columns == out_features
+            columns = self.out_features
+            self.c = self.new_parameter(columns)
         self.structure = config.structure
         if config.structure == "auto":
-            self.structure = "circulant" if square else "kronecker"
-        for name, shape in self._shapes(out_features, columns).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=torch.float32)))
+            self.structure = "circulant" if columns == self.out_features else "kronecker"
+        for name, shape in self._shapes(self.out_features, columns).items():
+            self.register_parameter(name, self.new_parameter(*shape))
 
     def _shapes(self, out: int, inp: int) -> dict[str, tuple[int, ...]]:
         """The factors of M; the first one starts at zero."""

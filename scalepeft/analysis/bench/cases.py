@@ -1,72 +1,48 @@
-"""What a benchmark steps: a frozen layer or model of random weights, its input and its target."""
+"""What a benchmark steps: a frozen base of random weights, its input, its output's gradient."""
 
 import copy
+from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scalepeft.adapters import inject as injection
-from scalepeft.analysis.bench.methods import Layer
 from scalepeft.core.log import say
 from scalepeft.models import quant, shapes, structure
 
-ROW = 512  # tokens of a row, at most
+Layer = tuple[str, int, int]
+"""(last part of the name, in, out) of a linear layer."""
+ROW = 512  # tokens of a model's row, at most
 
 
 @dataclass
 class Case:
-    """A frozen base, its input and its target.
+    """What all entries share; the gradient is Gaussian, as the loss is the same for all.
 
     Attributes:
         title: for tables.
-        base: one linear layer as ``nn.ModuleDict``, or a causal LM.
-        name: of the layer; empty for a model.
-        x: (tokens, in), or input embeddings (rows, length, hidden); takes a gradient.
-        target: gradient of the output (tokens, out), or labels (rows, length).
+        base: one linear layer under its name in an ``nn.Sequential``, or a causal LM.
         peft_base: the same weights as PEFT can read them.
+        x: (1, tokens, in), or input embeddings (rows, length, hidden); takes a gradient.
+        gradient: (1, tokens, out), or of the logits (rows, length, vocabulary).
     """
 
     title: str
     base: nn.Module
-    name: str
-    x: Tensor
-    target: Tensor
     peft_base: nn.Module
-
-    @torch.no_grad()
-    def probe(self, module: nn.Module) -> Tensor:
-        """The layer's output for the first tokens, or the logits of the first row, in fp32."""
-        if self.name:
-            y: Tensor = module.get_submodule(self.name)(self.x[:ROW])
-            return y.float()
-        logits: Tensor = module(inputs_embeds=self.x[:1], use_cache=False).logits
-        return logits.float()
-
-    def forward(self, module: nn.Module) -> tuple[list[Tensor], list[Tensor | None]]:
-        """What to call backward on: (tensors, their gradients); a method's penalty included."""
-        tensors: list[Tensor]
-        grads: list[Tensor | None]
-        if self.name:
-            tensors, grads = [module.get_submodule(self.name)(self.x)], [self.target]
-        else:
-            out = module(inputs_embeds=self.x, labels=self.target, use_cache=False)
-            tensors, grads = [out.loss], [None]
-        if (penalty := injection.penalty(module)) is not None:
-            tensors, grads = [*tensors, penalty], [*grads, None]
-        return tensors, grads
+    x: Tensor
+    gradient: Tensor
 
 
-def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy with modules of its own over the same parameters and buffers: no more memory."""
-    shared: list[object] = [*model.parameters(), *model.buffers()]
-    # bitsandbytes keeps its scales there.
-    shared += [m.quant_state for m in model.modules() if hasattr(m, "quant_state")]
-    return copy.deepcopy(model, {id(s): s for s in shared if s is not None})
+def output(module: nn.Module, x: Tensor) -> Any:
+    """Return the layer's output, or the model's logits."""
+    single = isinstance(module, nn.Sequential)
+    return module(x) if single else module(inputs_embeds=x, use_cache=False).logits
 
 
 def layer_sets(what: str, shape: str) -> list[list[Layer]]:
-    """The layers that each case adapts: all of a model, or each distinct one of its first block.
+    """Return the layers that each case adapts: all of a model, or each distinct one of its blocks.
 
     Raises:
         UserError: no such shape, or an architecture that is not supported.
@@ -77,63 +53,84 @@ def layer_sets(what: str, shape: str) -> list[list[Layer]]:
         for name, m in block.named_modules()
         if isinstance(m, nn.Linear)
     ]
-    if what == "model":
-        return [layers]
-    distinct: dict[tuple[int, int], Layer] = {}
+    distinct: dict[tuple[int, int], list[Layer]] = {}
     for layer in layers:
-        distinct.setdefault(layer[1:], layer)
-    return [[layer] for layer in distinct.values()]
+        distinct.setdefault(layer[1:], [layer])
+    return [layers] if what == "model" else list(distinct.values())
 
 
-def layer_case(layer: Layer, tokens: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """One layer; input and output gradient are Gaussian."""
-    name, width, out = layer
-    with torch.random.fork_rng(), device:
-        torch.manual_seed(0)
-        base = nn.ModuleDict({name: nn.Linear(width, out, bias=False, dtype=dtype)})
-        x, target = torch.randn(tokens, width).to(dtype), torch.randn(tokens, out).to(dtype)
-    return Case(f"{name} {out} x {width}", base, name, x.requires_grad_(), target, base)
+@torch.no_grad()
+def random_weights(model: Any, storage: quant.Format | None, device: torch.device) -> Any:
+    """Make a meta model real and frozen: its blocks in ``storage``, weights N(0, 0.02^2).
+
+    Of vectors, a weight (of a norm) is 1 and a bias 0.
+    """
+    blocks = [model] if isinstance(model, nn.Sequential) else structure.blocks_of(model)
+    for name, layer in [pair for block in blocks for pair in block.named_modules()]:
+        if storage is not None and isinstance(layer, nn.Linear):
+            if reason := storage.refuses(layer.in_features):
+                say(f"{name} stays unquantized: {reason}")
+            else:
+                quant.quantize(layer, storage)
+    structure.materialize(model, device)
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, quant.QuantLinear):
+            rows = 0.02 * torch.randn(module.out_features, module.in_features, device=device)
+            module.weight.data, module.weight_scale.data = module.fmt.encode(rows)
+        for name, p in module.named_parameters(recurse=False):
+            if p.is_floating_point():
+                p.normal_(std=0.02) if p.dim() > 1 else p.fill_(name == "weight")
+    return model.requires_grad_(False)
 
 
-def model_case(shape: str, tokens: int, dtype: torch.dtype, device: torch.device) -> Case:
-    """A causal LM of random weights; rows of at most 512 tokens, random labels."""
-    from transformers import AutoModelForCausalLM
-
-    architecture = shapes.architecture(shape)
-    length = min(ROW, tokens)
-    with torch.random.fork_rng(), device:
-        torch.manual_seed(0)
-        base = AutoModelForCausalLM.from_config(
-            architecture, dtype=dtype, attn_implementation="sdpa"
-        )
-        x = torch.randn(tokens // length, length, architecture.hidden_size).to(dtype)
-        target = torch.randint(architecture.vocab_size, x.shape[:2])
-    title = f"{len(structure.blocks_of(base))} blocks, rows of {length}"
-    return Case(title, base.train(), "", x.requires_grad_(), target, base)
-
-
-def freeze(case: Case, storage: str) -> None:
-    """Freezes the base and stores its linear layers as ``--quant`` says, and PEFT's beside them."""
-    case.base.requires_grad_(False)
-    fmt = quant.get_format(storage)
-    if fmt is None:
-        return
-    if fmt.name == "nf4":
-        case.peft_base = shared_copy(case.base)
-        setattr(case.peft_base, "is_loaded_in_4bit", True)  # noqa: B010  # PEFT asks for it
-    for part in [case.base] if case.name else structure.blocks_of(case.base):
-        for name, layer in list(part.named_modules()):
-            if not isinstance(layer, nn.Linear):
-                continue
-            if reason := fmt.refuses(layer.in_features):
-                say(f"{name} stays unquantised: {reason}")
-                continue
-            if fmt.name == "nf4":
-                _replace(case.peft_base, case.base, layer)
-            quant.quantize(layer, fmt)
+def make_case(
+    shape: str | Layer, tokens: int, dtype: torch.dtype, device: torch.device, storage: str
+) -> Case:
+    """Return the case of a layer, or of a causal LM with rows of at most 512 tokens."""
+    if isinstance(shape, str):
+        model, length = shapes.meta_model(shape).train(), min(ROW, tokens)
+        title = f"{len(structure.blocks_of(model))} blocks, rows of {length}"
+        size = (tokens // length, length, model.config.hidden_size)
+    else:
+        name, width, out = shape
+        linear = nn.Linear(width, out, bias=False, device="meta")
+        model, size = nn.Sequential(OrderedDict([(name, linear)])), (1, tokens, width)
+        title = f"{name} {out} x {width}"
+    base = peft_base = random_weights(model.to(dtype), quant.get_format(storage), device)
+    if storage == "nf4":
+        peft_base = on_bitsandbytes(shared_copy(base), dtype)
+    x = torch.randn(size, dtype=dtype, device=device)
+    with torch.no_grad():
+        gradient = torch.randn_like(output(base, x))
+    return Case(title, base, peft_base, x.requires_grad_(), gradient)
 
 
-def _replace(peft_base: nn.Module, base: nn.Module, layer: nn.Linear) -> None:
-    path = next(name for name, m in base.named_modules() if m is layer)
-    parent, _, last = path.rpartition(".")
-    setattr(peft_base.get_submodule(parent), last, quant.bnb_linear(layer))
+def shared_copy(model: nn.Module) -> nn.Module:
+    """Return a copy with modules of its own over the same parameters and buffers."""
+    shared: list[object] = [*model.parameters(), *model.buffers()]
+    # bitsandbytes keeps its scales there.
+    shared += [m.quant_state for m in model.modules() if hasattr(m, "quant_state")]
+    return copy.deepcopy(model, {id(s): s for s in shared if s is not None})
+
+
+def on_bitsandbytes(model: Any, dtype: torch.dtype) -> Any:
+    """Put bitsandbytes' own layers, which PEFT knows, in place of NF4 ones; return the model."""
+    model.is_loaded_in_4bit = True  # PEFT asks for it
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, quant.QuantLinear):
+            plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
+            plain.weight = nn.Parameter(quant.Frozen(layer).weight(dtype), requires_grad=False)
+            plain.bias = layer.bias
+            model.set_submodule(name, quant.bnb_linear(plain))
+    return model
+
+
+def inject_peft(model: nn.Module, fields: dict[str, Any], low: bool = False) -> None:
+    """Put a method of PEFT on a model, in fp32 as ``get_peft_model`` does, or in its precision."""
+    import peft
+
+    peft.inject_adapter_in_model(peft.get_peft_config(dict(fields)), model)
+    for parameter in model.parameters():
+        if parameter.requires_grad and not low:
+            parameter.data = parameter.data.float()

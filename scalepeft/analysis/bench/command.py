@@ -1,50 +1,34 @@
-"""Benchmark: every method beside HF PEFT's and the frozen base alone, taking turns in one process.
+"""``scalepeft bench layer|model``: every method beside HF PEFT's and the frozen base alone.
 
-An entry is one method on a copy of the base that shares the base's weights. A step is forward,
-backward and AdamW. Inputs need a gradient everywhere (as they do in every block of a model but the
-first), so that all entries push the same gradient through the frozen layers.
-
-With bf16 all adapters are trained in fp32; PEFT's run under autocast, as HF's Trainer does it.
-``peft-lora-bf16`` has its adapter in bf16 and no autocast: PEFT's cheapest form. With nf4 PEFT's
-stand on bitsandbytes' ``Linear4bit``; with int8 on our storage, because bitsandbytes' int8 rounds
-activations too and so computes something else.
+An entry is one method on a copy of the base that shares the base's weights; all take turns in one
+process. A step is forward, backward and AdamW. Inputs need a gradient everywhere (as they do in
+every block of a model but the first), so that all entries push the same gradient through the frozen
+layers. With nf4 PEFT's stand on bitsandbytes' ``Linear4bit``; with int8 on our storage, because
+bitsandbytes' int8 rounds activations too and so computes something else.
 """
 
 import argparse
-import dataclasses
-import gc
+import importlib.util
+import json
 import time
-import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
 
-from scalepeft.adapters import inject
-from scalepeft.adapters import inject as injection
-from scalepeft.analysis.bench import report
-from scalepeft.analysis.bench.cases import (
-    ROW,
-    Case,
-    freeze,
-    layer_case,
-    layer_sets,
-    model_case,
-    shared_copy,
-)
-from scalepeft.analysis.bench.memory import SavedBytes, peak_bytes
-from scalepeft.analysis.bench.methods import Layer, choose, names_of, neighbours
+from scalepeft.analysis.bench.cases import ROW, layer_sets, make_case
+from scalepeft.analysis.bench.entries import REFERENCE, Entry, measure
+from scalepeft.analysis.bench.methods import choose
 from scalepeft.core.errors import UserError
-from scalepeft.core.log import say
-from scalepeft.models import hub as models
+from scalepeft.core.files import write_atomically
+from scalepeft.core.text import table
+from scalepeft.models.hub import PRECISIONS
+from scalepeft.run.provenance import device_name, versions
 
-SLOW, SLOW_ROUNDS = 5.0, 3  # an entry over 5 x peft-lora's time stops after 3 rounds
-TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2}  # of an entry's first output against the base's
+COLORS = {"scalepeft": "tab:blue", "peft": "tab:orange", "base": "tab:gray"}
 
 
 @dataclass(frozen=True)
@@ -64,222 +48,40 @@ class Options:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Options":
-        """Takes the fields from the command line."""
-        given = {f.name: getattr(args, f.name) for f in dataclasses.fields(cls)}
+        """Take the fields from the command line."""
+        given = {f.name: getattr(args, f.name) for f in fields(cls)}
         return cls(**{name: value for name, value in given.items() if value is not None})
 
     def check(self) -> None:
-        """Refuses numbers, devices and folders that cannot be used.
-
-        Raises:
-            UserError: names the option, what is allowed and what to do.
-        """
+        """Raise UserError for numbers and devices that cannot be used, or without PEFT."""
         for name in ("rank", "tokens", "repeats"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be 1 or more")
-        if self.what == "model" and self.tokens == 1:
-            raise UserError("--tokens 1: a model's loss takes 2 or more")
-        if self.what == "model" and (self.tokens % min(ROW, self.tokens)):
-            near = max(ROW, self.tokens // ROW * ROW)
+        if self.what == "model" and self.tokens % min(ROW, self.tokens):
             raise UserError(
-                f"--tokens {self.tokens}: is cut into rows of {ROW}; take {near}, or 2 to {ROW}"
+                f"--tokens {self.tokens}: is cut into rows of {ROW}; take"
+                f" {self.tokens // ROW * ROW}, or {ROW} at most"
             )
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch sees no CUDA device here; take --device cpu")
-        if self.out is not None:
-            try:
-                Path(self.out).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(
-                    f"--out {self.out}: {error.strerror}; name a folder that can be written"
-                ) from None
-
-    def torch_device(self) -> torch.device:
-        """The device; ``auto`` is CUDA where there is one."""
-        cuda = torch.cuda.is_available() and self.device != "cpu"
-        return torch.device("cuda" if cuda else "cpu")
+        if importlib.util.find_spec("peft") is None:
+            raise UserError(
+                "scalepeft bench compares with HF PEFT, which is not installed: pip install"
+                " 'scalepeft[dev]'"
+            )
 
 
-@dataclass
-class Entry:
-    """One method: how it is put on a copy of the base, and what was measured.
-
-    Attributes:
-        adapt: adapts the copy in place; None for the base alone.
-        reason: why it is not measured; empty where it is.
-        times: seconds of each step.
-    """
-
-    label: str
-    family: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    adapt: Callable[[nn.Module], None] | None = None
-    autocast: bool = False
-    reason: str = ""
-    module: nn.Module | None = None
-    optimizer: torch.optim.Optimizer | None = None
-    parameters: int = 0
-    times: list[float] = field(default_factory=list)
-    saved: int = 0
-    peak: int = 0
-
-    def build(self, case: Case, reference: Tensor, precision: str) -> None:
-        """Adapts a copy, checks that it equals the base, warms up in two steps that count memory.
-
-        What PEFT cannot do becomes ``reason``, and so does what a method of ours refuses.
-
-        Raises:
-            RuntimeError: one of our own methods differs from its base: a bug.
-        """
-        module = shared_copy(case.peft_base if self.family == "peft" else case.base)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                if self.adapt is not None:
-                    self.adapt(module)
-                with self._autocast(case):
-                    error = (case.probe(module) - reference).abs().max() / reference.abs().max()
-                if not error <= TOLERANCE[precision]:  # not a number is too large as well
-                    raise RuntimeError(f"differs from the base at the start by {error:.1e}")
-                self.module = module
-                trained = [p for p in module.parameters() if p.requires_grad]
-                self.parameters = sum(p.numel() for p in trained)
-                self.optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
-                saved = SavedBytes([*module.parameters(), *module.buffers()])
-                with saved:
-                    out = self._forward(case)
-                self._finish(case, out)
-                self.saved = saved.total
-                self.peak = peak_bytes(partial(self.step, case), self._held(case))
-        except Exception as error:
-            if self.family != "peft" and not isinstance(error, UserError):
-                raise RuntimeError(f"bench: {self.label}: {error}") from error
-            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            self.reason = " ".join(f"{kind}{error}".split())[:300]
-            self.module = self.optimizer = None
-
-    def _autocast(self, case: Case) -> AbstractContextManager[Any]:
-        kind = case.x.device.type
-        return torch.autocast(kind, torch.bfloat16) if self.autocast else nullcontext()
-
-    def _forward(self, case: Case) -> tuple[list[Tensor], list[Tensor | None]]:
-        assert self.module is not None
-        with self._autocast(case):
-            return case.forward(self.module)
-
-    def _finish(self, case: Case, out: tuple[list[Tensor], list[Tensor | None]]) -> None:
-        torch.autograd.backward(*out)
-        if self.optimizer is not None:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        case.x.grad = None
-
-    def step(self, case: Case) -> None:
-        """Forward, backward, optimiser."""
-        self._finish(case, self._forward(case))
-
-    def _held(self, case: Case) -> list[Tensor]:
-        """What is there between two steps: weights, adapter, the optimiser's state, the input."""
-        assert self.module is not None
-        states = self.optimizer.state.values() if self.optimizer is not None else ()
-        state = [t for s in states for t in s.values() if isinstance(t, Tensor)]
-        return [*self.module.parameters(), *self.module.buffers(), *state, case.x, case.target]
-
-
-def entries(layers: list[Layer], options: Options) -> list[Entry]:
-    """The base, PEFT's LoRA, the chosen methods and PEFT's neighbours of them.
-
-    Raises:
-        UserError: an unknown method, or an odd rank where reflections come in pairs.
-    """
-    bf16 = options.precision == "bf16"
-    ours, theirs = choose(options.methods, layers, options.rank, options.what, bf16)
-    found = [Entry("base", "base")]
-    for name, settings in ours.items():
-        found.append(Entry(name, "scalepeft", settings, _injector(settings)))
-    for name, settings in theirs.items():
-        low = name == "peft-lora-bf16"
-        adapt = _peft_injector(settings, names_of(layers), low)
-        found.append(Entry(name, "peft", settings, adapt, autocast=bf16 and not low))
-    return found
-
-
-def _injector(settings: dict[str, Any]) -> Callable[[nn.Module], None]:
-    def adapt(module: nn.Module) -> None:
-        injection.inject(module, inject.adapter_config(settings))
-
-    return adapt
-
-
-def _peft() -> Any:
+def make_folder(out: str) -> Path:
+    """Return the folder of ``--out``, made. Raise UserError if it cannot be."""
     try:
-        import peft
-    except ImportError:
-        raise UserError(
-            "scalepeft bench compares with HF PEFT, which is not installed: pip install"
-            " 'scalepeft[dev]'"
-        ) from None
-    return peft
-
-
-def _peft_injector(
-    settings: dict[str, Any], names: list[str], low: bool
-) -> Callable[[nn.Module], None]:
-    peft = _peft()
-    fields = dict(settings)
-    kind = getattr(peft, fields.pop("config"))
-
-    def adapt(module: nn.Module) -> None:
-        peft.inject_adapter_in_model(kind(target_modules=names, **fields), module)
-        for parameter in module.parameters():
-            if parameter.requires_grad and not low:
-                parameter.data = parameter.data.float()  # as get_peft_model does
-
-    return adapt
-
-
-def measure(case: Case, found: list[Entry], options: Options) -> None:
-    """Builds every entry, then times them in turn, in every round in another order."""
-    reference = case.probe(case.base)
-    for entry in found:
-        entry.build(case, reference, options.precision)
-        state = f"left out: {entry.reason}" if entry.reason else "ready"
-        say(f"{case.title}: {entry.label} {state}")
-    gc.collect()
-    running = [entry for entry in found if not entry.reason]
-    lora = next((e for e in running if e.label == report.REFERENCE), None)
-    for turn in range(options.repeats):
-        first = turn % len(running)
-        for entry in [*running[first:], *running[:first]]:
-            entry.times.append(_seconds(entry, case))
-        if turn + 1 == SLOW_ROUNDS and lora is not None:
-            running = [e for e in running if report.ratio(e.times, lora.times) <= SLOW]
-        say(f"{case.title}: round {turn + 1} of {options.repeats}")
-
-
-def _seconds(entry: Entry, case: Case) -> float:
-    cuda = case.x.is_cuda
-    if cuda:
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    entry.step(case)
-    if cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def _case(layers: list[Layer], options: Options) -> Case:
-    where = options.tokens, models.PRECISIONS[options.precision], options.torch_device()
-    if options.what == "layer":
-        case = layer_case(layers[0], *where)
-    else:
-        case = model_case(options.shape, *where)
-    freeze(case, options.quant)
-    return case
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; name a folder to write to") from None
+    return Path(out).resolve()
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Measures, prints a table for each case, writes ``bench.json`` and ``bench.png`` into ``out``.
+    """Measure, print a table for each case, write ``bench.json`` and ``bench.png`` into ``out``.
 
     Returns:
         What ``bench.json`` holds.
@@ -288,19 +90,125 @@ def run(options: Options) -> dict[str, Any]:
         UserError: an option that makes no sense, an unknown shape or method, PEFT missing.
     """
     options.check()
+    bf16, what = options.precision == "bf16", options.what
     plans = [
-        (layers, entries(layers, options)) for layers in layer_sets(options.what, options.shape)
+        (layers, choose(options.methods, layers, options.rank, bf16))
+        for layers in layer_sets(what, options.shape)
     ]
-    result = report.header(options.torch_device(), dataclasses.asdict(options))
-    print(report.headline(result))
-    result["cases"] = []
+    folder = None if options.out is None else make_folder(options.out)
+    device = torch.device(
+        "cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu"
+    )
+    result: dict[str, Any] = {
+        "options": asdict(options),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "versions": versions("torch", "transformers", "peft", "bitsandbytes"),
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "step": "forward, backward, AdamW; peak: above what is held between steps",
+        "cases": [],
+    }
+    print(_title(result), ", ".join(map(" ".join, result["versions"].items())), sep="\n")
+    where = options.tokens, PRECISIONS[options.precision], device, options.quant
     while plans:
-        layers, found = plans.pop(0)  # so that a case is freed before the next one is made
-        case = _case(layers, options)
-        measure(case, found, options)
-        result["cases"].append(report.summary(case.title, found, neighbours))
-        print(report.table(result["cases"][-1]), flush=True)
-        del case, found
-    if options.out is not None:
-        print(report.write(result, Path(options.out)))
+        layers, entries = plans.pop(0)  # so that a case is freed before the next one is made
+        case = make_case(layers[0] if what == "layer" else options.shape, *where)
+        measure(case, entries, options.repeats)
+        result["cases"].append(summary(case.title, entries))
+        print(*_table(result["cases"][-1]), sep="\n", flush=True)
+        del case, entries
+    if folder is not None:
+        write_atomically(folder / "bench.json", json.dumps(result, indent=1) + "\n")
+        _plot(result, folder / "bench.png")
+        print(f"\nwrote {folder / 'bench.json'} and {folder / 'bench.png'}")
     return result
+
+
+def _title(result: dict[str, Any]) -> str:
+    o = result["options"]
+    return (
+        f"bench {o['what']} {o['shape']}: {o['tokens']} tokens, rank {o['rank']}, {o['precision']},"
+        f" quant {o['quant']}; {result['device']}, {result['threads']} threads, {result['date']}"
+    )
+
+
+def summary(title: str, entries: list[Entry]) -> dict[str, Any]:
+    """Return the figures of one case; ratios over the rounds that both ran."""
+    by_label = {e.label: e for e in entries}
+    rounds = max(len(e.times) for e in entries)
+
+    def against(entry: Entry, label: str) -> float | None:
+        other = by_label.get(label)
+        return entry.ratio(other) if other and other.times and entry.times else None
+
+    def row(e: Entry) -> dict[str, Any]:
+        ms = [1e3 * t for t in e.times]
+        return {
+            **{key: getattr(e, key) for key in ("label", "family", "settings", "reason")},
+            "parameters": e.parameters,
+            "times_ms": ms,
+            "median_ms": median(ms) if ms else None,
+            "iqr_ms": float(np.ptp(np.percentile(ms, [25, 75]))) if ms else None,
+            "limited": 0 < len(ms) < rounds,
+            "x_peft_lora": against(e, REFERENCE),
+            "x_base": against(e, "base"),
+            "x_neighbours": {n: against(e, n) for n in e.neighbours},
+            "saved_bytes": e.saved_bytes,
+            "peak_bytes": e.peak_bytes,
+        }
+
+    rows = [row(e) for e in entries]
+    return {"title": title, "noise": rows[0]["iqr_ms"] / rows[0]["median_ms"], "entries": rows}
+
+
+def _table(case: dict[str, Any]) -> list[str]:
+    """Return a line for each entry, and why one was left out."""
+    rows: list[list[str]] = [
+        ["", "parameters", "ms", "x peft-lora", "x base", "saved MiB", "peak MiB", "rounds",
+         "x PEFT's neighbour"],
+    ]  # fmt: skip
+    for r in case["entries"]:
+        near = {n.removeprefix("peft-"): x for n, x in r["x_neighbours"].items()}
+        rows.append([r["label"], f"n/a  {r['reason']}"] if r["reason"] else [
+            r["label"], f"{r['parameters']:,}", f"{r['median_ms']:.1f}", _ratio(r["x_peft_lora"]),
+            _ratio(r["x_base"]), f"{r['saved_bytes'] / 2**20:.1f}",
+            f"{r['peak_bytes'] / 2**20:.1f}", str(len(r["times_ms"])),
+            ", ".join(f"{n} {_ratio(x)}" for n, x in near.items()),
+        ])  # fmt: skip
+    noise = f"{case['noise']:.1%}"
+    return ["", f"{case['title']}; noise (interquartile range of base's times) {noise}",
+            *table(rows, indent="")]  # fmt: skip
+
+
+def _ratio(x: float | None) -> str:
+    return "n/a" if x is None else f"{x:.2f}"
+
+
+def _plot(result: dict[str, Any], target: Path) -> None:
+    """Draw bars of the time over that of PEFT's LoRA, or of the base where that is n/a."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    cases = [[r for r in case["entries"] if r["times_ms"]] for case in result["cases"]]
+    heights = [0.8 + 0.24 * len(rows) for rows in cases]
+    figure, axes = plt.subplots(
+        len(cases), figsize=(8, 1 + sum(heights)), dpi=120, squeeze=False, height_ratios=heights,
+        layout="constrained",
+    )  # fmt: skip
+    for axis, case, rows in zip(axes[:, 0], result["cases"], cases, strict=True):
+        key = "x_base" if any(r["x_peft_lora"] is None for r in rows) else "x_peft_lora"
+        rows = sorted(rows, key=lambda r: -r[key])
+        bars = axis.barh(
+            [r["label"] for r in rows], [r[key] for r in rows],
+            color=[COLORS[r["family"]] for r in rows],
+        )  # fmt: skip
+        axis.bar_label(bars, fmt=" %.2f", fontsize=8)
+        axis.axvline(1, color="black", lw=0.8)
+        axis.set(xscale="log", title=case["title"], xlabel=f"time of a step, {key}")
+        axis.margins(x=0.1)
+    colors = "blue: scalepeft, orange: HF PEFT, gray: the frozen base alone"
+    figure.suptitle(f"{_title(result)}\n{colors}".replace("; ", "\n"), fontsize=9)
+    figure.savefig(target)
+    plt.close(figure)

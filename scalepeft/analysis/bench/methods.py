@@ -1,46 +1,44 @@
-"""Which methods a benchmark compares, at equal parameters: settings of ours and of HF PEFT's."""
+"""Which methods a benchmark compares, at equal parameters: ours and, of HF PEFT's, their like."""
 
-import dataclasses
 import math
-from collections.abc import Callable
+from collections import Counter
 from typing import Any
 
-from scalepeft.adapters.base import Adapter
+from torch import nn
+
+from scalepeft.adapters import inject, sizing
+from scalepeft.analysis.bench.cases import Layer
+from scalepeft.analysis.bench.entries import REFERENCE, Entry
 from scalepeft.core import errors, registry
 from scalepeft.core.errors import UserError
-
-Layer = tuple[str, int, int]
-"""(last part of the name, in, out) of a linear layer."""
+from scalepeft.export.peft import common_fields
+from scalepeft.models import quant
 
 STRUCTURES = ("circulant", "toeplitz", "kronecker", "ldr")  # of surm
-NEIGHBOURS = {
-    "hoft": ("hra",),
-    "shoft": ("hra",),
-    "goft": ("boft", "oft"),
-    "qgoft": ("boft", "oft"),
-    "circulant": ("c3a",),
-    "hut-r1": ("ia3", "hira"),
-    "hadamard": ("ia3",),
-}
+NEIGHBOURS = {  # PEFT's that one of ours is held against, where it is not of the same name
+    "hoft": ["hra"], "shoft": ["hra"], "goft": ["boft", "oft"], "qgoft": ["boft", "oft"],
+    "circulant": ["c3a"], "hut-r1": ["ia3", "hira"], "hadamard": ["ia3"],
+}  # fmt: skip
 
 
-def choose(
-    methods: str, layers: list[Layer], rank: int, what: str, bf16: bool
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """(ours, PEFT's) by label with their settings; of PEFT's its LoRA and the neighbours of ours.
+def choose(methods: str, layers: list[Layer], rank: int, bf16: bool) -> list[Entry]:
+    """Return the base, the chosen methods, PEFT's LoRA and PEFT's neighbours of the chosen.
+
+    Args:
+        methods: names by comma; ``all``, or ``surm`` and ``hut`` for each form of these.
+        layers: those that are adapted; one alone, or all of a model.
+        rank: of LoRA, whose size the others take where they can.
+        bf16: PEFT's run under autocast, and there is ``peft-lora-bf16``, its cheapest form: an
+            adapter in bf16 without.
 
     Raises:
         UserError: an unknown method, or an odd rank where reflections come in pairs.
     """
-    ours, theirs = _our_settings(layers, rank, what), _peft_settings(layers, rank, bf16)
-    chosen = {name.strip() for name in methods.split(",") if name.strip()}
-    if methods == "all":
-        chosen = {*ours, *theirs}
-    for group, members in (("surm", set(STRUCTURES)), ("hut", {n for n in ours if "hut-" in n})):
-        if group in chosen:
-            chosen = chosen - {group} | members
-    if not chosen:
-        raise UserError(f"--methods '{methods}': names none; there are {', '.join(sorted(ours))}")
+    ours, theirs = _settings(layers, rank)
+    hut = [name for name in ours if name.startswith("hut-")]
+    names = [name.strip() for name in methods.split(",")]
+    groups = {"all": [*ours, *theirs], "surm": list(STRUCTURES), "hut": hut}
+    chosen = {n for name in names for n in groups.get(name, [name])}
     for name in sorted(chosen - {*ours, *theirs}):
         raise errors.unknown("method (--methods)", name, [*ours, *theirs])
     if rank % 2 and {"hoft", "shoft"} & chosen:
@@ -48,106 +46,65 @@ def choose(
             f"--rank {rank}: HOFT and SHOFT pair their reflections, so it must be even; take"
             f" {rank + 1}, or leave them out of --methods"
         )
-    near = {n for name in chosen for n in neighbours(name)}
-    ours = {name: settings for name, settings in ours.items() if name in chosen}
-    theirs = {
-        name: settings
-        for name, settings in theirs.items()
-        if name in chosen | near or name.startswith("peft-lora")
-    }
+    near = {n: [n] for n in ours} | {n: ["hira"] for n in hut} | NEIGHBOURS
+    near = {n: [f"peft-{m}" for m in near[n] if f"peft-{m}" in theirs] for n in ours}
+    chosen |= {REFERENCE, *(label for name in chosen & ours.keys() for label in near[name])}
+    entries = [Entry("base", "base")]
+    entries += [Entry(n, "scalepeft", s, near[n]) for n, s in ours.items() if n in chosen]
+    entries += [Entry(n, "peft", s, autocast=bf16) for n, s in theirs.items() if n in chosen]
+    return entries + [Entry(f"{REFERENCE}-bf16", "peft", theirs[REFERENCE])] * bf16
+
+
+def _settings(layers: list[Layer], rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return label -> settings for ``inject``, and label -> fields of PEFT's config.
+
+    A new method comes in by its file, and PEFT's form of it by its ``to_peft``.
+    """
+    targets = list(dict.fromkeys(name for name, _, _ in layers))
+    shapes = Counter((width, out) for _, width, out in layers)
+    target = sum(rank * (i + o) for _, i, o in layers)
+    ours: dict[str, dict[str, Any]] = {}
+    for name in registry.available("adapters.methods"):
+        settings: dict[str, Any] = {"name": name, "target_modules": targets}
+        key = sizing.size_key(inject.adapter_config(settings))
+        if name == "hadamard":  # a layer alone has no norm behind it
+            alone = len(layers) == 1
+            settings |= {"train_norm": False} if alone else {"target_modules": ["o_proj"]}
+        if name == "surm":
+            ours |= {s: {**settings, "structure": s} for s in STRUCTURES}
+        elif name == "hut":
+            ranks = {1, sizing.fit(settings, "rank", shapes, target)["rank"]}
+            ours |= {f"hut-r{r}": {**settings, "rank": r} for r in sorted(ranks)}
+        elif key == "rank":
+            settings["rank"] = 2 * rank if name == "hra" else rank  # reflections of one side
+        elif key == "block_size":
+            settings = sizing.fit(settings, key, shapes, target)
+        if name not in ("surm", "hut"):
+            ours[name] = settings
+
+    def stored(b: int) -> int:  # PEFT's BOFT has whole blocks, of which the skew part counts
+        return sum(number * (width * b + out) for (width, out), number in shapes.items())
+
+    common = math.gcd(*(width for width, _ in shapes))
+    blocks = [b for b in range(2, common // 2 + 1, 2) if common % (2 * b) == 0] or [2]
+    block = min(blocks, key=lambda b: abs(stored(b) - target))
+    # More factors than one need PEFT's CUDA extension, and cost more.
+    twins = {**ours, "boft": {**ours["boft"], "factors": 1, "block_size": block}}
+    twins["c3a"] = twins.pop("circulant")
+    theirs = {f"peft-{n}": f for n, s in twins.items() if (f := _peft_fields(s, layers))}
+    theirs["peft-c3a"]["init_weights"] = True  # zero: it starts as its base
     return ours, theirs
 
 
-def neighbours(name: str) -> list[str]:
-    """PEFT's methods that one of ours is held against."""
-    if name.startswith("peft-"):
-        return []
-    default = "hira" if name.startswith("hut-") else name
-    near = NEIGHBOURS.get(name, (default,))
-    return [f"peft-{n}" for n in near if n in PEFT]
-
-
-def names_of(layers: list[Layer]) -> list[str]:
-    """Each name once."""
-    return list(dict.fromkeys(name for name, _, _ in layers))
-
-
-def _block_size(layers: list[Layer], rank: int, count: Callable[[int, int, int], float]) -> int:
-    """The even block b that makes ``count(b, in, out)`` over all layers nearest to LoRA's.
-
-    It divides every width; where it can be, so does 2 b (BOFT's second factor).
-    """
-    target = sum(rank * (width + out) for _, width, out in layers)
-    common = math.gcd(*(width for _, width, _ in layers))
-    fits = [b for b in range(2, common // 2 + 1, 2) if common % (2 * b) == 0]
-    return min(
-        fits, key=lambda b: abs(sum(count(b, i, o) for _, i, o in layers) - target), default=2
-    )
-
-
-def _our_settings(layers: list[Layer], rank: int, what: str) -> dict[str, dict[str, Any]]:
-    """label -> settings for ``inject``; new methods come in by their file."""
-    names = names_of(layers)
-    found: dict[str, dict[str, Any]] = {}
-    for name in registry.available("adapters.methods"):
-        fields = {
-            f.name
-            for f in dataclasses.fields(
-                registry.find_class("adapters.methods", name, "adapter", Adapter).Config
-            )
-        }
-        settings: dict[str, Any] = {"name": name, "target_modules": names}
-        if "rank" in fields:
-            settings["rank"] = 2 * rank if name == "hra" else rank  # reflections of one side
-        if "block_size" in fields:
-            count = _boft_count if name == "boft" else _oft_count
-            settings["block_size"] = _block_size(layers, rank, count)
-        if name == "hadamard":
-            settings |= {"train_norm": False} if what == "layer" else {"target_modules": ["o_proj"]}
-        found[name] = settings
-    if surm := found.pop("surm", None):
-        found |= {s: {**surm, "structure": s} for s in STRUCTURES}
-    if hut := found.pop("hut", None):
-        common = math.gcd(*(size for _, *sizes in layers for size in sizes))
-        largest = max(r for r in range(1, rank + 1) if common % r == 0)
-        found |= {f"hut-r{r}": {**hut, "rank": r} for r in sorted({1, largest})}
-    return found
-
-
-def _oft_count(b: int, width: int, out: int) -> float:
-    return width * (b - 1) / 2
-
-
-def _boft_count(b: int, width: int, out: int) -> float:
-    return width * (b - 1) + out  # two factors
-
-
-def _peft_boft_count(b: int, width: int, out: int) -> float:
-    return width * b + out  # PEFT stores whole blocks, of which the skew part counts
-
-
-# Of PEFT's BOFT the form with one factor: more need its CUDA extension, and cost more.
-PEFT = ("lora", "lora-bf16", "dora", "oft", "oftv2", "boft", "hra", "ia3", "hira", "c3a")
-
-
-def _peft_settings(layers: list[Layer], r: int, bf16: bool) -> dict[str, dict[str, Any]]:
-    """label -> name of PEFT's config class and its fields."""
-    oft = {"config": "OFTConfig", "r": 0, "oft_block_size": _block_size(layers, r, _oft_count)}
-    lora = {"config": "LoraConfig", "r": r, "lora_alpha": 2 * r}
-    blocks = {name: math.gcd(width, out) for name, width, out in layers}
-    block = _block_size(layers, r, _peft_boft_count)
-    boft = {"boft_block_size": block, "boft_n_butterfly_factor": 1}
-    feedforward = [name for name in names_of(layers) if name == "down_proj"]
-    found: dict[str, dict[str, Any]] = {
-        "lora": lora,
-        "lora-bf16": lora,
-        "dora": {**lora, "use_dora": True},
-        "oft": {**oft, "use_cayley_neumann": False},
-        "oftv2": {**oft, "use_cayley_neumann": True},
-        "boft": {"config": "BOFTConfig", **boft},
-        "hra": {"config": "HRAConfig", "r": 2 * r},
-        "ia3": {"config": "IA3Config", "feedforward_modules": feedforward},
-        "hira": {"config": "HiraConfig", "r": r},
-        "c3a": {"config": "C3AConfig", "block_size_pattern": blocks, "init_weights": True},
-    }
-    return {f"peft-{name}": found[name] for name in PEFT if bf16 or name != "lora-bf16"}
+def _peft_fields(settings: dict[str, Any], layers: list[Layer]) -> dict[str, Any] | None:
+    """Return the config of PEFT's form of one of our methods; None where there is none."""
+    net = nn.Sequential()
+    for name, width, out in layers:
+        net.add_module(name, nn.Linear(width, out, device="meta"))
+    try:
+        inject.inject(net, settings)
+    except UserError:
+        return None
+    found = {n: m.adapter.to_peft(quant.Frozen(m)) for n, m in inject.adapted_layers(net)}
+    fields = {name: twin[0] for name, twin in found.items() if twin is not None}
+    return common_fields(net, fields) if len(fields) == len(found) else None

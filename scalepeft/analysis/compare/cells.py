@@ -4,36 +4,44 @@
 are stages, each done once for its inputs; a cell that was killed resumes at its checkpoint.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scalepeft.analysis.compare.design import Design, Method
-from scalepeft.analysis.compare.worker import failure_reason, read_result, run_child
 from scalepeft.config import changes
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import Decides
-from scalepeft.core.files import write_atomically
+from scalepeft.core.files import read_lines, write_atomically
 from scalepeft.core.launch import rank
 from scalepeft.core.log import say
-from scalepeft.core.preemption import FINISHED, USER_ERROR, StopFlag, Stopping
+from scalepeft.core.preemption import FINISHED, STOPPED, USER_ERROR, StopFlag, Stopping
 from scalepeft.core.slurm import slurm_start
+from scalepeft.eval import scores
 from scalepeft.run.lease import Lease, check_free
 from scalepeft.run.stage import Stage, set_aside
+
+SETTLED = ("done", "failed")  # states of a cell that is not run again
+Result = dict[str, Any]
+"""Of a cell: ``state``, the figures of ``read_result`` if it is done, else ``reason``."""
 
 
 @dataclass(frozen=True)
 class Cell:
     """One run: a method at a rate (None: the one that the sweep chooses) under a seed."""
 
-    index: int
     method: str
     lr: float | None
     seed: int
@@ -48,42 +56,30 @@ def sweep(design: Design) -> list[Cell]:
     there is one rate.
     """
     turns = range(len(design.methods[0].rates)) if design.swept else ()
-    pairs = [(method, turn) for turn in turns for method in design.methods]
-    return [
-        Cell(i, method.label, method.rates[turn], design.sweep_seed)
-        for i, (method, turn) in enumerate(pairs)
-    ]
+    return [Cell(m.label, m.rates[i], design.sweep_seed) for i in turns for m in design.methods]
 
 
 def reported(design: Design) -> list[Cell]:
-    """Return the cells whose numbers are reported, numbered on from the sweep's."""
-    first = len(sweep(design))
-    pairs = [(seed, m.label) for seed in design.seeds for m in design.methods]
-    return [Cell(first + i, label, None, seed) for i, (seed, label) in enumerate(pairs)]
+    """Return the cells whose numbers are reported."""
+    return [Cell(m.label, None, seed) for seed in design.seeds for m in design.methods]
 
 
-def lacking(swept: dict[float, dict[str, Any] | None]) -> dict[float, str]:
-    """Return rate -> why the sweep says nothing of it: not run, or its run broke."""
-    return {
-        lr: "not run yet" if result is None else f"broke: {result['reason']}"
-        for lr, result in swept.items()
-        if result is None or result["state"] == "broke"
-    }
-
-
-def chosen(method: Method, swept: dict[float, dict[str, Any] | None]) -> tuple[float, str] | None:
-    """Return the rate with the lowest held-out loss in the sweep, and where it lies (``lowest``,
-    ``highest`` or empty); None where no rate trained, or before all were tried. A rate that failed
-    bounds the sweep as well as one that lost.
+def choose(method: Method, swept: dict[float, Result]) -> Result:
+    """Return as ``lr`` the rate with the lowest held-out loss in the sweep, with a ``remark`` where
+    it lies at the sweep's edge (a rate that failed bounds the sweep as well as one that lost); or
+    the ``state`` of the cells that need it, and the ``reason``.
     """
     if len(method.rates) == 1:
-        return method.rates[0], ""
-    losses = {lr: r["loss"] for lr, r in swept.items() if r and r["state"] == "done"}
-    if lacking(swept) or not losses:
-        return None
+        return {"lr": method.rates[0], "remark": ""}
+    lacking = [f"lr {lr:g} ({r['reason']})" for lr, r in swept.items() if r["state"] not in SETTLED]
+    if lacking:
+        return {"state": "missing", "reason": f"the sweep lacks {', '.join(lacking)}"}
+    losses = {lr: r["loss"] for lr, r in swept.items() if r["state"] == "done"}
+    if not losses:
+        return {"state": "failed", "reason": "no rate of the sweep trained"}
     best = min(losses, key=lambda lr: (losses[lr], lr))
-    where = {method.rates[0]: "lowest", method.rates[-1]: "highest"}
-    return best, where.get(best, "")
+    edge = {method.rates[0]: "lowest", method.rates[-1]: "highest"}.get(best)
+    return {"lr": best, "remark": f"best rate is the {edge} of the sweep: widen it" if edge else ""}
 
 
 def cell_inputs(config: RunConfig, files: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -112,149 +108,216 @@ class Runner:
         folder = self.out / "cells" / cell.method / f"lr={cell.lr:g},seed={cell.seed}"
         return dataclasses.replace(config, run_dir=str(folder))
 
-    def swept(self, method: Method) -> dict[float, dict[str, Any] | None]:
-        """Return rate -> result of the sweep's cell, None where it is missing."""
+    def swept(self, method: Method) -> dict[float, Result]:
+        """Return rate -> result of the sweep's cell."""
         cells = [c for c in sweep(self.design) if c.method == method.label]
         return {c.lr: self.result(c) for c in cells if c.lr is not None}
 
     def stages(self, config: RunConfig) -> list[tuple[Stage, dict[str, Any]]]:
         """Return the stages of a cell with their inputs."""
-        folder, inputs = Path(config.run_dir), cell_inputs(config, self.design.files)
         scored = self.design.evaluate and config.train.seed in self.design.seeds
-        names = ["training", *(["evaluation"] if scored else [])]
+        inputs, folder = cell_inputs(config, self.design.files), Path(config.run_dir)
+        names = ["training", "evaluation"] if scored else ["training"]
         return [(Stage(folder, name, root=folder), inputs[name]) for name in names]
 
-    def result(self, cell: Cell) -> dict[str, Any] | None:
-        """Return what a cell has come to under these inputs, None where it has to be run.
+    def result(self, cell: Cell) -> Result:
+        """Return what a cell has come to under these inputs.
 
-        Its ``state`` is ``done``, ``failed`` (a mistake or a divergence, which would come again) or
-        ``broke`` (a crash, no memory: the next call tries again).
+        Its ``state`` is ``done``, ``failed`` (a mistake or a divergence, which would come again),
+        ``broke`` (a crash, no memory: the next call tries again) or ``missing``.
         """
         method = self.design.method(cell.method)
         if method.refused:
             return {"state": "failed", "reason": method.refused}
         if cell.lr is None:
-            swept = self.swept(method)
-            if lacking(swept):
-                return None  # nothing is chosen from half a sweep
-            best = chosen(method, swept)
-            if best is None:
-                return {"state": "failed", "reason": "no rate of the sweep trained"}
-            cell = dataclasses.replace(cell, lr=best[0])
+            choice = choose(method, self.swept(method))
+            return (
+                self.result(dataclasses.replace(cell, lr=choice["lr"]))
+                if "lr" in choice
+                else choice
+            )
         config = self.config(cell)
-        result: dict[str, Any] = {"state": "done", "lr": cell.lr, "wall": 0.0}
+        result: Result = {"state": "done", "lr": cell.lr, "wall": 0.0}
         for stage, inputs in self.stages(config):
             if not stage.is_done(inputs):
                 note = stage.begun() if stage.is_begun(inputs) else {}
-                same = note.get("state") == "broke" or note.get("config") == cfg.dump(config)
-                if not same:
-                    return None
+                if note.get("state") != "broke" and note.get("config") != cfg.dump(config):
+                    note = {"state": "missing", "reason": "not run yet"}
                 return {"lr": cell.lr, "state": note["state"], "reason": note["reason"]}
             manifest = stage.done()
             result |= manifest["result"]
             result["wall"] += manifest["seconds"]
         return result
 
-    def work(self, cells: list[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
-        """Run the cells that have no result; yield each with its rate and its result.
+    def run(self, cell: Cell) -> Result:
+        """Run a cell if it is missing or broke; return its result.
 
         Raises:
             Stopping: a signal came; the state has been saved.
             UserError: the sweep that is to choose a rate lacks cells, or another start holds one.
         """
-        for cell in cells:
-            self._poll()
-            result = self.result(cell)
-            if result is None or result["state"] == "broke":
-                result = self._run(self._settled(cell))
-            yield dataclasses.replace(cell, lr=result.get("lr", cell.lr)), result
-
-    def _settled(self, cell: Cell) -> Cell:
-        """Return the cell with its rate, which may be the sweep's to choose."""
-        if cell.lr is not None:
-            return cell
-        method = self.design.method(cell.method)
-        swept = self.swept(method)
-        if missing := lacking(swept):
-            listed = ", ".join(f"lr {lr:g} ({reason})" for lr, reason in missing.items())
+        if self.stop.signal is not None:
+            raise Stopping
+        result = self.result(cell)
+        if result["state"] in SETTLED:
+            return result
+        if "lr" not in result:
             raise UserError(
-                f"--cell {cell.index}: the sweep of {method.label} lacks {listed}; no rate is"
-                " chosen without it: run its cells first"
+                f"{cell}: {result['reason']}; no rate is chosen without it: run its cells first"
             )
-        best = chosen(method, swept)
-        assert best is not None, "else the cell has a result"
-        return dataclasses.replace(cell, lr=best[0])
+        config = self.config(dataclasses.replace(cell, lr=result["lr"]))
+        all(self._run_stage(stage, inputs, config) for stage, inputs in self.stages(config))
+        result = self.result(cell)
+        changed = {"state": "broke", "reason": "its files have changed"}
+        return result if result["state"] != "missing" else result | changed
 
-    def _run(self, cell: Cell) -> dict[str, Any]:
-        config = self.config(cell)
-        for stage, inputs in self.stages(config):
-            if stage.is_done(inputs):
-                continue
-            if not rank():
-                check_free(stage.root, *slurm_start())
-                _begin(stage, inputs)
-            started = time.time()
-            state, reason = self._execute(stage.name, config)
-            while rank() and not stage.is_done(inputs) and "state" not in stage.begun():
-                self._poll()  # what rank 0 records goes for all, else they would part here
-                time.sleep(0.2)
-            if not rank() and state == "done":
-                result, outputs = read_result(config, stage.name)
-                if "loss" in result and result["loss"] is None:
-                    state, reason = "failed", "diverged: held-out loss is not finite"
-                else:
-                    stage.finish(inputs, outputs, started, result=result)
-            if not rank() and state != "done":
-                # A failure may come from any setting: under another config it is tried again.
-                stage.note(state=state, reason=reason, config=cfg.dump(config))
-            if not stage.is_done(inputs):
-                break
-        return self.result(cell) or {"state": "broke", "reason": "its files have changed"}
+    def _run_stage(self, stage: Stage, inputs: dict[str, Any], config: RunConfig) -> bool:
+        """Do what is not done, after a run of other inputs was set aside; return True if it is done
+        now. Rank 0 alone keeps the manifests.
+        """
+        if stage.is_done(inputs):
+            return True
+        if not rank():
+            known, folder = stage.is_begun(inputs), stage.root
+            check_free(folder, *slurm_start())
+            if stage.name == "training" and not known and (folder / "config.yaml").exists():
+                changed = stage.changes(inputs) or "of an older version, or changed by hand"
+                kept = set_aside(folder.parent, [folder.name])
+                say(f"{folder}: was run with other inputs ({changed}): kept in {kept}, run again")
+            if not known or "state" in stage.begun():
+                stage.begin(inputs)
+        started = time.time()
+        state, reason = self._execute(stage.name, config)
+        while rank() and not stage.is_done(inputs) and "state" not in stage.begun():
+            if self.stop.signal is not None:
+                raise Stopping
+            time.sleep(0.2)  # what rank 0 records goes for all, else they would part here
+        if rank():
+            return stage.is_done(inputs)
+        result, outputs = read_result(config, stage.name) if state == "done" else ({}, [])
+        if result.get("loss", 0.0) is None:
+            state, reason = "failed", "diverged: held-out loss is not finite"
+        if state == "done":
+            stage.finish(inputs, outputs, started, result=result)
+        else:  # under another config a failure is tried again: it may come from any setting
+            stage.note(state=state, reason=reason, config=cfg.dump(config))
+        return state == "done"
 
     def _execute(self, name: str, config: RunConfig) -> tuple[str, str]:
         """Train or evaluate in a child process; return (state, reason)."""
-        folder, text = Path(config.run_dir), cfg.dump(config)
+        folder, text, lease = Path(config.run_dir), cfg.dump(config), None
         folder.mkdir(parents=True, exist_ok=True)
-        command, hold = ["evaluate", str(folder), *_evaluate_settings(config)], None
         if name == "training":
             file = self.out / "configs" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.yaml"
             file.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(file, text)  # every rank the same
             # What differs from a run that was begun is harmless: the inputs were compared.
             command = ["train", str(file), "--resume-with-changes"]
-        elif not rank():  # training takes the lease itself; two evaluations would mix their rows
-            hold = Lease(folder, 0, *slurm_start())
+        else:  # the run may be older than what its evaluation may change
+            allowed, values = changes.for_evaluation(), changes.flatten(cfg.to_dict(config))
+            words = [
+                f"{key}={json.dumps(value, ensure_ascii=False)}"
+                for key, value in values
+                if changes.matches_key(key, allowed)
+            ]
+            command = ["evaluate", str(folder), *words]
+            if not rank():  # training takes the lease itself; two evaluations would mix their rows
+                lease = Lease(folder, 0, *slurm_start())
         log = folder / ("log.txt" if not rank() else f"log-{rank()}.txt")
         start = log.stat().st_size if log.is_file() else 0
         try:
             code = run_child(command, log, self.stop)
         finally:
-            if hold:
-                hold.release()
+            if lease:
+                lease.release()
         if code == USER_ERROR:
             check_free(folder, *slurm_start())  # another start was faster: no failure of the cell
         return ("done", "") if code == FINISHED else failure_reason(code, log, start)
 
-    def _poll(self) -> None:
-        if self.stop.signal is not None:
-            raise Stopping
+
+def run_child(arguments: list[str], log: Path, stop: StopFlag) -> int:
+    """Run ``python -m scalepeft ARGUMENTS``, hand a stop signal on to it; return its exit code.
+
+    Raises:
+        Stopping: it was told to stop, by us or by somebody else.
+    """
+    paths = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
+    forwarded = False
+    with log.open("a") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "scalepeft", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            start_new_session=True,  # Ctrl-C reaches it once, through us
+        )
+        while process.poll() is None:
+            if stop.signal is not None and not forwarded:
+                process.send_signal(stop.signal)
+                forwarded = True
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.1)
+    if process.returncode == STOPPED or (forwarded and process.returncode != FINISHED):
+        raise Stopping
+    return process.returncode
 
 
-def _begin(stage: Stage, inputs: dict[str, Any]) -> None:
-    """Record the inputs; set a run of other inputs aside."""
-    known, folder = stage.is_begun(inputs), stage.root
-    if stage.name == "training" and not known and (folder / "config.yaml").exists():
-        changed = stage.changes(inputs) or "of an older version, or changed by hand"
-        kept = set_aside(folder.parent, [folder.name])
-        say(f"{folder}: was run with other inputs ({changed}): kept in {kept}, run again")
-    if not known or "state" in stage.begun():
-        stage.begin(inputs)
+def failure_reason(code: int, log: Path, start: int) -> tuple[str, str]:
+    """Return (state, reason) of a failed child: ``failed`` would come again, ``broke`` may not.
+
+    Args:
+        code: its exit code, negative for a signal.
+        log: what it printed.
+        start: where its own part of the log begins, in bytes.
+    """
+    if code < 0:
+        more = " (out of memory?)" if -code == signal.SIGKILL else ""
+        return "broke", f"killed by {signal.Signals(-code).name}{more}"
+    text = log.read_bytes()[start:].decode(errors="replace").strip()
+    errors = re.findall("(scalepeft: error|FloatingPointError): (.*)", text)
+    for kind, reason in reversed(errors):
+        if kind == "FloatingPointError":
+            return "failed", f"diverged: {reason}"
+        if code == USER_ERROR:
+            return "failed", reason
+    last = text.splitlines()[-1].strip() if text else "printed nothing"
+    return "broke", f"exit code {code}: {last}"[:300]
 
 
-def _evaluate_settings(config: RunConfig) -> list[str]:
-    """Return what ``scalepeft evaluate`` may change, as words: the run may be older than them."""
-    return [
-        f"{key}={json.dumps(value, ensure_ascii=False)}"
-        for key, value in changes.flatten(cfg.to_dict(config))
-        if changes.matches_key(key, changes.for_evaluation())
-    ]
+def read_result(config: RunConfig, name: str) -> tuple[dict[str, Any], list[Path]]:
+    """Read the figures of a finished ``training`` or ``evaluation`` from the run folder.
+
+    Returns:
+        The figures and the files that they are from. Of a training ``loss``: held-out, after the
+        last step (None: not finite), ``seconds``: of the training steps, ``peak_memory``: bytes,
+        ``memory``: ``cuda`` (the allocator's peak of rank 0) or ``resident`` (of the process).
+        Of an evaluation the headline ``metric``, its ``score``, and ``share``: it is one.
+    """
+    folder = Path(config.run_dir)
+    if name == "evaluation":
+        file = folder / "eval" / config.data.name / "scores.json"
+        headline, metric = scores.first(scores.read(file))
+        return {"metric": headline, "score": metric["value"], "share": metric["share"]}, [file]
+    files = [folder / "metrics.jsonl", folder / "validation.jsonl"]
+    steps, held_out = (read_lines(file, "step") for file in files)
+    events = read_lines(folder / "events.jsonl", "event")
+    start = next(e for e in reversed(events) if e["event"] == "start")
+    cuda = [e["peak_memory"] for e in events if e.get("peak_memory")]
+    resident = [e["peak_resident"] for e in events if e.get("peak_resident")]
+    seconds = sum(row["seconds"] for row in steps)
+    last = held_out[-1] if held_out and held_out[-1]["step"] == steps[-1]["step"] else {}
+    result = {
+        "loss": last.get("loss"),
+        "rows": last.get("rows"),
+        "parameters": start["parameters"],
+        "device": start["per_rank"][0]["device"],
+        "ranks": start["world_size"],
+        "versions": start["versions"],
+        "steps": steps[-1]["step"],
+        "seconds": seconds,
+        "tokens_per_second": sum(r["tokens_per_second"] * r["seconds"] for r in steps) / seconds,
+        "peak_memory": max(cuda or resident, default=None),
+        "memory": "cuda" if cuda else "resident",
+    }
+    return result, files

@@ -5,12 +5,12 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from scalepeft.adapters import inject, sizing
-from scalepeft.adapters.sizing import SHARED
+from scalepeft.build import task_of
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
@@ -18,63 +18,38 @@ from scalepeft.core.errors import UserError
 from scalepeft.core.files import digest, read_mapping
 from scalepeft.core.log import say
 from scalepeft.data.rows import expand, paths_of
-from scalepeft.data.tokens import tokenizer_hash
-from scalepeft.models import dimensions, hub, shapes
-from scalepeft.models.weights import Weights
+from scalepeft.models import hub
 
 AT_THE_END = 10**9  # train.eval_every that leaves the held-out loss of the last step alone
 
 
 @dataclass(frozen=True)
 class Method:
-    """One competitor.
+    """One competitor."""
 
-    Attributes:
-        label: name of its config file.
-        adapter: its settings, at the size it competes with.
-        usual_lr: the rate of its config file.
-        rates: those it is tried at.
-        parameters: how many it trains.
-        size: how it came to that, in words.
-        refused: why it cannot be put on this model; else empty.
-    """
-
-    label: str
-    adapter: dict[str, Any]
-    usual_lr: float
-    rates: list[float]
-    parameters: int = 0
-    size: str = ""
-    refused: str = ""
+    label: str  # name of its config file
+    adapter: dict[str, Any]  # at the size it competes with
+    usual_lr: float  # of its config file
+    rates: list[float]  # those it is tried at
+    parameters: int = 0  # how many it trains
+    size: str = ""  # how it came to that, in words
+    refused: str = ""  # why it cannot be put on this model; else empty
 
 
 @dataclass(frozen=True)
 class Design:
-    """A whole comparison.
+    """A whole comparison."""
 
-    Attributes:
-        values: the run's config as nested values; adapter, rate and seed are each cell's own.
-        methods: the competitors.
-        lrs: the sweep as it was asked for.
-        sweep_seed: of the runs that choose the rate.
-        seeds: of the runs that are reported; the sweep's is not among them.
-        budget: what is equal: ``parameters`` or ``steps``.
-        target: parameters, for ``parameters``.
-        reference: the method that the others are held against.
-        evaluate: generate and score ``data.test`` too.
-        files: what ``read_inputs`` finds: data files by content, base and tokenizer.
-    """
-
-    values: dict[str, Any]
+    values: dict[str, Any]  # the run's config; adapter, rate and seed are each cell's own
     methods: list[Method]
-    lrs: str
-    sweep_seed: int
-    seeds: list[int]
-    budget: str
-    target: int | None
-    reference: str
-    evaluate: bool
-    files: dict[str, Any]
+    lrs: str  # the sweep as it was asked for
+    sweep_seed: int  # of the runs that choose the rate
+    seeds: list[int]  # of the runs that are reported; the sweep's is not among them
+    budget: str  # what is equal: parameters or steps
+    target: int | None  # number of parameters, for the budget of these
+    reference: str  # label of the method that the others are held against
+    evaluate: bool  # generate and score data.test too
+    files: dict[str, Any]  # as read_inputs returns them
 
     @property
     def swept(self) -> bool:
@@ -90,15 +65,6 @@ class Design:
         train = {**self.values["train"], "lr": lr, "seed": seed}
         return cfg.from_dict({**self.values, "adapter": method.adapter, "train": train})
 
-    def stated(self) -> str:
-        """Return the budget in words."""
-        if self.budget == "steps":
-            return "the same steps; sizes as configured"
-        return (
-            f"the same trained parameters, {self.target or 0:,}, where a method's size can be set,"
-            " and the same steps"
-        )
-
     def text(self) -> str:
         """Return what ``read`` reads."""
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
@@ -108,8 +74,7 @@ class Design:
         """Read a comparison's file. Raise UserError if there is none, or a broken one."""
         values = read_mapping(file, json.loads, "name the config and --methods to begin one")
         try:
-            methods = [Method(**m) for m in values.pop("methods")]
-            return cls(methods=methods, **values)
+            return cls(**{**values, "methods": [Method(**m) for m in values["methods"]]})
         except (KeyError, TypeError):
             raise UserError(
                 f"{file}: of another version of scalepeft; give the config and --methods again"
@@ -120,30 +85,28 @@ def parse_rates(text: str, usual: float) -> list[float]:
     """Return ``1e-4,3e-4`` as they are, ``x0.3,x1,x3`` times the method's usual rate; ascending.
 
     Raises:
-        UserError: no such list.
+        UserError: no such list, or a rate that appears twice.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    factors = [part.startswith("x") for part in parts]
+    factors = {part.startswith("x") for part in parts}
     try:
-        numbers = [float(part.removeprefix("x")) for part in parts]
+        numbers = {float(part.removeprefix("x")) for part in parts}
     except ValueError:
-        numbers = []
-    if not numbers or any(factors) != all(factors) or not all(0 < v < math.inf for v in numbers):
+        numbers = set()
+    if len(factors) != 1 or len(numbers) < len(parts) or not all(0 < n < math.inf for n in numbers):
         raise UserError(
             f"--lrs {text}: expected rates (1e-4,3e-4,1e-3), or factors on each method's usual one"
-            " (x0.3,x1,x3)"
+            " (x0.3,x1,x3), each once"
         )
-    if len(set(numbers)) < len(numbers):
-        raise UserError(f"--lrs {text}: a rate appears twice")
     # 0.3 * 1e-3 is 3.0000000000000003e-04 to a computer; a rate is a name here too.
-    return sorted(float(f"{v * usual if factors[0] else v:.6g}") for v in numbers)
+    return sorted(float(f"{n * usual if factors == {True} else n:.6g}") for n in numbers)
 
 
-def read_method(name: str) -> tuple[str, dict[str, Any], float]:
-    """Return (label, settings, usual rate) of a file of configs/adapters, or of a YAML file.
+def read_method(name: str, shared: dict[str, Any] | None = None, lrs: str = "x1") -> Method:
+    """Read a file of configs/adapters, or a YAML file; over it go ``shared`` settings of adapters.
 
     Raises:
-        UserError: no such file, or one without a method or a rate.
+        UserError: no such file, or one without a method or a rate; or as ``parse_rates``.
     """
     if name.endswith((".yaml", ".yml")):
         label, values = Path(name).stem, config_files.values_of(name, [], [])
@@ -155,15 +118,8 @@ def read_method(name: str) -> tuple[str, dict[str, Any], float]:
             f"--methods {name}: needs adapter settings and train.lr, as the files of"
             f" {config_files.config_root()}/adapters have them"
         )
-    return label, adapter, float(lr)
-
-
-def bare_model(config: RunConfig) -> nn.Module:
-    """Return the model without an adapter on the meta device."""
-    source = dimensions.find(config.model)
-    with source.folder(source.layers) as folder:
-        model: nn.Module = shapes.meta_model(str(folder))
-    return model
+    settings = cfg.to_dict(inject.adapter_config({**adapter, **(shared or {})}))
+    return Method(label, settings, float(lr), parse_rates(lrs, lr))
 
 
 def fit_method(base: nn.Module, method: Method, target: int | None) -> Method:
@@ -171,74 +127,90 @@ def fit_method(base: nn.Module, method: Method, target: int | None) -> Method:
 
     What has one size keeps it and says so; what does not fit the model is ``refused``.
     """
-    key = sizing.size_key(inject.adapter_config(method.adapter))
     adapter, size = method.adapter, "as configured" if target is None else "its own size"
     try:
+        key = sizing.size_key(inject.adapter_config(adapter))
         if target is not None and key is not None:
             adapter = sizing.fit(adapter, key, sizing.adapted_shapes(base, adapter), target)
             size = f"{key}={adapter[key]}"
         parameters = sizing.count_parameters(base, adapter)
     except UserError as error:
         return dataclasses.replace(method, refused=" ".join(str(error).split()))
-    if target is not None and key is not None and abs(parameters - target) > 0.1 * target:
+    if target and adapter is not method.adapter and abs(parameters - target) > 0.1 * target:
         size += ", the nearest there is"
     return dataclasses.replace(method, adapter=adapter, parameters=parameters, size=size)
 
 
-def target_parameters(
-    base: nn.Module, reference: str, rank: int | None, shared: dict[str, Any]
-) -> int:
+def target_parameters(base: nn.Module, reference: Method, rank: int | None) -> int:
     """Count the reference's parameters at ``rank`` (16), or at its own size where it has none.
 
     Raises:
         UserError: ``rank`` for a method that has none, or one that does not fit this model.
     """
-    adapter = {**read_method(reference)[1], **shared}
+    adapter = reference.adapter
     if sizing.size_key(inject.adapter_config(adapter)) == "rank":
         adapter = sizing.resize(adapter, "rank", rank or 16)
     elif rank is not None:
-        raise UserError(f"--rank {rank}: {reference} has no rank; give --parameters N")
+        raise UserError(f"--rank {rank}: {reference.label} has no rank; give --parameters N")
     return sizing.count_parameters(base, adapter)
 
 
-def read_inputs(config: RunConfig, evaluate: bool) -> dict[str, Any]:
-    """Return what the numbers depend on beside the config, wherever it lies: for each split the
-    sha256 of its files (of a data set of the hub its name); ``base``, ``tokenizer`` if folders.
-    """
-    inputs: dict[str, Any] = {}
-    for split in ("train", "valid", *(["test"] if evaluate else [])):
-        sources = expand(getattr(config.data, split), f"data.{split}")
-        inputs[split] = [
-            part for s in sources for part in ([digest(path) for path in paths_of(s)] or [s])
-        ]
-    model = config.model
-    folder = Path(model.path)
-    if model.path != hub.BUILTIN and folder.is_dir():
-        inputs["base"] = Weights(folder).fingerprint()
-    if model.path != hub.BUILTIN and Path(model.tokenizer or folder).is_dir():
-        inputs["tokenizer"] = tokenizer_hash(hub.load_tokenizer(model, folder))
-    return inputs
-
-
-def read_settings(path: str | None, settings: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (config without what each cell sets itself, adapter settings that all methods share).
+def read_settings(settings: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return (config without what each cell sets itself, adapter settings that all methods share)
+    of ``[CONFIG] KEY=VALUE ...``.
 
     Raises:
-        UserError: a setting that the comparison decides.
+        UserError: a setting that the comparison decides, or one that leaves it nothing to compare.
     """
     decided = {"train.lr": "--lrs", "run_dir": "--out", "adapter": "--methods"}
-    shared = [s for s in settings if s.partition("=")[0] in [f"adapter.{name}" for name in SHARED]]
+    names = [f"adapter.{name}" for name in sizing.SHARED]
+    path, settings = config_files._config_first(settings)
+    shared = [s for s in settings if s.partition("=")[0] in names]
     rest = [s for s in settings if s not in shared]
     for setting in rest:
         key = setting.partition("=")[0]
         if key in decided or key.startswith("adapter."):
             raise UserError(
                 f"{setting}: a comparison takes {decided.get(key, '--methods FILE.yaml with it')};"
-                f" of the adapter, all methods share {' and '.join(SHARED)} alone"
+                f" of the adapter, all methods share {' and '.join(sizing.SHARED)} alone"
             )
     notes: list[str] = []
     values = config_files.values_of(path, rest, notes)
     for note in notes:
         say(note)
     values.pop("adapter", None)  # of the file: each method brings its own
+    data, train = values.get("data") or {}, values.get("train") or {}
+    if not data.get("valid") and not data.get("valid_size"):
+        raise UserError(
+            "a comparison is by held-out loss: set data.valid=FILES, or data.valid_size=ROWS to"
+            " take them out of data.train"
+        )
+    if train.get("stop_at"):
+        raise UserError(f"train.stop_at={train['stop_at']}: no cell could finish; remove it")
+    values["train"] = {**train, "eval_every": train.get("eval_every") or AT_THE_END}
     return values, config_files.values_of(None, shared, [])["adapter"] if shared else {}
+
+
+def read_inputs(config: RunConfig, evaluate: bool) -> dict[str, Any]:
+    """Return what the numbers depend on beside the config, wherever it lies: for each split the
+    sha256 of its files (of a data set of the hub its name); ``base``, ``tokenizer`` if folders.
+
+    Raises:
+        UserError: a file or its rows are at fault.
+    """
+    inputs: dict[str, Any] = {}
+    task, model = task_of(config), config.model
+    splits: tuple[Literal["train", "valid", "test"], ...] = ("train", "valid", "test")
+    for split in splits if evaluate else splits[:2]:
+        sources = expand(getattr(config.data, split), f"data.{split}")
+        if sources or split != "valid":
+            task.examples(split)
+        inputs[split] = [
+            part for s in sources for part in ([digest(path) for path in paths_of(s)] or [s])
+        ]
+    base = hub.Base(model, Path(model.path))
+    if base.folder.is_dir():
+        inputs["base"] = base.fingerprint
+    if Path(model.tokenizer or model.path).is_dir():
+        inputs["tokenizer"] = base.tokenizer_hash
+    return inputs

@@ -6,7 +6,6 @@ from typing import Any
 from scalepeft.analysis.compare.design import Design
 
 MARKERS = "osD^vPX*<>"
-APART = 10.0  # between the marks of methods of one size, in points
 
 
 def plot(result: dict[str, Any], design: Design, target: Path) -> None:
@@ -16,39 +15,29 @@ def plot(result: dict[str, Any], design: Design, target: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib import ticker
-    from matplotlib.transforms import ScaledTranslation
 
     rows = sorted((r for r in result["methods"] if "loss" in r), key=lambda r: r["loss"])
-    sizes = [r["parameters"] for r in rows]
+    labels = {
+        "parameters": "trained parameters, equal ones side by side",
+        "seconds": "seconds of training",
+    }
     figure, axes = plt.subplots(1, 2, figsize=(11, 5.2), dpi=130, sharey=True, layout="constrained")
     axes[0].set_xscale("log")
     axes[0].xaxis.set_major_locator(ticker.LogLocator(10, (1, 2, 5)))
     axes[0].xaxis.set_major_formatter(ticker.EngFormatter())
     axes[0].xaxis.set_minor_formatter(ticker.NullFormatter())
-    asides = {"parameters": _apart(sizes), "seconds": [0.0] * len(rows)}
-    for axis, (key, shifts) in zip(axes, asides.items(), strict=True):
-        for i, (row, shift) in enumerate(zip(rows, shifts, strict=True)):
-            moved = ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans)
-            axis.errorbar(
-                row[key],
-                row["loss"],
-                yerr=row["loss_ci"],
-                fmt=MARKERS[i % len(MARKERS)],
-                color=plt.colormaps["tab10"](i % 10),
-                capsize=3,
-                label=row["method"],
-                transform=axis.transData + moved,
-            )
-            half = row["loss_ci"] or 0.0
-            axis.update_datalim([(row[key], row["loss"] + sign * half) for sign in (-1, 1)])
+    for axis, (key, label) in zip(axes, labels.items(), strict=True):
+        xs = [r[key] for r in rows]
+        if key == "parameters":
+            xs = side_by_side(xs)
+            axis.set_xlim(min(xs) / 2, max(xs) * 2)
+        for i, (row, x) in enumerate(zip(rows, xs, strict=True)):
+            look = {"fmt": MARKERS[i % len(MARKERS)], "color": plt.colormaps["tab10"](i % 10)}
+            axis.errorbar(x, row["loss"], row["loss_ci"], capsize=3, label=row["method"], **look)
         axis.margins(0.15)
-        axis.autoscale_view()
         axis.grid(alpha=0.25)
-    axes[0].set_xlim(min(sizes) / 2, max(sizes) * 2)
-    beside = ", equal ones side by side" if any(asides["parameters"]) else ""
-    axes[0].set_xlabel("trained parameters" + beside)
+        axis.set_xlabel(label)
     axes[0].set_ylabel("held-out loss per label token (nats), lower is better")
-    axes[1].set_xlabel("seconds of training")
     axes[1].legend()
     n, values = len(design.seeds), design.values
     spread = f"mean of {n} seeds, bars: 95 % interval" if n > 1 else "1 seed"
@@ -62,13 +51,10 @@ def plot(result: dict[str, Any], design: Design, target: Path) -> None:
     plt.close(figure)
 
 
-def _apart(values: list[int]) -> list[float]:
-    """Return points to move marks aside by, so that those of nearly one size stand in a row."""
-    groups: list[list[int]] = []
-    for i in sorted(range(len(values)), key=values.__getitem__):
-        if groups and values[i] < 1.2 * values[groups[-1][-1]]:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    middles = {i: place - (len(g) - 1) / 2 for g in groups for place, i in enumerate(g)}
-    return [APART * middles[i] for i in range(len(values))]
+def side_by_side(sizes: list[int]) -> list[float]:
+    """Return places on a logarithmic axis, equal sizes in a row: each 3 % of the axis apart."""
+    apart = (4 * max(sizes) / min(sizes)) ** 0.03
+    places: dict[int, float] = {}
+    for i in sorted(range(len(sizes)), key=sizes.__getitem__):
+        places[i] = max(sizes[i], apart * max(places.values(), default=0))
+    return [places[i] for i in range(len(sizes))]

@@ -1,22 +1,25 @@
 """Runs as a person wants to see them: a table on the terminal, a report as HTML and as Markdown.
 
-Facts are read (facts.py), arranged (document.py, origins.py, examples.py), drawn (plots.py) and
-written down (html.py, markdown.py).
+Facts are read (load.py), arranged (scores.py, provenance.py, examples.py), drawn (figures.py) and
+written down by templates (render.py).
 """
 
+import contextlib
 import os
 import socket
 from pathlib import Path
 
-from scalepeft.analysis.report.facts import Run, read_all
-from scalepeft.analysis.report.terminal import plot, table
+from scalepeft.analysis.report.load import Run, read_all
 from scalepeft.core.errors import UserError
+from scalepeft.core.text import duration
+from scalepeft.eval import scores
 
-__all__ = ["plot", "run", "table", "write"]
+PICTURES = "report"
+"""Folder of the Markdown's PNGs, beside it."""
 
 
 def run(run_dirs: list[str], out: str | None = None) -> None:
-    """Prints a table for each run and writes the report; of one run ``RUN_DIR/loss.png`` too.
+    """Print a table for each run and write the report; of one run ``RUN_DIR/loss.png`` too.
 
     Args:
         run_dirs: the runs.
@@ -26,62 +29,81 @@ def run(run_dirs: list[str], out: str | None = None) -> None:
         UserError: one is no run, or something cannot be written.
     """
     runs = read_all([Path(name) for name in run_dirs])
-    print("\n\n".join(table(r.folder, r.metrics, r.starts) for r in runs))
-    print()
+    print("\n\n".join(map(table, runs)) + "\n")
+    written = _write_report(runs, Path(out) if out else None)
     if len(runs) == 1 and runs[0].metrics:
-        try:
-            print(f"loss curve: {plot(runs[0].folder, runs[0].metrics, runs[0].starts)}")
-        except OSError as error:
-            raise _unwritable(runs[0].folder / "loss.png", error) from None
-    written = _write(runs, Path(out) if out else None)
+        loss = runs[0].folder / "loss.png"
+        _write(loss, (written[-1].parent / PICTURES / "curves.png").read_bytes())
+        print(f"loss curve: {loss}")
     print(f"report: {written[-1]} and {written[-2].name} beside it")
 
 
 def write(run_dirs: list[Path], out: Path | None = None) -> list[Path]:
-    """Writes report.html, report.md and the plots of the latter in ``report/``.
-
-    Args:
-        run_dirs: one run, or several to compare.
-        out: the folder they go into; by default that of the run, or ``report`` for several.
-
-    Returns:
-        The files, report.html last.
+    """Write report.html, report.md and the plots of the latter, as ``run`` does; return the files,
+    report.html last.
 
     Raises:
         UserError: one is no run, or a file cannot be written; nothing is written by halves.
     """
-    return _write(read_all(run_dirs), out)
+    return _write_report(read_all(run_dirs), out)
 
 
-def _write(runs: list[Run], out: Path | None) -> list[Path]:
-    from scalepeft.analysis.report import document, html, markdown
+def _write_report(runs: list[Run], out: Path | None) -> list[Path]:
+    from scalepeft.analysis.report import render
 
     folder = out or (runs[0].folder if len(runs) == 1 else Path("report"))
-    built = document.build(runs)
-    files = {
-        folder / markdown.PICTURES / f"{picture.name}.png": picture.png
-        for picture in built.pictures()
-    }
-    files[folder / "report.md"] = markdown.page(built).encode()
-    files[folder / "report.html"] = html.page(built).encode()
+    context = render.context(runs)
+    plots = context["pictures"].items()
+    files = {folder / PICTURES / f"{name}.png": plot["png"] for name, plot in plots}
+    files[folder / "report.md"] = render.render(context, "markdown").encode()
+    files[folder / "report.html"] = render.render(context, "html").encode()
     for file, content in files.items():
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            _replace(file, content)
-        except OSError as error:
-            raise _unwritable(file, error) from None
+        _write(file, content)
     return list(files)
 
 
-def _replace(file: Path, content: bytes) -> None:
-    """Writes a file as a whole: a reader sees the old or the new one."""
+def _write(file: Path, content: bytes) -> None:
+    """Write a file as a whole: a reader sees the old or the new one."""
     temporary = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content)
         temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        text = f"{file}: cannot be written: {error.strerror}; --out takes another folder"
+        raise UserError(text) from None
 
 
-def _unwritable(file: Path, error: OSError) -> UserError:
-    return UserError(f"{file}: cannot be written: {error.strerror}; --out takes another folder")
+def table(run: Run) -> str:
+    """Return the run in figures: training, then the scores of every evaluated task."""
+    losses = [loss for loss in run.columns["loss"] if loss == loss]
+    done = "no step yet"
+    if run.metrics:
+        done = f"steps {run.metrics[-1]['step']}, samples {run.metrics[-1]['sample_index']}"
+    steps, ranks = (", ".join(str(e[key]) for e in run.starts) for key in ("step", "world_size"))
+    lines = [
+        f"run {run.folder}",
+        f"  {done}, starts {len(run.starts)} (at step {steps}), ranks {ranks}",
+    ]
+    if losses:
+        lines.append(f"  training loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+    if run.held_out:
+        (step, first), (_, last) = run.held_out[0], run.held_out[-1]
+        lines.append(f"  held-out loss {first:.3f} (step {step}) -> {last:.3f}")
+    if run.skipped:
+        lines.append(f"  steps skipped as not finite: {len(run.skipped)}")
+    if spent := run.goodput:
+        took = f"{duration(spent.steps)} of {duration(spent.wall)}"
+        lines += [f"  goodput {spent.share:.1%}: {took} in steps that count"]
+        lines += [f"    lost: {spent.losses()}"]
+    row = "  {:<8}{:>6}  {:<14}{:>6}{:>8}{:>18}{:>11}"
+    if run.evaluations:
+        head = ("model", "step", "task", "rows", "right", "95 % interval", "no answer")
+        lines += ["", row.format(*head)]
+    for one in run.evaluations:
+        s, metric = one.scores, one.first[1]
+        told = (s["count"], scores.shown(metric), scores.between(metric), s["no_answer_found"])
+        lines.append(row.format(one.which, s.get("step") or "-", one.task, *told))
+    return "\n".join([*lines, *(f"  not shown: {problem}" for problem in run.unscored)])

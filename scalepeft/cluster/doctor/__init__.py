@@ -1,3 +1,3 @@
-"""Whether a run can start here: a file a group of checks (machine, links, inputs, run_folder), each
-probed on the ranks and judged on rank 0 (check, rendezvous); command runs them and prints.
+"""Whether a run can start here: checks of machine, links and storage, made on every rank as check
+says, in the order of command, which prints what they found.
 """

@@ -1,62 +1,257 @@
-"""The form of a check: what it tries on each rank, what rank 0 makes of all ranks' values."""
+"""The form of a check, and the ranks that run it: they meet at a TCPStore and with time limits, so
+that a rank that never comes, dies or hangs is a finding and not a hang.
+"""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import json
+import os
+import shutil
+import socket
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
-from scalepeft.cluster.doctor.findings import Hosts, Values, by_value
-from scalepeft.cluster.doctor.rendezvous import Rendezvous
+import torch
+import torch.distributed as dist
+
+from scalepeft.core.slurm import _output
 from scalepeft.parallel.ranks import Ranks
 
-Verdict = Iterator[tuple[str, ...]]
-"""(state, found) or (state, found, remedy) of each ``Finding``."""
+GRACE = 10.0  # seconds that an answer may take beyond the work itself
+
+
+class Finding(NamedTuple):
+    """One line: what a check saw, what to do. ``state``: ``ok``; ``info``, nothing to judge;
+    ``warn``, a run works with what the text says; ``fix``, it would fail or go wrong.
+    """
+
+    check: str
+    state: str
+    found: str
+    remedy: str = ""
+
+    def text(self) -> str:
+        """Return what was seen and what to do, on one line."""
+        return " ".join(self.found.split()) + (f" -> {self.remedy}" if self.remedy else "")
+
+
+Values = Mapping[int, Any]  # rank -> what its probe returned
+Verdict = Iterator[tuple[str, ...]]  # (state, found) or (state, found, remedy) of each finding
+
+
+def same_everywhere(context: "Context", values: Values) -> Verdict:
+    """Yield values: None, text, name -> text, (state, text); and what differs of those ``ok``."""
+    pairs = {}
+    for rank, value in values.items():
+        text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        pairs[rank] = tuple(text) if isinstance(text, list | tuple) else ("ok", text or "in order")
+    parts = {rank: text.split(", ") for rank, (state, text) in pairs.items() if state == "ok"}
+    common = set.intersection(*map(set, parts.values())) if parts else set()
+    differ = {rank: ", ".join(p for p in of_rank if p not in common) or "none"
+              for rank, of_rank in parts.items()}  # fmt: skip
+    if len(set(differ.values())) > 1:
+        yield "fix", by_value(differ, context.hosts), "give every node the same"
+    for state, text in dict.fromkeys(pairs.values()):
+        ranks = {rank: text for rank, pair in pairs.items() if pair == (state, text)}
+        yield state, text if len(ranks) == len(pairs) else by_value(ranks, context.hosts)
 
 
 @dataclass
 class Context:
-    """What probes and verdicts may use.
+    """What is looked at, by which ranks, and what was found.
 
     Attributes:
-        config: of the run; without one (None) the machine alone is looked at.
-        run_dir: the folder that is looked at.
         ranks: this process; its device is set by the check of the devices.
-        rendezvous: of all ranks.
+        timeout: seconds that ranks may take to come, and each check.
+        config: of the run; without one the machine alone is looked at.
+        run_dir: the folder that is looked at.
+        store: where the ranks meet; the main thread's: one client serves one thread at a time.
+        hosts: of the ranks that came.
+        findings: in the order of the checks.
+        facts: rank -> check -> what its probe returned.
+        lost: a rank gave no answer, so nothing more is tried.
+        stuck: for that, or as a thread hangs somewhere, processes must end with ``os._exit``.
     """
 
-    config: Any  # RunConfig, or None: the checks of inputs run only with one
-    run_dir: Path
     ranks: Ranks
-    rendezvous: Rendezvous
+    timeout: float
+    config: Any
+    run_dir: Path
+    store: Any = None
+    hosts: dict[int, str] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+    facts: dict[int, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
+    lost: bool = False
+    stuck: bool = False
+    _round: int = 0
+
+    def exchange(self, value: Any, seconds: float) -> dict[int, Any]:
+        """Return rank -> value, of JSON's types, of those that answer in time, on every rank."""
+        self._round += 1
+        keys = [f"{self._round}/{rank}" for rank in range(self.ranks.world_size)]
+        self.store.set(keys[self.ranks.rank], json.dumps(value))
+        until = time.monotonic() + seconds
+        # Not store.wait: it prints warnings of its own when the time is up.
+        while not (complete := self.store.check(keys)) and time.monotonic() < until:
+            time.sleep(0.02)
+        came = [r for r, key in enumerate(keys) if complete or self.store.check([key])]
+        values = self.store.multi_get([keys[rank] for rank in came])
+        return {rank: json.loads(value) for rank, value in zip(came, values, strict=True)}
+
+    def leave(self) -> None:
+        """Leave; rank 0, which may serve the store, is the last."""
+        self.store.set(f"left/{self.ranks.rank}", "")
+        until = time.monotonic() + GRACE * self.ranks.is_main
+        while time.monotonic() < until and not self.store.check([f"left/{r}" for r in self.hosts]):
+            time.sleep(0.02)
+
+    def check(
+        self,
+        name: str,
+        probe: Callable[["Context"], Any],
+        on: str = "all",
+        remedy: str = "",
+        verdict: Callable[["Context", Values], Verdict] = same_everywhere,
+    ) -> bool:
+        """Run a check; return on every rank whether there is nothing to fix.
+
+        Args:
+            name: as it is printed.
+            probe: returns what a rank sees, of JSON's types; of what it raises, the first line is
+                the finding. May use collectives where ``on`` is ``all``.
+            on: the ranks that probe: ``all``, the first of each node (``nodes``), 0 (``main``).
+            remedy: what to do if a probe raises.
+            verdict: yields the findings from all ranks' values; ``ok`` beside ``fix`` is left out.
+        """
+        if self.lost:
+            return False
+        probes = {"all": True, "nodes": self.ranks.local_rank == 0, "main": self.ranks.is_main}
+        mine = self.limited(partial(probe, self)) if probes[on] else None
+        answers = self.exchange(mine, self.timeout + GRACE)
+        outcomes = {rank: answer for rank, answer in answers.items() if answer}
+        failed = {rank: text for rank, (state, text) in outcomes.items() if state != "done"}
+        values = {rank: value for rank, (_, value) in outcomes.items()}
+        for rank, value in values.items():
+            self.facts[rank][name] = value
+        if silent := self.hosts.keys() - answers.keys():
+            text = f"{name}: {where(silent, self.hosts)}: no answer within"
+            text += f" {self.timeout:.0f} s: died, or hangs; what comes after this was not tried"
+            findings = [Finding("ranks", "fix", text)]
+        elif failed:
+            findings = [Finding(name, "fix", by_value(failed, self.hosts), remedy)]
+        else:
+            findings = [Finding(name, *f) for f in verdict(self, values)]
+        good = all(f.state != "fix" for f in findings)
+        self.findings += [f for f in findings if good or f.state != "ok"]
+        self.lost = bool(silent)
+        self.stuck |= self.lost or any(state == "hangs" for state, _ in outcomes.values())
+        return good
+
+    def limited(self, work: Callable[[], Any]) -> tuple[str, Any]:
+        """Run ``work`` in a thread; return ``done`` with its result, or ``failed``, or ``hangs``
+        after ``timeout`` seconds, with why.
+        """
+        outcome: tuple[str, Any] = "hangs", f"still not done after {self.timeout:.0f} s"
+
+        def call() -> None:
+            nonlocal outcome
+            if self.ranks.device.type == "cuda":
+                torch.cuda.set_device(self.ranks.device)  # it is the thread's
+            try:
+                outcome = "done", work()
+            except Exception as error:  # whatever it is, it is what doctor was asked to find
+                outcome = "failed", first_line(error)
+
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        thread.join(self.timeout)
+        return outcome
 
 
-def same_everywhere(context: Context, values: Values, hosts: Hosts) -> Verdict:
-    """Yield values that are texts, or (state, text), and that those of state ``ok`` differ."""
-    pairs = {r: ("ok", v) if isinstance(v, str) else tuple(v) for r, v in values.items()}
-    fine = {rank: text for rank, (state, text) in pairs.items() if state == "ok"}
-    if len(set(fine.values())) > 1:
-        yield "fix", by_value(fine, hosts), "give every node the same"
-    for state, text in dict.fromkeys(pairs.values()):
-        ranks = {rank: text for rank, pair in pairs.items() if pair == (state, text)}
-        yield state, text if len(ranks) == len(pairs) else by_value(ranks, hosts)
+def meet(context: Context, env: Mapping[str, str]) -> None:
+    """Meet the other ranks at MASTER_ADDR:MASTER_PORT of the launcher's variables.
 
-
-@dataclass(frozen=True)
-class Check:
-    """One check.
-
-    Attributes:
-        name: as it is printed.
-        probe: on each rank: returns what it sees, of JSON's types; may raise any exception, whose
-            first line becomes the finding, and may use collectives where ``on`` is ``all``.
-        verdict: on rank 0: yields the findings from the values of the ranks that probed; an ``ok``
-            beside a ``fix`` is left out.
-        on: the ranks that probe: all, the first of each node, or rank 0.
-        remedy: what to do if a probe raises.
+    Raises:
+        RuntimeError: the store cannot be reached, or ranks did not come: who, and where to look.
     """
+    rank, world_size, timeout = context.ranks.rank, context.ranks.world_size, context.timeout
+    host = socket.gethostname()
+    if world_size == 1:
+        context.store, context.hosts = dist.HashStore(), {0: host}
+        return
+    address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    at, limit = f"{address}:{port}", timedelta(seconds=timeout)
+    # torchrun serves the store itself.
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        if not serves:
+            _reach(address, port, timeout)
+        store = dist.TCPStore(address, port, None, serves, limit, wait_for_workers=False)
+    except (OSError, RuntimeError) as failure:
+        raise RuntimeError(
+            f"rank {rank} on {host} does not reach rank 0 at {at} within {timeout:.0f} s"
+            f" ({first_line(failure)}): is rank 0 there (its lines say), does {host} take {address}"
+            " for the right machine (set MASTER_ADDR), is the port taken (set MASTER_PORT to a free"
+            " one), is a firewall in between"
+        ) from None
+    # A restart by torchrun meets at the same store, where the keys of the first start still are.
+    prefix = f"doctor {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    context.store = dist.PrefixStore(prefix, store)
+    context.hosts = hosts = context.exchange(host, timeout)
+    if missing := set(range(world_size)) - hosts.keys():
+        context.leave()
+        text = f"{where(missing, {})} of {world_size} did not come to {at} within {timeout:.0f} s"
+        text += f"; there: {where(hosts, hosts)}"
+        if empty := sorted(_step_nodes() - {host.split(".")[0] for host in hosts.values()}):
+            text += f"; no rank of {', '.join(empty)} came"
+        raise RuntimeError(text)
 
-    name: str
-    probe: Callable[[Context], Any]
-    verdict: Callable[[Context, Values, Hosts], Verdict] = same_everywhere
-    on: Literal["all", "nodes", "main"] = "all"
-    remedy: str = ""
+
+def _step_nodes() -> set[str]:
+    """Return the nodes of this Slurm step; none where that is not to be had."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST")
+    if not nodes or not shutil.which("scontrol"):
+        return set()
+    return {name.split(".")[0] for name in _output("scontrol", "show", "hostnames", nodes).split()}
+
+
+def _reach(address: str, port: int, timeout: float) -> None:
+    """Wait until somebody listens there. TCPStore's own waiting prints stacks."""
+    until = time.monotonic() + timeout
+    while True:
+        try:
+            remaining = max(0.1, until - time.monotonic())
+            return socket.create_connection((address, port), timeout=remaining).close()
+        except OSError:
+            if time.monotonic() >= until:
+                raise
+            time.sleep(0.1)
+
+
+def where(ranks: Iterable[int], hosts: Mapping[int, str]) -> str:
+    """``rank 3 on n2``, ``ranks 0-2 on n1 and ranks 5, 8 on n2``; no host where none is known."""
+    by_host: dict[str, list[int]] = defaultdict(list)
+    for rank in sorted(ranks):
+        by_host[hosts.get(rank, "")].append(rank)
+    texts = []
+    for host, (first, *others) in by_host.items():
+        run = others and others[-1] - first == len(others)
+        shown = f"{first}-{others[-1]}" if run else ", ".join(map(str, (first, *others)))
+        texts.append(f"rank{'s' * bool(others)} {shown}" + f" on {host}" * bool(host))
+    return " and ".join(texts)
+
+
+def by_value(values: Values, hosts: Mapping[int, str]) -> str:
+    """Who has which value: ``2.13.0 on ranks 0-7 on n1; 2.12.1 on ranks 8-15 on n2``."""
+    texts = {str(value): [r for r in values if values[r] == value] for value in values.values()}
+    return "; ".join(f"{text} on {where(ranks, hosts)}" for text, ranks in texts.items())
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of the message that says something."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()

@@ -42,25 +42,20 @@ def plain(text: str) -> Fraction | None:
     return -value if "-" in (found[1], found[2]) else value
 
 
-def same_number(right: Fraction, prediction: Fraction, repeating: bool) -> bool:
-    """Whole numbers must be equal, others to 6 decimals as math-verify rounds. A ``repeating``
-    right answer (0.6666666666666666) is a rounded fraction: 0.001, as LLM-Adapters allows.
-    """
-    within = Fraction(1, 1000) if repeating else Fraction(1, 2 * 10**6)
-    return abs(right - prediction) <= within
-
-
 def agree(right: str, prediction: str) -> bool | None:
-    """Compares without math-verify: None if only that can tell."""
+    """Compares without math-verify: None if only that can tell.
+
+    Numbers are equal to 6 decimals, as math-verify rounds. A right answer with repeating decimals
+    (0.6666666666666666) is a rounded fraction: within 0.001, as LLM-Adapters allows.
+    """
     right, prediction = right.strip(), prediction.strip()
     if right == prediction:
         return True
     ours, theirs = plain(right), plain(prediction)
     if ours is not None and theirs is not None:
-        repeating = bool(re.search(r"\.[0-9]{10,}$", right))
-        if same_number(ours, theirs, repeating):
-            return True
-        return prediction.endswith("%") and same_number(ours, theirs / 100, repeating)
+        within = Fraction(1, 1000 if re.search(r"\.[0-9]{10,}$", right) else 2 * 10**6)
+        shares = [theirs, theirs / 100] if prediction.endswith("%") else [theirs]
+        return any(abs(ours - value) <= within for value in shares)
     return True if is_equiv(right, prediction) else None
 
 
@@ -124,10 +119,8 @@ def metamath(prediction: str, right: str, kind: str) -> bool:
     found = re.search(r"[\-+]?\d*[\.,/]?\d+", text.strip())
     if not found:
         return False
-    above, slash, below = found[0].replace(",", "").partition("/")
+    above, _, below = found[0].replace(",", "").partition("/")
     try:
-        if slash and not above:
-            return False
         value = float(above) if below in ("", "0") else float(Fraction(above) / Fraction(below))
         return round(value) == float(right.replace(",", ""))
     except (ValueError, OverflowError, ZeroDivisionError):

@@ -47,28 +47,25 @@ class EquivalenceServer:
         """
         if not prediction.strip() or max(len(right), len(prediction)) > LONGEST:
             return False
+        answer: bytes | None = b""
         for _ in range(2):  # again where the process died: it may have been somebody's signal
-            answer = self._ask(json.dumps([right, prediction]).encode() + b"\n")
-            if answer:
-                return answer == b"true\n"
-            self.stop()
-            if answer is None:
-                return False
-        return False
+            if answer == b"":
+                answer = self._ask(json.dumps([right, prediction]).encode() + b"\n")
+            if not answer:
+                self.stop()
+        return answer == b"true\n"
 
     def _ask(self, question: bytes) -> bytes | None:
         process = self._process or self._start()
         assert process.stdin and process.stdout
-        try:
+        with contextlib.suppress(BrokenPipeError):  # then there is nothing to read either
             process.stdin.write(question)
-        except BrokenPipeError:
-            return b""
         return _line(process.stdout, LIMIT)
 
     def _start(self) -> subprocess.Popen[bytes]:
         check_installed()
         self._process = process = subprocess.Popen(
-            [sys.executable, "-m", "scalepeft.data.math.equivalence"],
+            [sys.executable, "-m", __name__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -78,9 +75,7 @@ class EquivalenceServer:
         assert process.stdout
         if _line(process.stdout, START) != b"ready\n":
             self.stop()
-            raise UserError(
-                "math-verify does not start; see: python -m scalepeft.data.math.equivalence"
-            )
+            raise UserError(f"math-verify does not start; see: python -m {__name__}")
         return process
 
     def stop(self) -> None:

@@ -1,16 +1,8 @@
 r"""Rows of math data sets in any of their formats -> question, solution, answer.
 
-Rows are told apart by their keys:
-
-    openai/gsm8k:main                question, answer with "#### N" and <<48/2=24>> marks
-    meta-math/MetaMathQA             query, response (type, original_question)
-    HuggingFaceH4/MATH-500           problem, solution and/or answer (level, subject, type)
-    LLM-Adapters                     instruction, input, output, answer: a number, or A to E (AQuA)
-    MetaMath's MATH_test.jsonl       instruction, output with \boxed{}
-    microsoft/orca-math-word-problems-200k   question, answer without "####"
-
-GSM8K's calculator marks are taken out: no protocol here has a calculator, and MetaMathQA is without
-them.
+Rows are told apart by their keys, as the table of formats in docs/data.md has them. GSM8K's
+calculator marks (<<48/2=24>>) are taken out: no protocol here has a calculator, and MetaMathQA is
+without them.
 """
 
 import re
@@ -43,12 +35,8 @@ class Problem:
 
 
 def read(row: Any, split: Split, ending: str) -> Problem:
-    """The problem of a row of any of the formats.
-
-    Args:
-        row: as it stands in its file.
-        split: rows of ``test`` may lack a solution, and of LLM-Adapters have one of GPT's.
-        ending: ``MathConfig.ending``.
+    """The problem of a row of any of the formats; ``ending`` is that of ``MathConfig``. Rows of
+    ``test`` may lack a solution, and of LLM-Adapters have one of GPT's.
 
     Raises:
         UserError: none of the formats, or a broken row.
@@ -83,13 +71,10 @@ def _kind(answer: str | None) -> Literal["number", "math"]:
 def _metamath(row: dict[str, Any]) -> Problem:
     question, response = text_field(row, "query"), text_field(row, "response")
     _, mark, answer = response.rpartition(answers.METAMATH_MARK)
-    if not mark:
-        answer = response.partition("#### ")[2]
-    answer = answer.strip().removesuffix(".")
-    kind = _kind(answer)
-    if text_field(row, "type", required=False).startswith("MATH_"):
-        kind = "math"
+    answer = (answer if mark else response.partition("#### ")[2]).strip().removesuffix(".")
+    of_math = text_field(row, "type", required=False).startswith("MATH_")
     original = text_field(row, "original_question", required=False)
+    kind = "math" if of_math else _kind(answer)
     return Problem(question, response, answer or None, kind, original)
 
 
@@ -103,8 +88,8 @@ def _math(row: dict[str, Any], split: Split, ending: str) -> Problem:
 
 
 def _llm_adapters(row: dict[str, Any], split: Split, ending: str) -> Problem:
-    question = text_field(row, "instruction")
-    if (rest := text_field(row, "input", required=False)).strip():
+    question, rest = text_field(row, "instruction"), text_field(row, "input", required=False)
+    if rest.strip():
         question = f"{question}\n{rest}"
     answer = _answer(row)
     letter = re.fullmatch("[A-E]", answer) is not None

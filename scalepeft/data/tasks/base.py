@@ -17,7 +17,7 @@ from pydantic.dataclasses import dataclass
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, Decides, NameList, deciding
 from scalepeft.core.stats import wilson
-from scalepeft.data.rows import expand, one_line, read_rows, source_labels
+from scalepeft.data.rows import expand, fill, one_line, read_rows, source_labels
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
@@ -31,8 +31,7 @@ class Protocol:
     the scores as a deviation.
     """
 
-    about: str
-    """Where it comes from, and its oddities, in a line or two."""
+    about: str  # where it comes from, and its oddities, in a line or two
     data: dict[str, Any] = field(default_factory=dict)
     evaluate: dict[str, Any] = field(default_factory=dict)
 
@@ -71,8 +70,7 @@ class TaskConfig:
     """
 
     PROTOCOLS: ClassVar[dict[str, Protocol]] = {}
-    OWN_VALID: ClassVar[bool] = False
-    """True if the task makes held-out rows without ``valid`` and ``valid_size``."""
+    OWN_VALID: ClassVar[bool] = False  # held-out rows need neither ``valid`` nor ``valid_size``
 
     name: Annotated[str, Decides.ROWS]
     protocol: Annotated[str | None, Decides.SCORES] = None
@@ -152,26 +150,19 @@ class Task:
     """A family of data sets with one row format, one prompt and one way to score."""
 
     Config: ClassVar[type[TaskConfig]] = TaskConfig
-    version: ClassVar[int]
-    """Part of every reported number: raised when prompts or scoring change."""
-    headline: ClassVar[str] = "accuracy"
-    """The metric that tables show first."""
-    macro_average: ClassVar[bool] = False
-    """True if papers report the unweighted mean of the sources' headlines."""
-    reads_files: ClassVar[bool] = True
-    """False for a task that makes its own rows."""
-
-    translates: ClassVar[bool] = False
-    """True if ``question`` and ``reference`` of a row are texts of one meaning, as COMET wants."""
+    version: ClassVar[int]  # of every reported number: raised when prompts or scoring change
+    headline: ClassVar[str] = "accuracy"  # the metric that tables show first
+    macro_average: ClassVar[bool] = False  # papers report the mean of the sources' headlines
+    reads_files: ClassVar[bool] = True  # False: it makes its own rows
+    translates: ClassVar[bool] = False  # ``question`` and ``reference`` of a row are COMET's
 
     def __init__(self, config: TaskConfig) -> None:
         self.config = config
+        # Of the last ``examples``: where broken rows were left out (``on_error: skip``), the number
+        # of duplicates left out, and what else the user should know, a line each.
         self.skipped: list[str] = []
-        """Where broken rows were left out (``on_error: skip``) by the last ``examples``."""
         self.repeated = 0
-        """Training rows left out as duplicates by the last ``examples``."""
         self.notes: list[str] = []
-        """What else the user should know of the rows of the last ``examples``, a line each."""
 
     def examples(self, split: Split) -> list[Example]:
         """Reads a split.
@@ -179,12 +170,10 @@ class Task:
         Raises:
             UserError: no files, an unreadable file, or a broken row under ``on_error: stop``.
         """
-        sources: list[str] = getattr(self.config, split)
-        if not sources:
-            raise UserError(
-                f"data.{split} is empty: name files, e.g. data.{split}=DIR/{split}.json"
-            )
-        files = expand(sources, f"data.{split}")
+        key = f"data.{split}"
+        if not (sources := getattr(self.config, split)):
+            raise UserError(f"{key} is empty: name files, e.g. {key}=DIR/{split}.json")
+        files = expand(sources, key)
         self.skipped, self.repeated, self.notes = [], 0, []
         found, seen, ids = [], set(), dict[str, int]()
         drop = split == "train" and self.config.duplicates == "drop"
@@ -195,24 +184,23 @@ class Task:
                     example = self._example(row, f"{label}#{number}", split)
                     if example.id in ids:
                         raise UserError(f"id {example.id} stood in row {ids[example.id]} already")
-                except (UserError, RecursionError) as error:
-                    reason = str(error) if isinstance(error, UserError) else "nested too deeply"
-                    reason = one_line(reason)
+                except UserError as error:
+                    reason = one_line(str(error))
                     self._leave_out(f"{source}, row {number}: {reason}", "repair it")
                     continue
                 ids[example.id] = number
                 text = (example.prompt, example.completion)
                 if drop and text in seen:
                     self.repeated += 1
-                    continue
-                seen.add(text)
-                found.append(example)
+                else:
+                    seen.add(text)
+                    found.append(example)
             if not number:
                 self._leave_out(f"{source}: no usable row, the file is empty", "copy it again")
         if not found:
-            count = len(self.skipped)
-            why = f": {count} left out, the first is {self.skipped[0]}" if count else ""
-            raise UserError(f"data.{split}: no usable row in {', '.join(files)[:500]}{why}")
+            skipped = self.skipped
+            why = f": {len(skipped)} left out, the first is {skipped[0]}" if skipped else ""
+            raise UserError(f"{key}: no usable row in {', '.join(files)[:500]}{why}")
         return found
 
     def remarks(self, split: Split) -> list[str]:
@@ -234,6 +222,17 @@ class Task:
             return from_prepared(row, prepared_for(self, split))
         return self.example(row, row_id, split)
 
+    def filled(
+        self, row_id: str, template: str, asked: dict[str, str], told: dict[str, str], **meta: Any
+    ) -> Example:
+        """The example of a row: ``template``, the prompt's, is filled with ``asked``, that of the
+        completion with ``told`` as well; ``meta`` gets the row's source.
+        """
+        prompt = fill(template, asked, "data.prompt")
+        completion = fill(self.config.completion, asked | told, "data.completion")
+        source = row_id.rsplit("#", 1)[0]
+        return Example(row_id, prompt, completion, {"source": source, **meta})
+
     def rows(self, source: str, split: Split) -> Iterator[tuple[int, Any]]:
         """(row number from 1, row) of a source."""
         return read_rows(source)
@@ -245,8 +244,7 @@ class Task:
         return self.config.prompt
 
     def example(self, row: Any, row_id: str, split: Split) -> Example:
-        """Builds one example from a row; raises UserError for a broken one (without file and
-        number).
+        """Builds one example from a row; raises UserError for a broken one.
 
         ``meta`` holds what ``score`` needs, ``source`` (rows of a source are scored together) and
         ``question`` (what is asked, without the prompt around it: equal ones are the same row).
@@ -265,48 +263,37 @@ class Task:
         return found
 
 
+# Of the fields that decide rows: the template stands for the prompt; the others choose rows alone.
+SET_APART = {"prompt", "valid_size", "duplicates"}
+PREPARED = {"prepared", "id", "prompt", "completion", "meta", "sum"}  # keys of a prepared row
+
+
 def prepared_for(task: Task, split: Split) -> str:
     """What of task and config decides the examples made of a row; rows that ``scalepeft pipeline``
     has prepared carry it.
     """
     config = task.config
-    in_a_row = [k for k in deciding(type(config), Decides.ROWS) if k not in SET_APART]
-    kept = {k: getattr(config, k) for k in in_a_row}
-    text = json.dumps([type(task).__name__, task.version, task.template(split), kept], default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-SET_APART = ("prompt", "valid_size", "duplicates")
-"""Of the fields that decide rows: the template stands for the prompt; the others choose rows, and
-make none.
-"""
-
-
-PREPARED = {"prepared", "id", "prompt", "completion", "meta", "sum"}
-"""Keys of a prepared row."""
+    names = deciding(type(config), Decides.ROWS)
+    values = {name: getattr(config, name) for name in names if name not in SET_APART}
+    return _sum([type(task).__name__, task.version, task.template(split), values], default=str)
 
 
 def to_prepared(example: Example, key: str) -> dict[str, Any]:
     """A row that ``Task.examples`` takes back as it is."""
-    return {"prepared": key, "sum": _sum(vars(example)), **vars(example)}
+    return {"prepared": key, "sum": _sum(vars(example), sort_keys=True), **vars(example)}
 
 
 def from_prepared(row: dict[str, Any], key: str) -> Example:
     """The example of a prepared row. Raises UserError: made under other settings, or changed."""
-    again = "run scalepeft pipeline --from prepare"
-    if missing := sorted(PREPARED - row.keys()):
-        raise UserError(f"key '{missing[0]}' is missing in a prepared row; {again}")
-    if row["prepared"] != key:
-        raise UserError(f"was prepared under another task, prompt or version; {again}")
-    values = {name: row[name] for name in ("id", "prompt", "completion", "meta")}
-    if row["sum"] != _sum(values):
+    values: dict[str, Any] = {k: row.get(k) for k in ("id", "prompt", "completion", "meta")}
+    example = Example(**values)
+    if row != to_prepared(example, key):
         raise UserError(
-            "was changed after scalepeft pipeline wrote it: change the file it came from, and"
-            f" {again}"
+            "a prepared row of another task, prompt or version, or changed after scalepeft pipeline"
+            " wrote it: change the file it came from, and run scalepeft pipeline --from prepare"
         )
-    return Example(**values)
+    return example
 
 
-def _sum(values: dict[str, Any]) -> str:
-    """Of what an example holds: a changed one would train, or be scored, as something else."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+def _sum(values: Any, **options: Any) -> str:
+    return hashlib.sha256(json.dumps(values, **options).encode()).hexdigest()[:16]

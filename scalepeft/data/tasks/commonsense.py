@@ -2,20 +2,11 @@
 
 A row is that of LLM-Adapters (arXiv 2304.01933), ``{instruction, input, output, answer}`` with
 ``output`` "the correct answer is answer2" and ``answer`` the label, or a row of one of the original
-data sets, from which the same instruction is made:
-
-    aps/super_glue:boolq     question, passage, label
-    baber/piqa               goal, sol1, sol2, label
-    lighteval/siqa           context, question, answerA, answerB, answerC, label (1 to 3)
-    Rowan/hellaswag          activity_label, ctx, endings, label
-    allenai/winogrande       sentence, option1, option2, answer (1 or 2)
-    allenai/ai2_arc          question, choices {text, label}, answerKey
-    allenai/openbookqa       question_stem, choices {text, label}, answerKey
+data sets (``ORIGINALS``, and BoolQ's question, passage, label), of which the same text is made.
 """
 
 import re
-from collections.abc import Callable
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 from pydantic.dataclasses import dataclass
 
@@ -61,7 +52,11 @@ class Commonsense(Task):
     def example(self, row: Any, row_id: str, split: Split) -> Example:
         """Fills the templates; the answer must be one of the answer words."""
         if isinstance(row, dict) and "instruction" not in row:
-            row = self._asked(row)
+            asked, answer = original(row)
+            if row.get("passage") and self.config.passage:
+                asked = f"{text_field(row, 'passage')}\n\n{asked}"
+            said = f"the correct answer is {answer}"
+            row = {"instruction": asked, "output": said, "answer": answer}
         instruction = text_field(row, "instruction")
         values = {
             "instruction": instruction,
@@ -82,34 +77,8 @@ class Commonsense(Task):
             raise UserError(
                 f"'output' says {found[0] if found else 'none of the answers'}, 'answer' {answer}"
             )
-        return Example(
-            row_id,
-            fill(self.template(split), values, "data.prompt"),
-            fill(self.config.completion, values, "data.completion"),
-            {
-                "answer": answer,
-                "source": row_id.rsplit("#", 1)[0],
-                "question": instruction,
-            },
-        )
-
-    def _asked(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The LLM-Adapters row of an original one."""
-        for keys, ask in ORIGINALS:
-            if row.keys() >= keys:
-                instruction, answer = ask(row)
-                passage = row.get("passage")
-                if passage and self.config.passage:
-                    instruction = f"{text_field(row, 'passage')}\n\n{instruction}"
-                return {
-                    "instruction": instruction,
-                    "output": f"the correct answer is {answer}",
-                    "answer": answer,
-                }
-        raise UserError(
-            f"key 'instruction' is missing; the row has {', '.join(map(str, row)) or 'no keys'}:"
-            " neither a row of LLM-Adapters, nor of BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC"
-            " or OpenBookQA"
+        return self.filled(
+            row_id, self.template(split), values, {}, answer=answer, question=instruction
         )
 
     def score(self, prediction: str, example: Example) -> Score:
@@ -121,6 +90,88 @@ class Commonsense(Task):
         return Score(extracted, extracted == answer)
 
 
+class Original(NamedTuple):
+    """A multiple choice as its own data set has it."""
+
+    asked: str  # what is to be chosen, and for what, in the words of LLM-Adapters
+    word: str  # what a choice is called: ``answer`` gives Answer1, answer1, ...
+    choices: str  # keys of the choices, or of a list of them
+    label: str  # key of the right one
+    labels: str = ""  # of the choices, in their order; of ``choices`` they are in the row
+    between: str = " "  # stands between the choices
+    form: str = "\n\n"  # stands before the answer's format
+
+
+ORIGINALS = (
+    Original("solution to the question: {goal}", "solution", "sol1 sol2", "label", "0 1", "\n\n"),
+    Original(
+        "answer to the question: {context} {question}", "answer", "answerA answerB answerC",
+        "label", "1 2 3",
+    ),
+    Original(
+        "ending to complete the given sentence: {activity_label}: {ctx}", "ending", "endings",
+        "label", "0 1 2 3",
+    ),
+    Original(
+        "answer to fill in the blank to complete the given sentence: {sentence}", "option",
+        "option1 option2", "answer", "1 2", form=" ",
+    ),
+    Original("answer to the question: {question_stem}", "answer", "choices", "answerKey"),
+    Original("answer to the question: {question}", "answer", "choices", "answerKey"),
+)  # fmt: skip
+"""The first whose keys a row has: PIQA, SIQA, HellaSwag, WinoGrande, OpenBookQA, ARC."""
+
+
+def original(row: dict[str, Any]) -> tuple[str, str]:
+    """(instruction, answer) of a row of an original data set, in the words of LLM-Adapters."""
+    for form in ORIGINALS:
+        fields = re.findall(r"{(\w+)}", form.asked)
+        if row.keys() >= {*fields, *form.choices.split(), form.label}:
+            break
+    else:
+        return _boolq(row)
+    asked = fill(form.asked, {key: text_field(row, key) for key in fields}, "")
+    texts, labels = _choices(row, form)
+    answers = [f"{form.word}{i}" for i in range(1, len(texts) + 1)]
+    listed = form.between.join(
+        f"{a.title()}: {text}" for a, text in zip(answers, texts, strict=True)
+    )
+    said = f"Please choose the correct {asked}\n\n{listed}{form.form}Answer format: "
+    return said + "/".join(answers), answers[_label(row, form.label, labels)]
+
+
+def _choices(row: dict[str, Any], form: Original) -> tuple[list[str], list[str]]:
+    """Texts of the choices and their labels."""
+    key, *others = form.choices.split()
+    labels: Any = form.labels.split()
+    if others:
+        return [text_field(row, k) for k in (key, *others)], labels
+    texts, expected = row[key], f"a list of {len(labels)} texts"
+    if not labels:
+        expected = "{text: [...], label: [...]} with 2 to 5 of each"
+        texts, labels = (texts.get(k) if isinstance(texts, dict) else 0 for k in ("text", "label"))
+    lists = isinstance(texts, list) and isinstance(labels, list)
+    if not lists or len(texts) != len(labels) or not 2 <= len(texts) <= 5:
+        raise UserError(f"'{key}' must be {expected}")
+    return [text_field({key: text}, key) for text in texts], [str(label) for label in labels]
+
+
+def _boolq(row: dict[str, Any]) -> tuple[str, str]:
+    key = "label" if "label" in row else "answer"
+    if not row.keys() >= {"question", "passage", key}:
+        raise UserError(
+            f"key 'instruction' is missing; the row has {', '.join(map(str, row)) or 'no keys'}:"
+            " neither a row of LLM-Adapters, nor of BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC"
+            " or OpenBookQA"
+        )
+    right = _label(row, key, ["0", "1"] if key == "label" else ["False", "True"])
+    return (
+        "Please answer the following question with true or false, question:"
+        f" {text_field(row, 'question')}?\n\nAnswer format: true/false",
+        ("false", "true")[right],
+    )
+
+
 def _label(row: dict[str, Any], key: str, allowed: list[str]) -> int:
     """Position of the right answer; hub sets hide it in their test splits."""
     value = str(row[key])
@@ -130,92 +181,3 @@ def _label(row: dict[str, Any], key: str, allowed: list[str]) -> int:
             " some of these sets hide the answer: take the validation split"
         )
     return allowed.index(value)
-
-
-def _choice(
-    asked: str, word: str, texts: list[str], right: int, between: str = " ", form: str = "\n\n"
-) -> tuple[str, str]:
-    """(instruction, answer) of a multiple choice in the words of LLM-Adapters.
-
-    Args:
-        asked: what is to be chosen, and for what.
-        word: what a choice is called: ``answer`` gives Answer1, answer1, ...
-        texts: the choices.
-        right: position of the right one.
-        between: stands between the choices.
-        form: stands before the answer's format.
-    """
-    listed = between.join(f"{word.title()}{i}: {text}" for i, text in enumerate(texts, 1))
-    words = "/".join(f"{word}{i}" for i in range(1, len(texts) + 1))
-    instruction = f"Please choose the correct {asked}\n\n{listed}{form}Answer format: {words}"
-    return instruction, f"{word}{right + 1}"
-
-
-def _texts(row: dict[str, Any], *keys: str) -> list[str]:
-    return [text_field(row, key) for key in keys]
-
-
-def _boolq(row: dict[str, Any]) -> tuple[str, str]:
-    key = "label" if "label" in row else "answer"
-    right = _label(row, key, ["0", "1"] if key == "label" else ["False", "True"])
-    return (
-        "Please answer the following question with true or false, question:"
-        f" {text_field(row, 'question')}?\n\nAnswer format: true/false",
-        ("false", "true")[right],
-    )
-
-
-def _piqa(row: dict[str, Any]) -> tuple[str, str]:
-    texts, right = _texts(row, "sol1", "sol2"), _label(row, "label", ["0", "1"])
-    asked = f"solution to the question: {text_field(row, 'goal')}"
-    return _choice(asked, "solution", texts, right, between="\n\n")
-
-
-def _siqa(row: dict[str, Any]) -> tuple[str, str]:
-    texts = _texts(row, "answerA", "answerB", "answerC")
-    asked = f"answer to the question: {' '.join(_texts(row, 'context', 'question'))}"
-    return _choice(asked, "answer", texts, _label(row, "label", ["1", "2", "3"]))
-
-
-def _exam(row: dict[str, Any]) -> tuple[str, str]:
-    choices = row["choices"]
-    if not isinstance(choices, dict) or not all(
-        isinstance(choices.get(key), list) for key in ("text", "label")
-    ):
-        raise UserError("'choices' must be {text: [...], label: [...]}")
-    texts, labels = choices["text"], [str(label) for label in choices["label"]]
-    if len(texts) != len(labels) or not 2 <= len(texts) <= 5:
-        raise UserError(f"'choices' has {len(texts)} texts and {len(labels)} labels; 2 to 5 each")
-    texts = [text_field({"choices.text": text}, "choices.text") for text in texts]
-    question = text_field(row, "question_stem" if "question_stem" in row else "question")
-    right = _label(row, "answerKey", labels)
-    return _choice(f"answer to the question: {question}", "answer", texts, right)
-
-
-def _hellaswag(row: dict[str, Any]) -> tuple[str, str]:
-    endings = row["endings"]
-    if not isinstance(endings, list) or len(endings) != 4:
-        raise UserError("'endings' must be a list of 4 texts")
-    endings = [text_field({"endings": text}, "endings") for text in endings]
-    begun = ": ".join(_texts(row, "activity_label", "ctx"))
-    right = _label(row, "label", ["0", "1", "2", "3"])
-    return _choice(f"ending to complete the given sentence: {begun}", "ending", endings, right)
-
-
-def _winogrande(row: dict[str, Any]) -> tuple[str, str]:
-    texts, right = _texts(row, "option1", "option2"), _label(row, "answer", ["1", "2"])
-    blank = "answer to fill in the blank to complete the given sentence"
-    return _choice(f"{blank}: {text_field(row, 'sentence')}", "option", texts, right, form=" ")
-
-
-ORIGINALS: list[tuple[set[str], Callable[[dict[str, Any]], tuple[str, str]]]] = [
-    ({"goal", "sol1", "sol2", "label"}, _piqa),
-    ({"context", "question", "answerA", "answerB", "answerC", "label"}, _siqa),
-    ({"activity_label", "ctx", "endings", "label"}, _hellaswag),
-    ({"sentence", "option1", "option2", "answer"}, _winogrande),
-    ({"question_stem", "choices", "answerKey"}, _exam),
-    ({"question", "choices", "answerKey"}, _exam),
-    ({"question", "passage", "label"}, _boolq),
-    ({"question", "passage", "answer"}, _boolq),
-]
-"""Keys of an original row, and what makes (instruction, answer) of it; the first that fits."""

@@ -11,7 +11,6 @@ from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, Decides
 from scalepeft.data.math import answers, contamination, equivalence
 from scalepeft.data.math.problems import read
-from scalepeft.data.rows import fill
 from scalepeft.data.tasks.base import Example, Protocol, Score, Split, Task, TaskConfig, protocols
 
 
@@ -62,22 +61,19 @@ class Math(Task):
         """
         if split == "test":
             equivalence.check_installed()  # now, and not after hours of generation
-        if split != "train":
-            found = super().examples(split)
-            if split == "test" and (guessed := sum("guessed" in e.meta for e in found)):
-                self.notes.append(
-                    f"{guessed} rows mark no answer with ####: the last number of their text is"
-                    " taken for it"
-                )
-            return found
         try:
             found = super().examples(split)
         except UserError:
             # Nobody should repair the broken rows of a file that must not be trained on.
-            if self.config.on_error == "stop":
+            if split == "train" and self.config.on_error == "stop":
                 Math(replace(self.config, on_error="skip")).examples(split)
             raise
-        return self._without_test_rows(self._short(found))
+        if split == "test" and (guessed := sum("guessed" in e.meta for e in found)):
+            self.notes.append(
+                f"{guessed} rows mark no answer with ####: the last number of their text is taken"
+                " for it"
+            )
+        return self._without_test_rows(self._short(found)) if split == "train" else found
 
     def _short(self, rows: list[Example]) -> list[Example]:
         limit = self.config.max_chars
@@ -86,10 +82,8 @@ class Math(Task):
         kept = [e for e in rows if len(f"{e.meta['question']} {e.completion}") <= limit]
         if not kept:
             raise UserError(f"data.max_chars={limit} leaves none of the {len(rows)} training rows")
-        if len(kept) < len(rows):
-            self.notes.append(
-                f"{len(rows) - len(kept)} rows longer than data.max_chars={limit} left out"
-            )
+        if left := len(rows) - len(kept):
+            self.notes.append(f"{left} rows longer than data.max_chars={limit} left out")
         return kept
 
     def _without_test_rows(self, rows: list[Example]) -> list[Example]:
@@ -97,27 +91,26 @@ class Math(Task):
         if self.config.test:
             tested = Math(self.config).examples("test")
             sets = {_fingerprint(e): "data.test" for e in tested} | sets
-        hits = [sets.get(_fingerprint(e)) or e.meta.get("rephrases") for e in rows]
-        counts = Counter(hit for hit in hits if hit)
-        if not counts:
+        names = {e.id: sets.get(_fingerprint(e)) or e.meta.get("rephrases") for e in rows}
+        hits = {id_: name for id_, name in names.items() if name}
+        if not hits:
             return rows
-        listed = ", ".join(f"{count} {name}" for name, count in counts.most_common())
-        finding = f"{counts.total()} of {len(rows)} rows are questions of test sets ({listed})"
+        counts = Counter(hits.values()).most_common()
+        listed = ", ".join(f"{count} {name}" for name, count in counts)
+        finding = f"{len(hits)} of {len(rows)} rows are questions of test sets ({listed})"
         if self.config.test_rows == "keep":
             self.notes.append(f"{finding}: its scores on these sets mean nothing")
             return rows
-        kept = [e for e, hit in zip(rows, hits, strict=True) if not hit]
         if self.config.test_rows == "refuse":
-            first = next(e.id for e, hit in zip(rows, hits, strict=True) if hit)
             raise UserError(
-                f"data.train: {finding}, the first is {first}: a model trained on them scores what"
-                " it has seen; data.test_rows=drop leaves them out, data.test_rows=keep trains on"
-                " them all the same"
+                f"data.train: {finding}, the first is {next(iter(hits))}: a model trained on them"
+                " scores what it has seen; data.test_rows=drop leaves them out, data.test_rows=keep"
+                " trains on them all the same"
             )
-        if not kept:
+        if len(hits) == len(rows):
             raise UserError(f"data.train: {finding}: data.test_rows=drop leaves nothing")
         self.notes.append(f"{finding}: left out")
-        return kept
+        return [e for e in rows if e.id not in hits]
 
     def example(self, row: Any, row_id: str, split: Split) -> Example:
         """Fills the templates; a test row must tell its answer."""
@@ -125,43 +118,30 @@ class Math(Task):
         if split == "test" and problem.answer is None:
             raise UserError("tells no answer to score with")
         template = self.template(split)
-        if self.config.input_prompt and split != "test" and problem.question.partition("\n")[2]:
+        asked, _, rest = problem.question.partition("\n")
+        if self.config.input_prompt and split != "test" and rest:
             template = self.config.input_prompt
-        asked, rest = problem.question, ""
-        if "{input}" in template:
-            asked, _, rest = problem.question.partition("\n")
-        values = {"instruction": asked, "input": rest}
-        more: dict[str, Any] = {"guessed": True} if problem.guessed else {}
+        if "{input}" not in template:
+            asked, rest = problem.question, ""
+        meta: dict[str, Any] = {k: getattr(problem, k) for k in ("question", "answer", "kind")}
+        if problem.guessed:
+            meta["guessed"] = True
         if seen := contamination.known().get(contamination.fingerprint(problem.original)):
-            more["rephrases"] = seen
-        return Example(
-            row_id,
-            fill(template, values, "data.prompt"),
-            fill(
-                self.config.completion,
-                {**values, "output": problem.output, "answer": problem.answer or ""},
-                "data.completion",
-            ),
-            {
-                "source": row_id.rsplit("#", 1)[0],
-                "question": problem.question,
-                "answer": problem.answer,
-                "kind": problem.kind,
-                **more,
-            },
-        )
+            meta["rephrases"] = seen
+        values = {"instruction": asked, "input": rest}
+        told = {"output": problem.output, "answer": problem.answer or ""}
+        return self.filled(row_id, template, values, told, **meta)
 
     def score(self, prediction: str, example: Example) -> Score:
         """``correct``: equal to the right answer by math-verify, wherever the answer stands;
         ``strict``: what the script of the protocol says.
         """
         right, kind = example.meta["answer"], example.meta["kind"]
-        found = answers.find(prediction, kind)
-        correct: bool | None = False
-        if found is not None:
-            correct = found == right if kind == "letter" else answers.agree(right, found)
-            if correct is None:
-                correct = self.equivalent(right, found)
+        found, correct = answers.find(prediction, kind), None
+        if found is None or kind == "letter":
+            correct = found is not None and found == right
+        elif (correct := answers.agree(right, found)) is None:
+            correct = self.equivalent(right, found)
         rule = answers.RULES.get(self.config.protocol or "")
         return Score(found, correct, rule(prediction, right, kind) if rule else None)
 

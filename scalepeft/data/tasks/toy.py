@@ -7,7 +7,7 @@ the base knows, from its plain text. The rows have the LLM-Adapters format of ``
 """
 
 import random
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -15,24 +15,18 @@ from pydantic.dataclasses import dataclass
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, Decides
 from scalepeft.data.tasks.base import Example, Protocol, Split
-from scalepeft.data.tasks.commonsense import Commonsense, CommonsenseConfig
+from scalepeft.data.tasks.commonsense import Commonsense, CommonsenseConfig, original
 
-WORLD = {
-    "animal": (
-        "dog cat horse cow sheep goat lion tiger bear wolf fox deer rabbit mouse duck goose"
-    ).split(),
-    "fruit": (
-        "apple pear plum peach cherry grape lemon orange mango melon fig kiwi banana berry lime "
-        "date"
-    ).split(),
-    "tool": (
-        "hammer saw drill wrench pliers axe shovel rake chisel file knife spade screwdriver ladder "
-        "nail rope"
-    ).split(),
-    "vehicle": (
-        "car bus train truck bicycle boat ship plane tram van wagon canoe taxi rocket ferry sled"
-    ).split(),
-}
+LISTED = (
+    "animal dog cat horse cow sheep goat lion tiger bear wolf fox deer rabbit mouse duck goose",
+    "fruit apple pear plum peach cherry grape lemon orange mango melon fig kiwi banana berry lime"
+    " date",
+    "tool hammer saw drill wrench pliers axe shovel rake chisel file knife spade screwdriver ladder"
+    " nail rope",
+    "vehicle car bus train truck bicycle boat ship plane tram van wagon canoe taxi rocket ferry"
+    " sled",
+)
+WORLD = {kind: things for kind, *things in map(str.split, LISTED)}
 KINDS = sorted(WORLD)
 LOOKS = "big small old new red blue green heavy plain fine".split()
 VALID_LOOKS = "tiny broken yellow wet round".split()  # so that no held-out row is one of the test
@@ -66,24 +60,14 @@ class ToyConfig(CommonsenseConfig):
     rows_seed: Annotated[int, Decides.ROWS] = 0
 
 
-def make_row(rng: random.Random, things: slice, looks: list[str] = LOOKS) -> dict[str, str]:
-    """Draws a question about one of these things of some kind."""
+def make_row(rng: random.Random, things: slice, looks: list[str] = LOOKS) -> dict[str, Any]:
+    """Draws a question about one of these things of some kind, as ARC has them."""
     kind = rng.choice(KINDS)
     question = rng.choice(QUESTIONS).format(
         look=rng.choice(looks), thing=rng.choice(WORLD[kind][things])
     )
-    label = f"answer{KINDS.index(kind) + 1}"
-    listed = " ".join(f"Answer{i}: {kind}" for i, kind in enumerate(KINDS, 1))
-    form = "/".join(f"answer{i}" for i in range(1, len(KINDS) + 1))
-    return {
-        "instruction": (
-            f"Please choose the correct answer to the question: {question}\n\n{listed}\n\nAnswer"
-            f" format: {form}"
-        ),
-        "input": "",
-        "output": f"the correct answer is {label}",
-        "answer": label,
-    }
+    choices = {"text": KINDS, "label": KINDS}
+    return {"question": question, "choices": choices, "answerKey": kind}
 
 
 class Toy(Commonsense):
@@ -132,7 +116,7 @@ def corpus(rng: random.Random, lines: int) -> list[str]:
             kind = rng.choice(KINDS)
             text.append(f"The {rng.choice(LOOKS)} {rng.choice(WORLD[kind])} is a kind of {kind}.")
         else:
-            row = make_row(rng, slice(None))
+            asked, _ = original(make_row(rng, slice(None)))
             answer = f"the correct answer is answer{rng.randint(1, len(KINDS))}"
-            text.append(f"### Instruction:\n{row['instruction']}\n\n### Response:\n{answer}")
+            text.append(f"### Instruction:\n{asked}\n\n### Response:\n{answer}")
     return text

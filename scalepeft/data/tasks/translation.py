@@ -1,15 +1,7 @@
 """Translation between any two languages, scored by sacreBLEU.
 
-Rows hold a pair in one of these forms (``de`` and ``en`` stand for the codes of the config):
-
-    {"translation": {"de": ..., "en": ...}}   WMT, ALMA; {"de-en": {...}} too, as its hub sets have
-    {"sentence": ..., "translation": ...}     CoVoST-2, JSON or tsv
-    {"source": ..., "target": ...}            ALMA's shots, pairs of text files
-    {"sentence_deu_Latn": ..., ...}           FLORES-200 of the hub
-    {"de": ..., "en": ...}                    plain
-
-Files: ``bitext``. Papers: CoVoST-2 (arXiv 2007.10310), ALMA (arXiv 2309.11674), sacreBLEU (Post
-2018).
+Rows hold a pair in one of the forms that docs/data.md lists; files: ``bitext``. Papers: CoVoST-2
+(arXiv 2007.10310), ALMA (arXiv 2309.11674), sacreBLEU (Post 2018).
 """
 
 import json
@@ -22,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, Decides
 from scalepeft.data import bitext, languages
-from scalepeft.data.rows import fill, text_field
+from scalepeft.data.rows import text_field
 from scalepeft.data.tasks.base import (
     Example,
     Metric,
@@ -75,17 +67,20 @@ class TranslationConfig(TaskConfig):
 
     def __post_init__(self) -> None:
         for side in ("source", "target"):
-            if not (code := getattr(self, f"{side}_language")):
+            if not getattr(self, f"{side}_language"):
                 raise UserError(f"{side}_language is not set, e.g. data.{side}_language=de")
-            if getattr(self, f"{side}_name") is None:
-                try:
-                    languages.name_of(code, f"{side}_name")
-                except UserError as error:
-                    raise UserError(f"{side}_language={error}") from None
+            self.name_of(side)
         if self.source_language == self.target_language:
             raise UserError(
                 f"source_language={self.source_language}: is the target language as well"
             )
+
+    def name_of(self, side: str) -> str:
+        """A language's name in the prompt. Raises UserError: none is set, and none known."""
+        name: str | None = getattr(self, f"{side}_name")
+        return (
+            name if name is not None else languages.name_of(getattr(self, f"{side}_language"), side)
+        )
 
 
 class Translation(Task):
@@ -112,29 +107,18 @@ class Translation(Task):
         """Fills the templates. A reference line has an empty prompt: nothing can be generated
         from it.
         """
-        config, source = self.config, ""
         if isinstance(row, bitext.ReferenceLine):
-            target = text_field({"the line": row.text}, "the line")
+            source, target = "", text_field({"the line": row.text}, "the line")
         else:
             source, target = self._pair(row)
         if "\n" in target or "\r" in target:
             raise UserError("the translation holds a line break; one is read up to its first")
-        values = {
-            "source_language": self._name("source"),
-            "target_language": self._name("target"),
-            "source": source,
-        }
-        return Example(
-            row_id,
-            fill(self.template(split), values, "data.prompt") if source else "",
-            fill(config.completion, {**values, "target": target}, "data.completion"),
-            {"source": row_id.rsplit("#", 1)[0], "question": source, "reference": target},
+        sides = {f"{side}_language": self.config.name_of(side) for side in ("source", "target")}
+        template = self.template(split) if source else ""
+        told = {"question": source, "reference": target}
+        return self.filled(
+            row_id, template, {**sides, "source": source}, {"target": target}, **told
         )
-
-    def _name(self, side: str) -> str:
-        name: str | None = getattr(self.config, f"{side}_name")
-        code = getattr(self.config, f"{side}_language")
-        return name if name is not None else languages.name_of(code, f"{side}_name")
 
     def _pair(self, row: Any) -> tuple[str, str]:
         """Source and target text of a row."""
@@ -147,13 +131,10 @@ class Translation(Task):
         for key in ("translation", "-".join(codes), "-".join(codes[::-1]), *pairs):
             if key in nested:
                 return self._both(nested[key], f"'{key}'")
-        for keys in (("sentence", "translation"), ("source", "target"), codes):
-            if row.keys() >= set(keys):
-                return text_field(row, keys[0]), text_field(row, keys[1])
-        flores = {
-            k.removeprefix("sentence_"): v for k, v in row.items() if k.startswith("sentence_")
-        }
-        if flores:
+        for one, other in (("sentence", "translation"), ("source", "target"), codes):
+            if one in row and other in row:
+                return text_field(row, one), text_field(row, other)
+        if flores := {k[9:]: v for k, v in row.items() if k.startswith("sentence_")}:
             return self._both(flores, "the row")
         raise UserError(
             f"the row has {', '.join(map(str, row))}; a pair is one of {{translation: {{de, en}}}},"
@@ -162,7 +143,7 @@ class Translation(Task):
         )
 
     def _both(self, texts_by_code: dict[str, Any], where: str) -> tuple[str, str]:
-        texts = []
+        keys = []
         for side in ("source", "target"):
             code = getattr(self.config, f"{side}_language")
             if (key := languages.matching(code, map(str, texts_by_code))) is None:
@@ -170,8 +151,8 @@ class Translation(Task):
                     f"{where} has {', '.join(map(str, texts_by_code)) or 'nothing'}, not '{code}'"
                     f" (data.{side}_language)"
                 )
-            texts.append(text_field(texts_by_code, key))
-        return texts[0], texts[1]
+            keys.append(key)
+        return text_field(texts_by_code, keys[0]), text_field(texts_by_code, keys[1])
 
     def score(self, prediction: str, example: Example) -> Score:
         """Takes the first of the first three lines that is not empty, as ALMA does."""
@@ -189,13 +170,8 @@ class Translation(Task):
             stated = json.loads(score.format(width=6, signature=signature, is_json=True))
             mean = stated.get("confidence_mean", score.score)  # none where all resamples are 0
             half = stated.get("confidence_var", 0.0)
-            found[name] = Metric(
-                score.score,
-                max(0.0, mean - half),
-                min(100.0, mean + half),
-                share=False,
-                signature=f"{score.name}|{signature}",
-            )
+            interval = max(0.0, mean - half), min(100.0, mean + half)
+            found[name] = Metric(score.score, *interval, False, f"{score.name}|{signature}")
         return found
 
     def _tokenizer(self) -> str:
@@ -214,10 +190,7 @@ def scorers(tokenizer: str) -> dict[str, Any]:
             " 'scalepeft[eval]'"
         ) from None
     try:
-        bleu = BLEU(tokenize=tokenizer)
+        return {"BLEU": BLEU(tokenize=tokenizer), "chrF2": CHRF(), "chrF++": CHRF(word_order=2)}
     except (RuntimeError, ImportError, OSError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise UserError(
-            f"sacreBLEU's tokenizer {tokenizer} cannot be used: {' '.join(lines)}"
-        ) from None
-    return {"BLEU": bleu, "chrF2": CHRF(), "chrF++": CHRF(word_order=2)}
+        reason = " ".join(str(error).split())
+        raise UserError(f"sacreBLEU's tokenizer {tokenizer} cannot be used: {reason}") from None

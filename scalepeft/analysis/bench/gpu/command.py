@@ -5,11 +5,11 @@ import os
 import subprocess
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from scalepeft.analysis.bench.command import make_folder
 from scalepeft.analysis.bench.gpu import exactness, running, training
 from scalepeft.analysis.bench.gpu.session import Session
 from scalepeft.core import errors
@@ -64,19 +64,15 @@ def run(out: str | None, seconds: float | None, only: str | None, tiny: bool | N
         raise UserError("bench gpu: torch sees no CUDA device here; add --tiny to try it")
     if seconds is not None and not 0 < seconds < math.inf:
         raise UserError(f"--seconds {seconds}: expected a number above 0, such as 500")
-    folder = Path(out or "gpu-bench").resolve()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}; name a folder to write to") from None
-    session = Session(folder, 500 if seconds is None else seconds, bool(tiny))
+    folder = make_folder(out or "gpu-bench")
+    session = Session(folder, seconds or 500, bool(tiny))
     warnings.simplefilter("ignore")
+    lines = [f"# scalepeft bench gpu{' --tiny' * session.tiny}: {device_name(session.device)}"]
     for name in (name for name in SECTIONS if name in names):
         session.keep(name, session.attempt(SECTIONS[name]))
-        say(f"bench gpu: {name}: {'fault' if has_fault(session.results[name]) else 'done'}")
-    lines = [f"# scalepeft bench gpu{' --tiny' * session.tiny}: {device_name(session.device)}"]
-    for name, value in session.results.items():
-        lines += ["", f"## {name}", "", "```", *_table(value), "```"]
+        found = session.results[name]
+        say(f"bench gpu: {name}: {'fault' if has_fault(found) else 'done'}")
+        lines += ["", f"## {name}", "", "```", *_table(found), "```"]
     write_atomically(folder / "gpu.md", "\n".join(lines) + "\n")
     print("\n".join(lines), flush=True)
     return BROKEN if has_fault(session.results) else FINISHED
@@ -87,18 +83,17 @@ def has_fault(value: Any) -> bool:
     return isinstance(value, dict) and ("fault" in value or any(map(has_fault, value.values())))
 
 
-def _table(value: dict[str, Any]) -> list[str]:
-    """A line for each entry; of one that is a fault or was passed over, why. Lists are left out."""
-    rows, plain = {}, []
-    for key, v in value.items():
-        if isinstance(v, dict) and not {"fault", "skipped"} & v.keys():
-            rows[key] = v
-        elif key != "where":
-            plain.append((key, _cell(next(iter(v.values())) if isinstance(v, dict) else v)))
-    columns = [c for v in rows.values() for c, x in v.items() if not isinstance(x, dict)]
-    columns = list(dict.fromkeys(columns))
-    cells = [[key, *(_cell(v.get(c)) for c in columns)] for key, v in rows.items()]
-    return [*table(plain), *(table([["", *columns], *cells]) if cells else [])]
+def _table(section: dict[str, Any]) -> list[str]:
+    """A line for each figure, then one for each row; of a row without figures, why."""
+    plain = [(k, _cell(v)) for k, v in section.items() if not isinstance(v, dict) and k != "where"]
+    rows = {key: v for key, v in section.items() if isinstance(v, dict)}
+    why = {key: v.get("skipped") or v.get("fault") for key, v in rows.items()}
+    figures = [v for key, v in rows.items() if not why[key]]
+    columns = dict.fromkeys(c for v in figures for c, x in v.items() if not isinstance(x, dict))
+    cells: list[list[str]] = [["", *columns]] if columns else []
+    for key, v in rows.items():
+        cells.append([key, *([why[key]] if why[key] else [_cell(v.get(c)) for c in columns])])
+    return [*table(plain), *table(cells)]
 
 
 def _cell(value: Any) -> str:

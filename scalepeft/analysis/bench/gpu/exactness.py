@@ -30,30 +30,28 @@ def _bytes(session: Session, fmt: quant.Format, dtype: torch.dtype) -> dict[str,
     quant.self_check(session.device, fmt)
     rows = torch.randn(256, 4096, generator=torch.Generator().manual_seed(3)).to(dtype)
     rows[7] = 0
-    weight, scale = fmt.encode(rows)
-    here = [t.to(session.device) for t in (weight, scale)]
-    got = fmt.encode(rows.to(session.device))
-    decoded = fmt.decode(here[0], here[1], 4096, torch.float32).cpu()
-    differ = [int((a.cpu() != b).sum()) for a, b in zip(got, (weight, scale), strict=True)]
-    alike = torch.equal(decoded, fmt.decode(weight, scale, 4096, torch.float32))
+    want, got = fmt.encode(rows), fmt.encode(rows.to(session.device))
+    differ = [int((a.cpu() != b).sum()) for a, b in zip(got, want, strict=True)]
+    here, there = (
+        fmt.decode(want[0].to(device), want[1].to(device), 4096, torch.float32).cpu()
+        for device in (session.device, "cpu")
+    )
     found = {
-        "weight bytes that differ": differ[0],
-        "scale bytes that differ": differ[1],
-        "of": weight.numel() + scale.numel(),
-        "decoded alike": alike,
-    }
-    return found if alike and not any(differ) else found | {"fault": "not the CPU's bytes"}
+        "weight bytes that differ": differ[0], "scale bytes that differ": differ[1],
+        "of": sum(t.numel() for t in want), "decoded alike": torch.equal(here, there),
+    }  # fmt: skip
+    right = found["decoded alike"] and not any(differ)
+    return found if right else {**found, "fault": "not the CPU's bytes"}
 
 
 def methods(session: Session) -> dict[str, Any]:
     """Output and all gradients of a layer on the device against fp64: largest relative error."""
     names = registry.available("adapters.methods")
     cases = [(name, more) for name in names for more in ({}, *SETTINGS.get(name, []))]
-    label = " {}={}".format
     return {
-        name + "".join(label(*m) for m in more.items()): session.attempt(_errors, name, more)
-        for name, more in cases
-    }
+        " ".join([name, *(f"{key}={value}" for key, value in more.items())]):
+            session.attempt(_errors, name, more) for name, more in cases
+    }  # fmt: skip
 
 
 def _errors(session: Session, name: str, more: dict[str, Any]) -> dict[str, Any]:

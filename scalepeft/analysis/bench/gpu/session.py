@@ -2,19 +2,21 @@
 
 import gc
 import json
-import math
 import subprocess
 import sys
 import time
+import timeit
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.benchmark import timer
 
 from scalepeft.core.files import write_atomically
 
+SCALEPEFT = [sys.executable, "-m", "scalepeft"]
 LEAST = 20.0  # seconds that a section, or a row of one, needs to begin
 
 
@@ -28,10 +30,9 @@ class Session:
         self.device = torch.device("cuda", 0) if self.cuda else torch.device("cpu")
 
     def keep(self, name: str, value: Any) -> None:
-        """Writes ``gpu.json`` anew with this section in it."""
-        self.results[name] = value
-        text = json.dumps(_strict(self.results), indent=1, default=str, allow_nan=False)
-        write_atomically(self.out / "gpu.json", text)
+        """Writes ``gpu.json`` anew with this section in it; NaN as text, as JSON has no NaN."""
+        self.results[name] = json.loads(json.dumps(value, default=str), parse_constant=str)
+        write_atomically(self.out / "gpu.json", json.dumps(self.results, indent=1))
 
     def attempt(self, work: Callable[..., Any], *args: Any) -> Any:
         """What ``work(self, *args)`` returns, or why there is nothing: no time, or a fault."""
@@ -49,37 +50,17 @@ class Session:
 
     def milliseconds(self, work: Callable[[], Any], rounds: int, warm: int) -> list[float]:
         """Of each round after ``warm`` ones, the device having finished."""
-        wait = torch.cuda.synchronize if self.cuda else lambda: None
-        times = []
-        for _ in range(warm + rounds):
-            wait()
-            start = time.perf_counter()
-            work()
-            wait()
-            times.append(1e3 * (time.perf_counter() - start))
-        return times[warm:]
-
-    def start(self, *words: str) -> subprocess.Popen[str]:
-        """Starts ``scalepeft WORDS``."""
-        command, pipe = [sys.executable, "-m", "scalepeft", *words], subprocess.PIPE
-        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+        times = timeit.repeat(work, timer=timer, repeat=warm + rounds, number=1)
+        return [1e3 * seconds for seconds in times[warm:]]
 
     def call(self, *words: str, expect: tuple[int, ...] = (0,)) -> str:
         """What ``scalepeft WORDS`` prints. Raises RuntimeError: another exit code, and why."""
-        with self.start(*words) as process:
-            try:
-                out, said = process.communicate(timeout=max(LEAST, self.end - time.monotonic()))
-            finally:
-                process.kill()
-        if process.returncode not in expect:
-            raise RuntimeError(f"scalepeft {words[0]}: exit {process.returncode}: {said[-400:]}")
-        return out
-
-
-def _strict(value: Any) -> Any:
-    """NaN and infinity as texts: JSON has no such numbers."""
-    if isinstance(value, dict):
-        return {key: _strict(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_strict(v) for v in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        done = subprocess.run(
+            [*SCALEPEFT, *words], capture_output=True, text=True, check=False,
+            timeout=max(LEAST, self.end - time.monotonic()),
+        )  # fmt: skip
+        if done.returncode not in expect:
+            raise RuntimeError(
+                f"scalepeft {words[0]}: exit {done.returncode}: {done.stderr[-400:]}"
+            )
+        return done.stdout

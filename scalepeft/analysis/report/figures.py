@@ -1,0 +1,208 @@
+"""The plots: curves across restarts, scores with intervals, where the time went; PNG on white."""
+
+import io
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from scalepeft.analysis.report.load import Run
+from scalepeft.core.text import duration, visible
+from scalepeft.eval import scores
+from scalepeft.run.goodput import Goodput
+
+matplotlib.use("Agg")
+
+STYLE = Path(__file__).with_name("templates") / "plots.mplstyle"
+BLUE, ORANGE, GREEN, PINK, YELLOW, SKY = (f"C{i}" for i in range(6))
+INK, GRAY, PALE = "#1b1f24", "#6b6b6b", "#b9b9b9"
+SHARES = {
+    "steps that count": ("steps", BLUE), "start-up": ("startup", SKY), "load": ("load", YELLOW),
+    "held-out loss": ("held_out", GREEN), "save": ("save", PINK),
+    "recomputed steps": ("recomputed", GRAY), "waiting": ("waiting", ORANGE),
+    "other": ("other", PALE),
+}  # fmt: skip
+"""What wall time goes to -> the field of Goodput, the color."""
+
+Rows = dict[str, dict[str, dict[str, Any]]]
+"""A line of a plot of scores -> the subjects in it -> metric."""
+
+
+def picture(name: str, alt: str, draw: Callable[[], Figure], caption: str = "") -> dict[str, Any]:
+    """Draw a plot: its name, texts and the bytes of its PNG."""
+    png = io.BytesIO()
+    with plt.style.context(STYLE):
+        figure = draw()
+        figure.savefig(png, format="png")
+        plt.close(figure)
+    return {"name": name, "alt": alt, "caption": caption, "png": png.getvalue()}
+
+
+def smooth(values: np.ndarray) -> tuple[np.ndarray, int]:
+    """Average over a fortieth of the values, centered; what is not finite counts for nothing.
+
+    Returns:
+        The means, NaN where a window holds none; and the window, in values.
+    """
+    width = len(values) // 40 | 1
+    finite = np.isfinite(values)
+    columns = (np.where(finite, values, 0.0), finite.astype(float))
+    sums = (np.cumsum(np.pad(column, (width // 2 + 1, width // 2))) for column in columns)
+    total, count = (passed[width:] - passed[:-width] for passed in sums)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan), width
+
+
+def label(name: str) -> str:
+    """Return a name as a legend takes it: short, not hidden for its leading underscore."""
+    name = visible(name)
+    short = name if len(name) <= 32 else f"{name[:15]}…{name[-16:]}"
+    return f" {short}" if short.startswith("_") else short
+
+
+def _line(i: int) -> dict[str, Any]:
+    """Color and line style of the i-th run."""
+    return {"color": f"C{i % 6}", "ls": ("-", "--", ":", "-.")[i // 6 % 4]}
+
+
+def curves(runs: list[Run]) -> Figure:
+    """Draw loss above, tokens a second below, over steps, with restarts."""
+    alone, size = len(runs) == 1, (8.5, 5.4 + 0.3 * (len(runs) // 3))
+    figure, (loss, speed) = plt.subplots(2, sharex=True, figsize=size, height_ratios=(2.3, 1))
+    seen = []
+    for i, run in enumerate(runs):
+        seen += _loss(loss, run, i, alone)
+        x, y = run.columns["step"], smooth(run.columns["tokens_per_second"])[0]
+        speed.plot(x, y, **_line(i), lw=1.6, marker="o" if len(x) < 3 else "")
+    if alone:
+        _restarts(loss, speed, runs[0])
+    low, high = min(seen, default=0), max(seen, default=0)
+    if high > 3 * low > 0:  # a steep beginning would flatten all that follows
+        loss.set_yscale("log")
+        loss.yaxis.set_major_locator(LogLocator(10, (1, 1.5, 2, 3, 5, 7)))
+        loss.yaxis.set_major_formatter("{x:g}")
+        loss.yaxis.set_minor_formatter(NullFormatter())
+        loss.set_ylim(low / 1.1, high * 1.1)
+    elif high > low:
+        loss.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
+    loss.set(ylabel="loss (nats a token)", title="Loss" if alone else "Loss of each run")
+    speed.set(ylabel="tokens/s", xlabel="step", title="Speed")
+    speed.set_ylim(bottom=0)
+    figure.legend(*loss.get_legend_handles_labels(), loc="outside lower left", ncols=3)
+    return figure
+
+
+def _loss(axes: Axes, run: Run, i: int, alone: bool) -> list[float]:
+    """Draw a run's losses; return values that must be seen."""
+    steps, losses = run.columns["step"], run.columns["loss"]
+    means, width = smooth(losses)
+    line, name, ticks = _line(i), label(run.name), [e["step"] for e in run.starts[1:]]
+    each = losses[np.isfinite(losses)]
+    if alone:
+        name, ticks = f"training, mean of {width} steps" if width > 1 else "training", []
+        text = "training, each" if width > 1 else None
+        axes.plot(
+            steps[np.isfinite(losses)], each, color=line["color"], lw=0.8, alpha=0.3, label=text
+        )
+    axes.plot(steps, means, **line, lw=2, label=name, marker="o" if len(steps) == 1 else "")
+    axes.plot(ticks, np.interp(ticks, steps, means), "|", color=INK, ms=11, mew=1.6)
+    if run.held_out:
+        own: dict[str, Any] = (
+            {"color": ORANGE, "label": "held out"} if alone else {**line, "ls": ""}
+        )
+        mark: dict[str, Any] = {
+            "marker": "o",
+            "ms": 5,
+            "mec": INK,
+            "markevery": 1 + len(run.held_out) // 60,
+        }
+        axes.plot(*zip(*run.held_out, strict=True), **own, **mark, lw=1.4, mew=0.6)
+    if alone and run.skipped:
+        at, text = axes.get_xaxis_transform(), f"skipped, not finite ({len(run.skipped):,})"
+        low = np.full(len(run.skipped), 0.02)
+        axes.plot(run.skipped, low, "x", color=ORANGE, ms=6, transform=at, label=text)
+    edges = np.quantile(each, (0.005, 0.995)) if alone and len(each) else ()
+    seen = (*means, *edges, *(loss for _, loss in run.held_out))
+    return [float(value) for value in seen if np.isfinite(value)]
+
+
+def _restarts(loss: Axes, speed: Axes, run: Run) -> None:
+    """A line at each restart; of a few, with the number of ranks where it changed."""
+    for before, event in pairwise(run.starts[:200]):
+        at, ranks = event["step"] + 0.5, (before["world_size"], event["world_size"])
+        text = f"restart ({len(run.starts) - 1})" if before is run.starts[0] else None
+        for axes in (loss, speed):
+            axes.axvline(at, color=INK, ls=(0, (4, 3)), lw=1, alpha=0.7, label=text)
+        if len(run.starts) < 7 and len(set(ranks)) == 2:
+            where = loss.get_xaxis_transform()
+            loss.text(at, 1, " {} → {} ranks".format(*ranks), transform=where, va="top", size=10)
+
+
+def rates(runs: list[Run]) -> Figure:
+    """Draw learning rate and gradient norm, small."""
+    figure, both = plt.subplots(1, 2, figsize=(8.5, 2.5))
+    names = {"lr": "Learning rate", "grad_norm": "Gradient norm, before clipping"}
+    for axes, (key, title) in zip(both, names.items(), strict=True):
+        for i, run in enumerate(runs):
+            axes.plot(run.columns["step"], run.columns[key], **_line(i), lw=1.4)
+        axes.yaxis.set_major_formatter("{x:.4g}")
+        axes.set(xlabel="step", title=title)
+    norms = [v for run in runs for v in run.columns["grad_norm"] if v > 0]
+    if norms and max(norms) > 20 * min(norms):
+        both[1].set_yscale("log")
+    return figure
+
+
+def wall_time(runs: dict[str, Goodput]) -> Figure:
+    """Draw a stacked bar a run: shares of its wall time."""
+    spent, alone = list(runs.values()), len(runs) == 1
+    walls, left = np.array([one.wall for one in spent]), np.zeros(len(spent))
+    figure, axes = plt.subplots(figsize=(8.5, 1.9 + 0.45 * len(spent)))
+    for name, (key, color) in SHARES.items():
+        took = np.array([getattr(one, key) for one in spent])
+        shares = 100 * took / walls
+        text = f"{name} {duration(took[0])}" if alone else name
+        bars = axes.barh(range(len(spent)), shares, 0.62, left, color=color, label=text)
+        written = [f"{share:.0f}%" if share > 6 else "" for share in shares]
+        ink = INK if color == PALE else "white"
+        axes.bar_label(bars, written, label_type="center", color=ink, fontweight="bold")
+        left += shares
+    names = [f"{label(name)}\n{duration(one.wall)}" for name, one in runs.items()]
+    axes.set_yticks(range(len(spent)), [""] if alone else names)
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    axes.set(xlim=(0, 100), xlabel="% of wall time", title="Where the wall time went")
+    figure.legend(loc="outside lower left", ncols=3 if alone else 4)
+    return figure
+
+
+def intervals(title: str, rows: Rows) -> Figure:
+    """Draw points with their 95 % intervals: a line for each of ``rows``, a color a subject."""
+    subjects = list(dict.fromkeys(which for row in rows.values() for which in row))
+    looks = {"base": (GRAY, "o"), "tuned": (BLUE, "s"), "merged": (YELLOW, "D")}
+    figure, axes = plt.subplots(figsize=(8.5, 1.7 + 0.16 * len(rows) * (1 + len(subjects))))
+    as_share = all(metric["share"] for row in rows.values() for metric in row.values())
+    scale = 100 if as_share else 1
+    for spot, which in enumerate(subjects):
+        shift = 0.5 * (spot - (len(subjects) - 1) / 2) / max(1, len(subjects) - 1)
+        metrics = {i + shift: row[which] for i, row in enumerate(rows.values()) if which in row}
+        values = scale * np.array([metric["value"] for metric in metrics.values()])
+        ends = scale * np.array([metric["ci95"] for metric in metrics.values()]).T
+        (color, mark), bars, at = looks[which], np.abs(ends - values), list(metrics)
+        axes.errorbar(values, at, xerr=bars, fmt=mark, color=color, ms=7, lw=2.2, label=which)
+        for (place, metric), high in zip(metrics.items(), ends[1], strict=True):
+            axes.text(high, place, f"  {scores.shown(metric)}", va="center", size=10)
+    axes.set_yticks(range(len(rows)), list(map(label, rows)))
+    axes.margins(x=0.12)
+    axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="%" if as_share else "points", title=title)
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x")
+    figure.legend(loc="outside lower left", ncols=4)
+    return figure

@@ -1,0 +1,88 @@
+"""The report of runs, written as HTML and as Markdown by one template: facts and plots from here,
+words from there.
+
+What the template writes of a text is escaped unless it is marked, and control characters are made
+visible.
+"""
+
+import base64
+import re
+import time
+from functools import partial
+from html import escape
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from scalepeft.analysis.report import figures, provenance, scores
+from scalepeft.analysis.report.examples import examples
+from scalepeft.analysis.report.load import Run, same_rows
+from scalepeft.core.text import duration, visible
+from scalepeft.eval.scores import between, shown
+
+
+def context(runs: list[Run]) -> dict[str, Any]:
+    """Return what the template writes: the runs, and what is drawn and chosen of them."""
+    tasks = scores.tasks(runs)
+    plots = [(f"scores-{task['name']}", task["title"], task["plot"], "") for task in tasks]
+    trained = [run for run in runs if run.metrics]
+    if trained:
+        note = "Dashed lines: the run was stopped or killed and resumed."
+        note = note if len(runs) == 1 else "Dots: held-out loss. Ticks: restarts."
+        alt = "loss and tokens a second over steps"
+        plots.append(("curves", alt, partial(figures.curves, trained), note))
+        alt = "learning rate and gradient norm"
+        plots.append(("rates", alt, partial(figures.rates, trained), ""))
+    if known := {run.name: run.goodput for run in runs if run.goodput}:
+        plots.append(("goodput", "shares of wall time", partial(figures.wall_time, known), ""))
+    return {
+        "runs": runs,
+        "when": time.strftime("%Y-%m-%d %H:%M %Z"),
+        "pictures": {name: figures.picture(name, *plot) for name, *plot in plots},
+        "tasks": tasks,
+        "same_rows": len(trained) < 2 or same_rows(trained),
+        "settings": provenance.settings(runs),
+        "examples": examples(runs),
+    }
+
+
+def render(context: dict[str, Any], form: str) -> str:
+    """Return the report as one ``html`` file without script and network, or as ``markdown`` with
+    its plots as PNGs beside it.
+    """
+    text = {"html": visible, "markdown": line}[form]
+    environment = Environment(
+        loader=PackageLoader("scalepeft.analysis.report"),
+        extensions=["jinja2.ext.do"],
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: value if isinstance(value, Markup) else text(str(value)),
+    )
+    dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
+    filters = {"fenced": fenced, "base64": _base64, "duration": duration, "yaml": dump}
+    environment.filters.update(filters, shown=shown, between=between)
+    environment.globals.update(scores=scores, provenance=provenance, shares=figures.SHARES)
+    return environment.get_template("report.j2").render(context, form=f"{form}.j2").strip() + "\n"
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+def line(value: str) -> Markup:
+    """Return any text as one line of Markdown: neither markup nor HTML."""
+    text = escape(" ".join(visible(value).split()), quote=False)
+    text = re.sub(r"([\\`*_{}\[\]|~$#])", r"\\\1", text)
+    return Markup(re.sub(r"^(\d*)([-+.)])(?= )", r"\1\\\2", text))
+
+
+def fenced(value: str) -> Markup:
+    """Return text between fences that are longer than any within it."""
+    text = visible(value)
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return Markup(f"{fence}text\n{text}\n{fence}")
