@@ -118,9 +118,7 @@ def _line(options: dict[str, str], without: Collection[str] = ()) -> str:
 
 
 def gpu_of(header: dict[str, str]) -> tuple[gpus.Gpu | None, str]:
-    """The GPU that the type in ``--gpus-per-node=h100:8`` or ``--gres=gpu:h100:8`` names, if it is
-    one that is known; and the options that have a type.
-    """
+    """The known GPU that ``--gres=gpu:h100:8`` or the like names, and the options with a type."""
     typed = {}
     for key, prefix in GPU_OPTIONS.items():
         for item in header.get(key, "").split(","):
@@ -165,13 +163,8 @@ def warning_seconds(header: dict[str, str]) -> int | None:
 
 
 def render(lines: list[str], job: Job, options: dict[str, str], folder: Path) -> str:
-    """The job file with more ``#SBATCH`` lines, its last line replaced by what is resolved.
-
-    Args:
-        lines: of the job file.
-        job: which one of the submission.
-        options: laid over those of the job file.
-        folder: of the submission.
+    """The job file with ``options`` as more ``#SBATCH`` lines, its last line replaced by what is
+    resolved: the job's targets, and the code in the submission's ``folder``.
     """
     if not job.gpus:
         lines = [_line(_words_in(x), NOT_ALONE) if x.startswith("#SBATCH") else x for x in lines]
