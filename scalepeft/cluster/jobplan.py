@@ -11,12 +11,7 @@ from scalepeft.models import dimensions
 
 
 def check(configs: list[RunConfig], header: dict[str, str], name: str | None) -> None:
-    """Plan each kind of run once and say whether it fits.
-
-    Args:
-        configs: of the runs.
-        header: sbatch options of the job.
-        name: of a GPU; None to take it from ``header``.
+    """Plan each kind of run once and say whether it fits the GPU ``name``, or that of ``header``.
 
     Raises:
         UserError: the tensors alone do not fit, or ``--signal`` leaves less than a step and a save.

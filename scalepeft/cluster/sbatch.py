@@ -55,13 +55,13 @@ def read(job_file: str) -> list[str]:
         raise UserError(
             f"{job_file}: {reason}; name a job file, e.g. slurm/hoft_llama70b.sh"
         ) from None
-    found = SOURCES.search(text)
-    if not text.startswith("#!") or not found:
+    source = SOURCES.search(text)
+    if not text.startswith("#!") or not source:
         raise UserError(
             f"{job_file}: not a job file: it must begin with #! and end with"
             ' source "${SCALEPEFT_ROOT:-$SLURM_SUBMIT_DIR}/slurm/train.sh" "$@"'
         )
-    lines = text[: found.start()].splitlines()
+    lines = text[: source.start()].splitlines()
     for number, line in enumerate(lines, 1):
         if line.startswith("#SBATCH") and number > _first_command(lines):
             raise UserError(
@@ -78,15 +78,15 @@ def _first_command(lines: list[str]) -> int:
 
 def words_of(options: Iterable[str]) -> dict[str, str]:
     """sbatch options by their long names: ``--nodes=2``, ``--nodes 2``, ``-N 2`` and ``-N2``."""
-    found: dict[str, str] = {}
+    words: dict[str, str] = {}
     last = ""
     for word in options:
         if option := re.match(r"(--[^=]+|-.)=?\s*(.*)", word):
             last = LONG.get(option[1], option[1])
-            found[last] = option[2].rstrip()
+            words[last] = option[2].rstrip()
         elif last:
-            found[last] = word
-    return found
+            words[last] = word
+    return words
 
 
 def over(options: Iterable[str]) -> dict[str, str]:
@@ -118,9 +118,7 @@ def _line(options: dict[str, str], without: Collection[str] = ()) -> str:
 
 
 def gpu_of(header: dict[str, str]) -> tuple[gpus.Gpu | None, str]:
-    """The GPU that the type in ``--gpus-per-node=h100:8`` or ``--gres=gpu:h100:8`` names, if it is
-    one that is known; and the options that have a type.
-    """
+    """The known GPU that ``--gres=gpu:h100:8`` or the like names, and the options with a type."""
     typed = {}
     for key, prefix in GPU_OPTIONS.items():
         for item in header.get(key, "").split(","):
@@ -165,13 +163,8 @@ def warning_seconds(header: dict[str, str]) -> int | None:
 
 
 def render(lines: list[str], job: Job, options: dict[str, str], folder: Path) -> str:
-    """The job file with more ``#SBATCH`` lines, its last line replaced by what is resolved.
-
-    Args:
-        lines: of the job file.
-        job: which one of the submission.
-        options: laid over those of the job file.
-        folder: of the submission.
+    """The job file with ``options`` as more ``#SBATCH`` lines, its last line replaced by what is
+    resolved: the job's targets, and the code in the submission's ``folder``.
     """
     if not job.gpus:
         lines = [_line(_words_in(x), NOT_ALONE) if x.startswith("#SBATCH") else x for x in lines]

@@ -26,15 +26,15 @@ def run(run_dirs: list[str], as_json: bool) -> None:
         UserError: a folder that holds neither a run nor a submission, once the others are shown.
     """
     runs = {name: _runs(Path(name)) for name in run_dirs}
-    found = [
+    stands = [
         comparison(folder) if (folder / COMPARISON).is_file() else status(folder)
         for folders in runs.values()
         for folder in folders
     ]
     if as_json:
-        print(json.dumps(found, indent=1))
-    elif found:
-        print("\n\n".join("\n".join(_lines(one)) for one in found))
+        print(json.dumps(stands, indent=1))
+    elif stands:
+        print("\n\n".join("\n".join(_lines(one)) for one in stands))
     if wrong := [name for name, folders in runs.items() if not folders]:
         raise UserError(
             f"{', '.join(wrong)}: no events.jsonl and no submission in it; name the run_dir of a"
@@ -46,11 +46,11 @@ def _runs(folder: Path) -> list[Path]:
     """The run or comparison, or the runs of a sweep, those that have not begun yet too."""
     if any((folder / name).is_file() for name in ("events.jsonl", COMPARISON)):
         return [folder]
-    found = {p.parent for p in folder.glob("*/events.jsonl")}
+    run_dirs = {p.parent for p in folder.glob("*/events.jsonl")}
     for file in folder.glob("submissions/*/configs/*.yaml"):
-        run_dir = Path(read_mapping(file, yaml.safe_load, "submit again").get("run_dir", "")).name
-        found.add(folder if run_dir == folder.name else folder / run_dir)
-    return sorted(found)
+        name = Path(read_mapping(file, yaml.safe_load, "submit again").get("run_dir", "")).name
+        run_dirs.add(folder if name == folder.name else folder / name)
+    return sorted(run_dirs)
 
 
 def comparison(folder: Path) -> dict[str, Any]:
@@ -69,11 +69,10 @@ def comparison(folder: Path) -> dict[str, Any]:
     runner = Runner(folder, Design.read(folder / COMPARISON), StopFlag())
     cells = [*sweep(runner.design), *reported(runner.design)]
     states = Counter(runner.result(cell)["state"] for cell in cells)
-    states["left"] = states.pop("missing", 0)
     begun = {file.parent for file in folder.glob("cells/*/*/*.begun.json")}
     alive = [r for r in begun if (r / "events.jsonl").is_file() and _runs_now(status(r))]
-    states["running"] = min(len(alive), states["left"])
-    states["left"] -= states["running"]
+    states["running"] = min(len(alive), states["missing"])
+    states["left"] = states["missing"] - states["running"]
     jobs = {
         step: {"job": job, "states": dict(Counter(map(_word, _ask_all(job))))}
         for step, job in _newest_jobs(folder).items()

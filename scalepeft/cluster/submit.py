@@ -138,7 +138,7 @@ def run(options: Options) -> None:
         if design is not None:
             compare.keep(base_dir, design)  # the jobs read it there
         # A cell that failed is a row of the table and no reason to leave it out.
-        after = "afterany" if design else "aftercorr" if len(configs) > 1 else "afterok"
+        after = "afterany" if design else "aftercorr" if options.sweep else "afterok"
         _queue(folder, jobs, after)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
@@ -172,7 +172,7 @@ def _laid_over(
         over = {k: v for k, v in over.items() if k not in sbatch.NOT_ALONE}
         over |= sbatch.ALONE | sbatch.over(options.cpu_sbatch)
     ours = {"--chdir": str(Path.cwd())}
-    if array := len(job.targets) > 1:
+    if array := bool(options.sweep or (options.compare and job.gpus)):
         throttle = f"%{options.throttle}" if options.throttle else ""
         ours["--array"] = f"0-{len(job.targets) - 1}{throttle}"
     run_name = folder.parent.parent.name + ("" if name == "train" else f"-{name}")
@@ -185,8 +185,8 @@ def _describe(job_file: str, root: Path) -> tuple[str | None, list[str]]:
     environment = dict.fromkeys(NODE_VARIABLES, ON_A_NODE)
     environment |= {"SCALEPEFT_DESCRIBE": "1", "SCALEPEFT_ROOT": str(root)}
     done = sbatch.call(["bash", job_file], env={**os.environ, **environment})
-    _, found, words = done.stdout.partition("\0")
-    if done.returncode or not found:
+    _, reached, words = done.stdout.partition("\0")
+    if done.returncode or not reached:
         raise UserError(f"{job_file}: {done.stderr.strip() or 'did not reach slurm/train.sh'}")
     command_name, *settings = words.split("\0")[:-1]
     for word in settings:
@@ -215,7 +215,7 @@ def _configs(
         if key in axes or len(set(parts)) < len(parts):
             raise UserError(f"--sweep {axis}: the same run appears twice")
         axes[key] = [f"{key}={value}" for value in parts]
-    found, notes, base_dir = [], set(), Path()
+    configs, notes, base_dir = [], set(), Path()
     for chosen in itertools.product(*axes.values()):
         # A whole section goes first: keys of the command line are laid over it in every run.
         sections = [c for c in chosen if "." not in c.partition("=")[0]]
@@ -223,11 +223,11 @@ def _configs(
         one, said = config_files.load(path, [*settings, *sections, *options.settings, *keys])
         notes |= set(said)
         base_dir = Path(one.run_dir)
-        own = base_dir / ",".join(chosen).replace("/", "_")
-        found.append(replace(one, run_dir=str(own)))
+        run_dir = base_dir / ",".join(chosen).replace("/", "_")
+        configs.append(replace(one, run_dir=str(run_dir)))
     for note in sorted(notes):
         say(note)
-    return found, base_dir
+    return configs, base_dir
 
 
 def _design(
