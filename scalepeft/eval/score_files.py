@@ -14,7 +14,7 @@ from scalepeft.core.errors import UserError
 from scalepeft.core.fields import Decides, marks_of
 from scalepeft.core.log import say
 from scalepeft.data.bitext import lines_of
-from scalepeft.data.rows import PAIR, absent, check_utf8, one_line, read_rows, read_text, text_field
+from scalepeft.data.rows import PAIR, BrokenRow, absent, check_utf8, one_line, read_rows, read_text
 from scalepeft.data.tasks.base import Example
 from scalepeft.eval import scores
 
@@ -26,18 +26,8 @@ KEYS = (
 
 @dataclass(frozen=True)
 class Options:
-    """What ``scalepeft score`` was asked for.
-
-    Attributes:
-        task: a file of ``scalepeft/tasks``.
-        predictions: a text file, line i for row i of the references, or json (lines), each a text
-            or an object; objects that all have an ``id`` of the references go by it.
-        references: rows of the task, or text lines where the task takes them.
-        sources: source text lines of a translation, line i for line i of the references.
-        settings: ``data.KEY=VALUE``.
-        key: which key of the predictions' objects holds the text.
-        out: folder for scores.json and scored.jsonl.
-        json: print scores.json instead of a table.
+    """What ``scalepeft score`` was asked for, as its --help names it. Lines of text files go with the
+    rows of the references by their order, JSON objects with an ``id`` of the references by that.
     """
 
     task: str
@@ -124,9 +114,8 @@ def read(file: str, key: str | None) -> list[Prediction]:
 
 def _is_json(file: str, text: str) -> bool:
     """A text may begin with a quote or a bracket too: the file name or the lines decide."""
-    if Path(file).name.removesuffix(".gz").endswith((".json", ".jsonl")):
-        return True
-    if re.match(r'\s*(\[\s*["\[{\]]|\{\s*["}])', text):
+    named = Path(file).name.removesuffix(".gz").endswith((".json", ".jsonl"))
+    if named or re.match(r'\s*(\[\s*["\[{\]]|\{\s*["}])', text):
         return True
     lines = (line.lstrip() for line in text.split("\n"))
     return bool(text.strip()) and all(line[:1] in ("", '"', "{") for line in lines)
@@ -136,7 +125,8 @@ def _prediction(row: Any, key: str | None, number: int) -> Prediction:
     if isinstance(row, str):
         row, key = {"text": row}, "text"
     elif not isinstance(row, dict):
-        text_field(row, "text")  # raises: a row of what it is
+        wrong = f"must be a text or an object, not {type(row).__name__}"
+        raise UserError(row.reason if isinstance(row, BrokenRow) else wrong)
     used = key or next((k for k in KEYS if k in row), None)
     if used not in row:
         raise UserError(
