@@ -26,7 +26,7 @@ KEYS = (
 
 @dataclass(frozen=True)
 class Options:
-    """What ``scalepeft score`` was asked for, as its --help names it. Lines of text files go with the
+    """What ``scalepeft score`` was asked for, as its --help has it. Lines of text files go with the
     rows of the references by their order, JSON objects with an ``id`` of the references by that.
     """
 
