@@ -19,13 +19,14 @@ from scalepeft.config import changes
 from scalepeft.config.schema import EvaluateConfig, RunConfig, Subject, deviations, to_dict
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import Decides, deciding
+from scalepeft.core.files import writing
 from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping, tell_job
 from scalepeft.data.tasks.base import Example, Task
 from scalepeft.eval import comet, scores
 from scalepeft.eval.generation import Backend, Generator, Progress, batches, check
-from scalepeft.eval.predictions import Predictions
+from scalepeft.eval.predictions import AGAIN, Predictions
 from scalepeft.eval.target import EvalTarget
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.folder import load_run
@@ -213,13 +214,8 @@ def _write_scores(
         "task_version": task.version,
         "versions": {"scalepeft": __version__, **versions},
     }
-    try:
+    with writing(folder, f"all predictions are kept: {AGAIN}"):
         scores.write(folder, results, rows)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: the scores cannot be written: {error.strerror}; all predictions are kept:"
-            " make room and run the same command again"
-        ) from None
     if task.translates:
         comet.write(folder, rows)
     for line in scores.lines(results):

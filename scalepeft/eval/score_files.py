@@ -12,6 +12,7 @@ from scalepeft.config import files as config_files
 from scalepeft.config import schema as cfg
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import Decides, marks_of
+from scalepeft.core.files import writing
 from scalepeft.core.log import say
 from scalepeft.data.bitext import lines_of
 from scalepeft.data.rows import PAIR, BrokenRow, absent, check_utf8, one_line, read_rows, read_text
@@ -57,11 +58,9 @@ def run(options: Options) -> None:
     found = {**named, "protocol": config.data.protocol, **summary, **ended}
     if options.out is not None:
         folder = Path(options.out)
-        try:
+        with writing(f"--out {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             scores.write(folder, found, rows)
-        except OSError as error:
-            raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from None
     if options.json:
         print(json.dumps(found, indent=1))
         return
