@@ -6,7 +6,8 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,16 @@ def write_atomically(path: Path, text: str) -> None:
     fsync(temporary)
     temporary.replace(path)
     fsync(path.parent)
+
+
+@contextmanager
+def writing(what: object, remedy: str = "") -> Iterator[None]:
+    """Raise UserError "WHAT: cannot be written: REASON; REMEDY" for an ``OSError`` inside."""
+    try:
+        yield
+    except OSError as error:
+        more = f"; {remedy}" if remedy else ""
+        raise UserError(f"{what}: cannot be written: {error.strerror or error}{more}") from None
 
 
 def try_to_write(folder: Path) -> None:

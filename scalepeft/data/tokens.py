@@ -187,41 +187,34 @@ def prepare(
         UserError: bad files or rows, nothing left to train on, or token ids beyond the model's
             vocabulary.
     """
-    config, report = task.config, list[str]()
-    train = _split(task, "train", tokenizer, vocab_size, report)
-    has_valid = config.valid or (config.OWN_VALID and not config.valid_size)
-    valid = _split(task, "valid", tokenizer, vocab_size, report) if has_valid else None
-    if size := config.valid_size:
-        if size >= len(train):
+    config, report, sets = task.config, list[str](), dict[str, TokenSet]()
+    splits: tuple[Split, ...] = ("train",)
+    if config.valid or (config.OWN_VALID and not config.valid_size):
+        splits = ("train", "valid")
+    for split in splits:
+        sets[split] = tokens = cached_tokens(task.examples(split), tokenizer, config)
+        report += [*task.remarks(split), *cut_rows(tokens, config, split)]
+        if not len(tokens):
             raise UserError(
-                f"data.valid_size={size} leaves nothing of the {len(train)} training rows"
+                f"data.{split}: no row has a token to learn within data.cutoff={config.cutoff};"
+                " raise it"
             )
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+        if (largest := int(tokens.tokens.max())) >= vocab_size:
+            raise UserError(
+                f"model.tokenizer: makes token id {largest}, the model has {vocab_size} ids"
+                f" (0..{vocab_size - 1}): tokenizer and model do not belong together; set"
+                " model.tokenizer to the model's own"
+            )
+    train, valid = sets["train"], sets.get("valid")
+    if size := config.valid_size:
+        if size >= (rows := len(train)):
+            raise UserError(f"data.valid_size={size} leaves nothing of the {rows} training rows")
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
         valid = train.take(order[:size].sort().values)
         train = train.take(order[size:].sort().values)
     held_out = "" if valid is None else f", {len(valid)} held out"
     report.append(f"data: {len(train)} training rows{held_out}")
     return train, valid, report
-
-
-def _split(
-    task: Task, split: Split, tokenizer: Any, vocab_size: int, report: list[str]
-) -> TokenSet:
-    """A split's tokens; adds to ``report`` what was left out of them."""
-    config = task.config
-    tokens = cached_tokens(task.examples(split), tokenizer, config)
-    report += [*task.remarks(split), *cut_rows(tokens, config, split)]
-    if not len(tokens):
-        raise UserError(
-            f"data.{split}: no row has a token to learn within data.cutoff={config.cutoff};"
-            " raise it"
-        )
-    if (largest := int(tokens.tokens.max())) >= vocab_size:
-        raise UserError(
-            f"model.tokenizer: makes token id {largest}, the model has {vocab_size} ids: tokenizer"
-            " and model do not belong together; set model.tokenizer to the model's own"
-        )
-    return tokens
 
 
 def cut_rows(tokens: TokenSet, config: TaskConfig, split: str) -> list[str]:

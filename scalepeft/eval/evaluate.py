@@ -19,13 +19,14 @@ from scalepeft.config import changes
 from scalepeft.config.schema import EvaluateConfig, RunConfig, Subject, deviations, to_dict
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import Decides, deciding
+from scalepeft.core.files import writing
 from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping, tell_job
 from scalepeft.data.tasks.base import Example, Task
 from scalepeft.eval import comet, scores
 from scalepeft.eval.generation import Backend, Generator, Progress, batches, check
-from scalepeft.eval.predictions import Predictions
+from scalepeft.eval.predictions import AGAIN, Predictions
 from scalepeft.eval.target import EvalTarget
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.folder import load_run
@@ -91,12 +92,11 @@ def evaluate(config: RunConfig, task: Task, kind: Subject, ranks: Ranks, stop: S
     prompts = {e.id: e.prompt for e in examples}
     name = str(folder_of(config, kind).relative_to(config.run_dir))
     predictions = Predictions(Path(config.run_dir), name, settings, prompts, ranks)
-    left = [e for e in examples if e.id not in predictions.done]
-    if ranks.is_main and predictions.done:
-        say(f"{len(predictions.done)} predictions are there already, {len(left)} to go")
-    if left:
+    if ranks.is_main and (done := len(predictions.done)):
+        say(f"{done} predictions are there already, {len(examples) - done} to go")
+    if len(predictions.done) < len(examples):
         poll()
-        _generate(target, left, examples, predictions, poll)
+        _generate(target, examples, predictions, poll)
     ranks.run_on_main(lambda: _write_scores(target, task, examples, predictions))
     folder = predictions.path.parent
     if task.translates:  # in a process of its own, now that the model is let go
@@ -157,14 +157,11 @@ def _generator(target: EvalTarget, left: list[Example], ranks: Ranks, poll: Any)
 
 
 def _generate(
-    target: EvalTarget,
-    left: list[Example],
-    examples: list[Example],
-    predictions: Predictions,
-    poll: Callable[[], None],
+    target: EvalTarget, examples: list[Example], predictions: Predictions, poll: Callable[[], None]
 ) -> None:
     """Answers what is left, in the batches of an undisturbed evaluation of all examples."""
     ranks, done = predictions.ranks, set(predictions.done)
+    left = [e for e in examples if e.id not in done]
     generator = _generator(target, left, ranks, poll)
     lengths = generator.lengths([e.prompt for e in examples])
     size = target.config.evaluate.batch_size * ranks.world_size
@@ -176,14 +173,9 @@ def _generate(
         # A rank with nothing left generates for the first prompt once more: sharded forwards are
         # collectives.
         texts, cut = generator([e.prompt for e in mine or batch[:1]])
-        answered = zip(mine, texts, cut, strict=False)
-        predictions.append(
-            [
-                {"id": e.id, "prediction": text, "cut": c}
-                for e, text, c in answered
-                if e.id not in done  # of a batch that was torn
-            ]
-        )
+        answered = zip([e.id for e in mine], texts, cut, strict=False)
+        rows = [{"id": id_, "prediction": text, "cut": lost} for id_, text, lost in answered]
+        predictions.append([row for row in rows if row["id"] not in done])  # of a torn batch
         if ranks.is_main:
             progress.add(len(batch))
 
@@ -213,13 +205,8 @@ def _write_scores(
         "task_version": task.version,
         "versions": {"scalepeft": __version__, **versions},
     }
-    try:
+    with writing(folder, f"all predictions are kept: {AGAIN}"):
         scores.write(folder, results, rows)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: the scores cannot be written: {error.strerror}; all predictions are kept:"
-            " make room and run the same command again"
-        ) from None
     if task.translates:
         comet.write(folder, rows)
     for line in scores.lines(results):

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from scalepeft.core.errors import UserError
-from scalepeft.core.files import read_lines, write_atomically
+from scalepeft.core.files import read_lines, write_atomically, writing
 from scalepeft.core.log import say
 from scalepeft.core.preemption import tell_job
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.stage import set_aside
 
+AGAIN = "make room and run the same command again"
 INFORMATIVE = {"examples", "model", "batch"}
 """Settings that are recorded but change no prediction that is there: each row knows what it asks,
 and weights are known by their fingerprint."""
@@ -70,7 +71,7 @@ class Predictions:
 
     def _open(self) -> dict[str, dict[str, Any]]:
         folder = self.path.parent
-        try:
+        with writing(folder):
             if self.path.exists() and not self._is_ours():
                 target = set_aside(self.run_dir, [self.name])
                 say(f"{folder}: predictions of another adapter or other settings: kept in {target}")
@@ -86,8 +87,6 @@ class Predictions:
             text = _lines(stored)
             if self.path.exists() and text.encode() != self.path.read_bytes():
                 write_atomically(self.path, text)  # without what a kill left torn
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
         return {row["id"]: row for row in stored if row["id"] in self.asked}
 
     def _is_ours(self) -> bool:
@@ -100,16 +99,11 @@ class Predictions:
 
     def _write(self, batch: list[dict[str, Any]]) -> None:
         self.check_ours()
-        try:
-            with self.path.open("a", encoding="utf-8") as f:
-                f.write(_lines(batch))
-                f.flush()
-                os.fsync(f.fileno())
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be written: {error.strerror}; the {len(self.done)}"
-                " predictions before are kept: make room and run the same command again"
-            ) from None
+        kept = f"the {len(self.done)} predictions before are kept: {AGAIN}"
+        with writing(self.path, kept), self.path.open("a", encoding="utf-8") as f:
+            f.write(_lines(batch))
+            f.flush()
+            os.fsync(f.fileno())
         tell_job("progress", f"{len(self.done) + len(batch)} predictions")
 
 

@@ -12,9 +12,10 @@ from scalepeft.config import files as config_files
 from scalepeft.config import schema as cfg
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import Decides, marks_of
+from scalepeft.core.files import writing
 from scalepeft.core.log import say
 from scalepeft.data.bitext import lines_of
-from scalepeft.data.rows import PAIR, absent, check_utf8, one_line, read_rows, read_text, text_field
+from scalepeft.data.rows import PAIR, BrokenRow, absent, check_utf8, one_line, read_rows, read_text
 from scalepeft.data.tasks.base import Example
 from scalepeft.eval import scores
 
@@ -67,11 +68,9 @@ def run(options: Options) -> None:
     found = {**named, "protocol": config.data.protocol, **summary, **ended}
     if options.out is not None:
         folder = Path(options.out)
-        try:
+        with writing(f"--out {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             scores.write(folder, found, rows)
-        except OSError as error:
-            raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from None
     if options.json:
         print(json.dumps(found, indent=1))
         return
@@ -124,9 +123,8 @@ def read(file: str, key: str | None) -> list[Prediction]:
 
 def _is_json(file: str, text: str) -> bool:
     """A text may begin with a quote or a bracket too: the file name or the lines decide."""
-    if Path(file).name.removesuffix(".gz").endswith((".json", ".jsonl")):
-        return True
-    if re.match(r'\s*(\[\s*["\[{\]]|\{\s*["}])', text):
+    named = Path(file).name.removesuffix(".gz").endswith((".json", ".jsonl"))
+    if named or re.match(r'\s*(\[\s*["\[{\]]|\{\s*["}])', text):
         return True
     lines = (line.lstrip() for line in text.split("\n"))
     return bool(text.strip()) and all(line[:1] in ("", '"', "{") for line in lines)
@@ -136,7 +134,8 @@ def _prediction(row: Any, key: str | None, number: int) -> Prediction:
     if isinstance(row, str):
         row, key = {"text": row}, "text"
     elif not isinstance(row, dict):
-        text_field(row, "text")  # raises: a row of what it is
+        wrong = f"must be a text or an object, not {type(row).__name__}"
+        raise UserError(row.reason if isinstance(row, BrokenRow) else wrong)
     used = key or next((k for k in KEYS if k in row), None)
     if used not in row:
         raise UserError(

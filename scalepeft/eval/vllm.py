@@ -1,8 +1,7 @@
 """vLLM generates (``evaluate.backend=vllm``): merged checkpoints, bases, adapters that are a LoRA.
 
 Written against the interface of vLLM 0.33 (``LLM.generate``, ``LLM.beam_search``, ``LoRARequest``)
-as its source shows it, and tested against a stand-in of the same calls: it has NOT been run with
-vLLM itself. Compare some predictions with ``evaluate.backend=hf`` before numbers are reported.
+as its source shows it, and tested against a stand-in of the same calls, NOT with vLLM itself.
 
 Greedy answers are those of ``hf`` up to ties that other kernels decide otherwise. The beam search
 is vLLM's own: it ranks hypotheses by the same score, and ends its search by another rule.

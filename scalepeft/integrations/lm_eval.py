@@ -3,9 +3,8 @@
     python -m scalepeft.integrations.lm_eval run --model scalepeft \
         --model_args run_dir=RUN,subject=adapter --tasks arc_easy,hellaswag --batch_size 16
 
-Everything after the module's name is lm-eval's own command line. lm-eval looks for no plug-ins, so
-that a plain ``lm-eval`` does not know the model. Its tasks are a second view: most of them compare
-likelihoods, so that the numbers are not those of ``scalepeft evaluate`` on the same data.
+What follows the module's name is lm-eval's own command line; it looks for no plug-ins, so a plain
+``lm-eval`` does not know the model. docs/evaluation.md says how its numbers differ from ours.
 """
 
 import gc
@@ -49,8 +48,7 @@ class ScalepeftLM(HFLM):
     Args:
         run_dir: the run.
         subject: ``adapter``, ``merged`` (the checkpoint in ``RUN_DIR/merged``) or ``base``.
-        device: ``cpu`` or ``cuda`` in place of the run's ``engine.device``; ``cuda:0``, which
-            lm-eval sends when nothing is said, leaves the run's.
+        device: in place of the run's ``engine.device``; ``cuda:0``, lm-eval's default, leaves that.
         more: settings of the run that ``scalepeft evaluate`` takes too (``model.path=FOLDER``), and
             of lm-eval's own model (``batch_size``, ``max_length``).
 

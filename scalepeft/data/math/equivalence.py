@@ -65,12 +65,9 @@ class EquivalenceServer:
     def _start(self) -> subprocess.Popen[bytes]:
         check_installed()
         self._process = process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            bufsize=0,
-        )
+            [sys.executable, "-m", __name__], bufsize=0,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
         self._end = weakref.finalize(self, _end, process)
         assert process.stdout
         if _line(process.stdout, START) != b"ready\n":

@@ -184,7 +184,7 @@ class Task:
                     example = self._example(row, f"{label}#{number}", split)
                     if example.id in ids:
                         raise UserError(f"id {example.id} stood in row {ids[example.id]} already")
-                except UserError as error:
+                except (UserError, RecursionError) as error:  # nested too deep to be shown
                     reason = one_line(str(error))
                     self._leave_out(f"{source}, row {number}: {reason}", "repair it")
                     continue

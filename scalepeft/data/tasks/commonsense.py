@@ -77,9 +77,8 @@ class Commonsense(Task):
             raise UserError(
                 f"'output' says {found[0] if found else 'none of the answers'}, 'answer' {answer}"
             )
-        return self.filled(
-            row_id, self.template(split), values, {}, answer=answer, question=instruction
-        )
+        meta = {"answer": answer, "question": instruction}
+        return self.filled(row_id, self.template(split), values, {}, **meta)
 
     def score(self, prediction: str, example: Example) -> Score:
         """Takes the first answer word of the question's kind; the comparison is exact."""

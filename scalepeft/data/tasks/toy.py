@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, Decides
-from scalepeft.data.tasks.base import Example, Protocol, Split
+from scalepeft.data.tasks.base import SPLITS, Example, Protocol, Split
 from scalepeft.data.tasks.commonsense import Commonsense, CommonsenseConfig, original
 
 LISTED = (
@@ -84,7 +84,7 @@ class Toy(Commonsense):
 
     def __init__(self, config: ToyConfig) -> None:
         super().__init__(config)
-        for split in ("train", "valid", "test"):
+        for split in SPLITS:
             if files := getattr(config, split):
                 raise UserError(
                     f"data.{split}={','.join(files)}: data.name=toy makes its own rows; take "
@@ -104,11 +104,8 @@ class Toy(Commonsense):
 
 
 def corpus(rng: random.Random, lines: int) -> list[str]:
-    """Plain text of the toy world to pretrain the built-in model on: facts, and questions answered
-    at random.
-
-    The random answers teach the form of an answer and nothing about which one is right: the base
-    scores chance.
+    """Plain text of the toy world to pretrain the built-in model on: facts, and questions whose
+    random answers teach the form of an answer alone, so that the base scores chance.
     """
     text = []
     for _ in range(lines):

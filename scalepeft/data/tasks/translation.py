@@ -70,17 +70,13 @@ class TranslationConfig(TaskConfig):
             if not getattr(self, f"{side}_language"):
                 raise UserError(f"{side}_language is not set, e.g. data.{side}_language=de")
             self.name_of(side)
-        if self.source_language == self.target_language:
-            raise UserError(
-                f"source_language={self.source_language}: is the target language as well"
-            )
+        if (code := self.source_language) == self.target_language:
+            raise UserError(f"source_language={code}: is the target language as well")
 
     def name_of(self, side: str) -> str:
         """A language's name in the prompt. Raises UserError: none is set, and none known."""
-        name: str | None = getattr(self, f"{side}_name")
-        return (
-            name if name is not None else languages.name_of(getattr(self, f"{side}_language"), side)
-        )
+        code, name = getattr(self, f"{side}_language"), getattr(self, f"{side}_name")
+        return languages.name_of(code, side) if name is None else str(name)
 
 
 class Translation(Task):
@@ -115,10 +111,8 @@ class Translation(Task):
             raise UserError("the translation holds a line break; one is read up to its first")
         sides = {f"{side}_language": self.config.name_of(side) for side in ("source", "target")}
         template = self.template(split) if source else ""
-        told = {"question": source, "reference": target}
-        return self.filled(
-            row_id, template, {**sides, "source": source}, {"target": target}, **told
-        )
+        asked, meta = sides | {"source": source}, {"question": source, "reference": target}
+        return self.filled(row_id, template, asked, {"target": target}, **meta)
 
     def _pair(self, row: Any) -> tuple[str, str]:
         """Source and target text of a row."""
