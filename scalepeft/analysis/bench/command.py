@@ -64,10 +64,8 @@ class Options:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be 1 or more")
         if self.what == "model" and self.tokens % min(ROW, self.tokens):
-            raise UserError(
-                f"--tokens {self.tokens}: is cut into rows of {ROW}; take"
-                f" {self.tokens // ROW * ROW}, or {ROW} at most"
-            )
+            near = self.tokens // ROW * ROW
+            raise UserError(f"--tokens {self.tokens}: is cut into rows of {ROW}; take {near}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch sees no CUDA device here; take --device cpu")
         if importlib.util.find_spec("peft") is None:

@@ -86,8 +86,8 @@ def training(session: Session) -> dict[str, Any]:
 
 def _measure(session: Session, adapter: str, storage: str, ceiling: float) -> dict[str, Any]:
     trainer = _trainer(session, adapter, storage)
-    config, losses = trainer.config, list[float | None]()
-    rows, length = config.train.micro_batch, config.data.cutoff
+    losses: list[float | None] = []
+    rows, length = trainer.config.train.micro_batch, trainer.config.data.cutoff
     ids = torch.arange(rows * length).view(rows, length) * 7919 % 512
     batch = MicroBatch(ids, ids, torch.arange(rows))
     # As HF's Trainer runs PEFT.
@@ -104,8 +104,7 @@ def _measure(session: Session, adapter: str, storage: str, ceiling: float) -> di
     linear = [m for m in shapes.meta_model(_shape(session)).modules() if isinstance(m, nn.Linear)]
     rate = 4 * sum(m.weight.numel() for m in linear) * rows * length / ms / 1e9
     if None in losses:  # a step that was not finite is skipped
-        step_number = losses.index(None) + 1
-        raise FloatingPointError(f"loss or gradient was not finite in step {step_number}")
+        raise FloatingPointError(f"not finite: loss or gradient of step {losses.index(None) + 1}")
     return {
         "ms": ms, "tokens/s": 1e3 * rows * length / ms, "TFLOP/s": rate, "MFU": rate / ceiling,
         "peak GiB": peak, "first loss": losses[0], "last loss": losses[-1],
@@ -144,11 +143,10 @@ def plan(session: Session) -> dict[str, Any]:
 
 def _planned(session: Session, *row: str) -> dict[str, Any]:
     said = json.loads(session.call("plan", *_settings(session, *row), "--json"))
-    planned, peak = (
-        said["peak"]["total"] / GIB,
-        session.results["training"][" ".join(row)]["peak GiB"],
-    )
-    return {"planned GiB": planned, "measured GiB": peak, "ratio": planned / peak if peak else None}
+    planned = said["peak"]["total"] / GIB
+    peak = session.results["training"][" ".join(row)]["peak GiB"]
+    ratio = planned / peak if peak else None
+    return {"planned GiB": planned, "measured GiB": peak, "ratio": ratio}
 
 
 def generation(session: Session) -> dict[str, Any]:
