@@ -153,13 +153,10 @@ def _table(case: dict[str, Any]) -> list[str]:
     """Return a line for each entry, with why where one was left out."""
     rows = [["", *COLUMNS, "rounds", "x PEFT's neighbour"]]
     for r in case["entries"]:
-        near = {n.removeprefix("peft-"): x for n, x in r["x_neighbours"].items()}
         figures = [_figure(r[key], form) for key, form in COLUMNS.values()]
-        figures += [
-            str(len(r["times_ms"])),
-            ", ".join(f"{n} {_figure(x)}" for n, x in near.items()),
-        ]
-        rows.append([r["label"], *([f"n/a  {r['reason']}"] if r["reason"] else figures)])
+        near = [f"{n.removeprefix('peft-')} {_figure(x)}" for n, x in r["x_neighbours"].items()]
+        measured = [*figures, str(len(r["times_ms"])), ", ".join(near)]
+        rows.append([r["label"], *([f"n/a  {r['reason']}"] if r["reason"] else measured)])
     noise = f"noise (interquartile range of base's times) {case['noise']:.1%}"
     return ["", f"{case['title']}; {noise}", *table(rows, indent="")]
 
@@ -175,23 +172,21 @@ def _plot(result: dict[str, Any], target: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    count = len(result["cases"])
-    height = 2 + 0.25 * sum(len(case["entries"]) for case in result["cases"])
-    figure, axes = plt.subplots(
-        count, figsize=(8, height), dpi=120, squeeze=False, layout="constrained"
-    )
-    for axis, case in zip(axes[:, 0], result["cases"], strict=True):
+    cases = result["cases"]
+    height = 2 + 0.25 * sum(len(case["entries"]) for case in cases)
+    figure, axes = plt.subplots(len(cases), figsize=(8, height), dpi=120, squeeze=False)
+    for axis, case in zip(axes[:, 0], cases, strict=True):
         rows = [r for r in case["entries"] if r["times_ms"]]
         key = "x_base" if any(r["x_peft_lora"] is None for r in rows) else "x_peft_lora"
         rows.sort(key=lambda r: -r[key])
-        bars = axis.barh([r["label"] for r in rows], [r[key] for r in rows])
-        for bar, row in zip(bars, rows, strict=True):
-            bar.set_color(COLORS[row["family"]])
+        colors = [COLORS[r["family"]] for r in rows]
+        bars = axis.barh([r["label"] for r in rows], [r[key] for r in rows], color=colors)
         axis.bar_label(bars, fmt=" %.2f", fontsize=8)
         axis.axvline(1, color="black", lw=0.8)
         axis.set(xscale="log", title=case["title"], xlabel=f"time of a step, {key}")
         axis.margins(x=0.1)
-    colors = "blue: scalepeft, orange: HF PEFT, gray: the frozen base alone"
-    figure.suptitle(f"{_title(result)}\n{colors}".replace("; ", "\n"), fontsize=9)
+    legend = "blue: scalepeft, orange: HF PEFT, gray: the frozen base alone"
+    figure.suptitle(f"{_title(result)}\n{legend}".replace("; ", "\n"), fontsize=9)
+    figure.tight_layout()
     figure.savefig(target)
     plt.close(figure)

@@ -106,7 +106,7 @@ class Entry:
 
     def seconds(self, case: Case) -> float:
         """Return the time of a step, the device having finished."""
-        return timeit.timeit(partial(self.step, case), timer=timer, number=1)
+        return timeit.timeit(partial(self.step, case), gc.enable, timer, number=1)
 
     def ratio(self, other: "Entry | None") -> float | None:
         """Return the median of this entry's time over the other's in the rounds that both ran."""
