@@ -3,6 +3,7 @@
 import gc
 import timeit
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -60,9 +61,7 @@ class Entry:
             with warnings.catch_warnings(action="ignore"):
                 self._adapt(case)
                 weights = [*self.module.parameters(), *self.module.buffers()]
-                outputs, self.saved_bytes = saved_bytes(partial(self._forward, case), weights)
-                self._finish(case, outputs)
-                del outputs
+                self.saved_bytes = saved_bytes(partial(self.step, case), weights)
                 self.peak_bytes = peak_bytes(partial(self.step, case), case.x.device)
         except Exception as error:
             if self.family != "peft" and not isinstance(error, UserError):
@@ -90,19 +89,15 @@ class Entry:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
             return output(self.module, x)
 
-    def _forward(self, case: Case) -> list[Tensor]:
-        penalty = inject.penalty(self.module)
-        return [self._output(case.x), *([] if penalty is None else [penalty])]
-
-    def _finish(self, case: Case, outputs: list[Tensor]) -> None:
+    def step(self, case: Case, hooks: AbstractContextManager[Any] | None = None) -> None:
+        """Forward, within ``hooks``, then backward and optimizer."""
+        with hooks or nullcontext():
+            y, penalty = self._output(case.x), inject.penalty(self.module)
+        outputs = [y] if penalty is None else [y, penalty]
         torch.autograd.backward(outputs, [case.gradient, None][: len(outputs)])
         self.optimizer.step()
         self.optimizer.zero_grad()
         case.x.grad = None
-
-    def step(self, case: Case) -> None:
-        """Forward, backward, optimizer."""
-        self._finish(case, self._forward(case))
 
     def seconds(self, case: Case) -> float:
         """Return the time of a step, the device having finished."""
