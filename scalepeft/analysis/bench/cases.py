@@ -1,7 +1,6 @@
 """What a benchmark steps: a frozen base of random weights, its input, its output's gradient."""
 
 import copy
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +17,9 @@ ROW = 512  # tokens of a model's row, at most
 
 @dataclass
 class Case:
-    """What all entries share; the gradient is Gaussian, as the loss is the same for all.
+    """What all entries share; the gradient is Gaussian, as a loss would cost all the same.
 
     Attributes:
-        title: for tables.
         base: one linear layer under its name in an ``nn.Sequential``, or a causal LM.
         peft_base: the same weights as PEFT can read them.
         x: (1, tokens, in), or input embeddings (rows, length, hidden); takes a gradient.
@@ -50,12 +48,9 @@ def layer_sets(what: str, shape: str) -> list[list[Layer]]:
     layers = [
         (name.rsplit(".", 1)[-1], m.in_features, m.out_features)
         for block in structure.blocks_of(shapes.meta_model(shape))
-        for name, m in block.named_modules()
-        if isinstance(m, nn.Linear)
-    ]
-    distinct: dict[tuple[int, int], list[Layer]] = {}
-    for layer in layers:
-        distinct.setdefault(layer[1:], [layer])
+        for name, m in block.named_modules() if isinstance(m, nn.Linear)
+    ]  # fmt: skip
+    distinct = {layer[1:]: [layer] for layer in layers}
     return [layers] if what == "model" else list(distinct.values())
 
 
@@ -88,15 +83,15 @@ def make_case(
     shape: str | Layer, tokens: int, dtype: torch.dtype, device: torch.device, storage: str
 ) -> Case:
     """Return the case of a layer, or of a causal LM with rows of at most 512 tokens."""
+    model: Any = nn.Sequential()
     if isinstance(shape, str):
         model, length = shapes.meta_model(shape).train(), min(ROW, tokens)
         title = f"{len(structure.blocks_of(model))} blocks, rows of {length}"
         size = (tokens // length, length, model.config.hidden_size)
     else:
         name, width, out = shape
-        linear = nn.Linear(width, out, bias=False, device="meta")
-        model, size = nn.Sequential(OrderedDict([(name, linear)])), (1, tokens, width)
-        title = f"{name} {out} x {width}"
+        model.add_module(name, nn.Linear(width, out, bias=False, device="meta"))
+        title, size = f"{name} {out} x {width}", (1, tokens, width)
     base = peft_base = random_weights(model.to(dtype), quant.get_format(storage), device)
     if storage == "nf4":
         peft_base = on_bitsandbytes(shared_copy(base), dtype)

@@ -1,10 +1,10 @@
 """``scalepeft bench layer|model``: every method beside HF PEFT's and the frozen base alone.
 
-An entry is one method on a copy of the base that shares the base's weights; all take turns in one
-process. A step is forward, backward and AdamW. Inputs need a gradient everywhere (as they do in
-every block of a model but the first), so that all entries push the same gradient through the frozen
-layers. With nf4 PEFT's stand on bitsandbytes' ``Linear4bit``; with int8 on our storage, because
-bitsandbytes' int8 rounds activations too and so computes something else.
+An entry is one method on a copy of the base; all take turns in one process. A step is forward,
+backward and AdamW. Inputs need a gradient everywhere, as in every block of a model but the first,
+so that all entries push the same gradient through the frozen layers. With nf4 PEFT's stand on
+bitsandbytes' ``Linear4bit``; with int8 on our storage, because bitsandbytes' int8 rounds
+activations too and so computes something else.
 """
 
 import importlib.util
@@ -23,10 +23,16 @@ from scalepeft.analysis.bench.entries import REFERENCE, Entry, measure
 from scalepeft.analysis.bench.methods import choose
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import write_atomically
-from scalepeft.core.text import table
+from scalepeft.core.text import gib, table
 from scalepeft.models.hub import PRECISIONS
 from scalepeft.run.provenance import device_name, versions
 
+ROW_FIELDS = "label family settings reason parameters saved_bytes peak_bytes".split()
+COLUMNS = {
+    "parameters": ("parameters", ",d"), "ms": ("median_ms", ".1f"),
+    "x peft-lora": ("x_peft_lora", ".2f"), "x base": ("x_base", ".2f"),
+    "saved": ("saved_bytes", "bytes"), "peak": ("peak_bytes", "bytes"),
+}  # fmt: skip
 COLORS = {"scalepeft": "tab:blue", "peft": "tab:orange", "base": "tab:gray"}
 
 
@@ -64,10 +70,8 @@ class Options:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be 1 or more")
         if self.what == "model" and self.tokens % min(ROW, self.tokens):
-            raise UserError(
-                f"--tokens {self.tokens}: is cut into rows of {ROW}; take"
-                f" {self.tokens // ROW * ROW}, or {ROW} at most"
-            )
+            near = self.tokens // ROW * ROW
+            raise UserError(f"--tokens {self.tokens}: is cut into rows of {ROW}; take {near}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: torch sees no CUDA device here; take --device cpu")
         if importlib.util.find_spec("peft") is None:
@@ -96,15 +100,13 @@ def run(options: Options) -> dict[str, Any]:
         UserError: an option that makes no sense, an unknown shape or method, PEFT missing.
     """
     options.check()
-    bf16, what = options.precision == "bf16", options.what
+    bf16, cuda = options.precision == "bf16", torch.cuda.is_available() and options.device != "cpu"
     plans = [
         (layers, choose(options.methods, layers, options.rank, bf16))
-        for layers in layer_sets(what, options.shape)
+        for layers in layer_sets(options.what, options.shape)
     ]
     folder = None if options.out is None else make_folder(options.out)
-    device = torch.device(
-        "cuda" if torch.cuda.is_available() and options.device != "cpu" else "cpu"
-    )
+    device = torch.device("cuda" if cuda else "cpu")
     result: dict[str, Any] = {
         "options": asdict(options),
         "device": device_name(device),
@@ -118,7 +120,7 @@ def run(options: Options) -> dict[str, Any]:
     where = options.tokens, PRECISIONS[options.precision], device, options.quant
     while plans:
         layers, entries = plans.pop(0)  # so that a case is freed before the next one is made
-        case = make_case(layers[0] if what == "layer" else options.shape, *where)
+        case = make_case(options.shape if options.what == "model" else layers[0], *where)
         measure(case, entries, options.repeats)
         result["cases"].append(summary(case.title, entries))
         print(*_table(result["cases"][-1]), sep="\n", flush=True)
@@ -140,54 +142,33 @@ def _title(result: dict[str, Any]) -> str:
 
 def summary(title: str, entries: list[Entry]) -> dict[str, Any]:
     """Return the figures of one case; ratios over the rounds that both ran."""
-    by_label = {e.label: e for e in entries}
-    rounds = max(len(e.times) for e in entries)
-
-    def against(entry: Entry, label: str) -> float | None:
-        other = by_label.get(label)
-        return entry.ratio(other) if other and other.times and entry.times else None
-
-    def row(e: Entry) -> dict[str, Any]:
-        ms = [1e3 * t for t in e.times]
-        return {
-            **{key: getattr(e, key) for key in ("label", "family", "settings", "reason")},
-            "parameters": e.parameters,
-            "times_ms": ms,
-            "median_ms": median(ms) if ms else None,
-            "iqr_ms": float(np.ptp(np.percentile(ms, [25, 75]))) if ms else None,
-            "limited": 0 < len(ms) < rounds,
-            "x_peft_lora": against(e, REFERENCE),
-            "x_base": against(e, "base"),
-            "x_neighbours": {n: against(e, n) for n in e.neighbours},
-            "saved_bytes": e.saved_bytes,
-            "peak_bytes": e.peak_bytes,
-        }
-
-    rows = [row(e) for e in entries]
+    by_label, rows = {e.label: e for e in entries}, []
+    for e in entries:
+        row = {key: value for key, value in vars(e).items() if key in ROW_FIELDS}
+        ms = row["times_ms"] = [1e3 * t for t in e.times]
+        row["median_ms"] = median(ms) if ms else None
+        row["iqr_ms"] = float(np.ptp(np.percentile(ms, [25, 75]))) if ms else None
+        row["x_peft_lora"] = e.ratio(by_label.get(REFERENCE))
+        row["x_base"] = e.ratio(by_label["base"])
+        row["x_neighbours"] = {n: e.ratio(by_label.get(n)) for n in e.neighbours}
+        rows.append(row)
     return {"title": title, "noise": rows[0]["iqr_ms"] / rows[0]["median_ms"], "entries": rows}
 
 
 def _table(case: dict[str, Any]) -> list[str]:
-    """Return a line for each entry, and why one was left out."""
-    rows: list[list[str]] = [
-        ["", "parameters", "ms", "x peft-lora", "x base", "saved MiB", "peak MiB", "rounds",
-         "x PEFT's neighbour"],
-    ]  # fmt: skip
+    """Return a line for each entry, with why where one was left out."""
+    rows = [["", *COLUMNS, "rounds", "x PEFT's neighbour"]]
     for r in case["entries"]:
-        near = {n.removeprefix("peft-"): x for n, x in r["x_neighbours"].items()}
-        rows.append([r["label"], f"n/a  {r['reason']}"] if r["reason"] else [
-            r["label"], f"{r['parameters']:,}", f"{r['median_ms']:.1f}", _ratio(r["x_peft_lora"]),
-            _ratio(r["x_base"]), f"{r['saved_bytes'] / 2**20:.1f}",
-            f"{r['peak_bytes'] / 2**20:.1f}", str(len(r["times_ms"])),
-            ", ".join(f"{n} {_ratio(x)}" for n, x in near.items()),
-        ])  # fmt: skip
-    noise = f"{case['noise']:.1%}"
-    return ["", f"{case['title']}; noise (interquartile range of base's times) {noise}",
-            *table(rows, indent="")]  # fmt: skip
+        figures = [_figure(r[key], form) for key, form in COLUMNS.values()]
+        near = [f"{n.removeprefix('peft-')} {_figure(x)}" for n, x in r["x_neighbours"].items()]
+        measured = [*figures, str(len(r["times_ms"])), ", ".join(near)]
+        rows.append([r["label"], *([f"n/a  {r['reason']}"] if r["reason"] else measured)])
+    noise = f"noise (interquartile range of base's times) {case['noise']:.1%}"
+    return ["", f"{case['title']}; {noise}", *table(rows, indent="")]
 
 
-def _ratio(x: float | None) -> str:
-    return "n/a" if x is None else f"{x:.2f}"
+def _figure(value: float | None, form: str = ".2f") -> str:
+    return "n/a" if value is None else gib(value) if form == "bytes" else format(value, form)
 
 
 def _plot(result: dict[str, Any], target: Path) -> None:
@@ -197,24 +178,21 @@ def _plot(result: dict[str, Any], target: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    cases = [[r for r in case["entries"] if r["times_ms"]] for case in result["cases"]]
-    heights = [0.8 + 0.24 * len(rows) for rows in cases]
-    figure, axes = plt.subplots(
-        len(cases), figsize=(8, 1 + sum(heights)), dpi=120, squeeze=False, height_ratios=heights,
-        layout="constrained",
-    )  # fmt: skip
-    for axis, case, rows in zip(axes[:, 0], result["cases"], cases, strict=True):
+    cases = result["cases"]
+    height = 2 + 0.25 * sum(len(case["entries"]) for case in cases)
+    figure, axes = plt.subplots(len(cases), figsize=(8, height), dpi=120, squeeze=False)
+    for axis, case in zip(axes[:, 0], cases, strict=True):
+        rows = [r for r in case["entries"] if r["times_ms"]]
         key = "x_base" if any(r["x_peft_lora"] is None for r in rows) else "x_peft_lora"
-        rows = sorted(rows, key=lambda r: -r[key])
-        bars = axis.barh(
-            [r["label"] for r in rows], [r[key] for r in rows],
-            color=[COLORS[r["family"]] for r in rows],
-        )  # fmt: skip
+        rows.sort(key=lambda r: -r[key])
+        colors = [COLORS[r["family"]] for r in rows]
+        bars = axis.barh([r["label"] for r in rows], [r[key] for r in rows], color=colors)
         axis.bar_label(bars, fmt=" %.2f", fontsize=8)
         axis.axvline(1, color="black", lw=0.8)
         axis.set(xscale="log", title=case["title"], xlabel=f"time of a step, {key}")
         axis.margins(x=0.1)
-    colors = "blue: scalepeft, orange: HF PEFT, gray: the frozen base alone"
-    figure.suptitle(f"{_title(result)}\n{colors}".replace("; ", "\n"), fontsize=9)
+    legend = "blue: scalepeft, orange: HF PEFT, gray: the frozen base alone"
+    figure.suptitle(f"{_title(result)}\n{legend}".replace("; ", "\n"), fontsize=9)
+    figure.tight_layout()
     figure.savefig(target)
     plt.close(figure)

@@ -3,6 +3,7 @@
 import gc
 import timeit
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -20,8 +21,7 @@ from scalepeft.core.log import say
 
 REFERENCE = "peft-lora"
 SLOW, SLOW_ROUNDS = 5.0, 3  # an entry over 5 x peft-lora's time stops after 3 rounds
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-"""Of an entry's first output, relative to the base's largest."""
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative, of a first output
 
 
 @dataclass
@@ -29,13 +29,10 @@ class Entry:
     """One method on a copy of the base that shares its weights, and what was measured of it.
 
     Attributes:
-        label: its name in tables.
         family: ``base``, ``scalepeft`` or ``peft``.
-        settings: of the adapter.
         neighbours: PEFT's methods that it is held against.
         autocast: step as HF's Trainer does, with an adapter in fp32 under bf16.
         reason: why it is not measured; empty where it is.
-        parameters: how many it trains.
         saved_bytes: kept for backward.
         peak_bytes: most at one time, on top of what is there between steps.
         times: seconds of each step.
@@ -64,9 +61,7 @@ class Entry:
             with warnings.catch_warnings(action="ignore"):
                 self._adapt(case)
                 weights = [*self.module.parameters(), *self.module.buffers()]
-                outputs, self.saved_bytes = saved_bytes(partial(self._forward, case), weights)
-                self._finish(case, outputs)
-                del outputs
+                self.saved_bytes = saved_bytes(partial(self.step, case), weights)
                 self.peak_bytes = peak_bytes(partial(self.step, case), case.x.device)
         except Exception as error:
             if self.family != "peft" and not isinstance(error, UserError):
@@ -94,27 +89,25 @@ class Entry:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
             return output(self.module, x)
 
-    def _forward(self, case: Case) -> list[Tensor]:
-        penalty = inject.penalty(self.module)
-        return [self._output(case.x), *([] if penalty is None else [penalty])]
-
-    def _finish(self, case: Case, outputs: list[Tensor]) -> None:
+    def step(self, case: Case, hooks: AbstractContextManager[Any] | None = None) -> None:
+        """Forward, within ``hooks``, then backward and optimizer."""
+        with hooks or nullcontext():
+            y, penalty = self._output(case.x), inject.penalty(self.module)
+        outputs = [y] if penalty is None else [y, penalty]
         torch.autograd.backward(outputs, [case.gradient, None][: len(outputs)])
         self.optimizer.step()
         self.optimizer.zero_grad()
         case.x.grad = None
 
-    def step(self, case: Case) -> None:
-        """Forward, backward, optimizer."""
-        self._finish(case, self._forward(case))
-
     def seconds(self, case: Case) -> float:
         """Return the time of a step, the device having finished."""
-        return timeit.timeit(partial(self.step, case), timer=timer, number=1)
+        return timeit.timeit(partial(self.step, case), gc.enable, timer, number=1)
 
-    def ratio(self, other: "Entry") -> float:
-        """Return the median over rounds that both ran of this entry's time over the other's."""
-        return median(t / o for t, o in zip(self.times, other.times, strict=False))
+    def ratio(self, other: "Entry | None") -> float | None:
+        """Return the median of this entry's time over the other's in the rounds that both ran."""
+        pairs = zip(self.times, other.times if other else [], strict=False)
+        ratios = [mine / its for mine, its in pairs]
+        return median(ratios) if ratios else None
 
 
 def measure(case: Case, entries: list[Entry], rounds: int) -> None:
@@ -130,6 +123,6 @@ def measure(case: Case, entries: list[Entry], rounds: int) -> None:
         first = turn % len(running)
         for entry in [*running[first:], *running[:first]]:
             entry.times.append(entry.seconds(case))
-        if turn + 1 == SLOW_ROUNDS and lora is not None:
-            running = [e for e in running if e.ratio(lora) <= SLOW]
+        if turn + 1 == SLOW_ROUNDS:
+            running = [e for e in running if (e.ratio(lora) or 0) <= SLOW]
         say(f"{case.title}: round {turn + 1} of {rounds}")

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-def saved_bytes(forward: Callable[[], Any], weights: Iterable[Tensor]) -> tuple[Any, int]:
-    """Return (what ``forward`` returns, bytes that it saves for backward beside the weights)."""
+def saved_bytes(step: Callable[[saved_tensors_hooks], None], weights: Iterable[Tensor]) -> int:
+    """Return the bytes that the forward of ``step``, in the hooks, saves beside the weights."""
     known = {t.untyped_storage().data_ptr() for t in weights}
     kept: dict[int, int] = {}  # what is saved lives until backward: no address is two storages
 
@@ -19,9 +20,8 @@ def saved_bytes(forward: Callable[[], Any], weights: Iterable[Tensor]) -> tuple[
         kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t.detach()  # with its history an output would keep its own graph alive for good
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = forward()
-    return result, sum(size for address, size in kept.items() if address not in known)
+    step(saved_tensors_hooks(pack, lambda t: t))
+    return sum(size for address, size in kept.items() if address not in known)
 
 
 class _LiveBytes(TorchDispatchMode):

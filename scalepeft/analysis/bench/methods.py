@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -24,17 +25,20 @@ NEIGHBOURS = {  # PEFT's that one of ours is held against, where it is not of th
 def choose(methods: str, layers: list[Layer], rank: int, bf16: bool) -> list[Entry]:
     """Return the base, the chosen methods, PEFT's LoRA and PEFT's neighbours of the chosen.
 
+    Under bf16 PEFT's run under autocast, and there is ``peft-lora-bf16``, its cheapest form: an
+    adapter in bf16 without.
+
     Args:
         methods: names by comma; ``all``, or ``surm`` and ``hut`` for each form of these.
         layers: those that are adapted; one alone, or all of a model.
         rank: of LoRA, whose size the others take where they can.
-        bf16: PEFT's run under autocast, and there is ``peft-lora-bf16``, its cheapest form: an
-            adapter in bf16 without.
 
     Raises:
         UserError: an unknown method, or an odd rank where reflections come in pairs.
     """
     ours, theirs = _settings(layers, rank)
+    if bf16:
+        theirs[f"{REFERENCE}-bf16"] = theirs[REFERENCE]
     hut = [name for name in ours if name.startswith("hut-")]
     names = [name.strip() for name in methods.split(",")]
     groups = {"all": [*ours, *theirs], "surm": list(STRUCTURES), "hut": hut}
@@ -42,17 +46,16 @@ def choose(methods: str, layers: list[Layer], rank: int, bf16: bool) -> list[Ent
     for name in sorted(chosen - {*ours, *theirs}):
         raise errors.unknown("method (--methods)", name, [*ours, *theirs])
     if rank % 2 and {"hoft", "shoft"} & chosen:
-        raise UserError(
-            f"--rank {rank}: HOFT and SHOFT pair their reflections, so it must be even; take"
-            f" {rank + 1}, or leave them out of --methods"
-        )
+        raise UserError(f"--rank {rank}: HOFT and SHOFT need it even; take {rank + 1}")
     near = {n: [n] for n in ours} | {n: ["hira"] for n in hut} | NEIGHBOURS
     near = {n: [f"peft-{m}" for m in near[n] if f"peft-{m}" in theirs] for n in ours}
-    chosen |= {REFERENCE, *(label for name in chosen & ours.keys() for label in near[name])}
+    chosen |= {label for name in chosen & ours.keys() for label in near[name]}
     entries = [Entry("base", "base")]
     entries += [Entry(n, "scalepeft", s, near[n]) for n, s in ours.items() if n in chosen]
-    entries += [Entry(n, "peft", s, autocast=bf16) for n, s in theirs.items() if n in chosen]
-    return entries + [Entry(f"{REFERENCE}-bf16", "peft", theirs[REFERENCE])] * bf16
+    for n, s in theirs.items():
+        if n in chosen or n.startswith(REFERENCE):
+            entries.append(Entry(n, "peft", s, autocast=bf16 and not n.endswith("bf16")))
+    return entries
 
 
 def _settings(layers: list[Layer], rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -78,7 +81,8 @@ def _settings(layers: list[Layer], rank: int) -> tuple[dict[str, Any], dict[str,
         elif key == "rank":
             settings["rank"] = 2 * rank if name == "hra" else rank  # reflections of one side
         elif key == "block_size":
-            settings = sizing.fit(settings, key, shapes, target)
+            with suppress(UserError):  # its entry says why none fits
+                settings = sizing.fit(settings, key, shapes, target)
         if name not in ("surm", "hut"):
             ours[name] = settings
 

@@ -8,22 +8,24 @@ from torch import Tensor, nn
 
 from scalepeft.adapters import inject as injection
 from scalepeft.analysis.bench.gpu.session import Session
+from scalepeft.analysis.bench.methods import STRUCTURES
 from scalepeft.core import registry
 from scalepeft.models import quant
+from scalepeft.models.hub import PRECISIONS
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BOUNDS = {"fp32": 1e-4, "bf16": 3e-2}
 """Relative errors that only a wrong product exceeds: a CPU is below 1e-6 and 6e-3."""
-SETTINGS: dict[str, list[dict[str, Any]]] = {  # beside the defaults
-    "surm": [{"structure": s} for s in ("circulant", "toeplitz", "kronecker", "ldr")],
-    "hut": [{"rank": 4}], "goft": [{"scale": True}],
+SETTINGS: dict[str, dict[str, list[Any]]] = {  # tried beside the defaults
+    "surm": {"structure": list(STRUCTURES)}, "hut": {"rank": [4]}, "goft": {"scale": [True]},
 }  # fmt: skip
 
 
 def storage(session: Session) -> dict[str, Any]:
     """NF4 and int8: known bytes; random rows stored here and on the CPU, and read back."""
-    cases = [(f, d) for f in (quant.NF4(False), quant.NF4(True), quant.Int8()) for d in DTYPES]
-    return {f"{fmt} {dtype}": session.attempt(_bytes, fmt, DTYPES[dtype]) for fmt, dtype in cases}
+    cases = [(f, d) for f in (quant.NF4(False), quant.NF4(True), quant.Int8()) for d in PRECISIONS]
+    return {
+        f"{fmt} {dtype}": session.attempt(_bytes, fmt, PRECISIONS[dtype]) for fmt, dtype in cases
+    }
 
 
 def _bytes(session: Session, fmt: quant.Format, dtype: torch.dtype) -> dict[str, Any]:
@@ -46,12 +48,12 @@ def _bytes(session: Session, fmt: quant.Format, dtype: torch.dtype) -> dict[str,
 
 def methods(session: Session) -> dict[str, Any]:
     """Output and all gradients of a layer on the device against fp64: largest relative error."""
-    names = registry.available("adapters.methods")
-    cases = [(name, more) for name in names for more in ({}, *SETTINGS.get(name, []))]
-    return {
-        " ".join([name, *(f"{key}={value}" for key, value in more.items())]):
-            session.attempt(_errors, name, more) for name, more in cases
-    }  # fmt: skip
+    cases: dict[str, tuple[str, dict[str, Any]]] = {}
+    for name in registry.available("adapters.methods"):
+        cases[name] = name, {}
+        for key, values in SETTINGS.get(name, {}).items():
+            cases |= {f"{name} {key}={value}": (name, {key: value}) for value in values}
+    return {label: session.attempt(_errors, *case) for label, case in cases.items()}
 
 
 def _errors(session: Session, name: str, more: dict[str, Any]) -> dict[str, Any]:
@@ -62,7 +64,7 @@ def _errors(session: Session, name: str, more: dict[str, Any]) -> dict[str, Any]
     x, dy = torch.randn(2, 64, 256), torch.randn(2, 64, 256)
     want = _run(layer, x, dy, torch.float64, torch.device("cpu"))
     found: dict[str, Any] = {}
-    for label, dtype in DTYPES.items():
+    for label, dtype in PRECISIONS.items():
         pairs = zip(_run(layer, x, dy, dtype, session.device), want, strict=True)
         errors = [float((a - b).norm() / b.norm()) for a, b in pairs]
         found[label] = max(errors)
@@ -72,13 +74,12 @@ def _errors(session: Session, name: str, more: dict[str, Any]) -> dict[str, Any]
 
 
 def _run(
-    layer: nn.Module, x: Tensor, dy: Tensor, dtype: torch.dtype, device: torch.device
+    layer: Any, x: Tensor, dy: Tensor, dtype: torch.dtype, device: torch.device
 ) -> list[Tensor]:
     """Output, gradient of x and of the adapter, as fp64; the adapter stays in fp32 under bf16."""
-    layer = copy.deepcopy(layer).to(device)
-    for name, p in layer.named_parameters():
-        low = dtype == torch.bfloat16 and name.startswith("adapter.")
-        p.data = p.data.to(torch.float32 if low else dtype)
+    layer = copy.deepcopy(layer).to(device, dtype)
+    if dtype == torch.bfloat16:
+        layer.adapter.float()
     x = x.to(device, dtype, copy=True).requires_grad_()
     y = layer(x)
     y.backward(dy.to(device, dtype))

@@ -51,18 +51,17 @@ def _resumed(session: Session, settings: tuple[str, ...]) -> dict[str, Any]:
 def _kill(session: Session, words: tuple[str, ...], metrics: Path) -> int:
     """Kills a run that goes on after 12 steps; returns how many it had written down."""
     with subprocess.Popen([*SCALEPEFT, *words], stdout=DEVNULL, stderr=PIPE, text=True) as process:
-        while process.poll() is None and (steps := metrics.read_bytes().count(b"\n")) < 12:
+        while process.poll() is None and metrics.read_bytes().count(b"\n") < 12:
             if time.monotonic() > session.end:
                 break
             time.sleep(0.005)
         process.kill()
         said = process.communicate()[1]
+    steps = metrics.read_bytes().count(b"\n")
     if process.returncode != -9 or steps < 12:
-        raise RuntimeError(
-            f"ended with {process.returncode} after step {steps}, where it was to be killed after"
-            f" 12: {said[-400:]}"
-        )
-    return metrics.read_bytes().count(b"\n")
+        where = f"ended with {process.returncode} after step {steps}"
+        raise RuntimeError(f"{where}, where it was to be killed after 12: {said[-400:]}")
+    return steps
 
 
 def one_rank(session: Session) -> dict[str, Any]:

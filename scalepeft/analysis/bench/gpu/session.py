@@ -50,7 +50,8 @@ class Session:
 
     def milliseconds(self, work: Callable[[], Any], rounds: int, warm: int) -> list[float]:
         """Of each round after ``warm`` ones, the device having finished."""
-        times = timeit.repeat(work, timer=timer, repeat=warm + rounds, number=1)
+        # Without gc.enable timeit switches it off, and garbage would count as peak memory.
+        times = timeit.repeat(work, gc.enable, timer, repeat=warm + rounds, number=1)
         return [1e3 * seconds for seconds in times[warm:]]
 
     def call(self, *words: str, expect: tuple[int, ...] = (0,)) -> str:

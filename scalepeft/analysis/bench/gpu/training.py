@@ -77,35 +77,36 @@ def training(session: Session) -> dict[str, Any]:
     n = 512 if session.tiny else 8192
     a = torch.randn(n, n, device=session.device, dtype=BF16)
     rate = 2 * n**3 / min(session.milliseconds(lambda: a @ a, 10, 3)) / 1e9
+    linear = [m for m in shapes.meta_model(_shape(session)).modules() if isinstance(m, nn.Linear)]
+    weights = sum(m.weight.numel() for m in linear)
     found: dict[str, Any] = {"bf16 product TFLOP/s": rate}
     for adapter, storage in [(a, s) for s in STORAGES for a in ROWS]:
-        found[f"{adapter} {storage}"] = session.attempt(_measure, adapter, storage, rate)
+        row = session.attempt(_measure, adapter, storage, rate, weights)
+        found[f"{adapter} {storage}"] = row
         session.keep("training", found)
     return found
 
 
-def _measure(session: Session, adapter: str, storage: str, ceiling: float) -> dict[str, Any]:
+def _measure(
+    session: Session, adapter: str, storage: str, ceiling: float, weights: int
+) -> dict[str, Any]:
     trainer = _trainer(session, adapter, storage)
-    config, losses = trainer.config, list[float | None]()
-    rows, length = config.train.micro_batch, config.data.cutoff
+    losses: list[float | None] = []
+    rows, length = trainer.config.train.micro_batch, trainer.config.data.cutoff
     ids = torch.arange(rows * length).view(rows, length) * 7919 % 512
     batch = MicroBatch(ids, ids, torch.arange(rows))
-    # As HF's Trainer runs PEFT.
-    autocast = torch.autocast(session.device.type, BF16, enabled=adapter == PEFT)
 
-    def step() -> None:
-        with autocast:
+    def step() -> None:  # under autocast as HF's Trainer runs PEFT
+        with torch.autocast(session.device.type, BF16, enabled=adapter == PEFT):
             losses.append(trainer.step([batch], rows * (length - 1), 1e-4)[0])
 
     if session.cuda:
         torch.cuda.reset_peak_memory_stats()
     ms = median(session.milliseconds(step, *((2, 1) if session.tiny else (10, 3))))
     peak = torch.cuda.max_memory_allocated() / GIB if session.cuda else None
-    linear = [m for m in shapes.meta_model(_shape(session)).modules() if isinstance(m, nn.Linear)]
-    rate = 4 * sum(m.weight.numel() for m in linear) * rows * length / ms / 1e9
+    rate = 4 * weights * rows * length / ms / 1e9
     if None in losses:  # a step that was not finite is skipped
-        step_number = losses.index(None) + 1
-        raise FloatingPointError(f"loss or gradient was not finite in step {step_number}")
+        raise FloatingPointError(f"not finite: loss or gradient of step {losses.index(None) + 1}")
     return {
         "ms": ms, "tokens/s": 1e3 * rows * length / ms, "TFLOP/s": rate, "MFU": rate / ceiling,
         "peak GiB": peak, "first loss": losses[0], "last loss": losses[-1],
@@ -144,11 +145,10 @@ def plan(session: Session) -> dict[str, Any]:
 
 def _planned(session: Session, *row: str) -> dict[str, Any]:
     said = json.loads(session.call("plan", *_settings(session, *row), "--json"))
-    planned, peak = (
-        said["peak"]["total"] / GIB,
-        session.results["training"][" ".join(row)]["peak GiB"],
-    )
-    return {"planned GiB": planned, "measured GiB": peak, "ratio": planned / peak if peak else None}
+    planned = said["peak"]["total"] / GIB
+    peak = session.results["training"][" ".join(row)]["peak GiB"]
+    ratio = planned / peak if peak else None
+    return {"planned GiB": planned, "measured GiB": peak, "ratio": ratio}
 
 
 def generation(session: Session) -> dict[str, Any]:
