@@ -148,19 +148,15 @@ class Pipeline:
         """Everything that decides a stage's outputs, by dotted name."""
         config, outputs = self.raw, {s: stage.outputs() for s, stage in self.stages.items()}
         if name == "prepare":
-            files = {
-                split: {
-                    str(path): facts(path)
-                    for source in expand(getattr(config.data, split), f"data.{split}")
-                    for path in paths_of(source)
-                }
-                for split in SPLITS
-            }
+            sources = {s: expand(getattr(config.data, s), f"data.{s}") for s in SPLITS}
             return {
                 "data": settings_of(name, config),
                 "task_version": self.task.version,
                 "base": self.base_hashes,
-                "files": files,
+                "files": {
+                    split: {str(path): facts(path) for name in names for path in paths_of(name)}
+                    for split, names in sources.items()
+                },
             }
         if name == "train":
             return {
