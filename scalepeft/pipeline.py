@@ -18,8 +18,7 @@ from scalepeft import __version__, train
 from scalepeft.analysis.report import command as report
 from scalepeft.build import check_batch, start_ranks, task_of
 from scalepeft.config import changes
-from scalepeft.config import schema as cfg
-from scalepeft.config.schema import RunConfig
+from scalepeft.config.schema import RunConfig, to_dict
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import Decides
 from scalepeft.core.files import write_atomically
@@ -28,8 +27,7 @@ from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping, tell_job
 from scalepeft.core.slurm import slurm_start
 from scalepeft.core.text import duration
-from scalepeft.data import prepared
-from scalepeft.data import tokens as data
+from scalepeft.data import prepared, tokens
 from scalepeft.data.rows import expand, paths_of
 from scalepeft.data.tasks.base import SPLITS, Split, Task
 from scalepeft.eval import comet, evaluate
@@ -43,11 +41,14 @@ from scalepeft.run.stage import Stage, facts, plain, set_aside
 STAGES = ("prepare", "train", "merge", "evaluate", "report")
 ON_RANKS = ("train", "evaluate")
 """All ranks work in these, on their GPUs; the others are rank 0's."""
-TRAINED = (
-    "checkpoints", "adapter", "config.yaml", "metrics.jsonl", "validation.jsonl", "events.jsonl",
-    "loss.png", "report.html", "report.md", "report",
-)  # fmt: skip
-"""What belongs to one training of a run folder; its generation goes on."""
+RESULTS = {
+    "train": (
+        "checkpoints", "adapter", "config.yaml", "metrics.jsonl", "validation.jsonl",
+        "events.jsonl", "loss.png", "report.html", "report.md", "report",
+    ),
+    "evaluate": tuple(evaluate.FOLDERS.values()),
+}  # fmt: skip
+"""What belongs to one training of a run folder, whose generation goes on, and to evaluations."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,8 @@ class Pipeline:
         if name == "merge" and (self.folder / "merged").is_dir():
             say(f"{self.folder}/merged: of the old adapter or settings: removed")
             shutil.rmtree(self.folder / "merged")
-        old: tuple[str, ...] = TRAINED if name == "train" else ()
-        if name == "evaluate" and forced:  # else predictions that are still valid stay
-            old = tuple(evaluate.FOLDERS.values())
+        # Predictions that are still valid stay.
+        old = RESULTS.get(name, ()) if name == "train" or forced else ()
         if any((self.folder / entry).exists() for entry in old):
             check_free(self.folder, *slurm_start())
             say(f"{name}: results of the old inputs: moved to {set_aside(self.folder, old)}")
@@ -220,7 +220,7 @@ class Pipeline:
         if self.config.pipeline.merge != "none":
             merge.check_method(self.config, self.base.folder)
         base, seed = self.base, self.raw.train.seed
-        summary["said"] = data.prepare(self.prepared, base.tokenizer, base.vocab_size, seed)[2]
+        summary["said"] = tokens.prepare(self.prepared, base.tokenizer, base.vocab_size, seed)[2]
         for line in summary["said"]:
             say(line)
         target = self.folder / "data" / "summary.json"
@@ -263,7 +263,7 @@ def _rows_of(config: RunConfig, *also: Decides) -> dict[str, Any]:
     more = changes.deciding(config, *also)
     return {
         key: value
-        for key, value in cfg.to_dict(config.data).items()
+        for key, value in to_dict(config.data).items()
         if changes.decides_rows(f"data.{key}") or f"data.{key}" in more
     }
 
@@ -312,7 +312,7 @@ def check(config: RunConfig) -> Task:
     task, wanted, merged = task_of(config), config.pipeline, Path(config.run_dir) / "merged"
     if wanted.merge != "none" and merged.exists() and not (merged / MADE_FROM).is_file():
         raise UserError(
-            f"{merged}: was not made by this pipeline; move it, or take pipeline.merge=none"
+            f"{merged}: was not made by this pipeline; move it, or set pipeline.merge=none"
         )
     if "merged" in wanted.evaluate and wanted.merge == "none":
         raise UserError("pipeline.evaluate has merged, but pipeline.merge=none; change one")

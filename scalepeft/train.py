@@ -52,8 +52,7 @@ def _check_resumed(
         )
     if resumed.state["data"] != fingerprint:
         raise UserError(
-            f"{where}: the tokenized training rows differ from those it began with; restore the"
-            " files"
+            f"{where}: training rows differ from those it began with; restore the files"
         )
 
 
@@ -268,9 +267,7 @@ def _rows(config: RunConfig, base: Base, ranks: Ranks) -> _Rows:
     def prepare() -> tuple[TokenSet, TokenSet | None, list[str]]:
         cutoff, limit = config.data.cutoff, base.positions
         if limit is not None and cutoff > limit:
-            raise UserError(
-                f"data.cutoff={cutoff} is beyond the model's {limit} positions; lower it"
-            )
+            raise UserError(f"data.cutoff={cutoff} is beyond the model's {limit} positions")
         return tokens.prepare(task_of(config), base.tokenizer, base.vocab_size, config.train.seed)
 
     prepared = ranks.all_or_raise(lambda: prepare() if ranks.local_rank == 0 else None)
@@ -283,8 +280,6 @@ def _rows(config: RunConfig, base: Base, ranks: Ranks) -> _Rows:
         total = max(1, math.ceil(config.train.epochs * len(train) / config.train.global_batch))
         cfg.check_length(config.train, total)
     if ranks.is_main and config.train.warmup_steps >= total:  # a trial of a few steps
-        say(
-            f"train.warmup_steps={config.train.warmup_steps} is not shorter than the run of {total}"
-            f" steps: the learning rate never reaches train.lr={config.train.lr}"
-        )
+        warmup = f"train.warmup_steps={config.train.warmup_steps}"
+        say(f"{warmup} is not shorter than the run of {total} steps: train.lr is never reached")
     return _Rows(train, valid, total)

@@ -164,15 +164,12 @@ def _architecture_with(
     folder: Path, biases: set[str], method: str
 ) -> tuple[list[str], dict[str, tuple[int, ...]]]:
     """Finds the switches that give the architecture these biases, and the shapes it then has."""
-    from transformers import AutoModelForCausalLM
-
     architecture = models.architecture(folder)
     wanted = {"mlp_bias" if ".mlp." in name else "attention_bias" for name in biases}
     switches = [s for s in SWITCHES if s in wanted and getattr(architecture, s, None) is False]
     for switch in switches:
         setattr(architecture, switch, True)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture)
+    model = models.meta_model(architecture, f"model.path={folder}")
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     if biases <= shapes.keys():
         return switches, shapes
@@ -231,10 +228,8 @@ def _pieces(model: Streamed, source: SafetensorsFile, item: _Item) -> Iterator[A
             )
             rounded = part.to(DTYPES[item.dtype]).cpu()
             if value is not None and not torch.isfinite(rounded).all():
-                raise UserError(
-                    f"{item.name}: the merged values do not fit into {item.dtype}; merge with"
-                    " --dtype fp32 or bf16"
-                )
+                what = f"{item.name}: the merged values do not fit into {item.dtype}"
+                raise UserError(f"{what}; merge with --dtype fp32 or bf16")
             yield as_bytes(rounded)
 
 

@@ -115,9 +115,7 @@ class FinishedRun:
             )
         adapter, state, description = injection.read_adapter(where)
         if word := older_adapter(Path(run_dir), description.get("step")):
-            raise UserError(
-                f"{run_dir}: {word}; let it finish first (the same train command continues it)"
-            )
+            raise UserError(f"{run_dir}: {word}; let it finish (its train command continues it)")
         trained_on = description.get("base_model") or {}
         storage = ("quant", "double_quant")
         held = cfg.to_dict(adapter) | {key: trained_on.get(key) for key in storage}
@@ -125,9 +123,8 @@ class FinishedRun:
         for key in sorted(held.keys() | wanted.keys()):
             if held.get(key) != wanted.get(key):
                 raise UserError(
-                    f"{where} is not the adapter of this run: {key} is {held.get(key)} there and"
-                    f" {wanted.get(key)} in {run_dir}/config.yaml; put the adapter back that the"
-                    " run wrote"
+                    f"{where} is not this run's adapter: {key} is {held.get(key)} there and"
+                    f" {wanted.get(key)} in {run_dir}/config.yaml; put the adapter back"
                 )
         device = pick_device(config.engine.device, 0)
         base = open_base(config.model, Ranks())

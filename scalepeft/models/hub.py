@@ -114,11 +114,8 @@ def resolve(config: ModelConfig, ranks: Ranks) -> Path:
 
     here = ranks.all_or_raise(make)
     # Every rank of a node uses what its local rank 0 found; node paths may differ.
-    folders = ranks.gather((here, ranks.local_rank))
-    for folder, local_rank in folders[: ranks.rank + 1][::-1]:
-        if local_rank == 0 and folder is not None:
-            return Path(folder)
-    raise AssertionError("local rank 0 of this node comes first")
+    folders = [folder for folder in ranks.gather(here)[: ranks.rank + 1] if folder is not None]
+    return Path(folders[-1])
 
 
 def check_place(name: str) -> None:
@@ -186,3 +183,14 @@ def architecture(folder: Path) -> Any:
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"model.path={folder}: config.json: {reason}") from None
+
+
+def meta_model(config: Any, where: str, **options: Any) -> Any:
+    """Returns the causal LM of a transformers config on the meta device; UserError if it cannot."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, **options)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{where}: {str(error).splitlines()[0]}") from None

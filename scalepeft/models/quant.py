@@ -38,8 +38,8 @@ def _kernels() -> Any:
         importlib.import_module("bitsandbytes")
     except ImportError as error:
         raise UserError(
-            f"model.quant=nf4 needs bitsandbytes ({error}); pip install 'scalepeft[quant]', "
-            "or take model.quant=int8 or none"
+            f"model.quant=nf4 needs bitsandbytes ({error}); pip install 'scalepeft[quant]', or take"
+            " model.quant=int8"
         ) from error
     finally:
         log.setLevel(level)
@@ -216,9 +216,8 @@ class QuantLinear(nn.Linear):
 def quantize(layer: nn.Linear, fmt: Format) -> None:
     """Swaps a plain layer to ``QuantLinear`` in place; on the meta device only shapes change."""
     if reason := fmt.refuses(layer.in_features):
-        raise UserError(
-            f"a layer of {layer.out_features} x {layer.in_features} cannot be {fmt.name}: {reason}"
-        )
+        shape = f"{layer.out_features} x {layer.in_features}"
+        raise UserError(f"a layer of {shape} cannot be {fmt.name}: {reason}")
     if layer.weight.is_meta:
         weight, scale = (
             torch.empty(layer.out_features, width, dtype=torch.uint8, device="meta")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from scalepeft.core.errors import UserError, unknown
+from scalepeft.core.errors import unknown
 from scalepeft.models import hub
 
 SIZES = (
@@ -72,17 +72,5 @@ def architecture(name: str) -> Any:
 
 
 def meta_model(name: str) -> Any:
-    """Returns the causal LM of ``architecture(name)`` on the meta device.
-
-    Raises:
-        UserError: no such shape, or an architecture that cannot be built.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    config = architecture(name)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{name}: {str(error).splitlines()[0]}") from None
+    """Returns the causal LM of ``architecture(name)`` on the meta device, or raises UserError."""
+    return hub.meta_model(architecture(name), name)

@@ -9,7 +9,7 @@ from scalepeft.core.errors import UserError
 from scalepeft.core.launch import rank
 from scalepeft.core.log import say
 from scalepeft.models import quant
-from scalepeft.models.hub import PRECISIONS, ModelConfig, architecture
+from scalepeft.models.hub import PRECISIONS, ModelConfig, architecture, meta_model
 
 
 def build(config: ModelConfig, folder: Path, precision: str) -> nn.Module:
@@ -18,16 +18,10 @@ def build(config: ModelConfig, folder: Path, precision: str) -> nn.Module:
     Raises:
         UserError: config.json is missing, broken or of an unsupported architecture.
     """
-    from transformers import AutoModelForCausalLM
-
-    described = architecture(folder)
-    try:
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(
-                described, dtype=PRECISIONS[precision], attn_implementation="sdpa"
-            )
-    except (ValueError, KeyError) as error:
-        raise UserError(f"model.path={folder}: {str(error).splitlines()[0]}") from None
+    where, dtype = f"model.path={folder}", PRECISIONS[precision]
+    model: nn.Module = meta_model(
+        architecture(folder), where, dtype=dtype, attn_implementation="sdpa"
+    )
     blocks_of(model)
     if fmt := quant.get_format(config.quant, config.double_quant):
         _quantize_blocks(model, fmt, folder)

@@ -151,8 +151,8 @@ class RunFolder:
                 untouched.
             Superseded: another start owns the folder.
         """
-        final = temporary.with_name(temporary.name.partition(".")[0])
-        step = int(final.name.partition("-")[2])
+        step = int(temporary.name[len("step-") :].partition(".")[0])
+        final = self._folder(step)
         text = json.dumps(state, indent=1).encode()
         try:
             self._write(temporary / "state.json", text)
@@ -277,17 +277,13 @@ def verify(folder: Path) -> dict[str, Any]:
         if isinstance(schema, int) and schema > SCHEMA:
             raise NewerCheckpoint(f"{folder} has schema {schema}, this version reads {SCHEMA}")
         if folder.name != f"step-{step:06d}" or not {"trained", "state"} <= kinds:
-            raise DamagedCheckpoint(
-                f"manifest.json is that of step {step} with {', '.join(sorted(files))}"
-            )
+            raise DamagedCheckpoint(f"manifest.json is that of step {step}: {', '.join(files)}")
         for name, expected in files.items():
             file = folder / name
             if not file.is_file():
                 raise DamagedCheckpoint(f"{name} is missing")
             if (size := file.stat().st_size) != expected["bytes"]:
-                raise DamagedCheckpoint(
-                    f"{name} has {size} bytes, the manifest says {expected['bytes']}"
-                )
+                raise DamagedCheckpoint(f"{name} has {size} bytes, not {expected['bytes']}")
             if digest(file) != expected["sha256"]:
                 raise DamagedCheckpoint(f"{name} has changed: sha256 differs from the manifest")
         Reader(folder)  # is each tensor whole?

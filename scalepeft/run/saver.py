@@ -162,9 +162,7 @@ class Saver:
 
     def _report(self, step: int, reason: str) -> None:
         if self.ranks.is_main:
-            say(
-                f"step {step} could not be saved: {reason}; training goes on, the next save retries"
-            )
+            say(f"step {step} could not be saved: {reason}; the next save tries again")
 
 
 def gather(ranks: Ranks, parts: dict[str, Part]) -> dict[str, Tensor] | None:
