@@ -71,16 +71,11 @@ def build(
     while ranks.all_or_raise(lambda: next(turns, "end")) != "end":
         poll()
     injection.reset_adapters(model, config.train.seed)
-    description = {
-        "path": config.model.path,
-        "revision": config.model.revision,
-        "quant": config.model.quant,
-        "double_quant": config.model.double_quant,
-        "fingerprint": ranks.assert_equal(
-            ranks.all_or_raise(lambda: base.fingerprint),
-            f"model.path={config.model.path}: files differ",
-        ),
-    }
+    kind = config.model
+    description = {key: getattr(kind, key) for key in ("path", "revision", "quant", "double_quant")}
+    fingerprint = ranks.all_or_raise(lambda: base.fingerprint)
+    what = f"model.path={kind.path}: files differ"
+    description["fingerprint"] = ranks.assert_equal(fingerprint, what)
     return Built(engine, model, description, weights.bytes_read - before)
 
 

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,8 +18,7 @@ from scalepeft import __version__, train
 from scalepeft.analysis.report import command as report
 from scalepeft.build import check_batch, start_ranks, task_of
 from scalepeft.config import changes
-from scalepeft.config import schema as cfg
-from scalepeft.config.schema import RunConfig
+from scalepeft.config.schema import RunConfig, to_dict
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import Decides
 from scalepeft.core.files import write_atomically
@@ -29,8 +27,7 @@ from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping, tell_job
 from scalepeft.core.slurm import slurm_start
 from scalepeft.core.text import duration
-from scalepeft.data import prepared
-from scalepeft.data import tokens as data
+from scalepeft.data import prepared, tokens
 from scalepeft.data.rows import expand, paths_of
 from scalepeft.data.tasks.base import SPLITS, Split, Task
 from scalepeft.eval import comet, evaluate
@@ -43,12 +40,15 @@ from scalepeft.run.stage import Stage, facts, plain, set_aside
 
 STAGES = ("prepare", "train", "merge", "evaluate", "report")
 ON_RANKS = ("train", "evaluate")
-"""Stages that all ranks work in, on their GPUs; the others are rank 0's."""
-TRAINED = (
-    "checkpoints", "adapter", "config.yaml", "metrics.jsonl", "validation.jsonl", "events.jsonl",
-    "loss.png", "report.html", "report.md", "report",
-)  # fmt: skip
-"""What belongs to one training of a run folder; its generation goes on."""
+"""All ranks work in these, on their GPUs; the others are rank 0's."""
+RESULTS = {
+    "train": (
+        "checkpoints", "adapter", "config.yaml", "metrics.jsonl", "validation.jsonl",
+        "events.jsonl", "loss.png", "report.html", "report.md", "report",
+    ),
+    "evaluate": tuple(evaluate.FOLDERS.values()),
+}  # fmt: skip
+"""What belongs to one training of a run folder, whose generation goes on, and to evaluations."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,11 @@ class Pipeline:
         self.stages = {name: Stage(self.folder / "stages", name) for name in STAGES}
         files: dict[str, Any] = {s: [str(self._rows(s))] for s in SPLITS if getattr(config.data, s)}
         self.config = replace(config, data=replace(config.data, **files))
-        self.prepared = task_of(self.config)
-        """Config and task over the prepared rows."""
+        self.prepared = task_of(self.config)  # over the prepared rows, as the config
         self.base = base = open_base(config.model, ranks)
-        self.which_base = ranks.run_on_main(
+        self.base_hashes = ranks.run_on_main(
             lambda: {"weights": base.fingerprint, "tokenizer": base.tokenizer_hash}
         )
-        """Which base this is, wherever it lies."""
 
     def run(self, options: Options) -> int:
         """Goes through the stages; returns the exit code."""
@@ -101,7 +99,7 @@ class Pipeline:
                 tell_job("progress", f"{name} done")
         return FINISHED
 
-    def poll(self) -> None:
+    def _poll(self) -> None:
         """Raises Stopping once a signal came; for work of rank 0 alone."""
         if self.stop.signal is not None:
             raise Stopping
@@ -121,8 +119,7 @@ class Pipeline:
         if options.only not in (None, name):
             raise UserError(
                 f"{self.folder}: stage {name} comes before {options.only} and is not done for"
-                f" these settings{why}; run scalepeft pipeline with --stage {name} first, or"
-                " without --stage"
+                f" these settings{why}; run it first, with --stage {name} or without --stage"
             )
         if stage.is_begun(inputs) and (stage.begun().get("forced") or not forced):
             say(f"{name}: continues where it was stopped")
@@ -133,8 +130,6 @@ class Pipeline:
             self._set_aside(name, forced)
         else:
             say(f"{name}: begins")
-            if name == "train" and (self.folder / "checkpoints").is_dir():
-                say(f"{self.folder}: continues the training that is there")
         stage.begin(inputs, forced=forced)
         return inputs
 
@@ -143,59 +138,53 @@ class Pipeline:
         if name == "merge" and (self.folder / "merged").is_dir():
             say(f"{self.folder}/merged: of the old adapter or settings: removed")
             shutil.rmtree(self.folder / "merged")
-        old: tuple[str, ...] = TRAINED if name == "train" else ()
-        if name == "evaluate" and forced:  # else predictions that are still valid stay
-            old = tuple(evaluate.FOLDERS.values())
-        if not any((self.folder / entry).exists() for entry in old):
-            return
-        check_free(self.folder, *slurm_start())
-        target = set_aside(self.folder, old)
-        say(f"{name}: results of the old inputs: moved to {target}")
+        # Predictions that are still valid stay.
+        old = RESULTS.get(name, ()) if name == "train" or forced else ()
+        if any((self.folder / entry).exists() for entry in old):
+            check_free(self.folder, *slurm_start())
+            say(f"{name}: results of the old inputs: moved to {set_aside(self.folder, old)}")
 
     def _inputs(self, name: str) -> dict[str, Any]:
         """Everything that decides a stage's outputs, by dotted name."""
         config, outputs = self.raw, {s: stage.outputs() for s, stage in self.stages.items()}
         if name == "prepare":
+            sources = {s: expand(getattr(config.data, s), f"data.{s}") for s in SPLITS}
             return {
                 "data": settings_of(name, config),
                 "task_version": self.task.version,
-                "base": self.which_base,
+                "base": self.base_hashes,
                 "files": {
-                    split: {
-                        str(path): facts(path)
-                        for source in expand(getattr(config.data, split), f"data.{split}")
-                        for path in paths_of(source)
-                    }
-                    for split in SPLITS
+                    split: {str(path): facts(path) for name in names for path in paths_of(name)}
+                    for split, names in sources.items()
                 },
             }
         if name == "train":
-            length = {"max_steps": config.train.max_steps, "epochs": config.train.epochs}
-            rows = self._prepared("train", "valid")
-            settings = settings_of(name, config)
-            return {"config": settings, "length": length, "rows": rows, "base": self.which_base}
+            return {
+                "config": settings_of(name, config),
+                "length": {"max_steps": config.train.max_steps, "epochs": config.train.epochs},
+                "rows": self._prepared("train", "valid"),
+                "base": self.base_hashes,
+            }
+        adapter = {"adapter": outputs["train"]}
         if name == "merge":
             settings = {"base": config.pipeline.merge, "dtype": config.pipeline.dtype}
-            return {"adapter": outputs["train"], "pipeline": settings}
+            return adapter | {"pipeline": settings}
         if name == "evaluate":
-            return {
-                "adapter": outputs["train"],
+            return adapter | {
                 "merged": outputs["merge"],
                 "rows": self._prepared("test"),
-                "base": self.which_base,
+                "base": self.base_hashes,
                 "evaluate": settings_of(name, config),
                 "subjects": config.pipeline.evaluate,
                 "task_version": self.task.version,
                 "comet": os.environ.get(comet.VARIABLE) if self.task.translates else None,
             }
-        results = {"adapter": outputs["train"], "scores": outputs["evaluate"]}
-        return {**results, "scalepeft": __version__}
+        return adapter | {"scores": outputs["evaluate"], "scalepeft": __version__}
 
     def _prepared(self, *splits: str) -> dict[str, Any]:
-        outputs = self.stages["prepare"].outputs()
         if not self.task.reads_files:  # its rows follow from the config
             return {"data": _rows_of(self.raw)}
-        names = [str(self._rows(s).relative_to(self.folder)) for s in splits]
+        names, outputs = [f"data/{s}.jsonl" for s in splits], self.stages["prepare"].outputs()
         return {name: outputs[name] for name in names if name in outputs}
 
     def _do(self, name: str) -> tuple[int, list[Path]]:
@@ -204,17 +193,13 @@ class Pipeline:
             code = train.run_on(self.ranks, self.config, self.stop, True, self.base)
             return code, _files(self.folder / "adapter")
         if name == "evaluate":
-            made: list[Path] = []
-            for kind in self.config.pipeline.evaluate:
+            kinds = self.config.pipeline.evaluate
+            for kind in kinds:
                 evaluate.evaluate(self.config, self.prepared, kind, self.ranks, self.stop)
-                made += _files(evaluate.folder_of(self.config, kind), "*.json*")
-            return FINISHED, made
-        on_main: dict[str, Callable[[], list[Path]]] = {
-            "prepare": self._prepare,
-            "merge": self._merge,
-            "report": lambda: report.write([self.folder]),
-        }
-        return FINISHED, self.ranks.alone(on_main[name])
+            folders = (evaluate.folder_of(self.config, kind) for kind in kinds)
+            return FINISHED, [f for folder in folders for f in _files(folder, "*.json*")]
+        work = {"prepare": self._prepare, "merge": self._merge}
+        return FINISHED, self.ranks.alone(work.get(name, lambda: report.write([self.folder])))
 
     def _prepare(self) -> list[Path]:
         """Reads, checks and counts all rows once, and tokenizes those to train on."""
@@ -222,21 +207,20 @@ class Pipeline:
         summary: dict[str, Any] = stage.begun().get("splits", {})
         files: dict[Split, Path] = {}
         for split in SPLITS:
-            self.poll()
+            self._poll()
             if not getattr(self.raw.data, split):
                 continue
-            path = self._rows(split)
+            path = files[split] = self._rows(split)
             # Of a start that was killed, a split that was written whole is not read again.
             if split not in summary or not path.is_file() or facts(path) != summary[split]["file"]:
                 summary[split] = prepared.write(self.task, split, path) | {"file": facts(path)}
                 stage.note(splits=summary)
-            files[split] = path
         summary |= prepared.overlaps(files)
-        self.poll()
+        self._poll()
         if self.config.pipeline.merge != "none":
             merge.check_method(self.config, self.base.folder)
-        base, seed = self.base, self.config.train.seed
-        summary["said"] = data.prepare(self.prepared, base.tokenizer, base.vocab_size, seed)[2]
+        base, seed = self.base, self.raw.train.seed
+        summary["said"] = tokens.prepare(self.prepared, base.tokenizer, base.vocab_size, seed)[2]
         for line in summary["said"]:
             say(line)
         target = self.folder / "data" / "summary.json"
@@ -248,15 +232,15 @@ class Pipeline:
         mode, target = self.config.pipeline.merge, self.folder / "merged"
         if mode == "none":
             return []
-        if mode == "dequantized" and self.config.model.quant == "none":
-            mode = "original"  # one and the same
+        if self.config.model.quant == "none":
+            mode = "original"  # as dequantized is then
         key = json.dumps(self.stages["merge"].begun()["inputs"])
         made = target / MADE_FROM
         # After a kill between the folder's rename and the manifest it is there, and whole.
         if not made.is_file() or made.read_text() != key:
             settings = [f"model.path={self.config.model.path}", "engine.device=auto"]
-            run_dir, dtype = self.config.run_dir, self.config.pipeline.dtype
-            merge.run(run_dir, str(target), settings, mode, dtype, key, self.poll)
+            dtype = self.config.pipeline.dtype
+            merge.run(self.config.run_dir, str(target), settings, mode, dtype, key, self._poll)
         return _files(target)
 
 
@@ -276,10 +260,10 @@ def settings_of(stage: str, config: RunConfig) -> dict[str, Any]:
 
 def _rows_of(config: RunConfig, *also: Decides) -> dict[str, Any]:
     """The keys of ``data`` that decide the rows to train on, and those marked ``also``."""
-    more = changes.deciding(config, *also) if also else {}
+    more = changes.deciding(config, *also)
     return {
         key: value
-        for key, value in cfg.to_dict(config.data).items()
+        for key, value in to_dict(config.data).items()
         if changes.decides_rows(f"data.{key}") or f"data.{key}" in more
     }
 
@@ -292,19 +276,19 @@ def run(config: RunConfig, options: Options, stop: StopFlag) -> int:
             folder is another process's.
     """
     task = check(config)
+    ranks = Ranks()  # a job without a GPU, whatever engine and device the others are for
     if options.only in (None, *ON_RANKS) or world_size() > 1:
         check_batch(config, world_size())
         ranks = start_ranks(config)
-    else:
-        ranks = Ranks()  # a job without a GPU, whatever engine and device the others are for
-    lease = ranks.all_or_raise(lambda: _claim(Path(config.run_dir) / "stages", ranks))
+    stages = Path(config.run_dir) / "stages"
+    lease = ranks.all_or_raise(lambda: _claim(stages) if ranks.is_main else None)
     try:
         code = Pipeline(config, task, ranks, stop).run(options)
     except Stopping:
+        code = STOPPED
         if ranks.is_main:
             say("stopped; the same command continues this stage")
             tell_job("stopped", "pipeline")
-        code = STOPPED
     finally:
         if lease is not None:
             lease.release()
@@ -313,10 +297,8 @@ def run(config: RunConfig, options: Options, stop: StopFlag) -> int:
     return code
 
 
-def _claim(stages: Path, ranks: Ranks) -> Lease | None:
-    """Takes the folder of the manifests, on rank 0, for this process alone."""
-    if not ranks.is_main:
-        return None
+def _claim(stages: Path) -> Lease:
+    """Takes the folder of the manifests for this process alone."""
     try:
         stages.mkdir(parents=True, exist_ok=True)
         check_free(stages, *slurm_start())
@@ -330,14 +312,10 @@ def check(config: RunConfig) -> Task:
     task, wanted, merged = task_of(config), config.pipeline, Path(config.run_dir) / "merged"
     if wanted.merge != "none" and merged.exists() and not (merged / MADE_FROM).is_file():
         raise UserError(
-            f"{merged}: is there and was not made by this pipeline; move it away"
-            f" (mv {merged} {merged}-by-hand), or take pipeline.merge=none"
+            f"{merged}: was not made by this pipeline; move it, or set pipeline.merge=none"
         )
     if "merged" in wanted.evaluate and wanted.merge == "none":
-        raise UserError(
-            "pipeline.evaluate has merged, but pipeline.merge=none; take"
-            " pipeline.evaluate=base,adapter"
-        )
+        raise UserError("pipeline.evaluate has merged, but pipeline.merge=none; change one")
     if task.reads_files and not config.data.test:
         raise UserError("data.test is empty: the evaluate stage needs rows, data.test=FILES")
     if not wanted.evaluate:

@@ -31,46 +31,33 @@ from scalepeft.run.saver import Saver
 from scalepeft.trainer import Trainer, batches
 
 
-def check_resumed(
-    config: RunConfig, resumed: Checkpoint | None, total: int, weights: str, rows: str
+def _check_resumed(
+    config: RunConfig, base: Base, rows: "_Rows", fingerprint: str, resumed: Checkpoint | None
 ) -> None:
-    """Compares a checkpoint with what this process is about to continue, or calls finished.
-
-    Args:
-        config: of the run.
-        resumed: the newest checkpoint, if there is one.
-        total: steps of the whole run.
-        weights: fingerprint of the base's files.
-        rows: fingerprint of the tokenized training rows.
-
-    Raises:
-        UserError: it belongs to another base model, to other training rows or a longer run.
+    """Raise UserError if a checkpoint is of another base, of training rows with another
+    ``fingerprint``, or of a longer run than is about to continue, or calls itself finished.
     """
     if resumed is None:
         return
     where = f"run_dir={config.run_dir}"
-    if resumed.step > total:
+    if resumed.step > rows.total:
         raise UserError(
-            f"{where}: is at step {resumed.step} already, the run is to end at {total}; raise"
+            f"{where}: is at step {resumed.step} already, the run is to end at {rows.total}; raise"
             " train.max_steps or train.epochs, or choose another run_dir"
         )
-    if resumed.state["base"]["fingerprint"] != weights:
+    if resumed.state["base"]["fingerprint"] != base.fingerprint:
         raise UserError(
-            f"{where}: was trained on another base than model.path={config.model.path} now"
-            " holds (the fingerprint of its files differs); give the old base, or choose"
-            " another run_dir"
+            f"{where}: was trained on another base than model.path={config.model.path} now holds"
+            " (the fingerprint of its files differs); give the old base, or choose another run_dir"
         )
-    if resumed.state["data"] != rows:
+    if resumed.state["data"] != fingerprint:
         raise UserError(
-            f"{where}: the tokenized training rows differ from those it began with; restore the"
-            " files"
+            f"{where}: training rows differ from those it began with; restore the files"
         )
 
 
 def learning_rate(config: RunConfig, step: int, total: int) -> float:
-    """The rate of step ``step`` (from 0) of ``total``: linear warm-up, then linear or cosine to
-    zero, or constant.
-    """
+    """The rate of ``step`` (from 0): linear warm-up, then linear or cosine to zero, or constant."""
     train = config.train
     if step < train.warmup_steps:
         return train.lr * (step + 1) / train.warmup_steps
@@ -140,8 +127,10 @@ def run_on(
     check_nodes(config.run_dir, ranks)
     base = base or open_base(config.model, ranks)
     code = FINISHED
-    if records.finished():
-        _check_finished(config, base, ranks, records)
+    if records.finished():  # for its own base and rows; others are named, not passed over
+        rows = _rows(config, base, ranks)
+        train = rows.train.fingerprint
+        ranks.all_or_raise(lambda: _check_resumed(config, base, rows, train(), records.resumed))
     else:
         try:
             code = _train(config, base, ranks, records, stop)
@@ -152,16 +141,6 @@ def run_on(
     return code
 
 
-def _check_finished(config: RunConfig, base: Base, ranks: Ranks, records: RunRecorder) -> None:
-    """A finished run is finished for its own base and rows; others are named, not passed over."""
-    rows = _rows(config, base, ranks)
-    ranks.all_or_raise(
-        lambda: check_resumed(
-            config, records.resumed, rows.total, base.fingerprint, rows.train.fingerprint()
-        )
-    )
-
-
 def _train(
     config: RunConfig, base: Base, ranks: Ranks, records: RunRecorder, stop: StopFlag
 ) -> int:
@@ -169,109 +148,80 @@ def _train(
         if ranks.any(stop.signal is not None):
             raise Stopping
 
-    spent = {"startup": time.time() - stop.launched}
+    seconds = {"startup": time.time() - stop.launched}
     began = time.monotonic()
     poll()
     rows = _rows(config, base, ranks)
-    trainer = _trainer(config, base, ranks, records, rows, poll)
+    fingerprint = ranks.assert_equal(rows.train.fingerprint(), "data.train: training rows differ")
+    poll()
+    trainer = Trainer(config, ranks, build(config, base, ranks, poll), fingerprint)
+    ranks.all_or_raise(lambda: _check_resumed(config, base, rows, fingerprint, records.resumed))
     records.claim(stop.launched)
-    step, read_bytes = trainer.restore(records.resumed)
-    saver = Saver(records, saved=step)
-
-    def between() -> None:
-        saver.poll()
-        poll()
-
-    spent["load"] = time.monotonic() - began
-    _announce(trainer, records, step, rows.total, read_bytes, stop.launched, spent)
-    stream = iter(batches(config, rows.train, ranks, step, rows.total - step))
-    trainer.built.model.train()
+    read_bytes = trainer.restore(records.resumed)
+    seconds["load"] = time.monotonic() - began
+    saver = Saver(records, saved=trainer.done)
+    _announce(trainer, records, rows.total, read_bytes, stop.launched, seconds)
     try:
-        while True:
-            if _validation_due(config, rows, step) and records.evaluated < step:
-                records.held_out(_validate(trainer, rows, step, between))
-            if step == rows.total:
-                break
-            between()
-            clock = time.monotonic()
-            batch = next(stream)
-            lr = learning_rate(config, step, rows.total)
-            mean, norm = trainer.step(batch.micro, batch.label_tokens, lr)
-            step += 1
-            records.log(_row(trainer, batch, step, mean, norm, lr, time.monotonic() - clock))
-            trainer.check_finite(step, rows.total, saver)
-            # Not amid skipped steps: retention must not drop the checkpoint from before the
-            # trouble.
-            due = step % config.train.save_every == 0 and not trainer.nonfinite
-            if due or step == rows.total:
-                trainer.save(saver, step, final=step == rows.total)
-            if step == config.train.stop_at:
-                stop.planned = stop.signal is None
-                stop.request(SIGUSR1)
+        _steps(trainer, rows, records, saver, stop, poll)
     except Stopping:
-        saver.cancel(step)
-        if saver.saved != step:
-            trainer.save(saver, step, final=True)
+        saver.cancel(trainer.done)
+        if saver.saved != trainer.done:
+            trainer.save(saver, final=True)
         return STOPPED
     records.save_adapter(rows.total, trainer.built.base)
     return FINISHED
 
 
-def _trainer(
-    config: RunConfig,
-    base: Base,
-    ranks: Ranks,
-    records: RunRecorder,
-    rows: "_Rows",
-    poll: Callable[[], None],
-) -> Trainer:
-    """Builds the model; refuses a checkpoint that belongs to another base or to other rows."""
-    fingerprint = ranks.assert_equal(rows.train.fingerprint(), "data.train: training rows differ")
-    poll()
-    built = build(config, base, ranks, poll)
-    trainer = Trainer(config, ranks, built, fingerprint)
-    ranks.all_or_raise(
-        lambda: check_resumed(config, records.resumed, rows.total, base.fingerprint, fingerprint)
-    )
-    return trainer
-
-
-def _row(
+def _steps(
     trainer: Trainer,
-    batch: loader.StepBatch,
-    step: int,
-    mean: float | None,
-    norm: float | None,
-    lr: float,
-    seconds: float,
-) -> dict[str, Any]:
-    """A step's row of metrics.jsonl."""
-    row = {
-        "step": step,
-        "loss": mean,
-        "lr": lr,
-        "grad_norm": norm,
-        "label_tokens": batch.label_tokens,
-        "sample_index": step * trainer.config.train.global_batch,
-        "seconds": seconds,
-        "tokens_per_second": batch.tokens / seconds,
-    }
-    return row if trainer.penalty is None else {**row, "penalty": trainer.penalty}
+    rows: "_Rows",
+    records: RunRecorder,
+    saver: Saver,
+    stop: StopFlag,
+    poll: Callable[[], None],
+) -> None:
+    """All steps that are left, and what is due between them."""
+    config, done, total = trainer.config, trainer.done, rows.total
+
+    def between() -> None:
+        saver.poll()
+        poll()
+
+    stream = iter(batches(config, rows.train, trainer.ranks, done, total - done))
+    trainer.built.model.train()
+    while True:
+        if _validation_due(config, rows, trainer.done) and records.evaluated < trainer.done:
+            records.held_out(_validate(trainer, rows.valid, between))
+        if trainer.done == total:
+            return
+        between()
+        clock = time.monotonic()
+        batch = next(stream)
+        lr = learning_rate(config, trainer.done, total)
+        mean, norm = trainer.step(batch.micro, batch.label_tokens, lr)
+        seconds = time.monotonic() - clock
+        row = {"step": trainer.done, "loss": mean, "lr": lr, "grad_norm": norm}
+        row |= {"label_tokens": batch.label_tokens, "sample_index": trainer.sample_index}
+        row |= {"seconds": seconds, "tokens_per_second": batch.tokens / seconds}
+        row |= {} if trainer.penalty is None else {"penalty": trainer.penalty}
+        records.log(row)
+        trainer.check_finite(total, saver)
+        # Not amid skipped steps: retention must not drop the checkpoint from before the trouble.
+        due = trainer.done % config.train.save_every == 0 and not trainer.nonfinite
+        if due or trainer.done == total:
+            trainer.save(saver, final=trainer.done == total)
+        if trainer.done == config.train.stop_at:
+            stop.planned = stop.signal is None
+            stop.request(SIGUSR1)
 
 
-def _validate(
-    trainer: Trainer, rows: "_Rows", step: int, poll: Callable[[], None]
-) -> dict[str, Any]:
+def _validate(trainer: Trainer, rows: TokenSet | None, poll: Callable[[], None]) -> dict[str, Any]:
     """A row of validation.jsonl."""
-    assert rows.valid is not None
+    assert rows is not None
     clock = time.monotonic()
-    value = held_out_loss(trainer.config, trainer.built, rows.valid, trainer.ranks, poll)
-    return {
-        "step": step,
-        "loss": value if math.isfinite(value) else None,
-        "rows": len(rows.valid),
-        "seconds": time.monotonic() - clock,
-    }
+    value = held_out_loss(trainer.config, trainer.built, rows, trainer.ranks, poll)
+    loss, seconds = value if math.isfinite(value) else None, time.monotonic() - clock
+    return {"step": trainer.done, "loss": loss, "rows": len(rows), "seconds": seconds}
 
 
 def _validation_due(config: RunConfig, rows: "_Rows", step: int) -> bool:
@@ -283,33 +233,23 @@ def _validation_due(config: RunConfig, rows: "_Rows", step: int) -> bool:
 def _announce(
     trainer: Trainer,
     records: RunRecorder,
-    step: int,
     total: int,
     read_bytes: int,
     launched: float,
     seconds: dict[str, float],
 ) -> None:
     """Tells user and events.jsonl what starts, with the bytes that each rank read and holds."""
-    built, ranks = trainer.built, trainer.ranks
-    per_rank = ranks.gather(
-        {
-            "host": socket.gethostname(),
-            "device": device_name(ranks.device),
-            "bytes_read": built.bytes_read,
-            "bytes_held": resident_bytes(built.model),
-            "checkpoint_bytes_read": read_bytes,
-        }
-    )
+    built, ranks, step = trainer.built, trainer.ranks, trainer.done
+    here: dict[str, Any] = {"host": socket.gethostname(), "device": device_name(ranks.device)}
+    here |= {"bytes_read": built.bytes_read, "bytes_held": resident_bytes(built.model)}
+    per_rank = ranks.gather(here | {"checkpoint_bytes_read": read_bytes})
     count = sum(full_shape(p).numel() for p in trainer.trained.values())
     if ranks.is_main:
         tensors = len(trainer.trained)
         say(f"training {count:,} parameters in {tensors} tensors, steps {step + 1} to {total}")
-    more = {
-        "engine": trainer.config.engine.name,
-        "world_size": ranks.world_size,
-        "parameters": count,
-    }
-    records.started(step, launched, steps=total, **more, **seconds, per_rank=per_rank)
+    more = {"engine": trainer.config.engine.name, "world_size": ranks.world_size}
+    more |= {"parameters": count, **seconds}
+    records.started(step, launched, steps=total, **more, per_rank=per_rank)
     records.show(step, total)
 
 
@@ -325,27 +265,21 @@ def _rows(config: RunConfig, base: Base, ranks: Ranks) -> _Rows:
     """Tokenized rows, and the number of steps; one rank a node tokenizes for all of them."""
 
     def prepare() -> tuple[TokenSet, TokenSet | None, list[str]]:
-        limit = base.positions
-        if limit is not None and config.data.cutoff > limit:
-            raise UserError(
-                f"data.cutoff={config.data.cutoff} is beyond the model's {limit} positions;"
-                " lower it"
-            )
+        cutoff, limit = config.data.cutoff, base.positions
+        if limit is not None and cutoff > limit:
+            raise UserError(f"data.cutoff={cutoff} is beyond the model's {limit} positions")
         return tokens.prepare(task_of(config), base.tokenizer, base.vocab_size, config.train.seed)
 
     prepared = ranks.all_or_raise(lambda: prepare() if ranks.local_rank == 0 else None)
     train, valid, report = ranks.all_or_raise(lambda: prepared or prepare())  # now from the cache
-    if ranks.is_main:
-        for line in report:
-            say(line)
+    for line in report if ranks.is_main else ():
+        say(line)
     total = config.train.max_steps
     if total is None:
         assert config.train.epochs is not None
         total = max(1, math.ceil(config.train.epochs * len(train) / config.train.global_batch))
         cfg.check_length(config.train, total)
     if ranks.is_main and config.train.warmup_steps >= total:  # a trial of a few steps
-        say(
-            f"train.warmup_steps={config.train.warmup_steps} is not shorter than the run of {total}"
-            f" steps: the learning rate never reaches train.lr={config.train.lr}"
-        )
+        warmup = f"train.warmup_steps={config.train.warmup_steps}"
+        say(f"{warmup} is not shorter than the run of {total} steps: train.lr is never reached")
     return _Rows(train, valid, total)

@@ -27,24 +27,23 @@ class Trainer:
     ) -> None:
         self.config, self.ranks, self.built = config, ranks, built
         self.data_fingerprint = data_fingerprint
+        self.done = 0
+        """Steps that are done."""
         self.trained = injection.trainable(built.model)
         decayed = injection.decayed_names(built.model)
+        train = config.train
+        decaying, others = (
+            [p for name, p in self.trained.items() if (name in decayed) == decays]
+            for decays in (True, False)
+        )
         groups = [
-            {
-                "params": [p for n, p in self.trained.items() if n in decayed],
-                "weight_decay": config.train.weight_decay,
-            },
-            {
-                "params": [p for n, p in self.trained.items() if n not in decayed],
-                "weight_decay": 0.0,
-            },
+            {"params": decaying, "weight_decay": train.weight_decay},
+            {"params": others, "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]],
-            lr=config.train.lr,
-            betas=(config.train.beta1, config.train.beta2),
-            eps=config.train.eps,
-        )
+            lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps,
+        )  # fmt: skip
         self.call = built.engine.attach(built.model, self.optimizer)
         """What training calls: the model, or the engine's wrapper around it."""
         adapters = [adapter for _, adapter in injection.adapters(built.model)]
@@ -94,6 +93,7 @@ class Trainer:
         else:
             engine.discard(self.optimizer)
         self.nonfinite = 0 if finite else self.nonfinite + 1
+        self.done += 1
         return (mean, norm) if finite else (None, None)
 
     def _add_penalty(self, parameters: list[nn.Parameter]) -> float | None:
@@ -107,25 +107,21 @@ class Trainer:
         engine.add_gradients(parameters, list(grads))
         return float(value.detach())
 
-    def check_finite(self, step: int, total: int, saver: Saver) -> None:
+    def check_finite(self, total: int, saver: Saver) -> None:
         """Ends the run after ``train.max_nonfinite`` skipped steps in a row."""
         if self.nonfinite >= min(self.config.train.max_nonfinite, total):
             saver.wait()
             newest = f"is of step {saver.saved}" if saver.saved else "does not exist yet"
             raise FloatingPointError(
                 f"loss or gradient was not finite for {self.nonfinite} steps in a row, to step"
-                f" {step}. The newest checkpoint {newest}. Lower"
+                f" {self.done}. The newest checkpoint {newest}. Lower"
                 f" train.lr={self.config.train.lr}, or look at the rows of these steps"
             )
 
-    def restore(self, resumed: Checkpoint | None) -> tuple[int, int]:
-        """Reads this rank's part of a checkpoint, if there is one.
-
-        Returns:
-            The step to continue from, and the bytes that were read.
-        """
+    def restore(self, resumed: Checkpoint | None) -> int:
+        """Reads this rank's part of a checkpoint, if there is one; returns the bytes it read."""
         if resumed is None:
-            return 0, 0
+            return 0
         engine, where = self.built.engine, f"checkpoint step-{resumed.step:06d}"
 
         def read() -> int:
@@ -148,14 +144,19 @@ class Trainer:
 
         read_bytes = self.ranks.all_or_raise(read)
         engine.state_loaded()
-        self.nonfinite = resumed.state["nonfinite_in_a_row"]
-        return resumed.step, read_bytes
+        self.done, self.nonfinite = resumed.step, resumed.state["nonfinite_in_a_row"]
+        return read_bytes
 
-    def save(self, saver: Saver, step: int, final: bool) -> None:
-        """Saves the state after ``step``. Raises OSError: the disk refused a ``final`` save."""
+    @property
+    def sample_index(self) -> int:
+        """Samples that the steps so far have taken: the position in the data."""
+        return self.done * self.config.train.global_batch
+
+    def save(self, saver: Saver, final: bool) -> None:
+        """Saves what is trained so far. Raises OSError: the disk refused a ``final`` save."""
         state = {
-            "step": step,
-            "sample_index": step * self.config.train.global_batch,
+            "step": self.done,
+            "sample_index": self.sample_index,
             "nonfinite_in_a_row": self.nonfinite,
             # Order and dropout are functions of the seed: there is no generator state.
             "seed": self.config.train.seed,
@@ -164,7 +165,7 @@ class Trainer:
             "world_size": self.ranks.world_size,
             "engine": self.config.engine.name,
         }
-        saver.save(step, self.parts(), state, final)
+        saver.save(self.done, self.parts(), state, final)
 
     def parts(self) -> dict[str, Part]:
         """This rank's parts of parameters and moments."""
@@ -172,24 +173,11 @@ class Trainer:
 
 
 def batches(
-    config: RunConfig,
-    rows: TokenSet,
-    ranks: Ranks,
-    first_step: int,
-    steps: int,
-    *,
-    shuffle: bool = True,
+    config: RunConfig, rows: TokenSet, ranks: Ranks, first: int, steps: int, *, shuffle: bool = True
 ) -> loader.Loader:
-    """This rank's micro-batches of ``steps`` steps from ``first_step``."""
+    """This rank's micro-batches of ``steps`` steps from step ``first``."""
     train = config.train
     return loader.Loader(
-        rows,
-        ranks,
-        first_step,
-        steps,
-        global_batch=train.global_batch,
-        micro_batch=train.micro_batch,
-        seed=train.seed,
-        workers=config.data.workers,
-        shuffle=shuffle,
-    )
+        rows, ranks, first, steps, global_batch=train.global_batch, micro_batch=train.micro_batch,
+        seed=train.seed, workers=config.data.workers, shuffle=shuffle,
+    )  # fmt: skip

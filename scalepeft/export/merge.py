@@ -24,16 +24,11 @@ from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.log import say
 from scalepeft.core.safetensors import SafetensorsFile, Stored, Writer
-from scalepeft.export.streaming import (
-    FinishedRun,
-    Streamed,
-    plain,
-    refuse_existing,
-    whole_folder,
-)
+from scalepeft.export.streaming import FinishedRun, Streamed, plain, refuse_existing, whole_folder
 from scalepeft.models import hub as models
 from scalepeft.models import quant, structure
 from scalepeft.models.weights import DTYPES, PIECE_BYTES, Weights
+from scalepeft.run.tensors import as_bytes
 
 __all__ = ["effective_weight", "run"]
 
@@ -103,10 +98,7 @@ def run(
     finished = FinishedRun.open(run_dir, settings, "a merge")
     storage = finished.config.model.quant
     if base == "dequantized" and storage == "none":
-        raise UserError(
-            "--base dequantized: the run's base was not quantized (model.quant=none); leave the"
-            " option out"
-        )
+        raise UserError("--base dequantized: the run has model.quant=none; leave the option out")
     model = finished.structure(quantized=base == "dequantized")
     switches, shards = _plan(finished, model, dtype)
     with whole_folder(target, key) as folder:
@@ -137,10 +129,7 @@ def check_method(config: RunConfig, folder: Path) -> None:
 
 
 def _plan(finished: FinishedRun, model: Streamed, dtype: str) -> tuple[list[str], list[_Shard]]:
-    """Decides all that will be written, and checks it against the architecture.
-
-    Returns:
-        The switches to set in config.json, and the shards in the order of the base's files.
+    """Returns the switches to set in config.json, and the shards in the order of the base's files.
 
     Raises:
         UserError: a method that cannot merge, a tied layer, a bias that the architecture has no
@@ -157,7 +146,8 @@ def _plan(finished: FinishedRun, model: Streamed, dtype: str) -> tuple[list[str]
         if layer.bias is None and adds_bias(layer):
             biases.add(f"{name}.bias")
     there = {name for file in finished.base.weights.files for name in file.tensors}
-    switches, shapes = _architecture_with(finished.base.folder, biases - there, finished.config)
+    method = finished.config.adapter.name
+    switches, shapes = _architecture_with(finished.base.folder, biases - there, method)
     shards = _shards(finished.base.weights, shapes, dtype)
     written = {item.name: item.shape for shard in shards for item in shard.items}
     for name, shape in shapes.items():
@@ -171,30 +161,22 @@ def _plan(finished: FinishedRun, model: Streamed, dtype: str) -> tuple[list[str]
 
 
 def _architecture_with(
-    folder: Path, biases: set[str], config: Any
+    folder: Path, biases: set[str], method: str
 ) -> tuple[list[str], dict[str, tuple[int, ...]]]:
     """Finds the switches that give the architecture these biases, and the shapes it then has."""
-    from transformers import AutoModelForCausalLM
-
-    def shapes(switches: list[str]) -> dict[str, tuple[int, ...]]:
-        architecture = models.architecture(folder)
-        for switch in switches:
-            setattr(architecture, switch, True)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(architecture)
-        return {name: tuple(p.shape) for name, p in model.named_parameters()}
-
-    there = shapes([])
-    known = [s for s in SWITCHES if getattr(models.architecture(folder), s, None) is False]
-    for switches in ([], *([s] for s in known), known):
-        found = shapes(switches)
-        if biases <= found.keys() and there.keys() <= found.keys():
-            return switches, found
-    method = config.adapter.name
+    architecture = models.architecture(folder)
+    wanted = {"mlp_bias" if ".mlp." in name else "attention_bias" for name in biases}
+    switches = [s for s in SWITCHES if s in wanted and getattr(architecture, s, None) is False]
+    for switch in switches:
+        setattr(architecture, switch, True)
+    model = models.meta_model(architecture, f"model.path={folder}")
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if biases <= shapes.keys():
+        return switches, shapes
     raise UserError(
         f"adapter.name={method} adds a bias to {min(biases)}, which this architecture"
-        f" ({models.architecture(folder).model_type}) has no place for in stock transformers;"
-        " keep the adapter, which works as it is (scalepeft evaluate, scalepeft.load_adapter)"
+        f" ({architecture.model_type}) has no place for in stock transformers; keep the adapter,"
+        " which works as it is (scalepeft evaluate, scalepeft.load_adapter)"
     )
 
 
@@ -225,16 +207,30 @@ def _write_shard(model: Streamed, shard: _Shard, folder: Path, poll: Callable[[]
     with Writer(begun, header, shard.source.metadata or {"format": "pt"}) as writer:
         for item in shard.items:
             poll()
-            tensor = _new_value(model, item)
-            if tensor is not None:
-                writer.write(_rounded(tensor, item))
-            elif item.stored is None:
-                writer.write([bytes(item.size)])
-            elif item.dtype == item.stored.dtype:
-                writer.write(shard.source.pieces(item.stored))
-            else:
-                writer.write(_cast(model.weights, item))
+            writer.write(_pieces(model, shard.source, item))
     begun.rename(folder / shard.file)
+
+
+def _pieces(model: Streamed, source: SafetensorsFile, item: _Item) -> Iterator[Any]:
+    """The bytes of a tensor as they are to be written, some rows at a time."""
+    value = _new_value(model, item)
+    if value is None and item.stored is None:
+        yield bytes(item.size)
+    elif value is None and item.stored is not None and item.dtype == item.stored.dtype:
+        yield from source.pieces(item.stored)
+    else:
+        length = item.shape[0] if item.shape else 1
+        rows = max(1, PIECE_BYTES * length // max(1, item.size))
+        for first in range(0, length, rows):
+            last = min(first + rows, length)
+            part = (
+                model.weights.rows(item.name, first, last) if value is None else value[first:last]
+            )
+            rounded = part.to(DTYPES[item.dtype]).cpu()
+            if value is not None and not torch.isfinite(rounded).all():
+                what = f"{item.name}: the merged values do not fit into {item.dtype}"
+                raise UserError(f"{what}; merge with --dtype fp32 or bf16")
+            yield as_bytes(rounded)
 
 
 @torch.no_grad()
@@ -242,59 +238,30 @@ def _new_value(model: Streamed, item: _Item) -> Tensor | None:
     """The merged tensor, fp32 or better; None where the base's own value stays."""
     name, _, key = item.name.rpartition(".")
     module = model.modules.get(name)
-    if key not in ("weight", "bias"):
+    kinds = (Adapted, AdaptedNorm, quant.QuantLinear)
+    if not isinstance(module, kinds) or key not in ("weight", "bias"):
         return None
-    if isinstance(module, Adapted):
-        with model.held(module):
+    with model.held(module):
+        if isinstance(module, Adapted):
             return effective_weight(module)[0] if key == "weight" else effective_bias(module)
-    if isinstance(module, AdaptedNorm):
-        with model.held(module):
+        if isinstance(module, AdaptedNorm):
             return norm_parameter(name, module, key)
-    if isinstance(module, quant.QuantLinear) and key == "weight":
-        with model.held(module):
+        if isinstance(module, quant.QuantLinear) and key == "weight":
             return quant.Frozen(module).weight(torch.float32)
     return None
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    flat: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    return memoryview(flat)
-
-
-def _rounded(tensor: Tensor, item: _Item) -> Iterator[memoryview]:
-    rows = max(1, PIECE_BYTES // max(1, tensor[0].numel() * tensor.element_size()))
-    for part in tensor.split(rows):
-        rounded = part.to(DTYPES[item.dtype]).cpu()
-        if not torch.isfinite(rounded).all():
-            raise UserError(
-                f"{item.name}: the merged values do not fit into {item.dtype}; merge with --dtype"
-                " fp32 or bf16"
-            )
-        yield _bytes(rounded)
-
-
-def _cast(weights: Weights, item: _Item) -> Iterator[memoryview]:
-    assert item.stored is not None
-    length = item.shape[0] if item.shape else 1
-    rows = max(1, PIECE_BYTES * length // max(1, item.stored.stop - item.stored.start))
-    for first in range(0, length, rows):
-        part = weights.rows(item.name, first, min(first + rows, length))
-        yield _bytes(part.to(DTYPES[item.dtype]))
 
 
 def _copy_small_files(
     finished: FinishedRun, folder: Path, switches: Iterable[str], dtype: str
 ) -> None:
     """Tokenizer, generation settings, and config.json with what merging changes."""
-    for source in (
-        finished.base.folder,
-        Path(finished.config.model.tokenizer or finished.base.folder),
-    ):
+    base = finished.base.folder
+    for source in (base, Path(finished.config.model.tokenizer or base)):
         for pattern in COPIED:
             for file in source.glob(pattern):  # none where the tokenizer is a hub id
                 if file.is_file():
                     shutil.copyfile(file, folder / file.name)
-    config = json.loads((finished.base.folder / "config.json").read_text(encoding="utf-8"))
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     config |= dict.fromkeys(switches, True)
     if dtype != "base":
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
@@ -306,10 +273,9 @@ def _copy_small_files(
 def _write_index(folder: Path, shards: list[_Shard]) -> None:
     if [shard.file for shard in shards] == ["model.safetensors"]:
         return
-    items = [(item, shard.file) for shard in shards for item in shard.items]
     index = {
-        "metadata": {"total_size": sum(item.size for item, _ in items)},
-        "weight_map": {item.name: file for item, file in items},
+        "metadata": {"total_size": sum(item.size for shard in shards for item in shard.items)},
+        "weight_map": {item.name: shard.file for shard in shards for item in shard.items},
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -321,10 +287,10 @@ def _difference(adapted: Streamed, merged: Streamed) -> str:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (1, length), generator=generator)
     want, got = adapted.logits(ids), merged.logits(ids)
-    worst = (got - want).abs().max().item()
+    worst, largest = (got - want).abs().max().item(), want.abs().max().item()
     agree = int((got.argmax(-1) == want.argmax(-1)).sum())
     return (
         f"merged: logits differ from the adapted model's by at most {worst:.1e} (relative"
-        f" {worst / want.abs().max().item():.1e}) over {length} tokens; the next token agrees at"
+        f" {worst / largest:.1e}) over {length} tokens; the next token agrees at"
         f" {agree} of {length}"
     )

@@ -5,8 +5,8 @@ Both formats are PEFT's: ``adapter_config.json`` and ``adapter_model.safetensors
 """
 
 import json
-from collections import Counter
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import torch
@@ -91,20 +91,15 @@ def run(run_dir: str, out: str, settings: list[str], format: str) -> None:
 
 
 def _to_peft(adapter: Adapter, layer: nn.Linear, base: Base) -> Exported:
-    found = adapter.to_peft(base)
-    method = type(adapter).__name__
-    if found is None:
+    exported = adapter.to_peft(base)
+    if exported is None:
         other = " or --format lora" if adapter.to_lora(base) else ""
-        raise UserError(
-            f"--format peft: HF PEFT has no method that computes what {method} does with these"
-            f" settings; {_instead(adapter)}{other}"
-        )
-    if found[0]["peft_type"] == "IA3" and layer.bias is not None and len(found[1]["ia3_l"]) > 1:
-        raise UserError(
-            "--format peft: HF PEFT's IA3 scales a layer's bias too, ours does not, and"
-            f" this model's layers have one; {_instead(adapter)}"
-        )
-    return found
+        raise _refused("peft", adapter, "with these settings: HF PEFT has no method like it", other)
+    fields, tensors = exported
+    if fields["peft_type"] == "IA3" and layer.bias is not None and len(tensors["ia3_l"]) > 1:
+        reason = "has biases to leave here, and HF PEFT's IA3 scales a layer's bias too"
+        raise _refused("peft", adapter, reason)
+    return exported
 
 
 def _to_lora(adapter: Adapter, layer: nn.Linear, base: Base) -> Exported:
@@ -112,24 +107,20 @@ def _to_lora(adapter: Adapter, layer: nn.Linear, base: Base) -> Exported:
     if factors is None:
         reason = adapter.unmergeable_reason or "W' - W has full rank"
         other = " or --format peft" if adapter.to_peft(base) else ""
-        raise UserError(
-            f"--format lora: {type(adapter).__name__} is not W plus a matrix of low rank: {reason};"
-            f" {_instead(adapter)}{other}"
-        )
+        raise _refused("lora", adapter, f"is not W plus a matrix of low rank: {reason}", other)
     a, b = factors
     fields = {"peft_type": "LORA", "r": len(a), "lora_alpha": len(a), "use_rslora": False}
     return fields, {"lora_A.weight": a, "lora_B.weight": b}
 
 
-def _instead(adapter: Adapter) -> str:
-    return "keep the adapter" if adapter.unmergeable_reason else "use scalepeft merge"
+def _refused(format: str, adapter: Adapter, reason: str, other: str = "") -> UserError:
+    instead = "keep the adapter" if adapter.unmergeable_reason else "use scalepeft merge"
+    return UserError(f"--format {format}: {type(adapter).__name__} {reason}; {instead}{other}")
 
 
 def common_fields(model: nn.Module, fields: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """One config for all layers: equal fields, PEFT's pattern for C3A's block sizes, and targets.
-
-    Targets are the last parts of names where every such layer of the model is adapted, else full
-    names.
+    """One config for all layers: equal fields, PEFT's pattern for C3A's block sizes, and targets:
+    the last parts of names where every such layer of the model is adapted, else full names.
     """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
@@ -141,11 +132,8 @@ def common_fields(model: nn.Module, fields: dict[str, dict[str, Any]]) -> dict[s
     common = dict(next(iter(fields.values())))
     if common["peft_type"] == "C3A":
         sizes = {name: f.pop("block_size") for name, f in fields.items()}
-        common["block_size"] = Counter(sizes.values()).most_common(1)[0][0]
-        common["block_size_pattern"] = {
-            name: size for name, size in sizes.items() if size != common["block_size"]
-        }
-        fields = {name: {"peft_type": "C3A"} for name in fields}
+        usual = common["block_size"] = mode(sizes.values())
+        common["block_size_pattern"] = {n: size for n, size in sizes.items() if size != usual}
     if common["peft_type"] == "IA3":  # PEFT wants them in the form of the targets
         inputs = common["feedforward_modules"]
         common["feedforward_modules"] = [t for t in targets if last(t) in inputs]

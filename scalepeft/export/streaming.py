@@ -9,7 +9,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ from scalepeft.models.weights import Weights, fill
 from scalepeft.parallel.ranks import Ranks, pick_device
 from scalepeft.run.checkpoint import RunFolder
 from scalepeft.run.folder import check_base, load_run, older_adapter
+
+MADE_FROM = "made_from.json"
+"""In a folder that was filled with a key: that key."""
 
 
 class Streamed:
@@ -76,16 +79,12 @@ class Streamed:
         def after(module: nn.Module, _args: Any, _out: Any) -> None:
             module._parameters.update(taken.pop(module))
 
-        hooks = []
-        for module in self.modules.values():
-            if any(p.is_meta for p in module.parameters(recurse=False)):
-                hooks.append(module.register_forward_pre_hook(before))
-                hooks.append(module.register_forward_hook(after))
-        try:
+        with ExitStack() as hooks:
+            for module in self.modules.values():
+                if any(p.is_meta for p in module.parameters(recurse=False)):
+                    hooks.enter_context(module.register_forward_pre_hook(before))
+                    hooks.enter_context(module.register_forward_hook(after))
             out: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits
-        finally:
-            for hook in hooks:
-                hook.remove()
         return out.float().cpu()
 
 
@@ -116,20 +115,16 @@ class FinishedRun:
             )
         adapter, state, description = injection.read_adapter(where)
         if word := older_adapter(Path(run_dir), description.get("step")):
-            raise UserError(
-                f"{run_dir}: {word}; let it finish first (the same train command continues it)"
-            )
-        trained_on = description.get("base_model")
-        trained_on = trained_on if isinstance(trained_on, dict) else {}
+            raise UserError(f"{run_dir}: {word}; let it finish (its train command continues it)")
+        trained_on = description.get("base_model") or {}
         storage = ("quant", "double_quant")
         held = cfg.to_dict(adapter) | {key: trained_on.get(key) for key in storage}
         wanted = cfg.to_dict(config.adapter) | {key: getattr(config.model, key) for key in storage}
         for key in sorted(held.keys() | wanted.keys()):
             if held.get(key) != wanted.get(key):
                 raise UserError(
-                    f"{where} is not the adapter of this run: {key} is {held.get(key)} there and"
-                    f" {wanted.get(key)} in {run_dir}/config.yaml; put the adapter back that the"
-                    " run wrote"
+                    f"{where} is not this run's adapter: {key} is {held.get(key)} there and"
+                    f" {wanted.get(key)} in {run_dir}/config.yaml; put the adapter back"
                 )
         device = pick_device(config.engine.device, 0)
         base = open_base(config.model, Ranks())
@@ -181,43 +176,32 @@ def whole_folder(out: Path, key: str | None = None) -> Iterator[Path]:
     refuse_existing(out)
     begin = f"{out.name}.partial-{socket.gethostname()}-"
     partial = out.with_name(f"{begin}{os.getpid()}" if key is None else f"{out.name}.partial")
+    made_from = partial / MADE_FROM
     try:
-        try:
-            for left in out.parent.glob(f"{glob.escape(begin)}*"):
-                if not Path("/proc", left.name.removeprefix(begin)).exists():
-                    shutil.rmtree(left, ignore_errors=True)
-            if key is None:
-                partial.mkdir(parents=True)
-            else:
-                _take_up(partial, key)
-            yield partial
-            for file in partial.iterdir():
-                fsync(file)
-            fsync(partial)
-            refuse_existing(out)
-            partial.rename(out)
-            fsync(out.parent)
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            state = "nothing of it is left" if key is None else f"{partial} is continued next time"
-            raise UserError(
-                f"OUT={out}: not written: {reason}; {state}: make room, or name another folder"
-            ) from None
-    except BaseException:
+        for left in out.parent.glob(f"{glob.escape(begin)}*"):
+            if not Path("/proc", left.name.removeprefix(begin)).exists():
+                shutil.rmtree(left, ignore_errors=True)
+        if key is None:
+            partial.mkdir(parents=True)
+        elif not made_from.is_file() or made_from.read_text() != key:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            made_from.write_text(key)
+            fsync(made_from)
+        yield partial
+        for file in partial.iterdir():
+            fsync(file)
+        fsync(partial)
+        refuse_existing(out)
+        partial.rename(out)
+        fsync(out.parent)
+    except BaseException as error:
         if key is None:
             shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-MADE_FROM = "made_from.json"
-"""In a folder that was filled with a key: that key."""
-
-
-def _take_up(partial: Path, key: str) -> None:
-    """Makes the folder, or keeps the one that was begun with the same key."""
-    file = partial / MADE_FROM
-    if not file.is_file() or file.read_text() != key:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        file.write_text(key)
-        fsync(file)
+        if not isinstance(error, (OSError, SafetensorError)):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        state = "nothing of it is left" if key is None else f"{partial} is continued next time"
+        raise UserError(
+            f"OUT={out}: not written: {reason}; {state}: make room, or name another folder"
+        ) from None

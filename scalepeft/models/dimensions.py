@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scalepeft.core.errors import UserError
-from scalepeft.models import hub as models
-from scalepeft.models import shapes
+from scalepeft.models import hub, shapes
 from scalepeft.models.hub import BUILTIN, ModelConfig
 from scalepeft.models.weights import DTYPES, Weights
 
@@ -62,45 +61,40 @@ def find(config: ModelConfig, network: bool = True) -> Source:
     Raises:
         UserError: neither a folder with ``config.json`` nor a hub id whose dimensions can be had.
     """
+    folder = Path(config.path)
     if config.path == BUILTIN:
         from scalepeft.models import tiny
 
-        values = {"model_type": "llama", "dtype": "float32", **tiny.SPEC}
-        return Source(values, BUILTIN, {})
-    if Path(config.path).is_dir():
-        folder = Path(config.path)
-        files: dict[str, int] = {}
-        if any(folder.glob("*.safetensors*")):
-            entries = Weights(folder).entries
-            files = {name: entry.dtype.itemsize for name, entry in entries.items()}
-        return Source(_values(models.architecture(folder)), f"{folder}/config.json", files)
-    models.check_place(config.path)
-    return _of_hub_id(config, network)
+        return Source({"model_type": "llama", "dtype": "float32", **tiny.SPEC}, BUILTIN, {})
+    if not folder.is_dir():
+        hub.check_place(config.path)
+        return _of_hub_id(config, network)
+    entries = Weights(folder).entries if any(folder.glob("*.safetensors*")) else {}
+    files = {name: entry.dtype.itemsize for name, entry in entries.items()}
+    return _source(hub.architecture(folder), f"{folder}/config.json", files)
 
 
-def _values(architecture: Any) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads(architecture.to_json_string(use_diff=False))
-    return values
+def _source(architecture: Any, where: str, files: dict[str, int] | None = None) -> Source:
+    return Source(json.loads(architecture.to_json_string(use_diff=False)), where, files or {})
 
 
 def _of_hub_id(config: ModelConfig, network: bool) -> Source:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    name = config.path
-    cached = try_to_load_from_cache(name, "config.json", revision=config.revision)
+    name, revision = config.path, config.revision
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
     if isinstance(cached, str):
-        return Source(_values(models.architecture(Path(cached).parent)), "the hub's cache", {})
+        return _source(hub.architecture(Path(cached).parent), "the hub's cache")
     if (shape := shapes.of_hub_id(name)) is not None:
-        return Source(_values(shapes.architecture(shape)), f"dimensions of {shape}", {})
+        return _source(shapes.architecture(shape), f"dimensions of {shape}")
     reason = "the hub is not asked here"
     if network:
         try:
-            file = hf_hub_download(name, "config.json", revision=config.revision)
-            return Source(_values(models.architecture(Path(file).parent)), "the hub", {})
+            file = hf_hub_download(name, "config.json", revision=revision)
+            return _source(hub.architecture(Path(file).parent), "the hub")
         except (OSError, ValueError) as error:  # also every error of the hub's own
             reason = f"the download failed ({type(error).__name__})"
     raise UserError(
         f"model.path={name}: its config.json is not in the hub's cache, its dimensions are not"
-        f" known here, and {reason}; set model.path=FOLDER, one with the model's config.json is"
-        " enough"
+        f" known, and {reason}; set model.path=FOLDER (the model's config.json is enough)"
     )

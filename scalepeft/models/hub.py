@@ -43,14 +43,10 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Base:
-    """A frozen base, opened once and passed on; a part is read when it is first asked for.
+    """A frozen base in ``folder`` on this node, opened once and passed on.
 
-    Reading a part is this rank's own work and raises UserError: ranks agree on it with
-    ``Ranks.all_or_raise``.
-
-    Attributes:
-        config: which base.
-        folder: where its files lie on this node.
+    A part is read when it is first asked for, by this rank alone, and may raise UserError: ranks
+    agree on it with ``Ranks.all_or_raise``.
     """
 
     def __init__(self, config: ModelConfig, folder: Path) -> None:
@@ -118,11 +114,8 @@ def resolve(config: ModelConfig, ranks: Ranks) -> Path:
 
     here = ranks.all_or_raise(make)
     # Every rank of a node uses what its local rank 0 found; node paths may differ.
-    folders = ranks.gather((here, ranks.local_rank))
-    for folder, local_rank in folders[: ranks.rank + 1][::-1]:
-        if local_rank == 0 and folder is not None:
-            return Path(folder)
-    raise AssertionError("local rank 0 of this node comes first")
+    folders = [folder for folder in ranks.gather(here)[: ranks.rank + 1] if folder is not None]
+    return Path(folders[-1])
 
 
 def check_place(name: str) -> None:
@@ -146,9 +139,8 @@ def _download(name: str, revision: str | None) -> str:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         at = f" at revision {revision}" if revision else ""
         raise UserError(
-            f"model.path={name}{at}: no such folder here, and the hub does not give it"
-            f" ({type(error).__name__}: {str(error).splitlines()[0]}); download it where there is a"
-            " network and name the folder"
+            f"model.path={name}{at}: no such folder here, and the download from the hub failed"
+            f" ({type(error).__name__}: {str(error).splitlines()[0]}); name the folder of a copy"
         ) from None
 
 
@@ -165,23 +157,17 @@ def load_tokenizer(config: ModelConfig, folder: Path) -> Any:
     if Path(source).is_dir() and not (Path(source) / "tokenizer.json").is_file():
         if (Path(source) / "tokenizer.model").is_file():
             raise UserError(
-                f"{where}: has tokenizer.model but no tokenizer.json; transformers loads a bare"
-                " tokenizer.model without BOS and with other ids. Convert it once with"
-                " convert_slow_tokenizer and save tokenizer.json"
+                f"{where}: has tokenizer.model but no tokenizer.json; a bare tokenizer.model gives"
+                " no BOS and other ids: convert it once, with transformers' convert_slow_tokenizer"
             )
         raise UserError(f"{where}: no tokenizer.json there; set model.tokenizer=FOLDER_OR_HUB_ID")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # for a damaged file the tokenizers library raises a bare Exception
-        raise UserError(
-            f"{where}: no tokenizer can be loaded: {type(error).__name__}:"
-            f" {' '.join(str(error).split())}"
-        ) from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise UserError(f"{where}: no tokenizer can be loaded: {reason}") from None
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"{where}: the tokenizer has no end-of-text token; set eos_token in"
-            " tokenizer_config.json"
-        )
+        raise UserError(f"{where}: no end-of-text token; set eos_token in tokenizer_config.json")
     return tokenizer
 
 
@@ -191,12 +177,20 @@ def architecture(folder: Path) -> Any:
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
-        raise UserError(
-            f"model.path={folder}: no config.json there; name the folder of a whole model"
-        )
+        raise UserError(f"model.path={folder}: no config.json there; name a whole model's folder")
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise UserError(
-            f"model.path={folder}: config.json: {' '.join(str(error).split())}"
-        ) from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"model.path={folder}: config.json: {reason}") from None
+
+
+def meta_model(config: Any, where: str, **options: Any) -> Any:
+    """Returns the causal LM of a transformers config on the meta device; UserError if it cannot."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, **options)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{where}: {str(error).splitlines()[0]}") from None

@@ -15,9 +15,7 @@ from scalepeft.data.tokens import IGNORED
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Takes the gradient of each chunk in forward, so that neither logits nor their gradient
-    outlive the chunk.
-    """
+    """Takes each chunk's gradient in forward: neither logits nor their gradient outlive it."""
 
     @staticmethod
     def forward(
@@ -94,8 +92,7 @@ def _class_with_loss(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def add_token_loss(model: nn.Module) -> None:
-    """Teaches a causal LM ``forward(input_ids, token_labels=, loss_chunk=)`` -> summed loss, by
-    class swap.
+    """Swaps in a class with ``forward(input_ids, token_labels=, loss_chunk=)`` -> summed loss.
 
     The loss is computed inside the model's own forward, where a sharded head is gathered.
     """

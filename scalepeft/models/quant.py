@@ -38,8 +38,8 @@ def _kernels() -> Any:
         importlib.import_module("bitsandbytes")
     except ImportError as error:
         raise UserError(
-            f"model.quant=nf4 needs bitsandbytes ({error}); pip install 'scalepeft[quant]', "
-            "or take model.quant=int8 or none"
+            f"model.quant=nf4 needs bitsandbytes ({error}); pip install 'scalepeft[quant]', or take"
+            " model.quant=int8"
         ) from error
     finally:
         log.setLevel(level)
@@ -51,9 +51,7 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def _floats(x: Tensor) -> Tensor:
-    """Bytes (n, 4 m) -> fp32 (n, m); a slice may begin at any byte, and one row or none may have
-    any stride.
-    """
+    """Bytes (n, 4 m) -> fp32 (n, m); a slice may begin at any byte, and one row have any stride."""
     flat = x.reshape(-1)
     if flat.storage_offset() % 4:
         flat = flat.clone()
@@ -62,9 +60,7 @@ def _floats(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Format:
-    """A storage format: rows of W (n, in) <-> bytes ``weight`` (n, ...) and ``weight_scale`` (n,
-    ...).
-    """
+    """A storage format: rows of W (n, in) <-> bytes ``weight`` and ``weight_scale``, (n, ...)."""
 
     name: ClassVar[str]
 
@@ -87,8 +83,7 @@ class Format:
 
 @dataclass(frozen=True)
 class NF4(Format):
-    """4-bit normal float (arXiv 2305.14314): ``w ~ absmax * NF4_VALUES[code]``, one absmax per 64
-    weights.
+    """4-bit normal float (arXiv 2305.14314): ``w ~ absmax * NF4_VALUES[code]``, absmax of 64.
 
     ``weight``: two codes a byte, the first in the high half. ``weight_scale``: absmax in fp32 (4.5
     bit a weight), or with ``double`` one byte each as ``low + byte * step`` with low and step in
@@ -116,9 +111,8 @@ class NF4(Format):
         n, in_features = rows.shape
         width, scale_width = self.row_bytes(in_features)
         if n == 0:
-            return rows.new_empty(0, width, dtype=torch.uint8), rows.new_empty(
-                0, scale_width, dtype=torch.uint8
-            )
+            none = torch.empty(0, width + scale_width, dtype=torch.uint8, device=rows.device)
+            return none[:, :width], none[:, width:]
         packed, absmax = _kernels().quantize_4bit(rows.contiguous(), BLOCK, "nf4", torch.uint8)
         absmax = absmax.view(n, -1)
         if not self.double:
@@ -144,10 +138,8 @@ class NF4(Format):
     def _absmax(self, scale: Tensor, in_features: int) -> Tensor:
         if not self.double:
             return _floats(scale)
-        sizes = [
-            min(GROUP, in_features // BLOCK - i) for i in range(0, in_features // BLOCK, GROUP)
-        ]
-        parts = []
+        blocks, parts = in_features // BLOCK, []
+        sizes = [min(GROUP, blocks - i) for i in range(0, blocks, GROUP)]
         for group, size in zip(scale.split([8 + s for s in sizes], dim=1), sizes, strict=True):
             low, step, code = group.split([4, 4, size], dim=1)
             parts.append(_floats(low) + code.float() * _floats(step))
@@ -156,9 +148,7 @@ class NF4(Format):
 
 @dataclass(frozen=True)
 class Int8(Format):
-    """``w ~ scale * code``, code in -127..127, one fp32 scale a row: weights only, products in the
-    dtype of x.
-    """
+    """``w ~ scale * code``, code in -127..127, one fp32 scale a row; products in the dtype of x."""
 
     name: ClassVar[str] = "int8"
 
@@ -192,9 +182,7 @@ def get_format(name: str, double: bool = False) -> Format | None:
 
 
 class _QuantMatMul(torch.autograd.Function):
-    """``x W^T`` with W dequantized in forward and again in backward; no weight-sized tensor is
-    saved.
-    """
+    """``x W^T``, W dequantized in forward and again in backward: no tensor of its size is saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, fmt: Format) -> Tensor:
@@ -210,9 +198,7 @@ class _QuantMatMul(torch.autograd.Function):
 
 
 class QuantLinear(nn.Linear):
-    """A frozen ``nn.Linear`` whose W (out, in) is stored as bytes; made by ``quantize``, never
-    constructed.
-    """
+    """A frozen ``nn.Linear`` whose W (out, in) is stored as bytes; only ``quantize`` makes one."""
 
     fmt: Format
     weight_scale: nn.Parameter
@@ -230,14 +216,12 @@ class QuantLinear(nn.Linear):
 def quantize(layer: nn.Linear, fmt: Format) -> None:
     """Swaps a plain layer to ``QuantLinear`` in place; on the meta device only shapes change."""
     if reason := fmt.refuses(layer.in_features):
-        raise UserError(
-            f"a layer of {layer.out_features} x {layer.in_features} cannot be {fmt.name}: {reason}"
-        )
-    width, scale_width = fmt.row_bytes(layer.in_features)
+        shape = f"{layer.out_features} x {layer.in_features}"
+        raise UserError(f"a layer of {shape} cannot be {fmt.name}: {reason}")
     if layer.weight.is_meta:
         weight, scale = (
-            torch.empty(layer.out_features, w, dtype=torch.uint8, device="meta")
-            for w in (width, scale_width)
+            torch.empty(layer.out_features, width, dtype=torch.uint8, device="meta")
+            for width in fmt.row_bytes(layer.in_features)
         )
     else:
         check_device(layer.weight.device, fmt)
@@ -326,9 +310,7 @@ def self_check(device: torch.device, fmt: Format) -> None:
     weight, scale = fmt.encode(w.to(device))
     where = f"quantization self-check of {fmt} on {device} (torch {torch.__version__}) failed"
     if not torch.equal(weight.cpu(), expected):
-        raise RuntimeError(
-            f"{where}: wrong bytes. Update bitsandbytes, or take another model.quant"
-        )
+        raise RuntimeError(f"{where}: wrong bytes. Update bitsandbytes, or change model.quant")
     decoded = fmt.decode(weight, scale, in_features, torch.float32)
     if not torch.allclose(decoded.cpu(), w, rtol=1e-6, atol=0):
         raise RuntimeError(f"{where}: dequantized values differ. Update bitsandbytes")
@@ -337,6 +319,4 @@ def self_check(device: torch.device, fmt: Format) -> None:
         y = _QuantMatMul.apply(x.to(dtype), weight, scale, fmt)
         want = x @ w.to(device).T
         if (y.float() - want).abs().max() > tolerance * want.abs().max():
-            raise RuntimeError(
-                f"{where}: the {dtype} product is wrong. Update torch or bitsandbytes"
-            )
+            raise RuntimeError(f"{where}: the {dtype} product is wrong. Update torch")

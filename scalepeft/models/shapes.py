@@ -3,30 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-from scalepeft.core.errors import UserError, unknown
+from scalepeft.core.errors import unknown
+from scalepeft.models import hub
+
+SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "vocab_size",
+)  # fmt: skip
 
 
-def _llama(
-    hidden: int,
-    intermediate: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    vocab: int,
-    **more: Any,
-) -> dict[str, Any]:
-    return {
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
-        "max_position_embeddings": 131072,
-        "tie_word_embeddings": False,
-        **more,
-    }
+def _llama(*sizes: int, **more: Any) -> dict[str, Any]:
+    """A LLaMA with these ``SIZES``; ``more`` is laid over it."""
+    kind = {"model_type": "llama", "max_position_embeddings": 131072, "tie_word_embeddings": False}
+    return {**kind, **dict(zip(SIZES, sizes, strict=True)), **more}
 
 
 LLAMA2: dict[str, Any] = {"max_position_embeddings": 4096}
@@ -56,25 +45,21 @@ SHAPES: dict[str, dict[str, Any]] = {
     "small": _llama(1024, 2816, 4, 16, 16, 1024),
     "mini": _llama(256, 704, 2, 4, 2, 512),
 }
-ORGANISATIONS = ("meta-llama", "mistralai", "qwen")
+ORGANIZATIONS = ("meta-llama", "mistralai", "qwen")
 
 
 def of_hub_id(name: str) -> str | None:
-    """Returns the shape of a hub id: that of ``meta-llama/Llama-3.1-70B-Instruct`` is
-    ``llama-3.1-70b``; None for an id that is not known.
-    """
-    organisation, _, model = name.lower().partition("/")
+    """Returns the shape of a hub id (``meta-llama/Llama-3.1-70B-Instruct``), None if not known."""
+    organization, _, model = name.lower().partition("/")
     model = model.removeprefix("meta-")
     for ending in ("-hf", "-instruct", "-chat"):
         model = model.removesuffix(ending)
-    return model if organisation in ORGANISATIONS and model in SHAPES else None
+    return model if organization in ORGANIZATIONS and model in SHAPES else None
 
 
 def architecture(name: str) -> Any:
-    """Returns the transformers config of a shape by name, or of a model folder.
-
-    Raises:
-        UserError: neither.
+    """Returns the transformers config of a shape by name or of a model folder, or raises
+    UserError.
     """
     from transformers import AutoConfig
 
@@ -82,24 +67,10 @@ def architecture(name: str) -> Any:
         values = dict(SHAPES[name])
         return AutoConfig.for_model(values.pop("model_type"), **values)
     if Path(name).is_dir():
-        from scalepeft.models import hub as models
-
-        return models.architecture(Path(name))
+        return hub.architecture(Path(name))
     raise unknown("shape or model folder", name, SHAPES)
 
 
 def meta_model(name: str) -> Any:
-    """Returns the causal LM of ``architecture(name)`` on the meta device.
-
-    Raises:
-        UserError: no such shape, or an architecture that cannot be built.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    config = architecture(name)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{name}: {str(error).splitlines()[0]}") from None
+    """Returns the causal LM of ``architecture(name)`` on the meta device, or raises UserError."""
+    return hub.meta_model(architecture(name), name)

@@ -9,7 +9,7 @@ from scalepeft.core.errors import UserError
 from scalepeft.core.launch import rank
 from scalepeft.core.log import say
 from scalepeft.models import quant
-from scalepeft.models.hub import PRECISIONS, ModelConfig, architecture
+from scalepeft.models.hub import PRECISIONS, ModelConfig, architecture, meta_model
 
 
 def build(config: ModelConfig, folder: Path, precision: str) -> nn.Module:
@@ -18,19 +18,12 @@ def build(config: ModelConfig, folder: Path, precision: str) -> nn.Module:
     Raises:
         UserError: config.json is missing, broken or of an unsupported architecture.
     """
-    from transformers import AutoModelForCausalLM
-
-    config_of_model = architecture(folder)
-    try:
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(
-                config_of_model, dtype=PRECISIONS[precision], attn_implementation="sdpa"
-            )
-    except (ValueError, KeyError) as error:
-        raise UserError(f"model.path={folder}: {str(error).splitlines()[0]}") from None
+    where, dtype = f"model.path={folder}", PRECISIONS[precision]
+    model: nn.Module = meta_model(
+        architecture(folder), where, dtype=dtype, attn_implementation="sdpa"
+    )
     blocks_of(model)
-    fmt = quant.get_format(config.quant, config.double_quant)
-    if fmt is not None:
+    if fmt := quant.get_format(config.quant, config.double_quant):
         _quantize_blocks(model, fmt, folder)
     return model
 
@@ -56,20 +49,15 @@ def _quantize_blocks(model: nn.Module, fmt: quant.Format, folder: Path) -> None:
                 kept[name.rsplit(".", 1)[-1]] = reason
             else:
                 quant.quantize(layer, fmt)
-    if len(kept) and not any(isinstance(m, quant.QuantLinear) for m in model.modules()):
-        raise UserError(
-            f"model.quant={fmt.name}: no layer of {folder} can be stored so:"
-            f" {next(iter(kept.values()))}"
-        )
-    if kept and rank() == 0:
-        for name, reason in kept.items():
-            say(f"{name} stays unquantized in every block: {reason}")
+    if kept and not any(isinstance(m, quant.QuantLinear) for m in model.modules()):
+        reason = next(iter(kept.values()))
+        raise UserError(f"model.quant={fmt.name}: no layer of {folder} can be stored so: {reason}")
+    for name, reason in kept.items() if rank() == 0 else ():
+        say(f"{name} stays unquantized in every block: {reason}")
 
 
 def materialize(model: nn.Module, device: torch.device) -> None:
-    """Gives every meta parameter and buffer (sharded or whole) empty storage on ``device``; ties
-    stay ties.
-    """
+    """Gives meta parameters and buffers (sharded or whole) empty storage there; ties stay ties."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, p in module._parameters.items():

@@ -7,7 +7,6 @@ import json
 import os
 import random
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,44 +14,29 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from scalepeft.core.log import say
 from scalepeft.data.tasks import toy
 
 SPEC: dict[str, Any] = {
-    "hidden_size": 128,
-    "intermediate_size": 320,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 768,
-    "max_position_embeddings": 1024,
+    "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 768, "max_position_embeddings": 1024,
     "tie_word_embeddings": False,
-}
+}  # fmt: skip
 RECIPE: dict[str, Any] = {
-    "version": 1,
-    "seed": 0,
-    "batch": 16,
-    "length": 128,
-    "lr": 3e-3,
-    "lines": 6000,
-}
+    "version": 1, "seed": 0, "batch": 16, "length": 128, "lr": 3e-3, "lines": 6000,
+}  # fmt: skip
 
 
 def make(pretrain_steps: int) -> Path:
-    """Returns the folder of the built-in model, made once per (architecture, recipe, steps) in the
-    cache.
+    """Returns the built-in model's folder in the cache, made once per architecture and recipe.
 
     With 0 steps the weights are random. Otherwise the whole model is trained that many steps to
     predict the next token of the toy world's plain text (facts, lists, and questions with random
     answers).
     """
     text = toy.corpus(random.Random(RECIPE["seed"]), RECIPE["lines"])
-    recipe = {
-        **SPEC,
-        **RECIPE,
-        "steps": pretrain_steps,
-        "torch": torch.__version__,
-        "text": hashlib.sha256("\n".join(text).encode()).hexdigest(),
-    }
+    recipe = {**SPEC, **RECIPE, "steps": pretrain_steps, "torch": torch.__version__}
+    recipe["text"] = hashlib.sha256("\n".join(text).encode()).hexdigest()
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
     root = Path(os.environ.get("SCALEPEFT_CACHE") or Path.home() / ".cache" / "scalepeft")
     folder = root / "models" / f"tiny-{key}"
@@ -65,17 +49,14 @@ def make(pretrain_steps: int) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RECIPE["seed"])
         model = _pretrained(text, tokenizer, pretrain_steps)
-    save_file(_tensors(model), temporary / "model.safetensors", {"format": "pt"})
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, temporary / "model.safetensors", {"format": "pt"})
     model.config.save_pretrained(temporary)
     try:
         temporary.rename(folder)
     except OSError:  # another process made it meanwhile
         shutil.rmtree(temporary)
     return folder
-
-
-def _tensors(model: Any) -> dict[str, torch.Tensor]:
-    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
 
 
 def _tokenizer(text: list[str]) -> Any:
@@ -117,8 +98,5 @@ def _pretrained(text: list[str], tokenizer: Any, steps: int) -> Any:
         schedule.step()
         optimizer.zero_grad()
         if step % 100 == 0 or step == steps - 1:
-            print(
-                f"scalepeft: built-in base: step {step + 1}/{steps} loss {loss.item():.3f}",
-                file=sys.stderr,
-            )
+            say(f"built-in base: step {step + 1}/{steps} loss {loss.item():.3f}")
     return model.eval()

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,15 +67,14 @@ class Weights:
             if stored.dtype in DTYPES
         }
 
-    def _paths(self) -> Iterable[Path]:
+    def _paths(self) -> list[Path]:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             try:
                 names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
             except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise UserError(
-                    f"{index}: broken index: {type(error).__name__}: {error}; copy it again"
-                ) from None
+                reason = f"{type(error).__name__}: {error}"
+                raise UserError(f"{index}: broken index: {reason}; copy it again") from None
             return [self.folder / name for name in names]
         paths = sorted(self.folder.glob("*.safetensors"))
         if not paths:
@@ -133,14 +132,10 @@ class Weights:
 
 
 def load_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
-    """Fills this rank's rows of every base parameter from ``weights``, quantizing on the way.
+    """Fills this rank's rows of every base parameter, real and possibly sharded; not adapters.
 
     A generator that stops after every module that holds parameters, so that ranks can agree in
     between; it takes the same number of turns on every rank.
-
-    Args:
-        model: with real (possibly sharded) parameters; adapters are left alone.
-        weights: the folder's tensors.
 
     Raises:
         UserError: a tensor of the model is missing in the files or has another shape; nothing is
@@ -161,21 +156,18 @@ def load_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
 
 
 def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weights: Weights) -> None:
-    """Fills this rank's rows of one base parameter, quantizing on the way.
-
-    Args:
-        module: what owns the parameter; of a quantized layer ``weight_scale`` is filled too.
-        full_name: of the tensor in the files.
-        name: of the parameter in the module.
-        parameter: real, possibly sharded.
-        weights: the folder's tensors.
+    """Fills this rank's rows of the base parameter ``name`` of a module from the tensor
+    ``full_name``, and ``weight_scale`` beside a quantized ``weight``.
 
     Raises:
         UserError: as ``load_weights``.
     """
-    quantized = isinstance(module, quant.QuantLinear) and name == "weight"
-    held = tuple(full_shape(parameter))
-    shape = (held[0], module.in_features) if quantized else held
+    layer = module if isinstance(module, quant.QuantLinear) and name == "weight" else None
+    shape, parts = tuple(full_shape(parameter)), [local_part(parameter)]
+    if layer is not None:
+        shape = (shape[0], layer.in_features)
+        parts.append(local_part(layer.weight_scale))
+        quant.check_device(parts[0].data.device, layer.fmt)
     entry = weights.entries.get(full_name)
     if entry is None:
         raise UserError(
@@ -188,24 +180,15 @@ def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weight
             f"{entry.file.path}: '{full_name}' has shape {list(entry.stored.shape)}, config.json"
             f" says {list(shape)}; config.json and weights are of different models"
         )
-    parts = [local_part(parameter)]
-    if quantized:
-        assert isinstance(module, quant.QuantLinear)
-        parts.append(local_part(module.weight_scale))
-        quant.check_device(parts[0].data.device, module.fmt)
     widths = [max(1, math.prod(part.shape[1:])) for part in parts]
-    rows_of = [
-        (part.start // width, -(-part.stop // width))
-        for part, width in zip(parts, widths, strict=True)
-        if part.data.numel()
-    ]
-    first = min((start for start, _ in rows_of), default=0)
-    last = max((stop for _, stop in rows_of), default=0)
+    local = [(p, width) for p, width in zip(parts, widths, strict=True) if p.data.numel()]
+    first = min((part.start // width for part, width in local), default=0)
+    last = max((-(-part.stop // width) for part, width in local), default=0)
     step = max(1, PIECE_BYTES // max(1, math.prod(entry.stored.shape[1:]) * entry.dtype.itemsize))
     for begin in range(first, last, step):
         rows = [weights.rows(full_name, begin, min(begin + step, last))]
-        if isinstance(module, quant.QuantLinear) and quantized:
-            rows = list(module.fmt.encode(rows[0].to(parts[0].data.device, torch.float32)))
+        if layer is not None:
+            rows = list(layer.fmt.encode(rows[0].to(parts[0].data.device, torch.float32)))
         for part, width, values in zip(parts, widths, rows, strict=True):
             part.put(begin * width, values.reshape(-1))
 

@@ -16,6 +16,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,10 @@ class RunFolder:
         )
 
     def claim(self, seen: int | None = None, announce: Callable[[int], None] | None = None) -> None:
-        """Takes the next generation: an older process of this run stops at its next write.
+        """Takes the generation after ``seen``, by default the stored one, which is over.
 
-        Args:
-            seen: the generation that was looked at and found to be over; by default the stored one.
-            announce: called with the new generation before it is stored.
+        An older process of this run stops at its next write. ``announce`` is called with the new
+        generation before it is stored.
 
         Raises:
             UserError: another start took the folder meanwhile, or the disk refuses.
@@ -127,10 +127,6 @@ class RunFolder:
                 return number
             number += 1  # whoever made that file ended before it could write
 
-    def check_fence(self) -> None:
-        """Raises Superseded if the run was started again since this process took the folder."""
-        check_fence(self.path, self.generation)
-
     def begin(self, step: int) -> Path:
         """Makes the folder that all ranks write a checkpoint's tensors into.
 
@@ -138,7 +134,7 @@ class RunFolder:
             OSError: the disk refused.
             Superseded: another start owns the folder.
         """
-        self.check_fence()
+        check_fence(self.path, self.generation)
         temporary = self.checkpoints / f"step-{step:06d}.tmp-{self.generation}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -160,38 +156,31 @@ class RunFolder:
                 untouched.
             Superseded: another start owns the folder.
         """
-        final = temporary.with_name(temporary.name.partition(".")[0])
-        step = int(final.name.partition("-")[2])
+        step = int(temporary.name[len("step-") :].partition(".")[0])
+        final = self._folder(step)
         text = json.dumps(state, indent=1).encode()
         try:
             self._write(temporary / "state.json", text)
             sha256 = hashlib.sha256(text).hexdigest()
             files = files | {"state.json": {"bytes": len(text), "sha256": sha256}}
-            manifest = {
-                "schema": SCHEMA,
-                "step": step,
-                "generation": self.generation,
-                "tensors": state.get("tensors"),
-                "files": dict(sorted(files.items())),
-            }
-            self._write(temporary / "manifest.json", json.dumps(manifest, indent=1).encode())
+            head = {"schema": SCHEMA, "step": step, "generation": self.generation}
+            body = {"tensors": state.get("tensors"), "files": dict(sorted(files.items()))}
+            self._write(temporary / "manifest.json", json.dumps(head | body, indent=1).encode())
             fsync(temporary)
             Reader(temporary)  # is it whole?
-            self.check_fence()
+            check_fence(self.path, self.generation)
             if final.exists():  # passed over as damaged, or the same step saved before
-                self._set_aside(final)
+                target = final.with_name(f"{final.name}.damaged-{self.generation}")
+                shutil.rmtree(target, ignore_errors=True)
+                final.rename(target)
             self._rename(temporary, final)
             fsync(self.checkpoints)
         except (OSError, ValueError) as error:
-            self.abandon(temporary)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise error if isinstance(error, OSError) else OSError(str(error)) from error
         self._verified[final.name] = _signature(final)
         self._retain(keep)
         return final
-
-    def abandon(self, temporary: Path) -> None:
-        """Removes what a failed save left."""
-        shutil.rmtree(temporary, ignore_errors=True)
 
     @staticmethod
     def _write(file: Path, text: bytes) -> None:
@@ -207,9 +196,8 @@ class RunFolder:
             if not self._told_of_rename:
                 say(
                     f"run_dir={self.path}: this file system cannot rename a folder"
-                    f" ({error.strerror}): checkpoints are moved file by file, the manifest last. A"
-                    " crash in that moment loses the checkpoint that is being saved, never an older"
-                    " one"
+                    f" ({error.strerror}): checkpoints are moved file by file, the manifest last;"
+                    " a crash meanwhile loses the one that is being saved, never an older one"
                 )
                 self._told_of_rename = True
             final.mkdir()
@@ -218,15 +206,11 @@ class RunFolder:
             fsync(final)
             temporary.rmdir()
 
-    def _set_aside(self, folder: Path) -> None:
-        target = folder.with_name(f"{folder.name}.damaged-{self.generation}")
-        shutil.rmtree(target, ignore_errors=True)
-        folder.rename(target)
+    def _folder(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:06d}"
 
     def steps(self) -> list[int]:
-        """Steps of the committed checkpoints, newest first; whether they verify is another
-        question.
-        """
+        """Steps of the committed checkpoints, verified or not, newest first."""
         return self.steps_in(self.checkpoints)
 
     @staticmethod
@@ -243,15 +227,15 @@ class RunFolder:
         """
         passed_over: list[str] = []
         for step in self.steps():
-            folder = self.checkpoints / f"step-{step:06d}"
+            folder = self._folder(step)
             try:
-                checkpoint = self._read(folder)
-            except DamagedCheckpoint as error:
+                self._verify(folder)
+                state = json.loads((folder / "state.json").read_text())
+                return Checkpoint(step, folder, state), passed_over
+            except (DamagedCheckpoint, OSError, ValueError) as error:
                 passed_over.append(f"{folder.name}: {error}")
-                continue
             except NewerCheckpoint as error:
                 raise UserError(f"{error}; update scalepeft to resume") from None
-            return checkpoint, passed_over
         if passed_over:
             raise UserError(
                 f"run_dir={self.path}: no checkpoint verifies ({'; '.join(passed_over)}); restore"
@@ -261,46 +245,28 @@ class RunFolder:
 
     def _retain(self, keep: int) -> None:
         kept = 0
-        for step in self.steps():
-            folder = self.checkpoints / f"step-{step:06d}"
+        for folder in map(self._folder, self.steps()):
             if kept >= keep:
                 shutil.rmtree(folder, ignore_errors=True)
-            elif self._verifies(folder):
+                continue
+            with suppress(DamagedCheckpoint):
+                self._verify(folder)
                 kept += 1
 
     def _verify(self, folder: Path) -> None:
         signature = _signature(folder)
         if self._verified.get(folder.name) != signature:
             verify(folder)
-            try:
-                Reader(folder)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                raise DamagedCheckpoint(f"unreadable: {type(error).__name__}: {error}") from None
             self._verified[folder.name] = signature
-
-    def _read(self, folder: Path) -> Checkpoint:
-        self._verify(folder)
-        try:
-            state = json.loads((folder / "state.json").read_text())
-        except (OSError, ValueError) as error:
-            raise DamagedCheckpoint(f"unreadable: {type(error).__name__}: {error}") from None
-        return Checkpoint(int(folder.name.partition("-")[2]), folder, state)
-
-    def _verifies(self, folder: Path) -> bool:
-        try:
-            self._verify(folder)
-        except DamagedCheckpoint:
-            return False
-        return True
 
 
 def _signature(folder: Path) -> list[tuple[str, int, int, int]]:
     """What of a folder changes when a file in it does."""
     try:
         stats = [(file.name, file.stat()) for file in sorted(folder.iterdir())]
+        return [(name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats]
     except OSError:
         return []
-    return [(name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats]
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -316,19 +282,16 @@ def verify(folder: Path) -> dict[str, Any]:
         if isinstance(schema, int) and schema > SCHEMA:
             raise NewerCheckpoint(f"{folder} has schema {schema}, this version reads {SCHEMA}")
         if folder.name != f"step-{step:06d}" or not {"trained", "state"} <= kinds:
-            raise DamagedCheckpoint(
-                f"manifest.json is that of step {step} with {', '.join(sorted(files))}"
-            )
+            raise DamagedCheckpoint(f"manifest.json is that of step {step}: {', '.join(files)}")
         for name, expected in files.items():
             file = folder / name
             if not file.is_file():
                 raise DamagedCheckpoint(f"{name} is missing")
             if (size := file.stat().st_size) != expected["bytes"]:
-                raise DamagedCheckpoint(
-                    f"{name} has {size} bytes, the manifest says {expected['bytes']}"
-                )
+                raise DamagedCheckpoint(f"{name} has {size} bytes, not {expected['bytes']}")
             if digest(file) != expected["sha256"]:
                 raise DamagedCheckpoint(f"{name} has changed: sha256 differs from the manifest")
+        Reader(folder)  # is each tensor whole?
     except FileNotFoundError:
         raise DamagedCheckpoint("no manifest.json: never committed, or deleted") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -33,10 +33,7 @@ def load_run(run_dir: str, settings: list[str], allowed: tuple[str, ...], what: 
     """
     file = Path(run_dir) / "config.yaml"
     if not file.is_file():
-        raise UserError(
-            f"{run_dir} is not a run directory: it has no config.yaml; name the run_dir of"
-            " a training"
-        )
+        raise UserError(f"{run_dir} is not a run directory (no config.yaml); name a training's")
     values = read_mapping(file, yaml.safe_load, "restore the config of the run")
     for setting in settings:
         key = cfg.renamed_key(setting.partition("=")[0])
@@ -60,15 +57,8 @@ def older_adapter(run_dir: Path, step: int | None) -> str | None:
 
 
 def check_base(config: RunConfig, trained_on: dict[str, Any], fingerprint: str) -> None:
-    """Refuses a base whose files are not those that the adapter was trained on.
-
-    Args:
-        config: of the run, with the ``model.path`` that is used now.
-        trained_on: ``base_model`` of ``adapter_config.json``.
-        fingerprint: of the files there.
-
-    Raises:
-        UserError: they differ.
+    """Raise UserError unless the base's files have the fingerprint that ``base_model`` of
+    ``adapter_config.json`` was trained on.
     """
     if trained_on.get("fingerprint") != fingerprint:
         raise UserError(
@@ -79,10 +69,8 @@ def check_base(config: RunConfig, trained_on: dict[str, Any], fingerprint: str) 
 
 
 def check_same_run(config: RunConfig, allow_changes: bool) -> None:
-    """Refuses to continue a run under another config; lists the keys that differ.
-
-    Raises:
-        UserError: the folder holds a run with other settings, or one whose config.yaml is lost.
+    """Raise UserError if the folder holds a run with other settings, naming the keys, or one whose
+    config.yaml is lost.
     """
     file = Path(config.run_dir) / "config.yaml"
     # Before the first checkpoint there is nothing that another config could spoil.
@@ -99,27 +87,19 @@ def check_same_run(config: RunConfig, allow_changes: bool) -> None:
         return
     listed = "; ".join(f"{key}: {was} there, {now} now" for key, (was, now) in changed.items())
     harmful = [key for key in changed if not changes.is_harmless(key)]
-    if harmful:
+    if harmful or not allow_changes:
+        what = f"set {', '.join(harmful)} back" if harmful else "add --resume-with-changes"
         raise UserError(
-            f"run_dir={config.run_dir} holds a run with another config ({listed}); choose another"
-            f" run_dir, or set {', '.join(harmful)} back"
-        )
-    if not allow_changes:
-        raise UserError(
-            f"run_dir={config.run_dir} holds a run with another config ({listed}); these keys may"
-            " change: add --resume-with-changes, or choose another run_dir"
+            f"run_dir={config.run_dir} holds a run with another config ({listed}); {what}, or"
+            " choose another run_dir"
         )
 
 
 def check_nodes(run_dir: str, ranks: Ranks) -> None:
-    """Refuses a run folder that is not one folder on all nodes, or that one of them cannot write.
-
-    Any node may hold rank 0 after the next restart. Found out before anything is loaded.
-
-    Raises:
-        UserError: with the node's name.
+    """Raise UserError for a run folder that is not one folder on all nodes, or that one of them
+    cannot write: any node may hold rank 0 after the next restart.
     """
-    folder = Path(run_dir)
+    folder, host = Path(run_dir), socket.gethostname()
 
     def mark() -> Path:
         handle, name = tempfile.mkstemp(prefix=".seen-by-all-nodes-", dir=folder)
@@ -132,13 +112,13 @@ def check_nodes(run_dir: str, ranks: Ranks) -> None:
         try:
             if not seen.exists():
                 raise UserError(
-                    f"run_dir={folder}: is another folder on {socket.gethostname()} than on rank"
-                    " 0's node; it must be on a file system that all nodes share"
+                    f"run_dir={folder}: is another folder on {host} than on rank 0's node; it must"
+                    " be on a file system that all nodes share"
                 )
             try_to_write(folder)
         except OSError as error:
             raise UserError(
-                f"run_dir={folder}: cannot be written on {socket.gethostname()}: {error.strerror}"
+                f"run_dir={folder}: cannot be written on {host}: {error.strerror}"
             ) from None
 
     try:

@@ -61,9 +61,7 @@ class Goodput:
 
 
 def goodput(run_dir: Path) -> Goodput | None:
-    """Adds up ``events.jsonl``, ``metrics.jsonl`` and ``validation.jsonl``; None where the run is
-    older than these figures.
-    """
+    """Adds up what the run's records say; None where the run is older than these figures."""
     events = read_lines(run_dir / "events.jsonl", "event", "time")
     starts = [e for e in events if e["event"] == "start"]
     rows = read_lines(run_dir / "metrics.jsonl", "seconds", "time")
@@ -75,16 +73,15 @@ def goodput(run_dir: Path) -> Goodput | None:
     if not events and not rows:  # damaged: a start that is later than all that followed it
         return None
 
-    def total(key: str) -> float:
-        own = ("startup", "load")
-        return float(sum(e.get(key, 0.0) for e in (starts if key in own else starts[1:])))
+    def total(key: str, since: int = 1) -> float:
+        return float(sum(e.get(key, 0.0) for e in starts[since:]))
 
     last = max(row["time"] for row in (*events, *rows))
     return Goodput(
         wall=last - first - total("idle"),
         steps=sum(row["seconds"] for row in rows),
-        startup=total("startup"),
-        load=total("load"),
+        startup=total("startup", 0),
+        load=total("load", 0),
         save=sum(e.get("seconds", 0.0) for e in events if e["event"] == "saved"),
         held_out=sum(r["seconds"] for r in read_lines(run_dir / "validation.jsonl", "seconds")),
         recomputed=total("recomputed"),

@@ -36,18 +36,13 @@ def largest_generation(run_dir: Path) -> int:
     """The largest generation that the run's events and checkpoints were written under."""
     manifests = run_dir.glob("checkpoints/*/manifest.json")
     files = [file for file in (run_dir / "events.jsonl", *manifests) if file.is_file()]
-    found = (
-        int(number)
-        for file in files
-        for number in re.findall(r'"generation": (\d+)', file.read_text(errors="replace"))
-    )
-    return max(found, default=0)
+    texts = (file.read_text(errors="replace") for file in files)
+    numbers = (n for text in texts for n in re.findall(r'"generation": (\d+)', text))
+    return max(map(int, numbers), default=0)
 
 
 def check_fence(run_dir: Path, generation: int) -> None:
-    """Raises Superseded if a run folder belongs to a newer start than this, OSError if it does not
-    say.
-    """
+    """Raises Superseded if a run folder is a newer start's, OSError if it does not say."""
     if (stored := stored_generation(run_dir)) > generation:
         raise Superseded(
             f"run_dir={run_dir}: start {stored} of this run owns the folder, this is start"
@@ -59,8 +54,8 @@ def _machine() -> str:
     """Names the boot and the pid namespace in which a pid means something."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     namespace = Path("/proc/self/ns/pid")
-    here = [boot.read_text().strip() if boot.is_file() else socket.gethostname()]
-    return " ".join([*here, os.readlink(namespace) if namespace.is_symlink() else ""])
+    here = boot.read_text().strip() if boot.is_file() else socket.gethostname()
+    return f"{here} {os.readlink(namespace) if namespace.is_symlink() else ''}"
 
 
 def _began(pid: int) -> str | None:
@@ -73,13 +68,8 @@ def _began(pid: int) -> str | None:
 
 
 class Lease:
-    """This process's name in a run folder, from the claim to ``release``.
-
-    Args:
-        run_dir: the claimed run folder.
-        generation: number of this start.
-        job: the Slurm job, if any.
-        restarts: how often Slurm restarted it.
+    """This process's name in a run folder, from the claim of start ``generation`` to ``release``;
+    ``job`` and ``restarts`` are those of ``slurm_start``.
     """
 
     def __init__(self, run_dir: Path, generation: int, job: str | None, restarts: int) -> None:

@@ -20,10 +20,9 @@ def _step(line: bytes) -> int | None:
 
 
 class RowLog:
-    """A JSON-lines file of steps: appended, flushed, cut back to the resumed step.
+    """A JSON-lines file of steps, cut back to the resumed one: never a double or torn row.
 
-    Never a double or torn row. A row that the disk refuses waits in memory and is written before
-    the next one.
+    A row that the disk refuses waits in memory and is written before the next one.
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
@@ -47,11 +46,6 @@ class RowLog:
         shutil.copy(path, damaged)
         write_atomically(path, b"".join(kept).decode())
 
-    def append(self, row: dict[str, Any]) -> str | None:
-        """Writes a row; returns the disk's complaint if it has to wait."""
-        self.keep(row)
-        return self.flush()
-
     def keep(self, row: dict[str, Any]) -> None:
         """Takes a row, to be written by the next ``flush``."""
         self._waiting.append(json.dumps(row) + "\n")
@@ -73,9 +67,7 @@ class RowLog:
         return None
 
     def sync(self) -> None:
-        """Puts the rows on the disk: before a checkpoint is committed, so that it never knows more
-        than the log.
-        """
+        """Puts the rows on the disk, before a commit: no checkpoint knows more than the log."""
         if self._waiting and (complaint := self.flush()):
             raise OSError(errno.EIO, f"{self.path.name} cannot be written: {complaint}")
         if self.path.exists():

@@ -1,6 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, plain lines elsewhere, TensorBoard or W&B when
-asked.
-"""
+"""What a person sees of a run: a bar or plain lines, TensorBoard or W&B when asked."""
 
 import hashlib
 import sys
@@ -14,19 +12,14 @@ from scalepeft.core.log import LINE_SECONDS, say
 
 
 class Progress:
-    """Reports steps on rank 0.
-
-    Raises:
-        UserError: a tracker was asked for that is not installed.
-    """
+    """Reports steps on rank 0. Raises UserError: a tracker that is wanted is not installed."""
 
     def __init__(self, config: RunConfig, first_step: int, steps: int) -> None:
-        self.steps = steps
+        self.steps, self._last_line = steps, 0.0
         self._bar: Any = None
-        self._last_line = 0.0
         self._board: Any = None
         self._wandb: Any = None
-        folder = Path(config.run_dir)
+        folder = Path(config.run_dir).resolve()
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -37,16 +30,15 @@ class Progress:
             except ImportError:
                 raise UserError("train.tensorboard=true: pip install 'scalepeft[track]'") from None
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
-        if config.train.wandb:
+        if project := config.train.wandb:
             try:
                 import wandb
             except ImportError:
-                raise UserError(f"train.wandb={config.train.wandb}: pip install wandb") from None
-            name = folder.resolve().name
-            run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+                raise UserError(f"train.wandb={project}: pip install wandb") from None
             self._wandb = wandb.init(
-                project=config.train.wandb, name=name, id=run_id, resume="allow", dir=str(folder)
-            )
+                project=project, name=folder.name, resume="allow", dir=str(folder),
+                id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
+            )  # fmt: skip
 
     def step(self, row: dict[str, Any]) -> None:
         """Shows one training step."""
@@ -83,10 +75,8 @@ class Progress:
 
     def close(self) -> None:
         """Flushes the trackers."""
-        for tracker, close in (
-            (self._bar, "close"),
-            (self._board, "close"),
-            (self._wandb, "finish"),
-        ):
+        for tracker in (self._bar, self._board):
             if tracker is not None:
-                getattr(tracker, close)()
+                tracker.close()
+        if self._wandb is not None:
+            self._wandb.finish()

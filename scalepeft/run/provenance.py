@@ -1,6 +1,4 @@
-"""With what something was made: versions, the commit of this code, the device; for records and
-reports.
-"""
+"""With what something was made: versions, the commit of this code, the device, its memory."""
 
 import platform
 import subprocess
@@ -24,9 +22,7 @@ def versions(*libraries: str) -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the code that runs, ``+changes`` after it where files differ from it; None for
-    an installed package, which has its version instead.
-    """
+    """The commit of this code, ``+changes`` after it where files differ; None if installed."""
     root = Path(__file__).resolve().parents[2]
     kept = root / "COMMIT"  # of the copy that launch/submit made
     if kept.is_file():
@@ -34,10 +30,8 @@ def commit() -> str | None:
         return words[0] + ("+changes" if len(words) > 1 else "") if words else None
     if not (root / ".git").exists():  # else it would be that of whatever holds site-packages
         return None
-    found = [_git(root, "rev-parse", "HEAD"), _git(root, "status", "--short", "-uno")]
-    if found[0] is None:
-        return None
-    return found[0] + ("+changes" if found[1] else "")
+    head, changed = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--short", "-uno")
+    return head and head + ("+changes" if changed else "")
 
 
 def _git(root: Path, *words: str) -> str | None:

@@ -1,6 +1,4 @@
-"""What a run writes about itself: config.yaml, metrics.jsonl, validation.jsonl, events.jsonl,
-adapter/.
-"""
+"""What a run writes about itself: config.yaml, metrics, validation and events, adapter/."""
 
 import errno
 import json
@@ -20,7 +18,7 @@ from scalepeft.core.slurm import slurm_job, slurm_start
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.checkpoint import Checkpoint, RunFolder
 from scalepeft.run.folder import check_same_run
-from scalepeft.run.lease import Lease, check_free, stored_generation
+from scalepeft.run.lease import Lease, check_fence, check_free, stored_generation
 from scalepeft.run.logs import RowLog
 from scalepeft.run.progress import Progress
 from scalepeft.run.provenance import commit, peak_memory, versions
@@ -84,6 +82,7 @@ class RunRecorder:
         self.validation: RowLog
         self._lease: Lease | None = None
         self._progress: Progress | None = None
+        """On rank 0, from ``show`` on."""
         self._lost: dict[str, float] = {}
         """What came between the last sign of life of the run and this start; for the report."""
         self.resumed: Checkpoint | None = ranks.run_on_main(lambda: self._open(allow_changes))
@@ -98,13 +97,10 @@ class RunRecorder:
         return resumed
 
     def claim(self, launched: float) -> None:
-        """Makes the run folder this start's own, once all that can be wrong has been checked.
+        """Makes the run folder this start's own (``launched``: seconds of the epoch).
 
         An older process of it that was taken for dead stops at its next write; what it saved
         meanwhile is what resumes here.
-
-        Args:
-            launched: when this process began, in seconds of the epoch.
         """
         self.generation, self.resumed, self.evaluated = self.ranks.run_on_main(
             lambda: self._claim(launched)
@@ -143,11 +139,8 @@ class RunRecorder:
         ended = events[-1]["event"] == "finished" or events[-1].get("planned")
         ended = ended or (jobs and jobs[-1] and jobs[-1] != slurm_job())
         again = [row["seconds"] for row in rows if row["step"] > step]
-        return {
-            "idle" if ended else "waited": gap,
-            "recomputed_steps": len(again),
-            "recomputed": sum(again),
-        }
+        kind = "idle" if ended else "waited"
+        return {kind: gap, "recomputed_steps": len(again), "recomputed": sum(again)}
 
     def finished(self) -> bool:
         """True if the adapter of this very config is written and no step is left to do."""
@@ -165,23 +158,15 @@ class RunRecorder:
         """Appends a line to events.jsonl: starts, stops and saves, for reports and job scripts."""
         if not self.ranks.is_main:
             return
-        row = {
-            "event": name,
-            "time": time.time(),
-            "generation": self.generation,
-            "step": step,
-            **more,
-        }
+        row = {"event": name, "time": time.time(), "generation": self.generation, "step": step}
         try:
             with (self.path / "events.jsonl").open("a") as f:
-                f.write(json.dumps(row) + "\n")
+                f.write(json.dumps(row | more) + "\n")
         except OSError as error:
             say(f"events.jsonl: {error.strerror}")
 
     def started(self, step: int, launched: float, **more: Any) -> None:
-        """Writes the start event: where, when and with what this start began, and what was lost
-        before it.
-        """
+        """Writes the start event: where and with what it began, and what was lost before it."""
         if not self.ranks.is_main:
             return
         job, restarts = slurm_start()
@@ -194,11 +179,9 @@ class RunRecorder:
     def show(self, first_step: int, steps: int) -> None:
         """Opens the bar and the trackers. Raises UserError: a tracker is not installed."""
 
-        def show() -> None:
-            if self.ranks.is_main:
-                self._progress = Progress(self.config, first_step, steps)
-
-        self.ranks.all_or_raise(show)
+        self._progress = self.ranks.all_or_raise(
+            lambda: Progress(self.config, first_step, steps) if self.ranks.is_main else None
+        )
 
     def close(self, finished: bool, planned: bool) -> None:
         """Writes the last event and tells user and job script how the run ended.
@@ -226,24 +209,22 @@ class RunRecorder:
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends a step to metrics.jsonl and shows it."""
-        if self.ranks.is_main:
+        if self._progress is not None:
             row["time"] = time.time()
             self._append(self.metrics, row)
-            if self._progress is not None:
-                self._progress.step(row)
+            self._progress.step(row)
 
     def held_out(self, row: dict[str, Any]) -> None:
         """Appends a validation loss to validation.jsonl and shows it."""
         self.evaluated = row["step"]
-        if self.ranks.is_main:
+        if self._progress is not None:
             self._append(self.validation, row)
-            if self._progress is not None:
-                self._progress.held_out(row)
+            self._progress.held_out(row)
 
     def _append(self, log: RowLog, row: dict[str, Any]) -> None:
         log.keep(row)
         try:
-            self.folder.check_fence()
+            check_fence(self.path, self.generation)
             reason = log.flush()
         except OSError as error:
             reason = error.strerror or str(error)
@@ -251,11 +232,7 @@ class RunRecorder:
             say(f"{log.path.name}: {reason}; the rows wait in memory")
 
     def begin_save(self, step: int) -> tuple[Path | None, str]:
-        """Makes the folder that the ranks write into; the logs are on the disk before.
-
-        Returns:
-            The folder, or None and why the disk refused.
-        """
+        """Returns the folder that the ranks write into, or why the disk refused; logs go first."""
 
         def begin() -> tuple[Path | None, str]:
             try:
@@ -266,11 +243,6 @@ class RunRecorder:
                 return None, error.strerror or str(error)
 
         return self.ranks.run_on_main(begin)
-
-    def abandon_save(self, temporary: Path) -> None:
-        """Removes what a save left that failed on some rank."""
-        if self.ranks.is_main:
-            self.folder.abandon(temporary)
 
     def commit_save(self, save: Save, files: dict[str, Any]) -> str | None:
         """Commits a checkpoint of these files; returns why the disk refused, or None."""
@@ -290,13 +262,11 @@ class RunRecorder:
         return self.ranks.run_on_main(commit)
 
     def save_adapter(self, step: int, base: dict[str, Any]) -> None:
-        """Writes adapter/: ``adapter.safetensors`` out of the last checkpoint, then
-        ``adapter_config.json``, whose presence means that it is complete.
-        """
+        """Writes adapter/ out of the last checkpoint; its ``adapter_config.json`` comes last."""
         self.ranks.run_on_main(lambda: self._save_adapter(step, base))
 
     def _save_adapter(self, step: int, base: dict[str, Any]) -> None:
-        self.folder.check_fence()
+        check_fence(self.path, self.generation)
         folder = self.path / "adapter"
         folder.mkdir(exist_ok=True)
         temporary = folder / "adapter.safetensors.tmp"

@@ -1,5 +1,4 @@
-"""How all ranks save together: gathered on rank 0 while the state is small, each rank its own part
-where it is large, and then in the background of the training.
+"""How ranks save together: small state gathered on rank 0, large by each rank, in the background.
 
 A checkpoint is written in three steps: rank 0 makes a folder, ranks write and hash their files, and
 rank 0 commits. Only the middle one takes long; with ``train.save_mode=async`` a thread does it from
@@ -8,6 +7,7 @@ ever communicates, so nothing can race with the training's collectives.
 """
 
 import math
+import shutil
 import threading
 import time
 from typing import Any
@@ -38,13 +38,9 @@ class Saver:
         self._pending: Save | None = None
 
     def save(self, step: int, parts: dict[str, Part], state: dict[str, Any], final: bool) -> None:
-        """Saves what the ranks hold after ``step``.
+        """Saves what the ranks hold after ``step``: ``Engine.state_parts``, and ``state``.
 
-        Args:
-            step: steps that are done.
-            parts: this rank's, from ``Engine.state_parts``.
-            state: position in the data, and what the checkpoint may be continued with.
-            final: the process ends after it: it must be on the disk when this returns.
+        After a ``final`` save, which is on the disk when this returns, the process ends.
 
         Raises:
             OSError: the disk refused a ``final`` save; a periodic one is only reported.
@@ -55,7 +51,12 @@ class Saver:
                 return
             time.sleep(pause)  # a shared file system's hiccup must not cost the last save
         if reason := self._save(step, parts, state, final):
-            self._report(step, reason, final)
+            if final:
+                where = self.records.path
+                raise OSError(
+                    f"{where}: step {step} could not be saved: {reason}; older ones are whole"
+                )
+            self._report(step, reason)
 
     def _save(
         self, step: int, parts: dict[str, Part], state: dict[str, Any], final: bool
@@ -75,13 +76,11 @@ class Saver:
         if folder is None:
             return reason
         pending = Save(step, folder, state | {"tensors": len(parts)}, begin)
-        self._pending = pending
         if not in_background:
             self._write(pending, files, shapes)
-            return self._commit()
-        pending.thread = threading.Thread(
-            target=self._write, args=(pending, files, shapes), daemon=True
-        )
+            return self._commit(pending)
+        self._pending, work = pending, (pending, files, shapes)
+        pending.thread = threading.Thread(target=self._write, args=work, daemon=True)
         pending.thread.start()
         pending.stall = time.monotonic() - begin
         return None
@@ -91,19 +90,18 @@ class Saver:
         if self._pending is not None:
             thread = self._pending.thread
             if not self.ranks.any(thread is not None and thread.is_alive()):
-                self._finish()
+                self.wait()
 
     def wait(self) -> None:
         """Waits for the save in the background and commits it."""
-        if self._pending is not None:
-            if self._pending.thread is not None:
-                self._pending.thread.join()
-            self._finish()
+        if (pending := self._pending) is not None:
+            if pending.thread is not None:
+                pending.thread.join()
+            if (reason := self._commit(pending)) and not pending.cancelled:
+                self._report(pending.step, reason)
 
     def cancel(self, step: int) -> None:
-        """Cancels the save in the background unless it is of ``step``: a grace period may be
-        short.
-        """
+        """Cancels a save in the background that is not of ``step``: a grace may be short."""
         if self._pending is not None and self._pending.step != step:
             self._pending.cancelled = True
         self.wait()
@@ -135,27 +133,17 @@ class Saver:
         try:
             for name, tensors in files.items():
                 check_fence(self.records.path, self.records.generation)
-                local = {key.partition("[")[0] for key in tensors}
-                pending.files[name] = write_tensors(
-                    pending.folder / name,
-                    tensors,
-                    {key: shape for key, shape in shapes.items() if key in local},
-                    pending.check,
-                )
+                names = (key.partition("[")[0] for key in tensors)
+                local = {key: shapes[key] for key in names if key in shapes}
+                file = pending.folder / name
+                pending.files[name] = write_tensors(file, tensors, local, pending.check)
         except Exception as error:  # told to all ranks in the commit, whatever it is
             superseded = isinstance(error, Superseded)
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
             pending.error = (superseded, str(error) if superseded else reason)
 
-    def _finish(self) -> None:
-        pending = self._pending
-        assert pending is not None
-        if (reason := self._commit()) and not pending.cancelled:
-            self._report(pending.step, reason, final=False)
-
-    def _commit(self) -> str | None:
-        pending, self._pending = self._pending, None
-        assert pending is not None
+    def _commit(self, pending: Save) -> str | None:
+        self._pending = None
         begin = time.monotonic()
         everyone = self.ranks.gather((pending.files, pending.error))
         errors = [(rank, *error) for rank, (_, error) in enumerate(everyone) if error is not None]
@@ -163,7 +151,8 @@ class Saver:
             if superseded:
                 raise Superseded(text)
         if errors:
-            self.records.abandon_save(pending.folder)
+            if self.ranks.is_main:
+                shutil.rmtree(pending.folder, ignore_errors=True)
             return f"rank {errors[0][0]}: {errors[0][2]}"
         files = {name: info for written, _ in everyone for name, info in written.items()}
         pending.stall += time.monotonic() - begin if pending.thread else 0.0
@@ -171,17 +160,9 @@ class Saver:
             self.saved = pending.step
         return reason
 
-    def _report(self, step: int, reason: str, final: bool) -> None:
-        if final:
-            raise OSError(
-                f"step {step} could not be saved to {self.records.path}: {reason}; older"
-                " checkpoints are whole"
-            )
+    def _report(self, step: int, reason: str) -> None:
         if self.ranks.is_main:
-            say(
-                f"step {step} could not be saved: {reason}; training continues, the next save"
-                " tries again"
-            )
+            say(f"step {step} could not be saved: {reason}; the next save tries again")
 
 
 def gather(ranks: Ranks, parts: dict[str, Part]) -> dict[str, Tensor] | None:

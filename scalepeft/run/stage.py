@@ -44,8 +44,7 @@ class Stage:
 
     def outputs(self) -> dict[str, Any]:
         """Relative path -> facts of each file that the finished work made."""
-        found = self.done().get("outputs")
-        return found if isinstance(found, dict) else {}
+        return dict(self.done().get("outputs", {}))
 
     def is_done(self, inputs: Any) -> bool:
         """True if it was finished for these inputs and every output is as it was written."""
@@ -53,10 +52,9 @@ class Stage:
         return (
             bool(manifest)
             and _counting(manifest.get("inputs"), inputs) == plain(inputs)
-            and isinstance(manifest.get("outputs"), dict)
             and all(
                 (path := self.root / name).is_file() and facts(path) == known
-                for name, known in manifest["outputs"].items()
+                for name, known in self.outputs().items()
             )
         )
 
@@ -103,9 +101,7 @@ class Stage:
 
 
 def _counting(held: Any, inputs: Any) -> Any:
-    """Inputs of a manifest without the settings that no longer count, as their keys are spelled
-    now: older code held more of them.
-    """
+    """Inputs of an older manifest without settings that no longer count, in today's spelling."""
     if not isinstance(held, dict) or not isinstance(inputs, dict):
         return held
     kept = dict(held)
@@ -144,23 +140,16 @@ def differing(old: Any, new: dict[str, Any], limit: int = 4) -> str:
     return "; ".join(key + change for key, change in list(named.items())[:limit]) + more
 
 
-def set_aside(folder: Path, names: Iterable[str], prefix: str = "replaced") -> Path | None:
-    """Moves the entries of ``folder`` that exist to ``folder/PREFIX-N``, under their own names.
-
-    Args:
-        folder: of the entries.
-        names: relative paths of results that are no longer valid.
-        prefix: of the folder that they are kept in.
-
-    Returns:
-        That folder; None where there is nothing to move.
+def set_aside(folder: Path, names: Iterable[str]) -> Path | None:
+    """Moves what exists of the relative paths ``names`` to ``folder/replaced-N``, and returns that;
+    None where there is nothing to move.
     """
     present = [name for name in names if (folder / name).exists()]
     if not present:
         return None
-    taken = (path.name.rpartition("-")[2] for path in folder.glob(f"{prefix}-*"))
+    taken = (path.name.rpartition("-")[2] for path in folder.glob("replaced-*"))
     number = 1 + max((int(n) for n in taken if n.isdecimal()), default=0)
-    target = folder / f"{prefix}-{number}"
+    target = folder / f"replaced-{number}"
     for name in present:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).rename(target / name)

@@ -29,12 +29,13 @@ def status(folder: Path) -> dict[str, Any]:
     recent = rows[-RECENT:]
     step = rows[-1]["step"] if rows else 0
     total = starts[-1].get("steps") if starts else None
-    seconds = statistics.median(r["seconds"] for r in recent) if recent else None
+    seconds, speed = (
+        statistics.median(row[key] for row in recent) if recent else None
+        for key in ("seconds", "tokens_per_second")
+    )
     job = _job(folder, starts)
     slurm = _ask_slurm(job) if job else {}
-    lost = sum(
-        e.get(k, 0.0) for e in starts[1:] for k in ("waited", "startup", "load", "recomputed")
-    )
+    losses = ("waited", "startup", "load", "recomputed")
     state = _state(slurm, events, rows, seconds)
     coming = state.split()[0].rstrip(",") in (*ACTIVE, "running")
     return {
@@ -46,11 +47,9 @@ def status(folder: Path) -> dict[str, Any]:
         "step": step,
         "steps": total,
         "saved": max(RunFolder.steps_in(folder / "checkpoints"), default=0),
-        "tokens_per_second": statistics.median(r["tokens_per_second"] for r in recent)
-        if recent
-        else None,
+        "tokens_per_second": speed,
         "step_seconds": seconds,
-        "lost_seconds": lost,
+        "lost_seconds": sum(e.get(key, 0.0) for e in starts[1:] for key in losses),
         "stages": _stages(folder),
         "eta_seconds": (total - step) * seconds if total and seconds and coming else None,
     }
@@ -59,15 +58,12 @@ def status(folder: Path) -> dict[str, Any]:
 def _stages(folder: Path) -> dict[str, str]:
     """Stage of a pipeline -> done or begun, in the order of time; empty without one."""
     files = sorted((folder / "stages").glob("*.json"), key=lambda p: p.stat().st_mtime)
-    words = {"begun": "begun", "": "done"}
-    found = ((f.stem.partition(".")) for f in files if f.stem != "holder")
-    return {name: words[end] for name, _, end in found if end in words}
+    found = (f.stem.partition(".") for f in files if f.stem != "holder")
+    return {name: end or "done" for name, _, end in found if end in ("", "begun")}
 
 
 def job_of(folder: Path) -> tuple[str, str] | None:
-    """The first Slurm job that has still to do with a run, with its state: any step of the newest
-    submission, or the job that the run was last started in; None where all have ended.
-    """
+    """The first active Slurm job of a run, its last start's or a newest submission's, and state."""
     events = read_lines(folder / "events.jsonl", "event", "time")
     started = _job(folder, [e for e in events if e["event"] == "start"])
     for job in dict.fromkeys([started, *_newest_jobs(folder).values()]):

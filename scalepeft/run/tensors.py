@@ -30,8 +30,7 @@ def write_tensors(
     shapes: dict[str, tuple[int, ...]] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Writes a safetensors file and flushes it to the disk; hashes what was to be written, not what
-    a disk gives back.
+    """Writes a safetensors file, flushed to the disk; hashes what was to be written.
 
     Args:
         file: to be made.
@@ -51,9 +50,14 @@ def write_tensors(
     metadata = {"shapes": json.dumps(shapes)} if shapes else None
     with Writer(file, header, metadata, check) as writer:
         for _, tensor in ordered:
-            flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-            writer.write([memoryview(flat.numpy())] if flat.numel() else [])  # type: ignore[arg-type]
+            writer.write([as_bytes(tensor)] if tensor.numel() else [])
     return writer.info
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a CPU tensor, row after row."""
+    flat: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 @dataclass(frozen=True)

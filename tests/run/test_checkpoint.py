@@ -41,7 +41,7 @@ def commit(folder: RunFolder, step: int, trained: dict[str, torch.Tensor], keep:
             for kind, tensors in (("trained", trained), ("optimizer", moments))
         }
     except OSError:
-        folder.abandon(temporary)
+        shutil.rmtree(temporary)
         raise
     return folder.commit(temporary, files, {"step": step}, keep)
 
@@ -260,7 +260,7 @@ def save_in_parts(folder: RunFolder, step: int, writers: int) -> Path:
             file = temporary / f"trained-{rank:05d}-of-{writers:05d}.safetensors"
             files[file.name] = write_tensors(file, pieces, shapes)
     except OSError:
-        folder.abandon(temporary)
+        shutil.rmtree(temporary)
         raise
     return folder.commit(temporary, files, {"step": step}, 3)
 
@@ -423,11 +423,12 @@ def test_full_disk_keeps_the_older_checkpoints(small_disk: Path) -> None:
     log = RowLog(small_disk / "metrics.jsonl", 0)
     filler = small_disk / "filler"
     fill_up(filler)
-    assert log.append({"step": 1, "text": "x" * 9000}) is not None
+    log.keep({"step": 1, "text": "x" * 9000})
+    assert log.flush() is not None
     with pytest.raises(OSError):
         log.sync()
     filler.unlink()
-    assert log.append({"step": 2}) is None
+    log.keep({"step": 2})
     log.sync()
     assert [json.loads(line)["step"] for line in (small_disk / "metrics.jsonl").open()] == [1, 2]
 
@@ -443,7 +444,8 @@ def test_row_log_is_cut_back_to_the_resumed_step(torn: str, tmp_path: Path) -> N
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(f'{{"step": {i}}}\n' for i in range(1, 6)) + torn)
     log = RowLog(path, 3)
-    log.append({"step": 4, "again": True})
+    log.keep({"step": 4, "again": True})
+    log.sync()
     assert [json.loads(line) for line in path.open()] == [
         {"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "again": True},
     ]  # fmt: skip
@@ -454,7 +456,8 @@ def test_broken_rows_of_a_log_are_dropped_and_the_good_ones_kept(tmp_path: Path)
     path.write_text('{"step": 1}\njunk\n{"step": 2}\n{"step": 2}\n{"step": 3}\n')
     log = RowLog(path, 3)
     assert log.last_step == 3
-    log.append({"step": 4})
+    log.keep({"step": 4})
+    log.sync()
     assert [json.loads(line)["step"] for line in path.open()] == [1, 2, 3, 4]
     assert len(list(tmp_path.glob("metrics.jsonl.damaged-*"))) == 1
 
