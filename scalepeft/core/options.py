@@ -40,8 +40,8 @@ def add_arguments(
         if typing.get_origin(kind) is Annotated:  # a list is one text, which its validator splits
             kind = typing.get_args(kind)[0]
             kind = str if typing.get_origin(kind) is list else kind
-        metavar = re.match(r"([\w.]*[A-Z][A-Z,=]*): ", about[field.name])
-        text = about[field.name].removeprefix(metavar[0] if metavar else "")
+        metavar = re.match(r"([\w.]*[A-Z][A-Z,=]*): ", about.get(field.name, ""))
+        text = about.get(field.name, "").removeprefix(metavar[0] if metavar else "")
         words: dict[str, Any] = {"metavar": metavar[1]} if metavar else {}
         name = "--" + field.name.replace("_", "-")
         if field.name == "settings":
