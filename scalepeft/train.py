@@ -267,7 +267,8 @@ def _rows(config: RunConfig, base: Base, ranks: Ranks) -> _Rows:
     def prepare() -> tuple[TokenSet, TokenSet | None, list[str]]:
         cutoff, limit = config.data.cutoff, base.positions
         if limit is not None and cutoff > limit:
-            raise UserError(f"data.cutoff={cutoff} is beyond the model's {limit} positions")
+            where = f"data.cutoff={cutoff}"
+            raise UserError(f"{where} is beyond the model's {limit} positions; lower it")
         return tokens.prepare(task_of(config), base.tokenizer, base.vocab_size, config.train.seed)
 
     prepared = ranks.all_or_raise(lambda: prepare() if ranks.local_rank == 0 else None)

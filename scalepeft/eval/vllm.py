@@ -16,6 +16,7 @@ from typing import Any
 
 from scalepeft.config.schema import EvaluateConfig, RunConfig, Subject
 from scalepeft.core.errors import UserError
+from scalepeft.core.files import read_mapping
 from scalepeft.core.log import say
 from scalepeft.eval.generation import Backend, encode
 from scalepeft.eval.target import EvalTarget
@@ -137,7 +138,8 @@ def exported(config: RunConfig, sha256: str) -> tuple[Path, int]:
             export.run(config.run_dir, str(folder), settings, "lora")
         except UserError as error:
             raise UserError(f"evaluate.backend=vllm needs the adapter as a LoRA: {error}") from None
-    rank = int(json.loads((folder / "adapter_config.json").read_text())["r"])
+    remedy = f"remove {folder} to have it exported again"
+    rank = int(read_mapping(folder / "adapter_config.json", json.loads, remedy)["r"])
     if rank > RANKS[-1]:
         raise UserError(
             f"evaluate.backend=vllm: as a LoRA the adapter has rank {rank}, vLLM takes"

@@ -94,8 +94,7 @@ def open_base(config: ModelConfig, ranks: Ranks) -> Base:
 
 
 def resolve(config: ModelConfig, ranks: Ranks) -> Path:
-    """Returns the local folder of the model: a folder, the built-in one (made now), or a download,
-    once a node.
+    """Returns the model's local folder: given, built in (made now), or downloaded once a node.
 
     Raises:
         UserError: no such folder, nothing to read in it, or a hub id that cannot be had.

@@ -58,9 +58,7 @@ def of_hub_id(name: str) -> str | None:
 
 
 def architecture(name: str) -> Any:
-    """Returns the transformers config of a shape by name or of a model folder, or raises
-    UserError.
-    """
+    """Returns the transformers config of a shape or model folder. Raises UserError: neither."""
     from transformers import AutoConfig
 
     if name in SHAPES:

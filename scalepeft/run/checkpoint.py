@@ -71,13 +71,7 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             try_to_write(path)
         except OSError as error:
-            raise self._unwritable(error) from None
-
-    def _unwritable(self, error: OSError) -> UserError:
-        return UserError(
-            f"run_dir={self.path}: cannot be written on {socket.gethostname()}: {error.strerror};"
-            " make room or choose another folder"
-        )
+            raise unwritable(self.path, error) from None
 
     def claim(self, seen: int | None = None, announce: Callable[[int], None] | None = None) -> None:
         """Takes the generation after ``seen``, by default the stored one, which is over.
@@ -98,7 +92,7 @@ class RunFolder:
             for mark in self.path.glob(".start-*"):
                 mark.unlink(missing_ok=True)
         except OSError as error:
-            raise self._unwritable(error) from None
+            raise unwritable(self.path, error) from None
         for leftover in self.checkpoints.glob("*.tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -128,12 +122,7 @@ class RunFolder:
             number += 1  # whoever made that file ended before it could write
 
     def begin(self, step: int) -> Path:
-        """Makes the folder that all ranks write a checkpoint's tensors into.
-
-        Raises:
-            OSError: the disk refused.
-            Superseded: another start owns the folder.
-        """
+        """Makes the folder that ranks write a checkpoint's tensors into; raises as ``commit``."""
         check_fence(self.path, self.generation)
         temporary = self.checkpoints / f"step-{step:06d}.tmp-{self.generation}"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -258,6 +247,14 @@ class RunFolder:
         if self._verified.get(folder.name) != signature:
             verify(folder)
             self._verified[folder.name] = signature
+
+
+def unwritable(run_dir: Path, error: OSError) -> UserError:
+    """The error for a run folder that this node cannot write."""
+    return UserError(
+        f"run_dir={run_dir}: cannot be written on {socket.gethostname()}: {error.strerror};"
+        " make room or choose another folder"
+    )
 
 
 def _signature(folder: Path) -> list[tuple[str, int, int, int]]:

@@ -16,7 +16,7 @@ from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import read_mapping, try_to_write
 from scalepeft.parallel.ranks import Ranks
-from scalepeft.run.checkpoint import RunFolder
+from scalepeft.run.checkpoint import RunFolder, unwritable
 
 
 def load_run(run_dir: str, settings: list[str], allowed: tuple[str, ...], what: str) -> RunConfig:
@@ -33,7 +33,7 @@ def load_run(run_dir: str, settings: list[str], allowed: tuple[str, ...], what: 
     """
     file = Path(run_dir) / "config.yaml"
     if not file.is_file():
-        raise UserError(f"{run_dir} is not a run directory (no config.yaml); name a training's")
+        raise UserError(f"{run_dir} is not a run directory (no config.yaml); name a run's run_dir")
     values = read_mapping(file, yaml.safe_load, "restore the config of the run")
     for setting in settings:
         key = cfg.renamed_key(setting.partition("=")[0])
@@ -57,9 +57,7 @@ def older_adapter(run_dir: Path, step: int | None) -> str | None:
 
 
 def check_base(config: RunConfig, trained_on: dict[str, Any], fingerprint: str) -> None:
-    """Raise UserError unless the base's files have the fingerprint that ``base_model`` of
-    ``adapter_config.json`` was trained on.
-    """
+    """Raise UserError unless ``base_model`` of ``adapter_config.json`` has this fingerprint."""
     if trained_on.get("fingerprint") != fingerprint:
         raise UserError(
             f"{config.run_dir}/adapter was trained on another base than"
@@ -69,9 +67,7 @@ def check_base(config: RunConfig, trained_on: dict[str, Any], fingerprint: str) 
 
 
 def check_same_run(config: RunConfig, allow_changes: bool) -> None:
-    """Raise UserError if the folder holds a run with other settings, naming the keys, or one whose
-    config.yaml is lost.
-    """
+    """Raise UserError if the folder holds a run of other settings, or one without config.yaml."""
     file = Path(config.run_dir) / "config.yaml"
     # Before the first checkpoint there is nothing that another config could spoil.
     if not any(file.parent.glob("checkpoints/step-*")):
@@ -99,7 +95,7 @@ def check_nodes(run_dir: str, ranks: Ranks) -> None:
     """Raise UserError for a run folder that is not one folder on all nodes, or that one of them
     cannot write: any node may hold rank 0 after the next restart.
     """
-    folder, host = Path(run_dir), socket.gethostname()
+    folder = Path(run_dir)
 
     def mark() -> Path:
         handle, name = tempfile.mkstemp(prefix=".seen-by-all-nodes-", dir=folder)
@@ -112,14 +108,12 @@ def check_nodes(run_dir: str, ranks: Ranks) -> None:
         try:
             if not seen.exists():
                 raise UserError(
-                    f"run_dir={folder}: is another folder on {host} than on rank 0's node; it must"
-                    " be on a file system that all nodes share"
+                    f"run_dir={folder}: is another folder on {socket.gethostname()} than on rank"
+                    " 0's node; it must be on a file system that all nodes share"
                 )
             try_to_write(folder)
         except OSError as error:
-            raise UserError(
-                f"run_dir={folder}: cannot be written on {host}: {error.strerror}"
-            ) from None
+            raise unwritable(folder, error) from None
 
     try:
         ranks.all_or_raise(lambda: look() if ranks.local_rank == 0 else None)

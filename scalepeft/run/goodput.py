@@ -6,6 +6,9 @@ from pathlib import Path
 from scalepeft.core.files import read_lines
 from scalepeft.core.text import duration
 
+PARTS = ("startup", "load", "save", "held_out", "recomputed", "waiting")
+NAMES = {"startup": "start-up", "held_out": "held-out", "recomputed": "recomputed steps"}
+
 
 @dataclass(frozen=True)
 class Goodput:
@@ -37,8 +40,7 @@ class Goodput:
     @property
     def other(self) -> float:
         """What is left of the wall time."""
-        known = (self.steps, self.startup, self.load, self.save, self.held_out)
-        return max(0.0, self.wall - sum(known) - self.recomputed - self.waiting)
+        return max(0.0, self.wall - self.steps - sum(getattr(self, key) for key in PARTS))
 
     @property
     def share(self) -> float:
@@ -47,15 +49,7 @@ class Goodput:
 
     def losses(self) -> str:
         """The losses in one line, the largest first."""
-        found = {
-            "start-up": self.startup,
-            "load": self.load,
-            "save": self.save,
-            "held-out": self.held_out,
-            "recomputed steps": self.recomputed,
-            "waiting": self.waiting,
-            "other": self.other,
-        }
+        found = {NAMES.get(key, key): getattr(self, key) for key in (*PARTS, "other")}
         ordered = sorted(found.items(), key=lambda item: -item[1])
         return ", ".join(f"{name} {duration(seconds)}" for name, seconds in ordered)
 

@@ -141,9 +141,7 @@ def differing(old: Any, new: dict[str, Any], limit: int = 4) -> str:
 
 
 def set_aside(folder: Path, names: Iterable[str]) -> Path | None:
-    """Moves what exists of the relative paths ``names`` to ``folder/replaced-N``, and returns that;
-    None where there is nothing to move.
-    """
+    """Moves what exists of ``names`` to ``folder/replaced-N``; returns that, or None if nothing."""
     present = [name for name in names if (folder / name).exists()]
     if not present:
         return None

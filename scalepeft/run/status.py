@@ -82,13 +82,11 @@ def _newest_jobs(folder: Path) -> dict[str, str]:
 
 def _job(folder: Path, starts: list[dict[str, Any]]) -> str | None:
     """The newest Slurm job that was to train this run, as Slurm calls it."""
-    files = sorted(folder.glob("submissions/*/train.job"), key=lambda p: p.stat().st_mtime)
-    submitted = files[-1] if files else None
-    if starts and "job" in starts[-1]:
-        newest = starts[-1]["time"]
-        if submitted is None or submitted.stat().st_mtime < newest:
-            return str(starts[-1]["job"])
-    return submitted.read_text().strip() if submitted else None
+    files = {p.stat().st_mtime: p for p in folder.glob("submissions/*/train.job")}
+    submitted = max(files, default=0.0)
+    if starts and "job" in starts[-1] and submitted < starts[-1]["time"]:
+        return str(starts[-1]["job"])
+    return files[submitted].read_text().strip() if files else None
 
 
 def _state(

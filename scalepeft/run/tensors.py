@@ -39,10 +39,7 @@ def write_tensors(
         check: called every 16 MiB; may raise.
 
     Returns:
-        ``bytes`` and ``sha256`` for the manifest.
-
-    Raises:
-        OSError: the disk refused.
+        ``bytes`` and ``sha256`` for the manifest. Raises OSError: the disk refused.
     """
     # Wide dtypes first: safetensors wants every tensor aligned to its numbers.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
