@@ -46,7 +46,8 @@ def choose(methods: str, layers: list[Layer], rank: int, bf16: bool) -> list[Ent
     for name in sorted(chosen - {*ours, *theirs}):
         raise errors.unknown("method (--methods)", name, [*ours, *theirs])
     if rank % 2 and {"hoft", "shoft"} & chosen:
-        raise UserError(f"--rank {rank}: HOFT and SHOFT need it even; take {rank + 1}")
+        fix = f"take {rank + 1}, or leave them out of --methods"
+        raise UserError(f"--rank {rank}: HOFT and SHOFT need it even; {fix}")
     near = {n: [n] for n in ours} | {n: ["hira"] for n in hut} | NEIGHBOURS
     near = {n: [f"peft-{m}" for m in near[n] if f"peft-{m}" in theirs] for n in ours}
     chosen |= {label for name in chosen & ours.keys() for label in near[name]}

@@ -25,6 +25,7 @@ class Session:
 
     def __init__(self, out: Path, seconds: float, tiny: bool) -> None:
         self.out, self.tiny, self.results = out, tiny, dict[str, Any]()
+        self.shape = "mini" if tiny else "llama-3.1-8b"
         self.end = time.monotonic() + seconds
         self.cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", 0) if self.cuda else torch.device("cpu")

@@ -32,10 +32,6 @@ STORAGES = ("nf4 double", "none")
 BF16 = torch.bfloat16
 
 
-def _shape(session: Session) -> str:
-    return "mini" if session.tiny else "llama-3.1-8b"
-
-
 def _settings(session: Session, adapter: str, storage: str) -> list[str]:
     """Of ``scalepeft train`` and ``plan``: a step of the shape in a folder without weights."""
     rows, length = (2, 64) if session.tiny else (4, 2048)
@@ -51,10 +47,10 @@ def _settings(session: Session, adapter: str, storage: str) -> list[str]:
 
 def _trainer(session: Session, adapter: str, storage: str) -> Trainer:
     """As ``build.build``, with random weights in place of files."""
-    shapes.architecture(_shape(session)).save_pretrained(session.out / "shape")
+    shapes.architecture(session.shape).save_pretrained(session.out / "shape")
     config, _ = config_files.load(None, _settings(session, adapter, storage))
     fmt = quant.get_format(config.model.quant, config.model.double_quant)
-    model = random_weights(shapes.meta_model(_shape(session)).to(BF16), fmt, session.device)
+    model = random_weights(shapes.meta_model(session.shape).to(BF16), fmt, session.device)
     if adapter == PEFT:
         targets = config.adapter.target_modules
         fields = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": targets}
@@ -77,7 +73,7 @@ def training(session: Session) -> dict[str, Any]:
     n = 512 if session.tiny else 8192
     a = torch.randn(n, n, device=session.device, dtype=BF16)
     rate = 2 * n**3 / min(session.milliseconds(lambda: a @ a, 10, 3)) / 1e9
-    linear = [m for m in shapes.meta_model(_shape(session)).modules() if isinstance(m, nn.Linear)]
+    linear = [m for m in shapes.meta_model(session.shape).modules() if isinstance(m, nn.Linear)]
     weights = sum(m.weight.numel() for m in linear)
     found: dict[str, Any] = {"bf16 product TFLOP/s": rate}
     for adapter, storage in [(a, s) for s in STORAGES for a in ROWS]:
