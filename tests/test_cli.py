@@ -230,6 +230,7 @@ def predictions(folder: Path) -> dict[str, str]:
     return {r["id"]: r["prediction"] for r in found}
 
 
+@pytest.mark.multiprocess
 @pytest.mark.slow
 def test_evaluation_killed_and_stopped_continues_to_the_same_predictions(
     finished: Path, tmp_path: Path

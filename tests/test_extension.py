@@ -132,6 +132,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.multiprocess
 @pytest.mark.slow
 def test_they_train_resume_evaluate_and_merge(folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"

@@ -198,8 +198,7 @@ def _describe(job_file: str, root: Path) -> tuple[str | None, list[str]]:
             )
     if command_name != "train":
         raise UserError(f"{job_file}: runs {command_name}; launch/submit is for training jobs")
-    has_path = settings and "=" not in settings[0]
-    return (settings[0], settings[1:]) if has_path else (None, settings)
+    return config_files.config_first(settings)
 
 
 def _configs(

@@ -542,6 +542,7 @@ def test_nf4_refuses_a_width_that_64_does_not_divide() -> None:
         quant.quantize(nn.Linear(172, 64), quant.get_format("nf4"))
 
 
+@pytest.mark.multiprocess
 @pytest.mark.slow
 def test_two_fsdp2_ranks_give_the_gradients_of_one_process() -> None:
     """One launch for all methods; the program is fsdp2_methods.py."""

@@ -524,6 +524,7 @@ def test_a_comparison_in_which_some_fail(
     assert len(kept) == 1, "a changed config sets a cell aside"
 
 
+@pytest.mark.multiprocess
 @pytest.mark.slow
 def test_killed_and_stopped_it_ends_as_if_undisturbed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

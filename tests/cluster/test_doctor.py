@@ -51,6 +51,7 @@ def states(findings: Any) -> list[str]:
 # Real processes
 
 
+@pytest.mark.multiprocess
 @pytest.mark.slow
 def test_three_ranks_in_order(tmp_path: Path) -> None:
     run_dir = tmp_path / "runs" / "new"
@@ -85,6 +86,7 @@ def test_ranks_that_never_come() -> None:
     assert "Connection refused)" in text and "MASTER_ADDR" in text
 
 
+@pytest.mark.multiprocess
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "timeout", "codes", "fix"),
@@ -124,6 +126,7 @@ def test_a_fault_on_another_node(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.multiprocess
 @pytest.mark.slow
 def test_links_that_are_dead(tmp_path: Path) -> None:
     arguments = ["doctor", "--timeout", "20", "--json", "--run-dir", str(tmp_path)]
@@ -135,6 +138,7 @@ def test_links_that_are_dead(tmp_path: Path) -> None:
     assert "every rank sees the same folder" in text, "which needs no links"
 
 
+@pytest.mark.multiprocess
 @pytest.mark.slow
 def test_deepspeed_on_two_ranks(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")

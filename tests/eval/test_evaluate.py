@@ -488,6 +488,7 @@ def test_a_changed_base_is_not_scored_with_old_predictions(tmp_path: Path, stori
     assert (run_dir / "replaced-1/eval-base/toy").is_dir()
 
 
+@pytest.mark.multiprocess
 @pytest.mark.slow
 def test_ranks_answer_as_one_process(stories: Path, tmp_path: Path) -> None:
     """9 rows in batches of 4 over two ranks: the last batch leaves one without a row. Beams."""

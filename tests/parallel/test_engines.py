@@ -333,6 +333,7 @@ def test_variables_of_srun_and_of_torchrun() -> None:
         assert first_host(text) == first
 
 
+@pytest.mark.multiprocess
 def test_world_size_must_divide_the_global_batch(tmp_path: Path) -> None:
     codes, text = Job(
         2,

@@ -101,6 +101,7 @@ def test_kill_9_at_random_moments_changes_nothing(ranks: int, kills: int, tmp_pa
     assert adapter_bytes(disturbed) == adapter_bytes(undisturbed)
 
 
+@pytest.mark.multiprocess
 def test_sigusr1_ends_in_one_agreed_save_and_75(tmp_path: Path) -> None:
     """To one rank, and to both 0.3 s apart, in turns."""
     folder = tmp_path / "run"
@@ -155,6 +156,7 @@ def test_other_signals_in_one_process(number: signal.Signals, tmp_path: Path) ->
     assert newest_saved(tmp_path / "run") >= saved
 
 
+@pytest.mark.multiprocess
 def test_a_second_signal_leaves_at_once_even_in_a_stuck_collective(tmp_path: Path) -> None:
     job = start(2, tmp_path / "run", "engine.name=fsdp2", "train.max_steps=2000")
     while step_of(tmp_path / "run") < 3:
@@ -177,6 +179,7 @@ def test_a_second_signal_leaves_at_once_even_in_a_stuck_collective(tmp_path: Pat
     assert newest_saved(tmp_path / "run") >= saved
 
 
+@pytest.mark.multiprocess
 def test_a_run_continues_at_other_world_sizes_with_the_same_samples(tmp_path: Path) -> None:
     settings = [*RUN, "engine.name=fsdp2", "train.max_steps=16"]
     train(2, tmp_path / "whole", *settings)
@@ -193,6 +196,7 @@ def test_a_run_continues_at_other_world_sizes_with_the_same_samples(tmp_path: Pa
         assert max(abs(a["loss"] - b["loss"]) for a, b in zip(got, want, strict=True)) < 1e-5
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("mode", ["sharded", "async"])
 def test_ranks_write_what_they_hold_and_read_what_they_need(mode: str, tmp_path: Path) -> None:
     settings = [*RUN, "engine.name=fsdp2", f"train.save_mode={mode}", "train.max_steps=6"]
@@ -356,6 +360,7 @@ def test_a_hiccup_of_the_file_system_is_lived_through(moment: str, tmp_path: Pat
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("mode", ["sharded", "async"])
 def test_a_rank_whose_write_fails_commits_nothing(mode: str, tmp_path: Path) -> None:
     """Whatever the error: the other rank's half is no checkpoint, and older ones stay."""
