@@ -25,7 +25,6 @@ from scalepeft.core.files import write_atomically
 from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping, tell_job
-from scalepeft.core.slurm import slurm_start
 from scalepeft.core.text import duration
 from scalepeft.data import prepared, tokens
 from scalepeft.data.rows import expand, paths_of
@@ -141,7 +140,7 @@ class Pipeline:
         # Predictions that are still valid stay.
         old = RESULTS.get(name, ()) if name == "train" or forced else ()
         if any((self.folder / entry).exists() for entry in old):
-            check_free(self.folder, *slurm_start())
+            check_free(self.folder)
             say(f"{name}: results of the old inputs: moved to {set_aside(self.folder, old)}")
 
     def _inputs(self, name: str) -> dict[str, Any]:
@@ -301,8 +300,8 @@ def _claim(stages: Path) -> Lease:
     """Takes the folder of the manifests for this process alone."""
     try:
         stages.mkdir(parents=True, exist_ok=True)
-        check_free(stages, *slurm_start())
-        return Lease(stages, 1, *slurm_start())
+        check_free(stages)
+        return Lease(stages, 1)
     except OSError as error:
         raise UserError(f"{stages}: cannot be written: {error.strerror}") from None
 

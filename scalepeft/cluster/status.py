@@ -11,9 +11,9 @@ import yaml
 
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import read_mapping
-from scalepeft.core.slurm import _ask_all, _word
+from scalepeft.core.slurm import ask_all, state_word
 from scalepeft.core.text import duration
-from scalepeft.run.status import _newest_jobs, status
+from scalepeft.run.status import newest_jobs, status
 
 COMPARISON = "design.json"  # what a comparison keeps in its folder
 
@@ -74,8 +74,8 @@ def comparison(folder: Path) -> dict[str, Any]:
     states["running"] = min(len(alive), states["missing"])
     states["left"] = states["missing"] - states["running"]
     jobs = {
-        step: {"job": job, "states": dict(Counter(map(_word, _ask_all(job))))}
-        for step, job in _newest_jobs(folder).items()
+        step: {"job": job, "states": dict(Counter(map(state_word, ask_all(job))))}
+        for step, job in newest_jobs(folder).items()
     }
     count = {state: states[state] for state in ("done", "running", "failed", "broke", "left")}
     return {"run": str(folder), "cells": {**count, "all": len(cells)}, "jobs": jobs}

@@ -21,29 +21,29 @@ def slurm_start() -> tuple[str | None, int]:
 ACTIVE = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED", "CONFIGURING")
 
 
-def _word(task: dict[str, str]) -> str:
+def state_word(task: dict[str, str]) -> str:
     """Slurm's state of a job with its reason."""
     reason = task.get("Reason", "None")
     return task["JobState"] + (f" ({reason})" if reason not in ("None", "") else "")
 
 
-def _ask_slurm(job: str) -> dict[str, str]:
+def ask_slurm(job: str) -> dict[str, str]:
     """JobState, Reason, Restarts, NodeList of a job; empty where no Slurm knows it."""
-    return next(iter(_ask_all(job)), {})
+    return next(iter(ask_all(job)), {})
 
 
-def _ask_all(job: str) -> list[dict[str, str]]:
+def ask_all(job: str) -> list[dict[str, str]]:
     """The same of each task of an array; of another job the one."""
-    text = _output("scontrol", "-o", "show", "job", job)
+    text = output_of("scontrol", "-o", "show", "job", job)
     if tasks := [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in text.splitlines()]:
         return [task for task in tasks if "JobState" in task]
     # scontrol forgets a job minutes after its end
-    text = _output("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,NodeList")
+    text = output_of("sacct", "-X", "-n", "-P", "-j", job, "-o", "State,NodeList")
     rows = [line.partition("|") for line in reversed(text.strip().splitlines())]
     return [{"JobState": state.split()[0], "NodeList": nodes} for state, _, nodes in rows]
 
 
-def _output(*command: str) -> str:
+def output_of(*command: str) -> str:
     """What a command prints; nothing where it fails or is not installed."""
     if not shutil.which(command[0]):
         return ""

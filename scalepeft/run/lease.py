@@ -16,6 +16,7 @@ from typing import Any
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import write_atomically
 from scalepeft.core.log import say
+from scalepeft.core.slurm import slurm_start
 
 BEAT_SECONDS = 2.0
 WATCH_SECONDS = 30.0  # without a sign of life from another machine, after which it counts as gone
@@ -68,11 +69,10 @@ def _began(pid: int) -> str | None:
 
 
 class Lease:
-    """This process's name in a run folder, from the claim of start ``generation`` to ``release``;
-    ``job`` and ``restarts`` are those of ``slurm_start``.
-    """
+    """This process in a run folder, from the claim of start ``generation`` to ``release``."""
 
-    def __init__(self, run_dir: Path, generation: int, job: str | None, restarts: int) -> None:
+    def __init__(self, run_dir: Path, generation: int) -> None:
+        job, restarts = slurm_start()
         self._file, self._beat = run_dir / "holder.json", run_dir / "heartbeat"
         self._owner = {
             "start": generation,
@@ -124,7 +124,7 @@ def _text(file: Path) -> str:
     return file.read_text(errors="replace") if file.is_file() else ""
 
 
-def check_free(run_dir: Path, job: str | None, restarts: int) -> None:
+def check_free(run_dir: Path) -> None:
     """Raise UserError if another start is training in the run folder.
 
     What this very Slurm job was before its restart is no other: Slurm has ended it, and should its
@@ -134,7 +134,7 @@ def check_free(run_dir: Path, job: str | None, restarts: int) -> None:
     Raises:
         UserError: with host, process and job of the owner.
     """
-    owner = _read(run_dir / "holder.json")
+    owner, (job, restarts) = _read(run_dir / "holder.json"), slurm_start()
     earlier = owner.get("restarts")
     same = job is not None and owner.get("job") == job
     if not owner or (same and isinstance(earlier, int) and earlier < restarts):

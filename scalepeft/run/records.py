@@ -89,7 +89,7 @@ class RunRecorder:
 
     def _open(self, allow_changes: bool) -> Checkpoint | None:
         check_same_run(self.config, allow_changes)
-        check_free(self.path, *slurm_start())
+        check_free(self.path)
         self.folder = RunFolder(self.path)
         resumed, passed_over = self.folder.newest()
         for reason in passed_over:
@@ -109,7 +109,7 @@ class RunRecorder:
     def _claim(self, launched: float) -> tuple[int, Checkpoint | None, int]:
         path = self.path
         seen = stored_generation(path)
-        check_free(path, *slurm_start())  # once more: loading took its time
+        check_free(path)  # once more: loading took its time
         self.folder.claim(seen, self._take_lease)
         resumed, _ = self.folder.newest()
         step = resumed.step if resumed else 0
@@ -126,7 +126,7 @@ class RunRecorder:
         return self.folder.generation, resumed, self.validation.last_step
 
     def _take_lease(self, generation: int) -> None:
-        self._lease = Lease(self.path, generation, *slurm_start())
+        self._lease = Lease(self.path, generation)
 
     def _lost_since(self, step: int, launched: float) -> dict[str, float]:
         events = read_lines(self.path / "events.jsonl", "event", "time")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from scalepeft.core.files import read_lines
-from scalepeft.core.slurm import ACTIVE, _ask_all, _ask_slurm, _word
+from scalepeft.core.slurm import ACTIVE, ask_all, ask_slurm, state_word
 from scalepeft.core.text import duration
 from scalepeft.run.checkpoint import RunFolder
 
@@ -34,7 +34,7 @@ def status(folder: Path) -> dict[str, Any]:
         for key in ("seconds", "tokens_per_second")
     )
     job = _job(folder, starts)
-    slurm = _ask_slurm(job) if job else {}
+    slurm = ask_slurm(job) if job else {}
     losses = ("waited", "startup", "load", "recomputed")
     state = _state(slurm, events, rows, seconds)
     coming = state.split()[0].rstrip(",") in (*ACTIVE, "running")
@@ -66,14 +66,14 @@ def job_of(folder: Path) -> tuple[str, str] | None:
     """The first active Slurm job of a run, its last start's or a newest submission's, and state."""
     events = read_lines(folder / "events.jsonl", "event", "time")
     started = _job(folder, [e for e in events if e["event"] == "start"])
-    for job in dict.fromkeys([started, *_newest_jobs(folder).values()]):
-        for task in _ask_all(job) if job else ():
+    for job in dict.fromkeys([started, *newest_jobs(folder).values()]):
+        for task in ask_all(job) if job else ():
             if task["JobState"] in ACTIVE:
                 return str(job), task["JobState"]
     return None
 
 
-def _newest_jobs(folder: Path) -> dict[str, str]:
+def newest_jobs(folder: Path) -> dict[str, str]:
     """Step of the newest submission -> its job, in the order in which they were queued."""
     files = sorted(folder.glob("submissions/*/*.job"), key=lambda p: p.stat().st_mtime_ns)
     own = [f for f in files if f.parent == files[-1].parent]
@@ -98,7 +98,7 @@ def _state(
     last = max((r["time"] for r in (*events[-1:], *rows[-1:]) if "time" in r), default=None)
     ago = duration(max(0.0, time.time() - last)) if last else None
     if "JobState" in slurm:
-        word = _word(slurm)
+        word = state_word(slurm)
         return f"{word}, last sign of life {ago} ago" if ago and word == "RUNNING" else word
     if not events:
         return "not started"

@@ -333,13 +333,13 @@ def test_a_holder_without_a_sign_of_life_is_taken_over(
     held = {"start": 3, "host": "n7", "pid": 9, "machine": "another", "began": "1", "job": None}
     for text in (json.dumps({**held, "restarts": 0}), "", "[]", '{"start": 3}', "torn {"):
         (tmp_path / "holder.json").write_text(text)
-        lease.check_free(tmp_path, None, 0)
+        lease.check_free(tmp_path)
         said = capsys.readouterr()
         assert "no sign of life from start" in said.out + said.err
         beat = threading.Timer(0.3, lambda: (tmp_path / "heartbeat").write_text("3 1\n"))
         beat.start()
         with pytest.raises(UserError, match="is in use by start"):
-            lease.check_free(tmp_path, None, 0)
+            lease.check_free(tmp_path)
         beat.join()
         (tmp_path / "heartbeat").unlink()
 
@@ -404,7 +404,7 @@ def test_a_number_that_is_stored_has_its_owner_beside_it(tmp_path: Path) -> None
 
     def announce(generation: int) -> None:
         stored.append(lease.stored_generation(tmp_path))
-        taken.append(lease.Lease(tmp_path, generation, None, 0))
+        taken.append(lease.Lease(tmp_path, generation))
 
     taken: list[lease.Lease] = []
     folder = checkpoint.RunFolder(tmp_path)

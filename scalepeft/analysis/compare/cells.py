@@ -28,7 +28,6 @@ from scalepeft.core.files import read_lines, write_atomically
 from scalepeft.core.launch import rank
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, STOPPED, USER_ERROR, StopFlag, Stopping
-from scalepeft.core.slurm import slurm_start
 from scalepeft.eval import scores
 from scalepeft.run.lease import Lease, check_free
 from scalepeft.run.stage import Stage, set_aside
@@ -179,7 +178,7 @@ class Runner:
             return True
         if not rank():
             known, folder = stage.is_begun(inputs), stage.root
-            check_free(folder, *slurm_start())
+            check_free(folder)
             if stage.name == "training" and not known and (folder / "config.yaml").exists():
                 changed = stage.changes(inputs) or "of an older version, or changed by hand"
                 kept = set_aside(folder.parent, [folder.name])
@@ -222,7 +221,7 @@ class Runner:
             ]
             command = ["evaluate", str(folder), *words]
             if not rank():  # training takes the lease itself; two evaluations would mix their rows
-                lease = Lease(folder, 0, *slurm_start())
+                lease = Lease(folder, 0)
         log = folder / ("log.txt" if not rank() else f"log-{rank()}.txt")
         start = log.stat().st_size if log.is_file() else 0
         try:
@@ -231,7 +230,7 @@ class Runner:
             if lease:
                 lease.release()
         if code == USER_ERROR:
-            check_free(folder, *slurm_start())  # another start was faster: no failure of the cell
+            check_free(folder)  # another start was faster: no failure of the cell
         return ("done", "") if code == FINISHED else failure_reason(code, log, start)
 
 

@@ -4,13 +4,10 @@ Facts are read (load.py), arranged (scores.py, provenance.py, examples.py), draw
 written down by templates (render.py).
 """
 
-import contextlib
-import os
-import socket
 from pathlib import Path
 
 from scalepeft.analysis.report.load import Run, read_all
-from scalepeft.core.errors import UserError
+from scalepeft.core.files import write_atomically, writing
 from scalepeft.core.text import duration
 from scalepeft.eval import scores
 
@@ -63,17 +60,9 @@ def _write_report(runs: list[Run], out: Path | None) -> list[Path]:
 
 
 def _write(file: Path, content: bytes) -> None:
-    """Write a file as a whole: a reader sees the old or the new one."""
-    temporary = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    try:
+    with writing(file, "--out takes another folder"):
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(file)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        text = f"{file}: cannot be written: {error.strerror}; --out takes another folder"
-        raise UserError(text) from None
+        write_atomically(file, content)
 
 
 def table(run: Run) -> str:

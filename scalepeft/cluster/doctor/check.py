@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from scalepeft.core.slurm import _output
+from scalepeft.core.slurm import output_of
 from scalepeft.parallel.ranks import Ranks
 
 GRACE = 10.0  # seconds that an answer may take beyond the work itself
@@ -203,7 +203,7 @@ def meet(context: Context, env: Mapping[str, str]) -> None:
         text = f"{where(missing, {})} of {world_size} did not come to {at} within {timeout:.0f} s"
         text += f"; there: {where(hosts, hosts)}"
         if (nodes := os.environ.get("SLURM_STEP_NODELIST")) and shutil.which("scontrol"):
-            names = _output("scontrol", "show", "hostnames", nodes).split()
+            names = output_of("scontrol", "show", "hostnames", nodes).split()
             came = {name.split(".")[0] for name in hosts.values()}
             if empty := [name for name in names if name.split(".")[0] not in came]:
                 text += f"; no rank of {', '.join(empty)} came"

@@ -17,7 +17,6 @@ from scalepeft.core.errors import UserError
 from scalepeft.core.launch import launch_variables
 from scalepeft.core.log import say
 from scalepeft.core.preemption import BROKEN, FINISHED
-from scalepeft.core.slurm import slurm_start
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.folder import check_same_run
 from scalepeft.run.lease import check_free
@@ -87,7 +86,7 @@ def run_checks(context: Context) -> None:
         check("rows", storage.rows, "main")
         check("global batch", storage.batch, "main")
         check("run config", lambda _: check_same_run(config, allow_changes=False), "main")
-        check("holder", lambda _: check_free(context.run_dir, *slurm_start()), "main")
+        check("holder", lambda _: check_free(context.run_dir), "main")
     linked = check("links", partial(links.collectives, backend="gloo"), remedy=LINKS.format("GLOO"))
     if linked and usable and ranks.device.type == "cuda":
         linked = check(

@@ -19,7 +19,7 @@ from scalepeft.cluster.plan.memory import resident
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import fsync, try_to_write, write_atomically
-from scalepeft.core.slurm import _output
+from scalepeft.core.slurm import output_of
 from scalepeft.core.text import size
 from scalepeft.data.rows import expand, paths_of
 from scalepeft.models import dimensions, hub
@@ -103,7 +103,7 @@ def saving(context: Context) -> Any:
     check_writable(f"run_dir={context.run_dir}", context.run_dir)
     folder = Path(tempfile.mkdtemp(prefix=".scalepeft-doctor-", dir=existing(context.run_dir)))
     context.store.clone().set("folder", str(folder))
-    kind = "".join(_output("df", "--output=fstype", str(folder)).split()[-1:])
+    kind = "".join(output_of("df", "--output=fstype", str(folder)).split()[-1:])
     name = f"run_dir={context.run_dir} ({kind})"
     try_to_save(folder, name)
     (folder / "token").touch()
