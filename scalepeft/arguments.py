@@ -192,7 +192,6 @@ def _written_here(commands: dict[str, Parser]) -> None:
     add("doctor", "--timeout", "for ranks and each check (120)", **seconds)
     speed: dict[str, Any] = {"type": float, "default": 1.0, "metavar": "GB/S"}
     add("plan", "--disk-gbps", "of the run folder's disk (1.0)", **speed)
-    add("plan", "--plot", "a bar chart of memory by kind", metavar="FILE.png")
 
 
 def parse(argv: list[str], doc: str | None) -> argparse.Namespace:

@@ -84,7 +84,7 @@ CALLS: dict[str, tuple[str, Callable[[Any, argparse.Namespace, StopFlag], Any]]]
     "plan": (
         "cluster.plan.command",
         lambda m, a, _: m.run(
-            a.settings, m.Options(**_values(m, a), disk=a.disk_gbps * 1e9), a.json, a.plot
+            a.settings, m.Options(**_values(m, a), disk=a.disk_gbps * 1e9), a.json
         ),
     ),
     "submit": ("cluster.submit", lambda m, a, _: m.run(m.Options(**_values(m, a)))),

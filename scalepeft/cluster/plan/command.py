@@ -2,12 +2,11 @@
 
 From the config alone, on any machine: models/dimensions.py finds the base's dimensions, simulate.py
 runs a step of a few blocks on fake tensors, memory.py makes a rank's bytes of it, planning.py
-compares them with a GPU. Here the plan becomes one dictionary (the JSON), a table and a picture.
+compares them with a GPU. Here the plan becomes one dictionary (the JSON) and a table.
 """
 
 import json
 from dataclasses import asdict, fields
-from pathlib import Path
 from typing import Any
 
 from scalepeft.cluster.plan import planning
@@ -18,7 +17,6 @@ from scalepeft.config import files as config_files
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
 from scalepeft.core import text
-from scalepeft.core.errors import UserError
 from scalepeft.core.log import say
 from scalepeft.core.text import duration, gib
 
@@ -31,21 +29,14 @@ HINTS = (
 )
 
 
-def run(settings: list[str], options: Options, as_json: bool, picture: str | None) -> None:
+def run(settings: list[str], options: Options, as_json: bool) -> None:
     """Plan the run of a ``train`` command's arguments and print the plan.
 
     Raises:
-        UserError: as ``planning.plan``; or the picture cannot be written.
+        UserError: as ``planning.plan``.
     """
-    if picture is not None and not picture.endswith(".png"):
-        raise UserError(f"--plot {picture}: expected FILE.png")
-    if picture is not None and not Path(picture).parent.is_dir():
-        raise UserError(f"--plot {picture}: no such folder")
     planned = plan(_config(settings), options)
     print(json.dumps(as_dict(planned), indent=1) if as_json else table(planned))
-    if picture is not None:
-        plot(planned, Path(picture))
-        say(f"wrote {picture}")
 
 
 def _config(settings: list[str]) -> RunConfig:
@@ -207,27 +198,3 @@ def _gpus(nodes: int, per_node: int) -> str:
     if nodes == 1:
         return f"{per_node} GPU{'s' * (per_node > 1)}"
     return f"{nodes * per_node} GPUs ({nodes} nodes of {per_node})"
-
-
-def plot(plan: Plan, target: Path) -> None:
-    """Draw memory by kind as two bars. Raise UserError if the file cannot be written."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(9, 3), layout="constrained")
-    left = [0.0, 0.0]
-    for kind, words in KINDS.items():
-        sizes = [k.get(kind, 0.0) / GIB for k in (plan.step.peak, plan.step.resident)]
-        if any(sizes):
-            axis.barh(["at the peak", "between steps"], sizes, left=left, label=words)
-        left = [a + b for a, b in zip(left, sizes, strict=True)]
-    if plan.options.target and plan.options.target.gib < 3 * left[0]:
-        axis.axvline(plan.options.target.gib, color="black", linestyle="--")
-    axis.set_xlabel("GiB a rank")
-    axis.legend(ncols=4, fontsize=8)
-    try:
-        figure.savefig(target)
-    except OSError as error:
-        raise UserError(f"--plot {target}: cannot be written: {error.strerror}") from None
