@@ -91,7 +91,9 @@ def test_starts_at_the_identity(name: str, d: int) -> None:
     assert torch.equal(scalepeft.adapt(layer, name)(x), want)
 
 
-@pytest.mark.parametrize("d", [1024, pytest.param(4096, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "d", [1024, pytest.param(4096, marks=[pytest.mark.slow, pytest.mark.full])]
+)
 def test_rotation_stays_orthogonal_over_1000_optimiser_steps(d: int) -> None:
     torch.manual_seed(0)
     layer = scalepeft.adapt(nn.Linear(d, 16, bias=False), "goft")
