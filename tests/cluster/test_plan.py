@@ -395,7 +395,7 @@ def test_where_dimensions_come_from(
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
     with pytest.raises(UserError, match=r"the download failed \(OSError\)"):
-        command.run(settings(Path("org/name")), Options(), False, None)
+        command.run(settings(Path("org/name")), Options(), False)
 
 
 def test_private_names_that_the_simulation_leans_on() -> None:
