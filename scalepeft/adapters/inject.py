@@ -292,8 +292,10 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[s
     remedy = f"{folder} is no readable adapter folder; name the adapter/ of a finished run"
     description = read_mapping(folder / "adapter_config.json", json.loads, remedy)
     settings = description.pop("adapter", None)
-    if not isinstance(settings, dict):
-        raise UserError(f"{folder / 'adapter_config.json'}: has no 'adapter' settings; {remedy}")
+    if not isinstance(settings, dict) or not isinstance(description.get("base_model", {}), dict):
+        raise UserError(
+            f"{folder / 'adapter_config.json'}: has no 'adapter' settings, or of no base; {remedy}"
+        )
     file = folder / "adapter.safetensors"
     try:
         state = load_file(file)

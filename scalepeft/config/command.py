@@ -73,13 +73,18 @@ def _type(schema: dict[str, Any]) -> str:
         return " or ".join(_type(one) for one in schema["anyOf"])
     if values := schema.get("enum") or [schema[k] for k in ("const",) if k in schema]:
         return " or ".join(f"`{value}`" for value in values)
-    if schema["type"] == "array":
+    kind = schema.get("type", "any")  # an extension's field may be anything
+    if kind == "array" and "items" in schema:
         return f"list of {_type(schema['items'])}"
     limits = [f"{sign} {schema[word]}" for word, sign in LIMITS.items() if word in schema]
-    return " ".join([TYPES.get(schema["type"], schema["type"]), ", ".join(limits)]).rstrip()
+    return " ".join([TYPES.get(kind, kind), ", ".join(limits)]).rstrip()
 
 
 def _default(cls: Any, name: str) -> str:
     field = cls.__pydantic_fields__[name]
     value = field.get_default(call_default_factory=True, validated_data={})
-    return "" if value is PydanticUndefined else f"`{json.dumps(value, ensure_ascii=False)}`"
+    return (
+        ""
+        if value is PydanticUndefined
+        else f"`{json.dumps(value, ensure_ascii=False, default=str)}`"
+    )

@@ -84,7 +84,7 @@ def _merge(*layers: dict[str, Any], resolve: bool = False) -> dict[str, Any]:
 
 def _as_text(values: Any) -> Any:
     """Resolved values in which ``${`` is text and stays so."""
-    return json.loads(re.sub(r"(\\*)\$\{", r"\1\1\\\\${", json.dumps(values)))
+    return json.loads(re.sub(r"(\\*)\$\{", r"\1\1\\\\${", json.dumps(values, default=str)))
 
 
 def _first_file(*candidates: Path) -> Path | None:

@@ -230,7 +230,7 @@ def check_sections(values: dict[str, Any], where: str = "") -> None:
         if section not in (*SECTIONS, *TOP):
             near = nearest(str(section), SECTIONS)
             raise UserError(f"{where}no section '{section}'.{near} Allowed: {', '.join(SECTIONS)}")
-        if section not in TOP and not isinstance(value or {}, dict):
+        if section not in TOP and not isinstance(value, dict | None):
             raise UserError(
                 f"{where}{section} is a section, not {value!r}: set keys of it, {section}.KEY=VALUE"
             )

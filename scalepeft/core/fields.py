@@ -57,7 +57,7 @@ def field_names(cls: type) -> list[str]:
 
 def _build(cls: type, values: dict[str, Any], section: str) -> Any:
     names = field_names(cls)
-    if key := next((key for key in values if key not in names), None):
+    for key in [key for key in values if key not in names][:1]:  # YAML reads ``no`` as a false key
         name, near = values.get("name"), nearest(str(key), names)
         raise UserError(
             f"{section}.{key}={values[key]}: no such key{f' of {name}' if name else ''}.{near}"

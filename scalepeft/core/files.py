@@ -81,10 +81,24 @@ def read_mapping(file: Path, parse: Callable[[str], object], remedy: str) -> dic
     return values
 
 
+NUMBERS = {
+    "time", "launched", "startup", "load", "waited", "idle", "recomputed", "recomputed_steps",
+    "step", "steps", "seconds", "tokens_per_second", "sample_index", "world_size",
+}  # fmt: skip
+
+
 def read_lines(file: Path, *keys: str) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file that have these keys; torn and broken lines are left out."""
+    """Rows of a JSON-lines file that have these keys, and a number wherever one belongs; torn and
+    broken lines are left out.
+    """
     rows = []
     for line in file.read_bytes().splitlines() if file.is_file() else []:
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and row.keys() >= set(keys)]
+    return [
+        row
+        for row in rows
+        if isinstance(row, dict)
+        and row.keys() >= set(keys)
+        and all(type(row[key]) in (int, float) for key in NUMBERS & row.keys())
+    ]

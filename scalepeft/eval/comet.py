@@ -122,11 +122,11 @@ def line(results: dict[str, Any] | None) -> str:
 
 def _program() -> tuple[list[str], str]:
     """The program with the user's options for it, empty if not set; and the model."""
-    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     options.add_argument("--model", default=MODEL)
     try:
         chosen, words = options.parse_known_args(shlex.split(os.environ.get(VARIABLE, "")))
-    except ValueError as error:
+    except (ValueError, argparse.ArgumentError) as error:
         raise UserError(f"{VARIABLE}={os.environ[VARIABLE]}: {error}") from None
     if not words:
         return [], chosen.model

@@ -15,6 +15,7 @@ from scalepeft.core.preemption import tell_job
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.stage import set_aside
 
+KINDS = {"id": str, "asked": str, "prediction": str, "cut": bool}  # what each row has
 AGAIN = "make room and run the same command again"
 INFORMATIVE = {"examples", "model", "batch"}
 """Settings that are recorded but change no prediction that is there: each row knows what it asks,
@@ -80,9 +81,10 @@ class Predictions:
             write_atomically(self.path.with_name("settings.json"), marker)
             stored = [
                 row
-                for row in read_lines(self.path, "id", "asked", "prediction", "cut")
+                for row in read_lines(self.path, *KINDS)
+                if all(type(row[key]) is kind for key, kind in KINDS.items())
                 # None: of a test set that may come back
-                if self.asked.get(row["id"]) in (None, row["asked"])
+                and self.asked.get(row["id"]) in (None, row["asked"])
             ]
             text = _lines(stored)
             if self.path.exists() and text.encode() != self.path.read_bytes():

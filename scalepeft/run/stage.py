@@ -44,13 +44,14 @@ class Stage:
 
     def outputs(self) -> dict[str, Any]:
         """Relative path -> facts of each file that the finished work made."""
-        return dict(self.done().get("outputs", {}))
+        found = self.done().get("outputs")
+        return found if isinstance(found, dict) else {}
 
     def is_done(self, inputs: Any) -> bool:
         """True if it was finished for these inputs and every output is as it was written."""
         manifest = self.done()
         return (
-            bool(manifest)
+            isinstance(manifest.get("outputs"), dict)
             and _counting(manifest.get("inputs"), inputs) == plain(inputs)
             and all(
                 (path := self.root / name).is_file() and facts(path) == known

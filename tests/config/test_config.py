@@ -1,13 +1,15 @@
 """Config: who wins over whom, and one useful line for every mistake."""
 
 import dataclasses
+import datetime
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pytest
 import torch
 import yaml
+from pydantic import TypeAdapter
 from torch import nn
 
 import scalepeft
@@ -541,6 +543,34 @@ def test_the_reference_is_that_of_the_docs() -> None:
     assert "| `train.max_steps` | int >= 1 or null | `null` |" in page
     assert "| `train.seed` | int >= 0, < 2147483648 | `0` |" in page
     assert '| `adapter.layers` | `all` or list of int | `"all"` |' in page
+
+
+@pytest.mark.parametrize("value", ["off", "0", "[]", "7"])
+def test_a_section_of_a_file_holds_keys(value: str, tmp_path: Path) -> None:
+    """YAML reads ``off`` as false: what was included must not go with it."""
+    file = tmp_path / "run.yaml"
+    file.write_text(f"adapter: {value}\n")
+    with pytest.raises(UserError, match="adapter is a section, not"):
+        config_files.load(str(file), [])
+
+
+@pytest.mark.parametrize("key", ["no", "0", "off"])
+def test_a_key_that_yaml_reads_as_false_is_no_such_key(key: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"train:\n  {key}: 1\n")
+    with pytest.raises(UserError, match="no such key"):
+        config_files.load(str(file), ["model=tiny", "data=toy", "run_dir=r", "adapter=hoft"])
+
+
+def test_a_date_in_a_stored_config_is_text() -> None:
+    stored = {"model": {"path": "x", "revision": datetime.date(2024, 1, 1)}}
+    merged = config_files.overlay({**stored, "run_dir": "r", "train": {"max_steps": 1}}, [])
+    assert merged.model.revision == "2024-01-01"
+
+
+def test_types_that_an_extension_may_have() -> None:
+    assert command._type(TypeAdapter(Any).json_schema()) == "any"
+    assert command._type(TypeAdapter(tuple[int, int]).json_schema()) == "array"
 
 
 def test_the_config_command(capsys: pytest.CaptureFixture[str]) -> None:

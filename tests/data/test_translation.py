@@ -685,6 +685,12 @@ def test_comet_in_its_own_environment(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(calls.read_text().splitlines()) == 2
 
 
+def test_an_option_of_comet_without_its_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(comet.VARIABLE, "comet-score --model")
+    with pytest.raises(UserError, match=r"SCALEPEFT_COMET=comet-score --model: .*one argument"):
+        comet._program()
+
+
 @pytest.mark.parametrize(
     ("fault", "said"),
     [

@@ -312,6 +312,9 @@ def test_predictions_that_a_kill_tore_are_made_again(tmp_path: Path) -> None:
         '{"id": "3", "predic', '{"id": "4", "prediction": "old"}', '{"id": 5, "prediction": "",'
         ' "cut": false}', '{"id": "6", "prediction": null, "cut": false}', "[1]", "\xff",
     ]  # fmt: skip
+    good = json.loads(first.path.read_text().splitlines()[0])
+    wrong: dict[str, Any] = {"id": ["7"], "asked": 7, "prediction": None, "cut": "no"}
+    broken += [json.dumps({**good, "id": "7", key: value}) for key, value in wrong.items()]
     with first.path.open("ab") as f:
         f.write("\n".join(broken).encode("latin-1"))
     again = Predictions(tmp_path, "toy", {"a": 1}, ASKED)

@@ -405,6 +405,11 @@ def _description(folder: Path, **changes: Any) -> None:
     file.write_text(json.dumps(held))
 
 
+def _base_as_text(folder: Path) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model": "meta-llama/x"}))
+
+
 DAMAGES: dict[str, tuple[Any, list[str]]] = {
     "no-config": (_no_config, ["adapter_config.json: no such file", "name the adapter/"]),
     "no-tensors": (_no_tensors, ["adapter.safetensors", "No such file"]),
@@ -429,6 +434,7 @@ DAMAGES: dict[str, tuple[Any, list[str]]] = {
         lambda f: _description(f, name="shoft"),
         ["name is shoft there and hoft in", "put the adapter back"],
     ),
+    "no-base": (_base_as_text, ["or of no base", "name the adapter/"]),
     "rank": (lambda f: _description(f, rank=8), ["rank is 8 there and 4 in"]),
     "unknown": (lambda f: _description(f, rnak=8), ["adapter.rnak=8", "Did you mean 'rank'?"]),
 }  # fmt: skip

@@ -97,7 +97,8 @@ def _settings(layers: list[Layer], rank: int) -> tuple[dict[str, Any], dict[str,
     twins = {**ours, "boft": {**ours["boft"], "factors": 1, "block_size": block}}
     twins["c3a"] = twins.pop("circulant")
     theirs = {f"peft-{n}": f for n, s in twins.items() if (f := _peft_fields(s, layers))}
-    theirs["peft-c3a"]["init_weights"] = True  # zero: it starts as its base
+    if "peft-c3a" in theirs:
+        theirs["peft-c3a"]["init_weights"] = True  # zero: it starts as its base
     return ours, theirs
 
 

@@ -299,7 +299,8 @@ def read_result(config: RunConfig, name: str) -> tuple[dict[str, Any], list[Path
         headline, metric = scores.first(scores.read(file))
         return {"metric": headline, "score": metric["value"], "share": metric["share"]}, [file]
     files = [folder / "metrics.jsonl", folder / "validation.jsonl"]
-    steps, held_out = (read_lines(file, "step") for file in files)
+    keys = ("seconds", "tokens_per_second"), ("loss",)
+    steps, held_out = (read_lines(f, "step", *k) for f, k in zip(files, keys, strict=True))
     events = read_lines(folder / "events.jsonl", "event")
     start = next(e for e in reversed(events) if e["event"] == "start")
     cuda = [e["peak_memory"] for e in events if e.get("peak_memory")]

@@ -197,7 +197,12 @@ def meet(context: Context, env: Mapping[str, str]) -> None:
     # A restart by torchrun meets at the same store, where the keys of the first start still are.
     prefix = f"doctor {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     context.store = dist.PrefixStore(prefix, store)
-    context.hosts = hosts = context.exchange(host, timeout)
+    try:
+        context.hosts = hosts = context.exchange(host, timeout)
+    except RuntimeError as failure:  # rank 0, which came earlier, has given up with the store
+        raise RuntimeError(
+            f"rank 0 has left {at} ({first_line(failure)}): its lines say which ranks did not come"
+        ) from None
     if missing := set(range(world_size)) - hosts.keys():
         context.leave()
         text = f"{where(missing, {})} of {world_size} did not come to {at} within {timeout:.0f} s"
