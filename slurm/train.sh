@@ -143,6 +143,9 @@ else
         fi
     done
     wait $srun_pid; code=$?
+    # 138: a rank died of the USR1 that was passed on, in the instant before it ignores it. The ranks had not met yet, so
+    # nothing was begun and nothing is lost.
+    if [ -n "$told" ] && [ $code -eq 138 ]; then echo "before the first step" > "$SCALEPEFT_JOB_STATE/stopped"; fi
 fi
 trap '' USR1 TERM
 ! superseded || exit 1

@@ -320,10 +320,10 @@ def test_what_a_file_system_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with pytest.raises(OSError, match=f"x: rename of a folder: {text}: saves would fail"):
             storage.try_to_save(folder, "x", rename)
     for kind, text in (("fuse.s3fs", "copying|file by file"), ("tmpfs", "nothing in it survives")):
-        monkeypatch.setattr(storage, "_output", lambda *command, kind=kind: f"Type\n{kind}\n")
+        monkeypatch.setattr(storage, "output_of", lambda *command, kind=kind: f"Type\n{kind}\n")
         state, found = storage.saving(context(run_dir=tmp_path))
         assert state == "warn" and f"({kind})" in found and re.search(text, found)
-    monkeypatch.setattr(storage, "_output", lambda *command: "")
+    monkeypatch.setattr(storage, "output_of", lambda *command: "")
     assert "atomic rename" in storage.saving(context(run_dir=tmp_path))
 
 
