@@ -25,7 +25,7 @@ from scalepeft.parallel.fsdp2 import FSDP2, FSDP2Config
 from scalepeft.parallel.ranks import Ranks
 
 # (ranks, engine settings): every engine at some world sizes, with --full at every one from 1 to 4.
-WORLDS = {"ddp": (2, 3), "fsdp2": (1, 2, 3), 1: (2,), 2: (3,), 3: (1, 2, 3)}
+WORLDS = {"ddp": (2,), "fsdp2": (2, 3), 1: (2,), 2: (3,), 3: (2, 3)}
 if FULL:
     WORLDS = dict.fromkeys(WORLDS, (1, 2, 3, 4))
 LAYOUTS = [
