@@ -115,8 +115,8 @@ def check(config: RunConfig, kind: Subject, world_size: int) -> None:
         run = config.run_dir
         raise UserError(
             f"evaluate.backend=vllm: this run's base is held as {config.model.quant}, vLLM would"
-            f" load another one; scalepeft merge {run} {run}/merged --base dequantized and evaluate"
-            " --merged, or evaluate.backend=hf"
+            f" load another one; scalepeft merge {run} {run}/merged --base-weights dequantized and"
+            " evaluate --merged, or evaluate.backend=hf"
         )
 
 

@@ -98,7 +98,7 @@ def run(
     finished = FinishedRun.open(run_dir, settings, "a merge")
     storage = finished.config.model.quant
     if base == "dequantized" and storage == "none":
-        raise UserError("--base dequantized: the run has model.quant=none; leave the option out")
+        raise UserError("--base-weights dequantized: the run has model.quant=none; leave it out")
     model = finished.structure(quantized=base == "dequantized")
     switches, shards = _plan(finished, model, dtype)
     with whole_folder(target, key) as folder:
@@ -116,7 +116,7 @@ def run(
     if storage != "none" and base == "original":
         say(
             f"the adapter was trained over the {storage} base, whose rounding this checkpoint does"
-            " not have; --base dequantized writes the very model that was trained"
+            " not have; --base-weights dequantized writes the very model that was trained"
         )
 
 

@@ -358,7 +358,7 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
 def test_dequantizing_what_was_never_quantized(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run", TINY, "hoft")
     message = refused(run_dir, tmp_path / "out", base="dequantized")
-    assert "--base dequantized" in message
+    assert "--base-weights dequantized" in message
     assert "model.quant=none" in message
 
 
