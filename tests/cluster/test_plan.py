@@ -1,6 +1,7 @@
 """scalepeft plan: arithmetic of what stays, peaks and collectives of steps really run, advice."""
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -387,7 +388,8 @@ def test_where_dimensions_come_from(
     assert shapes.of_hub_id("Qwen/Qwen2.5-7B-Instruct") == "qwen2.5-7b"
     assert shapes.of_hub_id("someone/Llama-3.1-8B") is None
     unknown = config_files.load(None, settings(Path("org/name")))[0]
-    with pytest.raises(UserError, match=r"org/name: .*the model's config.json is enough"):
+    remedy = re.escape("set model.path=FOLDER (the model's config.json is enough)")
+    with pytest.raises(UserError, match=f"org/name: its config.json .* {remedy}"):
         source.find(unknown.model, network=False)
 
     def offline(*_: object, **__: object) -> str:
