@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from scalepeft.adapters import inject as injection
+from scalepeft.adapters import targets
 from scalepeft.build import Built, build, check_batch, start_ranks, task_of
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
@@ -247,6 +249,9 @@ def _announce(
     if ranks.is_main:
         tensors = len(trainer.trained)
         say(f"training {count:,} parameters in {tensors} tensors, steps {step + 1} to {total}")
+        layers = [name for name, _ in injection.adapted_layers(built.model)]
+        if {n.rsplit(".", 1)[-1] for n in layers} != set(trainer.config.adapter.target_modules):
+            say(f"adapter.target_modules are {targets.short(layers)}: {len(layers)} layers")
     more = {"engine": trainer.config.engine.name, "world_size": ranks.world_size}
     more |= {"parameters": count, **seconds}
     records.started(step, launched, steps=total, **more, per_rank=per_rank)

@@ -4,7 +4,7 @@ Letters: W frozen weight (out, in), x (..., in), y (..., out), b the base bias, 
 """
 
 import hashlib
-from typing import Annotated, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from pydantic import Field
@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scalepeft.core.fields import STRICT, Decides, Layers, NameList
+from scalepeft.core.fields import STRICT, Decides, Layers, Targets
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -22,15 +22,17 @@ class AdapterConfig:
     Attributes:
         name: the method, a file of ``scalepeft/adapters``.
         target_modules: layers to adapt: the last part of a module name (``q_proj``), or a pattern
-            over the whole name (``model.layers.1*.self_attn.*``). The default is the set behind the
-            parameter counts of the HOFT, LLM-Adapters and DoRA papers.
+            over the whole name (``model.layers.1*.self_attn.*``), or ``all-linear``, ``attention``
+            or ``mlp`` of the decoder blocks, without routers and experts. The default is the set
+            behind the parameter counts of the HOFT, LLM-Adapters and DoRA papers; where a model
+            lacks one of its names, the same projections by what they do.
         layers: numbers of the decoder blocks to adapt, from 0; ``all`` for every one.
     """
 
     DECIDES: ClassVar = (Decides.TRAINING,)
 
     name: str
-    target_modules: Annotated[NameList, Field(min_length=1)] = Field(
+    target_modules: Targets = Field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
     )
     layers: Layers = "all"

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from scalepeft.adapters import targets
 from scalepeft.adapters.base import Adapter, AdapterConfig, Scale
 from scalepeft.core import errors, registry
 from scalepeft.core.errors import UserError, unknown
@@ -108,9 +109,10 @@ def _matching(
         matches = [name for name in candidates if registry.names(pattern, name)]
         if not matches:
             last = sorted({name.rsplit(".", 1)[-1] for name in candidates} - {""})
+            near = errors.nearest(pattern, [*last, *targets.PRESETS, *candidates])
             raise UserError(
-                f"{where}: '{pattern}' matches no {what} layer of this model."
-                f"{errors.nearest(pattern, [*last, *candidates])} There are: {', '.join(last)}"
+                f"{where}: '{pattern}' matches no {what} layer of this model.{near}"
+                f" There are: {', '.join(last)}"
             )
         found += matches
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
@@ -157,7 +159,9 @@ def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int =
         config = adapter_config(config)
     if any(True for _ in adapters(model)):
         raise UserError("the model already has an adapter; a layer takes one")
-    linear = _matching(model, config.target_modules, _is_linear, "adapter.target_modules", "linear")
+    wanted = targets.expand(model, config)
+    linear = _matching(model, wanted, _is_linear, "adapter.target_modules", "linear")
+    targets.check(model, linear)
     linear = _in_layers(linear, config.layers)
     norms = _matching(model, config.norm_modules(), _is_norm, "adapter.norm", "normalization")
     model.requires_grad_(False)

@@ -6,7 +6,7 @@ import dataclasses
 from enum import Enum
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 
 from scalepeft.core.errors import UserError, nearest
 
@@ -91,6 +91,16 @@ def split_commas(value: object) -> object:
 
 NameList = Annotated[list[str], BeforeValidator(split_commas)]
 """A list of names; ``a,b`` on the command line is the same as ``[a, b]``."""
+
+
+def _once(names: list[str]) -> list[str]:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"'{twice[0]}' is there twice; name each once")
+    return names
+
+
+Targets = Annotated[NameList, Field(min_length=1), AfterValidator(_once)]
+"""A ``NameList`` of layers: at least one, and none twice."""
 
 
 TextList = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]

@@ -1,13 +1,13 @@
 """Hadamard adapter: elementwise scale and shift of the attention output (arXiv 2407.11033)."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from scalepeft.adapters.base import Adapter, AdapterConfig, scale_shift
-from scalepeft.core.fields import STRICT, NameList
+from scalepeft.core.fields import STRICT, Targets
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -21,9 +21,7 @@ class HadamardConfig(AdapterConfig):
     """
 
     name: str = "hadamard"
-    target_modules: Annotated[NameList, Field(min_length=1)] = Field(
-        default_factory=lambda: ["o_proj"]
-    )
+    target_modules: Targets = Field(default_factory=lambda: ["o_proj"])
     position: Literal["after", "before"] = "after"
     train_norm: bool = True
     norm: str = "post_attention_layernorm"

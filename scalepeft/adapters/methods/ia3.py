@@ -1,6 +1,6 @@
 """IA3: few-shot fine-tuning by scaling activations (arXiv 2205.05638)."""
 
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from scalepeft.adapters.base import Adapter, AdapterConfig, Base, scale_shift
 from scalepeft.core.errors import UserError
-from scalepeft.core.fields import STRICT, NameList
+from scalepeft.core.fields import STRICT, NameList, Targets
 from scalepeft.core.registry import names
 
 
@@ -22,9 +22,7 @@ class IA3Config(AdapterConfig):
     """
 
     name: str = "ia3"
-    target_modules: Annotated[NameList, Field(min_length=1)] = Field(
-        default_factory=lambda: ["k_proj", "v_proj", "down_proj"]
-    )
+    target_modules: Targets = Field(default_factory=lambda: ["k_proj", "v_proj", "down_proj"])
     feedforward_modules: NameList = Field(default_factory=lambda: ["down_proj"])
 
     def __post_init__(self) -> None:
