@@ -86,6 +86,12 @@ the base, and the file system of the run folder. Trains nothing and leaves nothi
 
   scalepeft doctor configs/runs/commonsense_hoft.yaml model.path=DIR run_dir=runs/x
   SCALEPEFT_COMMAND=doctor sbatch slurm/hoft_llama70b.sh        the job's own nodes and settings
+
+--against-transformers loads the base twice, as a training does and as transformers does (the first
+blocks where all do not fit), and compares loss and logits on 64 fixed tokens in train.precision.
+It needs model.path alone; exits with 1 if they differ, with 2 if the base is refused.
+
+  scalepeft doctor model.path=DIR_OR_HUB_ID train.precision=fp32 --against-transformers
 """
 PLAN = """\
 What a training needs, from its config alone: memory of a rank by kind, bytes read, collectives,
@@ -187,6 +193,8 @@ def _written_here(commands: dict[str, Parser]) -> None:
     add("bench", "--tiny", "gpu: seconds, on any CPU", action="store_const", const=True)
     section: dict[str, Any] = {"nargs": "?", "const": "", "metavar": "SECTION"}
     add("config", "--reference", "every key, of a section or all", **section)
+    what = "our model of model.path against transformers' own: this alone, in one process"
+    add("doctor", "--against-transformers", what, **flag)
     add("doctor", "--run-dir", "folder to look at (default: the config's, or this one)")
     seconds: dict[str, Any] = {"type": float, "default": 120, "metavar": "SECONDS"}
     add("doctor", "--timeout", "for ranks and each check (120)", **seconds)

@@ -79,7 +79,7 @@ CALLS: dict[str, tuple[str, Callable[[Any, argparse.Namespace, StopFlag], Any]]]
     "config": ("config.command", lambda m, a, _: m.run(a.settings, a.reference)),
     "doctor": (
         "cluster.doctor.command",
-        lambda m, a, _: m.run(a.settings, a.run_dir, a.timeout, a.json),
+        lambda m, a, _: m.run(a.settings, a.run_dir, a.timeout, a.json, a.against_transformers),
     ),
     "plan": (
         "cluster.plan.command",

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from scalepeft.build import engine_class
-from scalepeft.cluster.doctor import links, machine, storage
+from scalepeft.cluster.doctor import against, links, machine, storage
 from scalepeft.cluster.doctor.check import Context, Finding, first_line, meet
 from scalepeft.config import files
 from scalepeft.core.errors import UserError
@@ -26,7 +26,11 @@ LONGEST = 86400  # seconds that --timeout may ask for
 
 
 def run(
-    settings: list[str], run_dir: str | None = None, timeout: float = 120, as_json: bool = False
+    settings: list[str],
+    run_dir: str | None = None,
+    timeout: float = 120,
+    as_json: bool = False,
+    against_transformers: bool = False,
 ) -> int:
     """Run the checks and print them on rank 0; return 0, or 1 if there is something to fix.
 
@@ -35,10 +39,15 @@ def run(
         run_dir: folder to look at (default: the config's, or this one).
         timeout: seconds that ranks may take to come, and each check.
         as_json: print one JSON object instead of lines.
+        against_transformers: compare the base alone, as ``against.run`` does.
 
     Raises:
         UserError: a mistake in options or config.
     """
+    if against_transformers:
+        if run_dir is not None:
+            raise UserError("--run-dir goes with the checks, not with --against-transformers")
+        return against.run(settings, as_json)
     if not 0 < timeout <= LONGEST:
         raise UserError(f"--timeout {timeout:g}: must be more than 0 and at most {LONGEST} seconds")
     env, config = launch_variables(os.environ), None
