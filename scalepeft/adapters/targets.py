@@ -7,6 +7,7 @@ from torch import nn
 from scalepeft.adapters.base import AdapterConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.registry import names
+from scalepeft.models import structure
 
 PRESETS = ("all-linear", "attention", "mlp")
 MLP = re.compile(r"mlp|feed_?forward|ffn|moe", re.I)
@@ -23,7 +24,12 @@ def expand(model: nn.Module, config: AdapterConfig) -> list[str]:
         UserError: a preset that this model has no layer for, or a pattern of everything.
     """
     patterns = config.target_modules
-    kinds = {name: kind for name in _linear(model) if (kind := _kind(model, name))}
+    read_directly = structure.layers_read_directly(model, values=True)  # Mamba's out_proj
+    kinds = {
+        name: kind
+        for name in _linear(model)
+        if (kind := _kind(model, name)) and model.get_submodule(name) not in read_directly
+    }
     if patterns == AdapterConfig(name="").target_modules:
         outside = [name for name in _linear(model) if not _frozen_part(model, name)]
         if not all(any(names(p, name) for name in outside) for p in patterns):
@@ -90,8 +96,7 @@ def _kind(model: nn.Module, name: str) -> str:
     """``attention``, ``mlp``, or ``other`` in a decoder block; empty for what no preset takes.
 
     Names of children of the block tell, then their classes; what lies in the block itself is the
-    feed-forward layer's (OPT). A Mamba mixer's fused kernels take the weight of its output
-    projection past any adapter.
+    feed-forward layer's (OPT).
     """
     parts = name.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
@@ -99,11 +104,7 @@ def _kind(model: nn.Module, name: str) -> str:
         return ""
     if not (inside := parts[number + 1 : -1]):
         return "mlp" if parts[-1].startswith("fc") else "other"
-    module = model.get_submodule(name.rsplit(".", 1)[0])
-    cls = type(module).__name__
-    mamba = re.search(r"mamba", f"{inside} {cls}", re.I) or hasattr(module, "ssm_state_size")
-    if mamba and OUTPUT.fullmatch(parts[-1]):
-        return ""
+    cls = type(model.get_submodule(name.rsplit(".", 1)[0])).__name__
     if any(MLP.search(part) for part in inside):
         return "mlp"
     if any(MIXER.search(part) for part in inside):

@@ -51,6 +51,11 @@ class Streamed:
         for name, buffer in model.named_buffers():
             if name in state:
                 buffer.copy_(weights.layout.sources[name].whole().view_as(buffer))
+        for (
+            module
+        ) in self.modules.values():  # vectors: a block may use them past a forward
+            if all(p is None or p.dim() < 2 for p in module._parameters.values()):
+                self._take(module)
 
     def _take(self, module: nn.Module) -> dict[str, nn.Parameter]:
         own = {key: p for key, p in module._parameters.items() if p is not None and p.is_meta}

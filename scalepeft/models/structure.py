@@ -134,8 +134,8 @@ def _quantize_blocks(model: nn.Module, fmt: quant.Format, folder: Path) -> None:
                 kept[name.rsplit(".", 1)[-1]] = reason
             else:
                 quant.quantize(layer, fmt)
-    if kept and not any(isinstance(m, quant.QuantLinear) for m in model.modules()):
-        reason = next(iter(kept.values()))
+    if not any(isinstance(m, quant.QuantLinear) for m in model.modules()):
+        reason = next(iter(kept.values()), f"{type(model).__name__} computes with its weights")
         raise UserError(f"model.quant={fmt.name}: no layer of {folder} can be stored so: {reason}")
     for name, reason in kept.items() if rank() == 0 else ():
         say(f"{name} stays unquantized in every block: {reason}")
@@ -174,12 +174,15 @@ def compute_tables(model: nn.Module, device: torch.device) -> None:
             module._buffers[name] = real
     if not made:
         return
-    flagged: list[Any] = [m for m in model.modules() if m not in made]
+    # A decoder may make the tables of its layers (Falcon-H1), so that it is asked too.
+    decoders = {m for m in model.modules() if hasattr(m, "initialize_weights")}
+    flagged: list[Any] = [m for m in model.modules() if m not in made | decoders]
     for module in made:
         flagged += module.parameters(recurse=False)
     for item in flagged:
         item._is_hf_initialized = True  # transformers' word for: leave it
     remaker: Any = model
     remaker.initialize_weights()
-    for item in [*flagged, *made]:
-        del item._is_hf_initialized
+    for item in [*flagged, *made, *decoders]:
+        if hasattr(item, "_is_hf_initialized"):
+            del item._is_hf_initialized

@@ -134,9 +134,9 @@ def test_gradients_of_a_lora_are_those_of_peft(name: str, checkpoint: Any, tmp_p
         fields, tensors = module.adapter.to_peft(quant.Frozen(module))
         state |= {f"base_model.model.{layer}.{key}": value for key, value in tensors.items()}
     fields.pop("peft_type")
-    theirs = peft.get_peft_model(
-        stock(folder), peft.LoraConfig(target_modules=list(layers), **fields)
-    )
+    reference = stock(folder)
+    reference.config.model_type = "any"  # else PEFT takes a shared expert's up_proj for experts'
+    theirs = peft.get_peft_model(reference, peft.LoraConfig(target_modules=list(layers), **fields))
     assert peft.get_peft_model_state_dict(theirs).keys() == state.keys()
     peft.set_peft_model_state_dict(theirs, state)
     loss = reference_loss(theirs(input_ids=IDS).logits)

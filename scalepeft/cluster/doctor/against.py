@@ -2,7 +2,6 @@
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +20,7 @@ from scalepeft.core.errors import UserError
 from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import BROKEN, FINISHED
-from scalepeft.models import quant, structure
+from scalepeft.models import dimensions, quant, structure
 from scalepeft.models.hub import PRECISIONS, Base, open_base
 from scalepeft.parallel.single import Single, SingleConfig
 
@@ -159,24 +158,14 @@ def _fitting(
             f" {room * SPARE / 2**30:.1f} GiB that are free; compare on a larger machine"
         )
     say(f"the first {fitting} of {count} blocks are compared: more do not fit into memory")
-    with tempfile.TemporaryDirectory(prefix="scalepeft-doctor-") as name:
-        folder = Path(name)
+    source = dimensions.find(replace(config.model, path=str(base.folder)))
+    with source.folder(fitting) as folder:
         for file in base.folder.iterdir():
             if file.name != "config.json":
                 (folder / file.name).symlink_to(file.resolve())
-        (folder / "config.json").write_text(_first_blocks(base.architecture, count, fitting))
         # The blocks that are left out are tensors that this model does not have.
-        fewer = replace(config.model, path=name, revision=None, unexpected="ignore")
+        fewer = replace(config.model, path=str(folder), revision=None, unexpected="ignore")
         yield replace(config, model=fewer), Base(fewer, folder)
-
-
-def _first_blocks(architecture: Any, count: int, fitting: int) -> str:
-    text = architecture.get_text_config()
-    for key, value in vars(text).items():
-        if isinstance(value, list) and len(value) == count:  # a value for each block
-            setattr(text, key, value[:fitting])
-    text.num_hidden_layers = fitting
-    return str(architecture.to_json_string(use_diff=False))
 
 
 def _bytes(module: nn.Module) -> int:
