@@ -51,9 +51,8 @@ class Streamed:
         for name, buffer in model.named_buffers():
             if name in state:
                 buffer.copy_(weights.layout.sources[name].whole().view_as(buffer))
-        for (
-            module
-        ) in self.modules.values():  # vectors: a block may use them past a forward
+        # Vectors, which a block may use past the forward of the module that has them.
+        for module in self.modules.values():
             if all(p is None or p.dim() < 2 for p in module._parameters.values()):
                 self._take(module)
 

@@ -174,15 +174,15 @@ def compute_tables(model: nn.Module, device: torch.device) -> None:
             module._buffers[name] = real
     if not made:
         return
-    # A decoder may make the tables of its layers (Falcon-H1), so that it is asked too.
-    decoders = {m for m in model.modules() if hasattr(m, "initialize_weights")}
-    flagged: list[Any] = [m for m in model.modules() if m not in made | decoders]
+    flagged: list[Any] = [m for m in model.modules() if m not in made]
     for module in made:
         flagged += module.parameters(recurse=False)
     for item in flagged:
         item._is_hf_initialized = True  # transformers' word for: leave it
     remaker: Any = model
     remaker.initialize_weights()
-    for item in [*flagged, *made, *decoders]:
-        if hasattr(item, "_is_hf_initialized"):
-            del item._is_hf_initialized
+    decoders: list[Any] = [m for m in model.modules() if hasattr(m, "initialize_weights")]
+    for decoder in decoders:  # which may make the tables of its layers (Falcon-H1)
+        decoder._init_weights(decoder)
+    for item in [*flagged, *made]:
+        del item._is_hf_initialized

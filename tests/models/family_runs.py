@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from families import FAMILIES
 
 from scalepeft import train
 from scalepeft.build import start_ranks
@@ -34,7 +35,9 @@ def main(runs: Path, folders: list[Path]) -> None:
     ranks = start_ranks(settings(runs, folders[0]))
     for folder in folders:
         try:
-            code = train.run_on(ranks, settings(runs / folder.name, folder), StopFlag(), False)
+            quant = "none" if FAMILIES[folder.name].no_nf4 else "nf4"
+            config = settings(runs / folder.name, folder, quant)
+            code = train.run_on(ranks, config, StopFlag(), False)
             assert code == 0
         except Exception as error:
             text = f"{type(error).__name__}: {error}"

@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from families import FAMILIES, IDS, make, stock
+from families import FAMILIES, IDS, make, page, stock
 from family_runs import settings
 from processes import ROOT, Job, losses
 from safetensors.torch import load_file
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from scalepeft.adapters import inject as injection
 from scalepeft.build import build
+from scalepeft.cluster.doctor.against import put_stored_values
 from scalepeft.config import schema as cfg
 from scalepeft.core.errors import UserError
 from scalepeft.eval.generation import Generator
@@ -76,28 +77,19 @@ def near(got: Tensor, want: Tensor, what: str = "", limit: float = 1e-5) -> None
     assert worst <= limit * max(1.0, want.abs().max().item()), f"{what}: off by {worst:.1e}"
 
 
-@torch.no_grad()
-def with_quantized_values(reference: nn.Module, model: nn.Module) -> Any:
-    """The stock model with the values that our storage holds in the place of its own."""
-    count = 0
-    for name, module in model.named_modules():
-        if isinstance(module, quant.QuantLinear):
-            weight = quant.Frozen(module).weight(torch.float32)
-            count += 1
-            reference.get_submodule(name).weight.copy_(weight)
-    assert count
-    return reference
-
-
 @supported
 @pytest.mark.parametrize("storage", ["none", "nf4"])
 def test_logits_and_loss_are_those_of_transformers(
     name: str, storage: str, checkpoint: Any, tmp_path: Path
 ) -> None:
-    folder = checkpoint(name)
+    folder, refused = checkpoint(name), FAMILIES[name].no_nf4
+    if storage != "none" and refused:
+        with pytest.raises(UserError, match=refused):
+            ours(settings(tmp_path, folder, storage))
+        return
     model, reference = ours(settings(tmp_path, folder, storage)).train(), stock(folder)
     if storage != "none":
-        with_quantized_values(reference, model)
+        assert put_stored_values(model, reference)
     with torch.no_grad():
         want = reference(input_ids=IDS).logits
         near(model.eval()(input_ids=IDS).logits, want, "logits")
@@ -198,7 +190,8 @@ def test_two_fsdp2_ranks_train_as_one_process(checkpoint: Any, tmp_path: Path) -
             files = [run / "adapter/adapter.safetensors" for run in (one, two)]
             want, got = map(load_file, files)
             near(torch.tensor(losses(two)), torch.tensor(losses(one)), name)
-            errors = [key for key in want if (want[key] - got[key]).abs().max() > 1e-4]
+            # Adam's first steps have the size of lr, however small and noisy a gradient is.
+            errors = [key for key in want if (want[key] - got[key]).abs().max() > 1e-3]
         failed += [f"{name}: {errors[0]}"] if errors else []
     assert not failed, "\n".join(failed)
 
@@ -208,6 +201,12 @@ def test_a_family_that_is_not_supported_is_refused_in_one_line(
     name: str, checkpoint: Any, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as caught:
-        ours(settings(tmp_path, checkpoint(name)), adapted=True)
+        ours(settings(tmp_path, checkpoint(name), "none"), adapted=True)
     assert FAMILIES[name].refused in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_table_is_in_the_docs() -> None:
+    assert (ROOT / "docs/models.md").read_text() == page(), (
+        "python tests/support/families.py --docs > docs/models.md"
+    )

@@ -1,6 +1,7 @@
 """Tiny checkpoints of transformers' decoder families, made from its own config classes.
 
-    python tests/support/families.py OUT [NAME ...]
+    python tests/support/families.py OUT [NAME ...]    makes them, prints the right losses
+    python tests/support/families.py --docs > docs/models.md
 
 ``FAMILIES`` is the conformance table: name -> what differs from ``SIZES``. Only sizes that a config
 class knows are given to it, so an entry says what is special about its family and no more.
@@ -59,14 +60,14 @@ class Family:
         differs: settings beside ``SIZES``; of a wrapper those of its text model.
         outer: settings of a multimodal wrapper around the text model; None for a plain decoder.
         refused: part of the one line that says why it is not supported; empty if it is.
-        fast: in the default run too.
+        no_nf4: the same for ``model.quant`` alone.
     """
 
     kind: str
     differs: dict[str, Any] = field(default_factory=dict)
     outer: dict[str, Any] | None = None
     refused: str = ""
-    fast: bool = False
+    no_nf4: str = ""
 
 
 def _family(kind: str, **differs: Any) -> Family:
@@ -169,10 +170,13 @@ FAMILIES: dict[str, Family] = {
         "falcon_h1", mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16,
         mamba_chunk_size=16,
     ),
-    "falcon": _family("falcon", multi_query=True, new_decoder_architecture=False),
+    "falcon": Family(
+        "falcon", {"multi_query": True, "new_decoder_architecture": False},
+        no_nf4="FalconForCausalLM computes with its weights",
+    ),
     "gpt-neox": _family("gpt_neox"),
     "gptj": _family("gptj", rotary_dim=8),
-    "gpt2": _family("gpt2"),
+    "gpt2": Family("gpt2", refused="matches no linear layer of this model"),
     "opt": _family("opt", ffn_dim=128, word_embed_proj_dim=64),
     "bloom": _family("bloom"),
     "mamba2": _family(
@@ -311,9 +315,65 @@ def right(folder: Path) -> tuple[float, float]:
 IDS = torch.randint(5, 310, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
+def page() -> str:
+    """docs/models.md."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    rows = []
+    for name, family in FAMILIES.items():
+        config = config_of(name)
+        with torch.device("meta"):
+            model = stock_class(config).from_config(config)
+        layers = "" if family.refused else default_targets(model)
+        says = f"refused: {family.refused}" if family.refused else ""
+        says = f"`model.quant` is refused: {family.no_nf4}" if family.no_nf4 else says
+        rows.append(f"| {name} | `{type(model).__name__}` | {layers} | {says} |")
+    supported = sum(not family.refused for family in FAMILIES.values())
+    return INTRODUCTION.format(supported=supported, all=len(FAMILIES)) + "\n".join(rows) + "\n"
+
+
+def default_targets(model: Any) -> str:
+    """What ``adapter.target_modules`` is where nothing is set."""
+    from scalepeft.adapters.inject import adapted_layers, inject
+    from scalepeft.adapters.targets import short
+    from scalepeft.models.structure import _drop_towers
+
+    _drop_towers(model)
+    return short([name for name, _ in adapted_layers(inject(model, {"name": "lora"}))])
+
+
+INTRODUCTION = """\
+# Models
+
+A base is any decoder of transformers whose blocks hold `nn.Linear` layers. Of the {all} families
+below {supported} are supported and tested, with tiny random checkpoints made from transformers' own
+config classes (`tests/models/test_families.py`): logits and loss equal stock transformers' to 1e-5
+in fp32, plain and with NF4 blocks; greedy tokens equal `generate`'s; gradients of a LoRA equal
+PEFT's; a merged checkpoint loads in stock transformers with the adapted model's logits; two FSDP2
+ranks train as one process does. One command compares another family, or your own checkpoint:
+
+```bash
+scalepeft doctor model.path=MODEL train.precision=fp32 --against-transformers
+```
+
+`default targets` are the layers that `adapter.target_modules` means where it is not set:
+projections to queries, keys and values, into the feed-forward layer and out of it. `all-linear`,
+`attention` and `mlp` are presets; routers, experts and the head are in none of them. Experts are
+adapted where they are named (`*.experts.*`). Of a multimodal model the text decoder is trained; the
+rest is left as it is, and kept in a merge.
+
+| family | class | default targets | |
+|---|---|---|---|
+"""
+
+
 if __name__ == "__main__":
     import time
 
+    if sys.argv[1:] == ["--docs"]:
+        print(page(), end="")
+        sys.exit()
     out = Path(sys.argv[1] if sys.argv[1:] else tempfile.mkdtemp())
     for each in sys.argv[2:] or FAMILIES:
         began = time.perf_counter()
