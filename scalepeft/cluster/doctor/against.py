@@ -96,7 +96,9 @@ def put_stored_values(model: nn.Module, reference: nn.Module) -> int:
 
 @torch.no_grad()
 def _ours(model: nn.Module, ids: Tensor, chunk: int) -> tuple[float, Tensor]:
-    """The loss of a training step, in the mode that ``build`` leaves, and logits (tokens, vocabulary) on the CPU in fp32."""
+    """The loss of a training step, in the mode that ``build`` leaves, and logits (tokens,
+    vocabulary) on the CPU in fp32.
+    """
     total = model(ids, token_labels=ids, loss_chunk=chunk)
     logits: Tensor = model.eval()(input_ids=ids, use_cache=False).logits
     return float(total) / (TOKENS - 1), logits[0].float().cpu()
