@@ -1,0 +1,195 @@
+"""A mixture's experts: one projection of all of them as one tall frozen layer.
+
+Letters: E experts, W_e (out, in) of expert e; rows of x are sorted by expert, those of expert e are
+``bounds[e] .. bounds[e + 1]``.
+"""
+
+from functools import cache
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from scalepeft.models import quant
+
+MARKS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed")
+PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+class ExpertLinear(nn.Linear):
+    """``y_i = W_e x_i`` for the rows i of expert e; ``weight`` (E out, in) is W_0 over W_1 over ...
+
+    A row is one output of one expert, so that storing, sharding and reading by rows is a layer's.
+    in_features and out_features are one expert's. Biases of experts stay with their parent.
+    """
+
+    Quantized: ClassVar[type[quant.QuantLinear]]
+
+    def __init__(self, fused: Tensor, transposed: bool) -> None:
+        """Takes transformers' fused tensor (E, out, in), or (E, in, out) where ``transposed``."""
+        rows = _tall(fused.detach(), transposed)
+        super().__init__(rows.shape[1], len(rows), bias=False, device="meta")
+        self.weight = nn.Parameter(rows, requires_grad=False)
+        self.num_experts, self.transposed = len(fused), transposed
+        self.out_features = len(rows) // len(fused)
+
+    def forward(self, x: Tensor, bounds: list[int]) -> Tensor:  # type: ignore[override]
+        """X (rows, in) sorted by expert -> (rows, out)."""
+        y: Tensor = _ExpertsMatMul.apply(x, self, bounds)
+        return y
+
+    def expert(self, number: int) -> "Expert":
+        """W_e as the frozen layer of an adapter."""
+        return Expert(self, number)
+
+    @property
+    def shape3d(self) -> tuple[int, int, int]:
+        """Shape of transformers' fused tensor."""
+        sides = (self.in_features, self.out_features)
+        return (self.num_experts, *(sides if self.transposed else sides[::-1]))
+
+    @staticmethod
+    def tensor_name(parameter: str) -> str:
+        """``...experts.down_proj.weight`` -> ``...experts.down_proj``, the model's tensor."""
+        return parameter.removesuffix(".weight")
+
+    def rows_of(self, source: Any, first: int, last: int) -> Tensor:
+        """Rows ``first .. last`` of ``weight`` from the fused tensor: reads whole experts, cuts."""
+        begin = first // self.out_features
+        rows = _tall(source.rows(begin, -(-last // self.out_features)), self.transposed)
+        return rows[first - begin * self.out_features : last - begin * self.out_features]
+
+    def extra_repr(self) -> str:
+        """Adds the number of experts to the printed layer."""
+        return f"{super().extra_repr()}, experts={self.num_experts}"
+
+
+class QuantExpertLinear(ExpertLinear, quant.QuantLinear):  # type: ignore[misc]
+    """The same with ``weight`` as bytes; only ``quant.quantize`` makes one."""
+
+
+ExpertLinear.Quantized = QuantExpertLinear
+
+
+def _tall(fused: Tensor, transposed: bool) -> Tensor:
+    return (fused.mT if transposed else fused).flatten(0, 1).contiguous()
+
+
+class Expert(quant.Frozen):
+    """One expert of an ``ExpertLinear``: what an adapter sees as its frozen layer."""
+
+    def __init__(self, layer: ExpertLinear, number: int) -> None:
+        n = layer.out_features
+        super().__init__(layer, slice(number * n, (number + 1) * n))
+        self._number, self._experts = number, layer.num_experts
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``W_e x`` (rows, out) in the dtype of x."""
+        bounds = [len(x) * (e > self._number) for e in range(self._experts + 1)]  # all its own
+        y: Tensor = _ExpertsMatMul.apply(x, self._layer, bounds)
+        return y
+
+
+class _ExpertsMatMul(torch.autograd.Function):
+    """``W_e x``; W_e is made (from bytes, if need be) in forward and in backward, never saved.
+
+    A slice of a parameter that is saved would keep all of it gathered under ZeRO-3.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: ExpertLinear, bounds: list[int]) -> Tensor:
+        ctx.layer, ctx.bounds = layer, bounds
+        return _product(x, layer, bounds, backward=False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _product(grads[0].contiguous(), ctx.layer, ctx.bounds, backward=True), None, None
+
+
+def _product(x: Tensor, layer: ExpertLinear, bounds: list[int], backward: bool) -> Tensor:
+    """``x W_e^T`` or, in backward, ``x W_e``."""
+    if x.dtype == layer.weight.dtype == torch.bfloat16 and len(x):  # plain: all experts at once
+        from transformers.integrations.moe import _grouped_mm
+
+        w = layer.weight.detach().view(layer.num_experts, layer.out_features, layer.in_features)
+        ends = torch.tensor(bounds[1:], dtype=torch.int32, device=x.device)
+        grouped: Tensor = _grouped_mm(x, w if backward else w.mT, ends)
+        return grouped
+    y = x.new_empty(len(x), layer.in_features if backward else layer.out_features)
+    for e, (first, last) in enumerate(pairwise(bounds)):
+        if first < last:
+            w = layer.expert(e).weight(x.dtype)
+            torch.mm(x[first:last], w if backward else w.mT, out=y[first:last])
+    return y
+
+
+class Experts(nn.Module):
+    """Mixin of transformers' experts modules: their forward over ``ExpertLinear`` projections."""
+
+    has_gate: bool
+    has_bias: bool
+    has_post_expert_norm: bool
+    num_experts: int
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``sum over k of weight_k * expert_k(x)``.
+
+        Args:
+            hidden_states: (tokens, hidden).
+            top_k_index: (tokens, k) experts of each token; a number past the last is no expert.
+            top_k_weights: (tokens, k).
+        """
+        tokens, k = top_k_index.shape
+        ids, order = top_k_index.reshape(-1).sort(stable=True)
+        edges = torch.arange(self.num_experts + 1, device=ids.device, dtype=ids.dtype)
+        bounds = torch.searchsorted(ids, edges).tolist()  # the one wait for the device
+        ids, order = ids[: bounds[-1]], order[: bounds[-1]]
+        # Not hidden_states[order // k]: its gradient adds to a token in any order on a GPU.
+        x = hidden_states[:, None].expand(-1, k, -1).reshape(tokens * k, -1).index_select(0, order)
+        y = self._project("gate_up_proj" if self.has_gate else "up_proj", x, ids, bounds)
+        own: Any = self  # the class's gate, activation and norm
+        y = own._apply_gate(y) if self.has_gate else own.act_fn(y)
+        y = self._project("down_proj", y, ids, bounds)
+        if self.has_post_expert_norm:
+            y = own.post_expert_norm(y)
+        y = y * top_k_weights.reshape(-1).index_select(0, order)[:, None]
+        y = y.new_zeros(tokens * k, y.shape[-1]).index_copy(0, order, y)
+        return y.view(tokens, k, -1).sum(1).to(hidden_states.dtype)
+
+    def _project(self, name: str, x: Tensor, ids: Tensor, bounds: list[int]) -> Tensor:
+        y: Tensor = getattr(self, name)(x, bounds)
+        if not self.has_bias:
+            return y
+        return y + getattr(self, f"{name}_bias").index_select(0, ids).to(y.dtype)
+
+
+@cache
+def _experts_class(base: Any) -> Any:
+    return type(f"Split{base.__name__}", (Experts, base), {})
+
+
+def replace_experts(model: nn.Module) -> list[str]:
+    """Makes each fused expert tensor an ``ExpertLinear`` of the same name, in place.
+
+    Which modules have them, and how they are laid out, is transformers' own mark
+    (``use_experts_implementation``). Works on the meta device and on real weights.
+
+    Returns:
+        Class names of other modules whose 3-d weights (experts in a layout that is not known) stay
+        as they are: plain and frozen.
+    """
+    others: set[str] = set()
+    for module in list(model.modules()):
+        fused = {k: p for k, p in module.named_parameters(recurse=False) if p.dim() == 3}
+        if not fused or isinstance(module, nn.modules.conv._ConvNd):
+            continue
+        marked = all(hasattr(module, mark) for mark in MARKS) and fused.keys() <= set(PROJECTIONS)
+        if not marked:
+            others.add(type(module).__name__)
+            continue
+        for name, parameter in fused.items():
+            delattr(module, name)
+            setattr(module, name, ExpertLinear(parameter, module.is_transposed))  # type: ignore[arg-type]
+        module.__class__ = _experts_class(type(module))  # type: ignore[arg-type]
+    return sorted(others)
