@@ -25,6 +25,8 @@ def stack(adapter: Adapter, experts: int) -> None:
             " adapter.dropout=0, or leave the experts out of adapter.target_modules"
         )
     adapter.__class__ = _stacked_class(type(adapter))  # type: ignore[arg-type]  # mypy: no Hashable
+    for key in list(adapter._modules):  # an Identity: ZeRO-3 counts calls, which ranks differ in
+        vars(adapter)[key] = adapter._modules.pop(key)
     for key, parameter in adapter._parameters.items():
         if parameter is not None:
             adapter._parameters[key] = nn.Parameter(parameter.new_empty(experts, *parameter.shape))

@@ -55,7 +55,7 @@ def steps(model: nn.Module, name: str, settings: dict[str, object], ranks: Ranks
     rows = ROWS.chunk(ranks.world_size)[ranks.rank]
     for _ in range(3):
         with engine.accumulate(True):
-            logits = call(input_ids=rows).logits
+            logits = call(input_ids=rows, use_cache=False).logits
             loss = (
                 torch.nn.functional.cross_entropy(
                     logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten(), reduction="sum"
