@@ -29,6 +29,8 @@ class ModelConfig:
         double_quant: NF4 scales in 8 bits too, 4.13 instead of 4.5 bits a weight.
         pretrain_steps: next-token steps on the toy task's text that the built-in model gets when
             made.
+        unexpected: tensors of the files that the model does not have: ``error`` stops, ``ignore``
+            leaves them out, as transformers does.
     """
 
     path: Annotated[str, Decides.PLACE] = BUILTIN
@@ -37,6 +39,7 @@ class ModelConfig:
     quant: Annotated[Literal["none", "nf4", "int8"], Decides.TRAINING] = "none"
     double_quant: Annotated[bool, Decides.TRAINING] = False
     pretrain_steps: Annotated[NotNegative, Decides.TRAINING] = 0
+    unexpected: Annotated[Literal["error", "ignore"], Decides.PLACE] = "error"
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -186,10 +189,16 @@ def architecture(folder: Path) -> Any:
 
 def meta_model(config: Any, where: str, **options: Any) -> Any:
     """Returns the causal LM of a transformers config on the meta device; UserError if it cannot."""
-    from transformers import AutoModelForCausalLM
+    from transformers import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
 
+    multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    made_by: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **options)
+            return made_by.from_config(config, trust_remote_code=False, **options)
     except (ValueError, KeyError) as error:
         raise UserError(f"{where}: {str(error).splitlines()[0]}") from None
