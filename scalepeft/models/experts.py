@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from scalepeft.models import quant
+from scalepeft.models.sources import Source
 
 MARKS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed")
 PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
@@ -43,22 +44,10 @@ class ExpertLinear(nn.Linear):
         """W_e as the frozen layer of an adapter."""
         return Expert(self, number)
 
-    @property
-    def shape3d(self) -> tuple[int, int, int]:
-        """Shape of transformers' fused tensor."""
-        sides = (self.in_features, self.out_features)
-        return (self.num_experts, *(sides if self.transposed else sides[::-1]))
-
-    @staticmethod
-    def tensor_name(parameter: str) -> str:
-        """``...experts.down_proj.weight`` -> ``...experts.down_proj``, the model's tensor."""
-        return parameter.removesuffix(".weight")
-
-    def rows_of(self, source: Any, first: int, last: int) -> Tensor:
-        """Rows ``first .. last`` of ``weight`` from the fused tensor: reads whole experts, cuts."""
-        begin = first // self.out_features
-        rows = _tall(source.rows(begin, -(-last // self.out_features)), self.transposed)
-        return rows[first - begin * self.out_features : last - begin * self.out_features]
+    def fused(self, rows: Tensor) -> Tensor:
+        """Whole experts' rows of ``weight`` as transformers' fused tensor."""
+        experts = rows.unflatten(0, (-1, self.out_features))
+        return experts.mT if self.transposed else experts
 
     def extra_repr(self) -> str:
         """Adds the number of experts to the printed layer."""
@@ -70,6 +59,23 @@ class QuantExpertLinear(ExpertLinear, quant.QuantLinear):  # type: ignore[misc]
 
 
 ExpertLinear.Quantized = QuantExpertLinear
+
+
+class TallSource(Source):
+    """``weight`` of an ``ExpertLinear`` out of the fused tensor: reads whole experts, cuts."""
+
+    def __init__(self, fused: Source, layer: ExpertLinear) -> None:
+        experts, *sides = fused.shape
+        inp, out = sides if layer.transposed else sides[::-1]
+        self.shape, self.dtype, self.where = (experts * out, inp), fused.dtype, fused.where
+        self.by_rows, self._fused, self._out = fused.by_rows, fused, out
+        self._transposed = layer.transposed
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows ``first .. last``."""
+        begin, end = first // self._out, -(-last // self._out)
+        rows = _tall(self._fused.rows(begin, end), self._transposed)
+        return rows[first - begin * self._out : last - begin * self._out]
 
 
 def _tall(fused: Tensor, transposed: bool) -> Tensor:

@@ -7,12 +7,19 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from finished import adapted, make_run, stock
 from processes import Job
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import scalepeft
-from scalepeft.models import quant
-from scalepeft.models.experts import ExpertLinear, Experts, replace_experts
+from scalepeft.core.errors import UserError
+from scalepeft.export import merge, peft
+from scalepeft.models import hub as models
+from scalepeft.models import quant, structure
+from scalepeft.models.experts import ExpertLinear, Experts, TallSource, replace_experts
+from scalepeft.models.sources import Source
+from scalepeft.models.weights import Weights, load_weights
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -98,8 +105,7 @@ def test_split_experts_equal_transformers(family: str) -> None:
     calls: list[str] = []
     for name, module in experts_of(split):
         assert torch.equal(module.weight, unfused(model, name)), name
-        assert module.shape3d == tuple(getattr(*_parent(model, name)).shape)
-        assert module.tensor_name(f"{name}.weight") == name
+        assert torch.equal(module.fused(module.weight), getattr(*_parent(model, name)))
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
     close(run(split), run(model))
     assert calls == [name for name, _ in experts_of(split)] and calls
@@ -165,26 +171,32 @@ def test_a_number_past_the_last_is_no_expert() -> None:
     assert nobody.shape == x.shape and not nobody.any()
 
 
+class InMemory(Source):
+    where = "here"
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.read = tensor, list[tuple[int, int]]()
+        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
+
+    def rows(self, first: int, last: int) -> Tensor:
+        self.read.append((first, last))
+        return self.tensor[first:last]
+
+
 def test_rows_are_read_by_whole_experts() -> None:
-    class Source:
-        def __init__(self, tensor: Tensor) -> None:
-            self.tensor, self.read = tensor, []
-
-        def rows(self, first: int, last: int) -> Tensor:
-            self.read.append((first, last))
-            return self.tensor[first:last]
-
     fused = torch.randn(4, 6, 5)
     for transposed in (False, True):
         layer = ExpertLinear(fused, transposed)
-        source = Source(fused)
+        assert torch.equal(layer.fused(layer.weight), fused)
+        source = InMemory(fused)
+        tall = TallSource(source, layer)
+        assert tall.shape == layer.weight.shape
         for first in range(0, len(layer.weight) + 1):
             for last in range(first, len(layer.weight) + 1):
-                got = layer.rows_of(source, first, last)
-                assert torch.equal(got, layer.weight[first:last])
+                assert torch.equal(tall.rows(first, last), layer.weight[first:last])
         source.read.clear()
         n = layer.out_features
-        layer.rows_of(source, n, 2 * n + 1)
+        tall.rows(n, 2 * n + 1)
         assert source.read == [(1, 3)]
     with torch.device("meta"):
         assert ExpertLinear(torch.empty(4, 6, 5), True).weight.shape == (20, 6)
@@ -228,6 +240,54 @@ def test_adapted_experts_equal_a_model_with_their_merged_weights(family: str, me
         else:
             model.get_submodule(name).weight.copy_(w)
     close(run(split), run(model), 3e-5)
+
+
+@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe", "nemotron_h"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base as transformers saves it: an expert a tensor, or fused."""
+    path = tmp_path_factory.mktemp("base") / request.param
+    eager(request.param).save_pretrained(path)
+    return path
+
+
+TARGETS = {"target_modules": ["q_proj", "*.experts.*"]}
+
+
+@pytest.mark.parametrize("method", ["hoft", "lora"])
+@pytest.mark.parametrize("storage", ["none", "nf4"])
+def test_loads_as_stock_and_merges_into_it(
+    folder: Path, tmp_path: Path, method: str, storage: str
+) -> None:
+    run_dir = make_run(tmp_path / "run", folder, method, quant=storage, adapter=TARGETS)
+    ids = torch.arange(40).view(2, 20)
+    if storage == "none":
+        config = models.ModelConfig(path=str(folder))
+        base = structure.build(config, folder, "fp32", weights := Weights(folder))
+        structure.materialize(base, torch.device("cpu"))
+        for _ in load_weights(base, weights):
+            pass
+        close((base.eval()(ids).logits,), (stock(folder)(ids).logits,))
+    out = tmp_path / "merged"
+    kind = "original" if storage == "none" else "dequantized"
+    merge.run(str(run_dir), str(out), [], kind, "base")
+    want = adapted(run_dir)(ids).logits
+    assert (want - stock(folder)(ids).logits).abs().max() > 0.01
+    close((stock(out)(ids).logits,), (want,), 3e-5)
+    before, after = (load_file(f / "model.safetensors") for f in (folder, out))
+    assert {k: t.shape for k, t in before.items()} == {k: t.shape for k, t in after.items()}
+
+
+def test_exports_have_no_place_for_experts(tmp_path: Path) -> None:
+    eager("mixtral").save_pretrained(tmp_path / "base")
+    run_dir = make_run(tmp_path / "run", tmp_path / "base", "lora", adapter=TARGETS)
+    for format in ("peft", "lora"):
+        with pytest.raises(UserError, match=r"experts\.gate_up_proj has an adapter for each exp"):
+            peft.run(str(run_dir), str(tmp_path / "out"), [], format)
+    assert not (tmp_path / "out").exists()
+    hadamard = {"target_modules": ["*.experts.down_proj"], "train_norm": False}
+    run_dir = make_run(tmp_path / "run2", tmp_path / "base", "hadamard-after", adapter=hadamard)
+    with pytest.raises(UserError, match=r"adds a bias to model\.layers\.0\.mlp\.experts\.down_pr"):
+        merge.run(str(run_dir), str(tmp_path / "out"), [], "original", "base")
 
 
 @pytest.mark.slow
