@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from scalepeft.models import quant
 from scalepeft.models.sources import Source
@@ -130,6 +131,15 @@ def _product(x: Tensor, layer: ExpertLinear, bounds: list[int], backward: bool) 
     return y
 
 
+def _bounds(ids: Tensor, experts: int) -> list[int]:
+    """Where each expert's rows begin and the last one's end, in sorted ``ids``."""
+    if isinstance(ids, FakeTensor):  # a plan's, without values: as if tokens were dealt evenly
+        return [len(ids) * e // experts for e in range(experts + 1)]
+    edges = torch.arange(experts + 1, device=ids.device, dtype=ids.dtype)
+    found: list[int] = torch.searchsorted(ids, edges).tolist()  # the one wait for the device
+    return found
+
+
 class Experts(nn.Module):
     """Mixin of transformers' experts modules: their forward over ``ExpertLinear`` projections."""
 
@@ -148,8 +158,7 @@ class Experts(nn.Module):
         """
         tokens, k = top_k_index.shape
         ids, order = top_k_index.reshape(-1).sort(stable=True)
-        edges = torch.arange(self.num_experts + 1, device=ids.device, dtype=ids.dtype)
-        bounds = torch.searchsorted(ids, edges).tolist()  # the one wait for the device
+        bounds = _bounds(ids, self.num_experts)
         ids, order = ids[: bounds[-1]], order[: bounds[-1]]
         # Not hidden_states[order // k]: its gradient adds to a token in any order on a GPU.
         x = hidden_states[:, None].expand(-1, k, -1).reshape(tokens * k, -1).index_select(0, order)
