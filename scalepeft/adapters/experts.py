@@ -61,12 +61,8 @@ class Stacked(Adapter):
                 one.reset_parameters()
 
     def forward(self, x: Tensor, base: Any, bounds: Sequence[int] = ()) -> Tensor:
-        """X (rows, in) sorted by expert, those of expert e ``bounds[e] .. bounds[e + 1]``.
-
-        Args:
-            x: activations.
-            base: the ``ExpertLinear``.
-            bounds: of each expert's rows.
+        """X (rows, in), those of expert e ``bounds[e] .. bounds[e + 1]``, around the
+        ``ExpertLinear`` ``base``.
         """
         rows = list(x.split([last - first for first, last in pairwise(bounds)]))
         used = [e for e, part in enumerate(rows) if len(part)]
@@ -98,8 +94,4 @@ class Stacked(Adapter):
         """Of a token in one expert."""
         return self.each()[0].flops()
 
-    def to_peft(self, base: Any) -> None:
-        """None: HF PEFT has no such layer."""
-
-    def to_lora(self, base: Any) -> None:
-        """None: nor have servers."""
+    to_peft, to_lora = Adapter.to_peft, Adapter.to_lora  # none: the formats have no such layer

@@ -23,7 +23,7 @@ from scalepeft.core.errors import UserError, unknown
 from scalepeft.core.fields import _build
 from scalepeft.core.files import read_mapping
 from scalepeft.models import quant, structure
-from scalepeft.models.experts import ExpertLinear
+from scalepeft.models.experts import ExpertLinear, replace_experts
 from scalepeft.parallel.base import copy_rows, full_shape
 
 
@@ -73,10 +73,9 @@ def _attach(layer: nn.Module, config: AdapterConfig, name: str = "") -> None:
     adapter = registry.find_class("adapters.methods", config.name, "adapter", Adapter)(
         config, layer.in_features, layer.out_features, name
     )
-    mixin: type[Adapted] = Adapted
+    mixin = AdaptedExperts if isinstance(layer, ExpertLinear) else Adapted
     if isinstance(layer, ExpertLinear):
         stack(adapter, layer.num_experts)
-        mixin = AdaptedExperts
     layer.__class__ = _adapted_class(type(layer), mixin)  # type: ignore[arg-type]  # mypy: no Hashable
     assert isinstance(layer, Adapted)
     layer.requires_grad_(False)
@@ -176,6 +175,8 @@ def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int =
         config = adapter_config(config)
     if any(True for _ in adapters(model)):
         raise UserError("the model already has an adapter; a layer takes one")
+    if any("experts" in pattern for pattern in config.target_modules):
+        replace_experts(model)  # of a model that transformers made
     linear = _matching(model, config.target_modules, _is_linear, "adapter.target_modules", "linear")
     linear = _in_layers(linear, config.layers)
     norms = _matching(model, config.norm_modules(), _is_norm, "adapter.norm", "normalization")

@@ -16,7 +16,7 @@ from scalepeft.models import quant
 from scalepeft.models.sources import Source
 
 MARKS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed")
-PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+PROJECTIONS = {"gate_up_proj", "up_proj", "down_proj"}
 
 
 class ExpertLinear(nn.Linear):
@@ -49,10 +49,6 @@ class ExpertLinear(nn.Linear):
         """Whole experts' rows of ``weight`` as transformers' fused tensor."""
         experts = rows.unflatten(0, (-1, self.out_features))
         return experts.mT if self.transposed else experts
-
-    def extra_repr(self) -> str:
-        """Adds the number of experts to the printed layer."""
-        return f"{super().extra_repr()}, experts={self.num_experts}"
 
 
 class QuantExpertLinear(ExpertLinear, quant.QuantLinear):  # type: ignore[misc]
@@ -116,7 +112,8 @@ class _ExpertsMatMul(torch.autograd.Function):
 
 def _product(x: Tensor, layer: ExpertLinear, bounds: list[int], backward: bool) -> Tensor:
     """``x W_e^T`` or, in backward, ``x W_e``."""
-    if x.dtype == layer.weight.dtype == torch.bfloat16 and len(x):  # plain: all experts at once
+    hit = [(e, *span) for e, span in enumerate(pairwise(bounds)) if span[0] < span[1]]
+    if len(hit) > 1 and x.dtype == layer.weight.dtype == torch.bfloat16:  # plain: one kernel
         from transformers.integrations.moe import _grouped_mm
 
         w = layer.weight.detach().view(layer.num_experts, layer.out_features, layer.in_features)
@@ -124,10 +121,9 @@ def _product(x: Tensor, layer: ExpertLinear, bounds: list[int], backward: bool) 
         grouped: Tensor = _grouped_mm(x, w if backward else w.mT, ends)
         return grouped
     y = x.new_empty(len(x), layer.in_features if backward else layer.out_features)
-    for e, (first, last) in enumerate(pairwise(bounds)):
-        if first < last:
-            w = layer.expert(e).weight(x.dtype)
-            torch.mm(x[first:last], w if backward else w.mT, out=y[first:last])
+    for e, first, last in hit:
+        w = layer.expert(e).weight(x.dtype)
+        torch.mm(x[first:last], w if backward else w.mT, out=y[first:last])
     return y
 
 
@@ -143,11 +139,6 @@ def _bounds(ids: Tensor, experts: int) -> list[int]:
 class Experts(nn.Module):
     """Mixin of transformers' experts modules: their forward over ``ExpertLinear`` projections."""
 
-    has_gate: bool
-    has_bias: bool
-    has_post_expert_norm: bool
-    num_experts: int
-
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``sum over k of weight_k * expert_k(x)``.
 
@@ -156,32 +147,45 @@ class Experts(nn.Module):
             top_k_index: (tokens, k) experts of each token; a number past the last is no expert.
             top_k_weights: (tokens, k).
         """
+        own: Any = self  # the class's marks, gate, activation and norm
         tokens, k = top_k_index.shape
         ids, order = top_k_index.reshape(-1).sort(stable=True)
-        bounds = _bounds(ids, self.num_experts)
+        bounds = _bounds(ids, own.num_experts)
         ids, order = ids[: bounds[-1]], order[: bounds[-1]]
         # Not hidden_states[order // k]: its gradient adds to a token in any order on a GPU.
         x = hidden_states[:, None].expand(-1, k, -1).reshape(tokens * k, -1).index_select(0, order)
-        y = self._project("gate_up_proj" if self.has_gate else "up_proj", x, ids, bounds)
-        own: Any = self  # the class's gate, activation and norm
-        y = own._apply_gate(y) if self.has_gate else own.act_fn(y)
-        y = self._project("down_proj", y, ids, bounds)
-        if self.has_post_expert_norm:
+
+        def project(name: str, x: Tensor) -> Tensor:
+            y: Tensor = getattr(own, name)(x, bounds)
+            return y + getattr(own, f"{name}_bias")[ids].to(y.dtype) if own.has_bias else y
+
+        if own.has_gate:
+            y = own._apply_gate(project("gate_up_proj", x))
+        else:
+            y = own.act_fn(project("up_proj", x))
+        y = project("down_proj", y)
+        if own.has_post_expert_norm:
             y = own.post_expert_norm(y)
         y = y * top_k_weights.reshape(-1).index_select(0, order)[:, None]
         y = y.new_zeros(tokens * k, y.shape[-1]).index_copy(0, order, y)
         return y.view(tokens, k, -1).sum(1).to(hidden_states.dtype)
 
-    def _project(self, name: str, x: Tensor, ids: Tensor, bounds: list[int]) -> Tensor:
-        y: Tensor = getattr(self, name)(x, bounds)
-        if not self.has_bias:
-            return y
-        return y + getattr(self, f"{name}_bias").index_select(0, ids).to(y.dtype)
+
+class DenseExperts(nn.Module):
+    """Mixin of Llama 4's, which take every token, scaled by its score, for each expert."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states (E tokens, hidden), expert by expert."""
+        own: Any = self
+        bounds = [len(hidden_states) // own.num_experts * e for e in range(own.num_experts + 1)]
+        gate, up = own.gate_up_proj(hidden_states, bounds).chunk(2, dim=-1)
+        y: Tensor = own.down_proj(up * own.act_fn(gate), bounds)
+        return y
 
 
 @cache
-def _experts_class(base: Any) -> Any:
-    return type(f"Split{base.__name__}", (Experts, base), {})
+def _split_class(mixin: Any, base: Any) -> Any:
+    return type(f"Split{base.__name__}", (mixin, base), {})
 
 
 def replace_experts(model: nn.Module) -> list[str]:
@@ -199,12 +203,15 @@ def replace_experts(model: nn.Module) -> list[str]:
         fused = {k: p for k, p in module.named_parameters(recurse=False) if p.dim() == 3}
         if not fused or isinstance(module, nn.modules.conv._ConvNd):
             continue
-        marked = all(hasattr(module, mark) for mark in MARKS) and fused.keys() <= set(PROJECTIONS)
-        if not marked:
+        marked = all(hasattr(module, mark) for mark in MARKS) and not fused.keys() - PROJECTIONS
+        dense = type(module).__name__ == "Llama4TextExperts"  # which has no marks
+        if not marked and not dense:
             others.add(type(module).__name__)
             continue
         for name, parameter in fused.items():
             delattr(module, name)
-            setattr(module, name, ExpertLinear(parameter, module.is_transposed))  # type: ignore[arg-type]
-        module.__class__ = _experts_class(type(module))  # type: ignore[arg-type]
+            transposed = dense or bool(module.is_transposed)
+            setattr(module, name, ExpertLinear(parameter, transposed))
+        mixin = DenseExperts if dense else Experts
+        module.__class__ = _split_class(mixin, type(module))  # type: ignore[arg-type]
     return sorted(others)

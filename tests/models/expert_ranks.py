@@ -18,7 +18,7 @@ from scalepeft.models.experts import replace_experts
 from scalepeft.parallel.base import Engine, copy_rows, local_part
 from scalepeft.parallel.ranks import Ranks
 
-ROWS = torch.tensor([[3] * 16, [3] * 16, [11, 70] * 8, [42, 5] * 8])
+ROWS = torch.tensor([[3] * 16, [11, 70] * 8, [3] * 16, [42, 5] * 8])
 ENGINES = {
     "ddp": {}, "fsdp2": {}, "zero stage=3": {"stage": 3, "whole_below": 0},
     "fsdp2 checkpointing": {"activation_checkpointing": True},
@@ -47,12 +47,15 @@ def steps(model: nn.Module, name: str, settings: dict[str, object], ranks: Ranks
         copy_rows(p, whole[key])
         if ranks.world_size > 1 and (isinstance(p, DTensor) or hasattr(p, "ds_tensor")):
             held = local_part(p).data.numel()
-            assert held <= -(-len(whole[key]) // 2) * whole[key][0].numel(), (key, held)
+            assert held <= -(-len(whole[key]) // ranks.world_size) * whole[key][0].numel(), (
+                key,
+                held,
+            )
     trained = injection.trainable(model)
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
     call = engine.attach(model, optimizer)
     found: list[float] = []
-    rows = ROWS.chunk(ranks.world_size)[ranks.rank]
+    rows = ROWS[ranks.rank :: ranks.world_size]
     for _ in range(3):
         with engine.accumulate(True):
             logits = call(input_ids=rows, use_cache=False).logits
@@ -73,7 +76,7 @@ def steps(model: nn.Module, name: str, settings: dict[str, object], ranks: Ranks
             )
         if value is not None:
             engine.add_gradients(parameters, list(grads))
-            found.append(float(value))
+            found.append(float(value.detach()))
         norm = engine.grad_norm(parameters)
         engine.update(optimizer, parameters, 0.5, norm)
         found += [float(ranks.sum(loss.detach().double())), norm]

@@ -57,15 +57,21 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
          "moe_intermediate_size": 64, "moe_shared_expert_intermediate_size": 64,
          "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     ),
+    "llama4_text": (
+        tf.Llama4TextConfig,
+        {"intermediate_size": 64, "intermediate_size_mlp": 64, "num_local_experts": 4,
+         "head_dim": 16, "num_experts_per_tok": 2},
+    ),
 }  # fmt: skip
 
 
 def eager(family: str, dtype: torch.dtype = torch.float32) -> Any:
     kind, more = FAMILIES[family]
     torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(
-        kind(**{**SIZES, **more}), experts_implementation="eager", dtype=dtype
-    )
+    config = kind(**{**SIZES, **more})
+    model = tf.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -90,11 +96,15 @@ def experts_of(model: nn.Module) -> list[tuple[str, ExpertLinear]]:
     return [(n, m) for n, m in model.named_modules() if isinstance(m, ExpertLinear)]
 
 
+def transposed(module: nn.Module) -> bool:
+    return getattr(module, "is_transposed", True)  # Llama 4's has no marks
+
+
 def unfused(model: nn.Module, name: str) -> Tensor:
     """The rows of a module's own fused tensor, expert by expert, transformers' layout undone."""
     parent, _, key = name.rpartition(".")
     module = model.get_submodule(parent)
-    return torch.cat([w.T if module.is_transposed else w for w in getattr(module, key)])
+    return torch.cat([w.T if transposed(module) else w for w in getattr(module, key)])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -119,7 +129,7 @@ def _parent(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 @pytest.mark.parametrize("storage", ["nf4", "int8"])
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "nemotron_h", "llama4_text"])
 def test_stored_experts_equal_their_decoded_values(family: str, storage: str) -> None:
     model = eager(family)
     split = copy.deepcopy(model)
@@ -133,7 +143,7 @@ def test_stored_experts_equal_their_decoded_values(family: str, storage: str) ->
         assert values.shape == (module.num_experts * module.out_features, module.in_features)
         parent, key = _parent(model, name)
         rows = values.view(module.num_experts, module.out_features, -1)
-        getattr(parent, key).copy_(rows.mT if parent.is_transposed else rows)
+        getattr(parent, key).copy_(rows.mT if transposed(parent) else rows)
     close(run(split), run(model))
 
 
@@ -214,7 +224,7 @@ def test_experts_of_another_layout_stay_and_are_named() -> None:
 
 
 @pytest.mark.parametrize("method", ["hoft", "lora"])
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "llama4_text"])
 def test_adapted_experts_equal_a_model_with_their_merged_weights(family: str, method: str) -> None:
     model = eager(family)
     split = copy.deepcopy(model)
@@ -236,13 +246,13 @@ def test_adapted_experts_equal_a_model_with_their_merged_weights(family: str, me
         if isinstance(layer, ExpertLinear):
             parent, key = _parent(model, name)
             rows = w.view(layer.num_experts, layer.out_features, -1)
-            getattr(parent, key).copy_(rows.mT if parent.is_transposed else rows)
+            getattr(parent, key).copy_(rows.mT if transposed(parent) else rows)
         else:
             model.get_submodule(name).weight.copy_(w)
     close(run(split), run(model), 3e-5)
 
 
-@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe", "nemotron_h"])
+@pytest.fixture(scope="module", params=["mixtral", "qwen3_moe", "nemotron_h", "llama4_text"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base as transformers saves it: an expert a tensor, or fused."""
     path = tmp_path_factory.mktemp("base") / request.param
