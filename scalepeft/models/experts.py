@@ -63,16 +63,15 @@ class TallSource(Source):
 
     def __init__(self, fused: Source, layer: ExpertLinear) -> None:
         experts, *sides = fused.shape
-        inp, out = sides if layer.transposed else sides[::-1]
-        self.shape, self.dtype, self.where = (experts * out, inp), fused.dtype, fused.where
-        self.by_rows, self._fused, self._out = fused.by_rows, fused, out
-        self._transposed = layer.transposed
+        inp, self.unit = sides if layer.transposed else sides[::-1]
+        self.shape, self.dtype, self.where = (experts * self.unit, inp), fused.dtype, fused.where
+        self.by_rows, self._fused, self._transposed = fused.by_rows, fused, layer.transposed
 
     def rows(self, first: int, last: int) -> Tensor:
         """Rows ``first .. last``."""
-        begin, end = first // self._out, -(-last // self._out)
-        rows = _tall(self._fused.rows(begin, end), self._transposed)
-        return rows[first - begin * self._out : last - begin * self._out]
+        begin = first // self.unit
+        rows = _tall(self._fused.rows(begin, -(-last // self.unit)), self._transposed)
+        return rows[first - begin * self.unit : last - begin * self.unit]
 
 
 def _tall(fused: Tensor, transposed: bool) -> Tensor:

@@ -43,22 +43,21 @@ def build(
     if weights is not None:
         weights.bind(model, config.unexpected)
     _drop_towers(model)
-    _split_experts(model, weights)
+    others = _split_experts(model, weights)
     blocks_of(model)
     if fmt := quant.get_format(config.quant, config.double_quant):
-        _quantize_blocks(model, fmt, folder)
+        _quantize_blocks(model, fmt, folder, dict.fromkeys(others, "3-d weights of its own layout"))
     built: nn.Module = model
     return built
 
 
-def _split_experts(model: nn.Module, weights: Weights | None) -> None:
+def _split_experts(model: nn.Module, weights: Weights | None) -> list[str]:
     others = replace_experts(model)
-    if others and rank() == 0:
-        say(f"{', '.join(others)}: experts of another layout, which stay unquantized and frozen")
     sources = weights.layout.sources if weights is not None else {}
     for name, layer in model.named_modules() if sources else ():
         if isinstance(layer, ExpertLinear):
             sources[f"{name}.weight"] = TallSource(sources[name], layer)
+    return others
 
 
 def keep_fp32(model: Any, dtype: torch.dtype) -> None:
@@ -134,8 +133,9 @@ def layers_read_directly(model: nn.Module, values: bool) -> set[nn.Module]:
     }
 
 
-def _quantize_blocks(model: nn.Module, fmt: quant.Format, folder: Path) -> None:
-    kept: dict[str, str] = {}
+def _quantize_blocks(
+    model: nn.Module, fmt: quant.Format, folder: Path, kept: dict[str, str]
+) -> None:
     plain = _routers(model) | layers_read_directly(model, values=False)
     for block in blocks_of(model):
         for name, layer in block.named_modules():

@@ -17,6 +17,7 @@ from scalepeft.core.errors import UserError
 from scalepeft.export import merge, peft
 from scalepeft.models import hub as models
 from scalepeft.models import quant, structure
+from scalepeft.models import weights as weights_
 from scalepeft.models.experts import ExpertLinear, Experts, TallSource, replace_experts
 from scalepeft.models.sources import Source
 from scalepeft.models.weights import Weights, load_weights
@@ -63,6 +64,12 @@ FAMILIES: dict[str, tuple[Any, dict[str, Any]]] = {
          "head_dim": 16, "num_experts_per_tok": 2},
     ),
 }  # fmt: skip
+
+
+JETMOE = tf.JetMoeConfig(
+    vocab_size=96, hidden_size=64, num_hidden_layers=1, num_key_value_heads=2, kv_channels=16,
+    intermediate_size=64, num_local_experts=4, num_experts_per_tok=2,
+)  # fmt: skip
 
 
 def eager(family: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -213,11 +220,7 @@ def test_rows_are_read_by_whole_experts() -> None:
 
 
 def test_experts_of_another_layout_stay_and_are_named() -> None:
-    config = tf.JetMoeConfig(
-        vocab_size=96, hidden_size=64, num_hidden_layers=1, num_key_value_heads=2, kv_channels=16,
-        intermediate_size=64, num_local_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
-    model = tf.AutoModelForCausalLM.from_config(config)
+    model = tf.AutoModelForCausalLM.from_config(JETMOE)
     assert replace_experts(model) == ["JetMoeParallelExperts"]
     conv = nn.Sequential(nn.Conv1d(4, 4, 3))
     assert replace_experts(conv) == []
@@ -285,6 +288,42 @@ def test_loads_as_stock_and_merges_into_it(
     close((stock(out)(ids).logits,), (want,), 3e-5)
     before, after = (load_file(f / "model.safetensors") for f in (folder, out))
     assert {k: t.shape for k, t in before.items()} == {k: t.shape for k, t in after.items()}
+
+
+@pytest.mark.parametrize("piece", [1, 20_000, 1 << 26])
+def test_every_byte_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    monkeypatch.setattr(weights_, "PIECE_BYTES", piece)
+    weights = Weights(folder)
+    model = structure.build(models.ModelConfig(path=str(folder)), folder, "fp32", weights)
+    structure.materialize(model, torch.device("cpu"))
+    before = weights.bytes_read
+    for _ in load_weights(model, weights):
+        pass
+    used = sum(4 * p.numel() for p in [*model.parameters()])
+    used += sum(b.nbytes for n, b in model.named_buffers() if n in model.state_dict())
+    assert weights.bytes_read - before == used
+    want = stock(folder).state_dict()
+    for name, layer in experts_of(model):
+        assert torch.equal(layer.fused(layer.weight), want[name])
+
+
+def test_a_layout_that_is_not_known_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    JETMOE.save_pretrained(tmp_path)
+    structure.build(models.ModelConfig(path=str(tmp_path), quant="nf4"), tmp_path, "fp32")
+    said = capsys.readouterr()
+    assert "JetMoeParallelExperts stays unquantized in every block: 3-d" in said.out + said.err
+
+
+def test_a_model_of_transformers_takes_adapters_of_experts() -> None:
+    model = eager("mixtral")
+    want = run(model)
+    scalepeft.inject(model, {"name": "lora", "target_modules": ["experts.down_proj"]})
+    close(run(model), want)
+    assert [n for n, p in model.named_parameters() if p.requires_grad][:2] == [
+        f"model.layers.0.mlp.experts.down_proj.adapter.{key}" for key in "AB"
+    ]
 
 
 def test_exports_have_no_place_for_experts(tmp_path: Path) -> None:
