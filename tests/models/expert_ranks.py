@@ -95,6 +95,7 @@ def main() -> None:
         ("qwen3_moe", {"name": "lora", "rank": 4}, "nf4"),
         ("gpt_oss", {"name": "hoft", "rank": 4}, "none"),
         ("gpt_oss", {"name": "lora", "rank": 4}, "nf4"),
+        ("llama4_text", {"name": "hoft", "rank": 4}, "int8"),
     ):
         model = build(family, adapter, storage)
         want = steps(copy.deepcopy(model), "single", {}, Ranks())
