@@ -21,6 +21,7 @@ from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import BROKEN, FINISHED
 from scalepeft.models import dimensions, quant, structure
+from scalepeft.models.experts import ExpertLinear
 from scalepeft.models.hub import PRECISIONS, Base, open_base
 from scalepeft.parallel.single import Single, SingleConfig
 
@@ -88,8 +89,10 @@ def put_stored_values(model: nn.Module, reference: nn.Module) -> int:
     count = 0
     for name, layer in model.named_modules():
         if isinstance(layer, quant.QuantLinear):
-            values = quant.Frozen(layer).weight(torch.float32)
-            reference.get_submodule(name).get_parameter("weight").copy_(values)
+            values, theirs = quant.Frozen(layer).weight(torch.float32), f"{name}.weight"
+            if isinstance(layer, ExpertLinear):  # theirs is a parameter of all experts
+                values, theirs = layer.fused(values), name
+            reference.get_parameter(theirs).copy_(values)
             count += 1
     return count
 
