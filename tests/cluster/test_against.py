@@ -57,10 +57,9 @@ def test_a_base_that_is_read_right(
 
 
 def test_the_command_needs_a_base_alone(bases: Any, tmp_path: Path) -> None:
-    done = call("doctor", f"model.path={bases['llama']}", "--against-transformers", "--json")
+    done = call("doctor", f"model.path={bases['llama']}", "--against-transformers")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["equal"] and found["loss"] == pytest.approx(found["transformers"], rel=5e-3)
+    assert LINE.fullmatch(done.stdout.strip())
     assert not list(tmp_path.iterdir())
     done = call(
         "doctor", "commonsense_hoft", f"model.path={bases['llama']}", "--against-transformers"
@@ -91,7 +90,7 @@ def test_the_first_blocks_of_a_base_that_does_not_fit(
     assert abs(float(out.split("transformers ")[1].split(",")[0]) - right(bases[name])) > 1e-3
     assert sorted(bases[name].iterdir()) == before
     monkeypatch.setattr(against, "_room", lambda device: 1000)
-    with pytest.raises(UserError, match="not one of its blocks fits"):
+    with pytest.raises(UserError, match="too little for one of its blocks"):
         compare(bases[name])
 
 
@@ -127,7 +126,7 @@ def test_a_base_that_is_refused_ends_with_2(kind: str, tmp_path: Path) -> None:
 
 
 def test_it_is_for_one_process_and_has_no_run_folder(bases: Any, monkeypatch: Any) -> None:
-    with pytest.raises(UserError, match="--run-dir goes with the checks"):
+    with pytest.raises(UserError, match="takes neither --run-dir"):
         command.run([f"model.path={bases['llama']}"], "x", against_transformers=True)
     launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for key, value in {**launched, "MASTER_PORT": "1"}.items():

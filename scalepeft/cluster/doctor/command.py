@@ -45,9 +45,9 @@ def run(
         UserError: a mistake in options or config.
     """
     if against_transformers:
-        if run_dir is not None:
-            raise UserError("--run-dir goes with the checks, not with --against-transformers")
-        return against.run(settings, as_json)
+        if run_dir is not None or as_json:
+            raise UserError("--against-transformers takes neither --run-dir nor --json")
+        return against.run(settings)
     if not 0 < timeout <= LONGEST:
         raise UserError(f"--timeout {timeout:g}: must be more than 0 and at most {LONGEST} seconds")
     env, config = launch_variables(os.environ), None
