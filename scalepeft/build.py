@@ -54,11 +54,11 @@ def build(
 
     def make() -> nn.Module:
         model = structure.build(config.model, base.folder, config.train.precision)
+        loss.add_token_loss(model)
         if adapted:
             injection.inject(model, config.adapter)
         else:
             model.requires_grad_(False)
-        loss.add_token_loss(model)
         return model
 
     model = ranks.all_or_raise(make)

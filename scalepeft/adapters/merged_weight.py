@@ -23,8 +23,8 @@ def effective_weight(layer: nn.Module, chunk: int = 1024) -> tuple[Tensor, Tenso
     if not isinstance(layer, Adapted):
         raise UserError(f"{type(layer).__name__} has no adapter; call adapt() or inject() first")
     check_mergeable(layer)
-    was_training = layer.training
-    layer.eval()
+    was_training = layer.adapter.training  # and not the base's: that stays as it is
+    layer.adapter.eval()
     zero = effective_bias(layer)
     weight = zero.new_empty(layer.out_features, layer.in_features)
     for first in range(0, layer.in_features, chunk):
@@ -32,7 +32,7 @@ def effective_weight(layer: nn.Module, chunk: int = 1024) -> tuple[Tensor, Tenso
         x = zero.new_zeros(rows, layer.in_features)
         x[torch.arange(rows), first + torch.arange(rows)] = 1
         weight[:, first : first + rows] = (layer(x) - zero).T
-    layer.train(was_training)
+    layer.adapter.train(was_training)
     has_bias = layer.bias is not None or bool(zero.any())
     return weight, zero if has_bias else None
 

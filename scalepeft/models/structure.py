@@ -1,6 +1,7 @@
 """A base's modules on the meta device, its blocks, its non-persistent tables."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,14 +19,34 @@ def build(config: ModelConfig, folder: Path, precision: str) -> nn.Module:
     Raises:
         UserError: config.json is missing, broken or of an unsupported architecture.
     """
-    where, dtype = f"model.path={folder}", PRECISIONS[precision]
-    model: nn.Module = meta_model(
-        architecture(folder), where, dtype=dtype, attn_implementation="sdpa"
-    )
+    where, attention = f"model.path={folder}", config.attention
+    options: dict[str, Any] = {"dtype": PRECISIONS[precision]}
+    if attention != "auto":
+        where += f" model.attention={attention}"
+        options["attn_implementation"] = attention
+    if attention.startswith("flash") and precision == "fp32":
+        raise UserError(f"{where}: computes in bf16 alone; set train.precision=bf16, or take sdpa")
+    model: nn.Module = meta_model(architecture(folder), where, **options)
     blocks_of(model)
+    _say_what_is_off(model)
     if fmt := quant.get_format(config.quant, config.double_quant):
         _quantize_blocks(model, fmt, folder)
     return model
+
+
+def _say_what_is_off(model: Any) -> None:
+    """Tells once which noise of its own training the base has, and that its loss has another."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        dropout = {name.rsplit(".", 1)[-1]: module.p} if isinstance(module, nn.Dropout) else {}
+        found |= {k: v for k, v in vars(module).items() if "drop" in k or "jitter" in k} | dropout
+    noise = [f"{k}={v:g}" for k, v in found.items() if isinstance(v, float) and v > 0]
+    if noise and rank() == 0:
+        say(f"the frozen base computes as in inference, without {', '.join(noise)}")
+    if getattr(model.config.get_text_config(), "output_router_logits", False) and rank() == 0:
+        say(
+            "the routers' auxiliary loss (output_router_logits in config.json) moves adapters alone"
+        )
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
