@@ -185,10 +185,10 @@ def _decoder_of(model: Any) -> str:
         try:
             with _without_decoder(model, path) as stand_in, torch.enable_grad():
                 logits = stand_in.run(model.forward, states).logits
-            torch.autograd.grad(logits.sum(), states)
-            if logits.shape[:2] == (1, 3) and logits.shape[2] != width:
+            (used,) = torch.autograd.grad(logits.sum(), states, allow_unused=True)
+            if used is not None and logits.shape[:2] == (1, 3) and logits.shape[2] != width:
                 return path
-            why = f"of {path} it makes {tuple(logits.shape)}"
+            why = f"it does not make them of what its {path} returns, token by token"
         except Exception as error:  # whatever a class does with such a decoder
             why = " ".join(f"{type(error).__name__}: {error}".split())
     raise UserError(

@@ -162,7 +162,7 @@ def random_model(config: Any, auto: Any = transformers.AutoModelForCausalLM) -> 
     model = auto.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(4.0) if p.dim() > 1 else p.add_(torch.randn_like(p) * 0.1)
+            p.mul_(2.0) if p.dim() > 1 else p.add_(torch.randn_like(p) * 0.1)
     return model.eval()
 
 
@@ -177,7 +177,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(
     trained = injection.trainable(model)
     with torch.no_grad():
         for p in trained.values():
-            p.normal_(std=0.2)
+            p.normal_(std=0.1)
     ids = torch.randint(3, 90, (1, 12))
     labels = ids.clone()
     labels[:, :3] = IGNORED
@@ -192,7 +192,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(
     assert got.item() == pytest.approx(want.item(), rel=1e-5)
     for mine, reference in zip(got_grads, want_grads, strict=True):
         assert reference.abs().max() > 0
-        assert (mine - reference).abs().max() <= 2e-5 * reference.abs().max()
+        assert (mine - reference).abs().max() <= 1e-5 * reference.abs().max()
 
 
 def test_the_routers_loss_does_not_depend_on_the_micro_batch() -> None:
@@ -261,8 +261,8 @@ def test_a_class_whose_logits_are_not_shown_to_be_its_heads_is_refused() -> None
                 logits=self.lm_head(self.model.norm(inputs_embeds))
             )
 
-    for kind, reason in ((Mixing, "of model it makes"), (Alone, "does not require grad")):
+    for kind in (Mixing, Alone):
         model = on_meta()
         model.__class__ = kind
-        with pytest.raises(UserError, match=rf"{kind.__name__} is not supported: .*{reason}"):
+        with pytest.raises(UserError, match=f"{kind.__name__} is not supported: .* token by token"):
             add_token_loss(model)
