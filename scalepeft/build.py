@@ -66,7 +66,7 @@ def build(
                 )
         else:
             model.requires_grad_(False)
-        return model
+        return injection.train_mode(model)
 
     model = ranks.all_or_raise(make)
     weights = ranks.all_or_raise(lambda: base.weights)
