@@ -54,7 +54,8 @@ def build(
     poll()
 
     def make() -> Any:
-        model: Any = structure.build(config.model, base.folder, config.train.precision)
+        model: Any
+        model = structure.build(config.model, base.folder, config.train.precision, base.weights)
         loss.add_token_loss(model)
         if adapted:
             injection.inject(model, config.adapter)
@@ -69,7 +70,7 @@ def build(
         return injection.train_mode(model)
 
     model = ranks.all_or_raise(make)
-    weights = ranks.all_or_raise(lambda: base.weights)
+    weights = base.weights
     before = weights.bytes_read
     engine = engine_class(config)(config.engine, ranks)
     engine.shard(model, structure.blocks_of(model))

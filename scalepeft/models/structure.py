@@ -1,5 +1,9 @@
 """A base's modules on the meta device, its blocks, its non-persistent tables."""
 
+import inspect
+import math
+import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +15,61 @@ from scalepeft.core.launch import rank
 from scalepeft.core.log import say
 from scalepeft.models import quant
 from scalepeft.models.hub import PRECISIONS, ModelConfig, architecture, meta_model
+from scalepeft.models.weights import Weights
 
 
-def build(config: ModelConfig, folder: Path, precision: str) -> nn.Module:
+def build(
+    config: ModelConfig, folder: Path, precision: str, weights: Weights | None = None
+) -> nn.Module:
     """Builds the causal LM on the meta device, block layers in the storage of ``model.quant``.
 
+    A multimodal model keeps its text decoder and head; what its files hold for images and sound is
+    not read.
+
+    Args:
+        config: of the run's base.
+        folder: with ``config.json``.
+        precision: key of ``PRECISIONS``.
+        weights: the folder's, which are bound to the model; without, shapes alone are to be had.
+
     Raises:
-        UserError: config.json is missing, broken or of an unsupported architecture.
+        UserError: config.json is missing, broken or of an unsupported architecture; the tensors are
+            not those of this architecture.
     """
-    where, attention = f"model.path={folder}", config.attention
-    options: dict[str, Any] = {"dtype": PRECISIONS[precision]}
+    where, attention, dtype = f"model.path={folder}", config.attention, PRECISIONS[precision]
+    options: dict[str, Any] = {"dtype": dtype}
     if attention != "auto":
         where += f" model.attention={attention}"
         options["attn_implementation"] = attention
     if attention.startswith("flash") and precision == "fp32":
         raise UserError(f"{where}: computes in bf16 alone; set train.precision=bf16, or take sdpa")
-    model: nn.Module = meta_model(architecture(folder), where, **options)
+    model: Any = meta_model(architecture(folder), where, **options)
+    keep_fp32(model, dtype)
+    if weights is not None:
+        weights.bind(model, config.unexpected)
+    _drop_towers(model)
     blocks_of(model)
     _say_what_is_off(model)
     if fmt := quant.get_format(config.quant, config.double_quant):
         _quantize_blocks(model, fmt, folder)
-    return model
+    built: nn.Module = model
+    return built
+
+
+def keep_fp32(model: Any, dtype: torch.dtype) -> None:
+    """Keeps in fp32 what transformers does whatever the dtype (DeepSeek-V3's routing bias)."""
+    kept = model._get_dtype_plan(dtype)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if any(re.search(pattern.replace("*", ".*"), name) for pattern in kept):
+            tensor.data = tensor.data.float()
+
+
+def _drop_towers(model: Any) -> None:
+    if model.config.get_text_config() is model.config:
+        return
+    for name, child in model.base_model.named_children():
+        if child is not model.get_decoder() and any(True for _ in child.parameters()):
+            setattr(model.base_model, name, None)
 
 
 def _say_what_is_off(model: Any) -> None:
@@ -51,20 +89,68 @@ def _say_what_is_off(model: Any) -> None:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Returns the decoder blocks, the units of sharding and checkpointing."""
-    blocks = getattr(getattr(model, "base_model", None), "layers", None)
-    if not isinstance(blocks, nn.ModuleList) or not len(blocks):
-        raise UserError(
-            f"{type(model).__name__} is not supported: its decoder has no list of blocks named"
-            " 'layers'. Supported: LLaMA-class models (Llama, Mistral, Qwen2, Qwen3, ...)"
-        )
-    return list(blocks)
+    decoder: Any = model
+    count = getattr(decoder.config.get_text_config(), "num_hidden_layers", 0)
+    for module in decoder.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count > 0:
+            return list(module)
+    raise UserError(
+        f"{type(model).__name__} is not supported: its decoder has no list of blocks, as many as"
+        " num_hidden_layers in config.json"
+    )
+
+
+def _routers(model: Any) -> set[nn.Module]:
+    """Linear layers that choose or weigh experts: a handful of rows that decide where tokens go."""
+    text = model.config.get_text_config()
+    keys = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    counts = {1} | {n for key in keys if isinstance(n := getattr(text, key, None), int)}
+    found = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    return {m for m in found if m.out_features in counts} if len(counts) > 1 else set()
+
+
+@cache
+def _weights_read_by(kind: type[nn.Module]) -> dict[str, bool]:
+    """Children whose ``.weight`` a transformers class reads itself, as its source says; True where
+    for more than its dtype or device (Mamba's fused kernels take the weight of ``out_proj``).
+    """
+    found: dict[str, bool] = {}
+    for base in kind.__mro__:
+        if not base.__module__.startswith("transformers.models."):
+            continue
+        for name, function in vars(base).items():
+            if inspect.isfunction(function) and name not in ("__init__", "_init_weights"):
+                source = inspect.getsource(function)
+                for child, asked in re.findall(
+                    r"\bself\.(\w+)\.weight\b(\.dtype|\.device)?", source
+                ):
+                    found[child] = found.get(child, False) or not asked
+    return found
+
+
+def layers_read_directly(model: nn.Module, values: bool) -> set[nn.Module]:
+    """Linear layers whose weight the model also reads past the layer's forward: an adapter would be
+    passed over there, and bytes taken for numbers.
+
+    Args:
+        model: of transformers.
+        values: only those of which it takes the values, not just the dtype.
+    """
+    return {
+        layer
+        for module in model.modules()
+        for name, more in _weights_read_by(type(module)).items()  # type: ignore[arg-type]
+        if (more or not values) and isinstance(layer := getattr(module, name, None), nn.Linear)
+    }
 
 
 def _quantize_blocks(model: nn.Module, fmt: quant.Format, folder: Path) -> None:
     kept: dict[str, str] = {}
+    plain = _routers(model) | layers_read_directly(model, values=False)
     for block in blocks_of(model):
         for name, layer in block.named_modules():
-            if not isinstance(layer, nn.Linear):
+            # A subclass computes in its own way with the weight itself.
+            if type(layer) is not nn.Linear or layer in plain:
                 continue
             if reason := fmt.refuses(layer.in_features):
                 kept[name.rsplit(".", 1)[-1]] = reason
@@ -94,8 +180,28 @@ def materialize(model: nn.Module, device: torch.device) -> None:
 
 
 def compute_tables(model: nn.Module, device: torch.device) -> None:
-    """Makes meta buffers real: they are in no checkpoint, so that their module is made again."""
-    for parent in list(model.modules()):
-        for name, module in list(parent.named_children()):
-            if any(b.is_meta for b in module.buffers(recurse=False)):
-                setattr(parent, name, type(module)(module.config).to(device))  # rotary frequencies
+    """Makes meta buffers real there: those of files empty, the others as transformers makes them,
+    by the model's own ``_init_weights``.
+    """
+    made: set[nn.Module] = set()
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None or not buffer.is_meta:
+                continue
+            real = torch.empty_like(buffer, device=device)
+            if name in module._non_persistent_buffers_set:
+                made.add(module)
+                if real.is_floating_point():
+                    real.fill_(math.nan)  # a table that nobody makes is then not silent
+            module._buffers[name] = real
+    if not made:
+        return
+    flagged: list[Any] = [m for m in model.modules() if m not in made]
+    for module in made:
+        flagged += module.parameters(recurse=False)
+    for item in flagged:
+        item._is_hf_initialized = True  # transformers' word for: leave it
+    remaker: Any = model
+    remaker.initialize_weights()
+    for item in [*flagged, *made]:
+        del item._is_hf_initialized

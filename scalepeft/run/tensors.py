@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from scalepeft.core.safetensors import SafetensorsFile, Writer
-from scalepeft.models.weights import DTYPES
+from scalepeft.models.sources import DTYPES
 from scalepeft.parallel.base import Part
 
 PIECE = re.compile(r"(.+)\[(\d+):(\d+)\]")
