@@ -130,8 +130,8 @@ def _router_loss(
     """
     learned = labels[:, 1:] != IGNORED
     # To the last label is text; a row without labels counts nothing, and its mean must be finite.
-    text = F.pad(learned, (1, 0)).flip(1).cummax(1).values.flip(1)
-    text = (text | ~text.any(1, keepdim=True)).long()
+    text = F.pad(learned.long(), (1, 0)).flip(1).cummax(1).values.flip(1)
+    text = text | (1 - text.amax(1, keepdim=True))
     total = torch.zeros((), device=labels.device)
     for i, count in enumerate(learned.sum(1)):
         row = slice(i, i + 1)
