@@ -87,9 +87,8 @@ the base, and the file system of the run folder. Trains nothing and leaves nothi
   scalepeft doctor configs/runs/commonsense_hoft.yaml model.path=DIR run_dir=runs/x
   SCALEPEFT_COMMAND=doctor sbatch slurm/hoft_llama70b.sh        the job's own nodes and settings
 
---against-transformers loads the base twice, as a training does and as transformers does (the first
-blocks where all do not fit), and compares loss and logits on 64 fixed tokens in train.precision.
-It needs model.path alone; exits with 1 if they differ, with 2 if the base is refused.
+--against-transformers compares loss and logits of a base, loaded as a training does, with stock
+transformers'; it needs model.path alone, and exits with 1 if they differ, with 2 if it is refused.
 
   scalepeft doctor model.path=DIR_OR_HUB_ID train.precision=fp32 --against-transformers
 """

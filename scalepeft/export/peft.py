@@ -5,6 +5,7 @@ Both formats are PEFT's: ``adapter_config.json`` and ``adapter_model.safetensors
 """
 
 import json
+import re
 from pathlib import Path
 from statistics import mode
 from typing import Any
@@ -63,6 +64,7 @@ def run(run_dir: str, out: str, settings: list[str], format: str) -> None:
     finished = FinishedRun.open(run_dir, settings, "an export")
     model = finished.structure(quantized=True)
     convert = {"peft": _to_peft, "lora": _to_lora}[format]
+    of_experts = _names_of_experts(model)
     fields: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     for name, layer in injection.adapted_layers(model.model):
@@ -72,6 +74,11 @@ def run(run_dir: str, out: str, settings: list[str], format: str) -> None:
                 " place for; use scalepeft merge, or keep the adapter"
             )
         fields[name], parts = convert(layer.adapter.double(), layer, _Real(model, layer))
+        if name.rsplit(".", 1)[-1] in of_experts and fields[name]["peft_type"] == "LORA":
+            raise UserError(
+                f"--format {format}: HF PEFT takes {name} for a layer of the experts, which has the"
+                " same name in the files of this family; use scalepeft merge, or keep the adapter"
+            )
         for key, tensor in parts.items():  # computed in fp64, rounded once
             tensors[f"base_model.model.{name}.{key}"] = tensor.float().cpu().contiguous()
     adapters = dict(injection.adapters(model.model))
@@ -94,6 +101,19 @@ def run(run_dir: str, out: str, settings: list[str], format: str) -> None:
     say(f"{description['peft_type']} adapter of {len(fields)} layers in {out}")
     if description.get("boft_n_butterfly_factor", 1) > 1:
         say("HF PEFT loads more than one butterfly factor only with its CUDA extension")
+
+
+def _names_of_experts(model: Streamed) -> set[str]:
+    """Last names that HF PEFT takes for experts', which had them in transformers 4 and have them in
+    the files.
+    """
+    from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
+
+    config: Any = model.model.config
+    if _MODEL_TO_CONVERSION_PATTERN.get(config.model_type) not in ("qwen2_moe", "mixtral"):
+        return set()  # PEFT converts no others
+    found = (re.search(r"\.experts\.\d+\.(\w+)\.weight$", name) for name in model.weights.entries)
+    return {match[1] for match in found if match}
 
 
 def _to_peft(adapter: Adapter, layer: nn.Linear, base: Base) -> Exported:

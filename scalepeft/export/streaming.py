@@ -51,10 +51,6 @@ class Streamed:
         for name, buffer in model.named_buffers():
             if name in state:
                 buffer.copy_(weights.layout.sources[name].whole().view_as(buffer))
-        # Vectors, which a block may use past the forward of the module that has them.
-        for module in self.modules.values():
-            if all(p is None or p.dim() < 2 for p in module._parameters.values()):
-                self._take(module)
 
     def _take(self, module: nn.Module) -> dict[str, nn.Parameter]:
         own = {key: p for key, p in module._parameters.items() if p is not None and p.is_meta}
@@ -89,7 +85,10 @@ class Streamed:
 
         with ExitStack() as hooks:
             for module in self.modules.values():
-                if any(p.is_meta for p in module.parameters(recurse=False)):
+                if all(p is None or p.dim() < 2 for p in module._parameters.values()):
+                    # Vectors, which a block may use past the forward of the module that has them.
+                    hooks.enter_context(self.held(module))
+                elif any(p.is_meta for p in module.parameters(recurse=False)):
                     hooks.enter_context(module.register_forward_pre_hook(before))
                     hooks.enter_context(module.register_forward_hook(after))
             out: Tensor = self.model(input_ids=ids.to(self.device), use_cache=False).logits

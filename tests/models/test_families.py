@@ -24,6 +24,7 @@ from scalepeft.config import schema as cfg
 from scalepeft.core.errors import UserError
 from scalepeft.eval.generation import Generator
 from scalepeft.export import merge
+from scalepeft.export import peft as export
 from scalepeft.models import quant
 from scalepeft.models.hub import open_base
 from scalepeft.parallel.base import full_shape
@@ -153,6 +154,21 @@ def test_a_merge_loads_in_transformers(name: str, checkpoint: Any, tmp_path: Pat
         want, base = model(input_ids=IDS).logits, stock(folder)(input_ids=IDS).logits
         near(stock(tmp_path / "merged")(input_ids=IDS).logits, want)
         assert (want - base).abs().max() > 0.1, "the adapter does nothing"
+
+
+@quick
+@pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
+def test_an_export_loads_in_peft(name: str, checkpoint: Any, tmp_path: Path) -> None:
+    folder, out = checkpoint(name), tmp_path / "out"
+    model, run_dir = write_run(settings(tmp_path / "run", folder, "none"))
+    if FAMILIES[name].no_export:
+        with pytest.raises(UserError, match=r"HF PEFT takes .* for a layer of the experts"):
+            export.run(str(run_dir), str(out), [], "peft")
+        return
+    export.run(str(run_dir), str(out), [], "peft")
+    theirs = peft.PeftModel.from_pretrained(stock(folder), str(out)).eval()
+    with torch.no_grad():
+        near(theirs(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
 def write_run(config: cfg.RunConfig) -> tuple[Any, Path]:

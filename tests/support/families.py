@@ -61,6 +61,7 @@ class Family:
         outer: settings of a multimodal wrapper around the text model; None for a plain decoder.
         refused: part of the one line that says why it is not supported; empty if it is.
         no_nf4: the same for ``model.quant`` alone.
+        no_export: the same for ``export`` alone.
     """
 
     kind: str
@@ -68,10 +69,15 @@ class Family:
     outer: dict[str, Any] | None = None
     refused: str = ""
     no_nf4: str = ""
+    no_export: str = ""
 
 
 def _family(kind: str, **differs: Any) -> Family:
     return Family(kind, differs)
+
+
+def _shared(kind: str, **differs: Any) -> Family:
+    return Family(kind, differs, no_export="HF PEFT takes its shared experts for the experts")
 
 
 FAMILIES: dict[str, Family] = {
@@ -93,7 +99,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2-moe": _family("qwen2_moe"),
     "qwen3": _family("qwen3"),
     "qwen3-moe": _family("qwen3_moe"),
-    "qwen3-next": _family("qwen3_next", **LINEAR_ATTENTION),
+    "qwen3-next": _shared("qwen3_next", **LINEAR_ATTENTION),
     "qwen3.5": _family("qwen3_5_text", **LINEAR_ATTENTION),
     "qwen3.5-moe": _family("qwen3_5_moe_text", **LINEAR_ATTENTION),
     "gemma": _family("gemma"),
@@ -133,17 +139,17 @@ FAMILIES: dict[str, Family] = {
     "olmo3": _family("olmo3", sliding_window=16),
     "olmoe": _family("olmoe"),
     "flex-olmo": _family("flex_olmo"),
-    "deepseek-v2": _family("deepseek_v2", **LATENT, **ROUTED),
-    "deepseek-v3": _family("deepseek_v3", **LATENT, **ROUTED),
-    "dots1": _family("dots1", n_shared_experts=1, **ROUTED),
+    "deepseek-v2": _shared("deepseek_v2", **LATENT, **ROUTED),
+    "deepseek-v3": _shared("deepseek_v3", **LATENT, **ROUTED),
+    "dots1": _shared("dots1", n_shared_experts=1, **ROUTED),
     "gpt-oss": _family("gpt_oss", sliding_window=16),
     "glm": _family("glm"),
     "glm4": _family("glm4"),
-    "glm4-moe": _family("glm4_moe", **ROUTED),
+    "glm4-moe": _shared("glm4_moe", **ROUTED),
     "ernie4.5": _family("ernie4_5"),
-    "ernie4.5-moe": _family("ernie4_5_moe", moe_num_experts=4, moe_k=2, moe_layer_start_index=1),
+    "ernie4.5-moe": _shared("ernie4_5_moe", moe_num_experts=4, moe_k=2, moe_layer_start_index=1),
     "hunyuan-dense": _family("hunyuan_v1_dense"),
-    "hunyuan-moe": _family("hunyuan_v1_moe", moe_topk=2),
+    "hunyuan-moe": _shared("hunyuan_v1_moe", moe_topk=2),
     "minimax": _family("minimax", layer_types=["linear_attention", "full_attention"]),
     "minicpm3": _family("minicpm3", **{**LATENT, "head_dim": 32}, dim_model_base=16),
     "jetmoe": _family("jetmoe", kv_channels=16),
@@ -328,6 +334,7 @@ def page() -> str:
         layers = "" if family.refused else default_targets(model)
         says = f"refused: {family.refused}" if family.refused else ""
         says = f"`model.quant` is refused: {family.no_nf4}" if family.no_nf4 else says
+        says = f"`export` is refused: {family.no_export}" if family.no_export else says
         rows.append(f"| {name} | `{type(model).__name__}` | {layers} | {says} |")
     supported = sum(not family.refused for family in FAMILIES.values())
     return INTRODUCTION.format(supported=supported, all=len(FAMILIES)) + "\n".join(rows) + "\n"
