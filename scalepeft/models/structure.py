@@ -44,7 +44,12 @@ def build(
         options["attn_implementation"] = attention
     if attention.startswith("flash") and precision == "fp32":
         raise UserError(f"{where}: computes in bf16 alone; set train.precision=bf16, or take sdpa")
-    model: Any = meta_model(architecture(folder), where, **options)
+    described = architecture(folder)
+    if described.is_encoder_decoder:
+        raise UserError(
+            f"{where}: {described.model_type} has an encoder; take a decoder-only model"
+        )
+    model: Any = meta_model(described, where, **options)
     keep_fp32(model, dtype)
     if weights is not None:
         weights.bind(model, config.unexpected)
