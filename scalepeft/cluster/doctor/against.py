@@ -71,14 +71,20 @@ def run(settings: list[str]) -> int:
 
 
 def put_stored_values(model: nn.Module, reference: nn.Module) -> int:
-    """Give transformers' model the values that ours stores quantized; return how many layers."""
-    stored = [m for m in model.named_modules() if isinstance(m[1], quant.QuantLinear)]
-    for name, layer in stored:
-        values, theirs = quant.Frozen(layer).weight(torch.float32), f"{name}.weight"
-        if isinstance(layer, ExpertLinear):  # theirs is a parameter of all experts
-            values, theirs = layer.fused(values), name
-        reference.get_parameter(theirs).data.copy_(values)
-    return len(stored)
+    """Give transformers' model the values that ours stores quantized; return how many layers. A
+    layer that it holds quantized itself stays.
+    """
+    count = 0
+    for name, layer in model.named_modules():
+        if isinstance(layer, quant.QuantLinear):
+            values, theirs = quant.Frozen(layer).weight(torch.float32), f"{name}.weight"
+            if isinstance(layer, ExpertLinear):  # theirs is a parameter of all experts
+                values, theirs = layer.fused(values), name
+            parameter = reference.get_parameter(theirs)
+            if parameter.shape == values.shape:
+                parameter.data.copy_(values)
+                count += 1
+    return count
 
 
 def _theirs(model: Any, base: Base, config: RunConfig, ids: Tensor) -> Tensor:
