@@ -26,7 +26,7 @@ class Built:
     engine: Engine
     model: nn.Module
     base: dict[str, Any]
-    """Which base this is: path, revision, storage, fingerprint."""
+    """Which base this is: path, revision, storage, fingerprint, sha256 of its files."""
     bytes_read: int
 
 
@@ -73,6 +73,7 @@ def build(
     injection.reset_adapters(model, config.train.seed)
     kind = config.model
     description = {key: getattr(kind, key) for key in ("path", "revision", "quant", "double_quant")}
+    description["sha256"] = base.digests(ranks)
     fingerprint = ranks.all_or_raise(lambda: base.fingerprint)
     what = f"model.path={kind.path}: files differ"
     description["fingerprint"] = ranks.assert_equal(fingerprint, what)

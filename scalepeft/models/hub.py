@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, Decides, NotNegative
 from scalepeft.data.tokens import tokenizer_hash
+from scalepeft.models import integrity
 from scalepeft.models.weights import Weights
 from scalepeft.parallel.ranks import Ranks
 
@@ -51,6 +52,7 @@ class Base:
 
     def __init__(self, config: ModelConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
+        self._digests: dict[str, str] | None = None
 
     @cached_property
     def architecture(self) -> Any:
@@ -86,6 +88,13 @@ class Base:
     def fingerprint(self) -> str:
         """sha256 of what tells one base from another."""
         return self.weights.fingerprint()
+
+    def digests(self, ranks: Ranks) -> dict[str, str]:
+        """sha256 of each shard by name; a collective when it is first asked for."""
+        if self._digests is None:
+            files = [file.path for file in ranks.all_or_raise(lambda: self.weights).files]
+            self._digests = integrity.shard_digests(files, ranks)
+        return self._digests
 
 
 def open_base(config: ModelConfig, ranks: Ranks) -> Base:
@@ -161,9 +170,9 @@ def load_tokenizer(config: ModelConfig, folder: Path) -> Any:
             )
         raise UserError(f"{where}: no tokenizer.json there; set model.tokenizer=FOLDER_OR_HUB_ID")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # for a damaged file the tokenizers library raises a bare Exception
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = f"{type(error).__name__}: {_reason(error)}"
         raise UserError(f"{where}: no tokenizer can be loaded: {reason}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{where}: no end-of-text token; set eos_token in tokenizer_config.json")
@@ -178,10 +187,20 @@ def architecture(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path={folder}: no config.json there; name a whole model's folder")
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"model.path={folder}: config.json: {reason}") from None
+        raise UserError(f"model.path={folder}: config.json: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """Its text in one line; that code of the base's own would be needed, in words of ours."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" not in text:
+        return text
+    return (
+        "needs Python code that lies beside the weights (auto_map), which is never run here; name"
+        " a base whose architecture transformers itself has"
+    )
 
 
 def meta_model(config: Any, where: str, **options: Any) -> Any:
@@ -190,6 +209,6 @@ def meta_model(config: Any, where: str, **options: Any) -> Any:
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **options)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     except (ValueError, KeyError) as error:
-        raise UserError(f"{where}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{where}: {_reason(error)}") from None

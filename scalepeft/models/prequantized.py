@@ -221,7 +221,7 @@ def _scaled(settings: dict[str, Any], left: Sources) -> Made:
             if not isinstance(wanted, list) or [type(n) for n in wanted] != [int, int]:
                 wanted = (1, 1)
             grid = (*scale.shape, *[1] * (len(shape) - len(scale.shape)))
-            last = list(zip(shape[-2:], grid[-2:], wanted, strict=True))
+            last = list(zip(shape[-2:], grid[-2:], wanted, strict=False))
             # The config's block first: its last one may be cut (576 rows of 128 are 5 blocks).
             block = [b for n, g, b in last if b > 0 and -(-n // b) == g]
             if len(block) < 2:
