@@ -17,6 +17,7 @@ from scalepeft.models.hub import Base
 from scalepeft.models.weights import load_weights
 from scalepeft.parallel.base import Engine
 from scalepeft.parallel.ranks import Ranks
+from scalepeft.run.quantized_copy import QuantizedCopy
 
 
 @dataclass
@@ -67,9 +68,11 @@ def build(
     engine = engine_class(config)(config.engine, ranks)
     engine.shard(model, structure.blocks_of(model))
     structure.materialize(model, ranks.device)
-    turns = load_weights(model, weights)
+    copy = QuantizedCopy(base, model, engine)
+    turns = load_weights(model, weights, copy.fill)
     while ranks.all_or_raise(lambda: next(turns, "end")) != "end":
         poll()
+    copy.keep()
     injection.reset_adapters(model, config.train.seed)
     kind = config.model
     description = {key: getattr(kind, key) for key in ("path", "revision", "quant", "double_quant")}
@@ -77,7 +80,7 @@ def build(
     fingerprint = ranks.all_or_raise(lambda: base.fingerprint)
     what = f"model.path={kind.path}: files differ"
     description["fingerprint"] = ranks.assert_equal(fingerprint, what)
-    return Built(engine, model, description, weights.bytes_read - before)
+    return Built(engine, model, description, weights.bytes_read - before + copy.bytes_read)
 
 
 def check_batch(config: RunConfig, world: int) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from scalepeft.core.errors import UserError
@@ -28,6 +29,9 @@ class ModelConfig:
         tokenizer: folder or hub id, where it is not that of the model.
         quant: how block weights are held: ``none`` (the compute dtype), ``nf4``, ``int8``.
         double_quant: NF4 scales in 8 bits too, 4.13 instead of 4.5 bits a weight.
+        quantized_cache: folder for copies of what was quantized, which the next start reads in the
+            base's place; ``auto``: in ``$SCALEPEFT_CACHE``, where that is set, from 1 GiB on;
+            ``off``: none.
         pretrain_steps: next-token steps on the toy task's text that the built-in model gets when
             made.
     """
@@ -37,6 +41,9 @@ class ModelConfig:
     tokenizer: Annotated[str | None, Decides.TOKENS] = None
     quant: Annotated[Literal["none", "nf4", "int8"], Decides.TRAINING] = "none"
     double_quant: Annotated[bool, Decides.TRAINING] = False
+    quantized_cache: Annotated[
+        str, BeforeValidator(lambda v: "off" if v is False else v), Decides.PLACE
+    ] = "auto"
     pretrain_steps: Annotated[NotNegative, Decides.TRAINING] = 0
 
 

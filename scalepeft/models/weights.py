@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,11 +131,14 @@ class Weights:
         return digest.hexdigest()
 
 
-def load_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
+def load_weights(
+    model: nn.Module, weights: Weights, stored: Callable[..., bool] = lambda *of: False
+) -> Iterator[None]:
     """Fills this rank's rows of every base parameter, real and possibly sharded; not adapters.
 
     A generator that stops after every module that holds parameters, so that ranks can agree in
-    between; it takes the same number of turns on every rank.
+    between; it takes the same number of turns on every rank. ``stored`` may fill a quantized weight
+    and its scale by itself, and says whether it did.
 
     Raises:
         UserError: a tensor of the model is missing in the files or has another shape; nothing is
@@ -147,8 +150,11 @@ def load_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
             continue
         own = [(n, p) for n, p in module.named_parameters(recurse=False) if n != "weight_scale"]
         for name, parameter in own:
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            scale = getattr(module, f"{name}_scale", None)
+            if scale is None or not stored(f"{module_name}.{name}", parameter, scale):
                 with torch.no_grad():
                     fill(module, f"{module_name}.{name}", name, parameter, weights)
         if own:
