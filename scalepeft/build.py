@@ -54,7 +54,7 @@ def build(
     poll()
 
     def make() -> nn.Module:
-        model = structure.build(config.model, base.folder, config.train.precision)
+        model = structure.build(config.model, base.folder, config.train.precision, base.weights)
         if adapted:
             injection.inject(model, config.adapter)
         else:
@@ -63,7 +63,7 @@ def build(
         return model
 
     model = ranks.all_or_raise(make)
-    weights = ranks.all_or_raise(lambda: base.weights)
+    weights = base.weights
     before = weights.bytes_read
     engine = engine_class(config)(config.engine, ranks)
     engine.shard(model, structure.blocks_of(model))

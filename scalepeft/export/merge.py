@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,35 +27,41 @@ from scalepeft.core.safetensors import SafetensorsFile, Stored, Writer
 from scalepeft.export.streaming import FinishedRun, Streamed, plain, refuse_existing, whole_folder
 from scalepeft.models import hub as models
 from scalepeft.models import quant, structure
-from scalepeft.models.weights import DTYPES, PIECE_BYTES, Weights
+from scalepeft.models.conversion import Group
+from scalepeft.models.sources import DTYPES, FLOATS, Source
+from scalepeft.models.weights import INDEX, PIECE_BYTES, Entry, Weights
 from scalepeft.run.tensors import as_bytes
 
 __all__ = ["effective_weight", "run"]
 
-INDEX = "model.safetensors.index.json"
 TOKENS = 64  # that the merged model is compared over
 COPIED = (
     "generation_config.json", "*.jinja", "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt",
+    "added_tokens.json", "vocab.json", "merges.txt", "*processor_config.json",
 )  # fmt: skip
 SWITCHES = ("attention_bias", "mlp_bias")
 """Keys of config.json that give the layers of a block a bias (LLaMA has both)."""
 NAMES = {"fp32": "F32", "bf16": "BF16"}
+NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class _Item:
-    """A tensor to write; ``stored`` is where the base has it, None for a bias that is new."""
+    """A tensor to write; ``source`` is where the base has it, None for a bias that is new."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    stored: Stored | None
+    source: Source | None
+
+    @property
+    def stored(self) -> Stored | None:
+        """As the base's file has the very bytes to write, if nothing changes the values."""
+        same = isinstance(self.source, Entry) and self.source.stored.dtype == self.dtype
+        return self.source.stored if isinstance(self.source, Entry) and same else None
 
     @property
     def size(self) -> int:
-        if self.stored is not None and self.dtype == self.stored.dtype:
-            return self.stored.stop - self.stored.start
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
@@ -112,7 +118,7 @@ def run(
         _write_index(folder, shards)
     say(f"merged checkpoint ({base} base) in {out}")
     adapted = model if storage == "none" else finished.structure(quantized=True)
-    say(_difference(adapted, plain(target, finished.device)))
+    say(_difference(adapted, plain(target, finished.device, finished.config.model)))
     if storage != "none" and base == "original":
         say(
             f"the adapter was trained over the {storage} base, whose rounding this checkpoint does"
@@ -145,19 +151,15 @@ def _plan(finished: FinishedRun, model: Streamed, dtype: str) -> tuple[list[str]
             )
         if layer.bias is None and adds_bias(layer):
             biases.add(f"{name}.bias")
-    there = {name for file in finished.base.weights.files for name in file.tensors}
     method = finished.config.adapter.name
-    switches, shapes = _architecture_with(finished.base.folder, biases - there, method)
-    shards = _shards(finished.base.weights, shapes, dtype)
-    written = {item.name: item.shape for shard in shards for item in shard.items}
-    for name, shape in shapes.items():
-        if written.get(name) != shape:
-            raise UserError(
-                f"model.path={finished.base.folder}: tensor '{name}' is"
-                f" {list(written[name]) if name in written else 'missing'}, config.json says"
-                f" {list(shape)}; the files are incomplete or of another model"
-            )
-    return switches, shards
+    switches, shapes = _architecture_with(finished.base.folder, biases, method)
+    layout = model.weights.layout
+    names = {group.first_target: name for name, group in layout.groups.items()}
+    new = {}
+    for bias in shapes.keys() - layout.sources.keys():  # a switch gives other layers one too
+        weight = names[bias.removesuffix("bias") + "weight"]
+        new[weight] = _Item(weight.removesuffix("weight") + "bias", "", shapes[bias], None)
+    return switches, _shards(model.weights, new, dtype)
 
 
 def _architecture_with(
@@ -180,20 +182,21 @@ def _architecture_with(
     )
 
 
-def _shards(weights: Weights, shapes: dict[str, tuple[int, ...]], dtype: str) -> list[_Shard]:
+def _shards(weights: Weights, new: dict[str, _Item], dtype: str) -> list[_Shard]:
     """The base's tensors in their files and order; a new bias stands behind its weight."""
-    there = {name for file in weights.files for name in file.tensors}
     several = len(weights.files) > 1 or (weights.folder / INDEX).is_file()
     shards = []
     for file in weights.files:
         items = []
-        for tensor in file.tensors.values():
-            cast = dtype != "base" and tensor.dtype in DTYPES
-            kind = NAMES[dtype] if cast else tensor.dtype
-            items.append(_Item(tensor.name, kind, tensor.shape, tensor))
-            bias = tensor.name.removesuffix("weight") + "bias"
-            if bias in shapes and bias not in there:
-                items.append(_Item(bias, kind, shapes[bias], None))
+        for name, source in weights.entries.items():
+            if source.where != str(file.path):
+                continue
+            kind = NAME_OF[source.dtype]
+            if dtype != "base" and kind in FLOATS:
+                kind = NAMES[dtype]
+            items.append(_Item(name, kind, tuple(source.shape), source))
+            if (bias := new.get(name)) is not None:
+                items.append(replace(bias, dtype=kind))
         # transformers finds a single file by its name, and several by their index.
         name = file.path.name if several else "model.safetensors"
         shards.append(_Shard(name, file, items))
@@ -204,28 +207,30 @@ def _write_shard(model: Streamed, shard: _Shard, folder: Path, poll: Callable[[]
     """Writes a shard; it has its name once it is whole."""
     header = [(item.name, item.dtype, item.shape, item.size) for item in shard.items]
     begun = folder / f"{shard.file}.begun"
+    values = _NewValues(model)
     with Writer(begun, header, shard.source.metadata or {"format": "pt"}) as writer:
         for item in shard.items:
             poll()
-            writer.write(_pieces(model, shard.source, item))
+            writer.write(_pieces(values, shard.source, item))
     begun.rename(folder / shard.file)
 
 
-def _pieces(model: Streamed, source: SafetensorsFile, item: _Item) -> Iterator[Any]:
+def _pieces(values: "_NewValues", source: SafetensorsFile, item: _Item) -> Iterator[Any]:
     """The bytes of a tensor as they are to be written, some rows at a time."""
-    value = _new_value(model, item)
-    if value is None and item.stored is None:
+    value = values.of(item)
+    if value is None and item.source is None:
         yield bytes(item.size)
-    elif value is None and item.stored is not None and item.dtype == item.stored.dtype:
+    elif value is None and item.stored is not None:
         yield from source.pieces(item.stored)
     else:
         length = item.shape[0] if item.shape else 1
         rows = max(1, PIECE_BYTES * length // max(1, item.size))
+        if value is None and item.source is not None and not item.source.by_rows:
+            value = item.source.whole()
         for first in range(0, length, rows):
             last = min(first + rows, length)
-            part = (
-                model.weights.rows(item.name, first, last) if value is None else value[first:last]
-            )
+            kept = value is None and item.source is not None
+            part = item.source.rows(first, last) if kept else value[first:last]  # type: ignore
             rounded = part.to(DTYPES[item.dtype]).cpu()
             if value is not None and not torch.isfinite(rounded).all():
                 what = f"{item.name}: the merged values do not fit into {item.dtype}"
@@ -233,22 +238,59 @@ def _pieces(model: Streamed, source: SafetensorsFile, item: _Item) -> Iterator[A
             yield as_bytes(rounded)
 
 
-@torch.no_grad()
-def _new_value(model: Streamed, item: _Item) -> Tensor | None:
-    """The merged tensor, fp32 or better; None where the base's own value stays."""
-    name, _, key = item.name.rpartition(".")
-    module = model.modules.get(name)
-    kinds = (Adapted, AdaptedNorm, quant.QuantLinear)
-    if not isinstance(module, kinds) or key not in ("weight", "bias"):
+class _NewValues:
+    """What merging changes, under the files' names: fp32 or better."""
+
+    def __init__(self, model: Streamed) -> None:
+        self._model = model
+        self._held: dict[int, dict[str, Tensor]] = {}
+        """Group -> its tensors of the model; those of a block's experts lie beside one another."""
+
+    @torch.no_grad()
+    def of(self, item: _Item) -> Tensor | None:
+        """The new tensor; None where the base's own value stays."""
+        layout = self._model.weights.layout
+        if item.source is None:
+            weight = layout.groups[item.name.removesuffix("bias") + "weight"].first_target
+            return self._tensor(weight.removesuffix("weight") + "bias")
+        if (group := layout.groups.get(item.name)) is None:
+            return None
+        if group.converter is None:
+            return self._tensor(group.first_target)
+        if id(group) not in self._held:
+            while len(self._held) > 2:
+                del self._held[next(iter(self._held))]
+            self._held[id(group)] = self._converted(group)
+        if not (new := self._held[id(group)]):
+            return None
+        rows = slice(None)
+        if group.by_rows:
+            at = group.place(item.name)
+            rows = slice(at, at + 1)
+        return group.restore({name: t[rows] for name, t in new.items()}, rows)[item.name]
+
+    def _converted(self, group: Group) -> dict[str, Tensor]:
+        new = {name: self._tensor(name) for name in group.shapes()}
+        if all(tensor is None for tensor in new.values()):
+            return {}
+        sources = self._model.weights.layout.sources
+        return {n: sources[n].whole() if t is None else t for n, t in new.items()}
+
+    def _tensor(self, target: str) -> Tensor | None:
+        """The new value of a tensor of the model, or None."""
+        name, _, key = target.rpartition(".")
+        module = self._model.modules.get(name)
+        kinds = (Adapted, AdaptedNorm, quant.QuantLinear)
+        if not isinstance(module, kinds) or key not in ("weight", "bias"):
+            return None
+        with self._model.held(module):
+            if isinstance(module, Adapted):
+                return effective_weight(module)[0] if key == "weight" else effective_bias(module)
+            if isinstance(module, AdaptedNorm):
+                return norm_parameter(name, module, key)
+            if isinstance(module, quant.QuantLinear) and key == "weight":
+                return quant.Frozen(module).weight(torch.float32)
         return None
-    with model.held(module):
-        if isinstance(module, Adapted):
-            return effective_weight(module)[0] if key == "weight" else effective_bias(module)
-        if isinstance(module, AdaptedNorm):
-            return norm_parameter(name, module, key)
-        if isinstance(module, quant.QuantLinear) and key == "weight":
-            return quant.Frozen(module).weight(torch.float32)
-    return None
 
 
 def _copy_small_files(
@@ -263,6 +305,12 @@ def _copy_small_files(
                     shutil.copyfile(file, folder / file.name)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     config |= dict.fromkeys(switches, True)
+    weights = finished.base.weights
+    if any(not isinstance(source, Entry) for source in weights.entries.values()):
+        for part in (config, config.get("text_config") or {}):
+            part.pop("quantization_config", None)  # what is written are plain numbers
+    if weights.layout.untied:
+        config["tie_word_embeddings"] = False
     if dtype != "base":
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
         config[key] = str(DTYPES[NAMES[dtype]]).removeprefix("torch.")
@@ -285,7 +333,7 @@ def _difference(adapted: Streamed, merged: Streamed) -> str:
     config: Any = adapted.model.config
     length = min(TOKENS, getattr(config, "max_position_embeddings", TOKENS))
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.vocab_size, (1, length), generator=generator)
+    ids = torch.randint(config.get_text_config().vocab_size, (1, length), generator=generator)
     want, got = adapted.logits(ids), merged.logits(ids)
     worst, largest = (got - want).abs().max().item(), want.abs().max().item()
     agree = int((got.argmax(-1) == want.argmax(-1)).sum())

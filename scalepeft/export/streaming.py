@@ -46,7 +46,11 @@ class Streamed:
         self.model, self.weights, self.device = model.eval(), weights, device
         self.modules = dict(model.named_modules())
         self.names = {id(p): name for name, p in model.named_parameters()}
-        """Of tied parameters the first name, which is the one in the files."""
+        """Of tied parameters the first name."""
+        state = model.state_dict(keep_vars=True)
+        for name, buffer in model.named_buffers():
+            if name in state:
+                buffer.copy_(weights.layout.sources[name].whole().view_as(buffer))
 
     def _take(self, module: nn.Module) -> dict[str, nn.Parameter]:
         own = {key: p for key, p in module._parameters.items() if p is not None and p.is_meta}
@@ -141,18 +145,20 @@ class FinishedRun:
         config = self.config.model
         if not quantized:
             config = replace(config, quant="none", double_quant=False)
-        model = structure.build(config, self.base.folder, "fp32")
+        weights = self.base.weights
+        model = structure.build(config, self.base.folder, "fp32", weights)
         injection.inject(model, self.config.adapter)
         for _, adapter in injection.adapters(model):
             adapter.to_empty(device=self.device)
         injection.load_state(model, self.state, f"{self.config.run_dir}/adapter")
-        return Streamed(model, self.base.weights, self.device)
+        return Streamed(model, weights, self.device)
 
 
-def plain(folder: Path, device: torch.device) -> Streamed:
-    """The model of a folder alone, in fp32."""
-    config = ModelConfig(path=str(folder))
-    return Streamed(structure.build(config, folder, "fp32"), Weights(folder), device)
+def plain(folder: Path, device: torch.device, config: ModelConfig) -> Streamed:
+    """The model of a folder alone, in fp32; the rest as ``config`` of the run has it."""
+    weights = Weights(folder)
+    config = replace(config, path=str(folder), quant="none", double_quant=False)
+    return Streamed(structure.build(config, folder, "fp32", weights), weights, device)
 
 
 def refuse_existing(out: Path) -> None:

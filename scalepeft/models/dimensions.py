@@ -11,7 +11,8 @@ from typing import Any
 from scalepeft.core.errors import UserError
 from scalepeft.models import hub, shapes
 from scalepeft.models.hub import BUILTIN, ModelConfig
-from scalepeft.models.weights import DTYPES, Weights
+from scalepeft.models.sources import DTYPES
+from scalepeft.models.weights import Weights
 
 ITEM_BYTES = {str(d).removeprefix("torch."): d.itemsize for d in DTYPES.values()}
 

@@ -34,6 +34,8 @@ class ModelConfig:
             ``off``: none.
         pretrain_steps: next-token steps on the toy task's text that the built-in model gets when
             made.
+        unexpected: tensors of the files that the model does not have: ``error`` stops, ``ignore``
+            leaves them out, as transformers does.
     """
 
     path: Annotated[str, Decides.PLACE] = BUILTIN
@@ -45,6 +47,7 @@ class ModelConfig:
         str, BeforeValidator(lambda v: "off" if v is False else v), Decides.PLACE
     ] = "auto"
     pretrain_steps: Annotated[NotNegative, Decides.TRAINING] = 0
+    unexpected: Annotated[Literal["error", "ignore"], Decides.PLACE] = "error"
 
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -212,10 +215,16 @@ def _reason(error: Exception) -> str:
 
 def meta_model(config: Any, where: str, **options: Any) -> Any:
     """Returns the causal LM of a transformers config on the meta device; UserError if it cannot."""
-    from transformers import AutoModelForCausalLM
+    from transformers import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
 
+    multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    made_by: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+            return made_by.from_config(config, trust_remote_code=False, **options)
     except (ValueError, KeyError) as error:
         raise UserError(f"{where}: {_reason(error)}") from None

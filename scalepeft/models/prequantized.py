@@ -7,7 +7,6 @@ that library's arithmetic. A method that is not here is refused by its name.
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
@@ -16,8 +15,9 @@ from torch import Tensor
 
 from scalepeft.core.errors import UserError
 from scalepeft.models import quant
+from scalepeft.models.sources import Source
 
-Sources = dict[str, Any]
+Sources = dict[str, Source]
 Bytes = tuple[Tensor, Tensor]
 Made = Iterator[tuple[str, "Folded"]]
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -33,23 +33,28 @@ AWQ_SHIFTS = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28])
 """Bits at which 8 neighboring columns lie in an int32 of AWQ's gemm order."""
 
 
-@dataclass(frozen=True)
-class Folded:
-    """A quantized weight of the files as floats.
+class Folded(Source):
+    """A quantized weight of the files as floats."""
 
-    Attributes:
-        where: the file, for messages.
-        shape: of the floats.
-        rows: rows ``first .. last`` in ``dtype``.
-        encoded: the file's own bytes of these rows, as ``fmt.encode`` would give them; None where
-            only rounding again could make them.
-    """
+    def __init__(
+        self,
+        where: str,
+        shape: tuple[int, ...],
+        rows: Callable[[int, int], Tensor],
+        encoded: Callable[[quant.Format, int, int], Bytes | None] = lambda fmt, first, last: None,
+        dtype: torch.dtype = torch.float32,
+        by_rows: bool = True,
+    ) -> None:
+        self.where, self.shape, self.dtype, self.by_rows = where, tuple(shape), dtype, by_rows
+        self._rows, self._encoded = rows, encoded
 
-    where: str
-    shape: tuple[int, ...]
-    rows: Callable[[int, int], Tensor]
-    encoded: Callable[[quant.Format, int, int], Bytes | None] = lambda fmt, first, last: None
-    dtype: torch.dtype = torch.float32
+    def rows(self, first: int, last: int) -> Tensor:
+        """Decodes these rows."""
+        return self._rows(first, last)
+
+    def encoded(self, fmt: quant.Format, first: int, last: int) -> Bytes | None:
+        """The file's own bytes; None where only rounding again could make those of ``fmt``."""
+        return self._encoded(fmt, first, last)
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -114,7 +119,7 @@ def _refuse(where: str, what: str) -> NoReturn:
                     " that transformers has dequantized")  # fmt: skip
 
 
-def _take(left: Sources, name: str, *shape: int) -> Any:
+def _take(left: Sources, name: str, *shape: int) -> Source:
     found = left.pop(name, None)
     if found is None:
         raise UserError(f"the base has no tensor '{name}', which a quantized weight needs; the"
@@ -123,11 +128,6 @@ def _take(left: Sources, name: str, *shape: int) -> Any:
         raise UserError(f"{found.where}: '{name}' has shape {list(found.shape)}, its weight needs"
                         f" {list(shape)}; copy the base again")  # fmt: skip
     return found
-
-
-def _whole(source: Any) -> Tensor:
-    rows: Tensor = source.rows(0, source.shape[0] if source.shape else 1)
-    return rows
 
 
 class _Bnb4:
@@ -141,16 +141,16 @@ class _Bnb4:
         item = self.packed.dtype.itemsize  # bnb_4bit_quant_storage may be wider than a byte
         _take(left, name, -(-count // (2 * item)), 1)
         self.absmax = _take(left, f"{name}.absmax", -(-count // self.size))
-        self.table = _whole(_take(left, f"{name}.quant_map", 16)).float()
+        self.table = _take(left, f"{name}.quant_map", 16).whole().float()
         self.nested: Any = None
         if "nested_offset" in state:
             parts = (_take(left, f"{name}.nested_{part}") for part in ("quant_map", "absmax"))
             offset = torch.tensor(float(state["nested_offset"]))
-            self.nested = *map(_whole, parts), int(state["nested_blocksize"]), offset
+            self.nested = *(part.whole() for part in parts), int(state["nested_blocksize"]), offset
 
     def _scales(self, first: int, last: int) -> Tensor:
         """Of blocks ``first .. last``, fp32."""
-        found: Tensor = self.absmax.rows(first, last)
+        found = self.absmax.rows(first, last)
         if self.nested is None:
             return found.float()
         table, scales, size, offset = self.nested
@@ -159,8 +159,7 @@ class _Bnb4:
 
     def _bytes(self, first: int, last: int) -> Tensor:
         a, b = (i * self.size // 2 // self.packed.dtype.itemsize for i in (first, last))
-        rows: Tensor = self.packed.rows(a, min(b, self.packed.shape[0]))
-        return rows.reshape(-1).view(torch.uint8)
+        return self.packed.rows(a, min(b, self.packed.shape[0])).reshape(-1).view(torch.uint8)
 
     def rows(self, first: int, last: int) -> Tensor:
         begin, end = (row * math.prod(self.shape[1:]) for row in (first, last))
@@ -184,7 +183,7 @@ def _bitsandbytes(settings: dict[str, Any], left: Sources) -> Made:
     for key in [name for name in left if ".quant_state.bitsandbytes__" in name]:
         source, name = left.pop(key), key.partition(".quant_state.")[0]
         try:
-            made = _Bnb4(left, name, json.loads(bytes(_whole(source).tolist())))
+            made = _Bnb4(left, name, json.loads(bytes(source.whole().tolist())))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{source.where}: '{key}': broken ({error}); copy it again") from None
         yield name, Folded(source.where, made.shape, made.rows, made.encoded, made.dtype)
@@ -196,13 +195,15 @@ def _bitsandbytes(settings: dict[str, Any], left: Sources) -> Made:
         yield name, Folded(stats.where, weight.shape, rows, partial(_int8_bytes, weight, stats))
 
 
-def _int8_rows(weight: Any, stats: Any, first: int, last: int) -> Tensor:
+def _int8_rows(weight: Source, stats: Source, first: int, last: int) -> Tensor:
     """LLM.int8: w = code * SCB / 127, one SCB a row."""
-    scale: Tensor = stats.rows(first, last).float().view(-1, 1) / 127
+    scale = stats.rows(first, last).float().view(-1, 1) / 127
     return weight.rows(first, last) * scale
 
 
-def _int8_bytes(weight: Any, stats: Any, fmt: quant.Format, first: int, last: int) -> Bytes | None:
+def _int8_bytes(
+    weight: Source, stats: Source, fmt: quant.Format, first: int, last: int
+) -> Bytes | None:
     if not isinstance(fmt, quant.Int8):
         return None
     scale = stats.rows(first, last).float().view(-1, 1) / 127
@@ -236,9 +237,9 @@ def _scaled(settings: dict[str, Any], left: Sources) -> Made:
 
 
 def _by_blocks(
-    weight: Any, scale: Any, grid: tuple[int, ...], block: list[int], first: int, last: int
+    weight: Source, scale: Source, grid: tuple[int, ...], block: list[int], first: int, last: int
 ) -> Tensor:
-    factors = _whole(scale)
+    factors = scale.whole()
     if factors.dtype == torch.uint8:  # E8M0: exponents alone
         factors = (factors.float() - 127).exp2()
     factors = factors.float().view(grid)
@@ -247,20 +248,7 @@ def _by_blocks(
     else:
         factors = factors[first:last].repeat_interleave(block[0], -2)[..., : weight.shape[-2], :]
     factors = factors.repeat_interleave(block[1], -1)[..., : weight.shape[-1]]
-    rows: Tensor = weight.rows(first, last)
-    return rows.float() * factors
-
-
-class _Held:
-    """The packed tensors of one weight, whose rows lie across them, kept for its next rows."""
-
-    def __init__(self) -> None:
-        self._of: object = None
-
-    def get(self, *sources: Any) -> list[Tensor]:
-        if self._of is not sources[0]:
-            self._of, self._tensors = sources[0], [_whole(source) for source in sources]
-        return self._tensors
+    return weight.rows(first, last).float() * factors
 
 
 def _unpack(packed: Tensor, shifts: Tensor, dim: int) -> Tensor:
@@ -279,7 +267,7 @@ def _columns(packed: Tensor, shifts: Tensor, first: int, last: int) -> Tensor:
 
 def _grouped(settings: dict[str, Any], left: Sources) -> Made:
     """GPTQ and AWQ: w[o, i] = scale[g, o] * (code[i, o] - zero[g, o]), g the group of input i."""
-    awq, held = _method(settings) == "awq", _Held()
+    awq = _method(settings) == "awq"
     form = settings.get("version", "gemm") if awq else settings.get("checkpoint_format", "gptq")
     if str(form).lower() not in (("gemm",) if awq else ("gptq", "gptq_v2")):
         _refuse("config.json", f"quant_method={_method(settings)} in the form {form} is not read"
@@ -295,21 +283,22 @@ def _grouped(settings: dict[str, Any], left: Sources) -> Made:
         width = packed.shape[0] * (1 if awq else len(shifts))
 
         sources = packed, zeros, scales
-        rows = partial(_decode_groups, held, sources, order, shifts, awq, int(form == "gptq"))
-        yield f"{module}weight", Folded(packed.where, (out, width), rows)
+        rows = partial(_decode_groups, sources, order, shifts, awq, int(form == "gptq"))
+        # A row of ours lies across the rows of the file.
+        yield f"{module}weight", Folded(packed.where, (out, width), rows, by_rows=False)
 
 
 def _decode_groups(
-    held: _Held, sources: Any, order: Any, shifts: Tensor, awq: bool, less: int, first: int,
+    sources: Any, order: Any, shifts: Tensor, awq: bool, less: int, first: int,
     last: int,
 ) -> Tensor:  # fmt: skip
-    codes, zero, scale = held.get(*sources)
+    codes, zero, scale = (source.whole() for source in sources)
     codes = (
         _columns(codes, shifts, first, last) if awq else _unpack(codes[:, first:last], shifts, 0)
     )
     zero = (_columns(zero, shifts, first, last) + less) & (2 ** (32 // len(shifts)) - 1)
     width, scale = len(codes), scale[:, first:last].float()
-    group = torch.arange(width) * len(scale) // width if order is None else _whole(order).long()
+    group = torch.arange(width) * len(scale) // width if order is None else order.whole().long()
     return ((codes - zero[group]) * scale[group]).T.contiguous()
 
 

@@ -1,6 +1,9 @@
 """A base's modules on the meta device, its blocks, its non-persistent tables."""
 
+import math
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,42 +11,89 @@ from torch import nn
 from scalepeft.core.errors import UserError
 from scalepeft.core.launch import rank
 from scalepeft.core.log import say
-from scalepeft.models import quant
+from scalepeft.models import prequantized, quant
 from scalepeft.models.hub import PRECISIONS, ModelConfig, architecture, meta_model
+from scalepeft.models.weights import Weights
 
 
-def build(config: ModelConfig, folder: Path, precision: str) -> nn.Module:
+def build(
+    config: ModelConfig, folder: Path, precision: str, weights: Weights | None = None
+) -> nn.Module:
     """Builds the causal LM on the meta device, block layers in the storage of ``model.quant``.
 
+    A multimodal model keeps its text decoder and head; what its files hold for images and sound is
+    not read.
+
+    Args:
+        config: of the run's base.
+        folder: with ``config.json``.
+        precision: key of ``PRECISIONS``.
+        weights: the folder's, which are bound to the model; without, shapes alone are to be had.
+
     Raises:
-        UserError: config.json is missing, broken or of an unsupported architecture.
+        UserError: config.json is missing, broken or of an unsupported architecture; the tensors are
+            not those of this architecture.
     """
     where, dtype = f"model.path={folder}", PRECISIONS[precision]
-    model: nn.Module = meta_model(
-        architecture(folder), where, dtype=dtype, attn_implementation="sdpa"
-    )
+    model: Any = meta_model(architecture(folder), where, dtype=dtype, attn_implementation="sdpa")
+    keep_fp32(model, dtype)
+    if weights is not None:
+        weights.bind(model, config.unexpected)
+    _drop_towers(model)
     blocks_of(model)
     if fmt := quant.get_format(config.quant, config.double_quant):
         _quantize_blocks(model, fmt, folder)
-    return model
+    built: nn.Module = model
+    return built
+
+
+def keep_fp32(model: Any, dtype: torch.dtype) -> None:
+    """Keeps in fp32 what transformers does whatever the dtype (DeepSeek-V3's routing bias)."""
+    kept = model._get_dtype_plan(dtype)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if any(re.search(pattern.replace("*", ".*"), name) for pattern in kept):
+            tensor.data = tensor.data.float()
+
+
+def _drop_towers(model: Any) -> None:
+    if model.config.get_text_config() is model.config:
+        return
+    for name, child in model.base_model.named_children():
+        if child is not model.get_decoder() and any(True for _ in child.parameters()):
+            setattr(model.base_model, name, None)
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Returns the decoder blocks, the units of sharding and checkpointing."""
-    blocks = getattr(getattr(model, "base_model", None), "layers", None)
-    if not isinstance(blocks, nn.ModuleList) or not len(blocks):
-        raise UserError(
-            f"{type(model).__name__} is not supported: its decoder has no list of blocks named"
-            " 'layers'. Supported: LLaMA-class models (Llama, Mistral, Qwen2, Qwen3, ...)"
-        )
-    return list(blocks)
+    decoder: Any = model
+    count = getattr(decoder.config.get_text_config(), "num_hidden_layers", 0)
+    for module in decoder.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count > 0:
+            return list(module)
+    raise UserError(
+        f"{type(model).__name__} is not supported: its decoder has no list of blocks, as many as"
+        " num_hidden_layers in config.json"
+    )
 
 
-def _quantize_blocks(model: nn.Module, fmt: quant.Format, folder: Path) -> None:
+def _routers(model: Any) -> set[nn.Module]:
+    """Linear layers that choose or weigh experts: a handful of rows that decide where tokens go."""
+    text = model.config.get_text_config()
+    keys = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    counts = {1} | {n for key in keys if isinstance(n := getattr(text, key, None), int)}
+    found = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    return {m for m in found if m.out_features in counts} if len(counts) > 1 else set()
+
+
+def _quantize_blocks(model: Any, fmt: quant.Format, folder: Path) -> None:
     kept: dict[str, str] = {}
+    routers = _routers(model)
+    plain = prequantized.keeps(prequantized.settings_of(model.config.to_dict()))
+    names = {module: name for name, module in model.named_modules()}
     for block in blocks_of(model):
         for name, layer in block.named_modules():
-            if not isinstance(layer, nn.Linear):
+            # A subclass computes in its own way with the weight itself.
+            if type(layer) is not nn.Linear or layer in routers or plain(names[layer]):
                 continue
             if reason := fmt.refuses(layer.in_features):
                 kept[name.rsplit(".", 1)[-1]] = reason
@@ -73,8 +123,28 @@ def materialize(model: nn.Module, device: torch.device) -> None:
 
 
 def compute_tables(model: nn.Module, device: torch.device) -> None:
-    """Makes meta buffers real: they are in no checkpoint, so that their module is made again."""
-    for parent in list(model.modules()):
-        for name, module in list(parent.named_children()):
-            if any(b.is_meta for b in module.buffers(recurse=False)):
-                setattr(parent, name, type(module)(module.config).to(device))  # rotary frequencies
+    """Makes meta buffers real there: those of files empty, the others as transformers makes them,
+    by the model's own ``_init_weights``.
+    """
+    made: set[nn.Module] = set()
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None or not buffer.is_meta:
+                continue
+            real = torch.empty_like(buffer, device=device)
+            if name in module._non_persistent_buffers_set:
+                made.add(module)
+                if real.is_floating_point():
+                    real.fill_(math.nan)  # a table that nobody makes is then not silent
+            module._buffers[name] = real
+    if not made:
+        return
+    flagged: list[Any] = [m for m in model.modules() if m not in made]
+    for module in made:
+        flagged += module.parameters(recurse=False)
+    for item in flagged:
+        item._is_hf_initialized = True  # transformers' word for: leave it
+    remaker: Any = model
+    remaker.initialize_weights()
+    for item in [*flagged, *made]:
+        del item._is_hf_initialized

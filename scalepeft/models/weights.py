@@ -4,38 +4,50 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from scalepeft.core.errors import UserError
+from scalepeft.core.files import read_mapping
 from scalepeft.core.safetensors import DamagedFile, SafetensorsFile, Stored
-from scalepeft.models import quant
+from scalepeft.models import prequantized, quant
+from scalepeft.models.conversion import Layout
+from scalepeft.models.sources import DTYPES, Source
 from scalepeft.parallel.base import full_shape, local_part
 
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 PIECE_BYTES = 64 << 20  # rows read and quantized at one time
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-}  # fmt: skip
 # Keys of config.json that do not change what the model computes here.
 COSMETIC = {
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A tensor of a model folder: which file has it, and where."""
+class Entry(Source):
+    """A tensor as a file of the model folder holds it."""
 
-    file: SafetensorsFile
-    stored: Stored
+    def __init__(self, file: SafetensorsFile, stored: Stored) -> None:
+        self.file, self.stored = file, stored
+        self.shape, self.dtype = stored.shape, DTYPES[stored.dtype]
+        self.where = str(file.path)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """As the file holds it."""
-        return DTYPES[self.stored.dtype]
+    def rows(self, first: int, last: int) -> Tensor:
+        """Reads rows ``first..last`` (a 0-d or 1-d tensor's rows are its numbers).
+
+        Raises:
+            UserError: the file ended, or cannot be read any more.
+        """
+        shape = (last - first, *self.shape[1:]) if self.shape else ()
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        if not math.prod(shape):
+            return torch.empty(shape, dtype=self.dtype)
+        buffer = self.file.read(self.stored.start + first * row, (last - first) * row)
+        return torch.frombuffer(buffer, dtype=self.dtype).view(shape)
 
 
 class _Shard(SafetensorsFile):
@@ -50,39 +62,64 @@ class Weights:
     """The tensors of a model folder, read by rows: no memory map, no byte more than asked for.
 
     Attributes:
-        files: in the order of their names.
-        entries: the tensors in a float dtype, by name.
+        files: those that transformers reads, in the order of their names.
+        entries: their tensors by name.
+        layout: which of them make up which tensor of the model, once ``structure.build`` has
+            bound them to one.
 
     Raises:
         UserError: names the shard that is missing, truncated or not safetensors.
     """
 
+    layout: Layout
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files = [self._open(path) for path in self._paths()]
-        self.entries = {
-            name: Entry(file, stored)
-            for file in self.files
-            for name, stored in file.tensors.items()
-            if stored.dtype in DTYPES
-        }
+        self.entries: dict[str, Source] = {}
+        for file in self.files:
+            for name, stored in file.tensors.items():
+                if name in self.entries:
+                    raise UserError(
+                        f"{file.path}: tensor '{name}' is in {self.entries[name].where} too; keep"
+                        " the files of one save"
+                    )
+                if stored.dtype not in DTYPES:
+                    raise UserError(f"{file.path}: '{name}' has dtype {stored.dtype}: not read")
+                self.entries[name] = Entry(file, stored)
+        self.entries = prequantized.read(self._settings(), self.entries)
+
+    def _settings(self) -> dict[str, Any]:
+        file = self.folder / "config.json"
+        if not file.is_file():
+            return {}
+        return prequantized.settings_of(read_mapping(file, json.loads, "copy it again"))
 
     def _paths(self) -> list[Path]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                reason = f"{type(error).__name__}: {error}"
-                raise UserError(f"{index}: broken index: {reason}; copy it again") from None
-            return [self.folder / name for name in names]
-        paths = sorted(self.folder.glob("*.safetensors"))
-        if not paths:
+        """The files of the model, by transformers' rule: one file, else those of the index."""
+        if (single := self.folder / SINGLE).is_file():
+            return [single]
+        if (index := self.folder / INDEX).is_file():
+            return self._indexed(index)
+        if others := sorted(path.name for path in self.folder.glob("*.safetensors")):
             raise UserError(
-                f"model.path={self.folder}: no *.safetensors there; convert other formats once with"
-                " transformers' save_pretrained"
+                f"model.path={self.folder}: has {others[0]}, but neither {SINGLE} nor {INDEX},"
+                " which transformers reads; rename it, or add the index"
             )
-        return paths
+        raise UserError(
+            f"model.path={self.folder}: no {SINGLE} there; convert other formats once with"
+            " transformers' save_pretrained"
+        )
+
+    def _indexed(self, index: Path) -> list[Path]:
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if outside := [name for name in names if Path(name).name != name]:
+                raise ValueError(f"'{outside[0]}' is no file name")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{index}: broken index: {reason}; copy it again") from None
+        return [self.folder / name for name in names]
 
     @staticmethod
     def _open(path: Path) -> SafetensorsFile:
@@ -93,25 +130,24 @@ class Weights:
         except DamagedFile as error:
             raise UserError(f"{path}: {error}; copy it again") from None
 
+    @cached_property
+    def stray(self) -> list[str]:
+        """Names of safetensors files in the folder that are not the model's."""
+        ours = {file.path.name for file in self.files}
+        return sorted({path.name for path in self.folder.glob("*.safetensors")} - ours)
+
     @property
     def bytes_read(self) -> int:
         """Of all files, headers apart."""
         return sum(file.bytes_read for file in self.files)
 
-    def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Reads rows ``first..last`` of a tensor (a 0-d or 1-d tensor's rows are its numbers).
-
-        Raises:
-            UserError: the file ended, or cannot be read any more.
-        """
-        entry = self.entries[name]
-        stored, dtype = entry.stored, entry.dtype
-        shape = (last - first, *stored.shape[1:])
-        row = math.prod(stored.shape[1:]) * dtype.itemsize
-        if not math.prod(shape):
-            return torch.empty(shape, dtype=dtype)
-        buffer = entry.file.read(stored.start + first * row, (last - first) * row)
-        return torch.frombuffer(buffer, dtype=dtype).view(shape)
+    def bind(self, model: Any, unexpected: str = "error") -> None:
+        """Finds out which tensors make up which of the model's, as ``conversion.Layout`` says."""
+        if hasattr(self, "layout"):
+            self.layout.untie(model)
+            return
+        where = f"model.path={self.folder}"
+        self.layout = Layout(model, self.entries, where, self.stray, unexpected)
 
     def fingerprint(self) -> str:
         """Returns the sha256 of what tells one base from another without reading all of a 70B.
@@ -134,21 +170,26 @@ class Weights:
 def load_weights(
     model: nn.Module, weights: Weights, stored: Callable[..., bool] = lambda *of: False
 ) -> Iterator[None]:
-    """Fills this rank's rows of every base parameter, real and possibly sharded; not adapters.
+    """Fills this rank's rows of every base parameter, real and possibly sharded, and the buffers
+    that files hold; not adapters.
 
-    A generator that stops after every module that holds parameters, so that ranks can agree in
-    between; it takes the same number of turns on every rank. ``stored`` may fill a quantized weight
-    and its scale by itself, and says whether it did.
+    A generator that stops after every module that holds some, so that ranks can agree in between;
+    it takes the same number of turns on every rank. ``stored`` may fill a quantized weight and its
+    scale by itself, and says whether it did.
 
     Raises:
-        UserError: a tensor of the model is missing in the files or has another shape; nothing is
-            guessed.
+        UserError: a tensor has another shape than the model's, or values that are not numbers.
     """
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         if module_name.endswith(".adapter") or ".adapter." in module_name:
             continue
         own = [(n, p) for n, p in module.named_parameters(recurse=False) if n != "weight_scale"]
+        own += [
+            (n, b)
+            for n, b in module.named_buffers(recurse=False)
+            if n not in module._non_persistent_buffers_set
+        ]
         for name, parameter in own:
             if id(parameter) in seen:
                 continue
@@ -162,8 +203,8 @@ def load_weights(
 
 
 def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weights: Weights) -> None:
-    """Fills this rank's rows of the base parameter ``name`` of a module from the tensor
-    ``full_name``, and ``weight_scale`` beside a quantized ``weight``.
+    """Fills this rank's rows of the base tensor ``name`` of a module from ``full_name`` of the
+    layout, and ``weight_scale`` beside a quantized ``weight``.
 
     Raises:
         UserError: as ``load_weights``.
@@ -174,29 +215,39 @@ def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weight
         shape = (shape[0], layer.in_features)
         parts.append(local_part(layer.weight_scale))
         quant.check_device(parts[0].data.device, layer.fmt)
-    entry = weights.entries.get(full_name)
-    if entry is None:
+    source = weights.layout.sources[full_name]
+    if tuple(source.shape) != shape:
         raise UserError(
-            f"model.path={weights.folder}: no tensor '{full_name}' in {len(weights.entries)} found"
-            " (or in a dtype other than F32, F16, BF16); the files are incomplete or of another"
-            " architecture than config.json"
-        )
-    if entry.stored.shape != shape:
-        raise UserError(
-            f"{entry.file.path}: '{full_name}' has shape {list(entry.stored.shape)}, config.json"
+            f"{source.where}: '{full_name}' has shape {list(source.shape)}, config.json"
             f" says {list(shape)}; config.json and weights are of different models"
         )
     widths = [max(1, math.prod(part.shape[1:])) for part in parts]
     local = [(p, width) for p, width in zip(parts, widths, strict=True) if p.data.numel()]
     first = min((part.start // width for part, width in local), default=0)
     last = max((-(-part.stop // width) for part, width in local), default=0)
-    step = max(1, PIECE_BYTES // max(1, math.prod(entry.stored.shape[1:]) * entry.dtype.itemsize))
+    step = max(1, PIECE_BYTES // max(1, math.prod(shape[1:]) * source.dtype.itemsize))
+    if not source.by_rows:
+        step = max(1, last - first)
     for begin in range(first, last, step):
-        rows = [weights.rows(full_name, begin, min(begin + step, last))]
-        if layer is not None:
-            rows = list(layer.fmt.encode(rows[0].to(parts[0].data.device, torch.float32)))
+        end = min(begin + step, last)
+        where = f"{source.where}: '{full_name}'" if isinstance(parameter, nn.Parameter) else None
+        rows = _encoded(layer, source, begin, end, parts[0].data.device, where)
         for part, width, values in zip(parts, widths, rows, strict=True):
             part.put(begin * width, values.reshape(-1))
+
+
+def _encoded(
+    layer: quant.QuantLinear | None, source: Source, first: int, last: int, device: torch.device,
+    where: str | None,
+) -> list[Tensor]:  # fmt: skip
+    """Raises UserError, with ``where`` before it, for a value that is no finite number."""
+    if layer is not None and (stored := source.encoded(layer.fmt, first, last)) is not None:
+        return list(stored)
+    rows = source.rows(first, last)
+    if where is not None and not torch.isfinite(rows).all():
+        raise UserError(f"{where} has values that are not finite (rows {first} to {last}): the base"
+                        " is damaged; copy it again")  # fmt: skip
+    return [rows] if layer is None else list(layer.fmt.encode(rows.to(device, torch.float32)))
 
 
 def resident_bytes(model: nn.Module) -> int:

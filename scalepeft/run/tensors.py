@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from scalepeft.core.safetensors import SafetensorsFile, Writer
-from scalepeft.models import weights
+from scalepeft.models.sources import DTYPES
 from scalepeft.parallel.base import Part
 
-DTYPES = weights.DTYPES | {"U8": torch.uint8}
 PIECE = re.compile(r"(.+)\[(\d+):(\d+)\]")
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

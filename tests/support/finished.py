@@ -102,14 +102,16 @@ def adapted(run_dir: Path, quantized: bool = True) -> Any:
     """The run's model in memory, fp32, as ``scalepeft evaluate`` has it."""
     adapter, state, description = injection.read_adapter(run_dir / "adapter")
     keys = ("path", "quant", "double_quant")
-    config = hub.ModelConfig(**{key: description["base_model"][key] for key in keys})
+    config = hub.ModelConfig(
+        **{key: description["base_model"][key] for key in keys}, unexpected="ignore"
+    )
     if not quantized:
         config = replace(config, quant="none", double_quant=False)
     base = models.resolve(config, Ranks())
-    model = structure.build(config, base, "fp32")
+    model = structure.build(config, base, "fp32", weights := Weights(base))
     injection.inject(model, adapter)
     structure.materialize(model, torch.device("cpu"))
-    for _ in load_weights(model, Weights(base)):
+    for _ in load_weights(model, weights):
         pass
     injection.load_state(model, state, "adapter")
     return model.eval()

@@ -1,0 +1,280 @@
+"""Which tensors of a model folder make up which tensors of the model, by transformers' own mapping.
+
+transformers renames, fuses and splits tensors on load (experts of a list become one 3-D tensor).
+Its operations are run here, on the rows that are asked for, and never copied.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scalepeft.core.errors import UserError
+from scalepeft.core.launch import rank
+from scalepeft.core.log import say
+from scalepeft.models.sources import Source
+
+PIECE_ROWS = 1024  # compared at one time
+# Operations that leave the rows of a stacked tensor where they are, if not told dimension 0.
+ROW_WISE = {"Chunk", "Concatenate", "Transpose", "Interleave"}
+
+
+@dataclass
+class Group:
+    """Tensors of files that become tensors of the model together.
+
+    Attributes:
+        first_target: name of the model's tensor, the first of them for a split.
+        sources: pattern of the converter -> (name, tensor) in transformers' order.
+        converter: transformers' ``WeightConverter``; None where a tensor is only renamed.
+        model: on the meta device, as its class makes it.
+    """
+
+    first_target: str
+    converter: Any
+    model: Any
+    sources: dict[str, list[tuple[str, Source]]] = field(default_factory=lambda: defaultdict(list))
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Of the files' tensors."""
+        return [name for listed in self.sources.values() for name, _ in listed]
+
+    def place(self, name: str) -> int:
+        """Number of a tensor of the files in its list."""
+        found = (
+            i for t in self.sources.values() for i, (other, _) in enumerate(t) if other == name
+        )
+        return next(found)
+
+    @cached_property
+    def by_rows(self) -> bool:
+        """Row i of the target is made of the i-th tensor of each list and of no other."""
+        if self.converter is None:
+            return True
+        first, *later = self.converter.operations
+        dims = {getattr(op, key, 1) for op in later for key in ("dim", "dim0", "dim1")}
+        return (
+            type(first).__name__ == "MergeModulelist"
+            and first.dim == 0
+            and all(type(op).__name__ in ROW_WISE for op in later)
+            and not dims & {0, -3}
+            and len({len(listed) for listed in self.sources.values()}) == 1
+        )
+
+    def _convert(self, take: Callable[[str, Source], Tensor], rows: slice) -> dict[str, Tensor]:
+        """Runs the operations on what ``take`` gives for each tensor of the listed ``rows``."""
+        if self.converter is None:
+            ((name, source),) = next(iter(self.sources.values()))
+            return {self.first_target: take(name, source)}
+        converter = copy.deepcopy(self.converter)
+        converter.collected_tensors = {
+            pattern: [
+                take(name, source) for name, source in (listed[rows] if self.by_rows else listed)
+            ]
+            for pattern, listed in self.sources.items()
+        }
+        try:
+            made = converter.convert(self.first_target, model=self.model, config=self.model.config)
+        except (RuntimeError, ValueError, AttributeError, IndexError, KeyError) as error:
+            raise UserError(
+                f"{self.names[0]} and {len(self.names) - 1} more do not make {self.first_target} as"
+                f" transformers' mapping says ({error}); the files are of another model"
+            ) from None
+        return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
+
+    def read(self, rows: slice = slice(None)) -> dict[str, Tensor]:
+        """Returns the model's tensors, or of a target that is made by rows only these."""
+        return self._convert(lambda _name, source: source.whole(), rows)
+
+    def shapes(self) -> dict[str, Tensor]:
+        """Returns the model's tensors on the meta device."""
+
+        def empty(_name: str, source: Source) -> Tensor:
+            return torch.empty(source.shape, dtype=source.dtype, device="meta")
+
+        return self._convert(empty, slice(None))
+
+    def restore(self, values: Mapping[str, Tensor], rows: slice = slice(None)) -> dict[str, Tensor]:
+        """Turns values of the model's tensors into those of the files: the inverse of ``read``.
+
+        The operations only move numbers, so that numbers of places, sent through them, tell where
+        each value came from.
+
+        Raises:
+            UserError: an operation does more than move numbers.
+        """
+        spans: dict[str, tuple[int, int, tuple[int, ...]]] = {}
+        end = 0
+
+        def places(name: str, source: Source) -> Tensor:
+            nonlocal end
+            start, end = end, end + torch.Size(source.shape).numel()
+            spans[name] = (start, end, source.shape)
+            return torch.arange(start, end).view(source.shape)
+
+        made = self._convert(places, rows)
+        flat = torch.cat([values[name].reshape(-1) for name in made])
+        place = torch.cat([made[name].reshape(-1) for name in made])
+        if len(place) != end or flat.shape != place.shape:
+            raise UserError(
+                f"{self.first_target} is not {self.names[0]} in another order, so that merged"
+                " values cannot be written back; keep the adapter"
+            )
+        out = torch.empty_like(flat)
+        out[place.to(flat.device)] = flat
+        return {name: out[a:b].view(shape) for name, (a, b, shape) in spans.items()}
+
+
+class _Converted(Source):
+    """A tensor of the model that a group makes."""
+
+    def __init__(self, group: Group, name: str, like: Tensor) -> None:
+        self.group, self.name = group, name
+        self.shape, self.dtype = tuple(like.shape), like.dtype
+        self.where = next(iter(group.sources.values()))[0][1].where
+        self.by_rows = group.by_rows
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Reads the tensors of these rows where each row has its own, else all of them."""
+        if self.by_rows:
+            return self.group.read(slice(first, last))[self.name]
+        return self.group.read()[self.name][first:last]
+
+
+class Layout:
+    """The tensors of a folder, bound to a model.
+
+    Attributes:
+        sources: every tensor of the model's ``state_dict`` by its name there.
+        groups: of each used tensor of the files, what it is a part of.
+        unused: names of tensors that the model does not have.
+        untied: names of the model's tensors that its config ties and the files do not.
+
+    Raises:
+        UserError: names what the model lacks, what it does not use (``unexpected`` ``error``), or
+            what cannot be converted.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        entries: dict[str, Source],
+        where: str,
+        stray: list[str],
+        unexpected: str,
+    ) -> None:
+        self.sources: dict[str, Source] = {}
+        self.groups: dict[str, Group] = {}
+        self.untied: list[str] = []
+        left = self._assign(model, entries)
+        self._tie(model)
+        info = SimpleNamespace(
+            missing_keys=set(model.state_dict()) - self.sources.keys(), unexpected_keys=set(left)
+        )
+        missing = sorted(info.missing_keys)
+        model._adjust_missing_and_unexpected_keys(info)
+        self.unused = sorted(left.values())
+        unknown = sorted(left[key] for key in info.unexpected_keys)
+        if missing:
+            raise UserError(
+                f"{where}: no tensor '{missing[0]}' in {len(entries)} found, and {len(missing) - 1}"
+                f" more that {type(model).__name__} needs; the files are incomplete or of another"
+                " architecture than config.json"
+                + (f" (they have '{unknown[0]}', which it does not use)" if unknown else "")
+            )
+        words = ""
+        if unknown:
+            words = (
+                f"{where}: {len(unknown)} tensors that {type(model).__name__} does not use, first"
+                f" '{unknown[0]}' ({entries[unknown[0]].where})"
+            )
+        if unknown and unexpected == "error":
+            raise UserError(
+                f"{words}; the files are of another model than config.json, or set"
+                " model.unexpected=ignore to leave them out as transformers does"
+            )
+        if rank() == 0:
+            if words:
+                say(f"{words}: left out (model.unexpected=ignore)")
+            if stray:
+                say(f"{where}: {', '.join(stray)} not read: transformers takes other files there")
+
+    def _assign(self, model: Any, entries: dict[str, Source]) -> dict[str, str]:
+        """Fills ``groups`` and ``sources``; returns renamed -> name of what fits nowhere."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
+
+        mapping = get_model_conversion_mapping(model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+        state, prefix = model.state_dict(), model.base_model_prefix
+        # Operations ask it for shapes, and ours are about to change (quantized layers).
+        model = copy.deepcopy(model) if converters else model
+        found: dict[str, Group] = {}
+        left: dict[str, str] = {}
+        for name in sorted(entries, key=dot_natural_key):
+            target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+            if target not in state and name in state:
+                target, pattern = rename_source_key(name, [], [], prefix, state)
+            if target not in state:
+                left[target] = name
+                continue
+            converter = by_pattern[pattern] if pattern is not None else None
+            group = found.setdefault(target, Group(target, converter, model))
+            if group.converter is None and group.sources:
+                raise UserError(
+                    f"{entries[name].where}: '{name}' and '{group.names[0]}' are both {target} of"
+                    f" {type(model).__name__}; keep one of them"
+                )
+            group.sources[pattern or name].append((name, entries[name]))
+        for group in found.values():
+            self.groups |= dict.fromkeys(group.names, group)
+            if group.converter is None:
+                self.sources[group.first_target] = entries[group.names[0]]
+            else:
+                made = {name: _Converted(group, name, t) for name, t in group.shapes().items()}
+                self.sources |= made
+        return left
+
+    def _tie(self, model: Any) -> None:
+        """Ties as transformers does: to what is there; not at all if both are there and differ."""
+        for target, source in list(model.all_tied_weights_keys.items()):
+            here = [name for name in (source, target) if name in self.sources]
+            if len(here) == 2 and not _equal(*(self.sources[name] for name in here)):
+                self.untied.append(target)
+            elif here:
+                self.sources |= dict.fromkeys((source, target), self.sources[here[0]])
+        self.untie(model)
+
+    def untie(self, model: Any) -> None:
+        """Unties in a model what the files hold with different values."""
+        for name in self.untied:
+            parent, _, key = name.rpartition(".")
+            module = model.get_submodule(parent)
+            module._parameters[key] = nn.Parameter(torch.empty_like(module._parameters[key]))
+            del model.all_tied_weights_keys[name]
+            model.config.tie_word_embeddings = False
+            if rank() == 0:
+                say(f"{name} has values of its own in the files: not tied, as in transformers")
+
+
+def _equal(one: Source, other: Source) -> bool:
+    if one.shape != other.shape:
+        return False
+    length = one.shape[0] if one.shape else 1
+    starts = range(0, length, PIECE_ROWS)
+    pieces = ((first, min(first + PIECE_ROWS, length)) for first in starts)
+    return all(torch.equal(one.rows(*piece), other.rows(*piece)) for piece in pieces)

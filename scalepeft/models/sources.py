@@ -1,0 +1,43 @@
+"""A tensor of the base, wherever it comes from: read by rows, a rank its own."""
+
+import torch
+from torch import Tensor
+
+from scalepeft.models.quant import Format
+
+FLOATS = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+}  # fmt: skip
+DTYPES = FLOATS | {
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class Source:
+    """A tensor of the base that is read by rows.
+
+    Attributes:
+        shape: of the whole tensor.
+        dtype: of the rows.
+        where: it comes from, for messages.
+        by_rows: any rows can be read alone; else each call reads all of it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    where: str
+    by_rows: bool = True
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Return rows ``first..last`` of dimension 0; a 0-d tensor is one row."""
+        raise NotImplementedError
+
+    def whole(self) -> Tensor:
+        """Return all of it."""
+        return self.rows(0, self.shape[0] if self.shape else 1)
+
+    def encoded(self, fmt: Format, first: int, last: int) -> tuple[Tensor, Tensor] | None:
+        """Return rows as the files hold them in ``fmt`` (weight bytes, scale bytes), or None."""
+        return None
