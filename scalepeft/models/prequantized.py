@@ -134,7 +134,7 @@ class _Bnb4:
     """bitsandbytes' 4 bits: table[code] * absmax of its block; blocks run on over rows."""
 
     def __init__(self, left: Sources, name: str, state: dict[str, Any]) -> None:
-        self.size, self.nf4 = int(state["blocksize"]), state["quant_type"] == "nf4"
+        self.name, self.size, self.nf4 = name, int(state["blocksize"]), state["quant_type"] == "nf4"
         self.shape = tuple(int(n) for n in state["shape"])
         self.dtype = getattr(torch, state["dtype"])
         self.packed, count = left[name], math.prod(self.shape)
@@ -150,12 +150,14 @@ class _Bnb4:
 
     def _scales(self, first: int, last: int) -> Tensor:
         """Of blocks ``first .. last``, fp32."""
-        found = self.absmax.rows(first, last)
-        if self.nested is None:
-            return found.float()
-        table, scales, size, offset = self.nested
-        decoded: Tensor = table[found.int()] * scales[torch.arange(first, last) // size] + offset
-        return decoded
+        found = self.absmax.rows(first, last).float()
+        if self.nested is not None:
+            table, scales, size, offset = self.nested
+            found = table[found.int()] * scales[torch.arange(first, last) // size] + offset
+        if not torch.isfinite(found).all():
+            raise UserError(f"{self.absmax.where}: '{self.name}': its scales are not finite: the"
+                            " base is damaged; copy it again")  # fmt: skip
+        return found
 
     def _bytes(self, first: int, last: int) -> Tensor:
         a, b = (i * self.size // 2 // self.packed.dtype.itemsize for i in (first, last))

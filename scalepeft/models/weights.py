@@ -241,13 +241,14 @@ def _encoded(
     where: str | None,
 ) -> list[Tensor]:  # fmt: skip
     """Raises UserError, with ``where`` before it, for a value that is no finite number."""
-    if layer is not None and (stored := source.encoded(layer.fmt, first, last)) is not None:
-        return list(stored)
-    rows = source.rows(first, last)
-    if where is not None and not torch.isfinite(rows).all():
+    stored = None if layer is None else source.encoded(layer.fmt, first, last)
+    rows = [source.rows(first, last)] if stored is None else list(stored)
+    if where is not None and not torch.isfinite(rows[0]).all():
         raise UserError(f"{where} has values that are not finite (rows {first} to {last}): the base"
                         " is damaged; copy it again")  # fmt: skip
-    return [rows] if layer is None else list(layer.fmt.encode(rows.to(device, torch.float32)))
+    if layer is None or stored is not None:
+        return rows
+    return list(layer.fmt.encode(rows[0].to(device, torch.float32)))
 
 
 def resident_bytes(model: nn.Module) -> int:

@@ -9,10 +9,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from scalepeft.core.errors import UserError
-from scalepeft.models import prequantized, quant
+from scalepeft.models import hub, prequantized, quant, structure
+from scalepeft.models.weights import Weights, load_weights
 
 LAYER = "model.layers.0.mlp.down_proj"
 
@@ -377,3 +385,93 @@ def test_what_bitsandbytes_skipped_stays_plain() -> None:
     assert kept("lm_head")
     assert not kept("model.layers.0.self_attn.k_proj")
     assert not prequantized.keeps({})("model.layers.0.self_attn.q_proj")
+
+
+def ours(folder: Path, precision: str = "fp32", **settings: Any) -> Any:
+    files = Weights(folder)
+    config = hub.ModelConfig(path=str(folder), **settings)
+    model = structure.build(config, folder, precision, files)
+    structure.materialize(model, torch.device("cpu"))
+    for _ in load_weights(model, files):
+        pass
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    ids = torch.randint(128, (2, 17), generator=torch.Generator().manual_seed(3))
+    return model(input_ids=ids).logits.float()
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_bnb_base_is_the_model_that_transformers_loads(double: bool, tmp_path: Path) -> None:
+    bnb(tmp_path, load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
+    folder = tmp_path / "small"
+    # Its forward is in bf16 whatever the dtype asked for, and repacks the weights on some CPUs.
+    rough = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    want = logits(AutoModelForCausalLM.from_pretrained(folder).dequantize().float())
+    assert (rough - want).abs().max() < 2e-2 * want.abs().max()
+    assert (logits(ours(folder)) - want).abs().max() < 1e-5
+    model = ours(folder, quant="nf4")
+    # transformers decodes to bf16, the dtype in which the base was quantized; here fp32 stays.
+    assert (logits(model) - want).abs().max() < 5e-3 * want.abs().max()
+    files = load_file(folder / "model.safetensors")
+    layer = model.get_submodule(LAYER)
+    assert isinstance(layer, quant.QuantLinear)
+    assert torch.equal(layer.weight.flatten(), files[f"{LAYER}.weight"].flatten())
+    assert (logits(ours(folder, quant="int8")) - want).abs().max() < 0.1 * want.abs().max()
+
+
+def test_modules_that_transformers_leaves_plain_stay_so(tmp_path: Path) -> None:
+    skipped = ["q_proj", "lm_head"]
+    bnb(tmp_path, load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skipped)
+    model = ours(tmp_path / "small", quant="nf4")
+    stored = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, quant.QuantLinear)
+    }
+    assert stored == {"k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32)
+    want = logits(theirs.dequantize().float())
+    assert (logits(model) - want).abs().max() < 5e-3 * want.abs().max()
+
+
+def test_experts_in_fp8_are_fused_as_transformers_does(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in [n for n in tensors if "experts" in n or "_proj" in n]:
+        tensors[name], tensors[f"{name}_scale_inv"] = fp8(tensors[name], (32, 32))
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    want = logits(AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32))
+    assert (logits(ours(tmp_path)) - want).abs().max() < 1e-5
+    assert (logits(ours(tmp_path, quant="nf4")) - want).abs().max() < 0.2 * want.abs().max()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("settings", [{}, {"quant": "nf4"}])
+def test_a_value_that_is_not_finite_is_refused_by_its_tensor(
+    value: float, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    tensors, _ = plain_linears(tmp_path)
+    tensors[f"{LAYER}.weight"][3, 3] = value
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=f"model.safetensors: '{LAYER}.weight' has values that"):
+        ours(tmp_path, **settings)
+
+
+def test_a_scale_that_is_not_finite_is_refused_by_its_tensor(tmp_path: Path) -> None:
+    bnb(tmp_path, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    file = tmp_path / "small/model.safetensors"
+    tensors = load_file(file)
+    tensors[f"{LAYER}.weight.absmax"][3] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    for settings in ({}, {"quant": "nf4"}):
+        with pytest.raises(UserError, match=f"'{LAYER}.weight'.* not finite"):
+            ours(tmp_path / "small", **settings)
