@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from scalepeft.core.errors import UserError
@@ -31,7 +30,7 @@ class ModelConfig:
         double_quant: NF4 scales in 8 bits too, 4.13 instead of 4.5 bits a weight.
         quantized_cache: folder for copies of what was quantized, which the next start reads in the
             base's place; ``auto``: in ``$SCALEPEFT_CACHE``, where that is set, from 1 GiB on;
-            ``off``: none.
+            ``off`` (false): none.
         pretrain_steps: next-token steps on the toy task's text that the built-in model gets when
             made.
         unexpected: tensors of the files that the model does not have: ``error`` stops, ``ignore``
@@ -43,9 +42,7 @@ class ModelConfig:
     tokenizer: Annotated[str | None, Decides.TOKENS] = None
     quant: Annotated[Literal["none", "nf4", "int8"], Decides.TRAINING] = "none"
     double_quant: Annotated[bool, Decides.TRAINING] = False
-    quantized_cache: Annotated[
-        str, BeforeValidator(lambda v: "off" if v is False else v), Decides.PLACE
-    ] = "auto"
+    quantized_cache: Annotated[str | Literal[False], Decides.PLACE] = "auto"
     pretrain_steps: Annotated[NotNegative, Decides.TRAINING] = 0
     unexpected: Annotated[Literal["error", "ignore"], Decides.PLACE] = "error"
 

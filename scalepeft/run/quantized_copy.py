@@ -83,7 +83,6 @@ class QuantizedCopy:
         self.size = sum(full_shape(p).numel() for p in self._parameters.values())
         self._shapes = {name: tuple(full_shape(p)) for name, p in self._parameters.items()}
         self._reader: _Copy | None = None
-        self._damaged = False
         root = folder_of(base.config.quantized_cache, self.size)
         self.folder: Path | None = None
         if root is not None:
@@ -92,31 +91,37 @@ class QuantizedCopy:
                     base.config.double_quant, sorted(self._shapes.items())]  # fmt: skip
             key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
             self.folder = root / key
-            found = self.ranks.all_or_raise(self._look)
-            self._reader = None if self.ranks.any(found is None) else found
+            found = self._look()
+            words = self.ranks.gather(found if isinstance(found, str) else None)
+            reasons = [reason for reason in words if reason is not None]
+            if not reasons and isinstance(found, _Copy):
+                self._reader = found
+            if self.ranks.is_main and self._reader:
+                where = f"{self.folder}: {size(self.size)}"
+                say(f"{where}, quantized copy of the base read in its place")
+            elif self.ranks.is_main and any(reasons):
+                self._pass_over(max(reasons))
 
     @property
     def bytes_read(self) -> int:
         """Of the copy, by this rank."""
         return self._reader.bytes_read if self._reader else 0
 
-    def _look(self) -> _Copy | None:
+    def _look(self) -> "_Copy | str":
+        """Opens it; or why not, empty where there is none."""
         assert self.folder is not None
         if not self.folder.is_dir():
-            return None
+            return ""
         try:
             found = _Copy(self.folder)
             if found.shapes == self._shapes:
                 return found
-            reason: object = "other tensors than the model has"
+            return "other tensors than the model has"
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            reason = error
-        self._pass_over(reason)
-        return None
+            return str(error) or type(error).__name__
 
     def _pass_over(self, reason: object) -> None:
         say(f"{self.folder}: quantized copy passed over ({reason}); the base is read in its place")
-        self._damaged = True
 
     def fill(self, name: str, *parameters: Tensor) -> bool:
         """Reads this rank's part of a quantized weight and its scale; False: take the base."""
@@ -213,11 +218,12 @@ class QuantizedCopy:
             self._unkept(getattr(error, "strerror", None) or error)
 
 
-def folder_of(setting: str, quantized_bytes: int) -> Path | None:
+def folder_of(setting: str | bool, quantized_bytes: int) -> Path | None:
     """Where copies lie under ``model.quantized_cache``, or None. ``auto`` keeps those from 1 GiB
     on where ``$SCALEPEFT_CACHE`` says that there is a place for caches: a home may have no room.
     """
     if setting == "auto":
         wanted = quantized_bytes >= AUTO_BYTES and bool(os.environ.get("SCALEPEFT_CACHE"))
         return cache_folder() / "quantized" if wanted else None
-    return Path(setting) if setting != "off" and quantized_bytes else None
+    wanted = setting not in (False, "off") and quantized_bytes > 0
+    return Path(str(setting)) if wanted else None
