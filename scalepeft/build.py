@@ -17,7 +17,7 @@ from scalepeft.models.hub import Base
 from scalepeft.models.weights import load_weights
 from scalepeft.parallel.base import Engine
 from scalepeft.parallel.ranks import Ranks
-from scalepeft.run.quantized_copy import QuantizedCopy
+from scalepeft.models.quantized_copy import QuantizedCopy
 
 
 @dataclass

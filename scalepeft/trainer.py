@@ -16,7 +16,7 @@ from scalepeft.parallel.base import MOMENTS, Part
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.checkpoint import Checkpoint
 from scalepeft.run.saver import Saver
-from scalepeft.run.tensors import Reader
+from scalepeft.models.tensors import Reader
 
 
 class Trainer:

@@ -30,7 +30,7 @@ from scalepeft.models import quant, structure
 from scalepeft.models.conversion import Group
 from scalepeft.models.sources import DTYPES, FLOATS, Source
 from scalepeft.models.weights import INDEX, PIECE_BYTES, Entry, Weights
-from scalepeft.run.tensors import as_bytes
+from scalepeft.models.tensors import as_bytes
 
 __all__ = ["effective_weight", "run"]
 

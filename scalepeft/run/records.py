@@ -22,7 +22,7 @@ from scalepeft.run.lease import Lease, check_fence, check_free, stored_generatio
 from scalepeft.run.logs import RowLog
 from scalepeft.run.progress import Progress
 from scalepeft.run.provenance import commit, peak_memory, versions
-from scalepeft.run.tensors import Reader, write_tensors
+from scalepeft.models.tensors import Reader, write_tensors
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "bitsandbytes", "deepspeed")
 """Whose versions a start writes down."""

@@ -22,7 +22,7 @@ from scalepeft.parallel.base import Part
 from scalepeft.run.checkpoint import DamagedCheckpoint, RunFolder, verify
 from scalepeft.run.lease import Superseded
 from scalepeft.run.logs import RowLog
-from scalepeft.run.tensors import Reader, write_tensors
+from scalepeft.models.tensors import Reader, write_tensors
 
 
 def claimed(path: Path) -> RunFolder:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from processes import ROOT, Job, adapter_bytes, call, losses, rows
 
-from scalepeft.run import quantized_copy
+from scalepeft.models import quantized_copy
 
 BASE = ROOT / "tests/data/run-2026-11-21/base"
 SETTINGS = (

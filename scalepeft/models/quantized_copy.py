@@ -23,7 +23,7 @@ from scalepeft.core.safetensors import DamagedFile, SafetensorsFile, Writer
 from scalepeft.core.text import size
 from scalepeft.models.hub import Base
 from scalepeft.parallel.base import Engine, full_shape, local_part
-from scalepeft.run.tensors import Reader, as_bytes
+from scalepeft.models.tensors import Reader, as_bytes
 
 VERSION = 1  # of the conversion: another one's copies are not read
 AUTO_BYTES = 1 << 30  # below this ``auto`` keeps nothing
