@@ -14,10 +14,10 @@ from scalepeft.core.launch import world_size
 from scalepeft.data.tasks.base import Task
 from scalepeft.models import loss, structure
 from scalepeft.models.hub import Base
+from scalepeft.models.quantized_copy import QuantizedCopy
 from scalepeft.models.weights import load_weights
 from scalepeft.parallel.base import Engine
 from scalepeft.parallel.ranks import Ranks
-from scalepeft.models.quantized_copy import QuantizedCopy
 
 
 @dataclass

@@ -21,7 +21,7 @@ from scalepeft.core import errors, registry
 from scalepeft.core.errors import UserError, unknown
 from scalepeft.core.fields import _build
 from scalepeft.core.files import read_mapping
-from scalepeft.models import quant
+from scalepeft.models import quant, structure
 from scalepeft.parallel.base import copy_rows, full_shape
 
 
@@ -161,7 +161,13 @@ def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int =
     linear = _in_layers(linear, config.layers)
     norms = _matching(model, config.norm_modules(), _is_norm, "adapter.norm", "normalization")
     model.requires_grad_(False)
+    passed_over = structure.layers_read_directly(model, values=True)
     for name in linear:
+        if model.get_submodule(name) in passed_over:
+            raise UserError(
+                f"{name}: its weight is read by a fused kernel of {type(model).__name__}, past an"
+                " adapter; take it out of adapter.target_modules"
+            )
         try:
             _attach(model.get_submodule(name), config, name)
         except UserError as error:

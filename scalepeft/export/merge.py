@@ -29,8 +29,8 @@ from scalepeft.models import hub as models
 from scalepeft.models import quant, structure
 from scalepeft.models.conversion import Group
 from scalepeft.models.sources import DTYPES, FLOATS, Source
-from scalepeft.models.weights import INDEX, PIECE_BYTES, Entry, Weights
 from scalepeft.models.tensors import as_bytes
+from scalepeft.models.weights import INDEX, PIECE_BYTES, Entry, Weights
 
 __all__ = ["effective_weight", "run"]
 

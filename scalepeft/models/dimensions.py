@@ -34,7 +34,13 @@ class Source:
     @property
     def layers(self) -> int:
         """Number of decoder blocks."""
-        return int(self.values["num_hidden_layers"])
+        return int(self.text["num_hidden_layers"])
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """The values of the decoder, which a multimodal model keeps apart."""
+        text: dict[str, Any] = self.values.get("text_config") or self.values
+        return text
 
     def item_bytes(self, tensor: str) -> int:
         """Bytes a number of a tensor on the disk; without files what ``config.json`` says."""
@@ -44,9 +50,15 @@ class Source:
     @contextmanager
     def folder(self, layers: int) -> Iterator[Path]:
         """A folder whose ``config.json`` is that of the same model with so many blocks."""
-        values = {**self.values, "num_hidden_layers": layers}
-        if values.get("layer_types"):
-            values["layer_types"] = values["layer_types"][:layers]
+        text = {
+            # layer_types, mlp_layer_types, no_rope_layers: one for each block
+            key: value[:layers] if isinstance(value, list) and len(value) == self.layers else value
+            for key, value in self.text.items()
+            if "layer" in key
+        }
+        text = {**self.text, **text, "num_hidden_layers": layers}
+        nested = "text_config" in self.values and self.text is not self.values
+        values = {**self.values, "text_config": text} if nested else text
         with tempfile.TemporaryDirectory(prefix="scalepeft-plan-") as name:
             (Path(name) / "config.json").write_text(json.dumps(values))
             yield Path(name)

@@ -22,8 +22,8 @@ from scalepeft.core.log import say
 from scalepeft.core.safetensors import DamagedFile, SafetensorsFile, Writer
 from scalepeft.core.text import size
 from scalepeft.models.hub import Base
-from scalepeft.parallel.base import Engine, full_shape, local_part
 from scalepeft.models.tensors import Reader, as_bytes
+from scalepeft.parallel.base import Engine, full_shape, local_part
 
 VERSION = 1  # of the conversion: another one's copies are not read
 AUTO_BYTES = 1 << 30  # below this ``auto`` keeps nothing

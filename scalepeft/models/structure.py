@@ -1,7 +1,9 @@
 """A base's modules on the meta device, its blocks, its non-persistent tables."""
 
+import inspect
 import math
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +87,50 @@ def _routers(model: Any) -> set[nn.Module]:
     return {m for m in found if m.out_features in counts} if len(counts) > 1 else set()
 
 
+@cache
+def _weights_read_by(kind: type[nn.Module]) -> dict[str, bool]:
+    """Children whose ``.weight`` a transformers class reads itself, as its source says; True where
+    for more than its dtype or device (Mamba's fused kernels take the weight of ``out_proj``).
+    """
+    found: dict[str, bool] = {}
+    for base in kind.__mro__:
+        if not base.__module__.startswith("transformers.models."):
+            continue
+        for name, function in vars(base).items():
+            if inspect.isfunction(function) and name not in ("__init__", "_init_weights"):
+                source = inspect.getsource(function)
+                for child, asked in re.findall(
+                    r"\bself\.(\w+)\.weight\b(\.dtype|\.device)?", source
+                ):
+                    found[child] = found.get(child, False) or not asked
+    return found
+
+
+def layers_read_directly(model: nn.Module, values: bool) -> set[nn.Module]:
+    """Linear layers whose weight the model also reads past the layer's forward: an adapter would be
+    passed over there, and bytes taken for numbers.
+
+    Args:
+        model: of transformers.
+        values: only those of which it takes the values, not just the dtype.
+    """
+    return {
+        layer
+        for module in model.modules()
+        for name, more in _weights_read_by(type(module)).items()  # type: ignore[arg-type]
+        if (more or not values) and isinstance(layer := getattr(module, name, None), nn.Linear)
+    }
+
+
 def _quantize_blocks(model: Any, fmt: quant.Format, folder: Path) -> None:
     kept: dict[str, str] = {}
-    routers = _routers(model)
-    plain = prequantized.keeps(prequantized.settings_of(model.config.to_dict()))
-    names = {module: name for name, module in model.named_modules()}
+    plain = _routers(model) | layers_read_directly(model, values=False)
+    skipped = prequantized.keeps(prequantized.settings_of(model.config.to_dict()))
+    plain |= {module for name, module in model.named_modules() if skipped(name)}
     for block in blocks_of(model):
         for name, layer in block.named_modules():
             # A subclass computes in its own way with the weight itself.
-            if type(layer) is not nn.Linear or layer in routers or plain(names[layer]):
+            if type(layer) is not nn.Linear or layer in plain:
                 continue
             if reason := fmt.refuses(layer.in_features):
                 kept[name.rsplit(".", 1)[-1]] = reason

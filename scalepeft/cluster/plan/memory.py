@@ -171,4 +171,4 @@ def _alike(source: Source, blocks: list[nn.Module]) -> bool:
         tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in block.named_parameters())
         for block in blocks
     }
-    return len(looks) == 1 and len(set(source.values.get("layer_types") or ())) <= 1
+    return len(looks) == 1 and len(set(source.text.get("layer_types") or ())) <= 1
