@@ -17,6 +17,7 @@ from scalepeft.core.errors import UserError
 from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping
+from scalepeft.core.text import size
 from scalepeft.data import loader, tokens
 from scalepeft.data.tokens import TokenSet
 from scalepeft.models import integrity
@@ -252,7 +253,9 @@ def _announce(
     count = sum(full_shape(p).numel() for p in trainer.trained.values())
     if ranks.is_main:
         tensors = len(trainer.trained)
-        say(f"training {count:,} parameters in {tensors} tensors, steps {step + 1} to {total}")
+        read = size(sum(rank["bytes_read"] for rank in per_rank))
+        say(f"training {count:,} parameters in {tensors} tensors, steps {step + 1} to {total};"
+            f" {read} of the base read")  # fmt: skip
     more = {"engine": trainer.config.engine.name, "world_size": ranks.world_size}
     more |= {"parameters": count, **seconds}
     records.started(step, launched, steps=total, **more, per_rank=per_rank)

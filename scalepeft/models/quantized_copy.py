@@ -83,7 +83,10 @@ class QuantizedCopy:
         self.size = sum(full_shape(p).numel() for p in self._parameters.values())
         self._shapes = {name: tuple(full_shape(p)) for name, p in self._parameters.items()}
         self._reader: _Copy | None = None
-        root = folder_of(base.config.quantized_cache, self.size)
+        setting = base.config.quantized_cache
+        root = folder_of(setting, self.size)
+        if setting == "auto" and base.weights.storage.get("quant_method") == "bitsandbytes":
+            root = None  # its own bytes are read as they are
         self.folder: Path | None = None
         if root is not None:
             fingerprint = self.ranks.all_or_raise(lambda: base.fingerprint)

@@ -63,7 +63,8 @@ class Weights:
 
     Attributes:
         files: those that transformers reads, in the order of their names.
-        entries: their tensors by name.
+        entries: their tensors by name, quantized ones as floats.
+        storage: ``quantization_config`` of config.json, empty without one.
         layout: which of them make up which tensor of the model, once ``structure.build`` has
             bound them to one.
 
@@ -87,13 +88,10 @@ class Weights:
                 if stored.dtype not in DTYPES:
                     raise UserError(f"{file.path}: '{name}' has dtype {stored.dtype}: not read")
                 self.entries[name] = Entry(file, stored)
-        self.entries = prequantized.read(self._settings(), self.entries)
-
-    def _settings(self) -> dict[str, Any]:
-        file = self.folder / "config.json"
-        if not file.is_file():
-            return {}
-        return prequantized.settings_of(read_mapping(file, json.loads, "copy it again"))
+        config, remedy = folder / "config.json", "copy it again"
+        found = read_mapping(config, json.loads, remedy) if config.is_file() else {}
+        self.storage = prequantized.settings_of(found)
+        self.entries = prequantized.read(self.storage, self.entries)
 
     def _paths(self) -> list[Path]:
         """The files of the model, by transformers' rule: one file, else those of the index."""
