@@ -21,9 +21,10 @@ class AdapterConfig:
 
     Attributes:
         name: the method, a file of ``scalepeft/adapters``.
-        target_modules: layers to adapt: the last part of a module name (``q_proj``), or a pattern
-            over the whole name (``model.layers.1*.self_attn.*``). The default is the set behind the
-            parameter counts of the HOFT, LLM-Adapters and DoRA papers.
+        target_modules: layers to adapt: the end of a module name (``q_proj``), or a pattern over
+            the whole name (``model.layers.1*.self_attn.*``). The experts of a mixture only where
+            ``experts`` is written (``experts.down_proj``, ``*.experts.*``). The default is the set
+            behind the parameter counts of the HOFT, LLM-Adapters and DoRA papers.
         layers: numbers of the decoder blocks to adapt, from 0; ``all`` for every one.
     """
 

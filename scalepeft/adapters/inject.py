@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from scalepeft.adapters.base import Adapter, AdapterConfig, Scale
+from scalepeft.adapters.experts import stack
 from scalepeft.core import errors, registry
 from scalepeft.core.errors import UserError, unknown
 from scalepeft.core.fields import _build
 from scalepeft.core.files import read_mapping
 from scalepeft.models import quant, structure
+from scalepeft.models.experts import ExpertLinear, replace_experts
 from scalepeft.parallel.base import copy_rows, full_shape
 
 
@@ -36,6 +38,15 @@ class Adapted(nn.Linear):
         """Applies the adapter around the frozen layer; the base bias is added last."""
         y = self.adapter(x, quant.Frozen(self))
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class AdaptedExperts(Adapted):
+    """Mixin of an ``ExpertLinear`` with an adapter for each expert."""
+
+    def forward(self, x: Tensor, bounds: list[int]) -> Tensor:  # type: ignore[override]
+        """X (rows, in) sorted by expert -> (rows, out)."""
+        y: Tensor = self.adapter(x, self, bounds)
+        return y
 
 
 class AdaptedNorm(nn.Module):
@@ -62,7 +73,10 @@ def _attach(layer: nn.Module, config: AdapterConfig, name: str = "") -> None:
     adapter = registry.find_class("adapters.methods", config.name, "adapter", Adapter)(
         config, layer.in_features, layer.out_features, name
     )
-    layer.__class__ = _adapted_class(type(layer), Adapted)  # type: ignore[arg-type]  # mypy: no Hashable
+    mixin = AdaptedExperts if isinstance(layer, ExpertLinear) else Adapted
+    if isinstance(layer, ExpertLinear):
+        stack(adapter, layer.num_experts)
+    layer.__class__ = _adapted_class(type(layer), mixin)  # type: ignore[arg-type]  # mypy: no Hashable
     assert isinstance(layer, Adapted)
     layer.requires_grad_(False)
     layer.adapter = adapter.to(layer.weight.device).train(layer.training)
@@ -103,11 +117,15 @@ def _matching(
     model: nn.Module, patterns: list[str], fits: Callable[[nn.Module], bool], where: str, what: str
 ) -> list[str]:
     candidates = {name for name, m in model.named_modules() if fits(m)}
+    experts = {name for name, m in model.named_modules() if isinstance(m, ExpertLinear)}
     found: list[str] = []
     for pattern in patterns:
-        matches = [name for name in candidates if registry.names(pattern, name)]
+        # Experts, most of a model, are never meant by a bare down_proj.
+        named = candidates if "experts" in pattern else candidates - experts
+        matches = [name for name in named if registry.names(pattern, name)]
         if not matches:
-            last = sorted({name.rsplit(".", 1)[-1] for name in candidates} - {""})
+            parts = {name: -2 if name in experts else -1 for name in candidates}
+            last = sorted({".".join(n.split(".")[at:]) for n, at in parts.items()} - {""})
             raise UserError(
                 f"{where}: '{pattern}' matches no {what} layer of this model."
                 f"{errors.nearest(pattern, [*last, *candidates])} There are: {', '.join(last)}"
@@ -157,6 +175,8 @@ def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int =
         config = adapter_config(config)
     if any(True for _ in adapters(model)):
         raise UserError("the model already has an adapter; a layer takes one")
+    if any("experts" in pattern for pattern in config.target_modules):
+        replace_experts(model)  # of a model that transformers made
     linear = _matching(model, config.target_modules, _is_linear, "adapter.target_modules", "linear")
     linear = _in_layers(linear, config.layers)
     norms = _matching(model, config.norm_modules(), _is_norm, "adapter.norm", "normalization")

@@ -1,17 +1,21 @@
 """What an adapted layer amounts to: its weight and bias, measured and not derived."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scalepeft.adapters.experts import Stacked
 from scalepeft.adapters.inject import Adapted, AdaptedNorm
 from scalepeft.core.errors import UserError
+from scalepeft.models.experts import ExpertLinear
 
 
 @torch.no_grad()
 def effective_weight(layer: nn.Module, chunk: int = 1024) -> tuple[Tensor, Tensor | None]:
     """Returns ``(W', b')`` in fp32 (fp64 for an fp64 layer), so that the layer equals ``W' x +
-    b'``.
+    b'``; of experts all of them, (E out, in) and (E out,).
 
     One rule for every method: push zero through the layer for b', then the identity, ``chunk`` rows
     at a time, for the columns of W'. b' is None where the layer has no bias and the method adds
@@ -26,12 +30,16 @@ def effective_weight(layer: nn.Module, chunk: int = 1024) -> tuple[Tensor, Tenso
     was_training = layer.training
     layer.eval()
     zero = effective_bias(layer)
-    weight = zero.new_empty(layer.out_features, layer.in_features)
-    for first in range(0, layer.in_features, chunk):
-        rows = min(chunk, layer.in_features - first)
-        x = zero.new_zeros(rows, layer.in_features)
-        x[torch.arange(rows), first + torch.arange(rows)] = 1
-        weight[:, first : first + rows] = (layer(x) - zero).T
+    weight = zero.new_empty(len(zero), layer.in_features)
+    parts = zip(
+        _maps(layer), zero.split(layer.out_features), weight.split(layer.out_features), strict=True
+    )
+    for apply, bias, w in parts:
+        for first in range(0, layer.in_features, chunk):
+            rows = min(chunk, layer.in_features - first)
+            x = zero.new_zeros(rows, layer.in_features)
+            x[torch.arange(rows), first + torch.arange(rows)] = 1
+            w[:, first : first + rows] = (apply(x) - bias).T
     layer.train(was_training)
     has_bias = layer.bias is not None or bool(zero.any())
     return weight, zero if has_bias else None
@@ -45,10 +53,18 @@ def check_mergeable(layer: Adapted) -> None:
 
 @torch.no_grad()
 def effective_bias(layer: Adapted) -> Tensor:
-    """What the layer makes of zero, (out,)."""
+    """What the layer makes of zero, (out,); of experts (E out,)."""
     dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
-    bias: Tensor = layer(torch.zeros(1, layer.in_features, dtype=dtype, device=layer.weight.device))
-    return bias[0]
+    x = torch.zeros(1, layer.in_features, dtype=dtype, device=layer.weight.device)
+    return torch.cat([apply(x)[0] for apply in _maps(layer)])
+
+
+def _maps(layer: Adapted) -> list[Callable[[Tensor], Tensor]]:
+    """The layer, or each of its experts, as a function of x (rows, in)."""
+    if isinstance(layer, ExpertLinear):
+        n = layer.num_experts
+        return [lambda x, e=e: layer(x, [len(x) * (i > e) for i in range(n + 1)]) for e in range(n)]
+    return [layer]
 
 
 class _AnyWeight:
@@ -69,8 +85,10 @@ class _AnyWeight:
 def adds_bias(layer: Adapted) -> bool:
     """True if the adapter makes something of zero; W is not needed to know, and not read."""
     device = next(layer.adapter.parameters()).device
+    ones = layer.adapter.each() if isinstance(layer.adapter, Stacked) else [layer.adapter]
     with device:
-        return bool(layer.adapter(torch.zeros(1, layer.in_features), _AnyWeight(layer)).any())
+        x, base = torch.zeros(1, layer.in_features), _AnyWeight(layer)
+        return any(bool(adapter.forward(x, base).any()) for adapter in ones)
 
 
 @torch.no_grad()

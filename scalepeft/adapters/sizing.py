@@ -61,7 +61,10 @@ def adapted_shapes(model: nn.Module, adapter: dict[str, Any]) -> Counter[tuple[i
     """
     where = {key: adapter[key] for key in SHARED if key in adapter}
     net = inject.inject(copy.deepcopy(model), {"name": "lora", "rank": 1, **where})
-    return Counter((m.in_features, m.out_features) for _, m in inject.adapted_layers(net))
+    found: Counter[tuple[int, int]] = Counter()
+    for _, m in inject.adapted_layers(net):
+        found[m.in_features, m.out_features] += getattr(m, "num_experts", 1)
+    return found
 
 
 def fit(adapter: dict[str, Any], key: str, shapes: Shapes, target: int) -> dict[str, Any]:

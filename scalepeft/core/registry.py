@@ -21,8 +21,8 @@ NO_ENTRIES = ("base", "ranks")  # modules beside the entries: the protocol and w
 
 
 def names(pattern: str, layer: str) -> bool:
-    """True if ``pattern`` is the last part of the layer's name, or fits the whole of it."""
-    return layer.rsplit(".", 1)[-1] == pattern or fnmatch.fnmatchcase(layer, pattern)
+    """True if ``pattern`` is the end of the layer's name (whole parts), or fits all of it."""
+    return f".{layer}".endswith(f".{pattern}") or fnmatch.fnmatchcase(layer, pattern)
 
 
 def available(package: str) -> list[str]:

@@ -28,6 +28,7 @@ from scalepeft.export.streaming import FinishedRun, Streamed, plain, refuse_exis
 from scalepeft.models import hub as models
 from scalepeft.models import quant, structure
 from scalepeft.models.conversion import Group
+from scalepeft.models.experts import ExpertLinear
 from scalepeft.models.sources import DTYPES, FLOATS, Source
 from scalepeft.models.tensors import as_bytes
 from scalepeft.models.weights import INDEX, PIECE_BYTES, Entry, Weights
@@ -278,6 +279,9 @@ class _NewValues:
 
     def _tensor(self, target: str) -> Tensor | None:
         """The new value of a tensor of the model, or None."""
+        if isinstance(experts := self._model.modules.get(target), ExpertLinear):
+            tall = self._tensor(f"{target}.weight")
+            return None if tall is None else experts.fused(tall)
         name, _, key = target.rpartition(".")
         module = self._model.modules.get(name)
         kinds = (Adapted, AdaptedNorm, quant.QuantLinear)

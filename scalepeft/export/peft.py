@@ -19,6 +19,7 @@ from scalepeft.core.errors import UserError
 from scalepeft.core.log import say
 from scalepeft.export.streaming import FinishedRun, Streamed, refuse_existing, whole_folder
 from scalepeft.models import quant
+from scalepeft.models.experts import ExpertLinear
 from scalepeft.models.hub import BUILTIN
 
 Exported = tuple[dict[str, Any], dict[str, Tensor]]
@@ -65,6 +66,11 @@ def run(run_dir: str, out: str, settings: list[str], format: str) -> None:
     fields: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     for name, layer in injection.adapted_layers(model.model):
+        if isinstance(layer, ExpertLinear):
+            raise UserError(
+                f"--format {format}: {name} has an adapter for each expert, which the format has no"
+                " place for; use scalepeft merge, or keep the adapter"
+            )
         fields[name], parts = convert(layer.adapter.double(), layer, _Real(model, layer))
         for key, tensor in parts.items():  # computed in fp64, rounded once
             tensors[f"base_model.model.{name}.{key}"] = tensor.float().cpu().contiguous()
@@ -123,7 +129,11 @@ def common_fields(model: nn.Module, fields: dict[str, dict[str, Any]]) -> dict[s
 
     These are the last part of a name where every such layer of the model is adapted.
     """
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, ExpertLinear)
+    ]
 
     def last(name: str) -> str:
         return name.rsplit(".", 1)[-1]

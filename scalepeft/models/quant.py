@@ -223,13 +223,13 @@ def quantize(layer: nn.Linear, fmt: Format) -> None:
         raise UserError(f"a layer of {shape} cannot be {fmt.name}: {reason}")
     if layer.weight.is_meta:
         weight, scale = (
-            torch.empty(layer.out_features, width, dtype=torch.uint8, device="meta")
+            torch.empty(len(layer.weight), width, dtype=torch.uint8, device="meta")
             for width in fmt.row_bytes(layer.in_features)
         )
     else:
         check_device(layer.weight.device, fmt)
         weight, scale = fmt.encode(layer.weight.detach())
-    layer.__class__ = QuantLinear
+    layer.__class__ = getattr(layer, "Quantized", QuantLinear)  # experts have their own
     assert isinstance(layer, QuantLinear)
     layer.fmt = fmt
     layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -265,10 +265,12 @@ def matmul(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 class Frozen:
-    """The black box of an adapter: a frozen layer without its bias, however W is stored."""
+    """The black box of an adapter: a frozen layer (or rows of one) without its bias, however W is
+    stored.
+    """
 
-    def __init__(self, layer: nn.Linear) -> None:
-        self._layer = layer
+    def __init__(self, layer: nn.Linear, rows: slice = slice(None)) -> None:
+        self._layer, self._rows = layer, rows
 
     def __call__(self, x: Tensor) -> Tensor:
         """``W x`` (..., out) in the dtype of x."""
@@ -276,10 +278,11 @@ class Frozen:
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """W (out, in), for the backward of a fused method alone: made now, not to be kept."""
-        layer = self._layer
+        layer, rows = self._layer, self._rows
         if isinstance(layer, QuantLinear):
-            return layer.fmt.decode(layer.weight, layer.weight_scale, layer.in_features, dtype)
-        return layer.weight.detach().to(dtype)
+            weight, scale = layer.weight[rows], layer.weight_scale[rows]
+            return layer.fmt.decode(weight, scale, layer.in_features, dtype)
+        return layer.weight.detach()[rows].to(dtype)
 
 
 @cache

@@ -5,6 +5,7 @@ from typing import Any
 
 from scalepeft.core.errors import unknown
 from scalepeft.models import hub
+from scalepeft.models.experts import replace_experts
 
 SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -71,4 +72,6 @@ def architecture(name: str) -> Any:
 
 def meta_model(name: str) -> Any:
     """Returns the causal LM of ``architecture(name)`` on the meta device, or raises UserError."""
-    return hub.meta_model(architecture(name), name)
+    model = hub.meta_model(architecture(name), name)
+    replace_experts(model)
+    return model

@@ -23,12 +23,14 @@ class Source:
         dtype: of the rows.
         where: it comes from, for messages.
         by_rows: any rows can be read alone; else each call reads all of it.
+        unit: rows that are read together (those of an expert), from a multiple of it.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     where: str
     by_rows: bool = True
+    unit: int = 1
 
     def rows(self, first: int, last: int) -> Tensor:
         """Return rows ``first..last`` of dimension 0; a 0-d tensor is one row."""

@@ -14,6 +14,7 @@ from scalepeft.core.errors import UserError
 from scalepeft.core.launch import rank
 from scalepeft.core.log import say
 from scalepeft.models import prequantized, quant
+from scalepeft.models.experts import ExpertLinear, TallSource, replace_experts
 from scalepeft.models.hub import PRECISIONS, ModelConfig, architecture, meta_model
 from scalepeft.models.weights import Weights
 
@@ -42,11 +43,21 @@ def build(
     if weights is not None:
         weights.bind(model, config.unexpected)
     _drop_towers(model)
+    others = _split_experts(model, weights)
     blocks_of(model)
     if fmt := quant.get_format(config.quant, config.double_quant):
-        _quantize_blocks(model, fmt, folder)
+        _quantize_blocks(model, fmt, folder, dict.fromkeys(others, "3-d weights of its own layout"))
     built: nn.Module = model
     return built
+
+
+def _split_experts(model: nn.Module, weights: Weights | None) -> list[str]:
+    others = replace_experts(model)
+    sources = weights.layout.sources if weights is not None else {}
+    for name, layer in model.named_modules() if sources else ():
+        if isinstance(layer, ExpertLinear):
+            sources[f"{name}.weight"] = TallSource(sources[name], layer)
+    return others
 
 
 def keep_fp32(model: Any, dtype: torch.dtype) -> None:
@@ -83,7 +94,7 @@ def _routers(model: Any) -> set[nn.Module]:
     text = model.config.get_text_config()
     keys = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     counts = {1} | {n for key in keys if isinstance(n := getattr(text, key, None), int)}
-    found = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    found = [m for m in model.modules() if type(m) is nn.Linear]
     return {m for m in found if m.out_features in counts} if len(counts) > 1 else set()
 
 
@@ -122,15 +133,14 @@ def layers_read_directly(model: nn.Module, values: bool) -> set[nn.Module]:
     }
 
 
-def _quantize_blocks(model: Any, fmt: quant.Format, folder: Path) -> None:
-    kept: dict[str, str] = {}
+def _quantize_blocks(model: Any, fmt: quant.Format, folder: Path, kept: dict[str, str]) -> None:
     plain = _routers(model) | layers_read_directly(model, values=False)
     skipped = prequantized.keeps(prequantized.settings_of(model.config.to_dict()))
     plain |= {module for name, module in model.named_modules() if skipped(name)}
     for block in blocks_of(model):
         for name, layer in block.named_modules():
             # A subclass computes in its own way with the weight itself.
-            if type(layer) is not nn.Linear or layer in plain:
+            if type(layer) not in (nn.Linear, ExpertLinear) or layer in plain:
                 continue
             if reason := fmt.refuses(layer.in_features):
                 kept[name.rsplit(".", 1)[-1]] = reason

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -224,10 +225,9 @@ def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weight
     first = min((part.start // width for part, width in local), default=0)
     last = max((-(-part.stop // width) for part, width in local), default=0)
     step = max(1, PIECE_BYTES // max(1, math.prod(shape[1:]) * source.dtype.itemsize))
-    if not source.by_rows:
-        step = max(1, last - first)
-    for begin in range(first, last, step):
-        end = min(begin + step, last)
+    step = -(-step // source.unit) * source.unit if source.by_rows else max(1, last)
+    edges = {first, *range(first // step * step + step, last, step), last}
+    for begin, end in pairwise(sorted(edges)):
         where = f"{source.where}: '{full_name}'" if isinstance(parameter, nn.Parameter) else None
         rows = _encoded(layer, source, begin, end, parts[0].data.device, where)
         for part, width, values in zip(parts, widths, rows, strict=True):

@@ -129,7 +129,7 @@ def _base_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
         if not p.requires_grad and not name.endswith("weight_scale"):
             module: Any = model.get_submodule(name.rpartition(".")[0])
             quantized = isinstance(module, quant.QuantLinear) and p is module.weight
-            shapes[name] = (module.out_features, module.in_features) if quantized else p.shape
+            shapes[name] = (len(p), module.in_features) if quantized else p.shape
     return shapes
 
 
