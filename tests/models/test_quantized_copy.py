@@ -177,3 +177,19 @@ def test_where_copies_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert folder_of(str(tmp_path / "x"), 0) is None
     monkeypatch.delenv("SCALEPEFT_CACHE")
     assert folder_of("auto", large) is None
+
+
+def test_experts_are_in_the_copy(place: Place) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    held = json.loads((place.base / "config.json").read_text())
+    keys = ("vocab_size", "hidden_size", "max_position_embeddings", "bos_token_id", "eos_token_id")
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    more = {"intermediate_size": 128, "num_local_experts": 4, "num_experts_per_tok": 2}
+    (place.base / "model.safetensors").unlink()
+    config = MixtralConfig(**{key: held[key] for key in keys}, **sizes, **more)
+    MixtralForCausalLM(config).save_pretrained(place.base)
+    assert KEPT in place.start("first", "engine=fsdp2", ranks=2)
+    assert READ in place.start("second", "engine=fsdp2", ranks=2)
+    place.same("first", "second")
+    assert place.read("second") < 0.5 * place.read("first")
