@@ -19,7 +19,7 @@ from scalepeft.models.sources import Source
 
 Sources = dict[str, Source]
 Bytes = tuple[Tensor, Tensor]
-Made = Iterator[tuple[str, "Folded"]]
+Made = Iterator[tuple[str, "_Folded"]]
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALED = ("{0}_scale_inv", "{0}_scale", "{1}.scale", "{1}.qscale_weight")
 """Names of the scale of a weight {0} of module {1}."""
@@ -33,28 +33,25 @@ AWQ_SHIFTS = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28])
 """Bits at which 8 neighboring columns lie in an int32 of AWQ's gemm order."""
 
 
-class Folded(Source):
-    """A quantized weight of the files as floats."""
+class _Folded(Source):
+    """A quantized weight of the files as floats; ``encoded``: the file's own bytes, where they are
+    those of a format of ours.
+    """
 
     def __init__(
-        self,
-        where: str,
-        shape: tuple[int, ...],
-        rows: Callable[[int, int], Tensor],
-        encoded: Callable[[quant.Format, int, int], Bytes | None] = lambda fmt, first, last: None,
-        dtype: torch.dtype = torch.float32,
-        by_rows: bool = True,
-    ) -> None:
+        self, where: str, shape: Any, rows: Any, encoded: Any = None,
+        dtype: torch.dtype = torch.float32, by_rows: bool = True,
+    ) -> None:  # fmt: skip
         self.where, self.shape, self.dtype, self.by_rows = where, tuple(shape), dtype, by_rows
-        self._rows, self._encoded = rows, encoded
+        self._rows, self._encoded = rows, encoded or (lambda fmt, first, last: None)
 
     def rows(self, first: int, last: int) -> Tensor:
-        """Decodes these rows."""
-        return self._rows(first, last)
+        rows: Tensor = self._rows(first, last)
+        return rows
 
     def encoded(self, fmt: quant.Format, first: int, last: int) -> Bytes | None:
-        """The file's own bytes; None where only rounding again could make those of ``fmt``."""
-        return self._encoded(fmt, first, last)
+        found: Bytes | None = self._encoded(fmt, first, last)
+        return found
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +97,11 @@ def read(settings: dict[str, Any], entries: Sources) -> Sources:
     if settings and method not in METHODS:
         _refuse("config.json", f"quant_method={method} of the base is not read here (read are"
                 f" {', '.join(METHODS)})")  # fmt: skip
-    made = dict(METHODS[method](settings, left)) if settings else {}
+    try:
+        made = dict(METHODS[method](settings, left)) if settings else {}
+    except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+        _refuse("config.json", f"quant_method={method}: the tensors are not packed as it says"
+                f" ({type(error).__name__}: {error})")  # fmt: skip
     for name, source in left.items():
         scaled = {name.removesuffix(s) for s in ("_scale", "_scale_inv") if name.endswith(s)}
         packed = name.endswith("weight") and not source.dtype.is_floating_point
@@ -117,6 +118,10 @@ def read(settings: dict[str, Any], entries: Sources) -> Sources:
 def _refuse(where: str, what: str) -> NoReturn:
     raise UserError(f"{where}: {what}; name the folder of the unquantized checkpoint, or of a copy"
                     " that transformers has dequantized")  # fmt: skip
+
+
+def _ending(left: Sources, end: str | tuple[str, ...]) -> list[str]:
+    return [name for name in left if name.endswith(end)]
 
 
 def _take(left: Sources, name: str, *shape: int) -> Source:
@@ -184,32 +189,27 @@ class _Bnb4:
 def _bitsandbytes(settings: dict[str, Any], left: Sources) -> Made:
     for key in [name for name in left if ".quant_state.bitsandbytes__" in name]:
         source, name = left.pop(key), key.partition(".quant_state.")[0]
-        try:
-            made = _Bnb4(left, name, json.loads(bytes(source.whole().tolist())))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{source.where}: '{key}': broken ({error}); copy it again") from None
-        yield name, Folded(source.where, made.shape, made.rows, made.encoded, made.dtype)
-    for key in [name for name in left if name.endswith(".SCB")]:
-        left.pop(key.removesuffix("SCB") + "weight_format", None)
+        made = _Bnb4(left, name, json.loads(bytes(source.whole().tolist())))
+        yield name, _Folded(source.where, made.shape, made.rows, made.encoded, made.dtype)
+    for key in _ending(left, ".SCB"):
         name, stats = key.removesuffix("SCB") + "weight", left.pop(key)
         weight = _take(left, name)
-        rows = partial(_int8_rows, weight, stats)
-        yield name, Folded(stats.where, weight.shape, rows, partial(_int8_bytes, weight, stats))
+        left.pop(key.removesuffix("SCB") + "weight_format", None)
+        rows, encoded = partial(_int8_rows, weight, stats), partial(_int8_bytes, weight, stats)
+        yield name, _Folded(stats.where, weight.shape, rows, encoded)
+
+
+def _int8_bytes(weight: Source, stats: Source, fmt: Any, first: int, last: int) -> Bytes | None:
+    """LLM.int8: w = code * SCB / 127, one SCB a row."""
+    scale = stats.rows(first, last).float().view(-1, 1) / 127
+    parts = weight.rows(first, last).view(torch.uint8), scale.view(torch.uint8)
+    return parts if isinstance(fmt, quant.Int8) else None
 
 
 def _int8_rows(weight: Source, stats: Source, first: int, last: int) -> Tensor:
-    """LLM.int8: w = code * SCB / 127, one SCB a row."""
-    scale = stats.rows(first, last).float().view(-1, 1) / 127
-    return weight.rows(first, last) * scale
-
-
-def _int8_bytes(
-    weight: Source, stats: Source, fmt: quant.Format, first: int, last: int
-) -> Bytes | None:
-    if not isinstance(fmt, quant.Int8):
-        return None
-    scale = stats.rows(first, last).float().view(-1, 1) / 127
-    return weight.rows(first, last).view(torch.uint8), scale.view(torch.uint8)
+    parts = _int8_bytes(weight, stats, quant.Int8(), first, last)
+    assert parts is not None
+    return quant.Int8().decode(*parts, weight.shape[1], torch.float32)
 
 
 def _scaled(settings: dict[str, Any], left: Sources) -> Made:
@@ -233,8 +233,8 @@ def _scaled(settings: dict[str, Any], left: Sources) -> Made:
                 _refuse(scale.where, f"the scale of '{name}', {list(scale.shape)}, does not fit its"
                         f" {list(shape)}")  # fmt: skip
             rows = partial(_by_blocks, weight, scale, grid, block)
-            yield name, Folded(weight.where, shape, rows)
-    for name in [name for name in left if name.endswith(ACTIVATIONS)]:
+            yield name, _Folded(weight.where, shape, rows)
+    for name in _ending(left, ACTIVATIONS):
         del left[name]
 
 
@@ -270,11 +270,13 @@ def _columns(packed: Tensor, shifts: Tensor, first: int, last: int) -> Tensor:
 def _grouped(settings: dict[str, Any], left: Sources) -> Made:
     """GPTQ and AWQ: w[o, i] = scale[g, o] * (code[i, o] - zero[g, o]), g the group of input i."""
     awq = _method(settings) == "awq"
-    form = settings.get("version", "gemm") if awq else settings.get("checkpoint_format", "gptq")
-    if str(form).lower() not in (("gemm",) if awq else ("gptq", "gptq_v2")):
+    found = (
+        settings.get("version") or "gemm" if awq else settings.get("checkpoint_format") or "gptq"
+    )
+    if (form := str(found).lower()) not in (("gemm",) if awq else ("gptq", "gptq_v2")):
         _refuse("config.json", f"quant_method={_method(settings)} in the form {form} is not read"
                 " here (gptq, gptq_v2 and AWQ's gemm are)")  # fmt: skip
-    for key in [name for name in left if name.endswith(".qweight")]:
+    for key in _ending(left, ".qweight"):
         module, packed = key.removesuffix("qweight"), left.pop(key)
         zeros, scales = (_take(left, module + part) for part in ("qzeros", "scales"))
         order, out = left.pop(f"{module}g_idx", None), scales.shape[1]
@@ -283,21 +285,18 @@ def _grouped(settings: dict[str, Any], left: Sources) -> Made:
             _refuse(packed.where, f"'{key}': {bits} bits of {_method(settings)} are not read here")
         shifts = AWQ_SHIFTS if awq else torch.arange(0, 32, bits)
         width = packed.shape[0] * (1 if awq else len(shifts))
-
         sources = packed, zeros, scales
         rows = partial(_decode_groups, sources, order, shifts, awq, int(form == "gptq"))
         # A row of ours lies across the rows of the file.
-        yield f"{module}weight", Folded(packed.where, (out, width), rows, by_rows=False)
+        yield f"{module}weight", _Folded(packed.where, (out, width), rows, by_rows=False)
 
 
 def _decode_groups(
-    sources: Any, order: Any, shifts: Tensor, awq: bool, less: int, first: int,
-    last: int,
+    sources: Any, order: Any, shifts: Tensor, awq: bool, less: int, *at: int
 ) -> Tensor:  # fmt: skip
     codes, zero, scale = (source.whole() for source in sources)
-    codes = (
-        _columns(codes, shifts, first, last) if awq else _unpack(codes[:, first:last], shifts, 0)
-    )
+    first, last = at
+    codes = _columns(codes, shifts, *at) if awq else _unpack(codes[:, first:last], shifts, 0)
     zero = (_columns(zero, shifts, first, last) + less) & (2 ** (32 // len(shifts)) - 1)
     width, scale = len(codes), scale[:, first:last].float()
     group = torch.arange(width) * len(scale) // width if order is None else order.whole().long()
@@ -306,21 +305,19 @@ def _decode_groups(
 
 def _mxfp4(settings: dict[str, Any], left: Sources) -> Made:
     """gpt-oss: 32 E2M1 share an exponent, a row is an expert; transformers' own arithmetic."""
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
-
-    for key in [name for name in left if name.endswith("_blocks")]:
+    for key in _ending(left, "_blocks"):
         name, blocks = key.removesuffix("_blocks"), left.pop(key)
         experts, out, groups, half = blocks.shape
         scales = _take(left, f"{name}_scales", experts, out, groups)
-
-        rows = partial(_rows_through, convert_moe_packed_tensors, blocks, scales)
+        rows = partial(_mxfp4_rows, blocks, scales)
         shape = (experts, groups * half * 2, out)
-        yield name, Folded(blocks.where, shape, rows, dtype=torch.bfloat16)
+        yield name, _Folded(blocks.where, shape, rows, dtype=torch.bfloat16)
 
 
-def _rows_through(decode: Callable[..., Tensor], *parts_first_last: Any) -> Tensor:
-    *parts, first, last = parts_first_last
-    return decode(*(part.rows(first, last) for part in parts))
+def _mxfp4_rows(blocks: Source, scales: Source, first: int, last: int) -> Any:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    return convert_moe_packed_tensors(blocks.rows(first, last), scales.rows(first, last))
 
 
 METHODS: dict[Any, Callable[[dict[str, Any], Sources], Made]] = {

@@ -346,11 +346,12 @@ BAD: list[tuple[str | None, dict[str, Any], dict[str, Tensor], str]] = [
     ("fp8", {}, {"x.weight": Q, "x.weight_scale_inv": W[:3, :3]}, "does not fit"),
     (BNB, {}, {"x.weight": W.byte()}, "'x.weight' .uint8"),
     (BNB, {}, {"x.weight": W, "x.weight.absmax": W}, "absmax"),
-    (BNB, {}, STATE, "broken"),
+    (BNB, {}, STATE, "not packed as it says"),
     (BNB, {}, {"x.SCB": W[0]}, "no tensor 'x.weight'"),
     ("gptq", {}, {"x.qweight": W.int()}, "no tensor 'x.qzeros'"),
     ("gptq", {"checkpoint_format": "marlin"}, {}, "marlin"),
     ("gptq", {}, THREE, "3 bits"),
+    ("gptq", {}, {"x.qweight": W[0], "x.qzeros": W[0], "x.scales": W[0]}, "not packed as it says"),
     ("awq", {"version": "gemv"}, {}, "gemv"),
     ("mxfp4", {}, {"x_blocks": torch.ones(1, 2, 2, 16)}, "no tensor 'x_scales'"),
 ]
