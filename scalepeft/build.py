@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from scalepeft.adapters import inject as injection
+from scalepeft.adapters.base import Dropout
 from scalepeft.config.schema import RunConfig
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError
@@ -53,14 +54,21 @@ def build(
     """Structure on meta -> adapters -> shard -> each rank's own rows -> start values."""
     poll()
 
-    def make() -> nn.Module:
+    def make() -> Any:
+        model: Any
         model = structure.build(config.model, base.folder, config.train.precision, base.weights)
+        loss.add_token_loss(model)
         if adapted:
             injection.inject(model, config.adapter)
+            head = model.get_output_embeddings() or nn.Identity()
+            if any(isinstance(m, Dropout) for m in head.modules()):
+                raise UserError(
+                    "adapter.dropout: an adapter on the model's head, which sees a chunk of tokens"
+                    " at a time, has none; set adapter.dropout=0, or name other target_modules"
+                )
         else:
             model.requires_grad_(False)
-        loss.add_token_loss(model)
-        return model
+        return injection.train_mode(model)
 
     model = ranks.all_or_raise(make)
     weights = base.weights

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from scalepeft.adapters import inject as injection
 from scalepeft.build import Built, build, check_batch, start_ranks, task_of
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
@@ -105,7 +106,7 @@ def held_out_loss(
             )
             total[0] += float(value)
         total[1] += step.label_tokens / ranks.world_size
-    built.model.train()
+    injection.train_mode(built.model)
     summed, count = ranks.sum(total).tolist()
     return summed / count
 
@@ -195,7 +196,7 @@ def _steps(
         poll()
 
     stream = iter(batches(config, rows.train, trainer.ranks, done, total - done))
-    trainer.built.model.train()
+    injection.train_mode(trainer.built.model)
     while True:
         if _validation_due(config, rows, trainer.done) and records.evaluated < trainer.done:
             records.held_out(_validate(trainer, rows.valid, between))

@@ -67,8 +67,6 @@ class Trainer:
         engine, train = self.built.engine, self.config.train
         total = torch.zeros((), device=self.ranks.device)
         for i, batch in enumerate(micro):
-            # The base's own dropout, where its config has one: repeated after a resume.
-            torch.manual_seed((train.seed << 32) + int(batch.samples[0]))
             batch = batch.to(self.ranks.device)
             last = i == len(micro) - 1
             # The adapter's: a function of (seed, sample), whatever the layout.

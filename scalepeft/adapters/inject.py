@@ -104,6 +104,16 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
             yield name, module.adapter
 
 
+def train_mode(model: nn.Module) -> nn.Module:
+    """Puts adapters in training mode, and the frozen base in that of inference: without dropout and
+    router noise of its own its loss is the same whatever the micro-batch.
+    """
+    model.eval()
+    for _, adapter in adapters(model):
+        adapter.train()
+    return model
+
+
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 

@@ -27,8 +27,8 @@ def effective_weight(layer: nn.Module, chunk: int = 1024) -> tuple[Tensor, Tenso
     if not isinstance(layer, Adapted):
         raise UserError(f"{type(layer).__name__} has no adapter; call adapt() or inject() first")
     check_mergeable(layer)
-    was_training = layer.training
-    layer.eval()
+    was_training = layer.adapter.training  # and not the base's: that stays as it is
+    layer.adapter.eval()
     zero = effective_bias(layer)
     weight = zero.new_empty(len(zero), layer.in_features)
     parts = zip(
@@ -40,7 +40,7 @@ def effective_weight(layer: nn.Module, chunk: int = 1024) -> tuple[Tensor, Tenso
             x = zero.new_zeros(rows, layer.in_features)
             x[torch.arange(rows), first + torch.arange(rows)] = 1
             w[:, first : first + rows] = (apply(x) - bias).T
-    layer.train(was_training)
+    layer.adapter.train(was_training)
     has_bias = layer.bias is not None or bool(zero.any())
     return weight, zero if has_bias else None
 

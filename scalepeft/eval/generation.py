@@ -1,6 +1,7 @@
 """From prompts to continuations with the run's own model: left-padded batches, KV cache, beams."""
 
 import random
+import sys
 import time
 from typing import Any
 
@@ -14,6 +15,7 @@ from scalepeft.core.log import LINE_SECONDS, say
 from scalepeft.core.text import duration
 from scalepeft.data.tasks.base import Example
 from scalepeft.data.tokens import strip_eos
+from scalepeft.models.hub import positions
 
 
 class Progress:
@@ -86,7 +88,7 @@ class Generator(Backend):
         device: torch.device,
         synced: bool,
     ) -> None:
-        super().__init__(tokenizer, config, model.config.max_position_embeddings)
+        super().__init__(tokenizer, config, positions(model.config) or sys.maxsize)
         self.model, self.device, self.synced = model, device, synced
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ evaluation with an error instead of 75; what is in predictions.jsonl counts all 
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,15 +51,14 @@ class Generator(Backend):
         from vllm import LLM
         from vllm.lora.request import LoRARequest
 
-        architecture = base.architecture
-        positions = architecture.max_position_embeddings
+        positions = base.positions or sys.maxsize
         ids, _ = encode(prompts, base.tokenizer, config.evaluate, positions)
         settings: dict[str, Any] = {
             "model": str(base.folder),
             "tokenizer": config.model.tokenizer or str(base.folder),
             "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.train.precision],
             "max_model_len": max(map(len, ids)) + config.evaluate.max_new_tokens,
-            "tensor_parallel_size": _gpus(architecture.num_attention_heads),
+            "tensor_parallel_size": _gpus(base.architecture.get_text_config().num_attention_heads),
             "seed": 0,
         }
         lora = None

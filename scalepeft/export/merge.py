@@ -334,7 +334,8 @@ def _write_index(folder: Path, shards: list[_Shard]) -> None:
 
 def _difference(adapted: Streamed, merged: Streamed) -> str:
     """Says how far the logits of two models lie apart, over seeded random tokens, in fp32."""
-    config: Any = adapted.model.config
+    model: Any = adapted.model
+    config = model.config.get_text_config()
     length = min(TOKENS, getattr(config, "max_position_embeddings", TOKENS))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.get_text_config().vocab_size, (1, length), generator=generator)

@@ -15,6 +15,9 @@ from scalepeft.models.weights import Weights
 from scalepeft.parallel.ranks import Ranks
 
 BUILTIN = "builtin:tiny"
+Attention = Literal[
+    "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
+]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -31,6 +34,8 @@ class ModelConfig:
         quantized_cache: folder for copies of what was quantized, which the next start reads in the
             base's place; ``auto``: in ``$SCALEPEFT_CACHE``, where that is set, from 1 GiB on;
             ``off`` (false): none.
+        attention: who computes attention; ``auto``: sdpa where the model's class supports it, else
+            eager.
         pretrain_steps: next-token steps on the toy task's text that the built-in model gets when
             made.
         unexpected: tensors of the files that the model does not have: ``error`` stops, ``ignore``
@@ -43,6 +48,7 @@ class ModelConfig:
     quant: Annotated[Literal["none", "nf4", "int8"], Decides.TRAINING] = "none"
     double_quant: Annotated[bool, Decides.TRAINING] = False
     quantized_cache: Annotated[str | Literal[False], Decides.PLACE] = "auto"
+    attention: Annotated[Attention, Decides.SPEED] = "auto"
     pretrain_steps: Annotated[NotNegative, Decides.TRAINING] = 0
     unexpected: Annotated[Literal["error", "ignore"], Decides.PLACE] = "error"
 
@@ -69,12 +75,12 @@ class Base:
     @property
     def vocab_size(self) -> int:
         """Number of token ids that the embedding has."""
-        return int(self.architecture.vocab_size)
+        return int(self.architecture.get_text_config().vocab_size)
 
     @property
     def positions(self) -> int | None:
-        """Number of positions the model was made for; None where config.json does not say."""
-        return getattr(self.architecture, "max_position_embeddings", None)
+        """As ``positions`` says."""
+        return positions(self.architecture)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -194,7 +200,7 @@ def architecture(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path={folder}: no config.json there; name a whole model's folder")
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return _without_bad_pad(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise UserError(f"model.path={folder}: config.json: {_reason(error)}") from None
 
@@ -210,6 +216,28 @@ def _reason(error: Exception) -> str:
     )
 
 
+def positions(config: Any) -> int | None:
+    """Number of positions a transformers config is for, times what its RoPE is scaled by; None
+    where it does not say.
+    """
+    text = config.get_text_config()
+    known: int | None = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    if known and rope.get("rope_type") in ("linear", "dynamic", "yarn"):  # others: known has it
+        original = rope.get("original_max_position_embeddings") or known
+        known = max(known, int(original * (rope.get("factor") or 1)))
+    return known
+
+
+def _without_bad_pad(config: Any) -> Any:
+    """Drops padding ids beyond the vocabulary, which torch refuses to make an embedding with."""
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        size = getattr(part, "vocab_size", None) or config.get_text_config().vocab_size
+        if isinstance(pad := getattr(part, "pad_token_id", None), int) and not 0 <= pad < size:
+            part.pad_token_id = None
+    return config
+
+
 def meta_model(config: Any, where: str, **options: Any) -> Any:
     """Returns the causal LM of a transformers config on the meta device; UserError if it cannot."""
     from transformers import (
@@ -223,5 +251,5 @@ def meta_model(config: Any, where: str, **options: Any) -> Any:
     try:
         with torch.device("meta"):
             return made_by.from_config(config, trust_remote_code=False, **options)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, ImportError) as error:
         raise UserError(f"{where}: {_reason(error)}") from None

@@ -1,16 +1,18 @@
 """Cross-entropy summed over label tokens, a chunk of tokens at a time: no (tokens, vocabulary)
-tensor.
+tensor. Logits are the model's own: for each chunk its forward runs with a stand-in for its decoder.
 """
 
 import inspect
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scalepeft.core.errors import UserError
 from scalepeft.data.tokens import IGNORED
 
 
@@ -53,26 +55,98 @@ class _ChunkedLoss(torch.autograd.Function):
         return grad_hidden * scale, None, None, None, *(g * scale for g in grads)
 
 
-def chunked_cross_entropy(hidden: Tensor, labels: Tensor, head: nn.Module, chunk: int) -> Tensor:
+def chunked_cross_entropy(
+    hidden: Tensor,
+    labels: Tensor,
+    head: Callable[[Tensor], Tensor],
+    chunk: int,
+    trained: Sequence[Tensor] = (),
+) -> Tensor:
     """Returns ``sum_t -log softmax(head(hidden_t))[label_{t+1}]`` over positions whose next label
     is not -100.
 
     Args:
         hidden: last hidden states (batch, length, d).
         labels: (batch, length), -100 where there is nothing to learn.
-        head: d -> vocabulary; may hold trained parameters (an adapter on it).
+        head: (rows, d) -> logits (rows, vocabulary).
         chunk: tokens whose logits exist at one time.
+        trained: what ``head`` trains (an adapter on it).
     """
     targets = labels[:, 1:].reshape(-1)
     kept = (targets != IGNORED).nonzero().squeeze(1)
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[kept]
-    trained = [p for p in head.parameters() if p.requires_grad]
     loss: Tensor = _ChunkedLoss.apply(rows, targets[kept], head, chunk, *trained)
     return loss
 
 
+class _Decoded(tuple[Tensor]):
+    """A decoder's output: ``(last_hidden_state,)``, and None for all else that is asked of it."""
+
+    def __getattr__(self, name: str) -> Tensor | None:
+        return self[0] if name == "last_hidden_state" else None
+
+
+class _StandIn(nn.Module):
+    """In the decoder's place, without its parameters: returns the states that ``run`` is given."""
+
+    output: _Decoded
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_decoder"] = decoder  # no submodule
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_decoder"], name)  # a multiplier, an embedding
+
+    def forward(self, *_: Any, **__: Any) -> _Decoded:
+        return self.output
+
+    def run(self, forward: Callable[..., Any], states: Tensor, **options: Any) -> Any:
+        """What the model's ``forward`` makes of last hidden states (batch, length, d)."""
+        self.output = _Decoded((states,))
+        self.output.__dict__["router_logits"] = options.pop("router_logits", None)
+        return forward(inputs_embeds=states.detach(), use_cache=False, **options)
+
+
+@contextmanager
+def _without_decoder(model: nn.Module, path: str) -> Iterator[_StandIn]:
+    """Puts a stand-in at ``path``: the model's parameters are those outside of its decoder."""
+    parent, _, name = path.rpartition(".")
+    modules = model.get_submodule(parent)._modules
+    decoder = modules[name]
+    assert decoder is not None
+    modules[name] = stand_in = _StandIn(decoder)
+    try:
+        yield stand_in
+    finally:
+        modules[name] = decoder
+
+
+def _router_loss(
+    run: Callable[..., Any], hidden: Tensor, routers: tuple[Tensor, ...], labels: Tensor
+) -> Tensor:
+    """Sum over rows of (label tokens) x (the auxiliary loss that the model adds for the row alone):
+    the same whatever the micro-batch. ``routers``: the logits of each, (batch * length, experts).
+    """
+    learned = labels[:, 1:] != IGNORED
+    # To the last label is text; a row without labels counts nothing, and its mean must be finite.
+    text = F.pad(learned.long(), (1, 0)).flip(1).cummax(1).values.flip(1)
+    text = text | (1 - text.amax(1, keepdim=True))
+    total = torch.zeros((), device=labels.device)
+    for i, count in enumerate(learned.sum(1)):
+        row = slice(i, i + 1)
+        of_row = tuple(r.reshape(*labels.shape, -1)[i] for r in routers)
+        # Cross-entropy over no label, so that ``loss`` is the auxiliary one times its weight.
+        nothing = {"labels": torch.full_like(labels[:1, :1], IGNORED), "num_items_in_batch": 1}
+        mask = text[row]
+        out = run(hidden[row, :1].detach(), router_logits=of_row, attention_mask=mask, **nothing)
+        if out.aux_loss is not None:  # its graph, unlike that of ``loss``, is without the head
+            total = total + count * (out.loss / out.aux_loss).detach() * out.aux_loss
+    return total
+
+
 @cache
-def _class_with_loss(base: type[nn.Module]) -> type[nn.Module]:
+def _class_with_loss(base: type[nn.Module], path: str) -> type[nn.Module]:
     def forward(
         self: Any,
         *args: Any,
@@ -82,8 +156,17 @@ def _class_with_loss(base: type[nn.Module]) -> type[nn.Module]:
     ) -> Any:
         if token_labels is None:
             return base.forward(self, *args, **kwargs)
-        hidden = self.base_model(*args, use_cache=False, **kwargs).last_hidden_state
-        return chunked_cross_entropy(hidden, token_labels, self.get_output_embeddings(), loss_chunk)
+        out = self.get_submodule(path)(*args, use_cache=False, **kwargs)
+        hidden = out.last_hidden_state
+        with _without_decoder(self, path) as stand_in:
+            run = partial(stand_in.run, partial(base.forward, self))
+            trained = [p for p in self.parameters() if p.requires_grad]
+            loss = chunked_cross_entropy(
+                hidden, token_labels, lambda rows: run(rows[None]).logits[0], loss_chunk, trained
+            )
+            if routers := getattr(out, "router_logits", None):
+                loss = loss + _router_loss(run, hidden, routers, token_labels)
+        return loss
 
     # generate() asks the signature what the model can do: without logits_to_keep there it has the
     # head compute the logits of every prompt token.
@@ -91,9 +174,35 @@ def _class_with_loss(base: type[nn.Module]) -> type[nn.Module]:
     return type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
 
 
+def _decoder_of(model: Any) -> str:
+    """Name of the submodule whose states, and nothing else, the model makes its logits of; raises
+    UserError if none is shown to be.
+    """
+    why, head, p = "it has no decoder", model.get_output_embeddings(), next(model.parameters())
+    width = model.config.get_text_config().hidden_size if head is None else head.weight.shape[-1]
+    states = torch.zeros(1, 3, width, dtype=p.dtype, device=p.device, requires_grad=True)
+    for path in [name for name, m in model.named_modules() if name and hasattr(m, "base_model")]:
+        try:
+            with _without_decoder(model, path) as stand_in, torch.enable_grad():
+                logits = stand_in.run(model.forward, states).logits
+            (used,) = torch.autograd.grad(logits.sum(), states, allow_unused=True)
+            if used is not None and logits.shape[:2] == (1, 3) and logits.shape[2] != width:
+                return path
+            why = f"it does not make them of what its {path} returns, token by token"
+        except Exception as error:  # whatever a class does with such a decoder
+            why = " ".join(f"{type(error).__name__}: {error}".split())
+    raise UserError(
+        f"{type(model).__name__} is not supported: its logits cannot be computed a chunk of tokens"
+        f" at a time ({why})"
+    )
+
+
 def add_token_loss(model: nn.Module) -> None:
     """Swaps in a class with ``forward(input_ids, token_labels=, loss_chunk=)`` -> summed loss.
 
     The loss is computed inside the model's own forward, where a sharded head is gathered.
+
+    Raises:
+        UserError: the model's logits are not shown to be a function of its decoder's states.
     """
-    model.__class__ = _class_with_loss(type(model))  # type: ignore[arg-type]  # mypy: no Hashable
+    model.__class__ = _class_with_loss(type(model), _decoder_of(model))  # type: ignore[arg-type]  # mypy: no Hashable

@@ -99,6 +99,8 @@ def read(settings: dict[str, Any], entries: Sources) -> Sources:
                 f" {', '.join(METHODS)})")  # fmt: skip
     try:
         made = dict(METHODS[method](settings, left)) if settings else {}
+    except UserError:
+        raise
     except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
         _refuse("config.json", f"quant_method={method}: the tensors are not packed as it says"
                 f" ({type(error).__name__}: {error})")  # fmt: skip

@@ -37,14 +37,26 @@ def build(
         UserError: config.json is missing, broken or of an unsupported architecture; the tensors are
             not those of this architecture.
     """
-    where, dtype = f"model.path={folder}", PRECISIONS[precision]
-    model: Any = meta_model(architecture(folder), where, dtype=dtype, attn_implementation="sdpa")
+    where, attention, dtype = f"model.path={folder}", config.attention, PRECISIONS[precision]
+    options: dict[str, Any] = {"dtype": dtype}
+    if attention != "auto":
+        where += f" model.attention={attention}"
+        options["attn_implementation"] = attention
+    if attention.startswith("flash") and precision == "fp32":
+        raise UserError(f"{where}: computes in bf16 alone; set train.precision=bf16, or take sdpa")
+    described = architecture(folder)
+    if described.is_encoder_decoder:
+        raise UserError(
+            f"{where}: {described.model_type} has an encoder; take a decoder-only model"
+        )
+    model: Any = meta_model(described, where, **options)
     keep_fp32(model, dtype)
     if weights is not None:
         weights.bind(model, config.unexpected)
     _drop_towers(model)
     others = _split_experts(model, weights)
     blocks_of(model)
+    _say_what_is_off(model)
     if fmt := quant.get_format(config.quant, config.double_quant):
         _quantize_blocks(model, fmt, folder, dict.fromkeys(others, "3-d weights of its own layout"))
     built: nn.Module = model
@@ -74,6 +86,21 @@ def _drop_towers(model: Any) -> None:
     for name, child in model.base_model.named_children():
         if child is not model.get_decoder() and any(True for _ in child.parameters()):
             setattr(model.base_model, name, None)
+
+
+def _say_what_is_off(model: Any) -> None:
+    """Tells once which noise of its own training the base has, and that its loss has another."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        dropout = {name.rsplit(".", 1)[-1]: module.p} if isinstance(module, nn.Dropout) else {}
+        found |= {k: v for k, v in vars(module).items() if "drop" in k or "jitter" in k} | dropout
+    noise = [f"{k}={v:g}" for k, v in found.items() if isinstance(v, float) and v > 0]
+    if noise and rank() == 0:
+        say(f"the frozen base computes as in inference, without {', '.join(noise)}")
+    if getattr(model.config.get_text_config(), "output_router_logits", False) and rank() == 0:
+        say(
+            "the routers' auxiliary loss (output_router_logits in config.json) moves adapters alone"
+        )
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:

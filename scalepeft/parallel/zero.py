@@ -104,6 +104,7 @@ class Zero(Engine):
         super().__init__(config, ranks)
         self.sharded = config.stage == 3  # type: ignore[misc]
         self._ds = _deepspeed(ranks.device.type)
+        self._in_head: list[nn.Parameter] = []
 
     @classmethod
     def shares(cls, config: Any, model: nn.Module, world_size: int, ranks_per_node: int) -> Shares:
@@ -212,6 +213,10 @@ class Zero(Engine):
             if self.config.stage != 3:
                 groups = enumerate(self._optimizer.bit16_groups)
                 self._group = {id(p): i for i, group in groups for p in group}
+            elif head := getattr(model, "get_output_embeddings", lambda: None)():
+                self._in_head = [p for p in head.parameters() if p.requires_grad]
+                for p in self._in_head:  # so that no module's hook lets go of it
+                    p.is_external_param = True  # type: ignore[attr-defined]
             optimizer.state.clear()
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
@@ -219,9 +224,12 @@ class Zero(Engine):
         return call
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
-        """Stage 1 exchanges gradients on the last micro-batch; 2 and 3 on each: they keep parts."""
+        """Stage 1 exchanges gradients on the last micro-batch; 2 and 3 on each: they keep parts.
+
+        An adapter on the head stays whole within: the loss differentiates it in its forward.
+        """
         self._engine.set_gradient_accumulation_boundary(last)
-        return nullcontext()
+        return self.gathered(self._in_head)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Adds N times the gradient, of which DeepSpeed makes the sum."""

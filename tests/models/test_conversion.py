@@ -249,3 +249,13 @@ def test_a_layer_read_by_a_fused_kernel_takes_no_adapter_and_no_bytes(tmp_path: 
     assert type(mamba.in_proj) is not torch.nn.Linear
     with pytest.raises(UserError, match=r"mamba.out_proj: its weight is read by a fused kernel"):
         inject(model, {"name": "lora", "rank": 2, "target_modules": ["out_proj"]})
+
+
+def test_an_encoder_is_refused_by_name(tmp_path: Path) -> None:
+    from transformers import BartConfig
+
+    BartConfig(d_model=16, vocab_size=32, encoder_layers=1, decoder_layers=1).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(UserError, match="bart has an encoder; take a decoder-only model"):
+        structure.build(ModelConfig(path=str(tmp_path)), tmp_path, "fp32")

@@ -254,7 +254,7 @@ def simulate(
         shape = rows, -(-config.data.cutoff // PAD_TO) * PAD_TO
         ids, labels = (torch.zeros(shape, dtype=torch.int64) for _ in "xy")
         batch = MicroBatch(ids, labels, torch.zeros(rows, dtype=torch.int64))
-        model.train()
+        injection.train_mode(model)
         tracker.begin()
         tracker.part = "control"
         ranks.any(False)  # of the training loop: shall we stop?
@@ -266,8 +266,8 @@ def empty_model(config: RunConfig, folder: Path) -> nn.Module:
     """The model on the meta device as ``build`` shards it. Raise UserError as that does."""
     with redirect_stderr(StringIO()):  # which layers stay unquantized: the run itself says it
         model = structure.build(config.model, folder, config.train.precision)
-    injection.inject(model, config.adapter)
     loss.add_token_loss(model)
+    injection.inject(model, config.adapter)
     return model
 
 

@@ -65,7 +65,7 @@ def _trainer(session: Session, adapter: str, storage: str) -> Trainer:
     ranks = Ranks(device=str(session.device))
     engine = Single(config.engine, ranks)
     engine.shard(model, structure.blocks_of(model))
-    return Trainer(config, ranks, Built(engine, model.train(), {}, 0), "")
+    return Trainer(config, ranks, Built(engine, inject.train_mode(model), {}, 0), "")
 
 
 def training(session: Session) -> dict[str, Any]:
