@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import time
 from functools import partial
 from pathlib import Path
@@ -166,7 +167,8 @@ class QuantizedCopy:
                     shutil.rmtree(old, ignore_errors=True)
             if (free := shutil.disk_usage(root).free) < self.size + self.size // 8:
                 raise OSError(f"{size(self.size)} are needed and {size(free)} free")
-            temporary = self.folder.with_name(f"{self.folder.name}.tmp-{os.getpid()}")
+            mine = f"{socket.gethostname()}-{os.getpid()}"
+            temporary = self.folder.with_name(f"{self.folder.name}.tmp-{mine}")
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
             return temporary
