@@ -15,6 +15,7 @@ from scalepeft.core.launch import world_size
 from scalepeft.data.tasks.base import Task
 from scalepeft.models import loss, structure
 from scalepeft.models.hub import Base
+from scalepeft.models.quantized_copy import QuantizedCopy
 from scalepeft.models.weights import load_weights
 from scalepeft.parallel.base import Engine
 from scalepeft.parallel.ranks import Ranks
@@ -27,7 +28,7 @@ class Built:
     engine: Engine
     model: nn.Module
     base: dict[str, Any]
-    """Which base this is: path, revision, storage, fingerprint."""
+    """Which base this is: path, revision, storage, fingerprint, sha256 of its files."""
     bytes_read: int
 
 
@@ -75,16 +76,19 @@ def build(
     engine = engine_class(config)(config.engine, ranks)
     engine.shard(model, structure.blocks_of(model))
     structure.materialize(model, ranks.device)
-    turns = load_weights(model, weights)
+    copy = QuantizedCopy(base, model, engine)
+    turns = load_weights(model, weights, copy.fill)
     while ranks.all_or_raise(lambda: next(turns, "end")) != "end":
         poll()
+    copy.keep()
     injection.reset_adapters(model, config.train.seed)
     kind = config.model
     description = {key: getattr(kind, key) for key in ("path", "revision", "quant", "double_quant")}
+    description["sha256"] = base.digests(ranks)
     fingerprint = ranks.all_or_raise(lambda: base.fingerprint)
     what = f"model.path={kind.path}: files differ"
     description["fingerprint"] = ranks.assert_equal(fingerprint, what)
-    return Built(engine, model, description, weights.bytes_read - before)
+    return Built(engine, model, description, weights.bytes_read - before + copy.bytes_read)
 
 
 def check_batch(config: RunConfig, world: int) -> None:

@@ -19,8 +19,10 @@ from scalepeft.core.errors import UserError
 from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping
+from scalepeft.core.text import size
 from scalepeft.data import loader, tokens
 from scalepeft.data.tokens import TokenSet
+from scalepeft.models import integrity
 from scalepeft.models.hub import Base, open_base
 from scalepeft.models.weights import resident_bytes
 from scalepeft.parallel.base import full_shape
@@ -34,28 +36,35 @@ from scalepeft.trainer import Trainer, batches
 
 
 def _check_resumed(
-    config: RunConfig, base: Base, rows: "_Rows", fingerprint: str, resumed: Checkpoint | None
-) -> None:
-    """Raise UserError if a checkpoint is of another base, of training rows with another
-    ``fingerprint``, or of a longer run than is about to continue, or calls itself finished.
+    config: RunConfig, base: Base, rows: "_Rows", ranks: Ranks, resumed: Checkpoint | None
+) -> str:
+    """Returns the fingerprint of the training rows, equal on all ranks; a collective.
+
+    Raises:
+        UserError: a checkpoint is of another base, of other rows, or of a longer run than is about
+            to continue, or calls itself finished.
     """
+    fingerprint = ranks.assert_equal(rows.train.fingerprint(), "data.train: training rows differ")
+    where, path = f"run_dir={config.run_dir}", f"model.path={config.model.path}"
     if resumed is None:
-        return
-    where = f"run_dir={config.run_dir}"
+        return fingerprint
     if resumed.step > rows.total:
         raise UserError(
             f"{where}: is at step {resumed.step} already, the run is to end at {rows.total}; raise"
             " train.max_steps or train.epochs, or choose another run_dir"
         )
-    if resumed.state["base"]["fingerprint"] != base.fingerprint:
+    held = resumed.state["base"]
+    integrity.check(held.get("sha256"), base.digests(ranks), path, f"{where} began with")
+    if held["fingerprint"] != ranks.all_or_raise(lambda: base.fingerprint):
         raise UserError(
-            f"{where}: was trained on another base than model.path={config.model.path} now holds"
-            " (the fingerprint of its files differs); give the old base, or choose another run_dir"
+            f"{where}: was trained on another base than {path} now holds (the fingerprint of its"
+            " files differs); give the old base, or choose another run_dir"
         )
     if resumed.state["data"] != fingerprint:
         raise UserError(
             f"{where}: training rows differ from those it began with; restore the files"
         )
+    return fingerprint
 
 
 def learning_rate(config: RunConfig, step: int, total: int) -> float:
@@ -131,8 +140,7 @@ def run_on(
     code = FINISHED
     if records.finished():  # for its own base and rows; others are named, not passed over
         rows = _rows(config, base, ranks)
-        train = rows.train.fingerprint
-        ranks.all_or_raise(lambda: _check_resumed(config, base, rows, train(), records.resumed))
+        _check_resumed(config, base, rows, ranks, records.resumed)
     else:
         try:
             code = _train(config, base, ranks, records, stop)
@@ -154,10 +162,9 @@ def _train(
     began = time.monotonic()
     poll()
     rows = _rows(config, base, ranks)
-    fingerprint = ranks.assert_equal(rows.train.fingerprint(), "data.train: training rows differ")
+    fingerprint = _check_resumed(config, base, rows, ranks, records.resumed)
     poll()
     trainer = Trainer(config, ranks, build(config, base, ranks, poll), fingerprint)
-    ranks.all_or_raise(lambda: _check_resumed(config, base, rows, fingerprint, records.resumed))
     records.claim(stop.launched)
     read_bytes = trainer.restore(records.resumed)
     seconds["load"] = time.monotonic() - began
@@ -248,7 +255,9 @@ def _announce(
     count = sum(full_shape(p).numel() for p in trainer.trained.values())
     if ranks.is_main:
         tensors = len(trainer.trained)
-        say(f"training {count:,} parameters in {tensors} tensors, steps {step + 1} to {total}")
+        read = size(sum(rank["bytes_read"] for rank in per_rank))
+        say(f"training {count:,} parameters in {tensors} tensors, steps {step + 1} to {total};"
+            f" {read} of the base read")  # fmt: skip
         layers = [name for name, _ in injection.adapted_layers(built.model)]
         if {n.rsplit(".", 1)[-1] for n in layers} != set(trainer.config.adapter.target_modules):
             say(f"adapter.target_modules are {targets.short(layers)}: {len(layers)} layers")

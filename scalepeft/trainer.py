@@ -12,11 +12,11 @@ from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.data import loader
 from scalepeft.data.tokens import TokenSet
+from scalepeft.models.tensors import Reader
 from scalepeft.parallel.base import MOMENTS, Part
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.checkpoint import Checkpoint
 from scalepeft.run.saver import Saver
-from scalepeft.run.tensors import Reader
 
 
 class Trainer:

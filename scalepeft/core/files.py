@@ -14,6 +14,11 @@ from typing import Any
 from scalepeft.core.errors import UserError
 
 
+def cache_folder() -> Path:
+    """``$SCALEPEFT_CACHE``, else ``~/.cache/scalepeft``."""
+    return Path(os.environ.get("SCALEPEFT_CACHE") or Path.home() / ".cache" / "scalepeft")
+
+
 def fsync(path: Path) -> None:
     """Flushes a file, or a folder's entries, to the disk."""
     fd = os.open(path, os.O_RDONLY)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import Decides, deciding
+from scalepeft.core.files import cache_folder
 from scalepeft.data.tasks.base import Example, Split, Task, TaskConfig
 
 IGNORED = -100
@@ -128,8 +129,11 @@ def cached_tokens(examples: list[Example], tokenizer: Any, config: TaskConfig) -
     Raises:
         UserError: the cache's folder cannot be written.
     """
-    root = config.cache or os.environ.get("SCALEPEFT_CACHE") or Path.home() / ".cache" / "scalepeft"
-    file = Path(root) / "tokens" / f"{_key(examples, tokenizer, config)}.safetensors"
+    file = (
+        Path(config.cache or cache_folder())
+        / "tokens"
+        / f"{_key(examples, tokenizer, config)}.safetensors"
+    )
     if (cached := _read(file)) is not None:
         return cached
     made = tokenize(examples, tokenizer, config)

@@ -44,9 +44,11 @@ class EvalTarget:
             config = ranks.all_or_raise(lambda: _with_merged(config))
         base = open_base(config.model, ranks)
 
+        digests = base.digests(ranks) if adapter is not None else {}
+
         def look() -> tuple[str, str]:
             if adapter is not None:  # base and adapter are compared: they must be of one base
-                check_base(config, adapter[2].get("base_model", {}), base.fingerprint)
+                check_base(config, adapter[2].get("base_model", {}), base, digests)
             return base.fingerprint, base.tokenizer_hash  # both read where ranks agree on a failure
 
         weights, _ = ranks.all_or_raise(look)

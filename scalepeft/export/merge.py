@@ -30,8 +30,8 @@ from scalepeft.models import quant, structure
 from scalepeft.models.conversion import Group
 from scalepeft.models.experts import ExpertLinear
 from scalepeft.models.sources import DTYPES, FLOATS, Source
+from scalepeft.models.tensors import as_bytes
 from scalepeft.models.weights import INDEX, PIECE_BYTES, Entry, Weights
-from scalepeft.run.tensors import as_bytes
 
 __all__ = ["effective_weight", "run"]
 
@@ -311,7 +311,8 @@ def _copy_small_files(
     config |= dict.fromkeys(switches, True)
     weights = finished.base.weights
     if any(not isinstance(source, Entry) for source in weights.entries.values()):
-        del config["quantization_config"]  # what is written are plain numbers
+        for part in (config, config.get("text_config") or {}):
+            part.pop("quantization_config", None)  # what is written are plain numbers
     if weights.layout.untied:
         config["tie_word_embeddings"] = False
     if dtype != "base":

@@ -136,7 +136,7 @@ class FinishedRun:
         device = pick_device(config.engine.device, 0)
         base = open_base(config.model, Ranks())
         _ = base.architecture  # a config.json that is missing is named first
-        check_base(config, trained_on, base.fingerprint)
+        check_base(config, trained_on, base, base.digests(Ranks()))
         return cls(config, base, state, device)
 
     def structure(self, quantized: bool) -> Streamed:

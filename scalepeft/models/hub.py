@@ -10,6 +10,7 @@ from pydantic.dataclasses import dataclass
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, Decides, NotNegative
 from scalepeft.data.tokens import tokenizer_hash
+from scalepeft.models import integrity
 from scalepeft.models.weights import Weights
 from scalepeft.parallel.ranks import Ranks
 
@@ -30,6 +31,9 @@ class ModelConfig:
         tokenizer: folder or hub id, where it is not that of the model.
         quant: how block weights are held: ``none`` (the compute dtype), ``nf4``, ``int8``.
         double_quant: NF4 scales in 8 bits too, 4.13 instead of 4.5 bits a weight.
+        quantized_cache: folder for copies of what was quantized, which the next start reads in the
+            base's place; ``auto``: in ``$SCALEPEFT_CACHE``, where that is set, from 1 GiB on;
+            ``off`` (false): none.
         attention: who computes attention; ``auto``: sdpa where the model's class supports it, else
             eager.
         pretrain_steps: next-token steps on the toy task's text that the built-in model gets when
@@ -43,6 +47,7 @@ class ModelConfig:
     tokenizer: Annotated[str | None, Decides.TOKENS] = None
     quant: Annotated[Literal["none", "nf4", "int8"], Decides.TRAINING] = "none"
     double_quant: Annotated[bool, Decides.TRAINING] = False
+    quantized_cache: Annotated[str | Literal[False], Decides.PLACE] = "auto"
     attention: Annotated[Attention, Decides.SPEED] = "auto"
     pretrain_steps: Annotated[NotNegative, Decides.TRAINING] = 0
     unexpected: Annotated[Literal["error", "ignore"], Decides.PLACE] = "error"
@@ -60,6 +65,7 @@ class Base:
 
     def __init__(self, config: ModelConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
+        self._digests: dict[str, str] | None = None
 
     @cached_property
     def architecture(self) -> Any:
@@ -95,6 +101,13 @@ class Base:
     def fingerprint(self) -> str:
         """sha256 of what tells one base from another."""
         return self.weights.fingerprint()
+
+    def digests(self, ranks: Ranks) -> dict[str, str]:
+        """sha256 of each shard by name; a collective when it is first asked for."""
+        if self._digests is None:
+            files = [file.path for file in ranks.all_or_raise(lambda: self.weights).files]
+            self._digests = integrity.shard_digests(files, ranks)
+        return self._digests
 
 
 def open_base(config: ModelConfig, ranks: Ranks) -> Base:
@@ -170,9 +183,9 @@ def load_tokenizer(config: ModelConfig, folder: Path) -> Any:
             )
         raise UserError(f"{where}: no tokenizer.json there; set model.tokenizer=FOLDER_OR_HUB_ID")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # for a damaged file the tokenizers library raises a bare Exception
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = f"{type(error).__name__}: {_reason(error)}"
         raise UserError(f"{where}: no tokenizer can be loaded: {reason}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{where}: no end-of-text token; set eos_token in tokenizer_config.json")
@@ -187,10 +200,20 @@ def architecture(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise UserError(f"model.path={folder}: no config.json there; name a whole model's folder")
     try:
-        return _without_bad_pad(AutoConfig.from_pretrained(folder))
+        return _without_bad_pad(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"model.path={folder}: config.json: {reason}") from None
+        raise UserError(f"model.path={folder}: config.json: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """Its text in one line; that code of the base's own would be needed, in words of ours."""
+    text = " ".join(str(error).split())
+    if "trust_remote_code" not in text:
+        return text
+    return (
+        "needs Python code that lies beside the weights (auto_map), which is never run here; name"
+        " a base whose architecture transformers itself has"
+    )
 
 
 def positions(config: Any) -> int | None:
@@ -229,4 +252,4 @@ def meta_model(config: Any, where: str, **options: Any) -> Any:
         with torch.device("meta"):
             return made_by.from_config(config, trust_remote_code=False, **options)
     except (ValueError, KeyError, ImportError) as error:
-        raise UserError(f"{where}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{where}: {_reason(error)}") from None

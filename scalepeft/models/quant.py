@@ -114,16 +114,19 @@ class NF4(Format):
             none = torch.empty(0, width + scale_width, dtype=torch.uint8, device=rows.device)
             return none[:, :width], none[:, width:]
         packed, absmax = _kernels().quantize_4bit(rows.contiguous(), BLOCK, "nf4", torch.uint8)
-        absmax = absmax.view(n, -1)
+        return packed.view(n, width), self.pack_scales(absmax.view(n, -1))
+
+    def pack_scales(self, absmax: Tensor) -> Tensor:
+        """Scales (n, blocks) in fp32 -> their bytes (n, ...)."""
         if not self.double:
-            return packed.view(n, width), _bytes(absmax)
+            return _bytes(absmax)
         parts = []
         for group in absmax.split(GROUP, dim=1):
             low = group.amin(1, keepdim=True)
             step = ((group.amax(1, keepdim=True) - low) / 255).clamp_min(1e-30)
             code = ((group - low) / step).round().to(torch.uint8)
             parts += [_bytes(low), _bytes(step), code]
-        return packed.view(n, width), torch.cat(parts, dim=1)
+        return torch.cat(parts, dim=1)
 
     def decode(self, weight: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
         """Dequantizes with bitsandbytes' kernel (fp64 by way of fp32)."""

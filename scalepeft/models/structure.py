@@ -13,7 +13,7 @@ from torch import nn
 from scalepeft.core.errors import UserError
 from scalepeft.core.launch import rank
 from scalepeft.core.log import say
-from scalepeft.models import quant
+from scalepeft.models import prequantized, quant
 from scalepeft.models.experts import ExpertLinear, TallSource, replace_experts
 from scalepeft.models.hub import PRECISIONS, ModelConfig, architecture, meta_model
 from scalepeft.models.weights import Weights
@@ -160,10 +160,10 @@ def layers_read_directly(model: nn.Module, values: bool) -> set[nn.Module]:
     }
 
 
-def _quantize_blocks(
-    model: nn.Module, fmt: quant.Format, folder: Path, kept: dict[str, str]
-) -> None:
+def _quantize_blocks(model: Any, fmt: quant.Format, folder: Path, kept: dict[str, str]) -> None:
     plain = _routers(model) | layers_read_directly(model, values=False)
+    skipped = prequantized.keeps(prequantized.settings_of(model.config.to_dict()))
+    plain |= {module for name, module in model.named_modules() if skipped(name)}
     for block in blocks_of(model):
         for name, layer in block.named_modules():
             # A subclass computes in its own way with the weight itself.

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from scalepeft.core.files import cache_folder
 from scalepeft.core.log import say
 from scalepeft.data.tasks import toy
 
@@ -38,8 +39,7 @@ def make(pretrain_steps: int) -> Path:
     recipe = {**SPEC, **RECIPE, "steps": pretrain_steps, "torch": torch.__version__}
     recipe["text"] = hashlib.sha256("\n".join(text).encode()).hexdigest()
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    root = Path(os.environ.get("SCALEPEFT_CACHE") or Path.home() / ".cache" / "scalepeft")
-    folder = root / "models" / f"tiny-{key}"
+    folder = cache_folder() / "models" / f"tiny-{key}"
     if (folder / "model.safetensors").is_file():
         return folder
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from scalepeft.core.errors import UserError
+from scalepeft.core.files import read_mapping
 from scalepeft.core.safetensors import DamagedFile, SafetensorsFile, Stored
-from scalepeft.models import quant
+from scalepeft.models import prequantized, quant
 from scalepeft.models.conversion import Layout
 from scalepeft.models.sources import DTYPES, Source
 from scalepeft.parallel.base import full_shape, local_part
@@ -63,7 +64,8 @@ class Weights:
 
     Attributes:
         files: those that transformers reads, in the order of their names.
-        entries: their tensors by name.
+        entries: their tensors by name, quantized ones as floats.
+        storage: ``quantization_config`` of config.json, empty without one.
         layout: which of them make up which tensor of the model, once ``structure.build`` has
             bound them to one.
 
@@ -87,6 +89,10 @@ class Weights:
                 if stored.dtype not in DTYPES:
                     raise UserError(f"{file.path}: '{name}' has dtype {stored.dtype}: not read")
                 self.entries[name] = Entry(file, stored)
+        config, remedy = folder / "config.json", "copy it again"
+        found = read_mapping(config, json.loads, remedy) if config.is_file() else {}
+        self.storage = prequantized.settings_of(found)
+        self.entries = prequantized.read(self.storage, self.entries)
 
     def _paths(self) -> list[Path]:
         """The files of the model, by transformers' rule: one file, else those of the index."""
@@ -160,12 +166,15 @@ class Weights:
         return digest.hexdigest()
 
 
-def load_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
+def load_weights(
+    model: nn.Module, weights: Weights, stored: Callable[..., bool] = lambda *of: False
+) -> Iterator[None]:
     """Fills this rank's rows of every base parameter, real and possibly sharded, and the buffers
     that files hold; not adapters.
 
     A generator that stops after every module that holds some, so that ranks can agree in between;
-    it takes the same number of turns on every rank.
+    it takes the same number of turns on every rank. ``stored`` may fill a quantized weight and its
+    scale by itself, and says whether it did.
 
     Raises:
         UserError: a tensor has another shape than the model's, or values that are not numbers.
@@ -181,8 +190,11 @@ def load_weights(model: nn.Module, weights: Weights) -> Iterator[None]:
             if n not in module._non_persistent_buffers_set
         ]
         for name, parameter in own:
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            scale = getattr(module, f"{name}_scale", None)
+            if scale is None or not stored(f"{module_name}.{name}", parameter, scale):
                 with torch.no_grad():
                     fill(module, f"{module_name}.{name}", name, parameter, weights)
         if own:
@@ -216,19 +228,25 @@ def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weight
     step = -(-step // source.unit) * source.unit if source.by_rows else max(1, last)
     edges = {first, *range(first // step * step + step, last, step), last}
     for begin, end in pairwise(sorted(edges)):
-        rows = _encoded(layer, source, begin, end, parts[0].data.device)
+        where = f"{source.where}: '{full_name}'" if isinstance(parameter, nn.Parameter) else None
+        rows = _encoded(layer, source, begin, end, parts[0].data.device, where)
         for part, width, values in zip(parts, widths, rows, strict=True):
             part.put(begin * width, values.reshape(-1))
 
 
 def _encoded(
-    layer: quant.QuantLinear | None, source: Source, first: int, last: int, device: torch.device
-) -> list[Tensor]:
-    if layer is None:
-        return [source.rows(first, last)]
-    if (as_stored := source.encoded(layer.fmt, first, last)) is not None:
-        return list(as_stored)
-    return list(layer.fmt.encode(source.rows(first, last).to(device, torch.float32)))
+    layer: quant.QuantLinear | None, source: Source, first: int, last: int, device: torch.device,
+    where: str | None,
+) -> list[Tensor]:  # fmt: skip
+    """Raises UserError, with ``where`` before it, for a value that is no finite number."""
+    stored = None if layer is None else source.encoded(layer.fmt, first, last)
+    rows = [source.rows(first, last)] if stored is None else list(stored)
+    if where is not None and not torch.isfinite(rows[0]).all():
+        raise UserError(f"{where} has values that are not finite (rows {first} to {last}): the base"
+                        " is damaged; copy it again")  # fmt: skip
+    if layer is None or stored is not None:
+        return rows
+    return list(layer.fmt.encode(rows[0].to(device, torch.float32)))
 
 
 def resident_bytes(model: nn.Module) -> int:

@@ -24,8 +24,8 @@ from typing import Any
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import digest, fsync, try_to_write, write_atomically
 from scalepeft.core.log import say
+from scalepeft.models.tensors import Reader
 from scalepeft.run.lease import check_fence, largest_generation, stored_generation
-from scalepeft.run.tensors import Reader
 
 SCHEMA = 2  # 1 had no files in parts
 NAME = re.compile(r"step-(\d{6,})")

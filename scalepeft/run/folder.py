@@ -15,6 +15,8 @@ from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import read_mapping, try_to_write
+from scalepeft.models import integrity
+from scalepeft.models.hub import Base
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.checkpoint import RunFolder, unwritable
 
@@ -56,9 +58,13 @@ def older_adapter(run_dir: Path, step: int | None) -> str | None:
     )
 
 
-def check_base(config: RunConfig, trained_on: dict[str, Any], fingerprint: str) -> None:
-    """Raise UserError unless ``base_model`` of ``adapter_config.json`` has this fingerprint."""
-    if trained_on.get("fingerprint") != fingerprint:
+def check_base(
+    config: RunConfig, trained_on: dict[str, Any], base: Base, digests: dict[str, str]
+) -> None:
+    """Raise UserError unless ``base_model`` of ``adapter_config.json`` is this base."""
+    where = f"model.path={config.model.path}"
+    integrity.check(trained_on.get("sha256"), digests, where, "the adapter was trained over")
+    if trained_on.get("fingerprint") != base.fingerprint:
         raise UserError(
             f"{config.run_dir}/adapter was trained on another base than"
             f" model.path={config.model.path} now holds (the fingerprint of its files differs);"

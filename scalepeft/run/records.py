@@ -15,6 +15,7 @@ from scalepeft.core.files import read_lines, read_mapping, write_atomically
 from scalepeft.core.log import say
 from scalepeft.core.preemption import tell_job
 from scalepeft.core.slurm import slurm_job, slurm_start
+from scalepeft.models.tensors import Reader, write_tensors
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.checkpoint import Checkpoint, RunFolder
 from scalepeft.run.folder import check_same_run
@@ -22,7 +23,6 @@ from scalepeft.run.lease import Lease, check_fence, check_free, stored_generatio
 from scalepeft.run.logs import RowLog
 from scalepeft.run.progress import Progress
 from scalepeft.run.provenance import commit, peak_memory, versions
-from scalepeft.run.tensors import Reader, write_tensors
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "bitsandbytes", "deepspeed")
 """Whose versions a start writes down."""

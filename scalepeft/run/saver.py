@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from scalepeft.core.log import say
+from scalepeft.models.tensors import write_tensors
 from scalepeft.parallel.base import Part
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.lease import Superseded, check_fence
 from scalepeft.run.records import RunRecorder, Save
-from scalepeft.run.tensors import write_tensors
 
 FINAL_PAUSES = (2.0, 5.0)  # seconds before a last save is tried once more
 GATHERED_BYTES = 64 << 20  # state up to this size is written by rank 0 alone

@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from scalepeft.core.errors import UserError
+from scalepeft.models.tensors import Reader, write_tensors
 from scalepeft.parallel.base import Part
 from scalepeft.run.checkpoint import DamagedCheckpoint, RunFolder, verify
 from scalepeft.run.lease import Superseded
 from scalepeft.run.logs import RowLog
-from scalepeft.run.tensors import Reader, write_tensors
 
 
 def claimed(path: Path) -> RunFolder:

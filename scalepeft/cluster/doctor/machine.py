@@ -17,6 +17,7 @@ from packaging.specifiers import SpecifierSet
 from scalepeft.cluster.doctor.check import Context, Values, Verdict, by_value, where
 from scalepeft.cluster.doctor.storage import check_writable
 from scalepeft.core.errors import UserError
+from scalepeft.core.files import cache_folder
 from scalepeft.core.text import size
 from scalepeft.models import quant
 from scalepeft.parallel import zero
@@ -67,7 +68,7 @@ def versions(context: Context) -> dict[str, str]:
 
 def environment(context: Context) -> tuple[str, str]:
     """Try to write in the cache folder; return it and the variables that launchers look at."""
-    cache = Path(os.environ.get("SCALEPEFT_CACHE") or Path.home() / ".cache" / "scalepeft")
+    cache = cache_folder()
     check_writable(f"cache folder {cache}", cache)
     tasks = os.environ.get("SLURM_NTASKS", "1")
     if tasks != "1" and context.ranks.world_size == 1:

@@ -71,6 +71,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "peak_at": step.moment,
         "runtime_assumed": plan.runtime,
         "read_at_load": step.load,
+        "read_at_restart": step.restart,
         "collectives": [
             {"name": name, "ranks": ranks, "nodes": nodes, "count": count, "bytes": size}
             for (name, ranks, nodes), (count, size) in sorted(step.exchanges.items())
@@ -160,7 +161,8 @@ def _facts(plan: Plan) -> list[list[str]]:
         ["trained parameters",
          f"{trained:,} of {base + trained:,} ({trained / (base + trained):.3%})"],
         *([["in host memory", f"{gib(step.host)} a rank"]] if step.host else []),
-        ["read at load", f"{gib(step.load)} a rank"],
+        ["read at load", f"{gib(step.load)} a rank"
+         + f", {gib(step.restart)} from the quantized copy" * (step.restart < step.load)],
         *(
             [name, f"{count:,.0f} a step over {ranks} ranks"
              f"{f' on {nodes} nodes' if nodes > 1 else ''}, {gib(size)} in all"]

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from scalepeft.adapters import inject as injection
@@ -18,6 +19,7 @@ from scalepeft.core.errors import UserError
 from scalepeft.models import hub as models
 from scalepeft.models import quant, structure
 from scalepeft.models.dimensions import Source
+from scalepeft.models.quantized_copy import folder_of
 from scalepeft.parallel.base import Shares
 
 SHORT = (3, 4)  # blocks of the two models: with three, the first, a middle and the last one differ
@@ -34,6 +36,7 @@ class Step:
     shares: Shares  # what the engine says
     host: float  # bytes of this rank in the node's memory
     load: int  # bytes that this rank reads from the model's files
+    restart: int  # the same of the next start, which may find a quantized copy
     checkpoint: int  # bytes of a checkpoint's tensors
     resident: dict[str, float]  # bytes between steps, by kind
     peak: dict[str, float]  # bytes at the peak, by kind
@@ -91,16 +94,21 @@ def resident(config: RunConfig, source: Source, world: int, per_node: int) -> St
     if shares.gradients > 1 and not shares.simulated:
         kinds["gradients"] = part(trained, shares.gradients)
     stays = {kind: size for kind, size in kinds.items() if kind not in shares.on_host}
+    read = {
+        name: _rank_bytes(shape, source.item_bytes(name), shares.base, by_rows=True)
+        for name, shape in base.items()
+    }
+    held = {name: p for name, p in model.named_parameters() if p.dtype == torch.uint8}
+    copy = folder_of(config.model.quantized_cache, sum(p.numel() for p in held.values()))
+    plain = sum(size for name, size in read.items() if name not in held)
     return Step(
         rows,
         -(-local_batch // rows),
         (sum(map(math.prod, base.values())), sum(p.numel() for p in trained)),
         shares,
         host=sum(kinds.get(kind, 0) for kind in shares.on_host),
-        load=sum(
-            _rank_bytes(shape, source.item_bytes(name), shares.base, by_rows=True)
-            for name, shape in base.items()
-        ),
+        load=sum(read.values()),
+        restart=plain + part(held.values(), shares.base) if copy else sum(read.values()),
         checkpoint=3 * sum(p.nbytes for p in trained) + 4 * len(trained),
         resident=stays,
         peak=stays,

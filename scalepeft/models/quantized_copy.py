@@ -1,0 +1,234 @@
+"""A quantized copy of a base: what one start quantized is read by the next in the base's place.
+
+A folder with a file of each rank that wrote: byte ranges of the quantized tensors under canonical
+names, so that any engine at any world size reads just its own. The manifest comes last, and has a
+digest of every mebibyte, which is compared when that mebibyte is read.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scalepeft.core.files import cache_folder, fsync
+from scalepeft.core.log import say
+from scalepeft.core.safetensors import DamagedFile, SafetensorsFile, Writer
+from scalepeft.core.text import size
+from scalepeft.models.hub import Base
+from scalepeft.models.tensors import Reader, as_bytes
+from scalepeft.parallel.base import Engine, full_shape, local_part
+
+VERSION = 1  # of the conversion: another one's copies are not read
+AUTO_BYTES = 1 << 30  # below this ``auto`` keeps nothing
+CHUNK = 1 << 20
+LEFTOVER_SECONDS = 86400.0
+
+
+class _Checked(SafetensorsFile):
+    """A file of which nothing is returned that was not compared with its digest."""
+
+    def __init__(self, path: Path, digests: list[str]) -> None:
+        super().__init__(path)
+        self._digests, self._last = digests, (-1, bytearray())
+        if bytes(self.read(8, len(self.header))) != self.header:
+            raise DamagedFile(f"{path.name}: its header has changed")
+
+    def read(self, start: int, size: int) -> bytearray:
+        """As ``SafetensorsFile``, by whole chunks; one that two reads share is read once."""
+        first, last = start // CHUNK, -(-(start + size) // CHUNK)
+        known, held = self._last
+        buffer = bytearray(held if first == known else b"")
+        begin = first * CHUNK + len(buffer)
+        if begin < (end := min(last * CHUNK, self.size)):
+            fresh = super().read(begin, end - begin)
+            for i in range(0, len(fresh), CHUNK):
+                if _digest(memoryview(fresh)[i : i + CHUNK]) != self._digests[(begin + i) // CHUNK]:
+                    raise DamagedFile(f"{self.path.name}: damaged at byte {begin + i}")
+            buffer += fresh
+        self._last = (last - 1, buffer[(last - 1 - first) * CHUNK :])
+        return buffer[start - first * CHUNK :][:size]
+
+
+def _digest(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+class _Copy(Reader):
+    def _open(self, name: str, info: dict[str, Any]) -> SafetensorsFile:
+        return _Checked(self.folder / name, info["chunks"])
+
+
+class QuantizedCopy:
+    """The copy for one model as this start shards it; to make one, and ``keep``, are collectives.
+
+    Attributes:
+        folder: where it is or will be; None where none is wanted.
+        bytes_read: of it, by this rank.
+    """
+
+    def __init__(self, base: Base, model: nn.Module, engine: Engine) -> None:
+        self.ranks, self._engine = engine.ranks, engine
+        self._parameters = {
+            name: p
+            for name, p in model.named_parameters()
+            if p.dtype == torch.uint8 and ".adapter." not in name
+        }
+        self.size = sum(full_shape(p).numel() for p in self._parameters.values())
+        self._shapes = {name: tuple(full_shape(p)) for name, p in self._parameters.items()}
+        self._reader: _Copy | None = None
+        setting = base.config.quantized_cache
+        root = folder_of(setting, self.size)
+        if setting == "auto" and base.weights.storage.get("quant_method") == "bitsandbytes":
+            root = None  # its own bytes are read as they are
+        self.folder: Path | None = None
+        if root is not None:
+            fingerprint = self.ranks.all_or_raise(lambda: base.fingerprint)
+            what = [VERSION, fingerprint, base.digests(self.ranks), base.config.quant,
+                    base.config.double_quant, sorted(self._shapes.items())]  # fmt: skip
+            key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+            self.folder = root / key
+            found = self._look()
+            words = self.ranks.gather(found if isinstance(found, str) else None)
+            reasons = [reason for reason in words if reason is not None]
+            if not reasons and isinstance(found, _Copy):
+                self._reader = found
+            if self.ranks.is_main and self._reader:
+                where = f"{self.folder}: {size(self.size)}"
+                say(f"{where}, quantized copy of the base read in its place")
+            elif self.ranks.is_main and any(reasons):
+                self._pass_over(max(reasons))
+
+    @property
+    def bytes_read(self) -> int:
+        """Of the copy, by this rank."""
+        return self._reader.bytes_read if self._reader else 0
+
+    def _look(self) -> "_Copy | str":
+        """Opens it; or why not, empty where there is none."""
+        assert self.folder is not None
+        if not self.folder.is_dir():
+            return ""
+        try:
+            found = _Copy(self.folder)
+            if found.shapes == self._shapes:
+                return found
+            return "other tensors than the model has"
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            return str(error) or type(error).__name__
+
+    def _pass_over(self, reason: object) -> None:
+        say(f"{self.folder}: quantized copy passed over ({reason}); the base is read in its place")
+
+    def fill(self, name: str, *parameters: Tensor) -> bool:
+        """Reads this rank's part of a quantized weight and its scale; False: take the base."""
+        if self._reader is None:
+            return False
+        try:
+            for key, parameter in zip((name, f"{name}_scale"), parameters, strict=True):
+                self._reader.fill(key, local_part(parameter))
+        except (OSError, ValueError, LookupError) as error:
+            self._pass_over(error)
+            self._reader = None
+            return False
+        return True
+
+    def keep(self) -> None:
+        """Writes the copy, unless this start read it; a disk that refuses costs a line."""
+        if self.folder is None or not self.ranks.any(self._reader is None):
+            return
+        if (temporary := self.ranks.run_on_main(self._begin)) is None:
+            return
+        refused: str | None = None
+        file, info = temporary / f"rank-{self.ranks.rank:05d}.safetensors", {}
+        try:
+            info = {file.name: self._write(file)}
+        except (OSError, ValueError) as error:
+            refused = f"rank {self.ranks.rank}: {getattr(error, 'strerror', None) or error}"
+        everyone = self.ranks.gather((info, refused))
+        files = {name: about for written, _ in everyone for name, about in written.items()}
+        reason = next((error for _, error in everyone if error), None)
+        self.ranks.run_on_main(lambda: self._commit(temporary, files, reason))
+
+    def _begin(self) -> Path | None:
+        assert self.folder is not None
+        root = self.folder.parent
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            for old in root.glob("*.tmp-*"):  # of a start that was killed
+                if time.time() - old.stat().st_mtime > LEFTOVER_SECONDS:
+                    shutil.rmtree(old, ignore_errors=True)
+            if (free := shutil.disk_usage(root).free) < self.size + self.size // 8:
+                raise OSError(f"{size(self.size)} are needed and {size(free)} free")
+            mine = f"{socket.gethostname()}-{os.getpid()}"
+            temporary = self.folder.with_name(f"{self.folder.name}.tmp-{mine}")
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            return temporary
+        except OSError as error:
+            self._unkept(error.strerror or error)
+            return None
+
+    def _unkept(self, reason: object) -> None:
+        say(f"{self.folder}: no quantized copy is kept: {reason}; the next start quantizes again"
+            " (model.quantized_cache=FOLDER or off)")  # fmt: skip
+
+    def _write(self, file: Path) -> dict[str, Any]:
+        """Writes the bytes that are this rank's to write; copies share them."""
+        mine = {}
+        for name, parameter in self._parameters.items():
+            part, whole = local_part(parameter), hasattr(parameter, "ds_tensor")
+            copy, count = (0, 1) if whole else self._engine.copies(parameter)
+            a, b = (part.data.numel() * i // count for i in (copy, copy + 1))
+            if a < b:
+                mine[f"{name}[{part.start + a}:{part.start + b}]"] = part.data[a:b]
+        header = [(key, "U8", data.shape, data.numel()) for key, data in mine.items()]
+        with Writer(file, header, {"shapes": json.dumps(self._shapes)}) as writer:
+            for data in mine.values():
+                writer.write([as_bytes(data.cpu())])
+        whole_file, chunks = hashlib.sha256(), []
+        with file.open("rb") as f:
+            for chunk in iter(partial(f.read, CHUNK), b""):
+                whole_file.update(chunk)
+                chunks.append(_digest(chunk))
+        if whole_file.hexdigest() != writer.info["sha256"]:
+            raise OSError("the disk does not return what was written")
+        return writer.info | {"chunks": chunks}
+
+    def _commit(self, temporary: Path, files: dict[str, Any], reason: str | None) -> None:
+        assert self.folder is not None
+        try:
+            if reason is not None:
+                raise OSError(reason)
+            with (temporary / "manifest.json").open("w") as f:
+                json.dump({"version": VERSION, "tensors": len(self._shapes), "files": files}, f)
+                f.flush()
+                os.fsync(f.fileno())
+            fsync(temporary)
+            _Copy(temporary)  # is it whole: has this node all files?
+            shutil.rmtree(self.folder, ignore_errors=True)
+            temporary.rename(self.folder)
+            fsync(self.folder.parent)
+            say(f"{self.folder}: quantized copy of the base kept, {size(self.size)}: what the next"
+                " start reads")  # fmt: skip
+        except (OSError, ValueError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            self._unkept(getattr(error, "strerror", None) or error)
+
+
+def folder_of(setting: str | bool, quantized_bytes: int) -> Path | None:
+    """Where copies lie under ``model.quantized_cache``, or None. ``auto`` keeps those from 1 GiB
+    on where ``$SCALEPEFT_CACHE`` says that there is a place for caches: a home may have no room.
+    """
+    if setting == "auto":
+        wanted = quantized_bytes >= AUTO_BYTES and bool(os.environ.get("SCALEPEFT_CACHE"))
+        return cache_folder() / "quantized" if wanted else None
+    wanted = setting not in (False, "off") and quantized_bytes > 0
+    return Path(str(setting)) if wanted else None
