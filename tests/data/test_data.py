@@ -6,7 +6,6 @@ import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -354,10 +353,12 @@ def test_an_end_of_text_that_the_tokenizer_appends_is_not_in_the_prompt(tokenize
 
 
 def test_training_prompts_are_the_tokens_that_generation_starts_from(bos_tokenizer: Any) -> None:
+    from transformers import LlamaConfig
+
     seen = {}
 
     class Model:
-        config = SimpleNamespace(max_position_embeddings=512)
+        config = LlamaConfig(max_position_embeddings=512)
 
         def generate(self, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
             seen.update(ids=input_ids, mask=kwargs["attention_mask"])
