@@ -306,7 +306,7 @@ def test_a_bias_without_a_place(architecture: str, method: str, tmp_path: Path) 
 
 def test_a_tied_head_takes_no_adapter_and_another_merges(stories: Path, tmp_path: Path) -> None:
     head = {"target_modules": ["lm_head"]}
-    with pytest.raises(UserError, match="lm_head shares its weight with model.embed_tokens"):
+    with pytest.raises(UserError, match=r"lm_head shares its weight with model.embed_tokens"):
         make_run(tmp_path / "run", stories, "lora", adapter=head)
     run_dir = make_run(tmp_path / "untied", TINY, "lora", adapter={"target_modules": ["lm_head"]})
     out = run(run_dir, tmp_path / "out")
