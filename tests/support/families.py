@@ -370,6 +370,14 @@ projections to queries, keys and values, into the feed-forward layer and out of 
 adapted where they are named (`*.experts.*`). Of a multimodal model the text decoder is trained; the
 rest is left as it is, and kept in a merge.
 
+Which tensors are the model is transformers' own rule: `model.safetensors`, else the files of
+`model.safetensors.index.json`; its renames and fused experts; its ties, which hold only where the
+files do not say otherwise. What the files lack, or hold and the model does not use, stops the start
+(`model.unexpected=ignore` leaves the latter out, as transformers does). [Bases that are quantized
+already](checkpoints.md#the-base-already-quantized) are read too, and [the bytes of every
+shard](checkpoints.md#the-base-the-same-bytes) are held to be the same. A base with an encoder, or
+with code of its own, is refused.
+
 | family | class | default targets | |
 |---|---|---|---|
 """
