@@ -13,7 +13,7 @@ import pytest
 import torch
 from families import FAMILIES, IDS, make, page, stock
 from family_runs import settings
-from processes import ROOT, Job, losses
+from processes import FULL, ROOT, Job, losses
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -192,14 +192,15 @@ def write_run(config: cfg.RunConfig) -> tuple[Any, Path]:
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_fsdp2_ranks_train_as_one_process(checkpoint: Any, tmp_path: Path) -> None:
-    folders = [str(checkpoint(name)) for name in SUPPORTED]
+    names = SUPPORTED if FULL else QUICK
+    folders = [str(checkpoint(name)) for name in names]
     program = (str(ROOT / "tests/models/family_runs.py"),)
     for ranks, runs in ((1, tmp_path / "one"), (2, tmp_path / "two")):
         runs.mkdir()
         codes, text = Job(ranks, [str(runs), *folders], program=program).wait(600)
         assert codes == [0] * ranks, text
     failed = []
-    for name in SUPPORTED:
+    for name in names:
         errors = [f.read_text() for f in tmp_path.glob(f"*/{name}.error")]
         if not errors:
             one, two = tmp_path / "one" / name, tmp_path / "two" / name
