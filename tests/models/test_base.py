@@ -60,6 +60,7 @@ def run_all(folder: Path, ranks: int, runs: dict[str, list[str]]) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_every_layout_trains_the_same_head_of_a_model_that_scales_its_logits(
     tmp_path: Path,
 ) -> None:

@@ -76,6 +76,7 @@ def test_the_next_start_reads_the_copy(place: Place, storage: str) -> None:
     assert READ in call("evaluate", str(place.folder / "first")).stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["engine=fsdp2", "engine=ddp", "engine=zero engine.stage=3"])
 def test_any_engine_reads_what_another_wrote(place: Place, engine: str) -> None:
     if "zero" in engine:
@@ -134,6 +135,7 @@ def test_a_damaged_copy_is_passed_over_and_made_anew(place: Place, fault: str) -
     place.same("first", "third")
 
 
+@pytest.mark.slow
 def test_two_ranks_of_which_one_finds_damage_go_on(place: Place) -> None:
     place.start("first", "engine=fsdp2", ranks=2)
     file = place.copy / "rank-00001.safetensors"
