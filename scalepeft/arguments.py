@@ -195,7 +195,7 @@ def _written_here(commands: dict[str, Parser]) -> None:
     what = "our model of model.path against transformers' own: this alone, in one process"
     add("doctor", "--against-transformers", what, **flag)
     add("doctor", "--run-dir", "folder to look at (default: the config's, or this one)")
-    seconds: dict[str, Any] = {"type": float, "default": 120, "metavar": "SECONDS"}
+    seconds: dict[str, Any] = {"type": float, "metavar": "SECONDS"}
     add("doctor", "--timeout", "for ranks and each check (120)", **seconds)
     speed: dict[str, Any] = {"type": float, "default": 1.0, "metavar": "GB/S"}
     add("plan", "--disk-gbps", "of the run folder's disk (1.0)", **speed)

@@ -135,17 +135,20 @@ def run_on(
 ) -> int:
     """``run`` on ranks that have met; ``base`` where the caller has opened it already."""
     records = RunRecorder(config, ranks, resume_with_changes)
-    check_nodes(config.run_dir, ranks)
-    base = base or open_base(config.model, ranks)
     code = FINISHED
-    if records.finished():  # for its own base and rows; others are named, not passed over
-        rows = _rows(config, base, ranks)
-        _check_resumed(config, base, rows, ranks, records.resumed)
-    else:
-        try:
+    try:
+        check_nodes(config.run_dir, ranks)
+        base = base or open_base(config.model, ranks)
+        if records.finished():  # for its own base and rows; others are named, not passed over
+            rows = _rows(config, base, ranks)
+            _check_resumed(config, base, rows, ranks, records.resumed)
+        else:
             code = _train(config, base, ranks, records, stop)
-        except Stopping:  # before the first step: nothing is trained but what is saved
-            code = STOPPED
+    except Stopping:  # before the first step: nothing is trained but what is saved
+        code = STOPPED
+    except UserError:
+        records.withdraw()
+        raise
     records.close(code == FINISHED, stop.planned)
     stop.saved = True
     return code

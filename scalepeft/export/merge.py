@@ -120,11 +120,21 @@ def run(
     say(f"merged checkpoint ({base} base) in {out}")
     adapted = model if storage == "none" else finished.structure(quantized=True)
     say(_difference(adapted, plain(target, finished.device, finished.config.model)))
-    if storage != "none" and base == "original":
+    if base == "original" and _rounded(adapted):
         say(
             f"the adapter was trained over the {storage} base, whose rounding this checkpoint does"
             " not have; --base-weights dequantized writes the very model that was trained"
         )
+
+
+def _rounded(model: Streamed) -> bool:
+    """Whether a layer is held in other numbers than the files have."""
+    sources = model.weights.layout.sources
+    return any(
+        sources[f"{name}.weight"].encoded(layer.fmt, 0, 1) is None
+        for name, layer in model.modules.items()
+        if isinstance(layer, quant.QuantLinear)
+    )
 
 
 def check_method(config: RunConfig, folder: Path) -> None:
@@ -160,7 +170,10 @@ def _plan(finished: FinishedRun, model: Streamed, dtype: str) -> tuple[list[str]
     for bias in shapes.keys() - layout.sources.keys():  # a switch gives other layers one too
         weight = names[bias.removesuffix("bias") + "weight"]
         new[weight] = _Item(weight.removesuffix("weight") + "bias", "", shapes[bias], None)
-    return switches, _shards(model.weights, new, dtype)
+    architecture = finished.base.architecture
+    named = architecture.get_text_config().dtype or architecture.dtype
+    decoded = NAME_OF.get(named, "F32")
+    return switches, _shards(model.weights, new, dtype, decoded)
 
 
 def _architecture_with(
@@ -183,8 +196,10 @@ def _architecture_with(
     )
 
 
-def _shards(weights: Weights, new: dict[str, _Item], dtype: str) -> list[_Shard]:
-    """The base's tensors in their files and order; a new bias stands behind its weight."""
+def _shards(weights: Weights, new: dict[str, _Item], dtype: str, decoded: str) -> list[_Shard]:
+    """The base's tensors in their files and order; a new bias stands behind its weight. ``decoded``
+    is what config.json gives as the dtype of weights that the files hold in codes.
+    """
     several = len(weights.files) > 1 or (weights.folder / INDEX).is_file()
     shards = []
     for file in weights.files:
@@ -195,6 +210,8 @@ def _shards(weights: Weights, new: dict[str, _Item], dtype: str) -> list[_Shard]
             kind = NAME_OF[source.dtype]
             if dtype != "base" and kind in FLOATS:
                 kind = NAMES[dtype]
+            elif kind == "F32" and not isinstance(source, Entry):
+                kind = decoded
             items.append(_Item(name, kind, tuple(source.shape), source))
             if (bias := new.get(name)) is not None:
                 items.append(replace(bias, dtype=kind))
@@ -313,6 +330,9 @@ def _copy_small_files(
     if any(not isinstance(source, Entry) for source in weights.entries.values()):
         for part in (config, config.get("text_config") or {}):
             part.pop("quantization_config", None)  # what is written are plain numbers
+    for part in (config, config.get("text_config") or {}):
+        if isinstance(part.get("pad_token_id"), int):  # one beyond the vocabulary stops a load
+            part["pad_token_id"] = finished.base.architecture.get_text_config().pad_token_id
     if weights.layout.untied:
         config["tie_word_embeddings"] = False
     if dtype != "base":
@@ -344,6 +364,6 @@ def _difference(adapted: Streamed, merged: Streamed) -> str:
     agree = int((got.argmax(-1) == want.argmax(-1)).sum())
     return (
         f"merged: logits differ from the adapted model's by at most {worst:.1e} (relative"
-        f" {worst / largest:.1e}) over {length} tokens; the next token agrees at"
+        f" {worst / (largest or 1.0):.1e}) over {length} tokens; the next token agrees at"
         f" {agree} of {length}"
     )

@@ -67,6 +67,8 @@ class RunFolder:
         self._verified: dict[str, Any] = {}
         """What verified before -> the signature it had: not hashed again unless it changed."""
         self._told_of_rename = False
+        above = (self.checkpoints, path, *path.parents)
+        self._made = [folder for folder in above if not folder.exists()]
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             try_to_write(path)
@@ -83,6 +85,7 @@ class RunFolder:
             UserError: another start took the folder meanwhile, or the disk refuses.
         """
         try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)  # another start may have gone
             seen = stored_generation(self.path) if seen is None else seen
             self.generation = self._next_generation(seen)
             # First the lease, then the number: a start that reads the number finds its owner too.
@@ -95,6 +98,15 @@ class RunFolder:
             raise unwritable(self.path, error) from None
         for leftover in self.checkpoints.glob("*.tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
+
+    def withdraw(self) -> None:
+        """Removes the folders that this object made, if it has not claimed them and all are empty.
+
+        Another start that waits for its own claim makes them anew then.
+        """
+        with suppress(OSError):  # something of another start is there
+            for folder in self._made if not self.generation else ():
+                folder.rmdir()
 
     def _next_generation(self, seen: int) -> int:
         """A number that no other start takes: its file is made by one of them alone."""

@@ -104,7 +104,10 @@ def check_nodes(run_dir: str, ranks: Ranks) -> None:
     folder = Path(run_dir)
 
     def mark() -> Path:
-        handle, name = tempfile.mkstemp(prefix=".seen-by-all-nodes-", dir=folder)
+        try:
+            handle, name = tempfile.mkstemp(prefix=".seen-by-all-nodes-", dir=folder)
+        except OSError as error:
+            raise unwritable(folder, error) from None
         os.close(handle)
         return Path(name)
 

@@ -96,6 +96,11 @@ class RunRecorder:
             say(f"checkpoint passed over: {reason}")
         return resumed
 
+    def withdraw(self) -> None:
+        """Leaves no empty folder of a start that came to an end before ``claim``."""
+        if self.ranks.is_main:
+            self.folder.withdraw()
+
     def claim(self, launched: float) -> None:
         """Makes the run folder this start's own (``launched``: seconds of the epoch).
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from families import make, stock
 from processes import call
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from scalepeft.cluster.doctor import against, command
 from scalepeft.core.errors import UserError
@@ -54,6 +56,27 @@ def test_a_base_that_is_read_right(
         assert theirs == pytest.approx(right(folder), rel=1e-4 if precision == "fp32" else 1e-2)
     else:
         assert re.search(r"transformers' model holds the nf4 values of \d+ layers", err)
+
+
+@pytest.mark.parametrize("quant", ["none", "nf4", "int8"])
+def test_a_base_of_bitsandbytes(quant: str, bases: Any, tmp_path: Path, capfd: Any) -> None:
+    """Whose own forward is in bf16 on a CPU: what it holds is compared, not that."""
+    asked = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(
+        bases["llama"], quantization_config=asked, dtype=torch.bfloat16
+    )
+    folder = shutil.copytree(bases["llama"], tmp_path / "base")
+    model.save_pretrained(folder)
+    assert compare(folder, f"model.quant={quant}") == 0  # in bf16
+    capfd.readouterr()
+    code = compare(folder, "train.precision=fp32", f"model.quant={quant}")
+    out, err = capfd.readouterr()
+    if quant == "int8":  # its values are others, and transformers' are not replaced by them
+        assert code == 1
+    else:
+        assert code == 0, err
+        ours, theirs = re.findall(r"(?:loss|transformers) ([\d.]+)", out)
+        assert ours == theirs
 
 
 def test_the_command_needs_a_base_alone(bases: Any, tmp_path: Path) -> None:
@@ -128,6 +151,8 @@ def test_a_base_that_is_refused_ends_with_2(kind: str, tmp_path: Path) -> None:
 def test_it_is_for_one_process_and_has_no_run_folder(bases: Any, monkeypatch: Any) -> None:
     with pytest.raises(UserError, match="takes neither --run-dir"):
         command.run([f"model.path={bases['llama']}"], "x", against_transformers=True)
+    with pytest.raises(UserError, match="--timeout"):
+        command.run([f"model.path={bases['llama']}"], timeout=9, against_transformers=True)
     launched = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for key, value in {**launched, "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(key, value)

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from finished import make_run
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -18,8 +20,10 @@ from transformers import (
     MixtralForCausalLM,
 )
 
+from scalepeft.adapters import inject
 from scalepeft.core.errors import UserError
-from scalepeft.models import hub, prequantized, quant, structure
+from scalepeft.export import merge
+from scalepeft.models import hub, loss, prequantized, quant, structure
 from scalepeft.models.weights import Weights, load_weights
 
 LAYER = "model.layers.0.mlp.down_proj"
@@ -476,3 +480,83 @@ def test_a_scale_that_is_not_finite_is_refused_by_its_tensor(tmp_path: Path) -> 
     for settings in ({}, {"quant": "nf4"}):
         with pytest.raises(UserError, match=f"'{LAYER}.weight'.* not finite"):
             ours(tmp_path / "small", **settings)
+
+
+def merged(folder: Path, out: Path, **settings: Any) -> Path:
+    """The merge of a LoRA over the base in a folder, which stock transformers loads."""
+    run_dir = make_run(out / "run", folder, "lora", **settings)
+    merge.run(str(run_dir), str(out / "merged"), [], "original", "base")
+    return out / "merged"
+
+
+def test_a_merge_writes_codes_as_numbers_of_the_dtype_in_config_json(
+    tmp_path: Path, capsys: Any
+) -> None:
+    """Though they are decoded in fp32, config.json says bf16."""
+    tensors, linears = plain_linears(tmp_path / "base")
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    for name in linears:
+        tensors[name], scale = fp8(tensors[name].float(), (64, 64))
+        tensors[f"{name}_scale_inv"] = scale
+    save_file(tensors, tmp_path / "base/model.safetensors", {"format": "pt"})
+    settings = {"quant_method": "fp8", "weight_block_size": [64, 64]}
+    held = json.loads((tmp_path / "base/config.json").read_text())
+    changes = {
+        "quantization_config": settings,
+        "pad_token_id": 128,
+        "dtype": "bfloat16",
+    }  # beyond the vocabulary
+    (tmp_path / "base/config.json").write_text(json.dumps(held | changes))
+    out = merged(tmp_path / "base", tmp_path)
+    written = load_file(out / "model.safetensors")
+    assert {t.dtype for t in written.values()} == {torch.bfloat16}
+    assert written.keys() == {n for n in tensors if not n.endswith("_scale_inv")}
+    AutoModelForCausalLM.from_pretrained(out)
+    assert "rounding" not in capsys.readouterr().err
+
+
+def test_a_merge_over_the_files_own_bytes_has_the_rounding_of_training(
+    tmp_path: Path, capsys: Any
+) -> None:
+    bnb(tmp_path, load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    merged(tmp_path / "small", tmp_path, quant="nf4")
+    assert "whose rounding" not in capsys.readouterr().err
+    (tmp_path / "other").mkdir()
+    merged(tmp_path / "plain", tmp_path / "other", quant="nf4")
+    assert "whose rounding" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_a_bnb_base_trains_as_with_transformers_and_peft(double: bool, tmp_path: Path) -> None:
+    """The same rows and start: losses and, after three steps, adapters. Theirs computes with what
+    its layers decode to, as its CPU kernel would be in bf16.
+    """
+    bnb(tmp_path, load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
+    folder = tmp_path / "small"
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder).dequantize().float()
+    asked = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"])
+    theirs = peft.get_peft_model(theirs, asked)
+    mine = ours(folder, quant="nf4")
+    loss.add_token_loss(mine)
+    targets = {"target_modules": ["q_proj", "down_proj"]}
+    inject.inject(mine, {"name": "lora", "rank": 4, "alpha": 8, "dropout": 0.0, **targets})
+    for name, adapter in inject.adapters(mine):
+        layer = theirs.get_submodule(f"base_model.model.{name}")
+        layer.lora_A["default"].weight.data.copy_(adapter.A)
+    ids = torch.randint(128, (4, 33), generator=torch.Generator().manual_seed(5))
+    losses = []
+    for model in (mine, theirs):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+        losses.append([])
+        for _ in range(4):
+            if model is mine:
+                value = model(ids, token_labels=ids, loss_chunk=64) / (4 * 32)
+            else:
+                value = model(input_ids=ids, labels=ids).loss
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            losses[-1].append(value.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][-1] < losses[0][0] - 0.02

@@ -22,6 +22,7 @@ from test_checkpoint import delete_a_file, empty, flip_a_bit, truncate
 from scalepeft.adapters.inject import read_adapter
 from scalepeft.core.errors import UserError
 from scalepeft.run import checkpoint, lease
+from scalepeft.run.checkpoint import RunFolder
 
 pytestmark = pytest.mark.slow
 
@@ -378,6 +379,32 @@ def test_a_rank_whose_write_fails_commits_nothing(mode: str, tmp_path: Path) -> 
 
 def events(folder: Path) -> list[dict[str, Any]]:
     return rows(folder, "events.jsonl")
+
+
+def test_a_refused_first_start_leaves_no_folder(tmp_path: Path) -> None:
+    wrong, old = "adapter.target_modules=nobody", tmp_path / "old"
+    for ranks in (1, 2):
+        text = train(ranks, tmp_path / "new" / "run", *RUN, wrong, expect=2)
+        assert "nobody" in text and "Traceback" not in text
+        assert not (tmp_path / "new").exists()
+    old.mkdir()  # the user's own
+    train(1, old, *RUN, wrong, expect=2)
+    assert old.is_dir() and not list(old.iterdir())
+    (old / "notes").write_text("mine")
+    train(1, old, *RUN, wrong, expect=2)
+    assert [file.name for file in old.iterdir()] == ["notes"]
+
+
+def test_a_start_whose_folder_another_one_took_away_makes_it_anew(tmp_path: Path) -> None:
+    first, second = RunFolder(tmp_path / "a/run"), RunFolder(tmp_path / "a/run")
+    first.withdraw()
+    assert not (tmp_path / "a").exists()
+    second.claim()
+    second.withdraw()
+    assert second.checkpoints.is_dir()
+    third = RunFolder(tmp_path / "a/run")
+    third.withdraw()
+    assert second.checkpoints.is_dir()
 
 
 def test_two_starts_at_once_are_one_run(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """``doctor --against-transformers``: is our model of a base the one that transformers makes?"""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +28,7 @@ TOKENS = 64
 # Relative, of loss and logits. In bf16 a product in another order moves a logit by its last digit,
 # 0.4 %, in each layer; the mean over 63 tokens by less.
 TOLERANCE = {"fp32": (1e-4, 1e-4), "bf16": (5e-3, 3e-2)}
+BF16 = 2**-8  # relative, of one rounding
 SPARE = 1.2  # times the bytes of weights, for what loading and a forward take beside them
 
 
@@ -70,9 +71,25 @@ def run(settings: list[str]) -> int:
     return BROKEN
 
 
-def put_stored_values(model: nn.Module, reference: nn.Module) -> int:
+def unpack(reference: Any, dtype: torch.dtype) -> set[str]:
+    """Make layers that bitsandbytes holds in transformers' model plain; return their weights.
+
+    Their own forward is in bf16 on many CPUs, and the rest in the files' dtype, whatever is asked.
+    """
+    packed = {name for name, p in reference.named_parameters() if not p.is_floating_point()}
+    if not packed or getattr(reference, "quantization_method", None) != "bitsandbytes":
+        return set()
+    reference.dequantize()
+    for p in reference.parameters():  # buffers keep theirs, as in any load
+        p.data = p.data.to(dtype)
+    structure.keep_fp32(reference, dtype)
+    return packed
+
+
+def put_stored_values(model: nn.Module, reference: nn.Module, packed: Collection[str] = ()) -> int:
     """Give transformers' model the values that ours stores quantized; return how many layers. A
-    layer that it holds quantized itself stays.
+    layer that it holds quantized itself stays; one of ``packed``, unless ours are its values before
+    their rounding.
     """
     count = 0
     for name, layer in model.named_modules():
@@ -81,7 +98,9 @@ def put_stored_values(model: nn.Module, reference: nn.Module) -> int:
             if isinstance(layer, ExpertLinear):  # theirs is a parameter of all experts
                 values, theirs = layer.fused(values), name
             parameter = reference.get_parameter(theirs)
-            if parameter.shape == values.shape:
+            if parameter.shape != values.shape:
+                continue
+            if theirs not in packed or torch.allclose(values, parameter.float(), BF16, 0):
                 parameter.data.copy_(values)
                 count += 1
     return count
@@ -105,7 +124,8 @@ def _theirs(model: Any, base: Base, config: RunConfig, ids: Tensor) -> Tensor:
         where = f"model.path={base.folder}"
         raise UserError(f"{where}: transformers cannot load it: {first_line(error)}") from None
     reference.to(ids.device).eval()
-    if count := put_stored_values(model, reference):
+    packed = unpack(reference, PRECISIONS[config.train.precision])
+    if count := put_stored_values(model, reference, packed):
         say(f"transformers' model holds the {config.model.quant} values of {count} layers")
     logits: Tensor = reference(input_ids=ids, use_cache=False).logits
     return logits[0].float().cpu()

@@ -22,13 +22,14 @@ from scalepeft.run.folder import check_same_run
 from scalepeft.run.lease import check_free
 
 LINKS = "set {}_SOCKET_IFNAME to the interface that the nodes share; open the ports between them"
+PATIENCE = 120.0  # seconds without --timeout
 LONGEST = 86400  # seconds that --timeout may ask for
 
 
 def run(
     settings: list[str],
     run_dir: str | None = None,
-    timeout: float = 120,
+    timeout: float | None = None,
     as_json: bool = False,
     against_transformers: bool = False,
 ) -> int:
@@ -37,7 +38,7 @@ def run(
     Args:
         settings: [CONFIG] [KEY=VALUE ...] of the run; without, the machine alone is looked at.
         run_dir: folder to look at (default: the config's, or this one).
-        timeout: seconds that ranks may take to come, and each check.
+        timeout: seconds that ranks may take to come, and each check (default 120).
         as_json: print one JSON object instead of lines.
         against_transformers: compare the base alone, as ``against.run`` does.
 
@@ -45,9 +46,13 @@ def run(
         UserError: a mistake in options or config.
     """
     if against_transformers:
-        if run_dir is not None or as_json:
-            raise UserError("--against-transformers takes neither --run-dir nor --json")
+        if run_dir is not None or as_json or timeout is not None:
+            raise UserError(
+                "--against-transformers takes neither --run-dir nor --json nor --timeout; leave"
+                " them out"
+            )
         return against.run(settings)
+    timeout = PATIENCE if timeout is None else timeout
     if not 0 < timeout <= LONGEST:
         raise UserError(f"--timeout {timeout:g}: must be more than 0 and at most {LONGEST} seconds")
     env, config = launch_variables(os.environ), None
