@@ -27,7 +27,7 @@ SECTION=NAME takes a whole file of configs/, SECTION.KEY=VALUE sets one key; the
   torchrun --nproc-per-node 8 -m scalepeft train CONFIG engine.name=fsdp2
 """
 REPORT = """\
-Prints a table and writes report.html (one file, no network), report.md and its plots in report/:
+Prints a table and writes report.html (one file, no network), report.md and its plot in report/:
 into RUN_DIR, for several runs into ./report, or where --out says. Of one run RUN_DIR/loss.png too.
 
   scalepeft report runs/hoft runs/lora runs/dora --out comparison
