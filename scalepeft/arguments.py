@@ -27,7 +27,7 @@ SECTION=NAME takes a whole file of configs/, SECTION.KEY=VALUE sets one key; the
   torchrun --nproc-per-node 8 -m scalepeft train CONFIG engine.name=fsdp2
 """
 REPORT = """\
-Prints a table and writes report.html (one file, no network), report.md and its plots in report/:
+Prints a table and writes report.html (one file, no network), report.md and its plot in report/:
 into RUN_DIR, for several runs into ./report, or where --out says. Of one run RUN_DIR/loss.png too.
 
   scalepeft report runs/hoft runs/lora runs/dora --out comparison
@@ -61,10 +61,10 @@ EXPORT = """\
 """
 BENCH = """\
 Times forward, backward and optimizer of every method, of HF PEFT's and of the frozen base alone,
-taking turns in one process, and counts bytes saved for backward and peak memory.
+taking turns in one process.
 
   scalepeft bench model --shape small --tokens 2048 --out bench
-  scalepeft bench layer --shape llama-8b-block --precision bf16 --quant nf4 --methods hoft,goft
+  scalepeft bench model --shape llama-8b-block --quant nf4 --methods hoft,goft,peft-boft
 
 bench gpu tries a machine with one GPU: exact bytes and gradients, training of an 8B shape against
 the plan, kills and resumes. It takes --out (gpu-bench), --seconds, --only and --tiny alone, writes
@@ -72,7 +72,7 @@ gpu.json after each section and gpu.md, and ends with 1 if something is a fault.
 """
 COMPARE = """\
 Trains every method on the same rows, batches and budget: a sweep of rates of equal size under one
-seed, then fresh seeds at each method's best rate. Writes compare.json, .md and .png into OUT: mean
+seed, then fresh seeds at each method's best rate. Writes compare.json and .md into OUT: mean
 held-out loss with 95 % intervals, difference to the reference under the same seeds, parameters,
 time, memory. Each cell is an ordinary run in OUT/cells; what is done is never run again.
 

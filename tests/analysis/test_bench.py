@@ -1,4 +1,4 @@
-"""The benchmark's bookkeeping on two tiny shapes: no timing is asserted."""
+"""The benchmark's bookkeeping on a tiny shape: no timing is asserted."""
 
 import dataclasses
 import json
@@ -9,24 +9,29 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from scalepeft.adapters import inject as injection
 from scalepeft.analysis.bench import command as bench
-from scalepeft.analysis.bench.cases import Case, layer_sets, make_case, output, shared_copy
+from scalepeft.analysis.bench.cases import Case, layers_of, make_case, output, shared_copy
 from scalepeft.analysis.bench.entries import Entry, measure
-from scalepeft.analysis.bench.memory import peak_bytes, saved_bytes
 from scalepeft.analysis.bench.methods import choose
 from scalepeft.core.errors import UserError
 from scalepeft.core.registry import available
 from scalepeft.models.quant import bnb_linear
 
 OPTIONS = bench.Options(
-    "model", shape="mini", rank=4, tokens=8, repeats=2, device="cpu", methods="hoft,goft"
+    "model",
+    shape="mini",
+    rank=4,
+    tokens=8,
+    repeats=2,
+    device="cpu",
+    methods="hoft,goft,peft-hra,peft-oft",
 )
 
 
 # Layers of `mini`: (in, out) and how often they occur in its two blocks.
+LAYER = "model.layers.0.mlp.up_proj"
 LAYERS = {(256, 256): 4, (256, 128): 4, (256, 704): 4, (704, 256): 2}
 
 
@@ -46,7 +51,7 @@ def check_ratios(found: dict[str, dict[str, Any]]) -> None:
             continue
         assert entry["median_ms"] == pytest.approx(statistics.median(entry["times_ms"]))
         others = {"peft-lora": entry["x_peft_lora"], "base": entry["x_base"]}
-        for label, value in {**others, **entry["x_neighbours"]}.items():
+        for label, value in others.items():
             if value is None:
                 assert found[label]["reason"]
                 continue
@@ -60,16 +65,12 @@ def test_a_model_is_measured_and_written(
 ) -> None:
     result = run(out=str(tmp_path / "new"))
     assert json.loads((tmp_path / "new" / "bench.json").read_text()) == result
-    assert (tmp_path / "new" / "bench.png").read_bytes()[:4] == b"\x89PNG"
     assert result["versions"]["torch"] == torch.__version__
     assert result["options"]["tokens"] == 8 and result["threads"] >= 1 and result["device"]
 
     (case,) = result["cases"]
     found = entries_of(case)
-    assert list(found) == [
-        "base", "goft", "hoft", "peft-boft", "peft-hra", "peft-lora", "peft-oft"
-    ]  # fmt: skip
-    assert set(found["goft"]["x_neighbours"]) == {"peft-boft", "peft-oft"}
+    assert list(found) == ["base", "goft", "hoft", "peft-hra", "peft-lora", "peft-oft"]
     assert not any(entry["reason"] for entry in found.values())
     assert all(len(entry["times_ms"]) == 2 for entry in found.values())
     check_ratios(found)
@@ -85,45 +86,28 @@ def test_a_model_is_measured_and_written(
     assert found["peft-oft"]["parameters"] == widths * (b - 1) / 2
     assert abs(widths * (b - 1) / 2 - lora) <= abs(widths * (2 * b - 1) / 2 - lora)
 
-    for entry in found.values():
-        assert 0 < entry["saved_bytes"] <= entry["peak_bytes"] * 1.05
     printed = capsys.readouterr().out
     assert all(label in printed for label in found) and "noise" in printed
 
 
-def test_layers_are_measured_in_turn() -> None:
-    result = run(what="layer", methods="ldr,hut-r4,hadamard,ia3", tokens=6)
-    assert len(result["cases"]) == len(LAYERS)
-    for case, (width, out) in zip(result["cases"], LAYERS, strict=True):
-        assert f"{out} x {width}" in case["title"]
-        found = entries_of(case)
-        check_ratios(found)
-        assert (
-            found["hut-r4"]["parameters"] == found["peft-hira"]["parameters"] == 4 * (width + out)
-        )
-        assert found["hadamard"]["parameters"] == 2 * out
-        assert found["ia3"]["parameters"] == found["peft-ia3"]["parameters"]
-        # LDR exists on square layers alone: left out with its reason, not silently.
-        assert ("not square" in found["ldr"]["reason"]) == (width != out)
-
-
-@pytest.mark.parametrize("what", ["layer", "model"])
-def test_nf4(what: str) -> None:
+def test_nf4() -> None:
     pytest.importorskip("bitsandbytes")
-    for case in run(what=what, quant="nf4", methods="hoft,lora", precision="bf16")["cases"]:
-        found = entries_of(case)
-        check_ratios(found)
-        assert not found["peft-lora"]["reason"] and not found["hoft"]["reason"]
-        assert not found["peft-lora-bf16"]["reason"]
-        # PEFT's HRA cannot stand on 4-bit weights.
-        assert found["peft-hra"]["reason"] and found["hoft"]["x_neighbours"] == {"peft-hra": None}
+    methods = "hoft,lora,ldr,hut-r4,peft-hra"
+    found = entries_of(run(quant="nf4", methods=methods, precision="bf16")["cases"][0])
+    check_ratios(found)
+    assert not found["peft-lora"]["reason"] and not found["hoft"]["reason"]
+    assert not found["peft-lora-bf16"]["reason"]
+    # PEFT's HRA cannot stand on 4-bit weights, nor LDR on layers that are not square.
+    assert found["peft-hra"]["reason"] and found["peft-hra"]["x_base"] is None
+    assert "not square" in found["ldr"]["reason"]
+    assert found["hut-r4"]["parameters"] == found["lora"]["parameters"]
 
 
 def test_bitsandbytes_own_layer_is_the_same_nf4() -> None:
     pytest.importorskip("bitsandbytes")
-    case = make_case(("q_proj", 128, 64), 8, torch.float32, torch.device("cpu"), "nf4")
-    assert not case.peft_base.get_submodule("q_proj").support_avx512bf16_for_cpu
-    assert torch.allclose(output(case.base, case.x), output(case.peft_base, case.x), atol=1e-6)
+    case = make_case("mini", 8, torch.float32, torch.device("cpu"), "nf4")
+    assert not case.peft_base.get_submodule(LAYER).support_avx512bf16_for_cpu
+    assert torch.allclose(output(case.base, case.x), output(case.peft_base, case.x), atol=1e-4)
     biased = nn.Linear(64, 32)
     assert torch.equal(bnb_linear(biased).bias, biased.bias)
 
@@ -134,77 +118,36 @@ def test_int8_runs_peft_on_our_storage() -> None:
     assert found["lora"]["parameters"] == found["peft-lora"]["parameters"]
 
 
-def lora_entry(tokens: int, out: int, width: int, rank: int) -> tuple[Case, Entry]:
-    case = make_case(("up_proj", width, out), tokens, torch.float32, torch.device("cpu"), "none")
-    settings = {"name": "lora", "rank": rank, "target_modules": ["up_proj"]}
+def lora_entry() -> tuple[Case, Entry]:
+    case = make_case("mini", 4, torch.float32, torch.device("cpu"), "none")
+    settings = {"name": "lora", "rank": 2, "target_modules": ["up_proj"]}
     return case, Entry("lora", "scalepeft", settings)
 
 
-def test_saved_bytes_of_lora_are_counted_exactly() -> None:
-    tokens, out, width, rank = 24, 48, 32, 4
-    case, entry = lora_entry(tokens, out, width, rank)
-    entry.build(case)
-    # x, x A^T, and B times its scaling; W and A are parameters and count as nothing saved.
-    assert entry.saved_bytes == 4 * (tokens * width + tokens * rank + out * rank)
-    assert entry.parameters == rank * (width + out)
-
-
-def test_peak_bytes_follow_what_is_alive() -> None:
-    x = torch.zeros(1000)
-
-    def step() -> None:
-        a = x + 1
-        del a
-        b = x * 2
-        c = b.view(10, 100)[2:]  # a view is no memory
-        b += 1
-        c.add_(x[:800].view(8, 100))
-
-    assert peak_bytes(step, x.device) == 4000
-
-    def two() -> None:
-        kept = x + 1
-        kept.exp()
-        x.mul_(2)  # was there before
-
-    assert peak_bytes(two, x.device) == 8000
-
-
-def test_counting_frees_what_was_saved() -> None:
-    x = torch.randn(100, requires_grad=True)
-
-    def step(hooks: saved_tensors_hooks) -> None:
-        with hooks:
-            y = x.exp()  # saves its own output
-        y.sum().backward()
-        assert torch.equal(x.grad, y)  # type: ignore[arg-type]
-
-    assert saved_bytes(step, []) == 400
-
-
 def test_entries_share_the_weights_and_leave_the_base_alone() -> None:
-    case, entry = lora_entry(4, 16, 8, 2)
-    before = case.base.get_submodule("up_proj").weight.clone()
+    case, entry = lora_entry()
+    before = case.base.get_submodule(LAYER).weight.clone()
     entry.build(case)
-    assert entry.module.get_submodule("up_proj").weight is case.base.get_submodule("up_proj").weight
-    assert torch.equal(before, case.base.get_submodule("up_proj").weight)
+    assert entry.parameters == 2 * 2 * (256 + 704)
+    assert entry.module.get_submodule(LAYER).weight is case.base.get_submodule(LAYER).weight
+    assert torch.equal(before, case.base.get_submodule(LAYER).weight)
     assert not any(True for _ in injection.adapters(case.base))
-    assert shared_copy(case.base).get_submodule("up_proj") is not case.base.get_submodule("up_proj")
+    assert shared_copy(case.base).get_submodule(LAYER) is not case.base.get_submodule(LAYER)
 
 
 def test_an_entry_that_differs_from_the_base_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, entry = lora_entry(4, 16, 8, 2)
+    case, entry = lora_entry()
     monkeypatch.setattr(Entry, "_output", lambda self, x: output(self.module, x) + 1)
     with pytest.raises(RuntimeError, match="lora: differs from the base at the start"):
         entry.build(case)
     fields = {"peft_type": "LORA", "target_modules": ["up_proj"]}
     theirs = Entry("peft-x", "peft", fields)
     theirs.build(case)
-    assert "differs from the base" in theirs.reason and not theirs.saved_bytes
+    assert "differs from the base" in theirs.reason and not theirs.times
 
 
 def test_a_slow_entry_stops_after_three_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, slow = lora_entry(4, 16, 8, 2)
+    case, slow = lora_entry()
     lora, base = Entry("peft-lora", "base"), Entry("base", "base")
     seconds = {"lora": 6.0, "peft-lora": 1.0, "base": 0.5}
     monkeypatch.setattr(Entry, "seconds", lambda entry, case: seconds[entry.label])
@@ -216,7 +159,7 @@ def test_a_slow_entry_stops_after_three_rounds(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_every_method_has_an_entry_of_equal_size() -> None:
-    (layers,) = layer_sets("model", "llama-8b-block")
+    layers = layers_of("llama-8b-block")
     entries = {e.label: e for e in choose("all", layers, 16, False)}
     ours = {e.label: e.settings for e in entries.values() if e.family == "scalepeft"}
     theirs = {e.label: e.settings for e in entries.values() if e.family == "peft"}
@@ -234,11 +177,6 @@ def test_every_method_has_an_entry_of_equal_size() -> None:
         ("peft-boft", theirs["peft-boft"]["boft_block_size"], lambda b, i, o: i * b + o),
     ):
         assert 0.6 < sum(count(b, i, o) for _, i, o in layers) / lora < 1.5, name
-    assert theirs["peft-c3a"]["block_size"] == 2048  # of down_proj too
-    assert theirs["peft-c3a"]["block_size_pattern"] == {
-        "q_proj": 4096, "o_proj": 4096, "k_proj": 1024, "v_proj": 1024
-    }  # fmt: skip
-    assert entries["hut-r16"].neighbours == ["peft-hira"] and not entries["kronecker"].neighbours
 
 
 @pytest.mark.parametrize(
@@ -252,7 +190,6 @@ def test_every_method_has_an_entry_of_equal_size() -> None:
         ({"repeats": 0}, "--repeats 0"),
         ({"rank": 0}, "--rank 0"),
         ({"rank": 5}, "--rank 5: HOFT .* even; take 6"),
-        ({"what": "layer", "rank": 5}, "--rank 5"),
     ],
 )
 def test_nonsense_is_refused_before_anything_is_built(

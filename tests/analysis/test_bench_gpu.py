@@ -97,7 +97,7 @@ def test_options_that_cannot_be_are_refused(
     [
         (["gpu", "--tiny", "--rank", "4"], "--rank is not an option of bench gpu"),
         (["gpu", "--device", "cpu"], "--device is not an option of bench gpu"),
-        (["layer", "--tiny"], "--tiny is not an option of bench layer"),
+        (["layer"], "invalid choice: 'layer'"),
         (["model", "--only", "env"], "--only is not an option of bench model"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What a benchmark steps: a frozen base of random weights, its input, its output's gradient."""
+"""What a benchmark steps: a frozen base of random weights, its input, its logits' gradient."""
 
 import copy
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ class Case:
     """What all entries share; the gradient is Gaussian, as a loss would cost all the same.
 
     Attributes:
-        base: one linear layer under its name in an ``nn.Sequential``, or a causal LM.
+        base: a causal LM.
         peft_base: the same weights as PEFT can read them.
-        x: (1, tokens, in), or input embeddings (rows, length, hidden); takes a gradient.
-        gradient: (1, tokens, out), or of the logits (rows, length, vocabulary).
+        x: input embeddings (rows, length, hidden); takes a gradient.
+        gradient: of the logits (rows, length, vocabulary).
     """
 
     title: str
@@ -34,24 +34,21 @@ class Case:
 
 
 def output(module: nn.Module, x: Tensor) -> Any:
-    """Return the layer's output, or the model's logits."""
-    single = isinstance(module, nn.Sequential)
-    return module(x) if single else module(inputs_embeds=x, use_cache=False).logits
+    """Return the model's logits."""
+    return module(inputs_embeds=x, use_cache=False).logits
 
 
-def layer_sets(what: str, shape: str) -> list[list[Layer]]:
-    """Return the layers that each case adapts: all of a model, or each distinct one of its blocks.
+def layers_of(shape: str) -> list[Layer]:
+    """Return the linear layers of a model's blocks, which are all adapted.
 
     Raises:
         UserError: no such shape, or an architecture that is not supported.
     """
-    layers = [
+    return [
         (name.rsplit(".", 1)[-1], m.in_features, m.out_features)
         for block in structure.blocks_of(shapes.meta_model(shape))
         for name, m in block.named_modules() if isinstance(m, nn.Linear)
     ]  # fmt: skip
-    distinct = {layer[1:]: [layer] for layer in layers}
-    return [layers] if what == "model" else list(distinct.values())
 
 
 @torch.no_grad()
@@ -60,7 +57,7 @@ def random_weights(model: Any, storage: quant.Format | None, device: torch.devic
 
     Of vectors, a weight (of a norm) is 1 and a bias 0.
     """
-    blocks = [model] if isinstance(model, nn.Sequential) else structure.blocks_of(model)
+    blocks = structure.blocks_of(model)
     for name, layer in [pair for block in blocks for pair in block.named_modules()]:
         if storage is not None and isinstance(layer, nn.Linear):
             if reason := storage.refuses(layer.in_features):
@@ -80,18 +77,13 @@ def random_weights(model: Any, storage: quant.Format | None, device: torch.devic
 
 
 def make_case(
-    shape: str | Layer, tokens: int, dtype: torch.dtype, device: torch.device, storage: str
+    shape: str, tokens: int, dtype: torch.dtype, device: torch.device, storage: str
 ) -> Case:
-    """Return the case of a layer, or of a causal LM with rows of at most 512 tokens."""
-    model: Any = nn.Sequential()
-    if isinstance(shape, str):
-        model, length = shapes.meta_model(shape).train(), min(ROW, tokens)
-        title = f"{len(structure.blocks_of(model))} blocks, rows of {length}"
-        size = (tokens // length, length, model.config.hidden_size)
-    else:
-        name, width, out = shape
-        model.add_module(name, nn.Linear(width, out, bias=False, device="meta"))
-        title, size = f"{name} {out} x {width}", (1, tokens, width)
+    """Return the case of a causal LM with rows of at most 512 tokens."""
+    model: Any = shapes.meta_model(shape).train()
+    length = min(ROW, tokens)
+    title = f"{len(structure.blocks_of(model))} blocks, rows of {length}"
+    size = (tokens // length, length, model.config.hidden_size)
     base = peft_base = random_weights(model.to(dtype), quant.get_format(storage), device)
     if storage == "nf4":
         peft_base = on_bitsandbytes(shared_copy(base), dtype)

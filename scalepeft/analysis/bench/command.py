@@ -1,4 +1,4 @@
-"""``scalepeft bench layer|model``: every method beside HF PEFT's and the frozen base alone.
+"""``scalepeft bench model``: every method beside HF PEFT's and the frozen base alone.
 
 An entry is one method on a copy of the base; all take turns in one process. A step is forward,
 backward and AdamW. Inputs need a gradient everywhere, as in every block of a model but the first,
@@ -18,22 +18,20 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from scalepeft.analysis.bench.cases import ROW, layer_sets, make_case
+from scalepeft.analysis.bench.cases import ROW, layers_of, make_case
 from scalepeft.analysis.bench.entries import REFERENCE, Entry, measure
 from scalepeft.analysis.bench.methods import choose
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import write_atomically
-from scalepeft.core.text import gib, table
+from scalepeft.core.text import table
 from scalepeft.models.hub import PRECISIONS
 from scalepeft.run.provenance import device_name, versions
 
-ROW_FIELDS = "label family settings reason parameters saved_bytes peak_bytes".split()
+ROW_FIELDS = "label family settings reason parameters".split()
 COLUMNS = {
     "parameters": ("parameters", ",d"), "ms": ("median_ms", ".1f"),
     "x peft-lora": ("x_peft_lora", ".2f"), "x base": ("x_base", ".2f"),
-    "saved": ("saved_bytes", "bytes"), "peak": ("peak_bytes", "bytes"),
 }  # fmt: skip
-COLORS = {"scalepeft": "tab:blue", "peft": "tab:orange", "base": "tab:gray"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class Options:
     """What to measure.
 
     Attributes:
-        what: layers alone, a model, or (see below) a machine with a GPU
+        what: methods on a model, or (see below) a machine with a GPU
         shape: a shape by name, or a model folder
         methods: names by comma; 'all' for every one
         rank: of LoRA; the others follow its size
@@ -50,10 +48,10 @@ class Options:
         quant: how the base is stored
         device: where
         repeats: timed steps of every method
-        out: FOLDER: for bench.json and bench.png, or gpu.json and gpu.md
+        out: FOLDER: for bench.json, or gpu.json and gpu.md
     """
 
-    what: Literal["layer", "model", "gpu"]
+    what: Literal["model", "gpu"]
     shape: str = "small"
     methods: str = "all"
     rank: int = 16
@@ -69,7 +67,7 @@ class Options:
         for name in ("rank", "tokens", "repeats"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be 1 or more")
-        if self.what == "model" and self.tokens % min(ROW, self.tokens):
+        if self.tokens % min(ROW, self.tokens):
             near = self.tokens // ROW * ROW
             raise UserError(f"--tokens {self.tokens}: is cut into rows of {ROW}; take {near}")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -91,7 +89,7 @@ def make_folder(out: str) -> Path:
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Measure, print a table for each case, write ``bench.json`` and ``bench.png`` into ``out``.
+    """Measure, print a table, write ``bench.json`` into ``out``.
 
     Returns:
         What ``bench.json`` holds.
@@ -101,10 +99,7 @@ def run(options: Options) -> dict[str, Any]:
     """
     options.check()
     bf16, cuda = options.precision == "bf16", torch.cuda.is_available() and options.device != "cpu"
-    plans = [
-        (layers, choose(options.methods, layers, options.rank, bf16))
-        for layers in layer_sets(options.what, options.shape)
-    ]
+    entries = choose(options.methods, layers_of(options.shape), options.rank, bf16)
     folder = None if options.out is None else make_folder(options.out)
     device = torch.device("cuda" if cuda else "cpu")
     result: dict[str, Any] = {
@@ -113,22 +108,17 @@ def run(options: Options) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": versions("torch", "transformers", "peft", "bitsandbytes"),
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "step": "forward, backward, AdamW; peak: above what is held between steps",
-        "cases": [],
+        "step": "forward, backward, AdamW",
     }
     print(_title(result), ", ".join(map(" ".join, result["versions"].items())), sep="\n")
-    where = options.tokens, PRECISIONS[options.precision], device, options.quant
-    while plans:
-        layers, entries = plans.pop(0)  # so that a case is freed before the next one is made
-        case = make_case(options.shape if options.what == "model" else layers[0], *where)
-        measure(case, entries, options.repeats)
-        result["cases"].append(summary(case.title, entries))
-        print(*_table(result["cases"][-1]), sep="\n", flush=True)
-        del case, entries
+    dtype = PRECISIONS[options.precision]
+    case = make_case(options.shape, options.tokens, dtype, device, options.quant)
+    measure(case, entries, options.repeats)
+    result["cases"] = [summary(case.title, entries)]
+    print(*_table(result["cases"][0]), sep="\n", flush=True)
     if folder is not None:
         write_atomically(folder / "bench.json", json.dumps(result, indent=1) + "\n")
-        _plot(result, folder / "bench.png")
-        print(f"\nwrote {folder / 'bench.json'} and {folder / 'bench.png'}")
+        print(f"\nwrote {folder / 'bench.json'}")
     return result
 
 
@@ -150,49 +140,20 @@ def summary(title: str, entries: list[Entry]) -> dict[str, Any]:
         row["iqr_ms"] = float(np.ptp(np.percentile(ms, [25, 75]))) if ms else None
         row["x_peft_lora"] = e.ratio(by_label.get(REFERENCE))
         row["x_base"] = e.ratio(by_label["base"])
-        row["x_neighbours"] = {n: e.ratio(by_label.get(n)) for n in e.neighbours}
         rows.append(row)
     return {"title": title, "noise": rows[0]["iqr_ms"] / rows[0]["median_ms"], "entries": rows}
 
 
 def _table(case: dict[str, Any]) -> list[str]:
     """Return a line for each entry, with why where one was left out."""
-    rows = [["", *COLUMNS, "rounds", "x PEFT's neighbour"]]
+    rows = [["", *COLUMNS, "rounds"]]
     for r in case["entries"]:
         figures = [_figure(r[key], form) for key, form in COLUMNS.values()]
-        near = [f"{n.removeprefix('peft-')} {_figure(x)}" for n, x in r["x_neighbours"].items()]
-        measured = [*figures, str(len(r["times_ms"])), ", ".join(near)]
+        measured = [*figures, str(len(r["times_ms"]))]
         rows.append([r["label"], *([f"n/a  {r['reason']}"] if r["reason"] else measured)])
     noise = f"noise (interquartile range of base's times) {case['noise']:.1%}"
     return ["", f"{case['title']}; {noise}", *table(rows, indent="")]
 
 
-def _figure(value: float | None, form: str = ".2f") -> str:
-    return "n/a" if value is None else gib(value) if form == "bytes" else format(value, form)
-
-
-def _plot(result: dict[str, Any], target: Path) -> None:
-    """Draw bars of the time over that of PEFT's LoRA, or of the base where that is n/a."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    cases = result["cases"]
-    height = 2 + 0.25 * sum(len(case["entries"]) for case in cases)
-    figure, axes = plt.subplots(len(cases), figsize=(8, height), dpi=120, squeeze=False)
-    for axis, case in zip(axes[:, 0], cases, strict=True):
-        rows = [r for r in case["entries"] if r["times_ms"]]
-        key = "x_base" if any(r["x_peft_lora"] is None for r in rows) else "x_peft_lora"
-        rows.sort(key=lambda r: -r[key])
-        colors = [COLORS[r["family"]] for r in rows]
-        bars = axis.barh([r["label"] for r in rows], [r[key] for r in rows], color=colors)
-        axis.bar_label(bars, fmt=" %.2f", fontsize=8)
-        axis.axvline(1, color="black", lw=0.8)
-        axis.set(xscale="log", title=case["title"], xlabel=f"time of a step, {key}")
-        axis.margins(x=0.1)
-    legend = "blue: scalepeft, orange: HF PEFT, gray: the frozen base alone"
-    figure.suptitle(f"{_title(result)}\n{legend}".replace("; ", "\n"), fontsize=9)
-    figure.tight_layout()
-    figure.savefig(target)
-    plt.close(figure)
+def _figure(value: float | None, form: str) -> str:
+    return "n/a" if value is None else format(value, form)

@@ -3,7 +3,6 @@
 import gc
 import timeit
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import median
@@ -15,7 +14,6 @@ from torch.utils.benchmark import timer
 
 from scalepeft.adapters import inject
 from scalepeft.analysis.bench.cases import Case, inject_peft, output, shared_copy
-from scalepeft.analysis.bench.memory import peak_bytes, saved_bytes
 from scalepeft.core.errors import UserError
 from scalepeft.core.log import say
 
@@ -30,27 +28,21 @@ class Entry:
 
     Attributes:
         family: ``base``, ``scalepeft`` or ``peft``.
-        neighbours: PEFT's methods that it is held against.
         autocast: step as HF's Trainer does, with an adapter in fp32 under bf16.
         reason: why it is not measured; empty where it is.
-        saved_bytes: kept for backward.
-        peak_bytes: most at one time, on top of what is there between steps.
         times: seconds of each step.
     """
 
     label: str
     family: str
     settings: dict[str, Any] = field(default_factory=dict)
-    neighbours: list[str] = field(default_factory=list)
     autocast: bool = False
     reason: str = ""
     parameters: int = 0
-    saved_bytes: int = 0
-    peak_bytes: int = 0
     times: list[float] = field(default_factory=list)
 
     def build(self, case: Case) -> None:
-        """Adapt a copy, check that it equals the base, warm up in two steps that count memory.
+        """Adapt a copy, check that it equals the base, warm up in two steps.
 
         What PEFT cannot do becomes ``reason``, and so does what a method of ours refuses.
 
@@ -60,9 +52,8 @@ class Entry:
         try:
             with warnings.catch_warnings(action="ignore"):
                 self._adapt(case)
-                weights = [*self.module.parameters(), *self.module.buffers()]
-                self.saved_bytes = saved_bytes(partial(self.step, case), weights)
-                self.peak_bytes = peak_bytes(partial(self.step, case), case.x.device)
+                for _ in range(2):
+                    self.step(case)
         except Exception as error:
             if self.family != "peft" and not isinstance(error, UserError):
                 raise RuntimeError(f"bench: {self.label}: {error}") from error
@@ -89,10 +80,9 @@ class Entry:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
             return output(self.module, x)
 
-    def step(self, case: Case, hooks: AbstractContextManager[Any] | None = None) -> None:
-        """Forward, within ``hooks``, then backward and optimizer."""
-        with hooks or nullcontext():
-            y, penalty = self._output(case.x), inject.penalty(self.module)
+    def step(self, case: Case) -> None:
+        """Forward, backward and optimizer."""
+        y, penalty = self._output(case.x), inject.penalty(self.module)
         outputs = [y] if penalty is None else [y, penalty]
         torch.autograd.backward(outputs, [case.gradient, None][: len(outputs)])
         self.optimizer.step()

@@ -16,21 +16,18 @@ from scalepeft.export.peft import common_fields
 from scalepeft.models import quant
 
 STRUCTURES = ("circulant", "toeplitz", "kronecker", "ldr")  # of surm
-NEIGHBOURS = {  # PEFT's that one of ours is held against, where it is not of the same name
-    "hoft": ["hra"], "shoft": ["hra"], "goft": ["boft", "oft"], "qgoft": ["boft", "oft"],
-    "circulant": ["c3a"], "hut-r1": ["ia3", "hira"], "hadamard": ["ia3"],
-}  # fmt: skip
 
 
 def choose(methods: str, layers: list[Layer], rank: int, bf16: bool) -> list[Entry]:
-    """Return the base, the chosen methods, PEFT's LoRA and PEFT's neighbours of the chosen.
+    """Return the base, the chosen methods and PEFT's LoRA.
 
     Under bf16 PEFT's run under autocast, and there is ``peft-lora-bf16``, its cheapest form: an
     adapter in bf16 without.
 
     Args:
-        methods: names by comma; ``all``, or ``surm`` and ``hut`` for each form of these.
-        layers: those that are adapted; one alone, or all of a model.
+        methods: names by comma; ``all``, or ``surm`` and ``hut`` for each form of these. Those of
+            PEFT have ``peft-`` before their name.
+        layers: those that are adapted.
         rank: of LoRA, whose size the others take where they can.
 
     Raises:
@@ -48,11 +45,8 @@ def choose(methods: str, layers: list[Layer], rank: int, bf16: bool) -> list[Ent
     if rank % 2 and {"hoft", "shoft"} & chosen:
         fix = f"take {rank + 1}, or leave them out of --methods"
         raise UserError(f"--rank {rank}: HOFT and SHOFT need it even; {fix}")
-    near = {n: [n] for n in ours} | {n: ["hira"] for n in hut} | NEIGHBOURS
-    near = {n: [f"peft-{m}" for m in near[n] if f"peft-{m}" in theirs] for n in ours}
-    chosen |= {label for name in chosen & ours.keys() for label in near[name]}
     entries = [Entry("base", "base")]
-    entries += [Entry(n, "scalepeft", s, near[n]) for n, s in ours.items() if n in chosen]
+    entries += [Entry(n, "scalepeft", s) for n, s in ours.items() if n in chosen]
     for n, s in theirs.items():
         if n in chosen or n.startswith(REFERENCE):
             entries.append(Entry(n, "peft", s, autocast=bf16 and not n.endswith("bf16")))
@@ -71,9 +65,8 @@ def _settings(layers: list[Layer], rank: int) -> tuple[dict[str, Any], dict[str,
     for name in registry.available("adapters.methods"):
         settings: dict[str, Any] = {"name": name, "target_modules": targets}
         key = sizing.size_key(inject.adapter_config(settings))
-        if name == "hadamard":  # a layer alone has no norm behind it
-            alone = len(layers) == 1
-            settings |= {"train_norm": False} if alone else {"target_modules": ["o_proj"]}
+        if name == "hadamard":
+            settings["target_modules"] = ["o_proj"]
         if name == "surm":
             ours |= {s: {**settings, "structure": s} for s in STRUCTURES}
         elif name == "hut":
@@ -95,11 +88,7 @@ def _settings(layers: list[Layer], rank: int) -> tuple[dict[str, Any], dict[str,
     block = min(blocks, key=lambda b: abs(stored(b) - target))
     # More factors than one need PEFT's CUDA extension, and cost more.
     twins = {**ours, "boft": {**ours["boft"], "factors": 1, "block_size": block}}
-    twins["c3a"] = twins.pop("circulant")
-    theirs = {f"peft-{n}": f for n, s in twins.items() if (f := _peft_fields(s, layers))}
-    if "peft-c3a" in theirs:
-        theirs["peft-c3a"]["init_weights"] = True  # zero: it starts as its base
-    return ours, theirs
+    return ours, {f"peft-{n}": f for n, s in twins.items() if (f := _peft_fields(s, layers))}
 
 
 def _peft_fields(settings: dict[str, Any], layers: list[Layer]) -> dict[str, Any] | None:

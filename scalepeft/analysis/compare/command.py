@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pydantic.dataclasses import dataclass
 
 from scalepeft.analysis.compare import design as designs
-from scalepeft.analysis.compare import plots, table
+from scalepeft.analysis.compare import table
 from scalepeft.analysis.compare.cells import SETTLED, Cell, Runner, reported, sweep
 from scalepeft.analysis.compare.design import Design
 from scalepeft.config import schema as cfg
@@ -100,7 +100,7 @@ class Options:
 
 
 def run(options: Options, stop: StopFlag) -> int:
-    """Run what is missing, then print the table and write ``compare.json``, ``.md``, ``.png``.
+    """Run what is missing, then print the table and write ``compare.json`` and ``.md``.
 
     Returns:
         The exit code: 0, 75 after a signal, or 1 where a cell of the sweep (or --cell's) broke.
@@ -233,7 +233,7 @@ def _run(runner: Runner, cells: list[Cell]) -> list[Cell]:
 
 
 def _finish(runner: Runner) -> None:
-    """Print the table of what there is and write it with the plot.
+    """Print the table of what there is and write it.
 
     Raises:
         UserError: no method has a result.
@@ -249,10 +249,9 @@ def _finish(runner: Runner) -> None:
     full = {"design": dataclasses.asdict(design), **result}
     write_atomically(out / "compare.json", json.dumps(full, indent=1) + "\n")
     write_atomically(out / "compare.md", table.render(result, design, "markdown"))
-    plots.plot(result, design, out / "compare.png")
     cells = [*result["sweep"], *result["cells"]]
     spent = duration(sum(c.get("wall", 0.0) for c in cells))
-    print(f"{out}: compare.json, compare.md, compare.png; {spent} in all runs", flush=True)
+    print(f"{out}: compare.json, compare.md; {spent} in all runs", flush=True)
     if failed := sum(c["state"] == "failed" for c in cells):
         print(
             f"{failed} cells failed; what failed for a reason that is gone runs again once its"

@@ -11,8 +11,8 @@ from scalepeft.core.files import write_atomically, writing
 from scalepeft.core.text import duration
 from scalepeft.eval import scores
 
-PICTURES = "report"
-"""Folder of the Markdown's PNGs, beside it."""
+CURVES = "report/curves.png"
+"""The Markdown's plot, beside it."""
 
 
 def run(run_dirs: list[str], out: str | None = None) -> None:
@@ -30,13 +30,13 @@ def run(run_dirs: list[str], out: str | None = None) -> None:
     written = _write_report(runs, Path(out) if out else None)
     if len(runs) == 1 and runs[0].metrics:
         loss = runs[0].folder / "loss.png"
-        _write(loss, (written[-1].parent / PICTURES / "curves.png").read_bytes())
+        _write(loss, (written[-1].parent / CURVES).read_bytes())
         print(f"loss curve: {loss}")
     print(f"report: {written[-1]} and {written[-2].name} beside it")
 
 
 def write(run_dirs: list[Path], out: Path | None = None) -> list[Path]:
-    """Write report.html, report.md and the plots of the latter, as ``run`` does; return the files,
+    """Write report.html, report.md and the plot of the latter, as ``run`` does; return the files,
     report.html last.
 
     Raises:
@@ -50,8 +50,7 @@ def _write_report(runs: list[Run], out: Path | None) -> list[Path]:
 
     folder = out or (runs[0].folder if len(runs) == 1 else Path("report"))
     context = render.context(runs)
-    plots = context["pictures"].items()
-    files = {folder / PICTURES / f"{name}.png": plot["png"] for name, plot in plots}
+    files = {folder / CURVES: context["curves"]} if context["curves"] else {}
     files[folder / "report.md"] = render.render(context, "markdown").encode()
     files[folder / "report.html"] = render.render(context, "html").encode()
     for file, content in files.items():

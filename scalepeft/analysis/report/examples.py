@@ -10,7 +10,6 @@ from scalepeft.analysis.report.load import Evaluation, Run
 from scalepeft.core.files import read_lines
 
 BUDGET = 600_000  # characters of examples over the whole report
-SAMPLE = 400  # translations that are ranked: sentence chrF takes its time
 
 Rows = list[dict[str, Any]]
 
@@ -21,16 +20,13 @@ def rows_of(folder: Path) -> Rows:
 
 
 def choose(evaluation: Evaluation) -> list[tuple[str, Rows]]:
-    """Return (heading, rows): right and wrong ones over all sources, or best and worst
-    translations.
-    """
+    """Return (heading, rows): right and wrong ones over all sources, or some translations."""
     each = min(10, max(4, len(evaluation.scores["sources"])))
     rows: dict[bool | None, Rows] = {}
     for row in sorted(rows_of(evaluation.folder), key=lambda row: _digest(row["id"])):
         rows.setdefault(row.get("correct"), []).append(row)
-    verdicts = {True: "Right", False: "Wrong"}
-    found = [(title, _in_turn(rows[v], each)) for v, title in verdicts.items() if v in rows]
-    return found + (_ranked(_in_turn(rows[None], SAMPLE), each) if None in rows else [])
+    verdicts = {True: "Right", False: "Wrong", None: "Chosen by digest"}
+    return [(title, _in_turn(rows[v], each)) for v, title in verdicts.items() if v in rows]
 
 
 def _digest(text: str) -> bytes:
@@ -44,22 +40,6 @@ def _in_turn(rows: Rows, count: int) -> Rows:
         queues[row["source"]].append(row)
     turns: Iterable[Any] = chain(*zip_longest(*queues.values()))
     return [row for row in turns if row][:count]
-
-
-def _ranked(rows: Rows, each: int) -> list[tuple[str, Rows]]:
-    try:
-        from sacrebleu import sentence_chrf
-    except ImportError:
-        return [("First by digest (sacrebleu, which ranks them, is not installed)", rows[:each])]
-    marked = [
-        {**row, "chrf": sentence_chrf(row["prediction"].strip(), [row["expected"].strip()]).score}
-        for row in rows
-        if max(len(row["prediction"]), len(row["expected"])) < 5000
-    ]
-    marked.sort(key=lambda row: -row["chrf"])
-    among = f"by sentence chrF, of {len(marked)} rows chosen by digest"
-    half = min(each, len(marked) // 2 or 1)
-    return [(f"Best {among}", marked[:half]), (f"Worst {among}", marked[half:][-half:])]
 
 
 def examples(runs: list[Run]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The plots: curves across restarts, scores with intervals, where the time went; PNG on white."""
+"""The plot of a report: loss and speed across restarts, as a PNG on white."""
 
 import io
 from collections.abc import Callable
@@ -14,35 +14,22 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from scalepeft.analysis.report.load import Run
-from scalepeft.core.text import duration, visible
-from scalepeft.eval import scores
-from scalepeft.run.goodput import Goodput
+from scalepeft.core.text import visible
 
 matplotlib.use("Agg")
 
 STYLE = Path(__file__).with_name("templates") / "plots.mplstyle"
-BLUE, ORANGE, GREEN, PINK, YELLOW, SKY = (f"C{i}" for i in range(6))
-INK, GRAY, PALE = "#1b1f24", "#6b6b6b", "#b9b9b9"
-SHARES = {
-    "steps that count": ("steps", BLUE), "start-up": ("startup", SKY), "load": ("load", YELLOW),
-    "held-out loss": ("held_out", GREEN), "save": ("save", PINK),
-    "recomputed steps": ("recomputed", GRAY), "waiting": ("waiting", ORANGE),
-    "other": ("other", PALE),
-}  # fmt: skip
-"""What wall time goes to -> the field of Goodput, the color."""
-
-Rows = dict[str, dict[str, dict[str, Any]]]
-"""A line of a plot of scores -> the subjects in it -> metric."""
+ORANGE, INK = "C1", "#1b1f24"
 
 
-def picture(name: str, alt: str, draw: Callable[[], Figure], caption: str = "") -> dict[str, Any]:
-    """Draw a plot: its name, texts and the bytes of its PNG."""
-    png = io.BytesIO()
+def png(figure: Callable[[], Figure]) -> bytes:
+    """Draw a plot in the report's style; return its PNG."""
+    content = io.BytesIO()
     with plt.style.context(STYLE):
-        figure = draw()
-        figure.savefig(png, format="png")
-        plt.close(figure)
-    return {"name": name, "alt": alt, "caption": caption, "png": png.getvalue()}
+        drawn = figure()
+        drawn.savefig(content, format="png")
+        plt.close(drawn)
+    return content.getvalue()
 
 
 def smooth(values: np.ndarray) -> tuple[np.ndarray, int]:
@@ -142,67 +129,3 @@ def _restarts(loss: Axes, speed: Axes, run: Run) -> None:
         if len(run.starts) < 7 and len(set(ranks)) == 2:
             where = loss.get_xaxis_transform()
             loss.text(at, 1, " {} → {} ranks".format(*ranks), transform=where, va="top", size=10)
-
-
-def rates(runs: list[Run]) -> Figure:
-    """Draw learning rate and gradient norm, small."""
-    figure, both = plt.subplots(1, 2, figsize=(8.5, 2.5))
-    names = {"lr": "Learning rate", "grad_norm": "Gradient norm, before clipping"}
-    for axes, (key, title) in zip(both, names.items(), strict=True):
-        for i, run in enumerate(runs):
-            axes.plot(run.columns["step"], run.columns[key], **_line(i), lw=1.4)
-        axes.yaxis.set_major_formatter("{x:.4g}")
-        axes.set(xlabel="step", title=title)
-    norms = [v for run in runs for v in run.columns["grad_norm"] if v > 0]
-    if norms and max(norms) > 20 * min(norms):
-        both[1].set_yscale("log")
-    return figure
-
-
-def wall_time(runs: dict[str, Goodput]) -> Figure:
-    """Draw a stacked bar a run: shares of its wall time."""
-    spent, alone = list(runs.values()), len(runs) == 1
-    walls, left = np.array([one.wall for one in spent]), np.zeros(len(spent))
-    figure, axes = plt.subplots(figsize=(8.5, 1.9 + 0.45 * len(spent)))
-    for name, (key, color) in SHARES.items():
-        took = np.array([getattr(one, key) for one in spent])
-        shares = 100 * took / walls
-        text = f"{name} {duration(took[0])}" if alone else name
-        bars = axes.barh(range(len(spent)), shares, 0.62, left, color=color, label=text)
-        written = [f"{share:.0f}%" if share > 6 else "" for share in shares]
-        ink = INK if color == PALE else "white"
-        axes.bar_label(bars, written, label_type="center", color=ink, fontweight="bold")
-        left += shares
-    names = [f"{label(name)}\n{duration(one.wall)}" for name, one in runs.items()]
-    axes.set_yticks(range(len(spent)), [""] if alone else names)
-    axes.tick_params(axis="y", length=0)
-    axes.invert_yaxis()
-    axes.grid(visible=False)
-    axes.set(xlim=(0, 100), xlabel="% of wall time", title="Where the wall time went")
-    figure.legend(loc="outside lower left", ncols=3 if alone else 4)
-    return figure
-
-
-def intervals(title: str, rows: Rows) -> Figure:
-    """Draw points with their 95 % intervals: a line for each of ``rows``, a color a subject."""
-    subjects = list(dict.fromkeys(which for row in rows.values() for which in row))
-    looks = {"base": (GRAY, "o"), "tuned": (BLUE, "s"), "merged": (YELLOW, "D")}
-    figure, axes = plt.subplots(figsize=(8.5, 1.7 + 0.16 * len(rows) * (1 + len(subjects))))
-    as_share = all(metric["share"] for row in rows.values() for metric in row.values())
-    scale = 100 if as_share else 1
-    for spot, which in enumerate(subjects):
-        shift = 0.5 * (spot - (len(subjects) - 1) / 2) / max(1, len(subjects) - 1)
-        metrics = {i + shift: row[which] for i, row in enumerate(rows.values()) if which in row}
-        values = scale * np.array([metric["value"] for metric in metrics.values()])
-        ends = scale * np.array([metric["ci95"] for metric in metrics.values()]).T
-        (color, mark), bars, at = looks[which], np.abs(ends - values), list(metrics)
-        axes.errorbar(values, at, xerr=bars, fmt=mark, color=color, ms=7, lw=2.2, label=which)
-        for (place, metric), high in zip(metrics.items(), ends[1], strict=True):
-            axes.text(high, place, f"  {scores.shown(metric)}", va="center", size=10)
-    axes.set_yticks(range(len(rows)), list(map(label, rows)))
-    axes.margins(x=0.12)
-    axes.set(ylim=(len(rows) - 0.4, -0.6), xlabel="%" if as_share else "points", title=title)
-    axes.grid(visible=False, axis="y")
-    axes.grid(axis="x")
-    figure.legend(loc="outside lower left", ncols=4)
-    return figure

@@ -1,11 +1,8 @@
-"""What a run is, with what it was made, and how to make it again."""
+"""What a run is, and with what it was made."""
 
 import json
-import shlex
-import time
 from collections import Counter
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from scalepeft.analysis.report.load import Run
@@ -133,35 +130,3 @@ def _listed(values: dict[str, Any]) -> str:
 
 def _digest(value: object) -> str:
     return f"{str(value)[:16]}…" if value else UNKNOWN  # enough to tell two apart
-
-
-def starts(run: Run) -> list[list[Any]]:
-    """Return the rows of the newest starts."""
-    rows = []
-    for number, start in list(enumerate(run.starts, 1))[-50:]:
-        ranks = [start, *start.get("per_rank", ())]
-        hosts = list(dict.fromkeys(rank["host"] for rank in ranks if "host" in rank)) or ["–"]
-        more = f" and {len(hosts) - 4} more" if len(hosts) > 4 else ""
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(start["time"]))
-        at = [number, when, f"{start['step']:,}", start["world_size"], start.get("engine", "–")]
-        lost = start.get("recomputed_steps", "–")
-        rows.append([*at, ", ".join(hosts[:4]) + more, start.get("job", "–"), lost])
-    return rows
-
-
-def commands(run: Run) -> str:
-    """Return the shell commands that make a run again, out of its resolved config."""
-    world = run.last.get("world_size", 1)
-    launch = f"torchrun --nproc-per-node {world} -m scalepeft" if world > 1 else "scalepeft"
-    new = str(Path("runs") / f"{run.folder.resolve().name}-again")
-    stop = " train.stop_at=null" if run.get("train.stop_at") else ""
-    config = shlex.quote(str(run.folder / "config.yaml"))
-    lines = [f"{launch} train {config} run_dir={shlex.quote(new)}{stop}"]
-    flags = {"base": ["--base"], "tuned": [], "merged": ["--merged"]}
-    for e in run.evaluations:
-        if e.which == "merged":
-            lines.append(shlex.join(["scalepeft", "merge", new, f"{new}/merged"]))
-        here = e.scores.get("evaluate", {}).items()
-        other = [f"evaluate.{k}={json.dumps(v)}" for k, v in here if v != run.get(f"evaluate.{k}")]
-        lines.append(f"{launch} evaluate {shlex.join([new, *flags[e.which], *other])}")
-    return "\n".join(lines)

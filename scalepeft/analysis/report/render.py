@@ -25,23 +25,12 @@ from scalepeft.eval.scores import between, shown
 
 def context(runs: list[Run]) -> dict[str, Any]:
     """Return what the template writes: the runs, and what is drawn and chosen of them."""
-    tasks = scores.tasks(runs)
-    plots = [(f"scores-{task['name']}", task["title"], task["plot"], "") for task in tasks]
     trained = [run for run in runs if run.metrics]
-    if trained:
-        note = "Dashed lines: the run was stopped or killed and resumed."
-        note = note if len(runs) == 1 else "Dots: held-out loss. Ticks: restarts."
-        alt = "loss and tokens a second over steps"
-        plots.append(("curves", alt, partial(figures.curves, trained), note))
-        alt = "learning rate and gradient norm"
-        plots.append(("rates", alt, partial(figures.rates, trained), ""))
-    if known := {run.name: run.goodput for run in runs if run.goodput}:
-        plots.append(("goodput", "shares of wall time", partial(figures.wall_time, known), ""))
     return {
         "runs": runs,
         "when": time.strftime("%Y-%m-%d %H:%M %Z"),
-        "pictures": {name: figures.picture(name, *plot) for name, *plot in plots},
-        "tasks": tasks,
+        "curves": figures.png(partial(figures.curves, trained)) if trained else b"",
+        "tasks": scores.tasks(runs),
         "same_rows": len(trained) < 2 or same_rows(trained),
         "settings": provenance.settings(runs),
         "examples": examples(runs),
@@ -50,7 +39,7 @@ def context(runs: list[Run]) -> dict[str, Any]:
 
 def render(context: dict[str, Any], form: str) -> str:
     """Return the report as one ``html`` file without script and network, or as ``markdown`` with
-    its plots as PNGs beside it.
+    its plot as a PNG beside it.
     """
     text = {"html": visible, "markdown": line}[form]
     environment = Environment(
@@ -65,7 +54,7 @@ def render(context: dict[str, Any], form: str) -> str:
     dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
     filters = {"fenced": fenced, "base64": _base64, "duration": duration, "yaml": dump}
     environment.filters.update(filters, shown=shown, between=between)
-    environment.globals.update(scores=scores, provenance=provenance, shares=figures.SHARES)
+    environment.globals.update(scores=scores, provenance=provenance)
     return environment.get_template("report.j2").render(context, form=f"{form}.j2").strip() + "\n"
 
 

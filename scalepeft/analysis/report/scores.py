@@ -1,9 +1,7 @@
-"""Every score of the runs: a plot and a table for each task, tuned against base, what departs."""
+"""Every score of the runs: a table for each task, tuned against base, what departs."""
 
-from functools import partial
 from typing import Any
 
-from scalepeft.analysis.report import figures
 from scalepeft.analysis.report.load import Evaluation, Run, not_comparable
 from scalepeft.analysis.report.provenance import shown
 from scalepeft.core.files import read_lines
@@ -28,16 +26,12 @@ def subjects(run: Run) -> tuple[Evaluation | None, Evaluation | None]:
 
 
 def tasks(runs: list[Run]) -> list[dict[str, Any]]:
-    """Return name, title and plot, tables, warnings and remarks of each task."""
+    """Return name, tables, warnings and remarks of each task."""
     every = [(run.name if len(runs) > 1 else "", e) for run in runs for e in run.evaluations]
     listed = []
     for task in dict.fromkeys(e.task for _, e in every):
         found = {f"{n}, {e.which}" if n else e.which: e for n, e in every if e.task == task}
-        headline = next(iter(found.values())).scores["headline"]
-        title = f"{task}: {headline} with 95 % intervals"
-        plot = partial(figures.intervals, title, _plotted(found, headline))
-        texts = {"name": task, "title": title, "plot": plot}
-        listed.append({**texts, **_tables(found), **_notes(found)})
+        listed.append({"name": task, **_tables(found), **_notes(found)})
     return listed
 
 
@@ -61,21 +55,6 @@ def _notes(found: Found) -> dict[str, list[str]]:
             told = f", unbabel-comet {version}" if version else ""
             remarks.append(f"{COMET}: {e.comet['model']}{told}")
     return {"remarks": list(dict.fromkeys(remarks)), "warnings": warnings}
-
-
-def _plotted(found: Found, headline: str) -> figures.Rows:
-    """The headline of each run, or of one run over each source and over all rows."""
-    one, sources = not any(", " in who for who in found), _sources(found)
-    parts = [(s, e, e.scores["sources"].get(s)) for s in sources for e in found.values() if one]
-    parts += [(who.rpartition(", ")[0] or "all rows", e, e.scores) for who, e in found.items()]
-    if one:
-        means = [(e, {"metrics": {headline: e.scores.get("mean")}}) for e in found.values()]
-        parts += [(f"mean of {len(sources)}", e, mean) for e, mean in means]
-    rows: figures.Rows = {}
-    for label, e, part in parts:
-        if part and (metric := part["metrics"].get(headline)):
-            rows.setdefault(label, {})[e.which] = metric
-    return rows
 
 
 def _sources(found: Found) -> list[str]:
