@@ -33,7 +33,9 @@ from scalepeft.parallel.ranks import Ranks
 SUPPORTED = [name for name, family in FAMILIES.items() if not family.refused]
 QUICK = ["llama-tied", "qwen3", "gemma3", "granite", "phi3", "mixtral", "qwen3-moe", "gpt-oss",
          "deepseek-v3", "gemma3-multimodal"]  # fmt: skip
-supported = pytest.mark.parametrize("name", SUPPORTED)
+supported = pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SUPPORTED]
+)
 quick = pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.full) for n in SUPPORTED]
 )

@@ -60,6 +60,7 @@ def place(tmp_path: Path) -> Place:
     return Place(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "storage", ["model.quant=nf4", "model.double_quant=true", "model.quant=int8"]
 )
@@ -96,6 +97,7 @@ def test_any_engine_reads_what_another_wrote(place: Place, engine: str) -> None:
     assert place.read("again") < place.read("two")
 
 
+@pytest.mark.slow
 def test_other_bases_and_storages_have_copies_of_their_own(place: Place) -> None:
     place.start("first")
     assert KEPT in place.start("second", "model.double_quant=true")
@@ -106,7 +108,14 @@ def test_other_bases_and_storages_have_copies_of_their_own(place: Place) -> None
     assert len(list(place.cache.iterdir())) == 3
 
 
-@pytest.mark.parametrize("fault", ["flip", "header", "cut", "gone", "manifest", "none"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "flip",
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("header", "cut", "gone", "manifest")),
+        pytest.param("none", marks=pytest.mark.slow),
+    ],
+)
 def test_a_damaged_copy_is_passed_over_and_made_anew(place: Place, fault: str) -> None:
     place.start("first")
     file, manifest = place.copy / "rank-00000.safetensors", place.copy / "manifest.json"
@@ -181,6 +190,7 @@ def test_where_copies_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     assert folder_of("auto", large) is None
 
 
+@pytest.mark.slow
 def test_experts_are_in_the_copy(place: Place) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
