@@ -22,7 +22,7 @@ from scalepeft.adapters.experts import stack
 from scalepeft.core import errors, registry
 from scalepeft.core.errors import UserError, unknown
 from scalepeft.core.fields import _build
-from scalepeft.core.files import read_mapping
+from scalepeft.core.files import digest, read_mapping
 from scalepeft.models import quant
 from scalepeft.models.experts import ExpertLinear, replace_experts
 from scalepeft.parallel.base import copy_rows, full_shape
@@ -216,8 +216,7 @@ def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int =
 
 def adapt(layer: nn.Linear, name: str, *, seed: int = 0, **settings: Any) -> nn.Linear:
     """Adapts one layer in place and returns it: ``adapt(linear, "hoft", rank=8)``."""
-    inject_config = adapter_config({"name": name, **settings})
-    _attach(layer, inject_config)
+    _attach(layer, adapter_config({"name": name, **settings}))
     reset_adapters(layer, seed)
     return layer
 
@@ -229,10 +228,10 @@ def reset_adapters(model: nn.Module, seed: int) -> None:
     needs no word about sharding and any engine, device and world size starts from the same adapter.
     """
     for name, adapter in adapters(model):
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        drawn_from = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         twin = _unsharded_copy(adapter)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            torch.manual_seed(int.from_bytes(drawn_from[:8], "little") >> 1)
             twin.reset_parameters()
         full = dict(twin.named_parameters())
         for key, parameter in adapter.named_parameters():
@@ -243,10 +242,9 @@ def _unsharded_copy(adapter: Adapter) -> Adapter:
     twin = adapter.__class__.__new__(adapter.__class__)
     twin.__dict__ = {**adapter.__dict__, "_parameters": {}}
     for key, parameter in adapter._parameters.items():
-        empty = (
-            None if parameter is None else torch.empty(full_shape(parameter), dtype=parameter.dtype)
-        )
-        twin._parameters[key] = None if empty is None else nn.Parameter(empty)
+        if parameter is not None:
+            parameter = nn.Parameter(torch.empty(full_shape(parameter), dtype=parameter.dtype))
+        twin._parameters[key] = parameter
     return twin
 
 
@@ -333,11 +331,10 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[s
     file = folder / "adapter.safetensors"
     try:
         state = load_file(file)
-        with file.open("rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        found = digest(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: {error}; {remedy}") from None
-    if description.get("sha256", digest) != digest:
+    if description.get("sha256", found) != found:
         raise UserError(
             f"{file}: has changed since it was written (sha256 differs from adapter_config.json);"
             " copy it again, or remove the folder and start the training's command once more"

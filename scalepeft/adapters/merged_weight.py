@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from scalepeft.adapters.experts import Stacked
 from scalepeft.adapters.inject import Adapted, AdaptedNorm
 from scalepeft.core.errors import UserError
+from scalepeft.models import quant
 from scalepeft.models.experts import ExpertLinear
 
 
@@ -67,27 +67,16 @@ def _maps(layer: Adapted) -> list[Callable[[Tensor], Tensor]]:
     return [layer]
 
 
-class _AnyWeight:
-    """A base (the protocol of ``adapters.base``) with some weight: is there a bias, whatever W?"""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        row = torch.cos(1 + torch.arange(layer.in_features, dtype=torch.float32))
-        self._weight = row.expand(layer.out_features, -1)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight(x.dtype))
-
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        return self._weight.to(dtype)
-
-
 @torch.no_grad()
 def adds_bias(layer: Adapted) -> bool:
     """True if the adapter makes something of zero; W is not needed to know, and not read."""
     device = next(layer.adapter.parameters()).device
     ones = layer.adapter.each() if isinstance(layer.adapter, Stacked) else [layer.adapter]
+    any_weight = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
     with device:
-        x, base = torch.zeros(1, layer.in_features), _AnyWeight(layer)
+        row = torch.cos(1 + torch.arange(layer.in_features, dtype=torch.float32))
+        any_weight.weight = nn.Parameter(row.expand(layer.out_features, -1))
+        x, base = torch.zeros(1, layer.in_features), quant.Frozen(any_weight)
         return any(bool(adapter.forward(x, base).any()) for adapter in ones)
 
 

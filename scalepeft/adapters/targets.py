@@ -24,10 +24,11 @@ def expand(model: nn.Module, config: AdapterConfig) -> list[str]:
     Raises:
         UserError: a preset that this model has no layer for, or a pattern of everything.
     """
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    plain = [n for n in linear if "experts" not in n.split(".") and not _is_router(model, n)]
+    linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    routers = {name for name, layer in linear.items() if structure.is_router(name, layer)}
+    plain = [name for name in linear if "experts" not in name.split(".") and name not in routers]
     read_directly = structure.layers_read_directly(model, values=True)  # Mamba's out_proj
-    free = [name for name in plain if model.get_submodule(name) not in read_directly]
+    free = [name for name in plain if linear[name] not in read_directly]
     kinds = {name: kind for name in free if (kind := _kind(model, name))}
     patterns = config.target_modules
     if patterns == AdapterConfig(name="").target_modules and not all(
@@ -57,7 +58,7 @@ def check(model: nn.Module, layers: list[str]) -> None:
     read_directly = structure.layers_read_directly(model, values=True)
     for name in layers:
         layer, reason = model.get_submodule(name), ""
-        if _is_router(model, name):
+        if structure.is_router(name, layer):
             reason = "is a router of experts, which stays frozen"
         elif other := tied.get(id(layer.weight)):
             reason = f"shares its weight with {other} (tie_word_embeddings): it could not be merged"
@@ -71,12 +72,6 @@ def check(model: nn.Module, layers: list[str]) -> None:
 def short(layers: list[str]) -> str:
     """The last names of layers, each once, in their order."""
     return ", ".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in layers))
-
-
-def _is_router(model: nn.Module, name: str) -> bool:
-    parts, layer = name.split("."), model.get_submodule(name)
-    one_number = getattr(layer, "out_features", 0) == 1  # the weight of a shared expert
-    return "gate" in parts or any("router" in part for part in parts) or one_number
 
 
 def _kind(model: nn.Module, name: str) -> str:

@@ -30,7 +30,7 @@ from scalepeft.models import quant, structure
 from scalepeft.models.conversion import Group
 from scalepeft.models.experts import ExpertLinear
 from scalepeft.models.sources import DTYPES, FLOATS, Source
-from scalepeft.models.tensors import as_bytes
+from scalepeft.models.tensors import DTYPE_NAMES, as_bytes
 from scalepeft.models.weights import INDEX, PIECE_BYTES, Entry, Weights
 
 __all__ = ["effective_weight", "run"]
@@ -43,7 +43,6 @@ COPIED = (
 SWITCHES = ("attention_bias", "mlp_bias")
 """Keys of config.json that give the layers of a block a bias (LLaMA has both)."""
 NAMES = {"fp32": "F32", "bf16": "BF16"}
-NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ class _Item:
     @property
     def stored(self) -> Stored | None:
         """As the base's file has the very bytes to write, if nothing changes the values."""
-        same = isinstance(self.source, Entry) and self.source.stored.dtype == self.dtype
-        return self.source.stored if isinstance(self.source, Entry) and same else None
+        stored = self.source.stored if isinstance(self.source, Entry) else None
+        return stored if stored is not None and stored.dtype == self.dtype else None
 
     @property
     def size(self) -> int:
@@ -207,7 +206,7 @@ def _shards(weights: Weights, new: dict[str, _Item], dtype: str, decoded: str) -
         for name, source in weights.entries.items():
             if source.where != str(file.path):
                 continue
-            kind = NAME_OF[source.dtype]
+            kind = DTYPE_NAMES[source.dtype]
             if dtype != "base" and kind in FLOATS:
                 kind = NAMES[dtype]
             elif kind == "F32" and not isinstance(source, Entry):

@@ -23,6 +23,7 @@ from scalepeft.models.sources import Source
 PIECE_ROWS = 1024  # compared at one time
 # Operations that leave the rows of a stacked tensor where they are, if not told dimension 0.
 ROW_WISE = {"Chunk", "Concatenate", "Transpose", "Interleave"}
+Take = Callable[[str, Source], Tensor]
 
 
 @dataclass
@@ -48,10 +49,7 @@ class Group:
 
     def place(self, name: str) -> int:
         """Number of a tensor of the files in its list."""
-        found = (
-            i for t in self.sources.values() for i, (other, _) in enumerate(t) if other == name
-        )
-        return next(found)
+        return next(i for t in self.sources.values() for i, (n, _) in enumerate(t) if n == name)
 
     @cached_property
     def by_rows(self) -> bool:
@@ -68,16 +66,15 @@ class Group:
             and len({len(listed) for listed in self.sources.values()}) == 1
         )
 
-    def _convert(self, take: Callable[[str, Source], Tensor], rows: slice) -> dict[str, Tensor]:
+    def _convert(self, take: Take, rows: slice = slice(None)) -> dict[str, Tensor]:
         """Runs the operations on what ``take`` gives for each tensor of the listed ``rows``."""
         if self.converter is None:
             ((name, source),) = next(iter(self.sources.values()))
             return {self.first_target: take(name, source)}
         converter = copy.deepcopy(self.converter)
+        rows = rows if self.by_rows else slice(None)
         converter.collected_tensors = {
-            pattern: [
-                take(name, source) for name, source in (listed[rows] if self.by_rows else listed)
-            ]
+            pattern: [take(name, source) for name, source in listed[rows]]
             for pattern, listed in self.sources.items()
         }
         try:
@@ -95,11 +92,7 @@ class Group:
 
     def shapes(self) -> dict[str, Tensor]:
         """Returns the model's tensors on the meta device."""
-
-        def empty(_name: str, source: Source) -> Tensor:
-            return torch.empty(source.shape, dtype=source.dtype, device="meta")
-
-        return self._convert(empty, slice(None))
+        return self._convert(lambda _, s: torch.empty(s.shape, dtype=s.dtype, device="meta"))
 
     def restore(self, values: Mapping[str, Tensor], rows: slice = slice(None)) -> dict[str, Tensor]:
         """Turns values of the model's tensors into those of the files: the inverse of ``read``.
@@ -163,48 +156,38 @@ class Layout:
     """
 
     def __init__(
-        self,
-        model: Any,
-        entries: dict[str, Source],
-        where: str,
-        stray: list[str],
-        unexpected: str,
+        self, model: Any, entries: dict[str, Source], where: str, stray: list[str], unexpected: str
     ) -> None:
         self.sources: dict[str, Source] = {}
         self.groups: dict[str, Group] = {}
         self.untied: list[str] = []
         left = self._assign(model, entries)
         self._tie(model)
-        info = SimpleNamespace(
-            missing_keys=set(model.state_dict()) - self.sources.keys(), unexpected_keys=set(left)
-        )
-        missing = sorted(info.missing_keys)
-        model._adjust_missing_and_unexpected_keys(info)
         self.unused = sorted(left.values())
+        info = SimpleNamespace(missing_keys=set(), unexpected_keys=set(left))
+        model._adjust_missing_and_unexpected_keys(info)
         unknown = sorted(left[key] for key in info.unexpected_keys)
-        if missing:
+        if missing := sorted(set(model.state_dict()) - self.sources.keys()):
             raise UserError(
                 f"{where}: no tensor '{missing[0]}' in {len(entries)} found, and {len(missing) - 1}"
                 f" more that {type(model).__name__} needs; the files are incomplete or of another"
                 " architecture than config.json"
                 + (f" (they have '{unknown[0]}', which it does not use)" if unknown else "")
             )
-        words = ""
         if unknown:
             words = (
                 f"{where}: {len(unknown)} tensors that {type(model).__name__} does not use, first"
                 f" '{unknown[0]}' ({entries[unknown[0]].where})"
             )
-        if unknown and unexpected == "error":
-            raise UserError(
-                f"{words}; the files are of another model than config.json, or set"
-                " model.unexpected=ignore to leave them out as transformers does"
-            )
-        if rank() == 0:
-            if words:
+            if unexpected == "error":
+                raise UserError(
+                    f"{words}; the files are of another model than config.json, or set"
+                    " model.unexpected=ignore to leave them out as transformers does"
+                )
+            if rank() == 0:
                 say(f"{words}: left out (model.unexpected=ignore)")
-            if stray:
-                say(f"{where}: {', '.join(stray)} not read: transformers takes other files there")
+        if stray and rank() == 0:
+            say(f"{where}: {', '.join(stray)} not read: transformers takes other files there")
 
     def _assign(self, model: Any, entries: dict[str, Source]) -> dict[str, str]:
         """Fills ``groups`` and ``sources``; returns renamed -> name of what fits nowhere."""

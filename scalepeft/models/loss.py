@@ -15,18 +15,15 @@ from torch.nn import functional as F
 from scalepeft.core.errors import UserError
 from scalepeft.data.tokens import IGNORED
 
+Head = Callable[[Tensor], Tensor]
+
 
 class _ChunkedLoss(torch.autograd.Function):
     """Takes each chunk's gradient in forward: neither logits nor their gradient outlive it."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        labels: Tensor,
-        head: Callable[[Tensor], Tensor],
-        chunk: int,
-        *trained: Tensor,
+        ctx: Any, hidden: Tensor, labels: Tensor, head: Head, chunk: int, *trained: Tensor
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         wanted = ctx.needs_input_grad[0] or any(ctx.needs_input_grad[4:])
@@ -56,11 +53,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def chunked_cross_entropy(
-    hidden: Tensor,
-    labels: Tensor,
-    head: Callable[[Tensor], Tensor],
-    chunk: int,
-    trained: Sequence[Tensor] = (),
+    hidden: Tensor, labels: Tensor, head: Head, chunk: int, trained: Sequence[Tensor] = ()
 ) -> Tensor:
     """Returns ``sum_t -log softmax(head(hidden_t))[label_{t+1}]`` over positions whose next label
     is not -100.

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scalepeft.core.files import cache_folder, fsync
+from scalepeft.core.files import cache_folder, fsync, write_atomically
 from scalepeft.core.log import say
 from scalepeft.core.safetensors import DamagedFile, SafetensorsFile, Writer
 from scalepeft.core.text import size
@@ -207,11 +207,8 @@ class QuantizedCopy:
         try:
             if reason is not None:
                 raise OSError(reason)
-            with (temporary / "manifest.json").open("w") as f:
-                json.dump({"version": VERSION, "tensors": len(self._shapes), "files": files}, f)
-                f.flush()
-                os.fsync(f.fileno())
-            fsync(temporary)
+            manifest = {"version": VERSION, "tensors": len(self._shapes), "files": files}
+            write_atomically(temporary / "manifest.json", json.dumps(manifest))
             _Copy(temporary)  # is it whole: has this node all files?
             shutil.rmtree(self.folder, ignore_errors=True)
             temporary.rename(self.folder)

@@ -116,13 +116,10 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     )
 
 
-def _routers(model: Any) -> set[nn.Module]:
-    """Linear layers that choose or weigh experts: a handful of rows that decide where tokens go."""
-    text = model.config.get_text_config()
-    keys = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    counts = {1} | {n for key in keys if isinstance(n := getattr(text, key, None), int)}
-    found = [m for m in model.modules() if type(m) is nn.Linear]
-    return {m for m in found if m.out_features in counts} if len(counts) > 1 else set()
+def is_router(name: str, layer: nn.Module) -> bool:
+    """A layer chooses or weighs experts: a handful of rows that decide where tokens go."""
+    parts, one_number = name.split("."), getattr(layer, "out_features", 0) == 1  # shared expert's
+    return "gate" in parts or any("router" in part for part in parts) or one_number
 
 
 @cache
@@ -161,9 +158,9 @@ def layers_read_directly(model: nn.Module, values: bool) -> set[nn.Module]:
 
 
 def _quantize_blocks(model: Any, fmt: quant.Format, folder: Path, kept: dict[str, str]) -> None:
-    plain = _routers(model) | layers_read_directly(model, values=False)
+    plain = layers_read_directly(model, values=False)
     skipped = prequantized.keeps(prequantized.settings_of(model.config.to_dict()))
-    plain |= {module for name, module in model.named_modules() if skipped(name)}
+    plain |= {m for name, m in model.named_modules() if skipped(name) or is_router(name, m)}
     for block in blocks_of(model):
         for name, layer in block.named_modules():
             # A subclass computes in its own way with the weight itself.
