@@ -24,20 +24,15 @@ SECTION=NAME takes a whole file of configs/, SECTION.KEY=VALUE sets one key; the
 
   scalepeft train configs/runs/commonsense_hoft.yaml model.path=DIR_OR_HUB_ID data.train=FILES
   scalepeft train model=tiny data=toy adapter.rank=8 train.max_steps=50 run_dir=runs/try
-  torchrun --nproc-per-node 8 -m scalepeft train CONFIG engine.name=fsdp2
 """
 REPORT = """\
 Prints a table and writes report.html (one file, no network), report.md and its plot in report/:
 into RUN_DIR, for several runs into ./report, or where --out says. Of one run RUN_DIR/loss.png too.
-
-  scalepeft report runs/hoft runs/lora runs/dora --out comparison
 """
 MERGE = """\
 Writes OUT, tensor by tensor: no more memory than the largest tensor needs. A method that adds a
 bias gives the model one where its architecture has a switch for it. Prints the error of the merged
 model's logits against the adapted model's.
-
-  scalepeft merge runs/commonsense_hoft merged --base-weights original
 """
 PIPELINE = """\
 Does the stages prepare, train, merge, evaluate and report of a run in RUN_DIR. What is done for the
@@ -45,8 +40,6 @@ same inputs is passed over, what was stopped or killed goes on where it was, wha
 changed input is done again (the old results are moved to RUN_DIR/replaced-N).
 
   scalepeft pipeline configs/runs/commonsense_hoft.yaml data.train=FILES data.test=FILES
-  launch/local.sh 8 pipeline CONFIG engine=fsdp2 ...        on the GPUs of one machine
-  launch/submit slurm/hoft_llama70b.sh ... --pipeline       a chain of jobs, a stage each
 """
 SCORE = """\
 Scores predictions with the code that evaluate uses: line by line, or by id where objects have one.
@@ -75,9 +68,7 @@ Trains every method on the same rows, batches and budget: a sweep of rates of eq
 seed, then fresh seeds at each method's best rate. Writes compare.json and .md into OUT: mean
 held-out loss with 95 % intervals, difference to the reference under the same seeds, parameters,
 time, memory. Each cell is an ordinary run in OUT/cells; what is done is never run again.
-
-  scalepeft compare CONFIG model.path=DIR data.train=FILES --methods hoft,shoft,lora --out OUT
-  scalepeft compare --out OUT            goes on with what is there, or prints it again
+scalepeft compare --out OUT goes on with what is there, or prints it again.
 """
 DOCTOR = """\
 Tries what a run needs, in one process or on every rank of a job, and exits with 0, or with 1 and
@@ -89,8 +80,6 @@ the base, and the file system of the run folder. Trains nothing and leaves nothi
 
 --against-transformers compares loss and logits of a base, loaded as a training does, with stock
 transformers'; it needs model.path alone, and exits with 1 if they differ, with 2 if it is refused.
-
-  scalepeft doctor model.path=DIR_OR_HUB_ID train.precision=fp32 --against-transformers
 """
 PLAN = """\
 What a training needs, from its config alone: memory of a rank by kind, bytes read, collectives,
@@ -105,9 +94,6 @@ keeps the code and the resolved config in RUN_DIR/submissions, and queues JOB_FI
 JOB_FILE itself is run as far as slurm/train.sh, to learn its settings: keep slow lines out of it.
 
   launch/submit slurm/hoft_llama70b.sh model.path=DIR --sbatch time=12:00:00
-  launch/submit slurm/hoft_llama70b.sh --sweep train.lr=1e-4,3e-4 --throttle 1 --dry-run
-  launch/submit slurm/hoft_llama70b.sh data.test=FILES --pipeline --cpu-sbatch partition=cpu
-  launch/submit slurm/hoft_llama70b.sh run_dir=runs/all --compare methods=hoft,lora,goft
 """
 BENCH_FLAGS = "shape methods rank tokens precision quant device repeats".split()
 GPU_FLAGS = "seconds only tiny".split()

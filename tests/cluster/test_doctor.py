@@ -63,7 +63,7 @@ def test_three_ranks_in_order(tmp_path: Path) -> None:
         assert f["state"] in ("ok", "info"), f
         by_check[f["check"]] = by_check.get(f["check"], "") + f["found"]
     assert f"torch {torch.__version__}" in by_check["versions"]
-    assert "right on 3 ranks" in by_check["links"] and "GB/s" in by_check["links"]
+    assert "right on 3 ranks" in by_check["links"]
     assert "uneven shards on 3 ranks" in by_check["4-bit bytes"]
     assert "nf4: known bytes" in by_check["kernels"]
     assert "4 rows a step" in by_check["global batch"]
@@ -421,8 +421,8 @@ def test_devices() -> None:
     shared = check(1, uuid="0")[1]
     assert shared[0] == "fix" and "ranks 0-1 on n1 share one GPU" in shared[1]
     assert states(check(2, uuid="0")) == ["ok"], "another node's GPU"
-    names, other = check(3, name="A100")
-    assert other[0] == "warn" and "A100 on rank 3 on n2" in names[1]
+    (names,) = check(3, name="A100")
+    assert "A100 on rank 3 on n2" in names[1]
     assert "40.0 GiB of the GPU in use on rank 2 on n2" in check(2, used=40 << 30)[1][1]
     assert check(0, bf16=False)[1] == ("fix", "rank 0 on n1: no bf16", "train.precision=fp32")
     (mixed,) = check(3, type="cpu")
@@ -432,9 +432,7 @@ def test_devices() -> None:
 
 
 def test_one_process_of_a_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NCCL_DEBUG", "INFO")
-    state, text = machine.environment(context())
-    assert state == "info" and ", NCCL_DEBUG=INFO" in text
+    assert machine.environment(context())[0] == "info"
     monkeypatch.setenv("SLURM_NTASKS", "16")
     state, text = machine.environment(context())
     assert state == "warn" and "a Slurm job of 16 tasks" in text

@@ -1,6 +1,5 @@
 """The links between ranks: collectives with known results, 4-bit bytes through an all-gather."""
 
-import time
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -15,8 +14,6 @@ from scalepeft.core.errors import UserError
 from scalepeft.parallel.base import copy_rows
 from scalepeft.parallel.fsdp2 import FSDP2, FSDP2Config
 from scalepeft.parallel.ranks import Ranks
-
-LARGE = {"cpu": 4 << 20, "cuda": 64 << 20}  # bytes of the timed all-reduce
 
 
 def collectives(context: Context, backend: str) -> Any:
@@ -39,19 +36,11 @@ def collectives(context: Context, backend: str) -> Any:
     )  # fmt: skip
     if device.type == "cpu":
         dist.monitored_barrier(wait_all_ranks=True)  # its error names ranks that stay away
-    wrong, large = wrong_collectives(ranks, device), torch.zeros(LARGE[device.type] // 4).to(device)
-    for _ in range(3):
-        start = time.perf_counter()
-        dist.all_reduce(large)
-        large[:1].item()  # waits for the device
-        slowest = torch.tensor([time.perf_counter() - start], device=device)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    if wrong:  # not before the last collective, which takes all ranks
+    if wrong := wrong_collectives(ranks, device):
         raise RuntimeError(f"wrong sums: {', '.join(wrong)}; update torch or the driver")
     if n == 1:
         return "info", "one rank, no links to try"
-    text = f"all-reduce, all-gather and reduce-scatter right on {n} ranks"
-    return f"{text}; {large.nbytes / slowest.item() / 1e9:.2f} GB/s all-reduced"
+    return f"all-reduce, all-gather and reduce-scatter right on {n} ranks"
 
 
 def wrong_collectives(ranks: Ranks, device: torch.device) -> list[str]:

@@ -1,10 +1,9 @@
-"""What each rank finds on its node: versions, cache and variables, devices, kernels."""
+"""What each rank finds on its node: versions, cache, devices, kernels."""
 
 import contextlib
 import hashlib
 import importlib.metadata
 import os
-import re
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
@@ -28,9 +27,6 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 # Package -> the key that needs it, the value for which (None: any).
 EXTRAS = {"bitsandbytes": ("model.quant", "nf4"), "tensorboard": ("train.tensorboard", True),
           "wandb": ("train.wandb", None)}  # fmt: skip
-VARIABLES = (
-    r"(NCCL|GLOO|TORCH_NCCL|CUDA|OMP)_\w+|HF_(HOME|HUB_OFFLINE)|SLURM_(JOB_ID|NTASKS|NODELIST)"
-)
 DRIVER = Path("/proc/driver/nvidia/version")
 OTHERS_ON_GPU = 2 << 30  # bytes that are more than a CUDA context
 
@@ -67,14 +63,13 @@ def versions(context: Context) -> dict[str, str]:
 
 
 def environment(context: Context) -> tuple[str, str]:
-    """Try to write in the cache folder; return it and the variables that launchers look at."""
+    """Try to write in the cache folder, and look for ranks that were not started."""
     cache = cache_folder()
     check_writable(f"cache folder {cache}", cache)
     tasks = os.environ.get("SLURM_NTASKS", "1")
     if tasks != "1" and context.ranks.world_size == 1:
         return "warn", f"a Slurm job of {tasks} tasks, but this is one process: start it with srun"
-    variables = (f", {k}={v}" for k, v in sorted(os.environ.items()) if re.fullmatch(VARIABLES, k))
-    return "info", f"{torch.get_num_threads()} threads, cache {cache}{''.join(variables)}"
+    return "info", f"cache {cache}"  # which may differ between nodes
 
 
 def device(context: Context) -> dict[str, Any]:
@@ -110,8 +105,6 @@ def check_devices(context: Context, values: Values) -> Verdict:
         if len(shared := [rank for rank in gpus if gpus[rank] == gpu]) > 1:
             remedy = "start as many tasks a node as it has GPUs, one GPU each"
             yield "fix", f"{where(shared, hosts)} share one GPU", remedy
-    if len(set(names.values())) > 1:
-        yield "warn", "GPUs differ: all wait for the slowest, the smallest memory counts"
     used = {rank: f"{size(v['used'])} of the GPU in use" for rank, v in values.items()
             if v["used"] > OTHERS_ON_GPU}  # fmt: skip
     if used:

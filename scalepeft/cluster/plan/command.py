@@ -9,7 +9,6 @@ import json
 from dataclasses import asdict, fields
 from typing import Any
 
-from scalepeft.cluster.plan import planning
 from scalepeft.cluster.plan.gpus import GPUS
 from scalepeft.cluster.plan.planning import GIB, Options, Plan, counts, plan
 from scalepeft.cluster.plan.simulate import KINDS
@@ -84,32 +83,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "smallest": list(plan.smallest) if plan.smallest else None,
         "tried": [nodes * gpus for nodes, gpus in counts(plan.config, options.gpus_per_node)],
         "hints": list(HINTS) if plan.fits is False else [],
-        "assumptions": _assumptions(plan),
-        "simulated_layers": list(step.simulated),
     }
-
-
-def _assumptions(plan: Plan) -> list[str]:
-    p, config = planning, plan.config
-    lines = [
-        f"assumed, not measured on a GPU: {p.CONTEXT_BYTES / GIB:g} GiB CUDA context,"
-        f" {p.NCCL_BYTES / GIB:g} GiB NCCL (several ranks), {p.FRAGMENTED:.0%} allocator holes;"
-        f" {p.MFU:.0%} of {plan.tflops:g} TFLOP/s; collectives"
-        f" {p.NODE_BYTES_PER_SECOND / 1e9:g} GB/s in a node and"
-        f" {p.NETWORK_BYTES_PER_SECOND / 1e9:g} GB/s between nodes, not overlapped; disk"
-        f" {plan.options.disk / 1e9:g} GB/s, sha256 {p.HASH_BYTES_PER_SECOND / 1e9:g} GB/s; grace"
-        f" {p.SAFETY:g} x (step + saves) + {p.MARGIN_SECONDS:g} s",
-        f"every row has data.cutoff={config.data.cutoff} tokens, all of them labels;"
-        " evaluation is another load",
-    ]
-    if config.train.precision == "fp32":
-        lines.append("fp32: an attention kernel that keeps (length, length) scores is not counted")
-    if not plan.step.shares.simulated:
-        lines.append(
-            f"engine {config.engine.name}: one process simulated, what the engine adds by"
-            " arithmetic (gathered parameters: an upper bound)"
-        )
-    return lines
 
 
 def table(plan: Plan) -> str:
@@ -128,6 +102,9 @@ def table(plan: Plan) -> str:
     memory.append(["CUDA, NCCL, allocator*", "", f"{plan.runtime / GIB:.3f}"])
     memory.append(["sum", f"{step.resident_bytes / GIB:.3f}", f"{plan.need / GIB:.3f}"])
     quant = c.model.quant + (" twice" if c.model.double_quant else "")
+    notes = ["* assumed, not measured on a GPU: docs/plan.md"]
+    if not step.shares.simulated:
+        notes.append(f"engine {c.engine.name}: its own part by arithmetic (an upper bound)")
     return "\n".join([
         f"plan: {c.model.path} ({plan.source.where}), quant {quant}, {c.train.precision},"
         f" {c.adapter.name}",
@@ -142,7 +119,7 @@ def table(plan: Plan) -> str:
         "",
         *_verdict(plan),
         "",
-        *(f"* {line}" for line in _assumptions(plan)),
+        *notes,
     ])  # fmt: skip
 
 
