@@ -148,17 +148,11 @@ def _plan(finished: FinishedRun, model: Streamed, dtype: str) -> tuple[list[str]
     """Returns the switches to set in config.json, and the shards in the order of the base's files.
 
     Raises:
-        UserError: a method that cannot merge, a tied layer, a bias that the architecture has no
-            place for.
+        UserError: a method that cannot merge, a bias that the architecture has no place for.
     """
     biases: set[str] = set()
     for name, layer in injection.adapted_layers(model.model):
         check_mergeable(layer)
-        if model.names[id(layer.weight)] != f"{name}.weight":
-            raise UserError(
-                f"{name} shares its weight with {model.names[id(layer.weight)]}"
-                " (tie_word_embeddings), so that merging would change both; keep the adapter"
-            )
         if layer.bias is None and adds_bias(layer):
             biases.add(f"{name}.bias")
     method = finished.config.adapter.name
@@ -171,7 +165,7 @@ def _plan(finished: FinishedRun, model: Streamed, dtype: str) -> tuple[list[str]
         new[weight] = _Item(weight.removesuffix("weight") + "bias", "", shapes[bias], None)
     architecture = finished.base.architecture
     named = architecture.get_text_config().dtype or architecture.dtype
-    decoded = NAME_OF.get(named, "F32")
+    decoded = DTYPE_NAMES.get(named, "F32")
     return switches, _shards(model.weights, new, dtype, decoded)
 
 

@@ -201,13 +201,16 @@ def architecture(folder: Path) -> Any:
         raise UserError(f"model.path={folder}: no config.json there; name a whole model's folder")
     try:
         return _without_bad_pad(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, TypeError,
+            StrictDataclassError) as error:  # fmt: skip
         raise UserError(f"model.path={folder}: config.json: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
     """Its text in one line; that code of the base's own would be needed, in words of ours."""
     text = " ".join(str(error).split())
+    if isinstance(error, KeyError):
+        text = f"transformers does not know {text}"
     if "trust_remote_code" not in text:
         return text
     return (

@@ -77,6 +77,7 @@ class Weights:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._listed: dict[str, str] = {}
         self.files = [self._open(path) for path in self._paths()]
         self.entries: dict[str, Source] = {}
         for file in self.files:
@@ -89,6 +90,12 @@ class Weights:
                 if stored.dtype not in DTYPES:
                     raise UserError(f"{file.path}: '{name}' has dtype {stored.dtype}: not read")
                 self.entries[name] = Entry(file, stored)
+        for name, shard in self._listed.items():
+            if name not in self.entries:
+                raise UserError(
+                    f"{folder / INDEX}: lists '{name}' in {shard}, which does not have it; copy"
+                    " index and shards of one save"
+                )
         config, remedy = folder / "config.json", "copy it again"
         found = read_mapping(config, json.loads, remedy) if config.is_file() else {}
         self.storage = prequantized.settings_of(found)
@@ -112,7 +119,8 @@ class Weights:
 
     def _indexed(self, index: Path) -> list[Path]:
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            self._listed = dict(json.loads(index.read_text())["weight_map"])
+            names = sorted(set(self._listed.values()))
             if outside := [name for name in names if Path(name).name != name]:
                 raise ValueError(f"'{outside[0]}' is no file name")
         except (ValueError, KeyError, AttributeError, TypeError) as error:

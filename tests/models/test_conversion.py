@@ -259,3 +259,26 @@ def test_an_encoder_is_refused_by_name(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="bart has an encoder; take a decoder-only model"):
         structure.build(ModelConfig(path=str(tmp_path)), tmp_path, "fp32")
+
+
+def test_an_index_that_lists_what_its_shard_lacks(llama: Path) -> None:
+    (llama / "model.safetensors").rename(llama / "a.safetensors")
+    index = {"weight_map": {"nobody.weight": "a.safetensors"}}
+    (llama / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "lists 'nobody.weight' in a.safetensors" in refused(llama)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"num_hidden_layers": 1}, "does not use, first 'model.layers.1.input_layernorm.weight'"),
+        ({"num_hidden_layers": 3}, "no tensor 'model.layers.2.input_layernorm.weight'"),
+        ({"vocab_size": 400}, "config.json says [400, 64]"),
+        ({"quantization_config": []}, "config.json"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quant_method=hqq"),
+        ({"hidden_act": "zzz"}, "does not know 'zzz'"),
+    ],
+)
+def test_a_config_of_another_model(llama: Path, values: dict[str, Any], words: str) -> None:
+    set_config(llama, **values)
+    assert words in refused(llama)
