@@ -382,16 +382,17 @@ def events(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_a_refused_first_start_leaves_no_folder(tmp_path: Path) -> None:
-    wrong, old = "adapter.target_modules=nobody", tmp_path / "old"
+    wrong, old = ["train.max_steps=3", "adapter.target_modules=nobody"], tmp_path / "old"
     for ranks in (1, 2):
-        text = train(ranks, tmp_path / "new" / "run", *RUN, wrong, expect=2)
+        engine = "engine=single" if ranks == 1 else "engine=fsdp2"
+        text = train(ranks, tmp_path / "new" / "run", *RUN, *wrong, engine, expect=2)
         assert "nobody" in text and "Traceback" not in text
         assert not (tmp_path / "new").exists()
     old.mkdir()  # the user's own
-    train(1, old, *RUN, wrong, expect=2)
+    assert "nobody" in train(1, old, *RUN, *wrong, expect=2)
     assert old.is_dir() and not list(old.iterdir())
     (old / "notes").write_text("mine")
-    train(1, old, *RUN, wrong, expect=2)
+    assert "nobody" in train(1, old, *RUN, *wrong, expect=2)
     assert [file.name for file in old.iterdir()] == ["notes"]
 
 
