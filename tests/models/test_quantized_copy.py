@@ -62,7 +62,14 @@ def place(tmp_path: Path) -> Place:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "storage", ["model.quant=nf4", "model.double_quant=true", "model.quant=int8"]
+    "storage",
+    [
+        "model.quant=nf4",
+        *(
+            pytest.param(f"model.{s}", marks=pytest.mark.full)
+            for s in ("double_quant=true", "quant=int8")
+        ),
+    ],
 )
 def test_the_next_start_reads_the_copy(place: Place, storage: str) -> None:
     assert KEPT in place.start("first", storage)
@@ -112,8 +119,8 @@ def test_other_bases_and_storages_have_copies_of_their_own(place: Place) -> None
     "fault",
     [
         "flip",
-        *(pytest.param(f, marks=pytest.mark.slow) for f in ("header", "cut", "gone", "manifest")),
-        pytest.param("none", marks=pytest.mark.slow),
+        *(pytest.param(f, marks=pytest.mark.full) for f in ("header", "cut", "gone", "manifest")),
+        pytest.param("none", marks=pytest.mark.full),
     ],
 )
 def test_a_damaged_copy_is_passed_over_and_made_anew(place: Place, fault: str) -> None:
