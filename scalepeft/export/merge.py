@@ -234,14 +234,17 @@ def _pieces(values: "_NewValues", source: SafetensorsFile, item: _Item) -> Itera
     elif value is None and item.stored is not None:
         yield from source.pieces(item.stored)
     else:
-        length = item.shape[0] if item.shape else 1
-        rows = max(1, PIECE_BYTES * length // max(1, item.size))
         if value is None and item.source is not None and not item.source.by_rows:
             value = item.source.whole()
+        length = item.shape[0] if item.shape else 1
+        rows = max(1, PIECE_BYTES * length // max(1, item.size))
         for first in range(0, length, rows):
             last = min(first + rows, length)
-            kept = value is None and item.source is not None
-            part = item.source.rows(first, last) if kept else value[first:last]  # type: ignore
+            if value is not None:
+                part = value[first:last]
+            else:
+                assert item.source is not None
+                part = item.source.rows(first, last)
             rounded = part.to(DTYPES[item.dtype]).cpu()
             if value is not None and not torch.isfinite(rounded).all():
                 what = f"{item.name}: the merged values do not fit into {item.dtype}"
