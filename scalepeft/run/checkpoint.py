@@ -67,10 +67,9 @@ class RunFolder:
         self._verified: dict[str, Any] = {}
         """What verified before -> the signature it had: not hashed again unless it changed."""
         self._told_of_rename = False
-        above = (self.checkpoints, path, *path.parents)
-        self._made = [folder for folder in above if not folder.exists()]
+        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
             try_to_write(path)
         except OSError as error:
             raise unwritable(self.path, error) from None
@@ -85,7 +84,8 @@ class RunFolder:
             UserError: another start took the folder meanwhile, or the disk refuses.
         """
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)  # another start may have gone
+            # Only an owner makes it: another start that goes takes what is empty with it.
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
             seen = stored_generation(self.path) if seen is None else seen
             self.generation = self._next_generation(seen)
             # First the lease, then the number: a start that reads the number finds its owner too.
