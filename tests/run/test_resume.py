@@ -408,6 +408,14 @@ def test_a_start_whose_folder_another_one_took_away_makes_it_anew(tmp_path: Path
     assert second.checkpoints.is_dir()
 
 
+def test_a_start_that_goes_leaves_the_owner_its_folder(tmp_path: Path) -> None:
+    owner, other = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    other._made = owner._made  # both began at once
+    owner.claim()
+    other.withdraw()
+    assert owner.checkpoints.is_dir()
+
+
 def test_two_starts_at_once_are_one_run(tmp_path: Path) -> None:
     settings = ["train.max_steps=4000", "train.save_every=1000"]
     jobs = [start(1, tmp_path / "run", *settings) for _ in range(3)]
