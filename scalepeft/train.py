@@ -12,7 +12,7 @@ import torch
 
 from scalepeft.adapters import inject as injection
 from scalepeft.adapters import targets
-from scalepeft.build import Built, build, check_batch, start_ranks, task_of
+from scalepeft.build import build, check_batch, start_ranks, task_of
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
@@ -20,7 +20,7 @@ from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping
 from scalepeft.core.text import size
-from scalepeft.data import loader, tokens
+from scalepeft.data import tokens
 from scalepeft.data.tokens import TokenSet
 from scalepeft.models import integrity
 from scalepeft.models.hub import Base, open_base
@@ -32,7 +32,7 @@ from scalepeft.run.folder import check_nodes
 from scalepeft.run.provenance import device_name
 from scalepeft.run.records import RunRecorder
 from scalepeft.run.saver import Saver
-from scalepeft.trainer import Trainer, batches
+from scalepeft.trainer import Trainer, batches, summed_loss
 
 
 def _check_resumed(
@@ -81,33 +81,18 @@ def learning_rate(config: RunConfig, step: int, total: int) -> float:
 
 
 @torch.no_grad()
-def held_out_loss(
-    config: RunConfig, built: Built, rows: TokenSet, ranks: Ranks, poll: Callable[[], None]
-) -> float:
-    """Validation loss: the mean over all label tokens of the validation rows.
-
-    Every rank makes the same number of forwards, which may be collectives.
-    """
-    built.model.eval()
-    size = config.train.global_batch
-    steps = math.ceil(len(rows) / size)
-    forwards = math.ceil(math.ceil(size / ranks.world_size) / config.train.micro_batch)
+def held_out_loss(trainer: Trainer, rows: TokenSet, poll: Callable[[], None]) -> float:
+    """Validation loss: the mean over all label tokens of the validation rows."""
+    config, ranks, model = trainer.config, trainer.ranks, trainer.built.model
+    model.eval()
     total = torch.zeros(2, dtype=torch.float64)
-    nothing = loader.MicroBatch(
-        torch.zeros(1, tokens.PAD_TO, dtype=torch.int64),
-        torch.full((1, tokens.PAD_TO), tokens.IGNORED),
-        torch.zeros(1, dtype=torch.int64),
-    )
-    for step in batches(config, rows, ranks, 0, steps, shuffle=False):
+    steps = math.ceil(len(rows) / config.train.global_batch)
+    for step in batches(trainer, rows, 0, steps, shuffle=False):
         poll()
-        for batch in [*step.micro, *[nothing] * (forwards - len(step.micro))]:
-            batch = batch.to(ranks.device)
-            value = built.model(
-                batch.input_ids, token_labels=batch.labels, loss_chunk=config.train.loss_chunk
-            )
-            total[0] += float(value)
+        for batch in step.micro:
+            total[0] += float(summed_loss(model, batch.to(ranks.device), config))
         total[1] += step.label_tokens / ranks.world_size
-    injection.train_mode(built.model)
+    injection.train_mode(model)
     summed, count = ranks.sum(total).tolist()
     return summed / count
 
@@ -199,7 +184,7 @@ def _steps(
         saver.poll()
         poll()
 
-    stream = iter(batches(config, rows.train, trainer.ranks, done, total - done))
+    stream = iter(batches(trainer, rows.train, done, total - done))
     injection.train_mode(trainer.built.model)
     while True:
         if _validation_due(config, rows, trainer.done) and records.evaluated < trainer.done:
@@ -231,7 +216,7 @@ def _validate(trainer: Trainer, rows: TokenSet | None, poll: Callable[[], None])
     """A row of validation.jsonl."""
     assert rows is not None
     clock = time.monotonic()
-    value = held_out_loss(trainer.config, trainer.built, rows, trainer.ranks, poll)
+    value = held_out_loss(trainer, rows, poll)
     loss, seconds = value if math.isfinite(value) else None, time.monotonic() - clock
     return {"step": trainer.done, "loss": loss, "rows": len(rows), "seconds": seconds}
 
@@ -264,6 +249,8 @@ def _announce(
         layers = [name for name, _ in injection.adapted_layers(built.model)]
         if {n.rsplit(".", 1)[-1] for n in layers} != set(trainer.config.adapter.target_modules):
             say(f"adapter.target_modules are {targets.short(layers)}: {len(layers)} layers")
+        if trainer.unpacked and trainer.config.train.batching == "auto":
+            say(f"rows are padded, not packed: {trainer.unpacked}")
     more = {"engine": trainer.config.engine.name, "world_size": ranks.world_size}
     more |= {"parameters": count, **seconds}
     records.started(step, launched, steps=total, **more, per_rank=per_rank)

@@ -147,7 +147,8 @@ class Adapter(nn.Module):
 class Dropout(nn.Module):
     """Zeroes entries of x with probability p in training and scales the others by 1 / (1 - p).
 
-    With ``keys``, one for each row of the batch, what happens to an entry is a function of (key,
+    With ``keys``, one for each row of the batch or, where lines hold several rows, for each token
+    with its ``positions`` in its row, what happens to an entry is a function of (key,
     layer, position, feature) alone: the same whatever the micro-batch, the padding, the rank and
     the number of ranks, and again in a recomputation. Without, torch's generator decides.
 
@@ -161,7 +162,9 @@ class Dropout(nn.Module):
         self.p = p
         self._salt = int.from_bytes(hashlib.sha256(layer_name.encode()).digest()[:7], "little")
         self.keys: Tensor | None = None
-        """int64 (rows,); the trainer sets those of the micro-batch."""
+        """int64 (lines,) or (lines, length); the trainer sets those of the micro-batch."""
+        self.positions: Tensor | None = None
+        """(lines, length); None: each line is one row."""
 
     def forward(self, x: Tensor) -> Tensor:
         """X (rows, positions, features) -> the same shape."""
@@ -169,11 +172,12 @@ class Dropout(nn.Module):
             return x
         if self.keys is None:
             return F.dropout(x, self.p)
-        _, positions, features = x.shape
-        at = torch.arange(max(positions, features), device=x.device)
-        row = _mix(self.keys.to(x.device) + self._salt)[:, None]
+        lines, length, features = x.shape
+        at = torch.arange(max(length, features), device=x.device)
+        row = _mix(self.keys.to(x.device) + self._salt).view(lines, -1)
+        positions = at[:length] if self.positions is None else self.positions
         # 32 random bits for each (row, position) and for each feature; mixed, for each entry.
-        bits = _mix(row + at[:positions]).int()[..., None] ^ _mix(at[:features] - self._salt).int()
+        bits = _mix(row + positions).int()[..., None] ^ _mix(at[:features] - self._salt).int()
         bits.mul_(0x7FEB352D)
         bits.bitwise_xor_((bits >> 15) & 0x1FFFF).mul_(-0x7B935975)
         bits.bitwise_xor_((bits >> 16) & 0xFFFF)
@@ -182,7 +186,7 @@ class Dropout(nn.Module):
 
 
 def dropout_keys(samples: Tensor, seed: int) -> Tensor:
-    """The keys of a micro-batch: global indices of its samples (rows,), under a seed."""
+    """The keys of a micro-batch: global indices of its samples, of any shape, under a seed."""
     return samples + _mix(torch.tensor(seed, device=samples.device))
 
 

@@ -38,7 +38,12 @@ class TrainConfig:
         max_steps: optimizer steps; or give ``epochs``.
         epochs: passes over the training data, a fraction allowed.
         global_batch: rows a step over all ranks; fixed for the life of a run.
-        micro_batch: rows a forward on one rank, at most.
+        micro_batch: rows a forward on one rank, at most; where rows are packed, see micro_tokens.
+        batching: ``packed``: rows lie one behind the other in lines without padding, and none sees
+            another; ``padded``: each is a line; ``auto``: packed where the base's attention can.
+            The losses are the same.
+        micro_tokens: tokens a forward on one rank, at most (a longer row is alone), where rows are
+            packed; null: micro_batch * data.cutoff.
         lr: peak learning rate.
         schedule: after warm-up: ``linear`` or ``cosine`` to zero, or ``constant``.
         warmup_steps: linear from zero.
@@ -68,6 +73,8 @@ class TrainConfig:
     epochs: Annotated[Annotated[float, Field(gt=0)] | None, Decides.LENGTH] = None
     global_batch: Annotated[Positive, Decides.TRAINING, Decides.SPEED] = 16
     micro_batch: Annotated[Positive, Decides.SPEED] = 4
+    batching: Annotated[Literal["auto", "packed", "padded"], Decides.SPEED] = "auto"
+    micro_tokens: Annotated[Positive | None, Decides.SPEED] = None
     lr: Annotated[float, Field(gt=0), Decides.TRAINING] = 1e-4
     schedule: Annotated[Literal["linear", "cosine", "constant"], Decides.TRAINING] = "linear"
     warmup_steps: Annotated[NotNegative, Decides.TRAINING] = 0

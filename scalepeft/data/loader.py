@@ -1,6 +1,8 @@
 """The global order of samples, and each rank's micro-batches of a step."""
 
+import math
 import signal
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -9,7 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from scalepeft.data.tokens import IGNORED, PAD_TO, TokenSet
+from scalepeft.data import packing
+from scalepeft.data.packing import padded
+from scalepeft.data.tokens import IGNORED, TokenSet
 from scalepeft.parallel.ranks import Ranks
 
 
@@ -33,19 +37,22 @@ class Order:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A rank's part of a step: right-padded ``input_ids`` and ``labels`` (rows, length), -100 where
-    not learned.
+    """A rank's part of a step: right-padded ``input_ids`` and ``labels`` (lines, length), -100
+    where not learned. A line is one row, or rows one after the other.
     """
 
     input_ids: Tensor
     labels: Tensor
     samples: Tensor
-    """Global index of each row's sample: counts on through the epochs."""
+    """Global index of each line's sample, or of each token's (lines, length) where lines are
+    packed: counts on through the epochs."""
+    positions: Tensor | None = None
+    """Each token's position in its row (lines, length), where lines are packed."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Copies to the device, without waiting where the memory is pinned."""
-        tensors = (self.input_ids, self.labels, self.samples)
-        return MicroBatch(*(t.to(device, non_blocking=True) for t in tensors))
+        tensors = [t.to(device, non_blocking=True) for t in vars(self).values() if t is not None]
+        return MicroBatch(*tensors)
 
 
 @dataclass(frozen=True)
@@ -58,24 +65,32 @@ class StepBatch:
     tokens: int
 
 
+Line = list[tuple[int, int]]
+"""Rows of a line: (global index of the sample, row of the token set)."""
+
+
 class _Rows(Dataset[Any]):
-    """Micro-batches of one rank as a map-style data set: item = (global index, row) pairs -> padded
-    tensors.
-    """
+    """Micro-batches of one rank as a map-style data set: item = lines -> padded tensors."""
 
-    def __init__(self, tokens: TokenSet) -> None:
-        self.tokens = tokens
+    def __init__(self, tokens: TokenSet, packed: bool) -> None:
+        self.tokens, self.packed = tokens, packed
 
-    def __getitem__(self, pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-        rows = [self.tokens.row(r) for _, r in pairs]
-        length = -(-max(map(len, rows)) // PAD_TO) * PAD_TO
-        ids = torch.zeros(len(pairs), length, dtype=torch.int64)
-        labels = torch.full((len(pairs), length), IGNORED)
-        for i, (row, (_, r)) in enumerate(zip(rows, pairs, strict=True)):
-            start = int(self.tokens.label_start[r])
-            ids[i, : len(row)] = row
-            labels[i, start : len(row)] = row[start:]
-        return ids, labels, torch.tensor([sample for sample, _ in pairs])
+    def __getitem__(self, lines: list[Line]) -> tuple[Tensor, ...]:
+        rows = [[self.tokens.row(r) for _, r in line] for line in lines]
+        longest = max((sum(map(len, line)) for line in rows), default=1)
+        shape = max(1, len(lines)), padded(longest)
+        ids, samples = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+        labels, positions = torch.full(shape, IGNORED), torch.arange(shape[1]).repeat(shape[0], 1)
+        for i, line in enumerate(lines):
+            begin = 0
+            for (sample, r), row in zip(line, rows[i], strict=True):
+                end, start = begin + len(row), int(self.tokens.label_start[r])
+                ids[i, begin:end] = row
+                labels[i, begin + start : end] = row[start:]
+                samples[i, begin:], positions[i, begin:] = sample, torch.arange(shape[1] - begin)
+                begin = end
+            positions[i, begin:] = torch.arange(shape[1] - begin)  # nor does padding see a row
+        return (ids, labels, samples, positions) if self.packed else (ids, labels, samples[:, 0])
 
 
 def _quiet_worker(_: int) -> None:
@@ -89,8 +104,14 @@ def _quiet_worker(_: int) -> None:
 class Loader:
     """Yields each step from ``first_step``: this rank's micro-batches and the global counts.
 
-    Sample ``i`` of a step goes to rank ``i % world_size``. No attention mask is needed: the padding
-    is on the right of a causal model and carries no label.
+    Sample ``i`` of a step goes to rank ``i % world_size``; where lines are packed, to any rank, so
+    that all have about as many tokens. All ranks get as many micro-batches, if need be without a
+    row. Padding is on the right of a causal model and carries no label.
+
+    Args:
+        micro_batch: rows of a micro-batch that is not packed.
+        micro_tokens: tokens of one that is; None: not packed.
+        width: as ``packing.lines`` takes it.
     """
 
     tokens: TokenSet
@@ -100,6 +121,8 @@ class Loader:
     _: KW_ONLY
     global_batch: int
     micro_batch: int
+    micro_tokens: int | None = None
+    width: float = float("inf")
     seed: int = 0
     workers: int = 0
     shuffle: bool = True
@@ -115,16 +138,29 @@ class Loader:
             last = min(last, len(self.tokens))
         return [(i, self.order[i]) for i in range(step * self.global_batch, last)]
 
-    def _micro(self, step: int) -> list[list[tuple[int, int]]]:
-        mine = self.step_pairs(step)[self.ranks.rank :: self.ranks.world_size]
-        size = self.micro_batch
-        return [mine[i : i + size] for i in range(0, len(mine), size)]
+    def _micro(self, step: int) -> list[list[Line]]:
+        pairs, (rank, world) = self.step_pairs(step), (self.ranks.rank, self.ranks.world_size)
+        if self.micro_tokens is not None:
+            lengths = self.tokens.offsets.diff()[[row for _, row in pairs]].tolist()
+            dealt = packing.micro_batches(lengths, world, self.micro_tokens, self.width)[rank]
+            return [[[pairs[i] for i in line] for line in lines] for lines in dealt]
+        mine, size = [[pair] for pair in pairs[rank::world]], self.micro_batch
+        most = math.ceil(len(pairs) / world)
+        return [mine[i : i + size] for i in range(0, most, size)]
 
     def __iter__(self) -> Iterator[StepBatch]:
         last = self.first_step + self.steps
+        counts = deque[int]()
+
+        def sampler() -> Iterator[list[Line]]:
+            for step in range(self.first_step, last):
+                micro = self._micro(step)
+                counts.append(len(micro))
+                yield from micro
+
         loader = DataLoader(
-            _Rows(self.tokens),
-            sampler=(m for step in range(self.first_step, last) for m in self._micro(step)),
+            _Rows(self.tokens, self.micro_tokens is not None),
+            sampler=sampler(),
             batch_size=None,
             num_workers=self.workers,
             worker_init_fn=_quiet_worker if self.workers else None,
@@ -134,5 +170,6 @@ class Loader:
         stream = iter(loader)
         for step in range(self.first_step, last):
             rows = [row for _, row in self.step_pairs(step)]
-            micro = [MicroBatch(*next(stream)) for _ in self._micro(step)]
+            micro = [MicroBatch(*next(stream))]
+            micro += [MicroBatch(*next(stream)) for _ in range(counts.popleft() - 1)]
             yield StepBatch(step, micro, *self.tokens.count(rows))

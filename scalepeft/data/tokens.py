@@ -24,7 +24,6 @@ IGNORED = -100
 
 CACHE_VERSION = 2
 COUNTS = ("dropped", "cut", "lost")
-PAD_TO = 8  # lengths are padded to a multiple of this, for tensor cores
 
 
 @dataclass(frozen=True)

@@ -116,25 +116,33 @@ def _without_decoder(model: nn.Module, path: str) -> Iterator[_StandIn]:
 
 
 def _router_loss(
-    run: Callable[..., Any], hidden: Tensor, routers: tuple[Tensor, ...], labels: Tensor
+    run: Callable[..., Any],
+    hidden: Tensor,
+    routers: tuple[Tensor, ...],
+    labels: Tensor,
+    positions: Tensor | None,
 ) -> Tensor:
     """Sum over rows of (label tokens) x (the auxiliary loss that the model adds for the row alone):
-    the same whatever the micro-batch. ``routers``: the logits of each, (batch * length, experts).
+    the same whatever the micro-batch. ``routers``: the logits of each, (lines * length, experts).
     """
-    learned = labels[:, 1:] != IGNORED
-    # To the last label is text; a row without labels counts nothing, and its mean must be finite.
-    text = F.pad(learned.long(), (1, 0)).flip(1).cummax(1).values.flip(1)
-    text = text | (1 - text.amax(1, keepdim=True))
+    learned, length = labels != IGNORED, labels.shape[1]
+    if positions is None:
+        positions = torch.arange(length, device=labels.device).expand_as(labels)
+    begins = (positions.flatten() == 0).nonzero().flatten().tolist()
     total = torch.zeros((), device=labels.device)
-    for i, count in enumerate(learned.sum(1)):
-        row = slice(i, i + 1)
-        of_row = tuple(r.reshape(*labels.shape, -1)[i] for r in routers)
+    for begin, end in zip(begins, [*begins[1:], labels.numel()], strict=True):
+        # To the last label is text; a row without labels, padding too, counts nothing.
+        labelled = learned.flatten()[begin + 1 : end].nonzero().flatten()
+        if not len(labelled):
+            continue
+        end = begin + 2 + int(labelled[-1])
+        of_row = tuple(r.reshape(labels.numel(), -1)[begin:end] for r in routers)
         # Cross-entropy over no label, so that ``loss`` is the auxiliary one times its weight.
         nothing = {"labels": torch.full_like(labels[:1, :1], IGNORED), "num_items_in_batch": 1}
-        mask = text[row]
-        out = run(hidden[row, :1].detach(), router_logits=of_row, attention_mask=mask, **nothing)
+        state = hidden.flatten(0, 1)[begin : begin + 1][None].detach()
+        out = run(state, router_logits=of_row, **nothing)
         if out.aux_loss is not None:  # its graph, unlike that of ``loss``, is without the head
-            total = total + count * (out.loss / out.aux_loss).detach() * out.aux_loss
+            total = total + len(labelled) * (out.loss / out.aux_loss).detach() * out.aux_loss
     return total
 
 
@@ -158,7 +166,8 @@ def _class_with_loss(base: type[nn.Module], path: str) -> type[nn.Module]:
                 hidden, token_labels, lambda rows: run(rows[None]).logits[0], loss_chunk, trained
             )
             if routers := getattr(out, "router_logits", None):
-                loss = loss + _router_loss(run, hidden, routers, token_labels)
+                positions = kwargs.get("position_ids")
+                loss = loss + _router_loss(run, hidden, routers, token_labels, positions)
         return loss
 
     # generate() asks the signature what the model can do: without logits_to_keep there it has the

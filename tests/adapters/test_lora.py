@@ -50,6 +50,15 @@ def test_dropout_is_a_function_of_the_sample_alone() -> None:
     assert torch.equal(dropout.eval()(x), x)
 
 
+def test_dropout_of_packed_rows_is_that_of_each_alone() -> None:
+    dropout = Dropout(0.3, "a").train()
+    dropout.keys = torch.tensor([[7] * 40 + [8] * 24])
+    dropout.positions = torch.tensor([[*range(40), *range(24)]])
+    packed = dropout(torch.ones(1, 64, 512)) == 0
+    alone = (dropped([7], shape=(40, 512)), dropped([8], shape=(24, 512)))
+    assert torch.equal(packed, torch.cat(alone, 1))
+
+
 def test_keys_of_any_seed() -> None:
     samples = torch.tensor([0, 1, 2**31])
     keys = [dropout_keys(samples, seed).tolist() for seed in (0, 1, 2**23, 20240101, 2**31 - 1)]

@@ -16,7 +16,7 @@ from scalepeft.build import build, start_ranks
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as cfg
 from scalepeft.data.loader import MicroBatch
-from scalepeft.data.tokens import PAD_TO
+from scalepeft.data.packing import padded
 from scalepeft.models.hub import open_base
 from scalepeft.models.weights import resident_bytes
 from scalepeft.parallel.base import local_part
@@ -30,7 +30,7 @@ def measure(config: cfg.RunConfig, ranks: Ranks) -> dict[str, Any]:
     trainer = Trainer(config, ranks, built, "")
     mine = config.train.global_batch // ranks.world_size
     rows = min(mine, config.train.micro_batch)
-    ids = torch.ones(rows, -(-config.data.cutoff // PAD_TO) * PAD_TO, dtype=torch.int64)
+    ids = torch.ones(rows, padded(config.data.cutoff), dtype=torch.int64)
     batches = [MicroBatch(ids, ids.clone(), torch.zeros(rows, dtype=torch.int64))] * (mine // rows)
     built.model.train()
     for _ in range(2):

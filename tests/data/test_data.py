@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import gzip
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as config
 from scalepeft.core.errors import UserError
-from scalepeft.data import loader, rows
+from scalepeft.data import loader, packing, rows
 from scalepeft.data import tokens as data
+from scalepeft.data.packing import padded
 from scalepeft.data.rows import fill
 from scalepeft.data.tasks import base
 from scalepeft.data.tasks.commonsense import Commonsense, CommonsenseConfig
@@ -621,7 +623,7 @@ def test_labels_tokens_and_padding() -> None:
             assert batch.input_ids.shape == batch.labels.shape
             assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
             longest = int((batch.input_ids != 0).sum(1).max())
-            assert batch.input_ids.shape[1] == -(-longest // data.PAD_TO) * data.PAD_TO
+            assert batch.input_ids.shape[1] == padded(longest)
             for ids, labels in zip(batch.input_ids, batch.labels, strict=True):
                 number = int(ids[0]) - 1
                 wanted = torch.full_like(ids, data.IGNORED)
@@ -653,3 +655,66 @@ def test_the_fingerprint_sees_tokens_cuts_and_labels() -> None:
         dataclasses.replace(tokens, tokens=tokens.tokens.clone()).fingerprint()
         == tokens.fingerprint()
     )
+
+
+LENGTHS = [120, 31, 77, 300, 12, 64, 64, 90, 8, 41, 150, 33, 58, 205, 19, 70]
+
+
+@pytest.mark.parametrize("width", [64.0, 3072.0, float("inf")])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("tokens", [300, 512, 4096])
+def test_rows_are_dealt_once_within_the_budget(ranks: int, tokens: int, width: float) -> None:
+    dealt = packing.micro_batches(LENGTHS, ranks, tokens, width)
+    assert len(dealt) == ranks and len({len(micro) for micro in dealt}) == 1
+    batches = [batch for micro in dealt for batch in micro]
+    assert sorted(i for batch in batches for line in batch for i in line) == list(range(16))
+    for batch in batches:
+        longest = max((sum(LENGTHS[i] for i in line) for line in batch), default=0)
+        assert padded(longest) * len(batch) <= tokens or sum(map(len, batch)) == 1
+
+
+def test_ranks_get_about_as_many_tokens() -> None:
+    """A global batch of 64 rows with the lengths of real sets, on 8 ranks: who waits for whom."""
+    generator = torch.Generator().manual_seed(0)
+    for mean, spread in ((126, 0.25), (94, 0.6), (234, 0.4)):
+        drawn = torch.randn(64, generator=generator) * spread
+        lengths = (mean * drawn.exp()).int().clamp(8, 512).tolist()
+        sums = [sum(lengths[i] for i in part) for part in packing.deal(lengths, 8)]
+        assert 1 - sum(sums) / 8 / max(sums) < 0.05
+
+
+def test_packed_lines_hold_the_rows_of_the_step() -> None:
+    tokens = token_set()
+    padded_labels = [count for *_, count in loaded()]
+    for world in (1, 2, 3):
+        parts = [loaded(world, rank, micro_tokens=64, width=256.0) for rank in range(world)]
+        for i, of_ranks in enumerate(zip(*parts, strict=True)):
+            found = []
+            for _, micro, count in of_ranks:
+                assert count == padded_labels[i]
+                for batch in micro:
+                    found += packed_rows(batch)
+            wanted = loader.Loader(tokens, Ranks(), i, 1, global_batch=12, micro_batch=2)
+            assert sorted(s for s, _ in found) == [s for s, _ in wanted.step_pairs(i)]
+            for sample, (ids, labels) in found:
+                number = wanted.order[sample]
+                start = int(tokens.label_start[number])
+                assert ids == row(tokens, number)
+                assert labels == [data.IGNORED] * start + ids[start:]
+
+
+def packed_rows(batch: loader.MicroBatch) -> list[tuple[int, tuple[list[int], list[int]]]]:
+    """(sample, (tokens, labels)) of every row; padding behind them is a segment of its own."""
+    assert batch.positions is not None
+    found = []
+    for ids, labels, samples, positions in zip(*vars(batch).values(), strict=True):
+        begins = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+        for begin, end in itertools.pairwise(begins):
+            assert positions[begin:end].tolist() == list(range(end - begin))
+            if ids[begin]:  # no token of a row is 0 here
+                assert len(set(samples[begin:end].tolist())) == 1
+                texts = ids[begin:end].tolist(), labels[begin:end].tolist()
+                found.append((int(samples[begin]), texts))
+            else:
+                assert (labels[begin:end] == data.IGNORED).all()
+    return found

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,19 @@ from typing import Any
 import peft
 import pytest
 import torch
-from families import FAMILIES, IDS, make, page, stock
+from families import FAMILIES, IDS, PADDED, make, page, stock
 from family_runs import settings
 from processes import FULL, ROOT, Job, losses
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from scalepeft.adapters import inject as injection
+from scalepeft.adapters.base import dropout_keys
 from scalepeft.build import build
 from scalepeft.cluster.doctor.against import put_stored_values
 from scalepeft.config import schema as cfg
 from scalepeft.core.errors import UserError
+from scalepeft.data.tokens import TokenSet
 from scalepeft.eval.generation import Generator
 from scalepeft.export import merge
 from scalepeft.export import peft as export
@@ -29,6 +32,7 @@ from scalepeft.models import quant
 from scalepeft.models.hub import open_base
 from scalepeft.parallel.base import full_shape
 from scalepeft.parallel.ranks import Ranks
+from scalepeft.trainer import Trainer, batches, summed_loss
 
 SUPPORTED = [name for name, family in FAMILIES.items() if not family.refused]
 QUICK = ["llama-tied", "qwen3", "gemma3", "granite", "phi3", "mixtral", "qwen3-moe", "gpt-oss",
@@ -99,6 +103,36 @@ def test_logits_and_loss_are_those_of_transformers(
         near(model.eval()(input_ids=IDS).logits, want, "logits")
     assert want.std() > 0.03
     assert loss.item() == pytest.approx(reference_loss(want).item(), rel=1e-5)
+
+
+@supported
+def test_packed_rows_are_trained_as_padded_ones(name: str, checkpoint: Any, tmp_path: Path) -> None:
+    config = settings(tmp_path, checkpoint(name), "none")
+    config = replace(config, adapter=replace(config.adapter, dropout=0.2))
+    ranks = Ranks()
+    built = build(config, open_base(config.model, ranks), ranks, lambda: None)
+    trainer = Trainer(config, ranks, built, "")
+    assert bool(trainer.unpacked) == (name in PADDED), trainer.unpacked
+    if trainer.unpacked:
+        return
+    injection.load_state(built.model, state_of(built.model), "test")
+    lengths, generator = [24, 9, 31, 16], torch.Generator().manual_seed(3)
+    tokens = torch.randint(5, 300, (sum(lengths),), dtype=torch.int32, generator=generator)
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    rows = TokenSet(tokens, offsets, torch.tensor([1, 4, 9, 2], dtype=torch.int32), 0, 0, 0)
+    found = []
+    for reason in ("as they are", ""):
+        trainer.unpacked = reason
+        (batch,) = batches(trainer, rows, 0, 1)
+        assert all((m.positions is None) == bool(reason) for m in batch.micro)
+        total = torch.zeros(())
+        for micro in batch.micro:
+            for dropout in trainer.dropouts:
+                dropout.keys, dropout.positions = dropout_keys(micro.samples, 5), micro.positions
+            total = total + summed_loss(built.model, micro, config)
+        found.append([total, *torch.autograd.grad(total, list(trainer.trained.values()))])
+    for padded, packed in zip(*found, strict=True):
+        near(packed.detach(), padded.detach(), name, limit=3e-5)
 
 
 @quick

@@ -41,7 +41,7 @@ def steps(settings: list[str], engine: str, ranks: Ranks) -> list[float | None]:
     built.model.train()
     found: list[float | None] = []
     norm = local_part(built.model.get_parameter("model.norm.weight")).data
-    for batch in batches(config, rows, ranks, 0, 3):
+    for batch in batches(trainer, rows, 0, 3):
         before = norm.clone()
         if batch.step == 1:
             norm.fill_(torch.inf)
@@ -53,7 +53,7 @@ def steps(settings: list[str], engine: str, ranks: Ranks) -> list[float | None]:
                 assert torch.equal(part.data, parts[key]), f"{engine}: {key} moved"
         norm.copy_(before)
     assert trainer.nonfinite == 0
-    return [*found, trainer.penalty, held_out_loss(config, built, held_out, ranks, lambda: None)]
+    return [*found, trainer.penalty, held_out_loss(trainer, held_out, lambda: None)]
 
 
 def main() -> None:

@@ -224,6 +224,14 @@ FAMILIES: dict[str, Family] = {
 }  # fmt: skip
 
 
+PADDED = {
+    "qwen3-next", "qwen3.5", "qwen3.5-moe", "granite4-hybrid", "gpt-oss", "minimax", "lfm2",
+    "lfm2-moe", "nemotron-h", "falcon-h1", "falcon", "opt", "bloom", "mamba2", "qwen2.5-vl",
+    "llama4-text",
+}  # fmt: skip
+"""Families whose rows are padded: packed they would see each other."""
+
+
 def known_sizes(cls: Any, differs: dict[str, Any]) -> dict[str, Any]:
     """Those of ``SIZES`` that the config class has, and all of ``differs``."""
     knows = {*cls.__dataclass_fields__, *cls.attribute_map}
@@ -335,6 +343,7 @@ def page() -> str:
         says = f"refused: {family.refused}" if family.refused else ""
         says = f"`model.quant` is refused: {family.no_nf4}" if family.no_nf4 else says
         says = f"`export` is refused: {family.no_export}" if family.no_export else says
+        says = "; ".join(filter(None, [says, "rows are padded" if name in PADDED else ""]))
         rows.append(f"| {name} | `{type(model).__name__}` | {layers} | {says} |")
     supported = sum(not family.refused for family in FAMILIES.values())
     return INTRODUCTION.format(supported=supported, all=len(FAMILIES)) + "\n".join(rows) + "\n"

@@ -31,7 +31,7 @@ from scalepeft.adapters import inject as injection
 from scalepeft.build import Built, engine_class
 from scalepeft.config.schema import RunConfig
 from scalepeft.data.loader import MicroBatch
-from scalepeft.data.tokens import PAD_TO
+from scalepeft.data.packing import padded
 from scalepeft.models import loss, quant, structure
 from scalepeft.parallel.base import Engine, Shares
 from scalepeft.parallel.ranks import Ranks
@@ -251,7 +251,7 @@ def simulate(
         _follow_state(trainer, tracker)
         _name_moments(tracker, structure.blocks_of(model))
         _name_parts(tracker, trainer)
-        shape = rows, -(-config.data.cutoff // PAD_TO) * PAD_TO
+        shape = rows, padded(config.data.cutoff)
         ids, labels = (torch.zeros(shape, dtype=torch.int64) for _ in "xy")
         batch = MicroBatch(ids, labels, torch.zeros(rows, dtype=torch.int64))
         injection.train_mode(model)
