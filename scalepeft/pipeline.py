@@ -16,12 +16,13 @@ from typing import Any
 
 from scalepeft import __version__, train
 from scalepeft.analysis.report import command as report
+from scalepeft.analysis.report.load import read_all
 from scalepeft.build import check_batch, start_ranks, task_of
 from scalepeft.config import changes
 from scalepeft.config.schema import RunConfig, to_dict
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import Decides
-from scalepeft.core.files import write_atomically
+from scalepeft.core.files import write_atomically, writing
 from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping, tell_job
@@ -197,8 +198,12 @@ class Pipeline:
                 evaluate.evaluate(self.config, self.prepared, kind, self.ranks, self.stop)
             folders = (evaluate.folder_of(self.config, kind) for kind in kinds)
             return FINISHED, [f for folder in folders for f in _files(folder, "*.json*")]
-        work = {"prepare": self._prepare, "merge": self._merge}
-        return FINISHED, self.ranks.alone(work.get(name, lambda: report.write([self.folder])))
+        work = {
+            "prepare": self._prepare,
+            "merge": self._merge,
+            "report": lambda: report.write(read_all([self.folder])),
+        }
+        return FINISHED, self.ranks.alone(work[name])
 
     def _prepare(self) -> list[Path]:
         """Reads, checks and counts all rows once, and tokenizes those to train on."""
@@ -298,12 +303,10 @@ def run(config: RunConfig, options: Options, stop: StopFlag) -> int:
 
 def _claim(stages: Path) -> Lease:
     """Takes the folder of the manifests for this process alone."""
-    try:
+    with writing(stages):
         stages.mkdir(parents=True, exist_ok=True)
         check_free(stages)
         return Lease(stages, 1)
-    except OSError as error:
-        raise UserError(f"{stages}: cannot be written: {error.strerror}") from None
 
 
 def check(config: RunConfig) -> Task:
