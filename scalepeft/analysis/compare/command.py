@@ -20,7 +20,7 @@ from scalepeft.analysis.compare.design import Design
 from scalepeft.config import schema as cfg
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import NameList, NotNegative, Positive
-from scalepeft.core.files import write_atomically
+from scalepeft.core.files import write_atomically, writing
 from scalepeft.core.launch import rank
 from scalepeft.core.log import say
 from scalepeft.core.preemption import BROKEN, FINISHED, STOPPED, StopFlag, Stopping, tell_job
@@ -190,11 +190,9 @@ def keep(out: Path, design: Design) -> None:
         return
     for holder in out.glob("cells/*/*/holder.json"):
         check_free(holder.parent)
-    try:
+    with writing(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(file, design.text())
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None
 
 
 def arguments(design: Design) -> dict[str, list[str]]:
