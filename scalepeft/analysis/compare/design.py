@@ -151,7 +151,7 @@ def target_parameters(base: nn.Module, reference: Method, rank: int | None) -> i
     if sizing.size_key(inject.adapter_config(adapter)) == "rank":
         adapter = sizing.resize(adapter, "rank", rank or 16)
     elif rank is not None:
-        raise UserError(f"--rank {rank}: {reference.label} has no rank; give --parameters N")
+        raise UserError(f"--rank {rank}: {reference.label} has no rank; leave it out")
     return sizing.count_parameters(base, adapter)
 
 
