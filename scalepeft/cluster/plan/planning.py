@@ -10,7 +10,8 @@ from functools import cached_property
 
 from scalepeft.cluster.plan import gpus
 from scalepeft.cluster.plan.gpus import GPUS, Gpu
-from scalepeft.cluster.plan.memory import Step, measure, resident
+from scalepeft.cluster.plan.memory import measure, resident
+from scalepeft.cluster.plan.simulate import Step
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.models import dimensions
