@@ -197,17 +197,13 @@ class RunRecorder:
 
     def show(self, first_step: int, steps: int) -> None:
         """Opens the bar and the trackers. Raises UserError: a tracker is not installed."""
-
         self._progress = self.ranks.all_or_raise(
             lambda: Progress(self.config, first_step, steps) if self.ranks.is_main else None
         )
 
     def close(self, finished: bool, planned: bool) -> None:
-        """Writes the last event and tells user and job script how the run ended.
-
-        Args:
-            finished: the adapter is written.
-            planned: the stop was ``train.stop_at``'s, so the job is not to come back by itself.
+        """Writes the last event and tells user and job script how the run ended: ``finished``, its
+        adapter written, or ``planned``, at ``train.stop_at``: the job does not come back by itself.
         """
         if not self.ranks.is_main:
             return

@@ -261,12 +261,8 @@ def run_child(arguments: list[str], log: Path, stop: StopFlag) -> int:
 
 
 def failure_reason(code: int, log: Path, start: int) -> tuple[str, str]:
-    """Return (state, reason) of a failed child: ``failed`` would come again, ``broke`` may not.
-
-    Args:
-        code: its exit code, negative for a signal.
-        log: what it printed.
-        start: where its own part of the log begins, in bytes.
+    """Return (state, reason) of a child that ended with ``code``, negative for a signal, and wrote
+    what begins at byte ``start`` of ``log``: ``failed`` would come again, ``broke`` may not.
     """
     if code < 0:
         more = " (out of memory?)" if -code == signal.SIGKILL else ""
