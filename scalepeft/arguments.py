@@ -3,10 +3,7 @@
 import argparse
 import importlib
 import sys
-from pathlib import Path
 from typing import Any, NoReturn
-
-import yaml
 
 from scalepeft import __version__
 from scalepeft.core import options
@@ -21,8 +18,103 @@ exit codes: 0 finished; 75 stopped by SIGTERM, SIGINT or SIGUSR1 and saved, run 
             2 a mistake in the call, config or data (one line says which); 1 a bug, a broken machine
             merge, export, methods and bench end with 130 when they are interrupted
 """
+TRAIN = """\
+Trains an adapter. On a folder that holds a run it resumes at the newest checkpoint that verifies.
+SECTION=NAME takes a whole file of configs/, SECTION.KEY=VALUE sets one key; the last one wins.
+
+  scalepeft train configs/runs/commonsense_hoft.yaml model.path=DIR_OR_HUB_ID data.train=FILES
+  scalepeft train model=tiny data=toy adapter.rank=8 train.max_steps=50 run_dir=runs/try
+"""
+REPORT = """\
+Prints a table and writes report.html (one file, no network), report.md and its plot in report/:
+into RUN_DIR, for several runs into ./report, or where --out says. Of one run RUN_DIR/loss.png too.
+"""
+MERGE = """\
+Writes OUT, tensor by tensor: no more memory than the largest tensor needs. A method that adds a
+bias gives the model one where its architecture has a switch for it. Prints the error of the merged
+model's logits against the adapted model's.
+"""
+PIPELINE = """\
+Does the stages prepare, train, merge, evaluate and report of a run in RUN_DIR. What is done for the
+same inputs is passed over, what was stopped or killed goes on where it was, what depends on a
+changed input is done again (the old results are moved to RUN_DIR/replaced-N).
+
+  scalepeft pipeline configs/runs/commonsense_hoft.yaml data.train=FILES data.test=FILES
+"""
+SCORE = """\
+Scores predictions with the code that evaluate uses: line by line, or by id where objects have one.
+
+  scalepeft score --task math --predictions out.txt --references gsm8k/test.jsonl
+  scalepeft score --task translation --predictions system.en --references ref.en \\
+      data.source_language=de data.target_language=en
+"""
+EXPORT = """\
+--format peft   the same method in HF PEFT's layout, for the methods that PEFT has
+--format lora   a LoRA that is exactly the adapter (hoft: of rank 2r), for any LoRA server
+"""
+BENCH = """\
+Times forward, backward and optimizer of every method, of HF PEFT's and of the frozen base alone,
+taking turns in one process.
+
+  scalepeft bench model --shape small --tokens 2048 --out bench
+  scalepeft bench model --shape llama-8b-block --quant nf4 --methods hoft,goft,peft-boft
+
+bench gpu tries a machine with one GPU: exact bytes and gradients, training of an 8B shape against
+the plan, kills and resumes. It takes --out (gpu-bench), --seconds, --only and --tiny alone, writes
+gpu.json after each section and gpu.md, and ends with 1 if something is a fault.
+"""
+COMPARE = """\
+Trains every method on the same rows, batches and budget: a sweep of rates of equal size under one
+seed, then fresh seeds at each method's best rate. Writes compare.json and .md into OUT: mean
+held-out loss with 95 % intervals, difference to the reference under the same seeds, parameters,
+time, memory. Each cell is an ordinary run in OUT/cells; what is done is never run again.
+scalepeft compare --out OUT goes on with what is there, or prints it again.
+"""
+DOCTOR = """\
+Tries what a run needs, in one process or on every rank of a job, and exits with 0, or with 1 and
+the list of what to fix: versions, devices, links between the ranks, bytes through an all-gather,
+the base, and the file system of the run folder. Trains nothing and leaves nothing behind.
+
+  scalepeft doctor configs/runs/commonsense_hoft.yaml model.path=DIR run_dir=runs/x
+  SCALEPEFT_COMMAND=doctor sbatch slurm/hoft_llama70b.sh        the job's own nodes and settings
+
+--against-transformers compares loss and logits of a base, loaded as a training does, with stock
+transformers'; it needs model.path alone, and exits with 1 if they differ, with 2 if it is refused.
+"""
+PLAN = """\
+What a training needs, from its config alone: memory of a rank by kind, bytes read, collectives,
+checkpoint, and the grace period for Slurm's --signal; the smallest number of GPUs that fits, and
+what to change if it does not.
+
+  scalepeft plan CONFIG model=llama-3.1-70b engine=fsdp2 --nodes 2 --gpus-per-node 8 --gpu H100
+"""
+SUBMIT = """\
+Checks config, data and run folder, plans the run (does it fit, does --signal leave time to save),
+keeps the code and the resolved config in RUN_DIR/submissions, and queues JOB_FILE with sbatch.
+JOB_FILE itself is run as far as slurm/train.sh, to learn its settings: keep slow lines out of it.
+
+  launch/submit slurm/hoft_llama70b.sh model.path=DIR --sbatch time=12:00:00
+"""
 BENCH_FLAGS = "shape methods rank tokens precision quant device repeats".split()
 GPU_FLAGS = "seconds only tiny".split()
+# Command -> its line in the list of all, and the text above its own arguments.
+COMMANDS: dict[str, tuple[str, str | None]] = {
+    "train": ("train an adapter, or resume", TRAIN),
+    "evaluate": ("generate answers for data.test and score them", None),
+    "pipeline": ("prepare, train, merge, evaluate, report: each once, resumable", PIPELINE),
+    "compare": ("train methods against each other, over rates and seeds", COMPARE),
+    "score": ("score any system's output files; needs no model", SCORE),
+    "report": ("scores, curves and examples of one run, or of several compared", REPORT),
+    "merge": ("write base and adapter as one checkpoint that stock transformers loads", MERGE),
+    "export": ("write the adapter for HF PEFT, or as a plain LoRA", EXPORT),
+    "methods": ("all methods: size, cost, exports, papers", None),
+    "bench": ("methods against HF PEFT in one run", BENCH),
+    "config": ("print the resolved settings, or every key", None),
+    "doctor": ("try what a run needs, here or on every rank", DOCTOR),
+    "plan": ("memory, traffic, times and grace period of a training, before it queues", PLAN),
+    "submit": ("queue a job file of slurm/ (launch/submit)", SUBMIT),
+    "status": ("how runs stand (launch/status)", None),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,10 +134,6 @@ DECLARED = {
     "plan": ("cluster.plan.planning", [], ["disk", "network"]),
     "submit": ("cluster.submit", ["job_file"], []),
 }
-
-
-# Command -> its ``line`` in the list of all, and the ``text`` above its own arguments.
-COMMANDS = yaml.safe_load(Path(__file__).with_name("commands.yaml").read_text(encoding="utf-8"))
 
 
 def _written_here(commands: dict[str, Parser]) -> None:
@@ -108,8 +196,8 @@ def parse(argv: list[str], doc: str | None) -> argparse.Namespace:
     made.add_argument("--version", action="version", version=f"scalepeft {__version__}")
     adding = made.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands = {
-        name: adding.add_parser(name, help=told["line"], description=told.get("text"), **look)
-        for name, told in COMMANDS.items()
+        name: adding.add_parser(name, help=help, description=text, **look)
+        for name, (help, text) in COMMANDS.items()
     }
     for name in {*argv[:1]} & DECLARED.keys():  # of no other: importing them takes seconds
         module, positional, without = DECLARED[name]
