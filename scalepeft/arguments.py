@@ -131,7 +131,7 @@ DECLARED = {
     "compare": ("analysis.compare.command", [], []),
     "score": ("eval.score_files", [], []),
     "bench": ("analysis.bench.command", ["what"], []),
-    "plan": ("cluster.plan.planning", [], ["disk", "network", "advise"]),
+    "plan": ("cluster.plan.planning", [], ["disk", "network"]),
     "submit": ("cluster.submit", ["job_file"], []),
 }
 

@@ -9,19 +9,20 @@ import json
 import os
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from scalepeft import __version__, train
 from scalepeft.analysis.report import command as report
+from scalepeft.analysis.report.load import read_all
 from scalepeft.build import check_batch, start_ranks, task_of
 from scalepeft.config import changes
 from scalepeft.config.schema import RunConfig, to_dict
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import Decides
-from scalepeft.core.files import write_atomically
+from scalepeft.core.files import write_atomically, writing
 from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping, tell_job
@@ -50,21 +51,6 @@ RESULTS = {
 """What belongs to one training of a run folder, whose generation goes on, and to evaluations."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """What ``scalepeft pipeline`` was asked for.
-
-    Attributes:
-        first: do this stage and those after it again, though nothing has changed.
-        last: end after this stage.
-        only: this stage alone, as a job of a chain does; the ones before it must be done.
-    """
-
-    first: str | None = None
-    last: str | None = None
-    only: str | None = None
-
-
 class Pipeline:
     """The stages of one run; everything but training and evaluation happens on rank 0."""
 
@@ -80,12 +66,11 @@ class Pipeline:
             lambda: {"weights": base.fingerprint, "tokenizer": base.tokenizer_hash}
         )
 
-    def run(self, options: Options) -> int:
-        """Goes through the stages; returns the exit code."""
-        last = STAGES.index(options.only or options.last or STAGES[-1])
-        for name in STAGES[: last + 1]:
+    def run(self, first: str | None, last: str, only: str | None) -> int:
+        """Goes through the stages to ``last``; returns the exit code."""
+        for name in STAGES[: STAGES.index(last) + 1]:
             self.stop.saved = False
-            inputs = self.ranks.run_on_main(partial(self._begin, name, options))
+            inputs = self.ranks.run_on_main(partial(self._begin, name, first, only))
             if inputs is None:
                 continue
             started = time.time()
@@ -106,18 +91,18 @@ class Pipeline:
     def _rows(self, split: str) -> Path:
         return self.folder / "data" / f"{split}.jsonl"
 
-    def _begin(self, name: str, options: Options) -> dict[str, Any] | None:
+    def _begin(self, name: str, first: str | None, only: str | None) -> dict[str, Any] | None:
         """Returns the inputs of a stage that is begun, or continued; None if it is done."""
         stage, inputs = self.stages[name], plain(self._inputs(name))
-        forced = options.first is not None and STAGES.index(name) >= STAGES.index(options.first)
+        forced = first is not None and STAGES.index(name) >= STAGES.index(first)
         if not forced and stage.is_done(inputs):
             say(f"{name}: done already")
             return None
         changed = stage.changes(inputs)
         why = f", as its inputs changed ({changed})" if changed else ""
-        if options.only not in (None, name):
+        if only not in (None, name):
             raise UserError(
-                f"{self.folder}: stage {name} comes before {options.only} and is not done for"
+                f"{self.folder}: stage {name} comes before {only} and is not done for"
                 f" these settings{why}; run it first, with --stage {name} or without --stage"
             )
         if stage.is_begun(inputs) and (stage.begun().get("forced") or not forced):
@@ -197,8 +182,12 @@ class Pipeline:
                 evaluate.evaluate(self.config, self.prepared, kind, self.ranks, self.stop)
             folders = (evaluate.folder_of(self.config, kind) for kind in kinds)
             return FINISHED, [f for folder in folders for f in _files(folder, "*.json*")]
-        work = {"prepare": self._prepare, "merge": self._merge}
-        return FINISHED, self.ranks.alone(work.get(name, lambda: report.write([self.folder])))
+        work = {
+            "prepare": self._prepare,
+            "merge": self._merge,
+            "report": lambda: report.write(read_all([self.folder])),
+        }
+        return FINISHED, self.ranks.alone(work[name])
 
     def _prepare(self) -> list[Path]:
         """Reads, checks and counts all rows once, and tokenizes those to train on."""
@@ -267,8 +256,17 @@ def _rows_of(config: RunConfig, *also: Decides) -> dict[str, Any]:
     }
 
 
-def run(config: RunConfig, options: Options, stop: StopFlag) -> int:
+def run(
+    config: RunConfig, stop: StopFlag, first: str | None, last: str | None, only: str | None
+) -> int:
     """Runs a config's pipeline in ``config.run_dir``; returns the exit code, 0 or 75.
+
+    Args:
+        config: of the run.
+        stop: polled; a stage that is stopped goes on with the next call.
+        first: do this stage and those after it again, though nothing has changed.
+        last: end after this stage.
+        only: this stage alone, as a job of a chain does; the ones before it must be done.
 
     Raises:
         UserError: a mistake in config or data, a stage whose predecessors are not done, or the
@@ -276,13 +274,13 @@ def run(config: RunConfig, options: Options, stop: StopFlag) -> int:
     """
     task = check(config)
     ranks = Ranks()  # a job without a GPU, whatever engine and device the others are for
-    if options.only in (None, *ON_RANKS) or world_size() > 1:
+    if only in (None, *ON_RANKS) or world_size() > 1:
         check_batch(config, world_size())
         ranks = start_ranks(config)
     stages = Path(config.run_dir) / "stages"
     lease = ranks.all_or_raise(lambda: _claim(stages) if ranks.is_main else None)
     try:
-        code = Pipeline(config, task, ranks, stop).run(options)
+        code = Pipeline(config, task, ranks, stop).run(first, only or last or STAGES[-1], only)
     except Stopping:
         code = STOPPED
         if ranks.is_main:
@@ -298,12 +296,10 @@ def run(config: RunConfig, options: Options, stop: StopFlag) -> int:
 
 def _claim(stages: Path) -> Lease:
     """Takes the folder of the manifests for this process alone."""
-    try:
+    with writing(stages):
         stages.mkdir(parents=True, exist_ok=True)
         check_free(stages)
         return Lease(stages, 1)
-    except OSError as error:
-        raise UserError(f"{stages}: cannot be written: {error.strerror}") from None
 
 
 def check(config: RunConfig) -> Task:

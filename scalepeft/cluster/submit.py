@@ -20,7 +20,7 @@ from scalepeft.config import files as config_files
 from scalepeft.config.schema import RunConfig, dump
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError
-from scalepeft.core.files import write_atomically
+from scalepeft.core.files import write_atomically, writing
 from scalepeft.core.log import say
 from scalepeft.data.tasks.base import Split
 from scalepeft.models import hub as models
@@ -131,7 +131,7 @@ def run(options: Options) -> None:
     if options.dry_run:
         _show(scripts, {compare.FILE: design.text()} if design else _texts(configs, folder))
         return
-    try:
+    with writing(folder):
         _snapshot(root, folder, configs[0].extensions)
         for name, text in {**_texts(configs, folder), **scripts}.items():
             write_atomically(folder / name, text)
@@ -140,8 +140,6 @@ def run(options: Options) -> None:
         # A cell that failed is a row of the table and no reason to leave it out.
         after = "afterany" if design else "aftercorr" if options.sweep else "afterok"
         _queue(folder, jobs, after)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
 
 
 def _jobs(

@@ -83,8 +83,6 @@ def _type(schema: dict[str, Any]) -> str:
 def _default(cls: Any, name: str) -> str:
     field = cls.__pydantic_fields__[name]
     value = field.get_default(call_default_factory=True, validated_data={})
-    return (
-        ""
-        if value is PydanticUndefined
-        else f"`{json.dumps(value, ensure_ascii=False, default=str)}`"
-    )
+    if value is PydanticUndefined:
+        return ""
+    return f"`{json.dumps(value, ensure_ascii=False, default=str)}`"

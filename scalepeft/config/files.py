@@ -65,10 +65,7 @@ def overlay(values: dict[str, Any], overrides: list[str]) -> cfg.RunConfig:
 
 def _merge(*layers: dict[str, Any], resolve: bool = False) -> dict[str, Any]:
     """Later layers over earlier ones, key by key; an empty section (``train:``) changes nothing.
-
-    Args:
-        layers: settings by section.
-        resolve: fill in every ``${...}``: another key of the config, or ``oc.env:NAME``.
+    ``resolve`` fills in every ``${...}``: another key of the config, or ``oc.env:NAME``.
     """
     filled = [
         {k: v for k, v in d.items() if v is not None or k not in cfg.SECTIONS} for d in layers

@@ -86,6 +86,15 @@ def read_mapping(file: Path, parse: Callable[[str], object], remedy: str) -> dic
     return values
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; empty where it is missing, broken or holds something else."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 NUMBERS = {
     "time", "launched", "startup", "load", "waited", "idle", "recomputed", "recomputed_steps",
     "step", "steps", "seconds", "tokens_per_second", "sample_index", "world_size",

@@ -83,12 +83,9 @@ def find_class(package: str, name: str, kind: str, base: type[T]) -> type[T]:
             raise
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{kind} '{name}' cannot be imported from {path}: {reason}") from error
-    for found in vars(module).values():
-        if (
-            isinstance(found, type)
-            and issubclass(found, base)
-            and found.__module__ == module.__name__
-        ):
+    classes = [found for found in vars(module).values() if isinstance(found, type)]
+    for found in classes:
+        if issubclass(found, base) and found.__module__ == module.__name__:
             return found
     raise UserError(f"{kind} '{name}': {module.__file__} defines no subclass of {base.__name__}")
 

@@ -5,6 +5,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from functools import cache
 
+import numpy as np
+
 Z = 1.959963984540054  # normal quantile 0.975
 
 
@@ -58,23 +60,18 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 @cache
 def t975(freedom: int) -> float:
-    """Student's t quantile 0.975 for ``freedom`` degrees of freedom, by bisection.
+    """Student's t quantile 0.975 for ``freedom`` degrees of freedom.
 
-    With x = sqrt(n) tan(a) the distribution is an integral of cos(a)^(n - 1), which is smooth.
+    With x = sqrt(n) tan(a) the distribution is an integral of cos(a)^(n - 1). It is concave: the
+    steps of Newton's method from the normal quantile, which lies below, never go too far.
     """
     if freedom > 10_000:  # the tail of the expansion is below 1e-12
         return Z + (Z**3 + Z) / (4 * freedom)
     ratio = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
-    scale = math.exp(ratio) / math.sqrt(math.pi)
-
-    def central(angle: float, pieces: int = 400) -> float:  # Simpson
-        step = angle / pieces
-        weights = (1 if i in (0, pieces) else 4 if i % 2 else 2 for i in range(pieces + 1))
-        inside = (w * math.cos(i * step) ** (freedom - 1) for i, w in enumerate(weights))
-        return scale * sum(inside) * step / 3
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if central(middle) < 0.475 else (low, middle)
-    return math.sqrt(freedom) * math.tan(low)
+    wanted = 0.475 * math.sqrt(math.pi) / math.exp(ratio)
+    nodes, weights = np.polynomial.legendre.leggauss(64)
+    angle = math.atan(Z / math.sqrt(freedom))
+    for _ in range(20):
+        integral = weights @ np.cos(angle * (nodes + 1) / 2) ** (freedom - 1) * angle / 2
+        angle += (wanted - integral) / math.cos(angle) ** (freedom - 1)
+    return math.sqrt(freedom) * math.tan(angle)

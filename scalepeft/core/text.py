@@ -45,18 +45,16 @@ def table(rows: Sequence[Sequence[object]], indent: str = "  ", left: int = 1) -
     return lines
 
 
-def _unseen() -> dict[int, str]:
-    """Code point -> what is shown in its place."""
-    # Explicit direction marks would turn round what stands beside them; Arabic and Hebrew text
-    # needs none of these.
-    turning = (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x061C)
-    found = {i: f"[U+{i:04X}]" for i in (*turning, *range(0x80, 0xA0))}
-    found |= {i: chr(0x2400 + i) for i in range(32) if chr(i) not in "\t\n"}
-    found |= dict.fromkeys((*range(0xD800, 0xE000), 0xFFFE, 0xFFFF), "\ufffd")
-    return found | {0x7F: "\u2421", 0x2028: "\n", 0x2029: "\n"}
-
-
-UNSEEN = _unseen()
+# Explicit direction marks would turn round what stands beside them; Arabic and Hebrew text needs
+# none of these.
+TURNING = (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x061C)
+UNSEEN = {
+    **{i: f"[U+{i:04X}]" for i in (*TURNING, *range(0x80, 0xA0))},
+    **{i: chr(0x2400 + i) for i in range(32) if chr(i) not in "\t\n"},
+    **dict.fromkeys((*range(0xD800, 0xE000), 0xFFFE, 0xFFFF), "\ufffd"),
+    **{0x7F: "\u2421", 0x2028: "\n", 0x2029: "\n"},
+}
+"""Code point -> what is shown in its place."""
 
 
 def visible(text: str) -> str:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from scalepeft.core.errors import UserError
-from scalepeft.core.files import write_atomically
+from scalepeft.core.files import read_json, write_atomically
 from scalepeft.core.preemption import StopFlag, Stopping
 from scalepeft.core.stats import mean_interval
 from scalepeft.data.tasks.base import Scored
@@ -65,8 +65,7 @@ def compute(folder: Path, stop: StopFlag | None = None) -> dict[str, Any] | None
         Stopping: a signal came; the program was ended.
     """
     inputs, result = folder / "comet", folder / "comet.json"
-    digest = hashlib.sha256(b"\0".join((inputs / name).read_bytes() for name in TEXTS)).hexdigest()
-    program, model = _program()
+    digest, (program, model) = digest_of(folder), _program()
     stored = read(folder)
     if stored and stored["texts"] == digest and (not program or stored["model"] == model):
         return stored
@@ -99,11 +98,14 @@ def compute(folder: Path, stop: StopFlag | None = None) -> dict[str, Any] | None
 
 def read(folder: Path) -> dict[str, Any] | None:
     """Return what ``compute`` wrote to a folder; None if nothing, or not all of it."""
-    try:
-        stored: dict[str, Any] = json.loads((folder / "comet.json").read_text())
-        return stored if {"score", "ci95", "rows", "model", "texts"} <= stored.keys() else None
-    except (OSError, ValueError, AttributeError):
-        return None
+    stored = read_json(folder / "comet.json")
+    return stored if {"score", "ci95", "rows", "model", "texts"} <= stored.keys() else None
+
+
+def digest_of(folder: Path) -> str:
+    """Return the sha256 of the texts in ``folder/comet``."""
+    files = (folder / "comet" / name for name in TEXTS)
+    return hashlib.sha256(b"\0".join(f.read_bytes() for f in files if f.is_file())).hexdigest()
 
 
 def line(results: dict[str, Any] | None) -> str:

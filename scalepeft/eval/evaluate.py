@@ -83,7 +83,6 @@ def evaluate(config: RunConfig, task: Task, kind: Subject, ranks: Ranks, stop: S
         from scalepeft.eval import vllm
 
         vllm.check(config, kind, ranks.world_size)
-        vllm.check_installed()
     examples = ranks.all_or_raise(lambda: _examples(task, config.evaluate.limit))
     for line in task.remarks("test") if ranks.is_main else ():
         say(line)

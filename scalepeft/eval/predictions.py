@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scalepeft.core.errors import UserError
-from scalepeft.core.files import read_lines, write_atomically, writing
+from scalepeft.core.files import read_json, read_lines, write_atomically, writing
 from scalepeft.core.log import say
 from scalepeft.core.preemption import tell_job
 from scalepeft.parallel.ranks import Ranks
@@ -92,12 +92,9 @@ class Predictions:
         return {row["id"]: row for row in stored if row["id"] in self.asked}
 
     def _is_ours(self) -> bool:
-        try:
-            stored = json.loads(self.path.with_name("settings.json").read_text())
-            keys = stored.keys() | self.settings.keys()
-        except (OSError, ValueError, AttributeError):
-            return False
-        return all(stored.get(key) == self.settings.get(key) for key in keys - INFORMATIVE)
+        stored = read_json(self.path.with_name("settings.json"))
+        keys = (stored.keys() | self.settings.keys()) - INFORMATIVE
+        return all(stored.get(key) == self.settings.get(key) for key in keys)
 
     def _write(self, batch: list[dict[str, Any]]) -> None:
         self.check_ours()

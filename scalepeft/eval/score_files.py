@@ -160,19 +160,14 @@ def match(
     """
     known = {e.id for e in examples}
     by_id = {p.id: p for p in reversed(predictions) if p.id is not None}
-    faults = [
-        f"row {p.row}: "
-        + (
-            f"id {p.id} appears in row {by_id[p.id].row} already"
-            if p.id
-            else "has no id, others have"
-        )
-        for p in predictions
-        if p.id is None or by_id[p.id] is not p
-    ]
+    fault = ""
+    if odd := next((p for p in predictions if p.id is None or by_id[p.id] is not p), None):
+        fault = f"row {odd.row}: has no id, others have"
+        if odd.id is not None:
+            fault = f"row {odd.row}: id {odd.id} appears in row {by_id[odd.id].row} already"
     if known & by_id.keys():
-        if faults:
-            raise UserError(f"{options.predictions}, {faults[0]}; a row can be scored once")
+        if fault:
+            raise UserError(f"{options.predictions}, {fault}; a row can be scored once")
         if missing := [e.id for e in examples if e.id not in by_id]:
             raise UserError(
                 f"{options.predictions}: {len(missing)} of {len(examples)} rows of"
@@ -196,9 +191,9 @@ def match(
             " tells which prediction belongs to which row; repair them, or give the predictions ids"
         )
     if len(predictions) != len(examples):
-        fault = f" ({faults[0]})" if faults and by_id else ""
+        why = f" ({fault})" if fault and by_id else ""
         raise UserError(
             f"{options.predictions} has {len(predictions)} predictions, {options.references}"
-            f" {len(examples)} rows; they must match one by one, or by id{fault}"
+            f" {len(examples)} rows; they must match one by one, or by id{why}"
         )
     return {e.id: p.text for e, p in zip(examples, predictions, strict=True)}

@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from scalepeft.config.schema import EvaluateConfig, RunConfig, Subject
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import read_mapping
@@ -44,8 +46,7 @@ class Generator(Backend):
         memory for.
 
         Raises:
-            UserError: the adapter is no LoRA or of too large a rank, or the heads do not divide
-                among the GPUs.
+            UserError: the adapter is no LoRA or of too large a rank.
         """
         config, base = target.config, target.base
         from vllm import LLM
@@ -58,7 +59,7 @@ class Generator(Backend):
             "tokenizer": config.model.tokenizer or str(base.folder),
             "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.train.precision],
             "max_model_len": max(map(len, ids)) + config.evaluate.max_new_tokens,
-            "tensor_parallel_size": _gpus(base.architecture.get_text_config().num_attention_heads),
+            "tensor_parallel_size": max(1, torch.cuda.device_count()),
             "seed": 0,
         }
         lora = None
@@ -94,17 +95,9 @@ class Generator(Backend):
         return [list(request.outputs[0].token_ids) for request in found]
 
 
-def check_installed() -> None:
-    """Raise UserError where vLLM is missing, before other predictions are set aside."""
-    try:
-        import vllm.lora.request  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"evaluate.backend=vllm: {error}; {INSTALL}") from None
-
-
 def check(config: RunConfig, kind: Subject, world_size: int) -> None:
-    """Raise UserError for what vLLM cannot evaluate as the run has it, before anything is loaded:
-    several ranks, or a base that is stored in fewer bits.
+    """Raise UserError for what vLLM cannot evaluate as the run has it, before anything is loaded or
+    set aside: several ranks, a base that is stored in fewer bits; or where vLLM is missing.
     """
     if world_size > 1:
         raise UserError(
@@ -118,6 +111,10 @@ def check(config: RunConfig, kind: Subject, world_size: int) -> None:
             f" load another one; scalepeft merge {run} {run}/merged --base-weights dequantized and"
             " evaluate --merged, or evaluate.backend=hf"
         )
+    try:
+        import vllm.lora.request  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"evaluate.backend=vllm: {error}; {INSTALL}") from None
 
 
 def exported(config: RunConfig, sha256: str) -> tuple[Path, int]:
@@ -146,15 +143,3 @@ def exported(config: RunConfig, sha256: str) -> tuple[Path, int]:
             f" {RANKS[-1]} at most; merge it and evaluate --merged, or evaluate.backend=hf"
         )
     return folder, rank
-
-
-def _gpus(heads: int) -> int:
-    import torch
-
-    count = max(1, torch.cuda.device_count())
-    if heads % count:
-        raise UserError(
-            f"evaluate.backend=vllm: {heads} attention heads do not divide among {count} GPUs; show"
-            " vLLM fewer of them with CUDA_VISIBLE_DEVICES"
-        )
-    return count

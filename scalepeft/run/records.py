@@ -1,13 +1,15 @@
 """What a run writes about itself: config.yaml, metrics, validation and events, adapter/."""
 
 import errno
+import functools
 import json
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
@@ -59,11 +61,25 @@ class Save:
             raise OSError(errno.ECANCELED, "cancelled for the save of the last step")
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+Method = Callable[Concatenate["RunRecorder", P], T]
+
+
+def on_main(method: Method[P, T]) -> Method[P, T]:
+    """Make a method a collective: rank 0 runs it, every rank returns its result."""
+
+    @functools.wraps(method)
+    def call(self: "RunRecorder", *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.ranks.run_on_main(lambda: method(self, *args, **kwargs))
+
+    return call
+
+
 class RunRecorder:
     """A run's folder and what is written into it, on every rank: rank 0 reads and writes.
 
-    ``claim``, ``finished``, ``show``, ``begin_save``, ``commit_save`` and ``save_adapter`` are
-    collectives; the others do nothing off rank 0.
+    ``claim``, ``show`` and what is ``on_main`` are collectives; the others do nothing off rank 0.
 
     Attributes:
         resumed: the newest checkpoint that verifies; the same on every rank.
@@ -85,8 +101,9 @@ class RunRecorder:
         """On rank 0, from ``show`` on."""
         self._lost: dict[str, float] = {}
         """What came between the last sign of life of the run and this start; for the report."""
-        self.resumed: Checkpoint | None = ranks.run_on_main(lambda: self._open(allow_changes))
+        self.resumed: Checkpoint | None = self._open(allow_changes)
 
+    @on_main
     def _open(self, allow_changes: bool) -> Checkpoint | None:
         check_same_run(self.config, allow_changes)
         check_free(self.path)
@@ -107,10 +124,9 @@ class RunRecorder:
         An older process of it that was taken for dead stops at its next write; what it saved
         meanwhile is what resumes here.
         """
-        self.generation, self.resumed, self.evaluated = self.ranks.run_on_main(
-            lambda: self._claim(launched)
-        )
+        self.generation, self.resumed, self.evaluated = self._claim(launched)
 
+    @on_main
     def _claim(self, launched: float) -> tuple[int, Checkpoint | None, int]:
         path = self.path
         seen = stored_generation(path)
@@ -147,11 +163,9 @@ class RunRecorder:
         kind = "idle" if ended else "waited"
         return {kind: gap, "recomputed_steps": len(again), "recomputed": sum(again)}
 
+    @on_main
     def finished(self) -> bool:
         """True if the adapter of this very config is written and no step is left to do."""
-        return self.ranks.run_on_main(self._finished)
-
-    def _finished(self) -> bool:
         file = self.path / "adapter" / "adapter_config.json"
         if self.resumed is None or not file.is_file():
             return False
@@ -183,17 +197,13 @@ class RunRecorder:
 
     def show(self, first_step: int, steps: int) -> None:
         """Opens the bar and the trackers. Raises UserError: a tracker is not installed."""
-
         self._progress = self.ranks.all_or_raise(
             lambda: Progress(self.config, first_step, steps) if self.ranks.is_main else None
         )
 
     def close(self, finished: bool, planned: bool) -> None:
-        """Writes the last event and tells user and job script how the run ended.
-
-        Args:
-            finished: the adapter is written.
-            planned: the stop was ``train.stop_at``'s, so the job is not to come back by itself.
+        """Writes the last event and tells user and job script how the run ended: ``finished``, its
+        adapter written, or ``planned``, at ``train.stop_at``: the job does not come back by itself.
         """
         if not self.ranks.is_main:
             return
@@ -236,41 +246,32 @@ class RunRecorder:
         if reason:
             say(f"{log.path.name}: {reason}; the rows wait in memory")
 
+    @on_main
     def begin_save(self, step: int) -> tuple[Path | None, str]:
         """Returns the folder that the ranks write into, or why the disk refused; logs go first."""
+        try:
+            self.metrics.sync()
+            self.validation.sync()
+            return self.folder.begin(step), ""
+        except OSError as error:
+            return None, error.strerror or str(error)
 
-        def begin() -> tuple[Path | None, str]:
-            try:
-                self.metrics.sync()
-                self.validation.sync()
-                return self.folder.begin(step), ""
-            except OSError as error:
-                return None, error.strerror or str(error)
-
-        return self.ranks.run_on_main(begin)
-
+    @on_main
     def commit_save(self, save: Save, files: dict[str, Any]) -> str | None:
         """Commits a checkpoint of these files; returns why the disk refused, or None."""
+        try:
+            self.folder.commit(save.folder, files, save.state, self.config.train.keep_checkpoints)
+        except OSError as error:
+            return error.strerror or str(error)
+        took = time.monotonic() - save.begin
+        size = sum(info["bytes"] for info in files.values())
+        self.event("saved", save.step, seconds=save.stall or took, written=took, bytes=size)
+        tell_job("progress", f"step {save.step}")
+        return None
 
-        def commit() -> str | None:
-            keep = self.config.train.keep_checkpoints
-            try:
-                self.folder.commit(save.folder, files, save.state, keep)
-            except OSError as error:
-                return error.strerror or str(error)
-            took = time.monotonic() - save.begin
-            size = sum(info["bytes"] for info in files.values())
-            self.event("saved", save.step, seconds=save.stall or took, written=took, bytes=size)
-            tell_job("progress", f"step {save.step}")
-            return None
-
-        return self.ranks.run_on_main(commit)
-
+    @on_main
     def save_adapter(self, step: int, base: dict[str, Any]) -> None:
         """Writes adapter/ out of the last checkpoint; its ``adapter_config.json`` comes last."""
-        self.ranks.run_on_main(lambda: self._save_adapter(step, base))
-
-    def _save_adapter(self, step: int, base: dict[str, Any]) -> None:
         check_fence(self.path, self.generation)
         folder = self.path / "adapter"
         folder.mkdir(exist_ok=True)

@@ -14,7 +14,7 @@ from typing import Any
 from scalepeft import __version__
 from scalepeft.config.changes import flatten
 from scalepeft.config.schema import renamed_key
-from scalepeft.core.files import digest, fsync, write_atomically
+from scalepeft.core.files import digest, fsync, read_json, write_atomically
 
 SETTINGS = ("config", "data", "evaluate")
 """Inputs that are settings by key, dotted in ``config``."""
@@ -36,11 +36,11 @@ class Stage:
 
     def done(self) -> dict[str, Any]:
         """The manifest of the finished work; empty where there is none, or a broken one."""
-        return _read(self.done_file)
+        return read_json(self.done_file)
 
     def begun(self) -> dict[str, Any]:
         """The manifest of work in progress; empty likewise."""
-        return _read(self.begun_file)
+        return read_json(self.begun_file)
 
     def outputs(self) -> dict[str, Any]:
         """Relative path -> facts of each file that the finished work made."""
@@ -153,14 +153,6 @@ def set_aside(folder: Path, names: Iterable[str]) -> Path | None:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).rename(target / name)
     return target
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _short(value: Any) -> str:

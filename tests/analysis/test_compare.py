@@ -143,7 +143,7 @@ def test_why_a_cell_failed(code: int, said: str, found: tuple[str, str], tmp_pat
             "argument --budget: invalid choice: 'memory'",
         ),
         (["--methods", "hoft", "--budget", "steps", "--rank", "4"], "--rank has no effect"),
-        (["--methods", "hoft", "--rank", "4", "--parameters", "9"], "one of --rank and"),
+        (["--methods", "hoft", "--cell", "4", "--table"], "one of --cell and"),
         (["--methods", "hoft", "--reference", "goft", "--rank", "4"], "goft has no rank"),
         (["--methods", "hoft", "adapter.rank=4"], "--methods FILE.yaml"),
         (["--methods", "hoft", "adapter=lora"], "a comparison takes --methods"),

@@ -151,7 +151,7 @@ def built(*runs: Path) -> tuple[Page, str]:
 
 def test_one_run_is_one_file_and_the_same_as_markdown(finished: Path, tmp_path: Path) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
-    files = report.write([run])
+    files = report.write(load.read_all([run]))
     names = {str(f.relative_to(run)) for f in files}
     plots = {"report/curves.png"}
     assert names == {"report.html", "report.md", *plots} and all(f.is_file() for f in files)
@@ -176,7 +176,7 @@ def test_one_run_is_one_file_and_the_same_as_markdown(finished: Path, tmp_path: 
             "70.0%", "65.0% to 75.0%", "+0.0 percentage points", "that may be chance", "71.0%",
             "hoft rank 4", "builtin:tiny in fp32", "ddp on 2 → 1 ranks", "1 x Some GPU",
             "torch 9.8.7", "c0ffee", "3 prompts were too long", "train.lr", "recomputed steps",
-            "unweighted mean of 2 sources", "Right: 4 examples", "base said",
+            "unweighted mean of 2 sources", "Right: 10 examples", "base said",
             "prediction, answer taken: answer1", "prediction of the base, wrong",
         ):  # fmt: skip
             assert fact in said, fact
@@ -357,20 +357,20 @@ def test_nothing_is_written_by_halves(finished: Path, tmp_path: Path) -> None:
     nothing.mkdir()
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"nothing is no run folder.*metrics\.jsonl"):
-        report.write([finished, nothing], out)
+        report.write(load.read_all([finished, nothing]), out)
     assert not out.exists()
     (out / "report.html").mkdir(parents=True)
     with pytest.raises(UserError, match=r"report\.html: cannot be written.*--out"):
-        report.write([finished], out)
+        report.write(load.read_all([finished]), out)
     assert not [p for p in out.rglob("*") if p.name.endswith(".tmp")]
 
 
 def test_examples_are_the_same_each_time_and_of_every_source(finished: Path) -> None:
-    (_, right), (_, wrong) = first = examples.choose(load.evaluations_of(finished)[0][1])
-    assert first == examples.choose(load.evaluations_of(finished)[0][1])
-    assert [r["correct"] for r in (*right, *wrong)] == [True] * 4 + [False] * 4
+    (_, right), (_, wrong) = first = examples.choose(finished / "eval/toy")
+    assert first == examples.choose(finished / "eval/toy")
+    assert [r["correct"] for r in (*right, *wrong)] == [True] * 10 + [False] * 10
     for rows in (right, wrong):
-        assert [r["source"] for r in rows] == ["easy", "hard"] * 2
+        assert [r["source"] for r in rows] == ["easy", "hard"] * 5
     digest = {i: hashlib.sha256(f"easy#{i}".encode()).hexdigest() for i in range(2, 31, 2)}
     assert right[0]["id"] == f"easy#{min(digest, key=lambda i: digest[i])}"
 

@@ -110,7 +110,11 @@ def run(options: Options) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "step": "forward, backward, AdamW",
     }
-    print(_title(result), ", ".join(map(" ".join, result["versions"].items())), sep="\n")
+    print(
+        f"bench {options.what} {options.shape}: {options.tokens} tokens, rank {options.rank},"
+        f" {options.precision}, quant {options.quant}; {result['device']}, {result['threads']}"
+        f" threads, {result['date']}\n{', '.join(map(' '.join, result['versions'].items()))}"
+    )
     dtype = PRECISIONS[options.precision]
     case = make_case(options.shape, options.tokens, dtype, device, options.quant)
     measure(case, entries, options.repeats)
@@ -120,14 +124,6 @@ def run(options: Options) -> dict[str, Any]:
         write_atomically(folder / "bench.json", json.dumps(result, indent=1) + "\n")
         print(f"\nwrote {folder / 'bench.json'}")
     return result
-
-
-def _title(result: dict[str, Any]) -> str:
-    o = result["options"]
-    return (
-        f"bench {o['what']} {o['shape']}: {o['tokens']} tokens, rank {o['rank']}, {o['precision']},"
-        f" quant {o['quant']}; {result['device']}, {result['threads']} threads, {result['date']}"
-    )
 
 
 def summary(title: str, entries: list[Entry]) -> dict[str, Any]:
@@ -148,12 +144,9 @@ def _table(case: dict[str, Any]) -> list[str]:
     """Return a line for each entry, with why where one was left out."""
     rows = [["", *COLUMNS, "rounds"]]
     for r in case["entries"]:
-        figures = [_figure(r[key], form) for key, form in COLUMNS.values()]
-        measured = [*figures, str(len(r["times_ms"]))]
+        figures = [(r[key], form) for key, form in COLUMNS.values()]
+        cells = ["n/a" if value is None else format(value, form) for value, form in figures]
+        measured = [*cells, str(len(r["times_ms"]))]
         rows.append([r["label"], *([f"n/a  {r['reason']}"] if r["reason"] else measured)])
     noise = f"noise (interquartile range of base's times) {case['noise']:.1%}"
     return ["", f"{case['title']}; {noise}", *table(rows, indent="")]
-
-
-def _figure(value: float | None, form: str) -> str:
-    return "n/a" if value is None else format(value, form)

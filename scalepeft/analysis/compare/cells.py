@@ -130,11 +130,9 @@ class Runner:
             return {"state": "failed", "reason": method.refused}
         if cell.lr is None:
             choice = choose(method, self.swept(method))
-            return (
-                self.result(dataclasses.replace(cell, lr=choice["lr"]))
-                if "lr" in choice
-                else choice
-            )
+            if "lr" not in choice:
+                return choice
+            cell = dataclasses.replace(cell, lr=choice["lr"])
         config = self.config(cell)
         result: Result = {"state": "done", "lr": cell.lr, "wall": 0.0}
         for stage, inputs in self.stages(config):
@@ -263,12 +261,8 @@ def run_child(arguments: list[str], log: Path, stop: StopFlag) -> int:
 
 
 def failure_reason(code: int, log: Path, start: int) -> tuple[str, str]:
-    """Return (state, reason) of a failed child: ``failed`` would come again, ``broke`` may not.
-
-    Args:
-        code: its exit code, negative for a signal.
-        log: what it printed.
-        start: where its own part of the log begins, in bytes.
+    """Return (state, reason) of a child that ended with ``code``, negative for a signal, and wrote
+    what begins at byte ``start`` of ``log``: ``failed`` would come again, ``broke`` may not.
     """
     if code < 0:
         more = " (out of memory?)" if -code == signal.SIGKILL else ""
@@ -299,8 +293,8 @@ def read_result(config: RunConfig, name: str) -> tuple[dict[str, Any], list[Path
         headline, metric = scores.first(scores.read(file))
         return {"metric": headline, "score": metric["value"], "share": metric["share"]}, [file]
     files = [folder / "metrics.jsonl", folder / "validation.jsonl"]
-    keys = ("seconds", "tokens_per_second"), ("loss",)
-    steps, held_out = (read_lines(f, "step", *k) for f, k in zip(files, keys, strict=True))
+    steps = read_lines(files[0], "step", "seconds", "tokens_per_second")
+    held_out = read_lines(files[1], "step", "loss")
     events = read_lines(folder / "events.jsonl", "event")
     start = next(e for e in reversed(events) if e["event"] == "start")
     cuda = [e["peak_memory"] for e in events if e.get("peak_memory")]

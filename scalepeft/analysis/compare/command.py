@@ -20,7 +20,7 @@ from scalepeft.analysis.compare.design import Design
 from scalepeft.config import schema as cfg
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import NameList, NotNegative, Positive
-from scalepeft.core.files import write_atomically
+from scalepeft.core.files import write_atomically, writing
 from scalepeft.core.launch import rank
 from scalepeft.core.log import say
 from scalepeft.core.preemption import BROKEN, FINISHED, STOPPED, StopFlag, Stopping, tell_job
@@ -41,7 +41,6 @@ class Options:
         methods: A,B,C: files of configs/adapters by name, or YAML files
         reference: that others are held against
         rank: of the reference, whose size is the budget (16)
-        parameters: N: the budget as a number
         budget: what is equal: steps, or parameters too (each method at the size nearest to these)
         lrs: rates for all (1e-4,3e-4), or factors on each method's usual one
         seeds: reported runs of each method
@@ -55,7 +54,6 @@ class Options:
     methods: NameList | None = None
     reference: str = "lora"
     rank: Positive | None = None
-    parameters: Positive | None = None
     budget: Literal["parameters", "steps"] = "parameters"
     lrs: str = "x0.3,x1,x3"
     seeds: Positive = 3
@@ -71,12 +69,10 @@ class Options:
         except ValidationError as error:
             first = error.errors()[0]
             raise UserError(f"--{first['loc'][0]} {first['input']}: {first['msg']}") from None
-        sizes = [name for name in ("rank", "parameters") if getattr(options, name)]
-        if sizes and options.budget == "steps":
-            raise UserError(f"--{sizes[0]} has no effect with --budget steps; remove it")
-        if len(sizes) > 1 or (options.cell is not None and options.table):
-            pair = "--rank and --parameters" if len(sizes) > 1 else "--cell and --table"
-            raise UserError(f"give one of {pair}, not both")
+        if options.rank and options.budget == "steps":
+            raise UserError("--rank has no effect with --budget steps; remove it")
+        if options.cell is not None and options.table:
+            raise UserError("give one of --cell and --table, not both")
         if "=" in options.out:
             raise UserError(f"--out {options.out}: a folder whose name has '=' reads as a setting")
         return options
@@ -89,7 +85,7 @@ class Options:
             UserError: no such option, or as ``of``.
         """
         values: dict[str, Any] = {"settings": settings, "out": out}
-        names = ("methods", "reference", "rank", "parameters", "budget", "lrs", "seeds")
+        names = ("methods", "reference", "rank", "budget", "lrs", "seeds")
         for word in words:
             key, _, value = word.partition("=")
             if word != "evaluate" and (key not in names or not value):
@@ -161,8 +157,8 @@ def prepare(options: Options) -> Design:
     source = dimensions.find(config.model)
     with source.folder(source.layers) as folder:
         base = shapes.meta_model(str(folder))
-    target = options.parameters
-    if options.budget == "parameters" and target is None:
+    target = None
+    if options.budget == "parameters":
         target = designs.target_parameters(base, reference, options.rank)
     seed = config.train.seed
     return Design(
@@ -190,11 +186,9 @@ def keep(out: Path, design: Design) -> None:
         return
     for holder in out.glob("cells/*/*/holder.json"):
         check_free(holder.parent)
-    try:
+    with writing(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(file, design.text())
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None
 
 
 def arguments(design: Design) -> dict[str, list[str]]:

@@ -5,7 +5,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -18,6 +18,7 @@ from scalepeft.core.errors import UserError
 from scalepeft.core.files import digest, read_mapping
 from scalepeft.core.log import say
 from scalepeft.data.rows import expand, paths_of
+from scalepeft.data.tasks.base import SPLITS
 from scalepeft.models import hub
 
 AT_THE_END = 10**9  # train.eval_every that leaves the held-out loss of the last step alone
@@ -151,7 +152,7 @@ def target_parameters(base: nn.Module, reference: Method, rank: int | None) -> i
     if sizing.size_key(inject.adapter_config(adapter)) == "rank":
         adapter = sizing.resize(adapter, "rank", rank or 16)
     elif rank is not None:
-        raise UserError(f"--rank {rank}: {reference.label} has no rank; give --parameters N")
+        raise UserError(f"--rank {rank}: {reference.label} has no rank; leave it out")
     return sizing.count_parameters(base, adapter)
 
 
@@ -200,8 +201,7 @@ def read_inputs(config: RunConfig, evaluate: bool) -> dict[str, Any]:
     """
     inputs: dict[str, Any] = {}
     task, model = task_of(config), config.model
-    splits: tuple[Literal["train", "valid", "test"], ...] = ("train", "valid", "test")
-    for split in splits if evaluate else splits[:2]:
+    for split in SPLITS if evaluate else SPLITS[:2]:
         sources = expand(getattr(config.data, split), f"data.{split}")
         if sources or split != "valid":
             task.examples(split)

@@ -27,7 +27,7 @@ def run(run_dirs: list[str], out: str | None = None) -> None:
     """
     runs = read_all([Path(name) for name in run_dirs])
     print("\n\n".join(map(table, runs)) + "\n")
-    written = _write_report(runs, Path(out) if out else None)
+    written = write(runs, Path(out) if out else None)
     if len(runs) == 1 and runs[0].metrics:
         loss = runs[0].folder / "loss.png"
         _write(loss, (written[-1].parent / CURVES).read_bytes())
@@ -35,17 +35,13 @@ def run(run_dirs: list[str], out: str | None = None) -> None:
     print(f"report: {written[-1]} and {written[-2].name} beside it")
 
 
-def write(run_dirs: list[Path], out: Path | None = None) -> list[Path]:
+def write(runs: list[Run], out: Path | None = None) -> list[Path]:
     """Write report.html, report.md and the plot of the latter, as ``run`` does; return the files,
     report.html last.
 
     Raises:
-        UserError: one is no run, or a file cannot be written; nothing is written by halves.
+        UserError: a file cannot be written; nothing is written by halves.
     """
-    return _write_report(read_all(run_dirs), out)
-
-
-def _write_report(runs: list[Run], out: Path | None) -> list[Path]:
     from scalepeft.analysis.report import render
 
     folder = out or (runs[0].folder if len(runs) == 1 else Path("report"))

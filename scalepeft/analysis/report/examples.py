@@ -1,16 +1,15 @@
 """A few predictions of an evaluation, chosen by the digest of their id: the same every time."""
 
 import hashlib
-from collections.abc import Iterable
-from itertools import chain, zip_longest
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from scalepeft.analysis.report.load import Evaluation, Run
+from scalepeft.analysis.report.load import Run
 from scalepeft.core.files import read_lines
 
-BUDGET = 600_000  # characters of examples over the whole report
-
+EACH = 10  # right ones, and wrong ones
+VERDICTS = {True: "Right", False: "Wrong", None: "Chosen by digest"}
 Rows = list[dict[str, Any]]
 
 
@@ -19,47 +18,31 @@ def rows_of(folder: Path) -> Rows:
     return read_lines(folder / "scored.jsonl", "id", "source", "prompt", "expected", "prediction")
 
 
-def choose(evaluation: Evaluation) -> list[tuple[str, Rows]]:
-    """Return (heading, rows): right and wrong ones over all sources, or some translations."""
-    each = min(10, max(4, len(evaluation.scores["sources"])))
-    rows: dict[bool | None, Rows] = {}
-    for row in sorted(rows_of(evaluation.folder), key=lambda row: _digest(row["id"])):
-        rows.setdefault(row.get("correct"), []).append(row)
-    verdicts = {True: "Right", False: "Wrong", None: "Chosen by digest"}
-    return [(title, _in_turn(rows[v], each)) for v, title in verdicts.items() if v in rows]
-
-
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode(errors="replace")).digest()
-
-
-def _in_turn(rows: Rows, count: int) -> Rows:
-    """Take rows of each source in turn."""
-    queues: dict[str, Rows] = {source: [] for source in sorted({row["source"] for row in rows})}
+def choose(folder: Path) -> list[tuple[str, Rows]]:
+    """Return (heading, rows): right and wrong ones, or translations, of each source in turn."""
+    rows, turns = rows_of(folder), Counter[tuple[Any, str]]()
+    rows.sort(key=lambda row: hashlib.sha256(row["id"].encode(errors="replace")).digest())
     for row in rows:
-        queues[row["source"]].append(row)
-    turns: Iterable[Any] = chain(*zip_longest(*queues.values()))
-    return [row for row in turns if row][:count]
+        group = row.get("correct"), row["source"]
+        row["turn"] = turns[group]
+        turns[group] += 1
+    rows.sort(key=lambda row: (row["turn"], row["source"]))
+    groups = {v: [row for row in rows if row.get("correct") is v] for v in VERDICTS}
+    return [(VERDICTS[v], found[:EACH]) for v, found in groups.items() if found]
 
 
-def examples(runs: list[Run]) -> dict[str, Any]:
-    """Return examples of each run and task, of the tuned model where it was evaluated.
-
-    Returns:
-        ``evaluations``: (heading, [(heading, [(row, the base's row or None)])]); ``limit``:
-        characters of a text that are shown.
+def examples(runs: list[Run]) -> list[tuple[str, Any]]:
+    """Return (heading, [(heading, [(row, the base's row or None)])]) of each run and task, of the
+    tuned model where it was evaluated.
     """
-    evaluations, count = [], 1
+    evaluations: list[tuple[str, Any]] = []
     for run in runs:
         for task in dict.fromkeys(e.task for e in run.evaluations):
             by = {e.which: e for e in run.evaluations if e.task == task}
             best = by.get("tuned") or by.get("merged") or by["base"]
-            groups = choose(best)
-            chosen = {row["id"] for _, rows in groups for row in rows}
             base = rows_of(by["base"].folder) if "base" in by and best is not by["base"] else []
-            beside = {row["id"]: row for row in base if row["id"] in chosen}
+            beside, groups = {row["id"]: row for row in base}, choose(best.folder)
             pairs = [(title, [(r, beside.get(r["id"])) for r in rows]) for title, rows in groups]
             mark = f"{run.name}, " if len(runs) > 1 else ""
             evaluations.append((f"{mark}{task}, {best.which}", pairs))
-            count += sum(len(rows) for _, rows in groups)
-    return {"evaluations": evaluations, "limit": max(300, min(4000, BUDGET // (4 * count)))}
+    return evaluations

@@ -90,26 +90,18 @@ def _loss(axes: Axes, run: Run, i: int, alone: bool) -> list[float]:
     steps, losses = run.columns["step"], run.columns["loss"]
     means, width = smooth(losses)
     line, name, ticks = _line(i), label(run.name), [e["step"] for e in run.starts[1:]]
-    each = losses[np.isfinite(losses)]
+    finite = np.isfinite(losses)
+    each = losses[finite]
     if alone:
         name, ticks = f"training, mean of {width} steps" if width > 1 else "training", []
         text = "training, each" if width > 1 else None
-        axes.plot(
-            steps[np.isfinite(losses)], each, color=line["color"], lw=0.8, alpha=0.3, label=text
-        )
+        axes.plot(steps[finite], each, color=line["color"], lw=0.8, alpha=0.3, label=text)
     axes.plot(steps, means, **line, lw=2, label=name, marker="o" if len(steps) == 1 else "")
     axes.plot(ticks, np.interp(ticks, steps, means), "|", color=INK, ms=11, mew=1.6)
     if run.held_out:
-        own: dict[str, Any] = (
-            {"color": ORANGE, "label": "held out"} if alone else {**line, "ls": ""}
-        )
-        mark: dict[str, Any] = {
-            "marker": "o",
-            "ms": 5,
-            "mec": INK,
-            "markevery": 1 + len(run.held_out) // 60,
-        }
-        axes.plot(*zip(*run.held_out, strict=True), **own, **mark, lw=1.4, mew=0.6)
+        own = dict[str, Any](color=ORANGE, label="held out") if alone else {**line, "ls": ""}
+        own |= {"marker": "o", "ms": 5, "mec": INK, "markevery": 1 + len(run.held_out) // 60}
+        axes.plot(*zip(*run.held_out, strict=True), **own, lw=1.4, mew=0.6)
     if alone and run.skipped:
         at, text = axes.get_xaxis_transform(), f"skipped, not finite ({len(run.skipped):,})"
         low = np.full(len(run.skipped), 0.02)

@@ -1,7 +1,6 @@
 """What a run's folder says: what is broken is named in a line, the rest is used."""
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -184,11 +183,7 @@ def evaluations_of(folder: Path) -> tuple[list[Evaluation], list[str]]:
 def _comet(place: Path, problems: list[str]) -> dict[str, Any] | None:
     """COMET's scores of these very translations, where they were computed."""
     stored = comet.read(place)
-    if stored is None:
-        return None
-    files = [file for name in comet.TEXTS if (file := place / "comet" / name).is_file()]
-    texts = b"\0".join(file.read_bytes() for file in files)
-    if hashlib.sha256(texts).hexdigest() == stored["texts"]:
+    if stored is None or stored["texts"] == comet.digest_of(place):
         return stored
     problems.append(f"{place / 'comet.json'}: is of other translations; evaluate again")
     return None

@@ -57,20 +57,15 @@ def _notes(found: Found) -> dict[str, list[str]]:
     return {"remarks": list(dict.fromkeys(remarks)), "warnings": warnings}
 
 
-def _sources(found: Found) -> list[str]:
-    """All sources, where there are several."""
-    names = list(dict.fromkeys(s for e in found.values() for s in e.scores["sources"]))
-    return names if len(names) > 1 else []
-
-
 def _tables(found: Found) -> dict[str, list[Any]]:
     """The scores over each source (``parts``); over all rows, and their unweighted means."""
     names = list(dict.fromkeys(name for e in found.values() for name in e.scores["metrics"]))
     names += [COMET] if any("bleu" in name.lower() for name in names) else []
     head = ["source", "model", "rows", *(f"{n} (95 % interval)" for n in names), "no answer"]
+    sources = list(dict.fromkeys(s for e in found.values() for s in e.scores["sources"]))
     parts = [
         [source, who, *_cells(e, names, source)]
-        for source in _sources(found)
+        for source in (sources if len(sources) > 1 else ())
         for who, e in found.items()
         if source in e.scores["sources"]
     ]

@@ -80,7 +80,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "gpu": asdict(target) if target else None,
         "fits": plan.fits,
         "fits_gpus": [g.name for g in GPUS.values() if plan.need <= g.gib * GIB],
-        "smallest": list(plan.smallest) if plan.smallest else None,
+        "smallest": plan.smallest if target else None,
         "tried": [nodes * gpus for nodes, gpus in counts(plan.config, options.gpus_per_node)],
         "hints": list(HINTS) if plan.fits is False else [],
     }
@@ -164,7 +164,7 @@ def _verdict(plan: Plan) -> list[str]:
         lines = [f"does NOT fit {name}: {gib(-room)} too much"]
     if plan.smallest:
         lines.append(f"the smallest that fits: {_gpus(*plan.smallest)}")
-    elif plan.options.advise:
+    else:
         lines.append(
             f"engine {plan.config.engine.name} fits on no number of GPUs (tried"
             f" {', '.join(map(str, v['tried']))}; train.global_batch="

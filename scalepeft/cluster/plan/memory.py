@@ -5,7 +5,7 @@ No engine is known here by name: each says in ``Engine.shares`` what a rank hold
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,49 +13,16 @@ from torch import Tensor, nn
 
 from scalepeft.adapters import inject as injection
 from scalepeft.build import check_batch, engine_class
-from scalepeft.cluster.plan.simulate import KINDS, Exchange, Figures, empty_model, simulate, stretch
+from scalepeft.cluster.plan.simulate import KINDS, Figures, Step, empty_model, simulate, stretch
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.models import hub as models
 from scalepeft.models import quant, structure
 from scalepeft.models.dimensions import Source
 from scalepeft.models.quantized_copy import folder_of
-from scalepeft.parallel.base import Shares
 
 SHORT = (3, 4)  # blocks of the two models: with three, the first, a middle and the last one differ
 WHEN = {"micro": ("last", "other"), "last": ("last",), "step": ("control",)}  # parts of a step
-
-
-@dataclass
-class Step:
-    """A rank's memory and work in one optimizer step."""
-
-    rows: int  # of a micro-batch, of data.cutoff tokens each
-    micro: int  # micro-batches of a step on this rank
-    parameters: tuple[int, int]  # of the base, trained
-    shares: Shares  # what the engine says
-    host: float  # bytes of this rank in the node's memory
-    load: int  # bytes that this rank reads from the model's files
-    restart: int  # the same of the next start, which may find a quantized copy
-    checkpoint: int  # bytes of a checkpoint's tensors
-    resident: dict[str, float]  # bytes between steps, by kind
-    peak: dict[str, float]  # bytes at the peak, by kind
-    alike: bool  # all blocks
-    moment: str = ""  # of the step where the peak is
-    exchanges: dict[Exchange, tuple[float, float]] = field(default_factory=dict)
-    """Collective -> (count, bytes of the full tensors) in a step."""
-    flops: float = 0.0  # of this rank in a step
-    simulated: tuple[int, ...] = ()  # blocks of the simulated models
-
-    @property
-    def resident_bytes(self) -> float:
-        """Bytes between steps."""
-        return sum(self.resident.values())
-
-    @property
-    def peak_bytes(self) -> float:
-        """Bytes at the peak."""
-        return sum(self.peak.values())
 
 
 def resident(config: RunConfig, source: Source, world: int, per_node: int) -> Step:
@@ -140,7 +107,7 @@ def measure(config: RunConfig, source: Source, world: int, per_node: int) -> Ste
 
     def simulated(config: RunConfig, layers: int) -> Figures:
         with source.folder(layers) as folder:
-            return simulate(config, folder, world, per_node, step.rows, step.micro, shares)
+            return simulate(config, folder, world, per_node, step)
 
     if layers > SHORT[1] and step.alike:
         step.simulated = SHORT

@@ -4,11 +4,14 @@ What is assumed and not computed stands here by name.
 """
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from scalepeft.cluster.plan import gpus
 from scalepeft.cluster.plan.gpus import GPUS, Gpu
-from scalepeft.cluster.plan.memory import Step, measure, resident
+from scalepeft.cluster.plan.memory import measure, resident
+from scalepeft.cluster.plan.simulate import Step
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.models import dimensions
@@ -40,7 +43,6 @@ class Options:
         disk: bytes a second of the run folder's file system
         step_seconds: S: measured, in place of the estimate
         network: whether the hub may be asked for ``config.json``
-        advise: search for the smallest number of GPUs
     """
 
     nodes: int = 1
@@ -50,7 +52,6 @@ class Options:
     disk: float = 1e9
     step_seconds: float | None = None
     network: bool = True
-    advise: bool = True
 
     def __post_init__(self) -> None:
         for name in ("nodes", "gpus_per_node", "memory", "disk", "step_seconds"):
@@ -80,8 +81,6 @@ class Plan:
 
     def __init__(self, config: RunConfig, options: Options, source: Source, step: Step) -> None:
         self.config, self.options, self.source, self.step = config, options, source, step
-        self.smallest: tuple[int, int] | None = None
-        """(nodes, GPUs a node) of the smallest number of GPUs that fits; None if none does."""
         target, world, saved = options.target, options.world, step.checkpoint
         comes_and_goes = max(0.0, step.peak_bytes - step.resident_bytes)
         self.runtime = CONTEXT_BYTES + NCCL_BYTES * (world > 1) + FRAGMENTED * comes_and_goes
@@ -111,6 +110,21 @@ class Plan:
         self.grace = max(60, 30 * math.ceil(waits / 30))
         """Seconds that ``--signal=B:USR1@SECONDS`` needs."""
 
+    @cached_property
+    def smallest(self) -> tuple[int, int] | None:
+        """(nodes, GPUs a node) of the smallest number of GPUs that fits; None if none does."""
+        config, source, options = self.config, self.source, self.options
+        for nodes, per_node in counts(config, options.gpus_per_node):
+            where = replace(options, nodes=nodes, gpus_per_node=per_node)
+            if self.fits and where.world >= options.world:
+                break
+            with suppress(UserError):  # the engine cannot run on so many
+                # What stays is cheap to know and often too much already.
+                steps = (of(config, source, where.world, per_node) for of in (resident, measure))
+                if all(Plan(config, where, source, step).fits for step in steps):
+                    return nodes, per_node
+        return (options.nodes, options.gpus_per_node) if self.fits else None
+
 
 def plan(config: RunConfig, options: Options) -> Plan:
     """Plan a run.
@@ -121,10 +135,7 @@ def plan(config: RunConfig, options: Options) -> Plan:
     """
     source = dimensions.find(config.model, options.network)
     step = measure(config, source, options.world, options.gpus_per_node)
-    planned = Plan(config, options, source, step)
-    if options.target and options.advise:
-        planned.smallest = _smallest(planned)
-    return planned
+    return Plan(config, options, source, step)
 
 
 def counts(config: RunConfig, gpus_per_node: int) -> list[tuple[int, int]]:
@@ -135,26 +146,3 @@ def counts(config: RunConfig, gpus_per_node: int) -> list[tuple[int, int]]:
         (n, gpus_per_node) for n in powers
     ]
     return [count for count in all_counts if batch % math.prod(count) == 0]
-
-
-def _smallest(planned: Plan) -> tuple[int, int] | None:
-    """The first of ``counts`` that fits; whether the asked count does is known."""
-    config, source, options = planned.config, planned.source, planned.options
-    asked = options.nodes, options.gpus_per_node
-    for nodes, per_node in counts(config, options.gpus_per_node):
-        where = replace(options, nodes=nodes, gpus_per_node=per_node)
-        if planned.fits and where.world >= options.world:
-            break
-        if (nodes, per_node) == asked:
-            continue
-        try:
-            # What stays is cheap to know and often too much already.
-            for bytes_of in (resident, measure):
-                step = bytes_of(config, source, where.world, per_node)
-                if not Plan(config, where, source, step).fits:
-                    break
-            else:
-                return nodes, per_node
-        except UserError:  # the engine cannot run on so many
-            continue
-    return asked if planned.fits else None

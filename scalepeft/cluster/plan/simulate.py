@@ -54,6 +54,38 @@ Work = dict[tuple[str, Exchange | None, str], float]
 
 
 @dataclass
+class Step:
+    """A rank's memory and work in one optimizer step."""
+
+    rows: int  # of a micro-batch, of data.cutoff tokens each
+    micro: int  # micro-batches of a step on this rank
+    parameters: tuple[int, int]  # of the base, trained
+    shares: Shares  # what the engine says
+    host: float  # bytes of this rank in the node's memory
+    load: int  # bytes that this rank reads from the model's files
+    restart: int  # the same of the next start, which may find a quantized copy
+    checkpoint: int  # bytes of a checkpoint's tensors
+    resident: dict[str, float]  # bytes between steps, by kind
+    peak: dict[str, float]  # bytes at the peak, by kind
+    alike: bool  # all blocks
+    moment: str = ""  # of the step where the peak is
+    exchanges: dict[Exchange, tuple[float, float]] = field(default_factory=dict)
+    """Collective -> (count, bytes of the full tensors) in a step."""
+    flops: float = 0.0  # of this rank in a step
+    simulated: tuple[int, ...] = ()  # blocks of the simulated models
+
+    @property
+    def resident_bytes(self) -> float:
+        """Bytes between steps."""
+        return sum(self.resident.values())
+
+    @property
+    def peak_bytes(self) -> float:
+        """Bytes at the peak."""
+        return sum(self.peak.values())
+
+
+@dataclass
 class Figures:
     """What one simulated step shows; every number is linear in the number of layers.
 
@@ -207,31 +239,15 @@ def stretch(a: Figures, b: Figures, lengths: tuple[int, int], layers: int) -> Fi
     return stretched
 
 
-def simulate(
-    config: RunConfig,
-    folder: Path,
-    world: int,
-    per_node: int,
-    rows: int,
-    micro: int,
-    shares: Shares,
-) -> Figures:
+def simulate(config: RunConfig, folder: Path, world: int, per_node: int, step: Step) -> Figures:
     """Run one optimizer step of rank 0 on fake tensors; moments are named by the block's number.
-
-    Args:
-        config: of the run.
-        folder: with the ``config.json`` of a model.
-        world: ranks.
-        per_node: ranks a node.
-        rows: of a micro-batch, of ``data.cutoff`` tokens each.
-        micro: micro-batches of a step on this rank; two stand for more.
-        shares: what the engine says of itself.
+    ``folder`` holds the ``config.json`` of a model; two micro-batches stand for more.
 
     Raises:
         UserError: a model or target that cannot be.
     """
     assert not dist.is_initialized(), "plan runs in a process of its own"
-    tracker, ranks = Tracker(per_node), Ranks(0, world)
+    tracker, ranks, shares = Tracker(per_node), Ranks(0, world), step.shares
     with ExitStack() as contexts:
         dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
         contexts.callback(dist.destroy_process_group)
@@ -251,14 +267,14 @@ def simulate(
         _follow_state(trainer, tracker)
         _name_moments(tracker, structure.blocks_of(model))
         _name_parts(tracker, trainer)
-        shape = rows, padded(config.data.cutoff)
+        shape = step.rows, padded(config.data.cutoff)
         ids, labels = (torch.zeros(shape, dtype=torch.int64) for _ in "xy")
-        batch = MicroBatch(ids, labels, torch.zeros(rows, dtype=torch.int64))
+        batch = MicroBatch(ids, labels, torch.zeros(step.rows, dtype=torch.int64))
         injection.train_mode(model)
         tracker.begin()
         tracker.part = "control"
         ranks.any(False)  # of the training loop: shall we stop?
-        trainer.step([batch] * min(micro, 2), 1, config.train.lr)
+        trainer.step([batch] * min(step.micro, 2), 1, config.train.lr)
         return tracker.figures
 
 
