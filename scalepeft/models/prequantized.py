@@ -304,8 +304,7 @@ class _Mxfp4(Source):
         from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
         packed = self.blocks.rows(first, last), self.scales.rows(first, last)
-        made: Tensor = convert_moe_packed_tensors(*packed)
-        return made
+        return convert_moe_packed_tensors(*packed)
 
 
 def _mxfp4(settings: dict[str, Any], left: Sources) -> Made:

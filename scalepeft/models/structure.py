@@ -59,8 +59,7 @@ def build(
     _say_what_is_off(model)
     if fmt := quant.get_format(config.quant, config.double_quant):
         _quantize_blocks(model, fmt, folder, dict.fromkeys(others, "3-d weights of its own layout"))
-    built: nn.Module = model
-    return built
+    return model
 
 
 def _split_experts(model: nn.Module, weights: Weights | None) -> list[str]:
