@@ -40,15 +40,13 @@ def settings_of(config: dict[str, Any]) -> dict[str, Any]:
     """
     text = config.get("text_config") or {}
     found = config.get("quantization_config") or text.get("quantization_config") or {}
-    if not isinstance(found, dict) or (found and not isinstance(_method(found), str)):
+    if isinstance(found, dict) and (found.get("load_in_4bit") or found.get("load_in_8bit")):
+        # Older files do not name it.
+        found = found | {"quant_method": found.get("quant_method") or "bitsandbytes"}
+    if not isinstance(found, dict) or (found and not isinstance(found.get("quant_method"), str)):
         what = f"quantization_config={found!r} names no quant_method"
         raise UserError(f"config.json: {what}; restore config.json")
     return found
-
-
-def _method(settings: dict[str, Any]) -> Any:
-    loads = settings.get("load_in_4bit") or settings.get("load_in_8bit")  # of older files
-    return settings.get("quant_method") or ("bitsandbytes" if loads else None)
 
 
 def keeps(settings: dict[str, Any]) -> Callable[[str], bool]:
@@ -71,7 +69,7 @@ def read(settings: dict[str, Any], entries: Sources) -> Sources:
     Raises:
         UserError: a method or packing that is not read here, or a scale that would be ignored.
     """
-    method, left = _method(settings), dict(entries)
+    method, left = settings.get("quant_method"), dict(entries)
     if settings and method not in METHODS:
         known = f"read are {', '.join(METHODS)}"
         _refuse("config.json", f"quant_method={method} of the base is not read here ({known})")
@@ -226,7 +224,7 @@ def _bitsandbytes(settings: dict[str, Any], left: Sources) -> Made:
 
 
 def _scaled(settings: dict[str, Any], left: Sources) -> Made:
-    kinds = (*FLOAT8, torch.int8) if _method(settings) == "compressed-tensors" else FLOAT8
+    kinds = (*FLOAT8, torch.int8) if settings["quant_method"] == "compressed-tensors" else FLOAT8
     for name in [name for name, source in left.items() if source.dtype in kinds]:
         names = [form.format(name, name.removesuffix(".weight")) for form in SCALED]
         scale = next((left.pop(n) for n in names if n in left), None)
@@ -279,11 +277,11 @@ class _Grouped(Source):
 
 def _grouped(settings: dict[str, Any], left: Sources) -> Made:
     key, forms = "checkpoint_format", ["gptq", "gptq_v2"]
-    if _method(settings) == "awq":
+    if settings["quant_method"] == "awq":
         key, forms = "version", ["gemm"]
     form = str(settings.get(key) or forms[0]).lower()
     if form not in forms:
-        what = f"quant_method={_method(settings)} in the form {form} is not read here"
+        what = f"quant_method={settings['quant_method']} in the form {form} is not read here"
         _refuse("config.json", f"{what} ({', '.join(forms)} are)")
     for name in _ending(left, ".qweight"):
         yield name.removesuffix("qweight") + "weight", _Grouped(left, name, form)
