@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from scalepeft.core.files import cache_folder, fsync, write_atomically
 from scalepeft.core.log import say
-from scalepeft.core.safetensors import DamagedFile, SafetensorsFile, Writer
+from scalepeft.core.safetensors import DamagedFile, SafetensorsFile
 from scalepeft.core.text import size
 from scalepeft.models.hub import Base
-from scalepeft.models.tensors import Reader, as_bytes
+from scalepeft.models.tensors import Reader, write_tensors
 from scalepeft.parallel.base import Engine, full_shape, local_part
 
 VERSION = 1  # of the conversion: another one's copies are not read
@@ -175,18 +175,15 @@ class QuantizedCopy:
             a, b = (part.data.numel() * i // count for i in (copy, copy + 1))
             if a < b:
                 mine[f"{name}[{part.start + a}:{part.start + b}]"] = part.data[a:b]
-        header = [(key, "U8", data.shape, data.numel()) for key, data in mine.items()]
-        with Writer(file, header, {"shapes": json.dumps(self._shapes)}) as writer:
-            for data in mine.values():
-                writer.write([as_bytes(data.cpu())])
+        info = write_tensors(file, mine, self._shapes)
         whole_file, chunks = hashlib.sha256(), []
         with file.open("rb") as f:
             for chunk in iter(partial(f.read, CHUNK), b""):
                 whole_file.update(chunk)
                 chunks.append(_digest(chunk))
-        if whole_file.hexdigest() != writer.info["sha256"]:
+        if whole_file.hexdigest() != info["sha256"]:
             raise OSError("the disk does not return what was written")
-        return writer.info | {"chunks": chunks}
+        return info | {"chunks": chunks}
 
     def _commit(self, temporary: Path, files: dict[str, Any]) -> None:
         assert self.folder is not None
