@@ -136,19 +136,17 @@ def _block(name: str) -> int | None:
 
 
 def _in_layers(names: list[str], layers: list[int] | str) -> list[str]:
-    """Keeps the targets that lie in the given decoder blocks."""
     if isinstance(layers, str):
         return names
-    there = sorted({b for name in names if (b := _block(name)) is not None})
+    there = [block for name in names if (block := _block(name)) is not None]
     if outside := [name for name in names if _block(name) is None]:
         raise UserError(
             f"adapter.layers={layers}: {outside[0]} lies in no decoder block; take it out of"
             " adapter.target_modules, or set adapter.layers=all"
         )
-    for wanted in layers:
-        if wanted not in there:
-            known = f"{there[0]} to {there[-1]}" if there else "no numbered blocks"
-            raise UserError(f"adapter.layers={layers}: no block {wanted}; the targets have {known}")
+    if missing := [wanted for wanted in layers if wanted not in there]:
+        known = f"{min(there)} to {max(there)}"
+        raise UserError(f"adapter.layers={layers}: no block {missing[0]}; the targets have {known}")
     return [name for name in names if _block(name) in layers]
 
 
