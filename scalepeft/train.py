@@ -22,7 +22,6 @@ from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping
 from scalepeft.core.text import size
 from scalepeft.data import tokens
 from scalepeft.data.tokens import TokenSet
-from scalepeft.models import integrity
 from scalepeft.models.hub import Base, open_base
 from scalepeft.models.weights import resident_bytes
 from scalepeft.parallel.base import full_shape
@@ -45,7 +44,7 @@ def _check_resumed(
             to continue, or calls itself finished.
     """
     fingerprint = ranks.assert_equal(rows.train.fingerprint(), "data.train: training rows differ")
-    where, path = f"run_dir={config.run_dir}", f"model.path={config.model.path}"
+    where = f"run_dir={config.run_dir}"
     if resumed is None:
         return fingerprint
     if resumed.step > rows.total:
@@ -53,13 +52,7 @@ def _check_resumed(
             f"{where}: is at step {resumed.step} already, the run is to end at {rows.total}; raise"
             " train.max_steps or train.epochs, or choose another run_dir"
         )
-    held = resumed.state["base"]
-    integrity.check(held.get("sha256"), base.digests(ranks), path, f"{where} began with")
-    if held["fingerprint"] != ranks.all_or_raise(lambda: base.fingerprint):
-        raise UserError(
-            f"{where}: was trained on another base than {path} now holds (the fingerprint of its"
-            " files differs); give the old base, or choose another run_dir"
-        )
+    base.check_same(resumed.state["base"], where, ranks)
     if resumed.state["data"] != fingerprint:
         raise UserError(
             f"{where}: training rows differ from those it began with; restore the files"

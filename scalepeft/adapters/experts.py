@@ -1,7 +1,6 @@
 """An adapter for each expert of a mixture: any method, its parameters stacked."""
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from scalepeft.adapters.base import Adapter, Dropout
 from scalepeft.core.errors import UserError
+from scalepeft.models.experts import mix_in
 
 
 def stack(adapter: Adapter, experts: int) -> None:
@@ -24,17 +24,12 @@ def stack(adapter: Adapter, experts: int) -> None:
             "an expert sees tokens of all rows of a batch, and dropout is drawn by row; set"
             " adapter.dropout=0, or leave the experts out of adapter.target_modules"
         )
-    adapter.__class__ = _stacked_class(type(adapter))  # type: ignore[arg-type]  # mypy: no Hashable
+    mix_in(adapter, Stacked)
     for key in list(adapter._modules):  # an Identity: ZeRO-3 counts calls, which ranks differ in
         vars(adapter)[key] = adapter._modules.pop(key)
     for key, parameter in adapter._parameters.items():
         if parameter is not None:
             adapter._parameters[key] = nn.Parameter(parameter.new_empty(experts, *parameter.shape))
-
-
-@cache
-def _stacked_class(method: Any) -> Any:
-    return type(f"Stacked{method.__name__}", (Stacked, method), {})
 
 
 class Stacked(Adapter):

@@ -83,8 +83,7 @@ class Reflected(Adapter):
             u = columns.to(math_dtype(x.dtype))
             factors += [u.to(x.dtype), wy_factor(u, self.inverse).to(x.dtype)]
         scale = None if self.scale is None else self.scale.to(x.dtype)
-        y: Tensor = _RotatedMatMul.apply(x, *factors, scale, base)
-        return y
+        return _RotatedMatMul.apply(x, *factors, scale, base)
 
     def flops(self) -> int:
         """Four thin products, two a side; and the scale."""

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from scalepeft.core.errors import UserError, unknown
 from scalepeft.core.fields import _build
 from scalepeft.core.files import digest, read_mapping
 from scalepeft.models import quant
-from scalepeft.models.experts import ExpertLinear, replace_experts
+from scalepeft.models.experts import ExpertLinear, mix_in, replace_experts
 from scalepeft.parallel.base import copy_rows, full_shape
 
 
@@ -46,8 +45,7 @@ class AdaptedExperts(Adapted):
 
     def forward(self, x: Tensor, bounds: list[int]) -> Tensor:  # type: ignore[override]
         """X (rows, in) sorted by expert -> (rows, out)."""
-        y: Tensor = self.adapter(x, self, bounds)
-        return y
+        return self.adapter(x, self, bounds)
 
 
 class AdaptedNorm(nn.Module):
@@ -61,11 +59,6 @@ class AdaptedNorm(nn.Module):
         return self.adapter.transform_output(y)
 
 
-@cache
-def _adapted_class(base: Any, mixin: Any) -> Any:
-    return type(f"Adapted{base.__name__}", (mixin, base), {})
-
-
 def _attach(layer: nn.Module, config: AdapterConfig, name: str = "") -> None:
     if not isinstance(layer, nn.Linear):
         raise UserError(f"{type(layer).__name__} cannot be adapted; nn.Linear layers can")
@@ -74,21 +67,15 @@ def _attach(layer: nn.Module, config: AdapterConfig, name: str = "") -> None:
     adapter = registry.find_class("adapters.methods", config.name, "adapter", Adapter)(
         config, layer.in_features, layer.out_features, name
     )
-    mixin = AdaptedExperts if isinstance(layer, ExpertLinear) else Adapted
     if isinstance(layer, ExpertLinear):
         stack(adapter, layer.num_experts)
-    layer.__class__ = _adapted_class(type(layer), mixin)  # type: ignore[arg-type]  # mypy: no Hashable
-    assert isinstance(layer, Adapted)
+    _put(layer, AdaptedExperts if isinstance(layer, ExpertLinear) else Adapted, adapter)
+
+
+def _put(layer: Any, mixin: type[nn.Module], adapter: Adapter) -> None:
+    mix_in(layer, mixin)
     layer.requires_grad_(False)
     layer.adapter = adapter.to(layer.weight.device).train(layer.training)
-
-
-def _attach_norm(norm: Any, config: AdapterConfig) -> None:
-    scale = Scale(config, len(norm.weight), bias=getattr(norm, "bias", None) is not None)
-    device = norm.weight.device
-    norm.__class__ = _adapted_class(type(norm), AdaptedNorm)  # type: ignore[arg-type]
-    assert isinstance(norm, AdaptedNorm)
-    norm.adapter = scale.to(device).train(norm.training)
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
@@ -115,10 +102,6 @@ def train_mode(model: nn.Module) -> nn.Module:
     return model
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
-
-
 def _is_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.dim() == 1
@@ -127,9 +110,10 @@ def _is_norm(module: nn.Module) -> bool:
 def _matching(
     model: nn.Module, patterns: list[str], fits: Callable[[nn.Module], bool], where: str, what: str
 ) -> list[str]:
-    candidates = {name for name, m in model.named_modules() if fits(m)}
-    experts = {name for name, m in model.named_modules() if isinstance(m, ExpertLinear)}
-    found: list[str] = []
+    modules = dict(model.named_modules())
+    candidates = {name for name, m in modules.items() if fits(m)}
+    experts = {name for name, m in modules.items() if isinstance(m, ExpertLinear)}
+    found: set[str] = set()
     for pattern in patterns:
         # Experts, most of a model, are never meant by a bare down_proj.
         named = candidates if "experts" in pattern else candidates - experts
@@ -142,9 +126,8 @@ def _matching(
                 f"{where}: '{pattern}' matches no {what} layer of this model.{near}"
                 f" There are: {', '.join(last)}"
             )
-        found += matches
-    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    return sorted(set(found), key=order.__getitem__)
+        found.update(matches)
+    return [name for name in modules if name in found]
 
 
 def _block(name: str) -> int | None:
@@ -153,19 +136,17 @@ def _block(name: str) -> int | None:
 
 
 def _in_layers(names: list[str], layers: list[int] | str) -> list[str]:
-    """Keeps the targets that lie in the given decoder blocks."""
     if isinstance(layers, str):
         return names
-    there = sorted({b for name in names if (b := _block(name)) is not None})
+    there = [block for name in names if (block := _block(name)) is not None]
     if outside := [name for name in names if _block(name) is None]:
         raise UserError(
             f"adapter.layers={layers}: {outside[0]} lies in no decoder block; take it out of"
             " adapter.target_modules, or set adapter.layers=all"
         )
-    for wanted in layers:
-        if wanted not in there:
-            known = f"{there[0]} to {there[-1]}" if there else "no numbered blocks"
-            raise UserError(f"adapter.layers={layers}: no block {wanted}; the targets have {known}")
+    if missing := [wanted for wanted in layers if wanted not in there]:
+        known = f"{min(there)} to {max(there)}"
+        raise UserError(f"adapter.layers={layers}: no block {missing[0]}; the targets have {known}")
     return [name for name in names if _block(name) in layers]
 
 
@@ -190,7 +171,9 @@ def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int =
     if any("experts" in pattern for pattern in config.target_modules):
         replace_experts(model)  # of a model that transformers made
     wanted = targets.expand(model, config)
-    linear = _matching(model, wanted, _is_linear, "adapter.target_modules", "linear")
+    linear = _matching(
+        model, wanted, lambda m: isinstance(m, nn.Linear), "adapter.target_modules", "linear"
+    )
     targets.check(model, linear)
     linear = _in_layers(linear, config.layers)
     norms = _matching(model, config.norm_modules(), _is_norm, "adapter.norm", "normalization")
@@ -208,7 +191,9 @@ def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int =
         )
     for name in norms:
         if _block(name) in blocks:
-            _attach_norm(model.get_submodule(name), config)
+            norm: Any = model.get_submodule(name)
+            bias = getattr(norm, "bias", None) is not None
+            _put(norm, AdaptedNorm, Scale(config, len(norm.weight), bias))
     if not any(p.is_meta for p in model.parameters()):
         reset_adapters(model, seed)
     return model
@@ -369,5 +354,4 @@ def adapter_config(values: dict[str, Any]) -> AdapterConfig:
     if "name" not in values:
         raise unknown("adapter", "", registry.available("adapters.methods"))
     found = registry.find_class("adapters.methods", str(values["name"]), "adapter", AdapterConfig)
-    built: AdapterConfig = _build(found, values, "adapter")
-    return built
+    return _build(found, values, "adapter")

@@ -12,7 +12,7 @@ from scalepeft.core.files import digest
 from scalepeft.core.log import say
 from scalepeft.models.hub import Base, open_base
 from scalepeft.parallel.ranks import Ranks
-from scalepeft.run.folder import check_base, older_adapter
+from scalepeft.run.folder import older_adapter
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,10 @@ class EvalTarget:
         if kind == "merged":
             config = ranks.all_or_raise(lambda: _with_merged(config))
         base = open_base(config.model, ranks)
-
-        digests = base.digests(ranks) if adapter is not None else {}
-
-        def look() -> tuple[str, str]:
-            if adapter is not None:  # base and adapter are compared: they must be of one base
-                check_base(config, adapter[2].get("base_model", {}), base, digests)
-            return base.fingerprint, base.tokenizer_hash  # both read where ranks agree on a failure
-
-        weights, _ = ranks.all_or_raise(look)
+        if adapter is not None:  # base and adapter are compared: they must be of one base
+            base.check_same(adapter[2].get("base_model", {}), f"{run_dir}/adapter", ranks)
+        # Both read where ranks agree on a failure.
+        weights, _ = ranks.all_or_raise(lambda: (base.fingerprint, base.tokenizer_hash))
         if kind != "adapter":
             return cls(kind, config, base, weights)
         step = adapter[2].get("step")

@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ def _plan(finished: FinishedRun, model: Streamed, dtype: str) -> tuple[list[str]
     new = {}
     for bias in shapes.keys() - layout.sources.keys():  # a switch gives other layers one too
         weight = names[bias.removesuffix("bias") + "weight"]
-        new[weight] = _Item(weight.removesuffix("weight") + "bias", "", shapes[bias], None)
+        new[weight] = shapes[bias]
     architecture = finished.base.architecture
     named = architecture.get_text_config().dtype or architecture.dtype
     decoded = DTYPE_NAMES.get(named, "F32")
@@ -189,9 +189,11 @@ def _architecture_with(
     )
 
 
-def _shards(weights: Weights, new: dict[str, _Item], dtype: str, decoded: str) -> list[_Shard]:
-    """The base's tensors in their files and order; a new bias stands behind its weight. ``decoded``
-    is what config.json gives as the dtype of weights that the files hold in codes.
+def _shards(
+    weights: Weights, new: dict[str, tuple[int, ...]], dtype: str, decoded: str
+) -> list[_Shard]:
+    """The base's tensors in their files and order, and behind a weight of ``new`` its new bias of
+    that shape. ``decoded``: dtype in config.json, of weights that the files hold in codes.
     """
     several = len(weights.files) > 1 or (weights.folder / INDEX).is_file()
     shards = []
@@ -207,7 +209,7 @@ def _shards(weights: Weights, new: dict[str, _Item], dtype: str, decoded: str) -
                 kind = decoded
             items.append(_Item(name, kind, tuple(source.shape), source))
             if (bias := new.get(name)) is not None:
-                items.append(replace(bias, dtype=kind))
+                items.append(_Item(name.removesuffix("weight") + "bias", kind, bias, None))
         # transformers finds a single file by its name, and several by their index.
         name = file.path.name if several else "model.safetensors"
         shards.append(_Shard(name, file, items))
@@ -226,30 +228,21 @@ def _write_shard(model: Streamed, shard: _Shard, folder: Path, poll: Callable[[]
     begun.rename(folder / shard.file)
 
 
-def _pieces(values: "_NewValues", source: SafetensorsFile, item: _Item) -> Iterator[Any]:
+def _pieces(values: "_NewValues", file: SafetensorsFile, item: _Item) -> Iterator[Any]:
     """The bytes of a tensor as they are to be written, some rows at a time."""
     value = values.of(item)
-    if value is None and item.source is None:
-        yield bytes(item.size)
-    elif value is None and item.stored is not None:
-        yield from source.pieces(item.stored)
-    else:
-        if value is None and item.source is not None and not item.source.by_rows:
-            value = item.source.whole()
-        length = item.shape[0] if item.shape else 1
-        rows = max(1, PIECE_BYTES * length // max(1, item.size))
-        for first in range(0, length, rows):
-            last = min(first + rows, length)
-            if value is not None:
-                part = value[first:last]
-            else:
-                assert item.source is not None
-                part = item.source.rows(first, last)
-            rounded = part.to(DTYPES[item.dtype]).cpu()
-            if value is not None and not torch.isfinite(rounded).all():
-                what = f"{item.name}: the merged values do not fit into {item.dtype}"
-                raise UserError(f"{what}; merge with --dtype fp32 or bf16")
-            yield as_bytes(rounded)
+    source: Any = item.source  # there is one where no value is new
+    if value is None and item.stored is not None:
+        yield from file.pieces(item.stored)
+        return
+    length = item.shape[0] if item.shape else 1
+    rows = max(1, PIECE_BYTES * length // max(1, item.size))
+    for piece in source.pieces(rows) if value is None else value.split(rows):
+        rounded = piece.to(DTYPES[item.dtype]).cpu()
+        if value is not None and not torch.isfinite(rounded).all():
+            what = f"{item.name}: the merged values do not fit into {item.dtype}"
+            raise UserError(f"{what}; merge with --dtype fp32 or bf16")
+        yield as_bytes(rounded)
 
 
 class _NewValues:
@@ -262,11 +255,12 @@ class _NewValues:
 
     @torch.no_grad()
     def of(self, item: _Item) -> Tensor | None:
-        """The new tensor; None where the base's own value stays."""
+        """The new tensor; None where the base's own value stays, zeros where it has none."""
         layout = self._model.weights.layout
         if item.source is None:
             weight = layout.groups[item.name.removesuffix("bias") + "weight"].first_target
-            return self._tensor(weight.removesuffix("weight") + "bias")
+            new = self._tensor(weight.removesuffix("weight") + "bias")
+            return torch.zeros(item.shape) if new is None else new
         if (group := layout.groups.get(item.name)) is None:
             return None
         if group.converter is None:
@@ -275,13 +269,8 @@ class _NewValues:
             while len(self._held) > 2:
                 del self._held[next(iter(self._held))]
             self._held[id(group)] = self._converted(group)
-        if not (new := self._held[id(group)]):
-            return None
-        rows = slice(None)
-        if group.by_rows:
-            at = group.place(item.name)
-            rows = slice(at, at + 1)
-        return group.restore({name: t[rows] for name, t in new.items()}, rows)[item.name]
+        made = self._held[id(group)]
+        return group.restore(item.name, made) if made else None
 
     def _converted(self, group: Group) -> dict[str, Tensor]:
         new = {name: self._tensor(name) for name in group.shapes()}
@@ -323,10 +312,10 @@ def _copy_small_files(
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     config |= dict.fromkeys(switches, True)
     weights = finished.base.weights
-    if any(not isinstance(source, Entry) for source in weights.entries.values()):
-        for part in (config, config.get("text_config") or {}):
-            part.pop("quantization_config", None)  # what is written are plain numbers
+    decoded = any(not isinstance(source, Entry) for source in weights.entries.values())
     for part in (config, config.get("text_config") or {}):
+        if decoded:
+            part.pop("quantization_config", None)  # what is written are plain numbers
         if isinstance(part.get("pad_token_id"), int):  # one beyond the vocabulary stops a load
             part["pad_token_id"] = finished.base.architecture.get_text_config().pad_token_id
     if weights.layout.untied:

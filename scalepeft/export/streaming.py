@@ -23,13 +23,13 @@ from scalepeft.config import changes
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
-from scalepeft.core.files import fsync
+from scalepeft.core.files import fsync, write_atomically
 from scalepeft.models import structure
 from scalepeft.models.hub import Base, ModelConfig, open_base
 from scalepeft.models.weights import Weights, fill
 from scalepeft.parallel.ranks import Ranks, pick_device
 from scalepeft.run.checkpoint import RunFolder
-from scalepeft.run.folder import check_base, load_run, older_adapter
+from scalepeft.run.folder import load_run, older_adapter
 
 MADE_FROM = "made_from.json"
 """In a folder that was filled with a key: that key."""
@@ -52,22 +52,18 @@ class Streamed:
             if name in state:
                 buffer.copy_(weights.layout.sources[name].whole().view_as(buffer))
 
-    def _take(self, module: nn.Module) -> dict[str, nn.Parameter]:
-        own = {key: p for key, p in module._parameters.items() if p is not None and p.is_meta}
-        for key, p in own.items():
-            real = torch.empty_like(p, device=self.device)
-            module._parameters[key] = nn.Parameter(real, requires_grad=False)
-        with torch.no_grad():
-            for key, p in own.items():
-                if key != "weight_scale":  # comes with its weight
-                    fill(module, self.names[id(p)], key, getattr(module, key), self.weights)
-        return own
-
     @contextmanager
     def held(self, module: nn.Module) -> Iterator[None]:
         """Inside, the parameters that are the module's own are real; quantized where it is."""
-        own = self._take(module)
+        own = {key: p for key, p in module._parameters.items() if p is not None and p.is_meta}
         try:
+            for key, p in own.items():
+                real = torch.empty_like(p, device=self.device)
+                module._parameters[key] = nn.Parameter(real, requires_grad=False)
+            for key, p in own.items():
+                if key != "weight_scale":  # comes with its weight
+                    with torch.no_grad():
+                        fill(module, self.names[id(p)], key, getattr(module, key), self.weights)
             yield
         finally:
             module._parameters.update(own)
@@ -75,13 +71,13 @@ class Streamed:
     @torch.no_grad()
     def logits(self, ids: Tensor) -> Tensor:
         """ids (rows, tokens) -> logits (rows, tokens, vocabulary), on the CPU."""
-        taken: dict[nn.Module, dict[str, nn.Parameter]] = {}
+        held = {module: ExitStack() for module in self.modules.values()}
 
         def before(module: nn.Module, _args: Any) -> None:
-            taken[module] = self._take(module)
+            held[module].enter_context(self.held(module))
 
         def after(module: nn.Module, _args: Any, _out: Any) -> None:
-            module._parameters.update(taken.pop(module))
+            held[module].close()
 
         with ExitStack() as hooks:
             for module in self.modules.values():
@@ -136,7 +132,7 @@ class FinishedRun:
         device = pick_device(config.engine.device, 0)
         base = open_base(config.model, Ranks())
         _ = base.architecture  # a config.json that is missing is named first
-        check_base(config, trained_on, base, base.digests(Ranks()))
+        base.check_same(trained_on, f"{run_dir}/adapter", Ranks())
         return cls(config, base, state, device)
 
     def structure(self, quantized: bool) -> Streamed:
@@ -195,8 +191,7 @@ def whole_folder(out: Path, key: str | None = None) -> Iterator[Path]:
         elif not made_from.is_file() or made_from.read_text() != key:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            made_from.write_text(key)
-            fsync(made_from)
+            write_atomically(made_from, key)
         yield partial
         for file in partial.iterdir():
             fsync(file)

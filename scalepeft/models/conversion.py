@@ -5,6 +5,7 @@ Its operations are run here, on the rows that are asked for, and never copied.
 """
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -46,10 +47,6 @@ class Group:
     def names(self) -> list[str]:
         """Of the files' tensors."""
         return [name for listed in self.sources.values() for name, _ in listed]
-
-    def place(self, name: str) -> int:
-        """Number of a tensor of the files in its list."""
-        return next(i for t in self.sources.values() for i, (n, _) in enumerate(t) if n == name)
 
     @cached_property
     def by_rows(self) -> bool:
@@ -94,35 +91,34 @@ class Group:
         """Returns the model's tensors on the meta device."""
         return self._convert(lambda _, s: torch.empty(s.shape, dtype=s.dtype, device="meta"))
 
-    def restore(self, values: Mapping[str, Tensor], rows: slice = slice(None)) -> dict[str, Tensor]:
-        """Turns values of the model's tensors into those of the files: the inverse of ``read``.
+    def restore(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
+        """Returns a tensor of the files out of values of the model's: the inverse of ``read``.
 
-        The operations only move numbers, so that numbers of places, sent through them, tell where
-        each value came from.
+        The operations only move numbers, so that the numbers of its places, sent through them with
+        -1 for those of other tensors, tell where its values are now.
 
         Raises:
             UserError: an operation does more than move numbers.
         """
-        spans: dict[str, tuple[int, int, tuple[int, ...]]] = {}
-        end = 0
+        listed = next(of for of in self.sources.values() if name in dict(of))
+        row, shape = [key for key, _ in listed].index(name), dict(listed)[name].shape
+        rows = slice(row, row + 1) if self.by_rows else slice(None)
+        numbers = torch.arange(math.prod(shape))
 
-        def places(name: str, source: Source) -> Tensor:
-            nonlocal end
-            start, end = end, end + torch.Size(source.shape).numel()
-            spans[name] = (start, end, source.shape)
-            return torch.arange(start, end).view(source.shape)
+        def places(key: str, source: Source) -> Tensor:
+            return numbers.view(shape) if key == name else torch.full(source.shape, -1)
 
         made = self._convert(places, rows)
-        flat = torch.cat([values[name].reshape(-1) for name in made])
-        place = torch.cat([made[name].reshape(-1) for name in made])
-        if len(place) != end or flat.shape != place.shape:
+        flat = torch.cat([values[key][rows].reshape(-1) for key in made])
+        place = torch.cat([made[key].reshape(-1) for key in made])
+        at = (place >= 0).nonzero().squeeze(1)
+        at = at[place[at].argsort()]
+        if len(flat) != len(place) or not torch.equal(place[at], numbers):
             raise UserError(
-                f"{self.first_target} is not {self.names[0]} in another order, so that merged"
+                f"{self.first_target} is not {name} and others in another order, so that merged"
                 " values cannot be written back; keep the adapter"
             )
-        out = torch.empty_like(flat)
-        out[place.to(flat.device)] = flat
-        return {name: out[a:b].view(shape) for name, (a, b, shape) in spans.items()}
+        return flat[at.to(flat.device)].view(shape)
 
 
 class _Converted(Source):
@@ -228,8 +224,8 @@ class Layout:
             if group.converter is None:
                 self.sources[group.first_target] = entries[group.names[0]]
             else:
-                made = {name: _Converted(group, name, t) for name, t in group.shapes().items()}
-                self.sources |= made
+                for name, like in group.shapes().items():
+                    self.sources[name] = _Converted(group, name, like)
         return left
 
     def _tie(self, model: Any) -> None:
@@ -255,9 +251,5 @@ class Layout:
 
 
 def _equal(one: Source, other: Source) -> bool:
-    if one.shape != other.shape:
-        return False
-    length = one.shape[0] if one.shape else 1
-    starts = range(0, length, PIECE_ROWS)
-    pieces = ((first, min(first + PIECE_ROWS, length)) for first in starts)
-    return all(torch.equal(one.rows(*piece), other.rows(*piece)) for piece in pieces)
+    pieces = zip(one.pieces(PIECE_ROWS), other.pieces(PIECE_ROWS), strict=False)
+    return one.shape == other.shape and all(torch.equal(a, b) for a, b in pieces)

@@ -39,8 +39,7 @@ class Source:
     @property
     def text(self) -> dict[str, Any]:
         """The values of the decoder, which a multimodal model keeps apart."""
-        text: dict[str, Any] = self.values.get("text_config") or self.values
-        return text
+        return self.values.get("text_config") or self.values
 
     def item_bytes(self, tensor: str) -> int:
         """Bytes a number of a tensor on the disk; without files what ``config.json`` says."""

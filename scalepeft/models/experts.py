@@ -38,8 +38,7 @@ class ExpertLinear(nn.Linear):
 
     def forward(self, x: Tensor, bounds: list[int]) -> Tensor:  # type: ignore[override]
         """X (rows, in) sorted by expert -> (rows, out)."""
-        y: Tensor = _ExpertsMatMul.apply(x, self, bounds)
-        return y
+        return _ExpertsMatMul.apply(x, self, bounds)
 
     def expert(self, number: int) -> "Expert":
         """W_e as the frozen layer of an adapter."""
@@ -89,8 +88,7 @@ class Expert(quant.Frozen):
     def __call__(self, x: Tensor) -> Tensor:
         """``W_e x`` (rows, out) in the dtype of x."""
         bounds = [len(x) * (e > self._number) for e in range(self._experts + 1)]  # all its own
-        y: Tensor = _ExpertsMatMul.apply(x, self._layer, bounds)
-        return y
+        return _ExpertsMatMul.apply(x, self._layer, bounds)
 
 
 class _ExpertsMatMul(torch.autograd.Function):
@@ -117,8 +115,7 @@ def _product(x: Tensor, layer: ExpertLinear, bounds: list[int], backward: bool) 
 
         w = layer.weight.detach().view(layer.num_experts, layer.out_features, layer.in_features)
         ends = torch.tensor(bounds[1:], dtype=torch.int32, device=x.device)
-        grouped: Tensor = _grouped_mm(x, w if backward else w.mT, ends)
-        return grouped
+        return _grouped_mm(x, w if backward else w.mT, ends)
     y = x.new_empty(len(x), layer.in_features if backward else layer.out_features)
     for e, first, last in hit:
         w = layer.expert(e).weight(x.dtype)
@@ -131,8 +128,7 @@ def _bounds(ids: Tensor, experts: int) -> list[int]:
     if isinstance(ids, FakeTensor):  # a plan's, without values: as if tokens were dealt evenly
         return [len(ids) * e // experts for e in range(experts + 1)]
     edges = torch.arange(experts + 1, device=ids.device, dtype=ids.dtype)
-    found: list[int] = torch.searchsorted(ids, edges).tolist()  # the one wait for the device
-    return found
+    return torch.searchsorted(ids, edges).tolist()  # the one wait for the device
 
 
 class Experts(nn.Module):
@@ -178,13 +174,18 @@ class DenseExperts(nn.Module):
         own: Any = self
         bounds = [len(hidden_states) // own.num_experts * e for e in range(own.num_experts + 1)]
         gate, up = own.gate_up_proj(hidden_states, bounds).chunk(2, dim=-1)
-        y: Tensor = own.down_proj(up * own.act_fn(gate), bounds)
-        return y
+        return own.down_proj(up * own.act_fn(gate), bounds)
 
 
 @cache
-def _split_class(mixin: Any, base: Any) -> Any:
-    return type(f"Split{base.__name__}", (mixin, base), {})
+def _mixed(mixin: Any, base: Any) -> Any:
+    return type(f"{mixin.__name__}{base.__name__}", (mixin, base), {})
+
+
+def mix_in(module: Any, mixin: Any) -> None:
+    """Puts a mixin before the class of a module, in place."""
+    base: Any = type(module)
+    module.__class__ = _mixed(mixin, base)
 
 
 def replace_experts(model: nn.Module) -> list[str]:
@@ -211,6 +212,5 @@ def replace_experts(model: nn.Module) -> list[str]:
             delattr(module, name)
             transposed = dense or bool(module.is_transposed)
             setattr(module, name, ExpertLinear(parameter, transposed))
-        mixin = DenseExperts if dense else Experts
-        module.__class__ = _split_class(mixin, type(module))  # type: ignore[arg-type]
+        mix_in(module, DenseExperts if dense else Experts)
     return sorted(others)

@@ -109,6 +109,28 @@ class Base:
             self._digests = integrity.shard_digests(files, ranks)
         return self._digests
 
+    def check_same(self, recorded: dict[str, Any], who: str, ranks: Ranks) -> None:
+        """Raises UserError unless this is the base that ``who`` was trained over; a collective.
+
+        Args:
+            recorded: its ``fingerprint`` and (not in older runs) ``sha256`` of each file by name.
+            who: for the message.
+            ranks: of which each has the base.
+        """
+        where, now = f"model.path={self.config.path}", self.digests(ranks)
+        held: Any = recorded.get("sha256")
+        known = isinstance(held, dict) and held.keys() == now.keys()  # else fingerprints differ too
+        if damaged := [name for name in now if known and held[name] != now[name]]:
+            raise UserError(
+                f"{where}: {', '.join(damaged[:4])}: other bytes than those that {who} was trained"
+                " over (sha256): damaged or replaced; copy the base again"
+            )
+        if ranks.all_or_raise(lambda: self.fingerprint) != recorded.get("fingerprint"):
+            raise UserError(
+                f"{who} was trained on another base than {where} now holds (the fingerprint of its"
+                " files differs); name the folder of that base with model.path=FOLDER"
+            )
+
 
 def open_base(config: ModelConfig, ranks: Ranks) -> Base:
     """Opens the base of a run; a collective. Raises UserError as ``resolve`` does."""

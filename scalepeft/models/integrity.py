@@ -6,7 +6,6 @@ import json
 import re
 import time
 from pathlib import Path
-from typing import Any
 
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import cache_folder, digest, write_atomically
@@ -73,19 +72,3 @@ def _digest(path: Path, identity: list[int]) -> str:
         raise UserError(f"{path}: damaged: its sha256 is not the hub's ({real.name[:12]}...);"
                         f" remove {real} and download it again")  # fmt: skip
     return found
-
-
-def check(recorded: Any, now: dict[str, str], where: str, what: str) -> None:
-    """Raises UserError, which names the files, if bytes differ from those that ``what`` began with.
-
-    Args:
-        recorded: name -> sha256; nothing in older runs.
-        now: the same of the base as it is.
-        where: the base, for the message.
-        what: for the message.
-    """
-    if not isinstance(recorded, dict) or recorded.keys() != now.keys():
-        return  # files of other names: the fingerprint differs too
-    if damaged := [name for name, value in now.items() if recorded[name] != value]:
-        raise UserError(f"{where}: {', '.join(damaged[:4])}: other bytes than those that {what}"
-                        " (sha256): damaged or replaced; copy the base again")  # fmt: skip

@@ -68,8 +68,7 @@ def chunked_cross_entropy(
     targets = labels[:, 1:].reshape(-1)
     kept = (targets != IGNORED).nonzero().squeeze(1)
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[kept]
-    loss: Tensor = _ChunkedLoss.apply(rows, targets[kept], head, chunk, *trained)
-    return loss
+    return _ChunkedLoss.apply(rows, targets[kept], head, chunk, *trained)
 
 
 class _Decoded(tuple[Tensor]):

@@ -253,8 +253,7 @@ def bnb_linear(layer: nn.Linear) -> nn.Module:
     )
     made.bias = layer.bias
     made.support_avx512bf16_for_cpu = False
-    on_device: nn.Module = made.to(layer.weight.device)
-    return on_device
+    return made.to(layer.weight.device)
 
 
 def matmul(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ digest of every mebibyte, which is compared when that mebibyte is read.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -20,10 +21,10 @@ from torch import Tensor, nn
 
 from scalepeft.core.files import cache_folder, fsync, write_atomically
 from scalepeft.core.log import say
-from scalepeft.core.safetensors import DamagedFile, SafetensorsFile, Writer
+from scalepeft.core.safetensors import DamagedFile, SafetensorsFile
 from scalepeft.core.text import size
 from scalepeft.models.hub import Base
-from scalepeft.models.tensors import Reader, as_bytes
+from scalepeft.models.tensors import Reader, write_tensors
 from scalepeft.parallel.base import Engine, full_shape, local_part
 
 VERSION = 1  # of the conversion: another one's copies are not read
@@ -71,7 +72,6 @@ class QuantizedCopy:
 
     Attributes:
         folder: where it is or will be; None where none is wanted.
-        bytes_read: of it, by this rank.
     """
 
     def __init__(self, base: Base, model: nn.Module, engine: Engine) -> None:
@@ -81,48 +81,44 @@ class QuantizedCopy:
             for name, p in model.named_parameters()
             if p.dtype == torch.uint8 and ".adapter." not in name
         }
-        self.size = sum(full_shape(p).numel() for p in self._parameters.values())
         self._shapes = {name: tuple(full_shape(p)) for name, p in self._parameters.items()}
+        self.size = sum(map(math.prod, self._shapes.values()))
         self._reader: _Copy | None = None
-        setting = base.config.quantized_cache
-        root = folder_of(setting, self.size)
-        if setting == "auto" and base.weights.storage.get("quant_method") == "bitsandbytes":
-            root = None  # its own bytes are read as they are
         self.folder: Path | None = None
+        setting = base.config.quantized_cache
+        own_bytes = base.weights.storage.get("quant_method") == "bitsandbytes"  # read as they are
+        root = None if setting == "auto" and own_bytes else folder_of(setting, self.size)
         if root is not None:
             fingerprint = self.ranks.all_or_raise(lambda: base.fingerprint)
-            what = [VERSION, fingerprint, base.digests(self.ranks), base.config.quant,
-                    base.config.double_quant, sorted(self._shapes.items())]  # fmt: skip
-            key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
-            self.folder = root / key
-            found = self._look()
-            words = self.ranks.gather(found if isinstance(found, str) else None)
-            reasons = [reason for reason in words if reason is not None]
-            if not reasons and isinstance(found, _Copy):
-                self._reader = found
-            if self.ranks.is_main and self._reader:
-                where = f"{self.folder}: {size(self.size)}"
-                say(f"{where}, quantized copy of the base read in its place")
-            elif self.ranks.is_main and any(reasons):
-                self._pass_over(max(reasons))
+            storage = base.config.quant, base.config.double_quant
+            what = [VERSION, fingerprint, base.digests(self.ranks), *storage]
+            text = json.dumps([*what, sorted(self._shapes.items())], sort_keys=True)
+            self.folder = root / hashlib.sha256(text.encode()).hexdigest()[:24]
+            self._open(self.folder)
 
     @property
     def bytes_read(self) -> int:
         """Of the copy, by this rank."""
         return self._reader.bytes_read if self._reader else 0
 
-    def _look(self) -> "_Copy | str":
-        """Opens it; or why not, empty where there is none."""
-        assert self.folder is not None
-        if not self.folder.is_dir():
-            return ""
+    def _open(self, folder: Path) -> None:
+        """Opens the copy that is there, unless a rank finds that it is none."""
+        reason = ""
         try:
-            found = _Copy(self.folder)
-            if found.shapes == self._shapes:
-                return found
-            return "other tensors than the model has"
+            self._reader = _Copy(folder) if folder.is_dir() else None
+            if self._reader and self._reader.shapes != self._shapes:
+                raise ValueError("other tensors than the model has")
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            return str(error) or type(error).__name__
+            self._reader, reason = None, str(error) or type(error).__name__
+        everyone = self.ranks.gather((self._reader is None, reason))
+        if any(without for without, _ in everyone):
+            self._reader = None
+        if not self.ranks.is_main:
+            return
+        if self._reader:
+            say(f"{folder}: {size(self.size)}, quantized copy of the base read in its place")
+        elif any(reason for _, reason in everyone):
+            self._pass_over(max(reason for _, reason in everyone))
 
     def _pass_over(self, reason: object) -> None:
         say(f"{self.folder}: quantized copy passed over ({reason}); the base is read in its place")
@@ -144,41 +140,31 @@ class QuantizedCopy:
         """Writes the copy, unless this start read it; a disk that refuses costs a line."""
         if self.folder is None or not self.ranks.any(self._reader is None):
             return
-        if (temporary := self.ranks.run_on_main(self._begin)) is None:
-            return
-        refused: str | None = None
-        file, info = temporary / f"rank-{self.ranks.rank:05d}.safetensors", {}
+        mine = f"{self.folder.name}.tmp-{socket.gethostname()}-{os.getpid()}"
+        temporary = self.folder.with_name(self.ranks.gather(mine)[0])
+        file = temporary / f"rank-{self.ranks.rank:05d}.safetensors"
         try:
-            info = {file.name: self._write(file)}
-        except (OSError, ValueError) as error:
-            refused = f"rank {self.ranks.rank}: {getattr(error, 'strerror', None) or error}"
-        everyone = self.ranks.gather((info, refused))
-        files = {name: about for written, _ in everyone for name, about in written.items()}
-        reason = next((error for _, error in everyone if error), None)
-        self.ranks.run_on_main(lambda: self._commit(temporary, files, reason))
+            self.ranks.run_on_main(lambda: self._begin(temporary))
+            written = self.ranks.all_or_raise(lambda: (file.name, self._write(file)))
+            files = dict(self.ranks.gather(written))
+            self.ranks.run_on_main(lambda: self._commit(temporary, files))
+        except (OSError, ValueError, RuntimeError) as error:  # on all ranks, whichever it befell
+            if self.ranks.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+                reason = getattr(error, "strerror", None) or error
+                remedy = "the next start quantizes again (model.quantized_cache=FOLDER or off)"
+                say(f"{self.folder}: no quantized copy is kept: {reason}; {remedy}")
 
-    def _begin(self) -> Path | None:
-        assert self.folder is not None
-        root = self.folder.parent
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            for old in root.glob("*.tmp-*"):  # of a start that was killed
-                if time.time() - old.stat().st_mtime > LEFTOVER_SECONDS:
-                    shutil.rmtree(old, ignore_errors=True)
-            if (free := shutil.disk_usage(root).free) < self.size + self.size // 8:
-                raise OSError(f"{size(self.size)} are needed and {size(free)} free")
-            mine = f"{socket.gethostname()}-{os.getpid()}"
-            temporary = self.folder.with_name(f"{self.folder.name}.tmp-{mine}")
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir()
-            return temporary
-        except OSError as error:
-            self._unkept(error.strerror or error)
-            return None
-
-    def _unkept(self, reason: object) -> None:
-        say(f"{self.folder}: no quantized copy is kept: {reason}; the next start quantizes again"
-            " (model.quantized_cache=FOLDER or off)")  # fmt: skip
+    def _begin(self, temporary: Path) -> None:
+        root = temporary.parent
+        root.mkdir(parents=True, exist_ok=True)
+        for old in root.glob("*.tmp-*"):  # of a start that was killed
+            if time.time() - old.stat().st_mtime > LEFTOVER_SECONDS:
+                shutil.rmtree(old, ignore_errors=True)
+        if (free := shutil.disk_usage(root).free) < self.size + self.size // 8:
+            raise OSError(f"{size(self.size)} are needed and {size(free)} free")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
 
     def _write(self, file: Path) -> dict[str, Any]:
         """Writes the bytes that are this rank's to write; copies share them."""
@@ -189,35 +175,26 @@ class QuantizedCopy:
             a, b = (part.data.numel() * i // count for i in (copy, copy + 1))
             if a < b:
                 mine[f"{name}[{part.start + a}:{part.start + b}]"] = part.data[a:b]
-        header = [(key, "U8", data.shape, data.numel()) for key, data in mine.items()]
-        with Writer(file, header, {"shapes": json.dumps(self._shapes)}) as writer:
-            for data in mine.values():
-                writer.write([as_bytes(data.cpu())])
+        info = write_tensors(file, mine, self._shapes)
         whole_file, chunks = hashlib.sha256(), []
         with file.open("rb") as f:
             for chunk in iter(partial(f.read, CHUNK), b""):
                 whole_file.update(chunk)
                 chunks.append(_digest(chunk))
-        if whole_file.hexdigest() != writer.info["sha256"]:
+        if whole_file.hexdigest() != info["sha256"]:
             raise OSError("the disk does not return what was written")
-        return writer.info | {"chunks": chunks}
+        return info | {"chunks": chunks}
 
-    def _commit(self, temporary: Path, files: dict[str, Any], reason: str | None) -> None:
+    def _commit(self, temporary: Path, files: dict[str, Any]) -> None:
         assert self.folder is not None
-        try:
-            if reason is not None:
-                raise OSError(reason)
-            manifest = {"version": VERSION, "tensors": len(self._shapes), "files": files}
-            write_atomically(temporary / "manifest.json", json.dumps(manifest))
-            _Copy(temporary)  # is it whole: has this node all files?
-            shutil.rmtree(self.folder, ignore_errors=True)
-            temporary.rename(self.folder)
-            fsync(self.folder.parent)
-            say(f"{self.folder}: quantized copy of the base kept, {size(self.size)}: what the next"
-                " start reads")  # fmt: skip
-        except (OSError, ValueError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            self._unkept(getattr(error, "strerror", None) or error)
+        manifest = {"version": VERSION, "tensors": len(self._shapes), "files": files}
+        write_atomically(temporary / "manifest.json", json.dumps(manifest))
+        _Copy(temporary)  # is it whole: has this node all files?
+        shutil.rmtree(self.folder, ignore_errors=True)
+        temporary.rename(self.folder)
+        fsync(self.folder.parent)
+        kept = f"quantized copy of the base kept, {size(self.size)}"
+        say(f"{self.folder}: {kept}: what the next start reads")
 
 
 def folder_of(setting: str | bool, quantized_bytes: int) -> Path | None:

@@ -1,5 +1,7 @@
 """A tensor of the base, wherever it comes from: read by rows, a rank its own."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,13 @@ class Source:
     def whole(self) -> Tensor:
         """Return all of it."""
         return self.rows(0, self.shape[0] if self.shape else 1)
+
+    def pieces(self, step: int) -> Iterator[Tensor]:
+        """Yield all rows, ``step`` at a time where they can be read alone."""
+        length = self.shape[0] if self.shape else 1
+        step = step if self.by_rows else max(1, length)
+        for first in range(0, length, step):
+            yield self.rows(first, min(first + step, length))
 
     def encoded(self, fmt: Format, first: int, last: int) -> tuple[Tensor, Tensor] | None:
         """Return rows as the files hold them in ``fmt`` (weight bytes, scale bytes), or None."""

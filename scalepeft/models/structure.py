@@ -59,8 +59,7 @@ def build(
     _say_what_is_off(model)
     if fmt := quant.get_format(config.quant, config.double_quant):
         _quantize_blocks(model, fmt, folder, dict.fromkeys(others, "3-d weights of its own layout"))
-    built: nn.Module = model
-    return built
+    return model
 
 
 def _split_experts(model: nn.Module, weights: Weights | None) -> list[str]:
@@ -193,7 +192,7 @@ def materialize(model: nn.Module, device: torch.device) -> None:
     assert not left, f"still on the meta device: {left}"
 
 
-def compute_tables(model: nn.Module, device: torch.device) -> None:
+def compute_tables(model: Any, device: torch.device) -> None:
     """Makes meta buffers real there: those of files empty, the others as transformers makes them,
     by the model's own ``_init_weights``.
     """
@@ -215,10 +214,9 @@ def compute_tables(model: nn.Module, device: torch.device) -> None:
         flagged += module.parameters(recurse=False)
     for item in flagged:
         item._is_hf_initialized = True  # transformers' word for: leave it
-    remaker: Any = model
-    remaker.initialize_weights()
-    decoders: list[Any] = [m for m in model.modules() if hasattr(m, "initialize_weights")]
-    for decoder in decoders:  # which may make the tables of its layers (Falcon-H1)
-        decoder._init_weights(decoder)
+    model.initialize_weights()
+    for decoder in model.modules():
+        if hasattr(decoder, "initialize_weights"):  # may make the tables of its layers (Falcon-H1)
+            decoder._init_weights(decoder)
     for item in [*flagged, *made]:
         del item._is_hf_initialized

@@ -34,7 +34,7 @@ def write_tensors(
 
     Args:
         file: to be made.
-        tensors: CPU tensors by name; ``name[start:stop]`` for elements of a flattened one.
+        tensors: by name; ``name[start:stop]`` for elements of a flattened one.
         shapes: whole shapes of the tensors that are written in part.
         check: called every 16 MiB; may raise.
 
@@ -52,8 +52,8 @@ def write_tensors(
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a CPU tensor, row after row."""
-    flat: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+    """The numbers of a tensor, row after row; its own memory where it lies so on the CPU."""
+    flat: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
     return memoryview(flat)
 
 

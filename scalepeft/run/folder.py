@@ -1,11 +1,10 @@
-"""Reading a run's folder: its config, and whether it is the same run, base and file system."""
+"""Reading a run's folder: its config, and whether it is the same run and file system."""
 
 import os
 import socket
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -15,8 +14,6 @@ from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import read_mapping, try_to_write
-from scalepeft.models import integrity
-from scalepeft.models.hub import Base
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.checkpoint import RunFolder, unwritable
 
@@ -56,20 +53,6 @@ def older_adapter(run_dir: Path, step: int | None) -> str | None:
         f"the adapter is that of step {step}, the newest checkpoint of step {newest}: the run went"
         " on after it, or is still training"
     )
-
-
-def check_base(
-    config: RunConfig, trained_on: dict[str, Any], base: Base, digests: dict[str, str]
-) -> None:
-    """Raise UserError unless ``base_model`` of ``adapter_config.json`` is this base."""
-    where = f"model.path={config.model.path}"
-    integrity.check(trained_on.get("sha256"), digests, where, "the adapter was trained over")
-    if trained_on.get("fingerprint") != base.fingerprint:
-        raise UserError(
-            f"{config.run_dir}/adapter was trained on another base than"
-            f" model.path={config.model.path} now holds (the fingerprint of its files differs);"
-            " name the folder of that base with model.path=FOLDER"
-        )
 
 
 def check_same_run(config: RunConfig, allow_changes: bool) -> None:

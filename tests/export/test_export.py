@@ -255,8 +255,8 @@ def test_only_the_weights_that_are_needed_are_read(
     from scalepeft.export.streaming import Streamed
 
     reads: list[Any] = []
-    take = Streamed._take
-    monkeypatch.setattr(Streamed, "_take", lambda self, m: (reads.append(m), take(self, m))[1])
+    held = Streamed.held
+    monkeypatch.setattr(Streamed, "held", lambda self, m: (reads.append(m), held(self, m))[1])
     for method, count in (("lora", 0), ("hoft", 20)):
         reads.clear()
         run(make_run(tmp_path / method, TINY, method), tmp_path / f"{method}-out", "lora")

@@ -72,8 +72,7 @@ def weight_product(
             in the dtype of x.
         parameters: what it depends on.
     """
-    y: Tensor = _WeightFunction.apply(x, base, change, *parameters)
-    return y
+    return _WeightFunction.apply(x, base, change, *parameters)
 
 
 def sandwich(w: Tensor, a: Tensor, b: Tensor) -> Tensor:

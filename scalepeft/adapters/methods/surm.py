@@ -230,8 +230,7 @@ class SURM(Adapter):
         out, scaling = self.out_features, self.config.scaling
 
         def get(name: str) -> Tensor:
-            found: Tensor = getattr(self, name).to(dtype)
-            return found
+            return getattr(self, name).to(dtype)
 
         if self.structure == "circulant":
             kernel = get("a") * get("c0") * scaling

@@ -22,6 +22,7 @@ from scalepeft.core.preemption import BROKEN, FINISHED
 from scalepeft.models import dimensions, quant, structure
 from scalepeft.models.experts import ExpertLinear
 from scalepeft.models.hub import PRECISIONS, Base, open_base
+from scalepeft.models.weights import resident_bytes
 from scalepeft.parallel.single import Single, SingleConfig
 
 TOKENS = 64
@@ -145,8 +146,8 @@ def _fitting(
     models = [structure.build(kind, *args) for kind in kinds]  # both are held at a time
     blocks = [block for model in models for block in structure.blocks_of(model)]
     count = len(blocks) // len(models)
-    room, of_one = _room(device) / SPARE, _bytes(blocks) / count
-    fitting = min(count, int(count + (room - _bytes(models)) // of_one))
+    room, of_one = _room(device) / SPARE, sum(map(resident_bytes, blocks)) / count
+    fitting = min(count, int(count + (room - sum(map(resident_bytes, models))) // of_one))
     if fitting == count:
         yield config, base
         return
@@ -163,10 +164,6 @@ def _fitting(
         # The other blocks are tensors that this model does not have.
         fewer = replace(config.model, path=str(folder), revision=None, unexpected="ignore")
         yield replace(config, model=fewer), Base(fewer, folder)
-
-
-def _bytes(modules: list[nn.Module]) -> int:
-    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
 
 
 def _room(device: torch.device) -> int:
