@@ -164,12 +164,13 @@ class Dropout(nn.Module):
         """int64 (rows,); the trainer sets those of the micro-batch."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (rows, positions, features) -> the same shape."""
+        """X (rows, positions, features), or (rows * positions, features) -> the same shape."""
         if not self.training or not self.p:
             return x
         if self.keys is None:
             return F.dropout(x, self.p)
-        _, positions, features = x.shape
+        features = x.shape[-1]
+        positions = x.numel() // (len(self.keys) * features)
         at = torch.arange(max(positions, features), device=x.device)
         row = _mix(self.keys.to(x.device) + self._salt)[:, None]
         # 32 random bits for each (row, position) and for each feature; mixed, for each entry.
@@ -177,7 +178,7 @@ class Dropout(nn.Module):
         bits.mul_(0x7FEB352D)
         bits.bitwise_xor_((bits >> 15) & 0x1FFFF).mul_(-0x7B935975)
         bits.bitwise_xor_((bits >> 16) & 0xFFFF)
-        dropped = bits < round(self.p * 2**32) - 2**31
+        dropped = (bits < round(self.p * 2**32) - 2**31).view(x.shape)
         return x.masked_fill(dropped, 0) / (1 - self.p)
 
 
