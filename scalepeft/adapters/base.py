@@ -167,21 +167,22 @@ class Dropout(nn.Module):
         """(lines, length); None: each line is one row."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (rows, positions, features) -> the same shape."""
+        """X (rows, positions, features), or (rows * positions, features) -> the same shape."""
         if not self.training or not self.p:
             return x
         if self.keys is None:
             return F.dropout(x, self.p)
-        lines, length, features = x.shape
+        features = x.shape[-1]
+        length = x.numel() // (len(self.keys) * features)
         at = torch.arange(max(length, features), device=x.device)
-        row = _mix(self.keys.to(x.device) + self._salt).view(lines, -1)
+        row = _mix(self.keys.to(x.device) + self._salt).view(len(self.keys), -1)
         positions = at[:length] if self.positions is None else self.positions
         # 32 random bits for each (row, position) and for each feature; mixed, for each entry.
         bits = _mix(row + positions).int()[..., None] ^ _mix(at[:features] - self._salt).int()
         bits.mul_(0x7FEB352D)
         bits.bitwise_xor_((bits >> 15) & 0x1FFFF).mul_(-0x7B935975)
         bits.bitwise_xor_((bits >> 16) & 0xFFFF)
-        dropped = bits < round(self.p * 2**32) - 2**31
+        dropped = (bits < round(self.p * 2**32) - 2**31).view(x.shape)
         return x.masked_fill(dropped, 0) / (1 - self.p)
 
 

@@ -180,14 +180,15 @@ def _decoder_of(model: Any) -> str:
     UserError if none is shown to be.
     """
     why, head, p = "it has no decoder", model.get_output_embeddings(), next(model.parameters())
-    width = model.config.get_text_config().hidden_size if head is None else head.weight.shape[-1]
+    text = model.config.get_text_config()
+    size, width = (text.vocab_size, text.hidden_size) if head is None else head.weight.shape
     states = torch.zeros(1, 3, width, dtype=p.dtype, device=p.device, requires_grad=True)
     for path in [name for name, m in model.named_modules() if name and hasattr(m, "base_model")]:
         try:
             with _without_decoder(model, path) as stand_in, torch.enable_grad():
                 logits = stand_in.run(model.forward, states).logits
             (used,) = torch.autograd.grad(logits.sum(), states, allow_unused=True)
-            if used is not None and logits.shape[:2] == (1, 3) and logits.shape[2] != width:
+            if used is not None and logits.shape == (1, 3, size):
                 return path
             why = f"it does not make them of what its {path} returns, token by token"
         except Exception as error:  # whatever a class does with such a decoder

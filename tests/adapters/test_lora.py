@@ -47,6 +47,10 @@ def test_dropout_is_a_function_of_the_sample_alone() -> None:
     dropout = Dropout(0.3, "a").train()
     dropout.keys = torch.tensor([8])
     assert torch.equal(dropout(x), x.masked_fill(dropped([8]), 0) / 0.7)
+    rows = x.repeat(2, 1, 1)
+    dropout.keys = torch.tensor([8, 9])
+    # as shared experts of Llama 4 and Qwen-MoE get it
+    assert torch.equal(dropout(rows.flatten(0, 1)), dropout(rows).flatten(0, 1))
     assert torch.equal(dropout.eval()(x), x)
 
 

@@ -1,5 +1,6 @@
 """The chunked loss is the plain one, without its tensor of logits."""
 
+import json
 from typing import Any
 
 import pytest
@@ -266,3 +267,16 @@ def test_a_class_whose_logits_are_not_shown_to_be_its_heads_is_refused() -> None
         model.__class__ = kind
         with pytest.raises(UserError, match=f"{kind.__name__} is not supported: .* token by token"):
             add_token_loss(model)
+
+
+def test_a_vocabulary_may_be_as_large_as_a_state() -> None:
+    config = transformers.LlamaConfig(**SMALL | {"vocab_size": SMALL["hidden_size"]})
+    add_token_loss(hub.meta_model(config, "here", dtype=torch.float32))
+
+
+@pytest.mark.parametrize("sizes", [{"num_attention_heads": 0}, {"hidden_size": -64}])
+def test_sizes_that_no_model_has_are_named(sizes: dict[str, int], tmp_path: Any) -> None:
+    held = transformers.LlamaConfig(**SMALL).to_dict() | sizes
+    (tmp_path / "config.json").write_text(json.dumps(held))
+    with pytest.raises(UserError, match=r"zero|negative dimension"):
+        hub.meta_model(hub.architecture(tmp_path), f"model.path={tmp_path}")
