@@ -12,7 +12,14 @@ NAMES = {two: name for two, (_, name) in TABLE.items()}
 SHORT = {three: two for two, (three, _) in TABLE.items()}
 SHORT |= {"lav": "lv", "fas": "fa", "mon": "mn", "ara": "ar", "sqi": "sq"}  # of the whole language
 
-TOKENIZERS = {"zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab"}
+TOKENIZERS = {
+    "zh": "zh", "ja": "ja-mecab", "ko": "ko-mecab",
+    # Written without spaces, of which 13a would make one word a sentence.
+    "th": "char", "lo": "char", "km": "char", "my": "char",
+    # A script in the code (yue_Hant, bod_Tibt) tells without the language.
+    "hans": "zh", "hant": "zh", "thai": "char", "laoo": "char", "khmr": "char", "mymr": "char",
+    "tibt": "char",
+}  # fmt: skip
 
 
 def language(code: str) -> str:
@@ -35,7 +42,8 @@ def name_of(code: str, side: str) -> str:
 
 def tokenizer_of(code: str) -> str:
     """sacreBLEU's tokenizer for a target language."""
-    return TOKENIZERS.get(language(code), "13a")
+    parts = [language(code), *code.lower().replace("-", "_").split("_")[1:]]
+    return next((TOKENIZERS[part] for part in parts if part in TOKENIZERS), "13a")
 
 
 def matching(code: str, keys: Iterable[str]) -> str | None:

@@ -15,6 +15,7 @@ from scalepeft.core.log import LINE_SECONDS, say
 from scalepeft.core.text import duration
 from scalepeft.data.tasks.base import Example
 from scalepeft.data.tokens import strip_eos
+from scalepeft.eval.scores import cut_at
 from scalepeft.models.hub import positions
 
 
@@ -64,7 +65,7 @@ class Backend:
         limits = [min(config.max_new_tokens, room - len(prompt)) for prompt in ids]
         answers = self.generate(ids, limits)
         new = [answer[:limit] for answer, limit in zip(answers, limits, strict=True)]
-        return [_cut_at(text, config.stop) for text in _decode(new, self.tokenizer)], cut
+        return [cut_at(text, config.stop) for text in _decode(new, self.tokenizer)], cut
 
     def generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
         """The new tokens of each prompt; those past its limit, or a stop text, do not count."""
@@ -164,11 +165,6 @@ def encode(
     return found, cut
 
 
-def _cut_at(text: str, stop: list[str]) -> str:
-    """The text before the first of the stop texts in it."""
-    return text[: min((i for i in map(text.find, stop) if i >= 0), default=len(text))]
-
-
 def _decode(answers: list[list[int]], tokenizer: Any) -> list[str]:
     # Some tokenizers' settings would "clean up" spaces: French " ?" would become "?".
     found: list[str] = tokenizer.batch_decode(
@@ -180,7 +176,7 @@ def _decode(answers: list[list[int]], tokenizer: Any) -> list[str]:
 class _Ends:
     """Stopping criterion of greedy rows: a stop text, or the row's own length limit.
 
-    It only saves forwards: what an answer is, ``_cut_at`` decides on the whole text. (The criterion
+    It only saves forwards: what an answer is, ``cut_at`` decides on the whole text. (The criterion
     that transformers has for stop texts goes through the whole vocabulary for every batch.)
     """
 

@@ -35,7 +35,7 @@ class Options:
             text or an object; objects that all have an ``id`` of the references go by it
         references: FILE: rows of the task, or text lines where the task takes them
         sources: FILE: source text of a translation, line i for line i of the references
-        settings: data.KEY=VALUE: e.g. data.protocol=
+        settings: data.KEY=VALUE: e.g. data.protocol=; evaluate.stop=
         key: of the predictions' objects that holds the text
         out: FOLDER: for scores.json and scored.jsonl
         json: print scores.json, not a table
@@ -52,7 +52,8 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Print the scores; write them where ``out`` is given.
+    """Print the scores; write them where ``out`` is given. A prediction ends at the first of the
+    protocol's stop texts (``evaluate.stop``), as one of ``scalepeft evaluate`` does.
 
     Raises:
         UserError: an unknown task, unreadable or broken files, predictions that do not belong to
@@ -62,7 +63,8 @@ def run(options: Options) -> None:
     task = task_of(config)
     examples = task.examples("test")
     texts = match(read(options.predictions, options.key), examples, options, len(task.skipped))
-    summary, rows = scores.summarize(task, examples, texts)
+    ended_at = {id_: scores.cut_at(text, config.evaluate.stop) for id_, text in texts.items()}
+    summary, rows = scores.summarize(task, examples, ended_at)
     named = {key: getattr(options, key) for key in ("task", "predictions", "references")}
     ended = {"task_version": task.version, "versions": {"scalepeft": __version__}}
     found = {**named, "protocol": config.data.protocol, **summary, **ended}
@@ -83,8 +85,10 @@ def _config(options: Options) -> cfg.RunConfig:
     decided = marks_of(cfg.config_class("data", options.task))
     for setting in options.settings:
         key = setting.partition("=")[0]
+        if key == "evaluate.stop":
+            continue
         if not key.startswith("data."):
-            raise UserError(f"{setting}: for score, settings are data.KEY=VALUE")
+            raise UserError(f"{setting}: for score, settings are data.KEY=VALUE, evaluate.stop")
         marks = decided.get(cfg.renamed_key(key).removeprefix("data."))
         if marks is not None and Decides.SCORES not in marks:
             raise UserError(f"{setting}: decides nothing in score, which makes no predictions")

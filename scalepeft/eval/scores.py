@@ -12,6 +12,11 @@ from scalepeft.core.text import table
 from scalepeft.data.tasks.base import Example, Scored, Task
 
 
+def cut_at(text: str, stop: list[str]) -> str:
+    """The text before the first of the stop texts in it."""
+    return text[: min((i for i in map(text.find, stop) if i >= 0), default=len(text))]
+
+
 def summarize(
     task: Task, examples: list[Example], predictions: dict[str, str]
 ) -> tuple[dict[str, Any], list[Scored]]:

@@ -378,6 +378,18 @@ def test_the_mean_of_the_tasks_comes_first(tmp_path: Path) -> None:
     assert scores.first(one)[0] == "accuracy"
 
 
+def test_score_ends_a_prediction_where_evaluate_does(references: Path) -> None:
+    said = '"true\\n### Response: false"\n"### Response: false"\n"true"\n'
+    for more, first in (([], "true\n"), (["evaluate.stop=[]"], "true\n### Response: false")):
+        setting = ["data.protocol=llm-adapters", *more]
+        out = references.with_name("out")
+        code, text = scored(references, said, "--out", str(out), *setting)
+        assert code == 0, text
+        rows = [json.loads(line) for line in (out / "scored.jsonl").read_text().splitlines()]
+        assert rows[0]["prediction"] == first
+        assert rows[1]["correct"] is bool(more), "nothing is before the stop text"
+
+
 def test_settings_that_score_does_not_look_at_are_refused(references: Path) -> None:
     code, text = scored(references, "true\nfalse\ntrue\n", "data.prompt=x")
     assert code == 2 and "decides nothing in score" in text

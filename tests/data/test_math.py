@@ -338,6 +338,9 @@ def test_quick_comparisons_are_math_verifys() -> None:
         ("The answer is: 2/4", "\\frac{1}{2}", "math", False),  # not the same text
         ("The answer is: 5.", "5", "math", True),
         ("\\boxed{5}", "5", "math", False),
+        ("The answer is: 9\\%", "9", "math", True),
+        ("The answer is: 9%", "9", "math", False),  # util.py drops \% alone
+        ("The answer is: 10%", "10\\%", "math", False),
         ("The answer is: B", "B", "letter", True),
     ],
 )
@@ -405,7 +408,7 @@ def test_scores_hold_both_measures() -> None:
 def test_string_equivalence_is_hendrycks() -> None:
     theirs = pytest.importorskip("lm_eval.tasks.hendrycks_math.utils")
     pieces = ["\\frac", "\\sqrt", "{", "}", "1", "23", "x", "=", "k = ", "\\text{ cm}", " ", ".5"]
-    pieces += ["0.5", "\\left(", "\\right)", "\\tfrac", "^\\circ", "^{\\circ}", "\\$", "\\%"]
+    pieces += ["0.5", "\\left(", "\\right)", "\\tfrac", "^\\circ", "^{\\circ}", "\\$", "\\%", "%"]
     pieces += ["\\!", "\n", "\\\\", "-", ",", "\\pi", "{.", "\\text{even}", "\\dfrac"]
     rng = random.Random(0)
     texts = ["".join(rng.choices(pieces, k=rng.randint(0, 6))) for _ in range(2500)]

@@ -443,6 +443,16 @@ def test_golden_values(
     assert tuple(round(m["value"], 2) for m in found.values()) == GOLDEN[system]
 
 
+def test_a_target_without_spaces_is_counted_by_characters(tmp_path: Path) -> None:
+    targets = ["ฉันชอบกินข้าวกับเพื่อนที่บ้าน", "วันนี้อากาศดีมากจริงๆ"]
+    rows = [row(translation={"en": str(i), "th": text}) for i, text in enumerate(targets)]
+    outputs = ["ฉันชอบกินข้าวกับเพื่อนที่โรงเรียน", "วันนี้อากาศดีจริงๆ"]
+    file = write(tmp_path / "a.json", "\n".join(rows))
+    made = task(file, source_language="en", target_language="th")
+    found = summed(made, outputs)["metrics"]["BLEU"]
+    assert round(found["value"], 2) == 80.45 and "|tok:char|" in found["signature"]
+
+
 @pytest.mark.slow
 def test_golden_values_by_the_command(shared_data: Path) -> None:
     folder = shared_data / WMT22
@@ -509,10 +519,14 @@ def test_what_scoring_needs_is_missed_before_anything_is_generated(
     found = summed(task(file, target_language="zh"), ["你好"])["metrics"]["BLEU"]
     assert "|tok:zh|" in found["signature"]
     monkeypatch.setitem(sys.modules, "MeCab", None)
-    said = error(task(file, target_language="ja"), "test")
+    said = error(task(file, target_language="ja", bleu_tokenizer="ja-mecab"), "test")
     assert "ja-mecab cannot be used" in said and "pip install sacrebleu[ja]" in said
-    assert len(task(file, target_language="ja").examples("train")) == 1
-    assert len(task(file, target_language="ja", bleu_tokenizer="char").examples("test")) == 1
+    made = task(file, target_language="ja")
+    assert len(made.examples("train")) == 1 and made.notes == []
+    assert "|tok:char|" in summed(made, ["やあ"])["metrics"]["BLEU"]["signature"]
+    assert "sacreBLEU's ja-mecab is not installed (pip install 'sacrebleu[ja]')" in made.notes[0]
+    made = task(file, target_language="ja", bleu_tokenizer="char")
+    assert len(made.examples("test")) == 1 and made.notes == []
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
     assert "pip install 'scalepeft[eval]'" in error(task(file, target_language="zh"), "test")
 
@@ -563,9 +577,12 @@ def test_languages() -> None:
         ("de", "German", "13a"), ("deu_Latn", "German", "13a"), ("slv_Latn", "Slovenian", "13a"),
         ("lvs_Latn", "Latvian", "13a"), ("zh-CN", "Chinese", "zh"), ("zho_Hant", "Chinese", "zh"),
         ("ja", "Japanese", "ja-mecab"), ("kor_Hang", "Korean", "ko-mecab"),
-        ("sv-SE", "Swedish", "13a"),
+        ("sv-SE", "Swedish", "13a"), ("th", "Thai", "char"), ("lao_Laoo", "Lao", "char"),
+        ("km", "Khmer", "char"), ("mya_Mymr", "Burmese", "char"),
     ]:  # fmt: skip
         assert (languages.name_of(code, "x"), languages.tokenizer_of(code)) == (name, tokenizer)
+    scripts = ("yue_Hant", "bod_Tibt", "shn_Mymr", "hin_Deva")
+    assert [languages.tokenizer_of(code) for code in scripts] == ["zh", "char", "char", "13a"]
     assert len(languages.NAMES) == 89 and "Norwegian Bokmål" in languages.NAMES.values()
 
 

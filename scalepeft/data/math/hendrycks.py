@@ -33,7 +33,7 @@ def normalize(text: str) -> str:
     text, *units = text.split("\\text{ ")  # with the space: what follows is a unit
     if len(units) > 1:
         raise ValueError("units at several places")
-    text = text.replace("\\%", "").replace("%", "")
+    text = text.replace("\\%", "")  # alone: theirs leaves a plain % where it stands
     text = text.replace(" .", " 0.").replace("{.", "{0.")
     if not text:
         return text

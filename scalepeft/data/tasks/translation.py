@@ -46,7 +46,8 @@ class TranslationConfig(TaskConfig):
         source_name: its name in the prompt; null: the English name of the code.
         target_name: the same of the target.
         train_rows: the first so many training rows; null: all.
-        bleu_tokenizer: sacreBLEU's; null: by the target (13a; zh, ja-mecab, ko-mecab).
+        bleu_tokenizer: sacreBLEU's; null: by the target: zh, ja-mecab or ko-mecab (char where that
+            is not installed), char for Thai, Lao, Khmer, Burmese and Tibetan, else 13a.
     """
 
     PROTOCOLS: ClassVar[dict[str, Protocol]] = PROTOCOLS
@@ -84,15 +85,21 @@ class Translation(Task):
 
     Config: ClassVar[type[TaskConfig]] = TranslationConfig
     config: TranslationConfig
-    version = 1
+    version = 2
     headline = "BLEU"
     translates = True
 
     def examples(self, split: Split) -> list[Example]:
         """Reads a split; a test needs sacreBLEU, and says so before anything is generated."""
         if split == "test":
-            scorers(self._tokenizer())
+            scorers(tokenizer := self._tokenizer())
         found = super().examples(split)
+        wanted = languages.tokenizer_of(self.config.target_language)
+        if split == "test" and not self.config.bleu_tokenizer and tokenizer != wanted:
+            self.notes.append(
+                f"BLEU counts characters (tok:char): sacreBLEU's {wanted} is not installed (pip"
+                f" install 'sacrebleu[{wanted[:2]}]'), and its scores are others"
+            )
         return found[: self.config.train_rows] if split == "train" else found
 
     def rows(self, source: str, split: Split) -> bitext.Numbered:
@@ -169,7 +176,16 @@ class Translation(Task):
         return found
 
     def _tokenizer(self) -> str:
-        return self.config.bleu_tokenizer or languages.tokenizer_of(self.config.target_language)
+        """The one that is set, or that of the target; for one that needs more, ``char``."""
+        if self.config.bleu_tokenizer:
+            return self.config.bleu_tokenizer
+        found = languages.tokenizer_of(self.config.target_language)
+        if found.endswith("-mecab"):
+            try:
+                scorers(found)
+            except UserError:
+                return "char"
+        return found
 
 
 def scorers(tokenizer: str) -> dict[str, Any]:
