@@ -128,7 +128,7 @@ def test_short_models_stand_for_long_ones(model: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quant", ["none", "nf4"])
+@pytest.mark.parametrize("quant", [pytest.param("none", marks=pytest.mark.full), "nf4"])
 def test_so_do_they_where_the_embedding_outweighs_a_block(quant: str, tmp_path: Path) -> None:
     values = shapes.architecture("llama-3.1-8b").to_dict() | {"num_hidden_layers": 8}
     (tmp_path / "config.json").write_text(json.dumps(values))

@@ -395,6 +395,7 @@ def test_submit_queues_the_stages_as_a_chain(runs: Runs, undisturbed: Path) -> N
     assert "sbatch refuses" in submit(runs, file, "--sbatch", "partition=nope", expect=2)
 
 
+@pytest.mark.full
 def test_a_failed_training_cancels_its_evaluation(runs: Runs) -> None:
     """And a submission beside a queued job of the run, or with another config, is refused."""
     model = runs.folder / "model"

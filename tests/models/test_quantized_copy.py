@@ -85,7 +85,14 @@ def test_the_next_start_reads_the_copy(place: Place, storage: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["engine=fsdp2", "engine=ddp", "engine=zero engine.stage=3"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param("engine=fsdp2", marks=pytest.mark.full),
+        pytest.param("engine=ddp", marks=pytest.mark.full),
+        "engine=zero engine.stage=3",
+    ],
+)
 def test_any_engine_reads_what_another_wrote(place: Place, engine: str) -> None:
     if "zero" in engine:
         pytest.importorskip("deepspeed")

@@ -198,10 +198,10 @@ def test_a_run_goes_on_under_any_engine_at_any_world_size(
 @pytest.mark.parametrize(
     "adapter",
     [
-        ["adapter.name=shoft"],
-        ["adapter.name=lora"],
+        pytest.param(["adapter.name=shoft"], marks=pytest.mark.full),
+        pytest.param(["adapter.name=lora"], marks=pytest.mark.full),
         ["adapter=qgoft", "adapter.penalty=1"],
-        ["adapter=hadamard"],
+        pytest.param(["adapter=hadamard"], marks=pytest.mark.full),
     ],
 )
 def test_other_methods_and_activation_checkpointing_under_fsdp2(

@@ -77,7 +77,9 @@ def kill_in_training(job: Job, folder: Path, rng: random.Random) -> None:
     job.wait()
 
 
-@pytest.mark.parametrize(("ranks", "kills"), [(1, 4 * ROUNDS), (2, 2 * ROUNDS)])
+@pytest.mark.parametrize(
+    ("ranks", "kills"), [pytest.param(1, 4 * ROUNDS, marks=pytest.mark.full), (2, 2 * ROUNDS)]
+)
 def test_kill_9_at_random_moments_changes_nothing(ranks: int, kills: int, tmp_path: Path) -> None:
     engine = (
         ["engine.name=single"] if ranks == 1 else ["engine.name=fsdp2", "train.save_mode=async"]
@@ -348,7 +350,7 @@ def test_a_holder_without_a_sign_of_life_is_taken_over(
 FAULTS = (str(Path(__file__).with_name("faults.py")),)
 
 
-@pytest.mark.parametrize("moment", ["row", "save", "end"])
+@pytest.mark.parametrize("moment", [pytest.param("row", marks=pytest.mark.full), "save", "end"])
 def test_a_hiccup_of_the_file_system_is_lived_through(moment: str, tmp_path: Path) -> None:
     """The fence cannot be read for a moment; a run without its generation file goes on too."""
     settings = [*TINY, *RUN, "train.max_steps=6"]
@@ -362,7 +364,7 @@ def test_a_hiccup_of_the_file_system_is_lived_through(moment: str, tmp_path: Pat
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("mode", ["sharded", "async"])
+@pytest.mark.parametrize("mode", [pytest.param("sharded", marks=pytest.mark.full), "async"])
 def test_a_rank_whose_write_fails_commits_nothing(mode: str, tmp_path: Path) -> None:
     """Whatever the error: the other rank's half is no checkpoint, and older ones stay."""
     settings = ["engine.name=fsdp2", f"train.save_mode={mode}", "train.max_steps=8"]
