@@ -124,7 +124,7 @@ def run_on(
             code = _train(config, base, ranks, records, stop)
     except Stopping:  # before the first step: nothing is trained but what is saved
         code = STOPPED
-    except UserError:
+    except Exception:
         records.withdraw()
         raise
     records.close(code == FINISHED, stop.planned)

@@ -18,7 +18,7 @@ from scalepeft.core.safetensors import DamagedFile, SafetensorsFile, Stored
 from scalepeft.models import prequantized, quant
 from scalepeft.models.conversion import Layout
 from scalepeft.models.sources import DTYPES, Source
-from scalepeft.parallel.base import full_shape, local_part
+from scalepeft.parallel.base import local_part
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -149,12 +149,24 @@ class Weights:
         return sum(file.bytes_read for file in self.files)
 
     def bind(self, model: Any, unexpected: str = "error") -> None:
-        """Finds out which tensors make up which of the model's, as ``conversion.Layout`` says."""
+        """Finds out which tensors make up which of the model's, as ``conversion.Layout`` says.
+
+        Raises:
+            UserError: as ``Layout``; a tensor has another shape than the model's.
+        """
         if hasattr(self, "layout"):
             self.layout.untie(model)
             return
         where = f"model.path={self.folder}"
         self.layout = Layout(model, self.entries, where, self.stray, unexpected)
+        for named in (model.named_parameters, model.named_buffers):
+            for name, tensor in named(remove_duplicate=False):
+                source = self.layout.sources.get(name)
+                if source is not None and tuple(source.shape) != tuple(tensor.shape):
+                    raise UserError(
+                        f"{source.where}: '{name}' has shape {list(source.shape)}, config.json says"
+                        f" {list(tensor.shape)}; config.json and weights are of different models"
+                    )
 
     def fingerprint(self) -> str:
         """Returns the sha256 of what tells one base from another without reading all of a 70B.
@@ -185,7 +197,7 @@ def load_weights(
     scale by itself, and says whether it did.
 
     Raises:
-        UserError: a tensor has another shape than the model's, or values that are not numbers.
+        UserError: a tensor has values that are not numbers.
     """
     seen: set[int] = set()
     for module_name, module in model.named_modules():
@@ -217,22 +229,16 @@ def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weight
         UserError: as ``load_weights``.
     """
     layer = module if isinstance(module, quant.QuantLinear) and name == "weight" else None
-    shape, parts = tuple(full_shape(parameter)), [local_part(parameter)]
+    parts = [local_part(parameter)]
     if layer is not None:
-        shape = (shape[0], layer.in_features)
         parts.append(local_part(layer.weight_scale))
         quant.check_device(parts[0].data.device, layer.fmt)
     source = weights.layout.sources[full_name]
-    if tuple(source.shape) != shape:
-        raise UserError(
-            f"{source.where}: '{full_name}' has shape {list(source.shape)}, config.json"
-            f" says {list(shape)}; config.json and weights are of different models"
-        )
     widths = [max(1, math.prod(part.shape[1:])) for part in parts]
     local = [(p, width) for p, width in zip(parts, widths, strict=True) if p.data.numel()]
     first = min((part.start // width for part, width in local), default=0)
     last = max((-(-part.stop // width) for part, width in local), default=0)
-    step = max(1, PIECE_BYTES // max(1, math.prod(shape[1:]) * source.dtype.itemsize))
+    step = max(1, PIECE_BYTES // max(1, math.prod(source.shape[1:]) * source.dtype.itemsize))
     step = -(-step // source.unit) * source.unit if source.by_rows else max(1, last)
     edges = {first, *range(first // step * step + step, last, step), last}
     for begin, end in pairwise(sorted(edges)):
