@@ -258,8 +258,8 @@ def _is_besides(text: str) -> bool:
 def _with_digits(text: str) -> str:
     """Twenty-two dozen -> 22 dozen; a half -> 1/2; a dozen -> 1 dozen."""
     text = re.sub(r"\bthree[ -]quarters?\b", "3/4", text, flags=re.I)
-    text = re.sub(r"^(?:an? |one )?(half|quarter)\b(?! past)",
-                  lambda m: "1/2" if m[1].lower() == "half" else "1/4", text, flags=re.I)  # fmt: skip
+    text = re.sub(r"^(?:an? |one )?half\b(?! past)", "1/2", text, flags=re.I)
+    text = re.sub(r"^(?:an? |one )?quarter\b(?! past)", "1/4", text, flags=re.I)
     dozen = rf"^(1/2 )?an? (?={'|'.join(_SCALES)})"
     text = re.sub(dozen, lambda m: m[1] or "1 ", text, flags=re.I)
     text = re.sub(
