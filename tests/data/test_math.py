@@ -18,7 +18,7 @@ from scalepeft.config import schema as config
 from scalepeft.core.errors import UserError
 from scalepeft.core.registry import available
 from scalepeft.data import tokens as data
-from scalepeft.data.math import answers, contamination, equivalence, hendrycks
+from scalepeft.data.math import answers, contamination, equivalence, hendrycks, whole
 from scalepeft.data.tasks.base import Example
 from scalepeft.data.tasks.math import Math, MathConfig
 from scalepeft.models import hub, tiny
@@ -58,6 +58,25 @@ MAWPS = {"instruction": " What is left ? ", "input": "", "output": "", "answer":
 
 
 ORCA = {"question": "How many?", "answer": "There are 3 boxes of 4, so 12 in all."}
+
+
+NATIVE = [
+    ({"Body": "Mia has 9 shells and gives 4 to Jo.", "Question": "How many?", "Answer": 5.0,
+      "Equation": "( 9.0 - 4.0 )"}, "5.0", "number", "The answer is: 5.0"),
+    ({"question": "How fast?", "options": ["A)40 km/h", "B)60 km/h"], "rationale": "So B.",
+      "correct": "B"}, "B", "letter", "So B.\nThe answer is: B"),
+    ({"sQuestion": "How many?", "lSolutions": [7.0], "lEquations": ["X=3+4"]}, "7.0", "number",
+     "The answer is: 7.0"),
+    ({"question": "Wie viele?", "answer": None, "answer_number": 11}, "11", "number", "is: 11"),
+    ({"body": "Ann has 4 and 6.", "question": "How many?", "answer": "10 (apples)"}, "10", "number",
+     "The answer is: 10"),
+    ({"instruction": "What is 30 + 12?", "input": "", "output": "30 + 12 = 42. The answer is 42"},
+     "42", "number", "The answer is 42"),
+    ({"question": "q", "answer": "So. The answer is: $[2,3)$"}, "$[2,3)$", "math", "$[2,3)$"),
+    ({"question": "q", "answer": "The answer is: e^{-1}."}, "e^{-1}", "math", "e^{-1}."),
+    ({"question": "q", "answer": "So the answer is 18 dollars."}, "18", "number", "dollars."),
+    ({"question": "q", "answer": "The answer is: 1-i"}, "1-i", "math", "1-i"),
+]  # fmt: skip
 
 
 PROTOCOLS = list(MathConfig.PROTOCOLS)
@@ -178,6 +197,7 @@ def test_helpers_are_no_tasks() -> None:
         (MAWPS, "0.5", "number", "The answer is: 0.5"),
         ({**MAWPS, "answer": -15.0}, "-15.0", "number", "The answer is: -15.0"),
         (ORCA, "12", "number", "in all."),
+        *NATIVE,
     ],
 )
 def test_formats_are_told_apart_by_their_keys(
@@ -222,15 +242,15 @@ def test_a_broken_row_says_what_is_wrong(row: Any, split: Any, said: str) -> Non
     ("text", "found"),
     [
         ("The answer is: 18", "18"),
-        ("so 3+15=18. The answer is 18 dollars per day.\n\nQuestion: 7", "18"),
+        ("so 3+15=18. The answer is 18 dollars per day.\n\nQuestion: 7", "18 dollars per day"),
         ("The answer is: 12\nNo: the answer is: $1,234.50.", "$1,234.50"),
         ("The answer is: -7", "-7"),
         ("The answer is: .75", ".75"),
-        ("The answer is: 2 1/2 cups", "2 1/2"),
+        ("The answer is: 2 1/2 cups", "2 1/2 cups"),
         ("The answer is: 50%", "50%"),
-        ("The answer is: x = 5", "5"),
+        ("The answer is: x = 5", "x = 5"),
         ("**The answer is: 18**", "18"),
-        ("The answer is: $\\frac{3}{4}$.", "\\frac{3}{4}"),
+        ("The answer is: $\\frac{3}{4}$.", "$\\frac{3}{4}$"),
         ("Answer: \\boxed{42}, of course", "42"),
         ("we get $\\boxed{\\$1,080}$ in 3 days", "\\$1,080"),
         ("in 3 steps\n#### 1,080\n", "1,080"),
@@ -238,7 +258,10 @@ def test_a_broken_row_says_what_is_wrong(row: Any, split: Any, said: str) -> Non
         ("The answer is: ten, \\boxed{10}", "10"),
         ("10-3=7", "7"),
         ("she owes -$5", "-$5"),
-        ("a range of 5-3", "3"),
+        ("so it is 9 500 in all, or 2 million", "2 million"),
+        ("so we get 2^3", "2^3"),
+        ("so it takes $\\frac{1}{2}$ of it", "$\\frac{1}{2}$"),
+        ("\\boxed{2} or \\boxed{3}", "2 or 3"),
         ("there are 1,234,567 of them", "1,234,567"),
         ("The answer is:", None),
         ("no idea", None),
@@ -260,6 +283,10 @@ def test_an_answer_is_found_wherever_it_stands(text: str, found: str | None) -> 
         ("\\boxed{\\text{(E)}}", "E"),
         ("CADBE", None),
         ("a man", None),
+        ("The answer is: A or B", "A or B"),
+        ("The answer is: (A), (B)", "(A), (B)"),
+        ("The answer is not B", "not B"),
+        ("The answer is: Tom, so D", "D"),
     ],
 )
 def test_a_letter_is_found_wherever_it_stands(text: str, found: str | None) -> None:
@@ -290,15 +317,14 @@ def test_a_letter_is_found_wherever_it_stands(text: str, found: str | None) -> N
         ("10", "10\\text{ cm}", True),
         ("10^\\circ", "10", True),
         ("x = 5", "5", True),
-        ("7", "ten", False),
+        ("10", "ten", True),
         ("", "5", False),
     ],
 )
 def test_equal_answers(
     equivalent: equivalence.EquivalenceServer, right: str, prediction: str, same: bool
 ) -> None:
-    agreed = answers.agree(right, prediction)
-    assert (equivalent(right, prediction) if agreed is None else agreed) is same
+    assert whole.equal(right, prediction, equivalent) is same
 
 
 def test_quick_comparisons_are_math_verifys() -> None:
@@ -308,8 +334,8 @@ def test_quick_comparisons_are_math_verifys() -> None:
     forms = ["{}", "{}.0", "-{}", "{}/4", "{}.5", "{},000", "{}\\%", "\\${}", "0.{}", "{}.000001"]
     for _ in range(120):
         pair = [rng.choice(forms).format(rng.randint(1, 9)) for _ in range(2)]
-        agreed = answers.agree(*pair)
-        if agreed is not None and "%" not in pair[0]:
+        if "%" not in pair[0]:
+            agreed = whole.equal(*pair, lambda right, prediction: pytest.fail("asked"))
             assert agreed == verify(*(parse(f"${text}$") for text in pair)), pair
 
 
@@ -533,7 +559,7 @@ def test_a_missing_math_verify_is_said_before_any_generation(
 def test_rows_without_a_marked_answer_are_told_of(tmp_path: Path) -> None:
     made = task(test=[write(tmp_path / "test.json", [GSM8K, ORCA])])
     assert [e.meta["answer"] for e in made.examples("test")] == ["3,000", "12"]
-    assert len(made.notes) == 1 and made.notes[0].startswith("1 rows mark no answer with ####")
+    assert len(made.notes) == 1 and made.notes[0].startswith("1 rows mark no answer (####")
 
 
 def test_long_rows_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -621,6 +647,22 @@ def test_gsm8k_train_and_its_rephrasings_pass(shared_data: Path, tmp_path: Path)
     rephrased[7]["original_question"] = shared(file.parent, test.name)[0]["question"]
     with pytest.raises(UserError, match=r"1 of 200 rows .*\(1 GSM8K\), the first is .*#8:"):
         task(train=[write(tmp_path / "q.json", rephrased)]).examples("train")
+
+
+def test_an_original_question_counts_in_every_form(tmp_path: Path, shared_data: Path) -> None:
+    """MetaMath's GSM8K_Backward: {question, answer, original_question}."""
+    original = shared(shared_data / "gsm8k", "test.jsonl.gz")[0]["question"]
+    forms = [GSM8K, METAMATHQA, MATH, {**MAWPS, "output": "so 0.5"}, *(row for row, *_ in NATIVE)]
+    for form in forms:
+        row = {**form, "original_question": original}
+        with pytest.raises(UserError, match=r"1 of 1 rows are questions of test sets \(1 GSM8K\)"):
+            task(train=[write(tmp_path / "a.json", [row])]).examples("train")
+
+
+def test_a_native_question_is_asked_as_llm_adapters_asks_it() -> None:
+    asked = [task().example(row, "x#1", "test").meta["question"] for row, *_ in NATIVE[:2]]
+    assert asked == ["Mia has 9 shells and gives 4 to Jo. How many?",
+                     "How fast? Answer Choices: (A) 40 km/h (B) 60 km/h"]  # fmt: skip
 
 
 def test_questions_of_data_test_are_refused_as_training_rows(tmp_path: Path) -> None:

@@ -9,54 +9,30 @@ from collections.abc import Iterator
 from decimal import Decimal
 from fractions import Fraction
 
+from scalepeft.data.math import whole
 from scalepeft.data.math.hendrycks import is_equiv, last_boxed
 
 METAMATH_MARK = "The answer is: "
-_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
-_NUMBER = re.compile(
-    # A minus after a word or bracket is a difference; before money or digits a sign.
-    rf"(?:(?<![\w)\]}}])[-+−]\s?)?(?:\\?\$\s?)?(?:(?<![\w)\]}}])[-−])?"
-    rf"(?:[0-9]+\s+[0-9]+/[0-9]+(?![0-9])|(?:{_DIGITS})(?:\s?/\s?[0-9]+(?![0-9.,]*[0-9/]))?)"
-    r"(?:\s?\\?%)?"
-)
 _MARK = re.compile(r"\banswer\s+is\b:?|\banswer:", re.IGNORECASE)
-_PLAIN = re.compile(
-    r"([-+]?)\s?(-?)(?:([0-9]+)\s+(?=[0-9]+\s?/))?([0-9]*\.?[0-9]+)(?:\s?/\s?([0-9]+))?\s?"
+# The last number of a text, with all that is written together with it.
+_RUN = re.compile(
+    r"(?:(?:[-+−–(\[{]\s?)|\\?\$\s?)*(?:\\[a-zA-Z]+|[^\sA-Za-z]|(?<=[\d\\{(*^_])[a-z]\b|\s(?=\d{3}\b|\d+/\d)|"
+    r"\s?[-+*/=^×·−]\s?|(?<=[\d$}])\s(?:and|or)\s(?=[\d$\\]))*\d"
+    r"(?:[^\sA-Za-z]|\\[a-zA-Z]+)*(?:\s(?:hundred|thousand|[mbtr]+illion|dozen|percent)\b)*"
 )
 _LETTER = re.compile(r"\(\s*([A-E])\s*\)|(?<![A-Za-z'’])([A-E])(?![A-Za-z'’])")
+_SEVERAL = re.compile(r"\W*(?:or|and|[,/&])\W*[A-E]\b")
 _ARTICLE = re.compile(r"(?<![A-Za-z'’(])A(?=\s[a-z])")
-_UNITS = re.compile(r"\s+(?!and\b|sqrt\b)[A-Za-z]{3,}[A-Za-z .²³]*")
 
 
 def plain(text: str) -> Fraction | None:
     """The value of a plain number (1,234.5, -3/4, 2 1/2, $18, 50%: the percent sign is dropped);
     None for anything else.
     """
-    text = text.strip()
-    if len(text) > 60 or not _NUMBER.fullmatch(text):
+    if not re.fullmatch(r"[-+−\s\\$%0-9.,/]{1,60}", text):
         return None
-    found = _PLAIN.fullmatch(re.sub(r"[\\$,%]", "", text.replace("−", "-")))
-    if found is None or (found[5] and not int(found[5])):
-        return None
-    value = int(found[3] or 0) + Fraction(found[4]) / int(found[5] or 1)
-    return -value if "-" in (found[1], found[2]) else value
-
-
-def agree(right: str, prediction: str) -> bool | None:
-    """Compares without math-verify: None if only that can tell.
-
-    Numbers are equal to 6 decimals, as math-verify rounds. A right answer with repeating decimals
-    (0.6666666666666666) is a rounded fraction: within 0.001, as LLM-Adapters allows.
-    """
-    right, prediction = right.strip(), prediction.strip()
-    if right == prediction:
-        return True
-    ours, theirs = plain(right), plain(prediction)
-    if ours is not None and theirs is not None:
-        within = Fraction(1, 1000 if re.search(r"\.[0-9]{10,}$", right) else 2 * 10**6)
-        shares = [theirs, theirs / 100] if prediction.endswith("%") else [theirs]
-        return any(abs(ours - value) <= within for value in shares)
-    return True if is_equiv(right, prediction) else None
+    value = whole.read(text.replace(",", ""))
+    return value.number if value is not None and value.kind == "number" else None
 
 
 def find(prediction: str, kind: str) -> str | None:
@@ -64,45 +40,59 @@ def find(prediction: str, kind: str) -> str | None:
     last ####, else the last number (letter). None: nothing that looks like an answer.
     """
     for text in _places(prediction):
-        if found := _tidy(text) if kind == "math" else _of_kind(_tidy(text), kind):
+        found = _tidy(text)
+        if kind == "letter":
+            found = _letters(found)
+        elif kind == "number" and not re.search(r"\d|\\[a-z]", found):
+            value = whole.read(found)  # a number in words
+            found = found if value is not None and value.kind == "number" else ""
+        if found:
             return found
     if kind == "letter":
         letters = _LETTER.findall(_ARTICLE.sub("", prediction))
         return "".join(letters[-1]) if letters else None
-    numbers = _NUMBER.findall(prediction)
-    return numbers[-1].strip() if numbers else None
+    runs = _RUN.findall(prediction)
+    return _tidy(runs[-1].rpartition("=")[2]) if runs else None
+
+
+def marked(text: str) -> str | None:
+    """The whole answer where a text marks one; None: it does not."""
+    return next(filter(None, map(_tidy, _places(text))), None)
 
 
 def _places(prediction: str) -> Iterator[str]:
     if marks := list(_MARK.finditer(prediction)):
         yield prediction[marks[-1].end() :]
-    if (boxed := last_boxed(prediction)) is not None:
+    if (boxed := _boxed(prediction)) is not None:
         yield boxed
     if "####" in prediction:
         yield prediction.rpartition("####")[2]
 
 
+def _boxed(text: str) -> str | None:
+    r"""What stands in the last \boxed{}, with those before it that it is told together with."""
+    if (last := last_boxed(text)) is None:
+        return None
+    before = text[: max(text.rfind("\\boxed"), text.rfind("\\fbox"))]
+    joined = re.search(r"\}[\s$]*(,|and|or|, and|, or)[\s$]*$", before)
+    first = _boxed(before[: joined.start() + 1]) if joined else None
+    return f"{first} {joined[1]} {last}" if joined and first else last.strip()
+
+
 def _tidy(text: str) -> str:
-    """The first sentence of a text without what is around an answer: markdown, dollars, a box."""
+    """The first sentence of a text without the markdown, or the box, around an answer."""
     first = text.strip().partition("\n")[0]
     first = re.split(r"\.(?:\s|$)", first)[0].lstrip(" *:`").rstrip(" *:,;.!?`")
-    if (boxed := last_boxed(first)) is not None:
-        return boxed.strip()
-    if found := re.match(r"\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", first):
-        first = next(filter(None, found.groups())).strip()
-    if (number := _NUMBER.match(first)) and _UNITS.fullmatch(first, number.end()):
-        return number[0].strip()  # 18 dollars
-    return first
+    return first if (boxed := _boxed(first)) is None else boxed
 
 
-def _of_kind(text: str, kind: str) -> str | None:
-    if kind == "letter":
-        found = _LETTER.search(text)
-        return (found[1] or found[2]) if found else None
-    if re.search(r"\\(?![$%])", text):
-        return text  # latex is math-verify's
-    number = _NUMBER.search(text.rpartition("=")[2])
-    return number[0].strip() if number else None
+def _letters(text: str) -> str:
+    """The letter chosen; more than that letter where several are, or one is denied."""
+    found = _LETTER.search(text)
+    if not found:
+        return ""
+    denied = re.search(r"\b(?:not|n't|neither)\b", text[: found.start()])
+    return text if denied or _SEVERAL.match(text, found.end()) else found[1] or found[2]
 
 
 def metamath(prediction: str, right: str, kind: str) -> bool:

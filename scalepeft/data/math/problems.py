@@ -6,11 +6,11 @@ without them.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from scalepeft.core.errors import UserError
-from scalepeft.data.math import answers
+from scalepeft.data.math import answers, whole
 from scalepeft.data.math.hendrycks import last_boxed
 from scalepeft.data.rows import fill, text_field
 from scalepeft.data.tasks.base import Split
@@ -41,7 +41,16 @@ def read(row: Any, split: Split, ending: str) -> Problem:
     Raises:
         UserError: none of the formats, or a broken row.
     """
+    problem = _read(row, split, ending)
+    return replace(problem, original=text_field(row, "original_question", required=False))
+
+
+def _read(row: Any, split: Split, ending: str) -> Problem:
     keys = set(row) if isinstance(row, dict) else {"question"}  # text_field names what it is
+    if (native := _native(row, keys)) is not None:
+        question, solution, answer = native
+        kind: Any = "letter" if re.fullmatch("[A-E]", answer) else _kind(answer)
+        return Problem(question, _ended(solution, answer, ending), answer, kind)
     if {"query", "response"} <= keys:
         return _metamath(row)
     if "problem" in keys and keys & {"solution", "answer"}:
@@ -49,13 +58,17 @@ def read(row: Any, split: Split, ending: str) -> Problem:
     if {"instruction", "answer"} <= keys:
         return _llm_adapters(row, split, ending)
     if {"instruction", "output"} <= keys:
-        return _math({"problem": row["instruction"], "solution": row["output"]}, split, ending)
+        question, solution = text_field(row, "instruction"), text_field(row, "output")
+        asked = f"{question}\n{text_field(row, 'input', required=False)}".strip()
+        if last_boxed(solution) is None:
+            return _prose(asked, solution)
+        return _math({"problem": asked, "solution": solution}, split, ending)
     if "question" in keys:
         return _gsm8k(row, ending)
     raise UserError(
         f"the row has {', '.join(map(str, row)) or 'no keys'}; expected those of GSM8K (question,"
-        " answer), MetaMathQA (query, response), MATH (problem, solution) or LLM-Adapters"
-        " (instruction, input, output, answer)"
+        " answer), MetaMathQA (query, response), MATH (problem, solution), LLM-Adapters"
+        " (instruction, input, output, answer), or others of docs/data.md"
     )
 
 
@@ -73,9 +86,8 @@ def _metamath(row: dict[str, Any]) -> Problem:
     _, mark, answer = response.rpartition(answers.METAMATH_MARK)
     answer = (answer if mark else response.partition("#### ")[2]).strip().removesuffix(".")
     of_math = text_field(row, "type", required=False).startswith("MATH_")
-    original = text_field(row, "original_question", required=False)
     kind = "math" if of_math else _kind(answer)
-    return Problem(question, response, answer or None, kind, original)
+    return Problem(question, response, answer or None, kind)
 
 
 def _math(row: dict[str, Any], split: Split, ending: str) -> Problem:
@@ -104,14 +116,49 @@ def _llm_adapters(row: dict[str, Any], split: Split, ending: str) -> Problem:
 def _gsm8k(row: dict[str, Any], ending: str) -> Problem:
     question, solution = text_field(row, "question"), text_field(row, "answer")
     _, mark, answer = solution.rpartition("####")
-    if not mark:  # Orca-Math: prose that tells its answer somewhere near the end
-        found = answers.find(solution, "number")
-        return Problem(question, solution, found, _kind(found), guessed=True)
+    if not mark:
+        return _prose(question, solution)
     answer = answer.strip()
     if answers.plain(answer) is None:
         raise UserError(f"'answer' has {answer!r} after ####; expected a number")
     solution = re.sub(r"<<[^<>]*>>", "", solution)
     return Problem(question, _ended(solution, answer, ending), answer, "number")
+
+
+def _prose(question: str, solution: str) -> Problem:
+    """A solution without ####: the whole answer behind "answer is" or in a box (GAOKAO), else the
+    last number (Orca-Math).
+    """
+    marked = answers.marked(solution)
+    found = marked or answers.find(solution, "number")
+    value = whole.read(found) if found else None
+    if value and value.kind == "number" and answers.plain(value.text) == value.number:
+        found = value.text  # without its unit
+    return Problem(question, solution, found, _kind(found), guessed=marked is None)
+
+
+def _native(row: Any, keys: set[str]) -> tuple[str, str, str] | None:
+    """Question, solution and answer of a row as the set itself is published, of those named in
+    docs/data.md; None for other rows.
+    """
+    if {"question", "options", "correct"} <= keys:  # AQuA, asked as LLM-Adapters does
+        options = row["options"] if isinstance(row["options"], list) else [row["options"]]
+        choices = " ".join(re.sub(r"^\(?([A-E])\s*[).:]\s*", r"(\1) ", str(o)) for o in options)
+        asked = f"{text_field(row, 'question')} Answer Choices: {choices}"
+        letter = text_field(row, "correct").strip()
+        return asked, text_field(row, "rationale", required=False), letter
+    if {"question", "answer_number"} <= keys:  # MGSM
+        solution = text_field(row, "answer", required=False)
+        return text_field(row, "question"), solution, _answer({"answer": row["answer_number"]})
+    if {"sQuestion", "lSolutions"} <= keys:  # MAWPS and its parts
+        found = row["lSolutions"] if isinstance(row["lSolutions"], list) else [row["lSolutions"]]
+        return text_field(row, "sQuestion"), "", ", ".join(_answer({"answer": v}) for v in found)
+    for body, question, answer in (("Body", "Question", "Answer"), ("body", "question", "answer")):
+        if {body, question, answer} <= keys:  # SVAMP; ASDiv, whose answers are "10 (apples)"
+            asked = f"{text_field(row, body).strip()} {text_field(row, question).strip()}"
+            told = _answer({"answer": row[answer]})
+            return asked, "", re.sub(r"\s+\([^()]*\)$", "", told)
+    return None
 
 
 def _answer(row: dict[str, Any]) -> str:

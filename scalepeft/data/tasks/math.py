@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, Decides
-from scalepeft.data.math import answers, contamination, equivalence
+from scalepeft.data.math import answers, contamination, equivalence, whole
 from scalepeft.data.math.problems import read
 from scalepeft.data.tasks.base import Example, Protocol, Score, Split, Task, TaskConfig, protocols
 
@@ -46,7 +46,7 @@ class Math(Task):
 
     Config: ClassVar[type[TaskConfig]] = MathConfig
     config: MathConfig
-    version = 1
+    version = 2
 
     def __init__(self, config: TaskConfig) -> None:
         super().__init__(config)
@@ -70,8 +70,8 @@ class Math(Task):
             raise
         if split == "test" and (guessed := sum("guessed" in e.meta for e in found)):
             self.notes.append(
-                f"{guessed} rows mark no answer with ####: the last number of their text is taken"
-                " for it"
+                f'{guessed} rows mark no answer (####, "The answer is", \\boxed): the last number'
+                " of their text is taken for it"
             )
         return self._without_test_rows(self._short(found)) if split == "train" else found
 
@@ -133,15 +133,15 @@ class Math(Task):
         return self.filled(row_id, template, values, told, **meta)
 
     def score(self, prediction: str, example: Example) -> Score:
-        """``correct``: equal to the right answer by math-verify, wherever the answer stands;
+        """``correct``: the whole answer, wherever it stands, equals the right one (``whole``);
         ``strict``: what the script of the protocol says.
         """
         right, kind = example.meta["answer"], example.meta["kind"]
-        found, correct = answers.find(prediction, kind), None
+        found = answers.find(prediction, kind)
         if found is None or kind == "letter":
             correct = found is not None and found == right
-        elif (correct := answers.agree(right, found)) is None:
-            correct = self.equivalent(right, found)
+        else:
+            correct = whole.equal(right, found, self.equivalent)
         rule = answers.RULES.get(self.config.protocol or "")
         return Score(found, correct, rule(prediction, right, kind) if rule else None)
 
