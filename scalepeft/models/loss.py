@@ -68,6 +68,7 @@ def chunked_cross_entropy(
     targets = labels[:, 1:].reshape(-1)
     kept = (targets != IGNORED).nonzero().squeeze(1)
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[kept]
+    trained = trained if torch.is_grad_enabled() else ()  # the function sees no difference
     return _ChunkedLoss.apply(rows, targets[kept], head, chunk, *trained)
 
 
