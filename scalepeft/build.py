@@ -30,6 +30,8 @@ class Built:
     base: dict[str, Any]
     """Which base this is: path, revision, storage, fingerprint, sha256 of its files."""
     bytes_read: int
+    unpacked: str = ""
+    """Why its rows cannot be packed; empty where they can."""
 
 
 def engine_class(config: RunConfig) -> type[Engine]:
@@ -57,6 +59,9 @@ def build(
     def make() -> Any:
         model: Any
         model = structure.build(config.model, base.folder, config.train.precision, base.weights)
+        unpacked = structure.unpacked(model)
+        if unpacked and config.train.batching == "packed":
+            raise UserError(f"train.batching=packed: {unpacked}; take auto or padded")
         loss.add_token_loss(model)
         if adapted:
             injection.inject(model, config.adapter)
@@ -68,9 +73,9 @@ def build(
                 )
         else:
             model.requires_grad_(False)
-        return injection.train_mode(model)
+        return injection.train_mode(model), unpacked
 
-    model = ranks.all_or_raise(make)
+    model, unpacked = ranks.all_or_raise(make)
     weights = base.weights
     before = weights.bytes_read
     engine = engine_class(config)(config.engine, ranks)
@@ -88,7 +93,9 @@ def build(
     fingerprint = ranks.all_or_raise(lambda: base.fingerprint)
     what = f"model.path={kind.path}: files differ"
     description["fingerprint"] = ranks.assert_equal(fingerprint, what)
-    return Built(engine, model, description, weights.bytes_read - before + copy.bytes_read)
+    return Built(
+        engine, model, description, weights.bytes_read - before + copy.bytes_read, unpacked
+    )
 
 
 def check_batch(config: RunConfig, world: int) -> None:

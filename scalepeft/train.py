@@ -242,8 +242,8 @@ def _announce(
         layers = [name for name, _ in injection.adapted_layers(built.model)]
         if {n.rsplit(".", 1)[-1] for n in layers} != set(trainer.config.adapter.target_modules):
             say(f"adapter.target_modules are {targets.short(layers)}: {len(layers)} layers")
-        if trainer.unpacked and trainer.config.train.batching == "auto":
-            say(f"rows are padded, not packed: {trainer.unpacked}")
+        if built.unpacked and trainer.config.train.batching == "auto":
+            say(f"rows are padded, not packed: {built.unpacked}")
     more = {"engine": trainer.config.engine.name, "world_size": ranks.world_size}
     more |= {"parameters": count, **seconds}
     records.started(step, launched, steps=total, **more, per_rank=per_rank)

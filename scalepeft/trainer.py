@@ -13,14 +13,12 @@ from scalepeft.build import Built
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.data import loader
-from scalepeft.data.tokens import IGNORED, TokenSet
+from scalepeft.data.tokens import TokenSet
 from scalepeft.models.tensors import Reader
 from scalepeft.parallel.base import MOMENTS, Part
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.checkpoint import Checkpoint
 from scalepeft.run.saver import Saver
-
-PROBE = 32  # tokens of the row that is to tell whether rows can be packed
 
 
 class Trainer:
@@ -57,12 +55,7 @@ class Trainer:
         """Steps in a row that were skipped because loss or gradient was not finite."""
         self.penalty: float | None = None
         """Value of the adapters' regularizers before the last step; None for methods without."""
-        self.unpacked = "train.batching=padded"
-        """Why rows are not packed; empty where they are."""
-        if train.batching != "padded":
-            self.unpacked = not_packed(config, ranks, built.model)
-            if self.unpacked and train.batching == "packed":
-                raise UserError(f"train.batching=packed: {self.unpacked}; take auto or padded")
+        self.packed = train.batching != "padded" and not built.unpacked
 
     def step(
         self, micro: list[loader.MicroBatch], label_tokens: int, lr: float
@@ -187,43 +180,13 @@ def summed_loss(call: Callable[..., Tensor], batch: loader.MicroBatch, config: R
     return call(batch.input_ids, token_labels=batch.labels, loss_chunk=chunk, **at)
 
 
-@torch.no_grad()
-def not_packed(config: RunConfig, ranks: Ranks, model: Any) -> str:
-    """Why several rows in a line would see each other; empty if none does. A collective.
-
-    The model itself is asked, as transformers' classes do not say: a row behind itself must have
-    the loss that it has alone. Layers that hold a state are told by their names, as what passes
-    from row to row through a short convolution is less than what bf16 rounds.
-    """
-    text = model.config.get_text_config()
-    layers = {*(getattr(text, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}
-    if layers or getattr(model, "_is_stateful", False):
-        what = ", ".join(sorted(layers)) or "state"
-        return f"{type(model).__name__} has layers that reach past a row ({what})"
-    row = torch.arange(5, 5 + PROBE) % text.vocab_size
-    nothing = torch.full_like(row, IGNORED)
-    at = torch.arange(PROBE)
-    alone, behind = (
-        loader.MicroBatch(*(torch.cat(parts)[None].to(ranks.device) for parts in batch))
-        for batch in (([row], [row], [at], [at]), ([row, row], [nothing, nothing[:1], row[1:]],
-                                                   [at, at], [at, at]))
-    )  # fmt: skip
-    model.eval()
-    one, other = (float(summed_loss(model, batch, config)) for batch in (alone, behind))
-    injection.train_mode(model)
-    limit = 1e-4 if config.train.precision == "fp32" else 2e-2
-    if ranks.any(not abs(one - other) <= limit * abs(one)):
-        return f"{type(model).__name__} lets a row see the one before it"
-    return ""
-
-
 def batches(
     trainer: Trainer, rows: TokenSet, first: int, steps: int, *, shuffle: bool = True
 ) -> loader.Loader:
     """This rank's micro-batches of ``steps`` steps from step ``first``."""
     config = trainer.config
     train, packing = config.train, dict[str, Any]()
-    if not trainer.unpacked:
+    if trainer.packed:
         model: Any = trainer.built.model
         text = model.config.get_text_config()
         # A block's products cost about 24 hidden^2 a token, attention 4 hidden a token it reads.

@@ -3,9 +3,11 @@
 import inspect
 import math
 import re
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -113,6 +115,33 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
         f"{type(model).__name__} is not supported: its decoder has no list of blocks, as many as"
         " num_hidden_layers in config.json"
     )
+
+
+class _FromPositions(Exception):
+    """The attention mask is made from the positions of the tokens."""
+
+
+def unpacked(model: Any) -> str:
+    """Why rows that lie one behind the other would see each other; empty where they do not.
+
+    Layers must hold no state that passes on, and the mask, which transformers makes before the
+    first layer, must come from the tokens' positions.
+    """
+    from transformers import masking_utils
+
+    kinds = {*(getattr(model.config.get_text_config(), "layer_types", None) or ())}
+    if getattr(model, "_is_stateful", False) or kinds - {"full_attention", "sliding_attention"}:
+        return f"{type(model).__name__} has layers that do not begin anew with each row"
+    ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
+    look = mock.patch.object(
+        masking_utils, "find_packed_sequence_indices", side_effect=_FromPositions
+    )
+    with look, suppress(Exception):  # what a class without such a mask does on meta is its own
+        try:
+            model.get_decoder()(input_ids=ids, position_ids=ids, use_cache=False)
+        except _FromPositions:
+            return ""
+    return f"{type(model).__name__} makes its attention mask without the positions of tokens"
 
 
 def is_router(name: str, layer: nn.Module) -> bool:

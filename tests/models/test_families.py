@@ -112,8 +112,8 @@ def test_packed_rows_are_trained_as_padded_ones(name: str, checkpoint: Any, tmp_
     ranks = Ranks()
     built = build(config, open_base(config.model, ranks), ranks, lambda: None)
     trainer = Trainer(config, ranks, built, "")
-    assert bool(trainer.unpacked) == (name in PADDED), trainer.unpacked
-    if trainer.unpacked:
+    assert trainer.packed == (name not in PADDED), built.unpacked
+    if not trainer.packed:
         return
     injection.load_state(built.model, state_of(built.model), "test")
     lengths, generator = [24, 9, 31, 16], torch.Generator().manual_seed(3)
@@ -121,18 +121,18 @@ def test_packed_rows_are_trained_as_padded_ones(name: str, checkpoint: Any, tmp_
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     rows = TokenSet(tokens, offsets, torch.tensor([1, 4, 9, 2], dtype=torch.int32), 0, 0, 0)
     found = []
-    for reason in ("as they are", ""):
-        trainer.unpacked = reason
+    for packed in (False, True):
+        trainer.packed = packed
         (batch,) = batches(trainer, rows, 0, 1)
-        assert all((m.positions is None) == bool(reason) for m in batch.micro)
+        assert all((m.positions is not None) == packed for m in batch.micro)
         total = torch.zeros(())
         for micro in batch.micro:
             for dropout in trainer.dropouts:
                 dropout.keys, dropout.positions = dropout_keys(micro.samples, 5), micro.positions
             total = total + summed_loss(built.model, micro, config)
         found.append([total, *torch.autograd.grad(total, list(trainer.trained.values()))])
-    for padded, packed in zip(*found, strict=True):
-        near(packed.detach(), padded.detach(), name, limit=3e-5)
+    for want, got in zip(*found, strict=True):
+        near(got.detach(), want.detach(), name, limit=3e-5)
 
 
 @quick

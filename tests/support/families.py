@@ -227,7 +227,7 @@ FAMILIES: dict[str, Family] = {
 PADDED = {
     "qwen3-next", "qwen3.5", "qwen3.5-moe", "granite4-hybrid", "gpt-oss", "minimax", "lfm2",
     "lfm2-moe", "nemotron-h", "falcon-h1", "falcon", "opt", "bloom", "mamba2", "qwen2.5-vl",
-    "llama4-text",
+    "llama4-text", "llama4-multimodal",
 }  # fmt: skip
 """Families whose rows are padded: packed they would see each other."""
 
