@@ -22,14 +22,14 @@ warn() { [ -z "$skipped" ] || echo "test: WARNING: no $skipped here and no root 
 warn
 [ -z "$skipped" ] || [ -z "${CI:-}" ] || { echo "test: with CI set that is a failure" >&2; exit 1; }
 
-workers=${SCALEPEFT_TEST_WORKERS:-$(($(nproc) + 2))}  # before nproc, too, takes OMP_NUM_THREADS for all there is
+workers=${SCALEPEFT_TEST_WORKERS:-$(($(nproc) * 2))}  # before nproc, too, takes OMP_NUM_THREADS for all there is
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
 code=0
-# A file's tests share fixtures, so a file stays on one worker, the longest first (tests/conftest.py). The Slurm tests wait
-# for Slurm more than they compute: two workers more than cores.
-.venv/bin/python -m pytest -rsf -n "$workers" --dist loadfile --no-loadscope-reorder "$@" || code=$?
+# Each worker begins with neighbours, the longest first (tests/conftest.py), and takes some of another's when it is done. Tests
+# of Slurm and of several ranks wait more than they compute: two workers a core.
+.venv/bin/python -m pytest -rsf -n "$workers" --dist worksteal "$@" || code=$?
 warn
 exit $code

@@ -20,8 +20,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if left_out:
             config.hook.pytest_deselected(items=left_out)
             items[:] = [item for item in items if not item.get_closest_marker("full")]
-    # A worker takes whole files (launch/test.sh): those with the most slow tests go first, as one
-    # that begins last would keep everybody waiting.
+    # A slow test that begins last would keep everybody waiting.
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda i: (not i.get_closest_marker("slurm"), -slow[i.path], str(i.path)))
 

@@ -232,6 +232,7 @@ def predictions(folder: Path) -> dict[str, str]:
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
+@pytest.mark.full
 def test_evaluation_killed_and_stopped_continues_to_the_same_predictions(
     finished: Path, tmp_path: Path
 ) -> None:

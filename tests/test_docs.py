@@ -117,6 +117,7 @@ def test_the_commands_of_a_page(page: Path, desk: Path) -> None:
         assert json.loads(scores.read_text())["count"] == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.stem)
 def test_the_python_of_a_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

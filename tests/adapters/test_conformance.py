@@ -427,6 +427,7 @@ QUIET = pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functool
 
 
 @QUIET
+@pytest.mark.slow
 @every(shapes=("wide",), kinds=("plain",), first=True)
 def test_compiled_equals_eager(
     name: str, variant: Variant, shape: tuple[int, int], kind: str
@@ -436,6 +437,7 @@ def test_compiled_equals_eager(
 
 @QUIET
 @pytest.mark.slow
+@pytest.mark.full
 @every(shapes=("square",), kinds=("nf4",), first=True)
 def test_compiled_equals_eager_over_nf4(
     name: str, variant: Variant, shape: tuple[int, int], kind: str

@@ -92,7 +92,7 @@ def test_starts_at_the_identity(name: str, d: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "d", [1024, pytest.param(4096, marks=[pytest.mark.slow, pytest.mark.full])]
+    "d", [256, *(pytest.param(d, marks=pytest.mark.full) for d in (1024, 4096))]
 )
 def test_rotation_stays_orthogonal_over_1000_optimiser_steps(d: int) -> None:
     torch.manual_seed(0)

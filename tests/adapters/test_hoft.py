@@ -119,7 +119,9 @@ def test_only_the_adapter_trains_and_counts_follow_the_formula() -> None:
         assert sum(p.numel() for p in found.values()) == 8 * (192 + 64) + extra
 
 
-@pytest.mark.parametrize("d", [256, 1024, pytest.param(4096, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "d", [256, *(pytest.param(d, marks=pytest.mark.full) for d in (1024, 4096))]
+)
 def test_rotation_stays_orthogonal_over_1000_optimiser_steps(d: int) -> None:
     torch.manual_seed(0)
     out = d if d <= 1024 else 64  # a wide layer keeps the large case short

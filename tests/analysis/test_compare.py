@@ -490,6 +490,7 @@ def test_a_comparison_in_which_some_fail(
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
+@pytest.mark.full
 def test_killed_and_stopped_it_ends_as_if_undisturbed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -432,6 +432,7 @@ def test_a_sweep_is_an_array_with_a_throttle(runs: Runs) -> None:
     assert sorted(lrs) == [1e-3, 2e-3]
 
 
+@pytest.mark.full
 def test_a_preempted_array_task_comes_back_alone(runs: Runs) -> None:
     """SLURM_JOB_ID of the last task is the whole array's: its siblings must not come along."""
     cluster = runs.cluster

@@ -171,6 +171,7 @@ def test_a_run_with_changes_needs_the_word(
         ),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_what_a_plan_refuses(
     head: str, more: dict[str, object], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,6 +196,7 @@ def test_a_signal_too_late_even_for_the_step_alone(
         call(job(head=head))
 
 
+@pytest.mark.slow
 def test_what_only_the_assumed_constants_overfill_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,7 +83,12 @@ def story(model: Any, prompt: torch.Tensor) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("method", METHODS)
+QUICK = ("lora", "hoft", "goft", "hadamard")
+
+
+@pytest.mark.parametrize(
+    "method", [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+)
 def test_the_merged_model_is_the_adapted_one(
     method: str, stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,6 +38,7 @@ def flip(file: Path, at: int) -> None:
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_refused_wherever_the_base_is_used(base: Path, tmp_path: Path) -> None:
     run = f"run_dir={tmp_path / 'run'}"
     arguments = ["train", f"model.path={base}", *SETTINGS, run]

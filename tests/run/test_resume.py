@@ -108,9 +108,9 @@ def test_kill_9_at_random_moments_changes_nothing(ranks: int, kills: int, tmp_pa
 def test_sigusr1_ends_in_one_agreed_save_and_75(tmp_path: Path) -> None:
     """To one rank, and to both 0.3 s apart, in turns."""
     folder = tmp_path / "run"
-    settings = ["engine.name=fsdp2", f"train.max_steps={50 + 30 * ROUNDS}"]
+    settings = ["engine.name=fsdp2", f"train.max_steps={30 + 20 * ROUNDS}"]
     rng = random.Random(0)
-    for turn in range(4 * ROUNDS):
+    for turn in range(3 * ROUNDS):
         both = turn % 2 == 1
         early = turn % 5 == 0
         job = start(2, folder, *settings, fresh=early)
