@@ -138,6 +138,8 @@ def _settings(
         "quant": [config.model.quant, config.model.double_quant],
         "precision": config.train.precision,
         "tokenizer": target.base.tokenizer_hash,
+        # Only where there are more than before there were any others.
+        **({"ends": ends} if len(ends := target.base.ends) > 1 else {}),
         "batch": config.evaluate.batch_size * ranks.world_size,
         "examples": hashlib.sha256(asked.encode()).hexdigest(),
     }
@@ -149,10 +151,13 @@ def _generator(target: EvalTarget, left: list[Example], ranks: Ranks, poll: Any)
     if config.evaluate.backend == "vllm":
         from scalepeft.eval import vllm
 
-        return vllm.Generator.load(target, [e.prompt for e in left])
-    built = target.load(ranks, poll)
-    synced = built.engine.sharded and ranks.world_size > 1
-    return Generator(built.model, target.base.tokenizer, config.evaluate, ranks.device, synced)
+        found: Backend = vllm.Generator.load(target, [e.prompt for e in left])
+    else:
+        built, tokenizer = target.load(ranks, poll), target.base.tokenizer
+        synced = built.engine.sharded and ranks.world_size > 1
+        found = Generator(built.model, tokenizer, config.evaluate, ranks.device, synced)
+    found.ends = target.base.ends
+    return found
 
 
 def _generate(

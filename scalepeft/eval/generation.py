@@ -3,6 +3,7 @@
 import random
 import sys
 import time
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -46,10 +47,14 @@ class Progress:
 class Backend:
     """Continues prompts; only ``config`` (length limits, beams, stop texts) decides how. Prompts
     get the tokenizer's special tokens (BOS). ``generate`` is the backend's own.
+
+    Attributes:
+        ends: tokens that end an answer; ``Base.ends`` has those of a base.
     """
 
     def __init__(self, tokenizer: Any, config: EvaluateConfig, positions: int) -> None:
         self.tokenizer, self.config, self.positions = tokenizer, config, positions
+        self.ends: list[int] = [tokenizer.eos_token_id]
 
     def __call__(self, prompts: list[str]) -> tuple[list[str], list[bool]]:
         """Returns the new text alone of each prompt, and which prompts lost their beginning.
@@ -64,7 +69,10 @@ class Backend:
         room = config.max_tokens or self.positions
         limits = [min(config.max_new_tokens, room - len(prompt)) for prompt in ids]
         answers = self.generate(ids, limits)
-        new = [answer[:limit] for answer, limit in zip(answers, limits, strict=True)]
+        new = [
+            list(takewhile(lambda token: token not in self.ends, answer[:limit]))
+            for answer, limit in zip(answers, limits, strict=True)
+        ]
         return [cut_at(text, config.stop) for text in _decode(new, self.tokenizer)], cut
 
     def generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
@@ -99,7 +107,7 @@ class Generator(Backend):
 
         rows = [torch.tensor(prompt) for prompt in ids]
         padded = pad_sequence(rows, batch_first=True, padding_side="left", padding_value=-1)
-        padded, end = padded.to(self.device), self.tokenizer.eos_token_id
+        padded = padded.to(self.device)
         # What is not set in the call is taken from here, which is filled from the model's files.
         self.model.generation_config = GenerationConfig()
         # Beams are cut afterwards: a search must see its hypotheses to their end.
@@ -113,8 +121,8 @@ class Generator(Backend):
                 num_beams=self.config.num_beams,
                 do_sample=False,
                 use_cache=True,
-                eos_token_id=end,
-                pad_token_id=end,
+                eos_token_id=self.ends,
+                pad_token_id=self.ends[0],
             ),
             stopping_criteria=[ends] if greedy else None,
             synced_gpus=self.synced,

@@ -85,8 +85,8 @@ class Generator(Backend):
             begun = all(b[: len(i)] == i for b, i in zip(best, ids, strict=True))
             assert begun, "a hypothesis of vLLM begins with its prompt"
             return [b[len(i) :] for b, i in zip(best, ids, strict=True)]
-        # Without ignore_eos it would end at what generation_config.json calls EOS as well.
-        end = {"ignore_eos": True, "stop_token_ids": [self.tokenizer.eos_token_id]}
+        # So that it asks no file of its own what ends an answer.
+        end = {"ignore_eos": True, "stop_token_ids": self.ends}
         greedy = [
             SamplingParams(temperature=0.0, max_tokens=limit, stop=config.stop or None, **end)
             for limit in limits

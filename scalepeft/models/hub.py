@@ -1,5 +1,6 @@
 """The base as one object: where its files come from, its architecture, tokenizer and weights."""
 
+import json
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,6 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, Decides, NotNegative
+from scalepeft.core.files import read_mapping
 from scalepeft.data.tokens import tokenizer_hash
 from scalepeft.models import integrity
 from scalepeft.models.weights import Weights
@@ -86,6 +88,19 @@ class Base:
     def tokenizer(self) -> Any:
         """As ``load_tokenizer`` returns it."""
         return load_tokenizer(self.config, self.folder)
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """Tokens that end a text: the tokenizer's EOS, then those of generation_config.json (or, in
+        its absence, config.json), as an instruct base's end of a turn.
+        """
+        config, file = self.architecture.get_text_config(), self.folder / "generation_config.json"
+        remedy = "copy it again, or remove it"
+        known = read_mapping(file, json.loads, remedy) if file.is_file() else vars(config)
+        found = known.get("eos_token_id")
+        more = found if isinstance(found, list) else [found]
+        ids = [i for i in more if isinstance(i, int) and 0 <= i < self.vocab_size]
+        return list(dict.fromkeys([self.tokenizer.eos_token_id, *ids]))
 
     @cached_property
     def tokenizer_hash(self) -> str:

@@ -115,6 +115,29 @@ def test_a_padded_batch_is_each_prompt_alone(
     assert seen == [longest] + [1] * 31, "each forward but the first sees one new token"
 
 
+def test_every_end_token_of_the_base_ends_an_answer(
+    stories: Path, ours: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    settings = EvaluateConfig(max_new_tokens=8)
+    generate = Generator(ours, tokenizer, settings, CPU, False)
+    ids = tokenizer(PROMPTS[:1])["input_ids"]
+    (whole,) = generate.generate(ids, [8])
+    end = next(token for token in whole[3:] if token not in whole[:3])
+    folder = Path(shutil.copytree(stories, tmp_path / "model"))
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": [2, end, 10**6]}))
+    base = hub.Base(hub.ModelConfig(path=str(folder)), folder)
+    assert base.ends == [2, end]
+    generate.ends = base.ends
+    texts, _ = generate(PROMPTS[:1])
+    assert texts == [tokenizer.decode(whole[: whole.index(end)], skip_special_tokens=True)]
+    file.unlink()
+    assert hub.Base(hub.ModelConfig(path=str(folder)), folder).ends == [2]
+    file.write_text("{")
+    with pytest.raises(UserError, match=r"generation_config\.json: cannot be read"):
+        _ = hub.Base(hub.ModelConfig(path=str(folder)), folder).ends
+
+
 def test_generation_settings_of_the_models_files_do_not_count(
     stories: Path, ours: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
