@@ -519,7 +519,10 @@ def test_shuffled_latex_scores_nothing(metamath: Math) -> None:
         assert not metamath.score(f"The answer is: {other}", example(gold, "math")).correct, other
 
 
-@pytest.mark.parametrize("text", ["x" * 100_000, "\\frac{" * 60, "\udc80", "\x00", "\\", "(" * 900])
+@pytest.mark.parametrize(
+    "text",
+    ["x" * 100_000, "\\frac{" * 60, "\udc80", "\x00", "\\", "(" * 900, "$" * 9000, "- " * 5000],
+)
 def test_no_prediction_crashes_a_scoring(metamath: Math, text: str) -> None:
     for kind in ("number", "math", "letter"):
         for prediction in (f"The answer is: {text}", f"\\boxed{{{text}}}", f"#### {text}", text):

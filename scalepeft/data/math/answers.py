@@ -14,12 +14,16 @@ from scalepeft.data.math.hendrycks import is_equiv, last_boxed
 
 METAMATH_MARK = "The answer is: "
 _MARK = re.compile(r"\banswer\s+is\b:?|\banswer:", re.IGNORECASE)
-# The last number of a text, with all that is written together with it.
+# A number with all that is written together with it. Each piece is atomic: what repeats in a text
+# that went astray must not be tried in all ways.
+_SIGN = r"[-+*/=^×·−]"
 _RUN = re.compile(
-    r"(?:(?:[-+−–(\[{]\s?)|\\?\$\s?)*(?:\\[a-zA-Z]+|[^\sA-Za-z]|(?<=[\d\\{(*^_])[a-z]\b|\s(?=\d{3}\b|\d+/\d)|"
-    r"\s?[-+*/=^×·−]\s?|(?<=[\d$}])\s(?:and|or)\s(?=[\d$\\]))*\d"
-    r"(?:[^\sA-Za-z]|\\[a-zA-Z]+)*(?:\s(?:hundred|thousand|[mbtr]+illion|dozen|percent)\b)*"
+    r"(?>[-+−–(\[{]\s?|\\?\$\s?){0,4}+"
+    rf"(?>\\[a-zA-Z]+|[^\sA-Za-z]|(?<=[\d\\{{(*^_])[a-z]\b|\s(?=\d{{3}}\b|\d+/\d|{_SIGN})|"
+    rf"(?<={_SIGN})\s|(?<=[\d$}}])\s(?:and|or)\s(?=[\d$\\]))*\d"
+    r"(?>[^\sA-Za-z]|\\[a-zA-Z]+)*(?>\s(?:hundred|thousand|[mbtr]+illion|dozen|percent)\b)*"
 )
+_NEAR = 200  # characters around the last digit that its number is looked for in
 _LETTER = re.compile(r"\(\s*([A-E])\s*\)|(?<![A-Za-z'’])([A-E])(?![A-Za-z'’])")
 _SEVERAL = re.compile(r"\W*(?:or|and|[,/&])\W*[A-E]\b")
 _ARTICLE = re.compile(r"(?<![A-Za-z'’(])A(?=\s[a-z])")
@@ -51,7 +55,8 @@ def find(prediction: str, kind: str) -> str | None:
     if kind == "letter":
         letters = _LETTER.findall(_ARTICLE.sub("", prediction))
         return "".join(letters[-1]) if letters else None
-    runs = _RUN.findall(prediction)
+    last = max(map(prediction.rfind, "0123456789"))
+    runs = _RUN.findall(prediction[max(0, last - _NEAR) : last + _NEAR]) if last >= 0 else []
     return _tidy(runs[-1].rpartition("=")[2]) if runs else None
 
 

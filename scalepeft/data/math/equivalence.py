@@ -17,12 +17,12 @@ import weakref
 from typing import IO, Any
 
 from scalepeft.core.errors import UserError
+from scalepeft.data.math import whole
 
 SECONDS = 3  # math-verify's own limit, for each of its steps
 LIMIT = 4 * SECONDS  # then the process is killed
 START = 120  # until it has loaded
 MEMORY = 4 << 30
-LONGEST = 400  # characters; a longer text is no answer
 
 
 def check_installed() -> None:
@@ -45,7 +45,7 @@ class EquivalenceServer:
         """True if ``prediction`` is mathematically ``right`` (in this order: math-verify's relation
         is not symmetric). What takes too long, crashes or does not parse is not.
         """
-        if not prediction.strip() or max(len(right), len(prediction)) > LONGEST:
+        if not prediction.strip() or max(len(right), len(prediction)) > whole.LONGEST:
             return False
         answer: bytes | None = b""
         for _ in range(2):  # again where the process died: it may have been somebody's signal

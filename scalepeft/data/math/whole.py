@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 Equivalent = Callable[[str, str], bool]
+LONGEST = 400  # characters; a longer text is no answer
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,9 @@ def _same(right: Value, other: Value, equivalent: Equivalent, rounded: bool) -> 
 
 
 def read(text: str) -> Value | None:
-    """What a whole text says; None: nothing that could equal anything."""
+    """What a whole text says; None: nothing that could equal anything, or too long for an answer."""
+    if len(text) > LONGEST:
+        return None
     if "\\begin" in text:
         return Value("math", text)
     text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS))
