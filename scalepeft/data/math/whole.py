@@ -169,7 +169,7 @@ def _same(right: Value, other: Value, equivalent: Equivalent, rounded: bool) -> 
 
 
 def read(text: str) -> Value | None:
-    """What a whole text says; None: nothing that could equal anything, or too long for an answer."""
+    """What a whole text says; None: nothing that could be equal, or too long."""
     if len(text) > LONGEST:
         return None
     if "\\begin" in text:
