@@ -6,7 +6,7 @@ Letters: r, A, B, scaling as in LoRA; m (out,) the magnitude of each row of W.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scalepeft.adapters.base import Base, math_dtype, scale_shift
 from scalepeft.adapters.methods.lora import LoRA
@@ -24,14 +24,9 @@ class DoRA(LoRA):
     paper = "arXiv 2402.09353"
 
     def declare(self) -> None:
-        """Those of LoRA, and the magnitude (out,)."""
+        """Those of LoRA, and the magnitude (out,), which starts at that of W."""
         super().declare()
         self.magnitude = self.new_parameter(self.out_features)
-
-    def reset_parameters(self) -> None:
-        """A and B as LoRA, the magnitude at that of W."""
-        super().reset_parameters()
-        nn.init.zeros_(self.magnitude)
 
     @torch.no_grad()
     def _norms(self, base: Base, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
