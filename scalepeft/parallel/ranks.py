@@ -134,8 +134,7 @@ class Ranks:
             UserError: it differs; the message begins with ``what`` and names the ranks.
         """
         values = self.gather(value)
-        others = [rank for rank, v in enumerate(values) if v != values[0]]
-        if others:
+        if others := [rank for rank, v in enumerate(values) if v != values[0]]:
             raise UserError(
                 f"{what} on rank 0 and on ranks {others}; give every node the same copy"
             )

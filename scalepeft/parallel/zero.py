@@ -174,11 +174,8 @@ class Zero(Engine):
         self._ds.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
         if self.config.stage != 3:
             return
-        settings = self._settings(_count(model))
-        init = self._ds.zero.Init(
-            module=nn.Module(),
-            config_dict_or_path=settings | {"train_batch_size": self.ranks.world_size},
-        )
+        settings = self._settings(_count(model)) | {"train_batch_size": self.ranks.world_size}
+        init = self._ds.zero.Init(module=nn.Module(), config_dict_or_path=settings)
         made: dict[int, nn.Parameter] = {}
         for module in model.modules():
             for name, p in list(module.named_parameters(recurse=False)):
