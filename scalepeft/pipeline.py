@@ -25,7 +25,7 @@ from scalepeft.core.fields import Decides
 from scalepeft.core.files import write_atomically, writing
 from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
-from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping, tell_job
+from scalepeft.core.preemption import FINISHED, StopFlag, Stopping, tell_job
 from scalepeft.core.text import duration
 from scalepeft.data import prepared, tokens
 from scalepeft.data.rows import expand, paths_of
@@ -279,17 +279,15 @@ def run(
         ranks = start_ranks(config)
     stages = Path(config.run_dir) / "stages"
     lease = ranks.all_or_raise(lambda: _claim(stages) if ranks.is_main else None)
+
+    def work() -> int:
+        return Pipeline(config, task, ranks, stop).run(first, only or last or STAGES[-1], only)
+
     try:
-        code = Pipeline(config, task, ranks, stop).run(first, only or last or STAGES[-1], only)
-    except Stopping:
-        code = STOPPED
-        if ranks.is_main:
-            say("stopped; the same command continues this stage")
-            tell_job("stopped", "pipeline")
+        code = stop.guard(work, "pipeline", "the same command continues this stage")
     finally:
         if lease is not None:
             lease.release()
-    stop.saved = True
     ranks.finish()
     return code
 

@@ -211,7 +211,7 @@ def test_an_entry_needs_no_yaml(folder: Path, tmp_path: Path) -> None:
         (None, "", [], "no folder with adapters, engines, tasks in it"),
         ("adapters/lora.py", "", [], "the name 'lora' is taken"),
         ("adapters/mine.py", "import nonsense", ["adapter=mine"], "No module named 'nonsense'"),
-        ("adapters/mine.py", "x = 1", ["adapter=mine"], "defines no subclass of AdapterConfig"),
+        ("adapters/mine.py", "x = 1", ["adapter=mine"], "defines no subclass of Adapter"),
     ],
 )
 def test_a_broken_extension_is_one_line(

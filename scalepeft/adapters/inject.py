@@ -353,5 +353,5 @@ def adapter_config(values: dict[str, Any]) -> AdapterConfig:
     """Builds a method's config from a mapping with ``name``."""
     if "name" not in values:
         raise unknown("adapter", "", registry.available("adapters.methods"))
-    found = registry.find_class("adapters.methods", str(values["name"]), "adapter", AdapterConfig)
-    return _build(found, values, "adapter")
+    found = registry.find_class("adapters.methods", str(values["name"]), "adapter", Adapter)
+    return _build(found.Config, values, "adapter")

@@ -45,7 +45,7 @@ def reference_page(section: str = "") -> str:
         if name in PLAIN:
             lines += _table(name, name, PLAIN[name])
             continue
-        package, _, _, base = NAMED[name]
+        package, *_, base = NAMED[name]
         lines += _table(name, f"{name}: keys of every one", base)
         for entry in registry.available(package):
             cls = config_class(name, entry)

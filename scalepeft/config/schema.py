@@ -12,7 +12,7 @@ import yaml
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 
-from scalepeft.adapters.base import AdapterConfig
+from scalepeft.adapters.base import Adapter, AdapterConfig
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError, nearest, unknown
 from scalepeft.core.fields import (
@@ -25,9 +25,9 @@ from scalepeft.core.fields import (
     _build,
     split_commas,
 )
-from scalepeft.data.tasks.base import TaskConfig
+from scalepeft.data.tasks.base import Task, TaskConfig
 from scalepeft.models.hub import BUILTIN, ModelConfig
-from scalepeft.parallel.base import EngineConfig
+from scalepeft.parallel.base import Engine, EngineConfig
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -164,11 +164,12 @@ class RunConfig:
     extensions: str | None = None
 
 
-# section -> (folder of scalepeft, what to call an entry, the name if none is given, its class)
-NAMED: dict[str, tuple[str, str, str, type]] = {
-    "adapter": ("adapters.methods", "adapter", "hoft", AdapterConfig),
-    "engine": ("parallel", "engine", "single", EngineConfig),
-    "data": ("data.tasks", "task", "toy", TaskConfig),
+# section -> (folder of scalepeft, what to call an entry, the name if none is given, its protocol,
+# the settings of every one)
+NAMED: dict[str, tuple[str, str, str, Any, type]] = {
+    "adapter": ("adapters.methods", "adapter", "hoft", Adapter, AdapterConfig),
+    "engine": ("parallel", "engine", "single", Engine, EngineConfig),
+    "data": ("data.tasks", "task", "toy", Task, TaskConfig),
 }
 PLAIN: dict[str, type] = {
     "model": ModelConfig, "train": TrainConfig, "evaluate": EvaluateConfig,
@@ -209,8 +210,8 @@ def renamed(values: dict[str, Any]) -> dict[str, Any]:
 
 def config_class(section: str, name: str) -> type:
     """Return the config dataclass of a section whose ``name`` picks it."""
-    package, kind, _, base = NAMED[section]
-    return registry.find_class(package, name, kind, base)
+    package, kind, _, protocol, _ = NAMED[section]
+    return registry.find_class(package, name, kind, protocol).Config
 
 
 def every_class() -> Iterator[tuple[str, type]]:
@@ -260,7 +261,7 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
     extensions = use_extensions(values.get("extensions"))
     found = {section: dict(values.get(section) or {}) for section in (*PLAIN, *NAMED)}
     classes = dict(PLAIN)
-    for section, (_, _, default, _) in NAMED.items():
+    for section, (_, _, default, *_) in NAMED.items():
         found[section].setdefault("name", default)
         classes[section] = config_class(section, str(found[section]["name"]))
     task: type[TaskConfig] = classes["data"]

@@ -10,9 +10,11 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from scalepeft.core.files import write_atomically
+from scalepeft.core.launch import rank
 from scalepeft.core.log import say
 
 FINISHED, BROKEN, USER_ERROR, STOPPED = 0, 1, 2, 75
@@ -72,6 +74,20 @@ class StopFlag:
             return
         elif now - self._first_at >= SAME_EVENT_SECONDS:
             self._leave(number)
+
+    def guard(self, work: Callable[[], int | None], what: str, again: str) -> int:
+        """Return the exit code of ``work`` (None: 0); 75 where a signal stopped it, once rank 0 has
+        said what does it ``again`` and told the job that ``what`` was stopped.
+        """
+        try:
+            code = work() or FINISHED
+        except Stopping:
+            code = STOPPED
+            if rank() == 0:
+                say(f"stopped; {again}")
+                tell_job("stopped", what)
+        self.saved = True
+        return code
 
     def _watch(self, read_end: int) -> None:
         while True:

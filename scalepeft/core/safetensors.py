@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 PIECE_BYTES = 16 << 20  # written and hashed at one time
@@ -154,9 +153,7 @@ class Writer:
         """``bytes`` and ``sha256`` of the file, for a manifest."""
         return {"bytes": self.size, "sha256": self._digest.hexdigest()}
 
-    def __exit__(
-        self, kind: type[BaseException] | None, _value: Any, _trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close the file; one that lacks bytes is our own bug."""
         with self._file:
             if kind is None:

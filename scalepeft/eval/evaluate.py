@@ -11,9 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from scalepeft import __version__
 from scalepeft.build import start_ranks, task_of
 from scalepeft.config import changes
 from scalepeft.config.schema import EvaluateConfig, RunConfig, Subject, deviations, to_dict
@@ -22,14 +19,15 @@ from scalepeft.core.fields import Decides, deciding
 from scalepeft.core.files import writing
 from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
-from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping, tell_job
+from scalepeft.core.preemption import StopFlag, Stopping
 from scalepeft.data.tasks.base import Example, Task
-from scalepeft.eval import comet, scores
+from scalepeft.eval import comet, scores, vllm
 from scalepeft.eval.generation import Backend, Generator, Progress, batches, check
 from scalepeft.eval.predictions import AGAIN, Predictions
 from scalepeft.eval.target import EvalTarget
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.folder import load_run
+from scalepeft.run.provenance import versions
 
 FOLDERS: dict[Subject, str] = {"adapter": "eval", "merged": "eval-merged", "base": "eval-base"}
 
@@ -48,15 +46,8 @@ def run(run_dir: str, settings: list[str], kind: Subject, stop: StopFlag) -> int
     without_group = config.evaluate.backend == "vllm" and world_size() == 1
     ranks = Ranks() if without_group else start_ranks(config)
     task = task_of(config)
-    try:
-        evaluate(config, task, kind, ranks, stop)
-        code = FINISHED
-    except Stopping:
-        if ranks.is_main:
-            say(f"stopped; scalepeft evaluate {run_dir} continues with the rows that are left")
-            tell_job("stopped", "evaluation")
-        code = STOPPED
-    stop.saved = True
+    again = f"scalepeft evaluate {run_dir} continues with the rows that are left"
+    code = stop.guard(lambda: evaluate(config, task, kind, ranks, stop), "evaluation", again)
     ranks.finish()
     return code
 
@@ -80,8 +71,6 @@ def evaluate(config: RunConfig, task: Task, kind: Subject, ranks: Ranks, stop: S
 
     check(config.evaluate)
     if config.evaluate.backend == "vllm":
-        from scalepeft.eval import vllm
-
         vllm.check(config, kind, ranks.world_size)
     examples = ranks.all_or_raise(lambda: _examples(task, config.evaluate.limit))
     for line in task.remarks("test") if ranks.is_main else ():
@@ -149,8 +138,6 @@ def _generator(target: EvalTarget, left: list[Example], ranks: Ranks, poll: Any)
     """The backend that answers, with its model loaded."""
     config = target.config
     if config.evaluate.backend == "vllm":
-        from scalepeft.eval import vllm
-
         found: Backend = vllm.Generator.load(target, [e.prompt for e in left])
     else:
         built, tokenizer = target.load(ranks, poll), target.base.tokenizer
@@ -188,14 +175,11 @@ def _write_scores(
     target: EvalTarget, task: Task, examples: list[Example], predictions: Predictions
 ) -> None:
     """Writes scored.jsonl and scores.json, on rank 0, and says what is in them."""
-    import transformers
-
     predictions.check_ours()
     config, done = target.config, predictions.done
     texts = {id_: row["prediction"] for id_, row in done.items()}
     summary, rows = scores.summarize(task, examples, texts)
     folder = predictions.path.parent
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     results = {
         "task": config.data.name,
         "protocol": config.data.protocol,
@@ -207,7 +191,7 @@ def _write_scores(
         "prompts_cut": sum(done[e.id]["cut"] for e in examples),
         **summary,
         "task_version": task.version,
-        "versions": {"scalepeft": __version__, **versions},
+        "versions": versions("torch", "transformers"),
     }
     with writing(folder, f"all predictions are kept: {AGAIN}"):
         scores.write(folder, results, rows)

@@ -106,7 +106,7 @@ class Shares:
 class Engine:
     """One way to spread a model. Gradients are SUMMED over micro-batches and ranks."""
 
-    Config: ClassVar[type[EngineConfig]]
+    Config: ClassVar[type[EngineConfig]] = EngineConfig
     needs_group: ClassVar[bool] = True
     """True where the engine needs a process group even for one process."""
     sharded: ClassVar[bool] = False

@@ -6,20 +6,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from scalepeft.core.fields import STRICT
-from scalepeft.parallel.base import Engine, EngineConfig, Shares
+from scalepeft.parallel.base import Engine, Shares
 
 BUCKET = 25_000_000  # gradient elements that are summed at one time
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class DDPConfig(EngineConfig):
-    """Settings of the replicating engine."""
-
-    name: str = "ddp"
 
 
 class DDP(Engine):
@@ -30,7 +21,6 @@ class DDP(Engine):
     exchange of the adapter's gradients, is small beside the frozen base's work.
     """
 
-    Config = DDPConfig
     _trained: list[nn.Parameter]
 
     @classmethod

@@ -134,8 +134,7 @@ class Ranks:
             UserError: it differs; the message begins with ``what`` and names the ranks.
         """
         values = self.gather(value)
-        others = [rank for rank, v in enumerate(values) if v != values[0]]
-        if others:
+        if others := [rank for rank, v in enumerate(values) if v != values[0]]:
             raise UserError(
                 f"{what} on rank 0 and on ranks {others}; give every node the same copy"
             )
@@ -147,22 +146,17 @@ class Ranks:
         So that a file missing on one node ends the job everywhere, and nobody waits for a dead
         rank.
         """
-        result: T | None = None
-        failure: Exception | None = None
         try:
             result = work()
         except Exception as error:
-            failure = error
-        failures = self.gather(
-            None if failure is None else (isinstance(failure, UserError), str(failure))
-        )
-        if failure is not None:
-            raise failure
+            self.gather((UserError if isinstance(error, UserError) else RuntimeError, str(error)))
+            raise
+        failures: list[Any] = self.gather(None)
         for rank, failed in enumerate(failures):
             if failed is not None:
                 kind, text = failed
-                raise (UserError if kind else RuntimeError)(f"rank {rank}: {text}")
-        return result  # type: ignore[return-value]
+                raise kind(f"rank {rank}: {text}")
+        return result
 
     def run_on_main(self, work: Callable[[], T]) -> T:
         """Runs ``work`` on rank 0, returns its result on every rank; its failure is everyone's."""
@@ -173,18 +167,15 @@ class Ranks:
 
     def alone(self, work: Callable[[], T]) -> T:
         """``run_on_main`` for long work that polls for a signal: its Stopping is everyone's."""
-        stopped = False
 
-        def guarded() -> T | None:
-            nonlocal stopped
+        def guarded() -> tuple[T | None, bool]:
             try:
-                return work()
+                return work(), False
             except Stopping:
-                stopped = True
-                return None
+                return None, True
 
-        result = self.run_on_main(guarded)
-        if self.any(stopped):
+        result, stopped = self.run_on_main(guarded)
+        if stopped:
             raise Stopping
         return result  # type: ignore[return-value]
 

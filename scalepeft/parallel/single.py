@@ -1,23 +1,12 @@
 """One process, one device, nothing spread."""
 
-from pydantic.dataclasses import dataclass
-
 from scalepeft.core.errors import UserError
-from scalepeft.core.fields import STRICT
-from scalepeft.parallel.base import Engine, EngineConfig
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class SingleConfig(EngineConfig):
-    """Settings of the one-process engine."""
-
-    name: str = "single"
+from scalepeft.parallel.base import Engine
 
 
 class Single(Engine):
     """The reference every other engine must equal."""
 
-    Config = SingleConfig
     needs_group = False
 
     @classmethod

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -149,10 +150,11 @@ class Zero(Engine):
             "reduce_bucket_size": bucket,
             "stage3_param_persistence_threshold": self.config.whole_below,
         }
+        host = {"device": "cpu", "pin_memory": self.ranks.device.type == "cuda"}
         if self.config.offload_optimizer:
-            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self._cuda}
+            zero["offload_optimizer"] = host
         if self.config.offload_parameters:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": self._cuda}
+            zero["offload_param"] = host
         return {
             "train_micro_batch_size_per_gpu": 1,  # counts nothing here: loss and steps are ours
             "gradient_accumulation_steps": 1,
@@ -161,10 +163,6 @@ class Zero(Engine):
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": None,
         }
-
-    @property
-    def _cuda(self) -> bool:
-        return self.ranks.device.type == "cuda"
 
     def wrap(self, model: nn.Module, blocks: list[nn.Module]) -> None:
         """Stage 3: makes every parameter of the meta model a DeepSpeed parameter with an empty part
@@ -176,16 +174,11 @@ class Zero(Engine):
         self._ds.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
         if self.config.stage != 3:
             return
-        settings = self._settings(_count(model))
-        init = self._ds.zero.Init(
-            module=nn.Module(),
-            config_dict_or_path=settings | {"train_batch_size": self.ranks.world_size},
-        )
+        settings = self._settings(_count(model)) | {"train_batch_size": self.ranks.world_size}
+        init = self._ds.zero.Init(module=nn.Module(), config_dict_or_path=settings)
         made: dict[int, nn.Parameter] = {}
         for module in model.modules():
-            for name, p in module._parameters.items():
-                if p is None:
-                    continue
+            for name, p in list(module.named_parameters(recurse=False)):
                 if id(p) not in made:
                     # DeepSpeed cuts its part out of a whole tensor: one at a time, and empty.
                     whole = torch.empty_like(p, device=self.ranks.device)
@@ -220,8 +213,7 @@ class Zero(Engine):
             optimizer.state.clear()
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
-        call: nn.Module = self._engine
-        return call
+        return self._engine
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         """Stage 1 exchanges gradients on the last micro-batch; 2 and 3 on each: they keep parts.
@@ -239,8 +231,7 @@ class Zero(Engine):
         """Makes parameters whole on every rank for the moment, under stage 3."""
         if self.config.stage != 3 or not parameters:
             return nullcontext()
-        context: AbstractContextManager[Any] = self._ds.zero.GatheredParameters(parameters)
-        return context
+        return self._ds.zero.GatheredParameters(parameters)
 
     @torch.no_grad()
     def add_gradients(self, parameters: list[nn.Parameter], grads: list[Tensor | None]) -> None:
@@ -322,10 +313,12 @@ class Zero(Engine):
         place, own = mapping.hp_fragment_address, mapping.lp_fragment_address
         return flat, place.start, place.numel, own.start
 
-    def _part(self, parameter: nn.Parameter, kind: str | None) -> Part:
-        """This rank's part of the fp32 parameter, or of one of its moments."""
+    def _part(self, parameter: nn.Parameter, kind: str | None = None) -> Part:
+        """This rank's part of the fp32 parameter, or of one of its moments; the step is whole."""
         flat, offset, numel, start = self._flat(parameter)
         held = flat if kind is None else self._optimizer.optimizer.state[flat][kind]
+        if kind == "step":
+            return Part(held.view(-1), 0, ())
         data = held.detach().view(-1)[offset : offset + numel]
         return Part(data, start, tuple(full_shape(parameter)))
 
@@ -335,15 +328,11 @@ class Zero(Engine):
         """The parts that the optimizer is split into: of parameters as of moments."""
         found: dict[str, Part] = {}
         for i, (name, parameter) in enumerate(trained.items()):
-            found[name] = self._part(parameter, None)
+            found[name] = self._part(parameter)
             flat, *_ = self._flat(parameter)
-            for kind, value in optimizer.state.get(flat, {}).items():
-                if kind == "step":
-                    step = value.detach().clone().view(-1)
-                    mine = i % self.ranks.world_size == self.ranks.rank
-                    found[f"{name}/{kind}"] = Part(step, 0, (), mine)
-                else:
-                    found[f"{name}/{kind}"] = self._part(parameter, kind)
+            for kind in optimizer.state.get(flat, {}):
+                mine = kind != "step" or i % self.ranks.world_size == self.ranks.rank
+                found[f"{name}/{kind}"] = replace(self._part(parameter, kind), mine=mine)
         return found
 
     def load_state_parts(
@@ -355,16 +344,12 @@ class Zero(Engine):
     ) -> None:
         """Fills the optimizer's parts; a parameter without saved moments begins with zeros."""
         for name, parameter in trained.items():
-            fill(name, self._part(parameter, None))
+            fill(name, self._part(parameter))
             flat, *_ = self._flat(parameter)
-            held = optimizer.state[flat]
             for kind in kinds.get(name, ()):
-                if kind == "step":
-                    held.setdefault(kind, torch.zeros(()))
-                    fill(f"{name}/{kind}", Part(held[kind].view(-1), 0, ()))
-                else:
-                    held.setdefault(kind, torch.zeros_like(flat))
-                    fill(f"{name}/{kind}", self._part(parameter, kind))
+                empty = torch.zeros(()) if kind == "step" else torch.zeros_like(flat)
+                optimizer.state[flat].setdefault(kind, empty)
+                fill(f"{name}/{kind}", self._part(parameter, kind))
 
     def state_loaded(self) -> None:
         """Copies the fp32 parts into the parameters of the model."""
@@ -373,7 +358,7 @@ class Zero(Engine):
             return
         for group in self._optimizer.fp16_groups:
             for parameter in group:
-                part = self._part(parameter, None)
+                part = self._part(parameter)
                 local_part(parameter).put(part.start, part.data)
 
 

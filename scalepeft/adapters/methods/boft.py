@@ -72,14 +72,12 @@ class BOFT(OFT):
     def transform_input(self, x: Tensor) -> Tensor:
         """``x F_(m-1) ... F_0``: gather, rotate blocks, scatter; the last factor first."""
         k = skew_symmetric(self.K.to(math_dtype(x.dtype)), self.config.block_size)
-        rotations = cayley(k).chunk(self.config.factors)
-        for i, rotation in reversed(list(enumerate(rotations))):
-            if i == 0:
-                return block_product(x, rotation)
+        first, *others = cayley(k).chunk(self.config.factors)
+        for i, rotation in reversed(list(enumerate(others, 1))):
             # (x P)_j = x_k with P_kj = 1, and row k of P holds its 1 at index[k].
             index = butterfly(self.in_features, self.config.block_size, i, x.device)
             x = block_product(x[..., index.argsort()], rotation)[..., index]
-        raise AssertionError("factors >= 1")
+        return block_product(x, first)
 
     def transform_output(self, y: Tensor) -> Tensor:
         """``s * y``."""

@@ -6,19 +6,10 @@ Letters: r, A, B, scaling as in LoRA; m (out,) the magnitude of each row of W.
 from typing import Any
 
 import torch
-from pydantic.dataclasses import dataclass
-from torch import Tensor, nn
+from torch import Tensor
 
 from scalepeft.adapters.base import Base, math_dtype, scale_shift
-from scalepeft.adapters.methods.lora import LoRA, LoRAConfig
-from scalepeft.core.fields import STRICT
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class DoRAConfig(LoRAConfig):
-    """Settings of DoRA: those of LoRA."""
-
-    name: str = "dora"
+from scalepeft.adapters.methods.lora import LoRA
 
 
 class DoRA(LoRA):
@@ -30,18 +21,12 @@ class DoRA(LoRA):
     products with W, never from a dense B A. Paper: arXiv 2402.09353.
     """
 
-    Config = DoRAConfig
     paper = "arXiv 2402.09353"
 
     def declare(self) -> None:
-        """Those of LoRA, and the magnitude (out,)."""
+        """Those of LoRA, and the magnitude (out,), which starts at that of W."""
         super().declare()
         self.magnitude = self.new_parameter(self.out_features)
-
-    def reset_parameters(self) -> None:
-        """A and B as LoRA, the magnitude at that of W."""
-        super().reset_parameters()
-        nn.init.zeros_(self.magnitude)
 
     @torch.no_grad()
     def _norms(self, base: Base, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -152,8 +152,7 @@ class GOFT(Adapter):
     def transform_input(self, x: Tensor) -> Tensor:
         """``(x R) * s``."""
         g = self.blocks(math_dtype(x.dtype))
-        y: Tensor = _GivensProduct.apply(x.reshape(-1, x.shape[-1]), g)
-        y = y.view(x.shape)
+        y = _GivensProduct.apply(x.reshape(-1, x.shape[-1]), g).view(x.shape)
         return y if self.scale is None else scale_shift(y, self.scale)
 
     def flops(self) -> int:

@@ -4,9 +4,9 @@ from typing import Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
 
-from scalepeft.adapters.base import Adapter, AdapterConfig, scale_shift
+from scalepeft.adapters.base import AdapterConfig, Base
+from scalepeft.adapters.methods.ia3 import IA3
 from scalepeft.core.fields import STRICT, Targets
 
 
@@ -31,8 +31,9 @@ class HadamardConfig(AdapterConfig):
         return [self.norm] if self.train_norm else []
 
 
-class Hadamard(Adapter):
-    """``A' = w * A + c`` on the output of ``o_proj`` (or on its input); ``2 d`` parameters.
+class Hadamard(IA3):
+    """``A' = w * A + c`` on the output of ``o_proj`` (or on its input); ``2 d`` parameters:
+    ``IA3`` with a shift.
 
     w starts at 1 (stored as ``scale = w - 1``), c (``shift``) at 0. The normalization layer behind
     it trains as well, ``d`` more. A bias of the layer is added after the adapter. On LLaMA, which
@@ -45,18 +46,9 @@ class Hadamard(Adapter):
 
     def declare(self) -> None:
         """Scale and shift of the side that is changed."""
-        self.before = self.config.position == "before"
-        size = self.in_features if self.before else self.out_features
+        self.on_input = self.config.position == "before"
+        size = self.in_features if self.on_input else self.out_features
         self.scale, self.shift = self.new_parameter(size), self.new_parameter(size)
 
-    def transform_input(self, x: Tensor) -> Tensor:
-        """``w * x + c`` before the layer."""
-        return scale_shift(x, self.scale, self.shift) if self.before else x
-
-    def transform_output(self, y: Tensor) -> Tensor:
-        """``w * y + c`` after it."""
-        return y if self.before else scale_shift(y, self.scale, self.shift)
-
-    def flops(self) -> int:
-        """A product and a sum a channel."""
-        return 2 * self.scale.numel()
+    def to_peft(self, base: Base) -> None:
+        """None: PEFT's IA3 has no shift."""

@@ -1,4 +1,4 @@
-"""HOFT: Householder orthogonal fine-tuning (arXiv 2505.16531). The mathematics is in reflect.py."""
+"""HOFT: Householder orthogonal fine-tuning (arXiv 2505.16531); mathematics: householder.py."""
 
 from typing import Annotated, ClassVar
 
@@ -59,12 +59,9 @@ class HOFT(Reflected):
             self.scale = self.new_parameter(out)
 
     def reset_parameters(self) -> None:
-        """Sets pairs of equal, mutually orthonormal columns (Q = I under both inverses) and m - 1 =
-        0.
-        """
+        """Sets pairs of equal, mutually orthonormal columns: Q = I under both inverses; m is 1."""
+        super().reset_parameters()
         with torch.no_grad():
             for u in (self.U, self.V):
                 assert u is not None
                 u.copy_(paired_columns(len(u), u.shape[1], self.config.init_norm))
-            if self.scale is not None:
-                self.scale.zero_()

@@ -1,10 +1,10 @@
 """IA3: few-shot fine-tuning by scaling activations (arXiv 2205.05638)."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
-from torch import Tensor
+from torch import Tensor, nn
 
 from scalepeft.adapters.base import Adapter, AdapterConfig, Base, scale_shift
 from scalepeft.core.errors import UserError
@@ -42,7 +42,7 @@ class IA3(Adapter):
     too, in the first form). Paper: arXiv 2205.05638.
     """
 
-    Config = IA3Config
+    Config: ClassVar[type[AdapterConfig]] = IA3Config
     paper = "arXiv 2205.05638"
 
     def declare(self) -> None:
@@ -50,20 +50,21 @@ class IA3(Adapter):
         patterns = self.config.feedforward_modules
         self.on_input = any(names(p, self.layer_name) for p in patterns)
         self.scale = self.new_parameter(self.in_features if self.on_input else self.out_features)
+        self.shift: nn.Parameter | None = None
 
     def transform_input(self, x: Tensor) -> Tensor:
         """``l * x`` in feed-forward layers."""
-        return scale_shift(x, self.scale) if self.on_input else x
+        return scale_shift(x, self.scale, self.shift) if self.on_input else x
 
     def transform_output(self, y: Tensor) -> Tensor:
         """``l * y`` in the others."""
-        return y if self.on_input else scale_shift(y, self.scale)
+        return y if self.on_input else scale_shift(y, self.scale, self.shift)
 
     def flops(self) -> int:
-        """One product a channel."""
-        return self.scale.numel()
+        """One product a channel, and a sum with a shift."""
+        return sum(p.numel() for p in self.parameters())
 
-    def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """PEFT's IA3 with the same l."""
         fields = {"peft_type": "IA3", "feedforward_modules": self.config.feedforward_modules}
         scale = 1 + self.scale.detach()

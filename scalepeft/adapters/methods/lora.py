@@ -56,9 +56,9 @@ class LoRA(Adapter):
         self.B = self.new_parameter(self.out_features, config.rank)
 
     def reset_parameters(self) -> None:
-        """Draws A as PEFT does (Kaiming uniform, a = sqrt 5) and sets B to zero."""
+        """Draws A as PEFT does (Kaiming uniform, a = sqrt 5); B is zero."""
+        super().reset_parameters()
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        nn.init.zeros_(self.B)
 
     def delta(self, x: Tensor) -> Tensor:
         """``scaling * B A dropout(x)``: two thin products in the dtype of x."""

@@ -3,19 +3,10 @@
 from typing import Any
 
 import torch
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from scalepeft.adapters.base import Base
-from scalepeft.adapters.methods.oft import OFT, OFTConfig
-from scalepeft.core.fields import STRICT
-
-
-@dataclass(frozen=True, kw_only=True, config=STRICT)
-class OFTv2Config(OFTConfig):
-    """Settings of OFTv2: those of OFT."""
-
-    name: str = "oftv2"
+from scalepeft.adapters.methods.oft import OFT
 
 
 class OFTv2(OFT):
@@ -25,7 +16,6 @@ class OFTv2(OFT):
     of ``OFT``'s, as in PEFT. Parameters and blocks as there. Paper: arXiv 2506.19847.
     """
 
-    Config = OFTv2Config
     paper = "arXiv 2506.19847"
 
     def rotation(self, k: Tensor) -> Tensor:

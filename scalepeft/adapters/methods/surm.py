@@ -57,14 +57,9 @@ class SURMConfig(AdapterConfig):
 def smooth_length(n: int) -> int:
     """The smallest even length >= n whose prime factors are 2, 3, 5 and 7."""
     length = n + n % 2
-    while True:
-        rest = length
-        for prime in (2, 3, 5, 7):
-            while rest % prime == 0:
-                rest //= prime
-        if rest == 1:
-            return length
+    while pow(2 * 3 * 5 * 7, length.bit_length(), length):  # 0: no other prime divides it
         length += 2
+    return length
 
 
 def balanced(n: int) -> tuple[int, int]:
@@ -215,35 +210,28 @@ class SURM(Adapter):
 
     def reset_parameters(self) -> None:
         """Zero for the first factor and c, a Gaussian of ``init_std`` for the second."""
-        first = True
-        for name, parameter in self.named_parameters():
-            if name == "c" or first:
-                nn.init.zeros_(parameter)
-                first = first and name == "c"
-            else:
-                nn.init.normal_(parameter, std=self.config.init_std)
+        super().reset_parameters()
+        for parameter in [p for name, p in self.named_parameters() if name != "c"][1:]:
+            nn.init.normal_(parameter, std=self.config.init_std)
 
     def _chain(
         self, dtype: torch.dtype, columns: int
     ) -> tuple[list[tuple[int, int]], list[Tensor]]:
         """(cuts, kernels) of the convolutions that make up scaling M."""
         out, scaling = self.out_features, self.config.scaling
-
-        def get(name: str) -> Tensor:
-            return getattr(self, name).to(dtype)
-
+        factors = {name: p.to(dtype) for name, p in self.named_parameters()}
         if self.structure == "circulant":
-            kernel = get("a") * get("c0") * scaling
+            kernel = factors["a"] * factors["c0"] * scaling
             return [(kernel.shape[1], kernel.shape[2])], [kernel]
         if self.structure == "ldr":
-            g, h = get("g")[None] * scaling, get("h")[:, None]
+            g, h = factors["g"][None] * scaling, factors["h"][:, None]
             return [(1, columns), (len(h), columns)], [torch.cat([h, -h], dim=-1), g]
         length = smooth_length(out + columns - 1)
         if out == columns:
-            kernels = [self._symmetric(get("b"), length), self._symmetric(get("a"), length)]
-            return [(1, out), (1, out)], [kernels[0], kernels[1] * scaling]
+            first, second = (self._symmetric(factors[name], length) for name in "ba")
+            return [(1, out), (1, out)], [first, second * scaling]
         # T_ij = t[i - j + in - 1]; the entries above the diagonal stand at the end of the circle.
-        t = get("t") * scaling
+        t = factors["t"] * scaling
         gap = t.new_zeros(length - len(t))
         return [(1, out)], [torch.cat([t[columns - 1 :], gap, t[: columns - 1]])[None, None]]
 

@@ -22,7 +22,7 @@ from scalepeft.analysis.bench.cases import ROW, layers_of, make_case
 from scalepeft.analysis.bench.entries import REFERENCE, Entry, measure
 from scalepeft.analysis.bench.methods import choose
 from scalepeft.core.errors import UserError
-from scalepeft.core.files import write_atomically
+from scalepeft.core.files import write_atomically, writing
 from scalepeft.core.text import table
 from scalepeft.models.hub import PRECISIONS
 from scalepeft.run.provenance import device_name, versions
@@ -81,10 +81,8 @@ class Options:
 
 def make_folder(out: str) -> Path:
     """Return the folder of ``--out``, made. Raise UserError if it cannot be."""
-    try:
+    with writing(f"--out {out}", "name a folder to write to"):
         Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}; name a folder to write to") from None
     return Path(out).resolve()
 
 

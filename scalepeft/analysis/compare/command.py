@@ -23,7 +23,7 @@ from scalepeft.core.fields import NameList, NotNegative, Positive
 from scalepeft.core.files import write_atomically, writing
 from scalepeft.core.launch import rank
 from scalepeft.core.log import say
-from scalepeft.core.preemption import BROKEN, FINISHED, STOPPED, StopFlag, Stopping, tell_job
+from scalepeft.core.preemption import BROKEN, FINISHED, StopFlag
 from scalepeft.core.text import duration
 from scalepeft.models import dimensions, shapes
 from scalepeft.run.lease import check_free
@@ -112,14 +112,10 @@ def run(options: Options, stop: StopFlag) -> int:
         raise UserError(f"--cell {number}: there are 0 to {len(cells) - 1}")
     runner = Runner(out, design, stop)
     chosen = [] if options.table else cells if number is None else [cells[number]]
-    try:
-        broken = _run(runner, chosen)
-    except Stopping:
-        say("stopped; the same command goes on with the cells that are left")
-        tell_job("stopped", "comparison")
-        return STOPPED
-    finally:
-        stop.saved = True
+    broken: list[Cell] = []
+    again = "the same command goes on with the cells that are left"
+    if code := stop.guard(lambda: broken.extend(_run(runner, chosen)), "comparison", again):
+        return code
     if number is not None:  # a task of a job array: a crash is its failure too
         return BROKEN if broken else FINISHED
     if broken and broken[0].lr is not None:

@@ -23,7 +23,8 @@ from scalepeft.models import dimensions, quant, structure
 from scalepeft.models.experts import ExpertLinear
 from scalepeft.models.hub import PRECISIONS, Base, open_base
 from scalepeft.models.weights import resident_bytes
-from scalepeft.parallel.single import Single, SingleConfig
+from scalepeft.parallel.base import EngineConfig
+from scalepeft.parallel.single import Single
 
 TOKENS = 64
 # Relative, of loss and logits. In bf16 a product in another order moves a logit by its last digit,
@@ -46,7 +47,7 @@ def run(settings: list[str]) -> int:
     if not path and not any(setting.startswith("train.epochs=") for setting in overrides):
         overrides = ["train.max_steps=1", *overrides]
     config, _ = files.load(path, ["run_dir=.", *overrides])
-    config = replace(config, engine=SingleConfig(device=config.engine.device))
+    config = replace(config, engine=EngineConfig(name="single", device=config.engine.device))
     ranks = start_ranks(config)
     base = open_base(config.model, ranks)
     with _fitting(config, base, ranks.device) as (config, base):

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scalepeft.cluster.doctor.check import Context
-from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.parallel.base import copy_rows
 from scalepeft.parallel.fsdp2 import FSDP2, FSDP2Config
@@ -66,34 +65,30 @@ def wrong_collectives(ranks: Ranks, device: torch.device) -> list[str]:
 def stored_bytes(context: Context) -> Any:
     """Shard 4-bit storage as the engine does, in uint8, and gather it; raise if bytes changed."""
     n, config, every = context.ranks.world_size, context.config, patterns()
-    norm, adapter = torch.linspace(-2, 2, 130).bfloat16(), torch.linspace(-1, 1, 192).view(3, 64)
+    quantized = config is not None and config.model.quant != "none"
+    by_fsdp2 = quantized and config.engine.name == "fsdp2"
+    by_zero = quantized and getattr(config.engine, "stage", 0) == 3
     stored = {
         "weight": every,
         "scales": every[:, ::4].contiguous(),
-        "norm": norm,
-        "adapter": adapter,
+        "norm": torch.linspace(-2, 2, 130).bfloat16(),
+        "adapter": torch.linspace(-1, 1, 192).view(3, 64),
     }
     try:
         gathered = gather(context.ranks, stored)
     except UserError as error:
-        if config is not None and config.engine.name == "fsdp2" and config.model.quant != "none":
+        if by_fsdp2:
             raise
         return "info", f"not tried: {error}"
     for name, tensor in gathered.items():
         if text := changed(tensor, stored[name]):
             text = f"an all-gather changes bytes: {name}: {text}: training on a sharded quantized"
             text += " base would be wrong without an error"
-            if config is not None and not shards_bytes(config):
+            if config is not None and not (by_fsdp2 or by_zero):
                 return "warn", text
             raise RuntimeError(text)
     uneven = f", uneven shards on {n} ranks" if n > 1 else ""
     return f"all 65,536 16-bit patterns come through fsdp2's all-gather as uint8{uneven}"
-
-
-def shards_bytes(config: RunConfig) -> bool:
-    """Return whether a run of this config shards a quantized base."""
-    sharded = config.engine.name == "fsdp2" or getattr(config.engine, "stage", 0) == 3
-    return sharded and config.model.quant != "none"
 
 
 def patterns() -> Tensor:
