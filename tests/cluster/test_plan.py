@@ -181,6 +181,13 @@ def test_what_stays_is_arithmetic(
     ), "the simulated ranks hold what arithmetic says"
 
 
+def test_packed_lines_are_rows_of_the_full_length(blocks: list[str]) -> None:
+    words = [*blocks, "engine=single", "train.global_batch=16", "train.micro_batch=2"]
+    words += ["data.cutoff=512", "train.micro_tokens=2000"]
+    assert planned(words).step.rows == 4
+    assert planned([*words, "train.batching=padded"]).step.rows == 2
+
+
 @pytest.mark.slow
 def test_zero_by_arithmetic(blocks: list[str]) -> None:
     base, trained = bytes_by_hand("llama-3.1-8b", "nf4", 1, layers=2)

@@ -46,6 +46,8 @@ def resident(config: RunConfig, source: Source, world: int, per_node: int) -> St
     shares = engine.shares(config.engine, model, world, per_node)
     local_batch = config.train.global_batch // world
     rows = min(local_batch, config.train.micro_batch)
+    if config.train.micro_tokens and config.train.batching != "padded":
+        rows = min(local_batch, -(-config.train.micro_tokens // config.data.cutoff))
     trained = list(injection.trainable(model).values())
     base = _base_shapes(model)
 
