@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from processes import FULL, SHARED
+from zygote import read_at_import
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,6 +38,17 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         del os.environ["SCALEPEFT_CACHE"]
     else:
         os.environ["SCALEPEFT_CACHE"] = old
+
+
+@pytest.fixture(autouse=True)
+def _variables() -> Iterator[None]:
+    """Libraries set variables as they are used (torch's compiler), with which the ranks of later
+    tests could not come from the warm process.
+    """
+    before = read_at_import(dict(os.environ))
+    yield
+    for key in read_at_import(dict(os.environ)).keys() - before.keys():
+        del os.environ[key]
 
 
 @pytest.fixture(scope="session")

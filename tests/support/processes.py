@@ -81,6 +81,8 @@ class Job:
                 self.ranks.append(zygote().start(program, arguments, variables))
                 continue
             command = [sys.executable, *program, *arguments]
+            paths = [str(Path(__file__).parent), variables.get("PYTHONPATH")]
+            variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
             self.ranks.append(
                 subprocess.Popen(
                     command,
