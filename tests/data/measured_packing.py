@@ -28,8 +28,8 @@ SETS = {
     "ARC-Easy": ["data=commonsense", "data.train=llm_adapters/dataset/ARC-Easy/test.json.gz"],
     "GSM8K": ["data=math", "data.train=gsm8k/train.jsonl.gz"],
     "WMT de-en": [
-        "data=translation", "data.source=de", "data.target=en",
-        "data.train=alma_wmt/human_written_data/de-en/train.de-en.json",
+        "data=translation", "data.source_language=de", "data.target_language=en",
+        "data.train=alma_wmt/human_written_data/deen/valid.de-en.json.gz",
     ],
 }  # fmt: skip
 
@@ -70,10 +70,8 @@ def main(shared: Path, folder: Path, steps: int) -> None:
             folder
         )
         tokenizer.save_pretrained(folder)
-    print(
-        "| rows | padded tokens/s | packed | ratio | lost of 8 ranks, padded | packed | waiting |"
-    )
-    print("|---|---:|---:|---:|---:|---:|---:|")
+    print("| rows | padded tokens/s | packed | ratio | lost, padded | packed | of 4096 | waiting |")
+    print("|---|" + "---:|" * 7)
     for name, settings in SETS.items():
         settings = [s.replace("data.train=", f"data.train={shared}/") for s in settings]
         config, _ = load(None, [
@@ -97,10 +95,10 @@ def main(shared: Path, folder: Path, steps: int) -> None:
                     trainer.step(step.micro, step.label_tokens, 0.0)
                 speeds[packed].append(count / (time.process_time() - clock))
         padded, best = (sorted(s[1:])[len(s[1:]) // 2] for s in speeds.values())
-        shares = [lost(rows, packed, 6 * 512) for packed in (False, True)]
+        shares = [lost(rows, False, 0), *(lost(rows, True, 6 * hidden) for hidden in (512, 4096))]
         print(
             f"| {name} | {padded:.0f} | {best:.0f} | {best / padded:.2f} |"
-            f" {shares[0]:.1%} | {shares[1]:.1%} | {waited(rows):.1%} |",
+            f" {' | '.join(f'{share:.1%}' for share in shares)} | {waited(rows):.1%} |",
             flush=True,
         )
 
