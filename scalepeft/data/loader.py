@@ -141,7 +141,7 @@ class Loader:
     def _micro(self, step: int) -> list[list[Line]]:
         pairs, (rank, world) = self.step_pairs(step), (self.ranks.rank, self.ranks.world_size)
         if self.micro_tokens is not None:
-            lengths = self.tokens.offsets.diff()[[row for _, row in pairs]].tolist()
+            lengths = [len(self.tokens.row(row)) for _, row in pairs]
             dealt = packing.micro_batches(lengths, world, self.micro_tokens, self.width)[rank]
             return [[[pairs[i] for i in line] for line in lines] for lines in dealt]
         mine, size = [[pair] for pair in pairs[rank::world]], self.micro_batch

@@ -48,8 +48,8 @@ class TokenSet:
 
     def count(self, rows: list[int]) -> tuple[int, int]:
         """Number of label tokens, and of all tokens without padding, in these rows."""
-        lengths = self.offsets.diff()[rows]
-        return int((lengths - self.label_start[rows]).sum()), int(lengths.sum())
+        lengths = sum(len(self.row(i)) for i in rows)
+        return lengths - int(self.label_start[rows].sum()), lengths
 
     def fingerprint(self) -> str:
         """sha256 of tokens, cuts and labels: a resumed run must see the same data."""

@@ -136,7 +136,7 @@ def unpacked(model: Any) -> str:
     look = mock.patch.object(
         masking_utils, "find_packed_sequence_indices", side_effect=_FromPositions
     )
-    with look, suppress(Exception):  # what a class without such a mask does on meta is its own
+    with suppress(Exception), look:  # what a class without such a mask does on meta is its own
         try:
             model.get_decoder()(input_ids=ids, position_ids=ids, use_cache=False)
         except _FromPositions:
