@@ -87,9 +87,17 @@ gpus=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | sort | un
 echo "node $(hostname):${gpus:- no GPU that nvidia-smi sees}; $versions"
 NODE
 each_node=(--nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1)
-srun "${each_node[@]}" --kill-on-bad-exit=1 "${srun_options[@]}" "${in_container[@]}" \
-    bash -c "$on_node" _ "$root" "$SCALEPEFT_JOB_STATE" "$PYTHON"
-fit=$?
+for pause in 10 20 40 0; do
+    srun "${each_node[@]}" --kill-on-bad-exit=1 "${srun_options[@]}" "${in_container[@]}" \
+        bash -c "$on_node" _ "$root" "$SCALEPEFT_JOB_STATE" "$PYTHON"
+    fit=$?
+    # 2: a node said why. With all else Slurm could not start this little; a slurmd that reads its configuration again
+    # in this moment (scontrol reconfigure) is enough for that.
+    case $fit in 0 | 2) break ;; esac
+    [ $pause -gt 0 ] && [ -z "$warned" ] || break
+    complain "Slurm did not start a process on each node (srun ended with $fit): asks again in $pause s"
+    sleep $pause & wait $!
+done
 
 # A node that went down takes the ranks of the others with it before Slurm has noticed. Slurm requeues the job once it
 # has, and not on that node; so this shell must not end the job first.

@@ -192,8 +192,8 @@ def test_preemptions_of_every_kind_change_nothing(runs: Runs, undisturbed: Path)
             e["step"] for e in rows(runs.folder / "run", "events.jsonl") if e["event"] == "saved"
         ]
         assert resumed[-1] >= saw, f"{kind}: steps were lost"
-    cluster.reconfigure("")
     done = cluster.wait(job, "COMPLETED")
+    cluster.reconfigure("")  # not while the job starts: a slurmd that reads it again starts nothing
     assert done["Restarts"] == str(len(kinds))
     starts = starts_of(runs)
     assert [e["restarts"] for e in starts] == list(range(len(kinds) + 1))
@@ -250,6 +250,18 @@ def test_power_cuts_and_a_frozen_node(runs: Runs, undisturbed: Path) -> None:
     assert all(0 <= e.get("recomputed_steps", 0) <= 5 for e in starts), "at most a save interval"
     assert losses(runs.folder / "run") == losses(undisturbed)
     assert adapter_bytes(runs.folder / "run") == adapter_bytes(undisturbed)
+
+
+def test_a_slurmd_that_starts_nothing_is_asked_again(runs: Runs) -> None:
+    cluster = runs.cluster
+    cluster.on_node(2, "pkill -KILL slurmd")
+    job = runs.submit("-w", "node[1-2]", str(runs.job_file()), "train.max_steps=2")
+    log, deadline = runs.folder / f"{job}.log", time.monotonic() + 60
+    while not log.exists() or "asks again" not in log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    cluster.on_node(2, "slurmd -N node2")
+    cluster.wait(job, "COMPLETED")
 
 
 def test_scancel_is_the_end(runs: Runs) -> None:
