@@ -39,9 +39,11 @@ def engine_class(config: RunConfig) -> type[Engine]:
     return registry.find_class("parallel", config.engine.name, "engine", Engine)
 
 
-def task_of(config: RunConfig) -> Task:
-    """Returns the task that ``data.name`` picks."""
-    return registry.find_class("data.tasks", config.data.name, "task", Task)(config.data)
+def task_of(config: RunConfig, tokenizer: Any = None) -> Task:
+    """Returns the task that ``data.name`` picks; with the tokenizer its texts are what a model
+    sees.
+    """
+    return registry.find_class("data.tasks", config.data.name, "task", Task)(config.data, tokenizer)
 
 
 def start_ranks(config: RunConfig) -> Ranks:

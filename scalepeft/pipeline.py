@@ -27,7 +27,7 @@ from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, StopFlag, Stopping, tell_job
 from scalepeft.core.text import duration
-from scalepeft.data import prepared, tokens
+from scalepeft.data import prepared, token_file
 from scalepeft.data.rows import expand, paths_of
 from scalepeft.data.tasks.base import SPLITS, Split, Task
 from scalepeft.eval import comet, evaluate
@@ -54,14 +54,15 @@ RESULTS = {
 class Pipeline:
     """The stages of one run; everything but training and evaluation happens on rank 0."""
 
-    def __init__(self, config: RunConfig, task: Task, ranks: Ranks, stop: StopFlag) -> None:
-        self.raw, self.task, self.ranks, self.stop = config, task, ranks, stop
+    def __init__(self, config: RunConfig, ranks: Ranks, stop: StopFlag) -> None:
+        self.raw, self.ranks, self.stop = config, ranks, stop
         self.folder = Path(config.run_dir)
         self.stages = {name: Stage(self.folder / "stages", name) for name in STAGES}
         files: dict[str, Any] = {s: [str(self._rows(s))] for s in SPLITS if getattr(config.data, s)}
         self.config = replace(config, data=replace(config.data, **files))
-        self.prepared = task_of(self.config)  # over the prepared rows, as the config
         self.base = base = open_base(config.model, ranks)
+        self.task = task_of(config, base.tokenizer)
+        self.prepared = task_of(self.config, base.tokenizer)  # over the prepared rows
         self.base_hashes = ranks.run_on_main(
             lambda: {"weights": base.fingerprint, "tokenizer": base.tokenizer_hash}
         )
@@ -133,10 +134,12 @@ class Pipeline:
         config, outputs = self.raw, {s: stage.outputs() for s, stage in self.stages.items()}
         if name == "prepare":
             sources = {s: expand(getattr(config.data, s), f"data.{s}") for s in SPLITS}
+            form = self.task.renderer and self.task.renderer.chat_template
             return {
                 "data": settings_of(name, config),
                 "task_version": self.task.version,
                 "base": self.base_hashes,
+                **({"chat_template": form} if form else {}),
                 "files": {
                     split: {str(path): facts(path) for name in names for path in paths_of(name)}
                     for split, names in sources.items()
@@ -179,7 +182,7 @@ class Pipeline:
         if name == "evaluate":
             kinds = self.config.pipeline.evaluate
             for kind in kinds:
-                evaluate.evaluate(self.config, self.prepared, kind, self.ranks, self.stop)
+                evaluate.evaluate(self.config, kind, self.ranks, self.stop)
             folders = (evaluate.folder_of(self.config, kind) for kind in kinds)
             return FINISHED, [f for folder in folders for f in _files(folder, "*.json*")]
         work = {
@@ -208,7 +211,9 @@ class Pipeline:
         if self.config.pipeline.merge != "none":
             merge.check_method(self.config, self.base.folder)
         base, seed = self.base, self.raw.train.seed
-        summary["said"] = tokens.prepare(self.prepared, base.tokenizer, base.vocab_size, seed)[2]
+        summary["said"] = token_file.prepare(
+            self.prepared, base.tokenizer, base.vocab_size, seed, base.ends
+        )[2]
         for line in summary["said"]:
             say(line)
         target = self.folder / "data" / "summary.json"
@@ -272,7 +277,7 @@ def run(
         UserError: a mistake in config or data, a stage whose predecessors are not done, or the
             folder is another process's.
     """
-    task = check(config)
+    check(config)
     ranks = Ranks()  # a job without a GPU, whatever engine and device the others are for
     if only in (None, *ON_RANKS) or world_size() > 1:
         check_batch(config, world_size())
@@ -281,7 +286,7 @@ def run(
     lease = ranks.all_or_raise(lambda: _claim(stages) if ranks.is_main else None)
 
     def work() -> int:
-        return Pipeline(config, task, ranks, stop).run(first, only or last or STAGES[-1], only)
+        return Pipeline(config, ranks, stop).run(first, only or last or STAGES[-1], only)
 
     try:
         code = stop.guard(work, "pipeline", "the same command continues this stage")

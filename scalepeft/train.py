@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from signal import SIGUSR1
 from typing import Any
 
@@ -20,7 +21,8 @@ from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, STOPPED, StopFlag, Stopping
 from scalepeft.core.text import size
-from scalepeft.data import tokens
+from scalepeft.data import token_file
+from scalepeft.data.tasks.base import Split
 from scalepeft.data.tokens import TokenSet
 from scalepeft.models.hub import Base, open_base
 from scalepeft.models.weights import resident_bytes
@@ -43,7 +45,7 @@ def _check_resumed(
         UserError: a checkpoint is of another base, of other rows, or of a longer run than is about
             to continue, or calls itself finished.
     """
-    fingerprint = ranks.assert_equal(rows.train.fingerprint(), "data.train: training rows differ")
+    fingerprint = ranks.assert_equal(rows.fingerprint, "data.train: training rows differ")
     where = f"run_dir={config.run_dir}"
     if resumed is None:
         return fingerprint
@@ -254,6 +256,8 @@ def _announce(
 class _Rows:
     train: TokenSet
     valid: TokenSet | None
+    fingerprint: str
+    """Of ``train``."""
     total: int
     """Steps of the whole run."""
 
@@ -261,15 +265,20 @@ class _Rows:
 def _rows(config: RunConfig, base: Base, ranks: Ranks) -> _Rows:
     """Tokenized rows, and the number of steps; one rank a node tokenizes for all of them."""
 
-    def prepare() -> tuple[TokenSet, TokenSet | None, list[str]]:
+    def make() -> dict[Split, Path]:
         cutoff, limit = config.data.cutoff, base.positions
         if limit is not None and cutoff > limit:
             where = f"data.cutoff={cutoff}"
             raise UserError(f"{where} is beyond the model's {limit} positions; lower it")
-        return tokens.prepare(task_of(config), base.tokenizer, base.vocab_size, config.train.seed)
+        task = task_of(config, base.tokenizer)
+        return token_file.files(task, base.tokenizer, base.vocab_size, base.ends)
 
-    prepared = ranks.all_or_raise(lambda: prepare() if ranks.local_rank == 0 else None)
-    train, valid, report = ranks.all_or_raise(lambda: prepared or prepare())  # now from the cache
+    host, seed = socket.gethostname(), config.train.seed
+    made = ranks.all_or_raise(lambda: make() if ranks.local_rank == 0 else None)
+    mine = made and (made, token_file.prepared(made, config.data, seed)[0].fingerprint())
+    known = {name: part for name, part in ranks.gather((host, mine)) if part}
+    found, fingerprint = known[host]  # made once a node
+    train, valid, report = ranks.all_or_raise(lambda: token_file.prepared(found, config.data, seed))
     for line in report if ranks.is_main else ():
         say(line)
     total = config.train.max_steps
@@ -280,4 +289,4 @@ def _rows(config: RunConfig, base: Base, ranks: Ranks) -> _Rows:
     if ranks.is_main and config.train.warmup_steps >= total:  # a trial of a few steps
         warmup = f"train.warmup_steps={config.train.warmup_steps}"
         say(f"{warmup} is not shorter than the run of {total} steps: train.lr is never reached")
-    return _Rows(train, valid, total)
+    return _Rows(train, valid, fingerprint, total)

@@ -24,15 +24,15 @@ class Order:
 
     def __init__(self, rows: int, seed: int) -> None:
         self.rows, self.seed = rows, seed
-        self._epoch, self._permutation = -1, [0]
+        self._epoch, self._permutation = -1, torch.zeros(0)
 
     def __getitem__(self, index: int) -> int:
         epoch, position = divmod(index, self.rows)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
-            self._permutation = torch.randperm(self.rows, generator=generator).tolist()
+            self._permutation = torch.randperm(self.rows, generator=generator)
             self._epoch = epoch
-        return self._permutation[position]
+        return int(self._permutation[position])
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ class _Rows(Dataset[Any]):
         for i, line in enumerate(lines):
             begin = 0
             for (sample, r), row in zip(line, rows[i], strict=True):
-                end, start = begin + len(row), int(self.tokens.label_start[r])
+                end = begin + len(row)
                 ids[i, begin:end] = row
-                labels[i, begin + start : end] = row[start:]
+                labels[i, begin:end] = self.tokens.labels(r)
                 samples[i, begin:], positions[i, begin:] = sample, torch.arange(shape[1] - begin)
                 begin = end
             positions[i, begin:] = torch.arange(shape[1] - begin)  # nor does padding see a row

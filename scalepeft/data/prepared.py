@@ -1,6 +1,7 @@
 """Prepared rows of a pipeline: each split read, checked and written once, as its examples."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,19 @@ from scalepeft.data.tasks.base import Split, Task, prepared_for, to_prepared
 
 def write(task: Task, split: Split, path: Path) -> dict[str, Any]:
     """Writes a split's examples to ``path``, and beside it what was left out; returns counts."""
-    examples = task.examples(split)
-    key = prepared_for(task, split)
+    key, count = prepared_for(task, split), 0
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = (json.dumps(to_prepared(e, key), ensure_ascii=False) + "\n" for e in examples)
-    write_atomically(path, "".join(rows))
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as f:
+            for example in task.stream(split):
+                count += 1
+                f.write(json.dumps(to_prepared(example, key), ensure_ascii=False) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     listed = path.with_name(f"{split}.left-out.txt")
     listed.unlink(missing_ok=True)  # of an earlier reading
     left_out = len(task.skipped)
@@ -24,7 +33,7 @@ def write(task: Task, split: Split, path: Path) -> dict[str, Any]:
         say(f"data.{split}: {left_out} broken rows left out, listed in {listed}")
     for line in task.remarks(split):
         say(line)
-    counts = {"rows": len(examples), "left_out": left_out, "duplicates": task.repeated}
+    counts = {"rows": count, "left_out": left_out, "duplicates": task.repeated}
     return {**counts, "notes": task.notes}
 
 

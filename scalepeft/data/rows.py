@@ -22,6 +22,13 @@ def paths_of(source: str) -> list[Path]:
     return [] if source.startswith("hf://") else [Path(p) for p in source.split(PAIR)]
 
 
+def content(source: str) -> str:
+    """TEMPORARY."""
+    import hashlib
+
+    return hashlib.sha256(b"".join(p.read_bytes() for p in paths_of(source))).hexdigest()
+
+
 def expand(sources: list[str], key: str) -> list[str]:
     """Resolves patterns; keeps ``hf://`` sources and pairs of files. Raises UserError where a name
     matches no file.

@@ -1,118 +1,221 @@
-"""Examples -> tokens (once, cached by content) -> micro-batches in the order of the global sample
-index.
-"""
+"""Examples -> token ids and labels."""
 
 import hashlib
-import json
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from scalepeft.core.errors import UserError
-from scalepeft.core.fields import Decides, deciding
-from scalepeft.core.files import cache_folder
-from scalepeft.data.tasks.base import Example, Split, Task, TaskConfig
+from scalepeft.data.chat import SEAM
+from scalepeft.data.tasks.base import Example, TaskConfig
 
 IGNORED = -100
 
-CACHE_VERSION = 2
-COUNTS = ("dropped", "cut", "lost")
+CHUNK = 512  # examples tokenized at a time, by all cores
+Encoded = tuple[list[int], list[tuple[int, int]]]
+"""Token ids, and where each begins and ends in the text (only where that was asked for)."""
 
 
 @dataclass(frozen=True)
 class TokenSet:
     """Tokenized examples: ``tokens`` of all in one row, cut at ``offsets``; labels begin at
-    ``label_start``.
+    ``label_start``. A negative value ``~t`` is token t without a label.
     """
 
     tokens: Tensor  # (total,) int32
     offsets: Tensor  # (n + 1,) int64
     label_start: Tensor  # (n,) int32, at least 1: the first token has nothing to predict it from
-    dropped: int  # examples without a label token left after the cut
-    cut: int  # examples that lost their end
-    lost: int  # of these, examples that lost their whole response
+    dropped: int = 0  # examples without a label token left after the cut
+    cut: int = 0  # examples that lost their end
+    lost: int = 0  # of these, examples that lost their whole response
+    chosen: Tensor | None = None  # the rows of this set among those of the file, ascending
 
     def __len__(self) -> int:
-        return len(self.label_start)
+        return len(self.label_start if self.chosen is None else self.chosen)
+
+    def _at(self, i: int) -> int:
+        return i if self.chosen is None else int(self.chosen[i])
+
+    def _raw(self, i: int) -> Tensor:
+        at = self._at(i)
+        return self.tokens[self.offsets[at] : self.offsets[at + 1]]
 
     def row(self, i: int) -> Tensor:
         """Tokens of an example."""
-        return self.tokens[self.offsets[i] : self.offsets[i + 1]]
+        return ids_of(self._raw(i))
+
+    def labels(self, i: int) -> Tensor:
+        """Labels of an example: its tokens, ``IGNORED`` where not learned."""
+        raw = self._raw(i)
+        labels = torch.where(raw < 0, IGNORED, raw)
+        labels[: int(self.label_start[self._at(i)])] = IGNORED
+        return labels
+
+    def lengths(self) -> Tensor:
+        """Tokens of each example, (n,)."""
+        lengths = self.offsets.diff()
+        return lengths if self.chosen is None else lengths[self.chosen]
 
     def count(self, rows: list[int]) -> tuple[int, int]:
         """Number of label tokens, and of all tokens without padding, in these rows."""
-        lengths = sum(len(self.row(i)) for i in rows)
-        return lengths - int(self.label_start[rows].sum()), lengths
+        raws = [self._raw(i) for i in rows]
+        starts = [int(self.label_start[self._at(i)]) for i in rows]
+        labels = sum(int((raw[b:] >= 0).sum()) for raw, b in zip(raws, starts, strict=True))
+        return labels, sum(map(len, raws))
 
     def fingerprint(self) -> str:
         """sha256 of tokens, cuts and labels: a resumed run must see the same data."""
+        if self.chosen is None:
+            parts, offsets, starts = [self.tokens], self.offsets, self.label_start
+        else:  # of what stays together in the file at a time
+            ends = (self.chosen.diff() != 1).nonzero().flatten() + 1
+            runs = self.chosen.tensor_split(ends.tolist())
+            parts = [
+                self.tokens[self.offsets[r[0]] : self.offsets[r[-1] + 1]] for r in runs if len(r)
+            ]
+            offsets = torch.cat([torch.zeros(1, dtype=torch.int64), self.lengths().cumsum(0)])
+            starts = self.label_start[self.chosen]
         digest = hashlib.sha256()
-        for tensor in (self.tokens, self.offsets, self.label_start):
-            digest.update(tensor.numpy().tobytes())
+        for tensor in (*parts, offsets, starts):
+            digest.update(tensor.numpy().data)
         return digest.hexdigest()
 
     def take(self, rows: Tensor) -> "TokenSet":
-        """The subset of these rows, in this order."""
-        counts = (self.dropped, self.cut, self.lost)
-        return _joined(list(map(self.row, rows.tolist())), self.label_start[rows], *counts)
+        """The subset of these rows, ascending; nothing is copied."""
+        return replace(self, chosen=rows if self.chosen is None else self.chosen[rows])
 
 
-def _joined(rows: list[Tensor], starts: Tensor, *counts: int) -> TokenSet:
-    tokens = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int32)
-    return TokenSet(tokens, torch.tensor([0, *map(len, rows)]).cumsum(0), starts, *counts)
+def ids_of(raw: Tensor) -> Tensor:
+    """Token ids of values of a ``TokenSet``."""
+    return raw ^ (raw >> 31)
 
 
-def tokenize(examples: list[Example], tokenizer: Any, config: TaskConfig) -> TokenSet:
-    """Tokenizes a sequence of prompt (with the tokenizer's BOS), completion and end-of-text, cut at
-    ``config.cutoff``.
+@dataclass
+class Rows:
+    """Tokens of examples, row by row: ``(values as in a TokenSet, label_start)``; counts those that
+    the cut left out.
 
     With ``config.tokenize`` ``apart`` training sees the very prompt tokens generation starts from.
     ``together`` the first label is the first token that reaches into the completion, wherever the
-    tokenizer puts the border.
+    tokenizer puts the border. A row ends with one end-of-text, or another of ``ends``.
     """
-    pairs = (_apart if config.tokenize == "apart" else _together)(examples, tokenizer)
-    rows, starts, dropped, cut, lost = [], [], 0, 0, 0
-    for text, border in pairs:
-        ids = [*text, tokenizer.eos_token_id]
-        start = max(1, border if config.train_on == "response" else 0)
-        cut += len(ids) > config.cutoff
-        lost += border >= config.cutoff
-        ids = ids[: config.cutoff]
-        if len(ids) <= start:
-            dropped += 1
-            continue
-        rows.append(torch.tensor(ids, dtype=torch.int32))
-        starts.append(start)
-    return _joined(rows, torch.tensor(starts, dtype=torch.int32), dropped, cut, lost)
+
+    examples: Iterable[Example]
+    tokenizer: Any
+    config: TaskConfig
+    ends: list[int] = field(default_factory=list)
+    dropped: int = 0
+    cut: int = 0
+    lost: int = 0
+
+    def __iter__(self) -> Iterator[tuple["np.ndarray[Any, Any]", int]]:
+        pairs = _apart if self.config.tokenize == "apart" else _together
+        examples, cutoff = iter(self.examples), self.config.cutoff
+        while chunk := list(islice(examples, CHUNK)):
+            for text, border, learned in pairs(chunk, self.tokenizer):
+                ids = self._closed(text, border)
+                start = max(1, border if self.config.train_on != "all" else 0)
+                if learned:
+                    start = max(1, learned[0][0])
+                self.cut += len(ids) > cutoff
+                self.lost += border >= cutoff
+                values = np.array(ids[:cutoff], dtype=np.int32)
+                begins = [begin for begin, _ in [*learned, (border, 0)]][1:]
+                for (_, end), begin in zip(learned, begins, strict=True):
+                    values[end:begin] = ~values[end:begin]
+                if len(values) <= start or not (values[start:] >= 0).any():
+                    self.dropped += 1
+                    continue
+                yield values, start
+
+    def _closed(self, ids: list[int], border: int) -> list[int]:
+        """With one end, where the text brought none or several."""
+        eos = self.tokenizer.eos_token_id
+        ends, size = {eos, *self.ends}, len(ids)
+        while size > border + 1 and ids[size - 1] in ends and ids[size - 2] in ends:
+            size -= 1
+        return ids[:size] if size > border and ids[size - 1] in ends else [*ids[:size], eos]
 
 
-def _apart(examples: list[Example], tokenizer: Any) -> Iterator[tuple[list[int], int]]:
-    """Tokens of each example, and how many of them are the prompt's."""
-    prompts = tokenizer([e.prompt for e in examples], verbose=False)["input_ids"]
-    completions = tokenizer(
-        [e.completion for e in examples], add_special_tokens=False, verbose=False
-    )["input_ids"]
-    for prompt, completion in zip(prompts, completions, strict=True):
-        prompt = strip_eos(prompt, tokenizer)
-        yield [*prompt, *completion], len(prompt)
+def tokenize(
+    examples: Iterable[Example], tokenizer: Any, config: TaskConfig, ends: Iterable[int] = ()
+) -> TokenSet:
+    """Tokens of examples, in memory; see ``Rows``."""
+    rows = Rows(examples, tokenizer, config, list(ends))
+    made = list(rows)
+    values = np.concatenate([v for v, _ in made]) if made else np.empty(0, dtype=np.int32)
+    offsets = torch.tensor([0, *(len(v) for v, _ in made)]).cumsum(0)
+    starts = torch.tensor([start for _, start in made], dtype=torch.int32)
+    return TokenSet(torch.from_numpy(values), offsets, starts, rows.dropped, rows.cut, rows.lost)
 
 
-def _together(examples: list[Example], tokenizer: Any) -> Iterator[tuple[list[int], int]]:
+Pairs = Iterator[tuple[list[int], int, list[list[int]]]]
+"""Of each example: tokens, how many of them are the prompt's, its learned parts in tokens."""
+
+
+def _apart(examples: list[Example], tokenizer: Any) -> Pairs:
+    where = any(e.learned for e in examples)
+    prompts = encode([e.prompt for e in examples], tokenizer, where=where)
+    completions = encode([e.completion for e in examples], tokenizer, add_special_tokens=False)
+    for example, (prompt, spans), (completion, _) in zip(
+        examples, prompts, completions, strict=True
+    ):
+        yield [*prompt, *completion], len(prompt), _learned(example, spans)
+
+
+def _together(examples: list[Example], tokenizer: Any) -> Pairs:
     texts = [e.prompt + e.completion for e in examples]
-    made = tokenizer(texts, return_offsets_mapping=True, verbose=False)
-    every = zip(examples, made["input_ids"], made["offset_mapping"], strict=True)
-    for example, ids, spans in every:
-        ids = strip_eos(ids, tokenizer)
+    for example, (ids, spans) in zip(examples, encode(texts, tokenizer, where=True), strict=True):
         # A special token has the empty span (0, 0), so BOS is on the prompt's side.
         inside = (i for i, (_, end) in enumerate(spans) if end > len(example.prompt))
-        yield ids, next(inside, len(ids))
+        yield ids, next(inside, len(ids)), _learned(example, spans)
+
+
+def _learned(example: Example, spans: list[tuple[int, int]]) -> list[list[int]]:
+    """The learned parts of a prompt, from characters to tokens."""
+    return [
+        [
+            next(i for i, (_, e) in enumerate(spans) if e > begin),
+            next((i for i, (b, e) in enumerate(spans) if b >= end and e > b), len(spans)),
+        ]
+        for begin, end in example.learned
+    ]
+
+
+def encode(
+    texts: list[str], tokenizer: Any, *, where: bool = False, **options: Any
+) -> list[Encoded]:
+    """Token ids of each text, with one BOS if any and left open: without the end-of-text that some
+    tokenizers put after every text, and without those of seams. ``where``: with places.
+    """
+    seamed = [SEAM in text for text in texts]
+    if where or any(seamed):
+        options["return_offsets_mapping"] = True
+    made = tokenizer(texts, verbose=False, **options)
+    places = made["offset_mapping"] if "return_offsets_mapping" in options else [[]] * len(texts)
+    found = []
+    for text, seam, ids, spans in zip(texts, seamed, made["input_ids"], places, strict=True):
+        if seam:
+            ids, spans = _without_seams(text, ids, spans)
+        ids = strip_eos(ids, tokenizer)
+        twice = len(ids) > 1 and ids[0] == ids[1] == getattr(tokenizer, "bos_token_id", None)
+        found.append((ids[1:], spans[1:]) if twice else (ids, spans[: len(ids)]))
+    return found
+
+
+def _without_seams(text: str, ids: list[int], spans: list[tuple[int, int]]) -> Encoded:
+    kept = [(i, (b, e)) for i, (b, e) in zip(ids, spans, strict=True) if text[b:e] != SEAM]
+    if any(SEAM in text[b:e] for _, (b, e) in kept):
+        raise UserError(
+            "the text spells a control token, and this tokenizer cannot read it as plain text;"
+            " take it out of the row"
+        )
+    return [i for i, _ in kept], [span for _, span in kept]
 
 
 def strip_eos(ids: list[int], tokenizer: Any) -> list[int]:
@@ -120,116 +223,3 @@ def strip_eos(ids: list[int], tokenizer: Any) -> list[int]:
     open.
     """
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def cached_tokens(examples: list[Example], tokenizer: Any, config: TaskConfig) -> TokenSet:
-    """``tokenize`` through a cache keyed by everything that decides the result.
-
-    Raises:
-        UserError: the cache's folder cannot be written.
-    """
-    file = (
-        Path(config.cache or cache_folder())
-        / "tokens"
-        / f"{_key(examples, tokenizer, config)}.safetensors"
-    )
-    if (cached := _read(file)) is not None:
-        return cached
-    made = tokenize(examples, tokenizer, config)
-    tensors = {"tokens": made.tokens, "offsets": made.offsets, "label_start": made.label_start}
-    meta = {"sha256": made.fingerprint(), **{name: str(getattr(made, name)) for name in COUNTS}}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        save_file(tensors, temporary, meta)
-        temporary.replace(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"data.cache: {file.parent} cannot be written: {error}; set data.cache=FOLDER"
-        ) from None
-    return made
-
-
-def _read(file: Path) -> TokenSet | None:
-    """What is cached; None if nothing, or a damaged file."""
-    try:
-        with safe_open(file, "pt") as f:
-            tensors = (f.get_tensor(name) for name in ("tokens", "offsets", "label_start"))
-            found = TokenSet(*tensors, *(int(f.metadata()[name]) for name in COUNTS))
-            return found if found.fingerprint() == f.metadata()["sha256"] else None
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError):
-        return None
-
-
-def _key(examples: list[Example], tokenizer: Any, config: TaskConfig) -> str:
-    header = [
-        CACHE_VERSION, *(getattr(config, k) for k in deciding(TaskConfig, Decides.TOKENS)),
-        tokenizer.eos_token_id,
-        tokenizer_hash(tokenizer),
-    ]  # fmt: skip
-    key = hashlib.sha256(json.dumps(header).encode())
-    for example in examples:
-        # The lengths tell where the prompt ends.
-        lengths = f"{len(example.prompt)} {len(example.completion)} "
-        key.update(f"{lengths}{example.prompt}{example.completion}".encode())
-    return key.hexdigest()[:32]
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """sha256 of the tokenizer's full definition."""
-    return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-
-
-def prepare(
-    task: Task, tokenizer: Any, vocab_size: int, seed: int
-) -> tuple[TokenSet, TokenSet | None, list[str]]:
-    """Reads and tokenizes the training and validation rows; returns them with a line for what was
-    left out.
-
-    Raises:
-        UserError: bad files or rows, nothing left to train on, or token ids beyond the model's
-            vocabulary.
-    """
-    config, report, sets = task.config, list[str](), dict[str, TokenSet]()
-    splits: tuple[Split, ...] = ("train",)
-    if config.valid or (config.OWN_VALID and not config.valid_size):
-        splits = ("train", "valid")
-    for split in splits:
-        sets[split] = tokens = cached_tokens(task.examples(split), tokenizer, config)
-        report += [*task.remarks(split), *cut_rows(tokens, config, split)]
-        if not len(tokens):
-            raise UserError(
-                f"data.{split}: no row has a token to learn within data.cutoff={config.cutoff};"
-                " raise it"
-            )
-        if (largest := int(tokens.tokens.max())) >= vocab_size:
-            raise UserError(
-                f"model.tokenizer: makes token id {largest}, the model has {vocab_size} ids"
-                f" (0..{vocab_size - 1}): tokenizer and model do not belong together; set"
-                " model.tokenizer to the model's own"
-            )
-    train, valid = sets["train"], sets.get("valid")
-    if size := config.valid_size:
-        if size >= (rows := len(train)):
-            raise UserError(f"data.valid_size={size} leaves nothing of the {rows} training rows")
-        order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
-        valid = train.take(order[:size].sort().values)
-        train = train.take(order[size:].sort().values)
-    held_out = "" if valid is None else f", {len(valid)} held out"
-    report.append(f"data: {len(train)} training rows{held_out}")
-    return train, valid, report
-
-
-def cut_rows(tokens: TokenSet, config: TaskConfig, split: str) -> list[str]:
-    """What the cutoff did to a split, in a line; none if nothing."""
-    if not tokens.cut and not tokens.dropped:
-        return []
-    said = (
-        f"data.{split}: {tokens.cut} rows longer than data.cutoff={config.cutoff} were cut;"
-        f" {tokens.lost} of them lost their whole response"
-    )
-    if tokens.dropped:
-        said += f"; {tokens.dropped} rows had no token left to learn and were dropped"
-    elif tokens.lost:
-        said += " and teach their prompt alone (data.train_on=all)"
-    return [said]

@@ -45,9 +45,8 @@ def run(run_dir: str, settings: list[str], kind: Subject, stop: StopFlag) -> int
     # vLLM starts processes of its own; this one needs no group and no device.
     without_group = config.evaluate.backend == "vllm" and world_size() == 1
     ranks = Ranks() if without_group else start_ranks(config)
-    task = task_of(config)
     again = f"scalepeft evaluate {run_dir} continues with the rows that are left"
-    code = stop.guard(lambda: evaluate(config, task, kind, ranks, stop), "evaluation", again)
+    code = stop.guard(lambda: evaluate(config, kind, ranks, stop), "evaluation", again)
     ranks.finish()
     return code
 
@@ -57,7 +56,7 @@ def folder_of(config: RunConfig, kind: Subject) -> Path:
     return Path(config.run_dir) / FOLDERS[kind] / config.data.name
 
 
-def evaluate(config: RunConfig, task: Task, kind: Subject, ranks: Ranks, stop: StopFlag) -> None:
+def evaluate(config: RunConfig, kind: Subject, ranks: Ranks, stop: StopFlag) -> None:
     """``run`` among ranks that have met already.
 
     Raises:
@@ -72,10 +71,11 @@ def evaluate(config: RunConfig, task: Task, kind: Subject, ranks: Ranks, stop: S
     check(config.evaluate)
     if config.evaluate.backend == "vllm":
         vllm.check(config, kind, ranks.world_size)
+    target = EvalTarget.find(config, kind, ranks)
+    task = task_of(config, target.base.tokenizer)
     examples = ranks.all_or_raise(lambda: _examples(task, config.evaluate.limit))
     for line in task.remarks("test") if ranks.is_main else ():
         say(line)
-    target = EvalTarget.find(config, kind, ranks)
     settings = _settings(target, task, examples, ranks)
     prompts = {e.id: e.prompt for e in examples}
     name = str(folder_of(config, kind).relative_to(config.run_dir))

@@ -14,8 +14,8 @@ from scalepeft.config.schema import EvaluateConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.log import LINE_SECONDS, say
 from scalepeft.core.text import duration
+from scalepeft.data import tokens
 from scalepeft.data.tasks.base import Example
-from scalepeft.data.tokens import strip_eos
 from scalepeft.eval.scores import cut_at
 from scalepeft.models.hub import positions
 
@@ -81,7 +81,7 @@ class Backend:
 
     def lengths(self, prompts: list[str]) -> list[int]:
         """Tokens of each prompt, before any of it is cut."""
-        return [len(ids) for ids in self.tokenizer(prompts, verbose=False)["input_ids"]]
+        return [len(ids) for ids, _ in tokens.encode(prompts, self.tokenizer)]
 
 
 class Generator(Backend):
@@ -158,8 +158,7 @@ def encode(
         raise UserError(f"evaluate.max_new_tokens={new} fills the model's {positions} positions")
     room = min(positions - new, (config.max_tokens or positions) - 1)
     found, cut = [], []
-    for prompt in tokenizer(prompts, verbose=False)["input_ids"]:
-        ids = strip_eos(prompt, tokenizer)
+    for ids, _ in tokens.encode(prompts, tokenizer):
         if not ids:
             raise UserError(
                 "a prompt of data.test is empty, and the tokenizer puts no BOS before it: there is"

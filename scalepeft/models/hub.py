@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, Decides, NotNegative
 from scalepeft.core.files import read_mapping
-from scalepeft.data.tokens import tokenizer_hash
+from scalepeft.data.token_file import tokenizer_hash
 from scalepeft.models import integrity
 from scalepeft.models.weights import Weights
 from scalepeft.parallel.ranks import Ranks

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from scalepeft.adapters import inject as injection
 from scalepeft.build import build, task_of
 from scalepeft.config.files import load
-from scalepeft.data import loader, tokens
+from scalepeft.data import loader, token_file, tokens
 from scalepeft.models.hub import open_base
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.trainer import Trainer, batches
@@ -82,7 +82,7 @@ def main(shared: Path, folder: Path, steps: int) -> None:
         ])  # fmt: skip
         ranks = Ranks()
         base = open_base(config.model, ranks)
-        rows, _, _ = tokens.prepare(task_of(config), base.tokenizer, base.vocab_size, 0)
+        rows, _, _ = token_file.prepare(task_of(config), base.tokenizer, base.vocab_size, 0)
         trainer = Trainer(config, ranks, build(config, base, ranks, lambda: None), "")
         injection.train_mode(trainer.built.model)
         speeds: dict[bool, list[float]] = {False: [], True: []}

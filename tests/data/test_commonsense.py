@@ -12,6 +12,7 @@ from processes import call
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as config
 from scalepeft.core.errors import UserError
+from scalepeft.data import token_file
 from scalepeft.data import tokens as data
 from scalepeft.data.tasks.commonsense import Commonsense, CommonsenseConfig
 from scalepeft.eval import score_files as score
@@ -236,7 +237,7 @@ def test_hellaswag_at_cutoff_256_loses_two_thirds_of_its_responses(shared_data: 
     tokens = data.tokenize(examples, tokenizer, chosen.config)
     assert 620 <= tokens.lost <= 720, "67 % in protocols.md"
     assert tokens.dropped == 0
-    (line,) = data.cut_rows(tokens, chosen.config, "train")
+    (line,) = token_file.cut_rows(tokens, chosen.config, "train")
     assert f"{tokens.lost} of them lost their whole response and teach their prompt alone" in line
     clean = task(train=[str(file_of(shared_data, "hellaswag"))], cutoff=256)
     tokens = data.tokenize([clean.example(r, "f#1", "train") for r in

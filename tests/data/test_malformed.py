@@ -16,6 +16,7 @@ from processes import call
 from scalepeft.build import task_of
 from scalepeft.config import schema as config
 from scalepeft.core.errors import UserError
+from scalepeft.data import token_file
 from scalepeft.data import tokens as data
 from scalepeft.data.tasks.base import Task, prepared_for, to_prepared
 from scalepeft.eval import score_files as score
@@ -261,7 +262,7 @@ def test_rows_of_a_megabyte_are_cut_and_counted(tmp_path: Path) -> None:
     tokens = data.tokenize(made.examples("train"), tokenizer, made.config)
     assert (len(tokens), tokens.cut, tokens.lost) == (2, 1, 0)
     assert tokens.offsets.diff()[1] == made.config.cutoff == 512
-    (line,) = data.cut_rows(tokens, made.config, "train")
+    (line,) = token_file.cut_rows(tokens, made.config, "train")
     assert "1 rows longer than data.cutoff=512 were cut" in line
 
 

@@ -10,7 +10,7 @@ import torch
 
 from scalepeft.build import build, task_of
 from scalepeft.config import files as config_files
-from scalepeft.data import tokens as data
+from scalepeft.data import token_file
 from scalepeft.models.hub import open_base
 from scalepeft.parallel.base import local_part
 from scalepeft.parallel.ranks import Ranks
@@ -32,7 +32,7 @@ def steps(settings: list[str], engine: str, ranks: Ranks) -> list[float | None]:
     keys = [f"engine.name={name}", *(f"engine.{setting}" for setting in more)]
     config, _ = config_files.load(None, [*settings, *keys, "run_dir=unused"])
     base = open_base(config.model, ranks)
-    rows, held_out, _ = data.prepare(
+    rows, held_out, _ = token_file.prepare(
         task_of(config), base.tokenizer, base.vocab_size, config.train.seed
     )
     assert held_out is not None

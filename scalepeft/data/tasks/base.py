@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, Decides, NameList, deciding
 from scalepeft.core.stats import wilson
+from scalepeft.data.chat import SEAM, Messages, Renderer
 from scalepeft.data.rows import expand, fill, one_line, read_rows, source_labels
 
 Split = Literal["train", "valid", "test"]
@@ -58,7 +59,14 @@ class TaskConfig:
         prompt: what the model is given; ``{instruction}`` and ``{input}`` are filled in.
         test_prompt: what it is given in an evaluation; null: the same.
         completion: what it is to write; ``{output}`` is filled in. An end-of-text token follows.
-        train_on: ``response`` puts the loss on the completion alone, ``all`` on the prompt as well.
+        template: ``plain`` takes prompt and completion as they are; ``chat`` as a user's and an
+            assistant's turn, through the chat template; null: chat for rows that are conversations.
+        chat_template: a file with one, or its text; null: the tokenizer's.
+        system: a system message before conversations that have none; null: none.
+        special_tokens: what spells a control token in a row (``</s>``) is plain text (``text``), or
+            the token (``parse``): for rows that were rendered through a chat template before.
+        train_on: ``response`` puts the loss on the completion alone, ``turns`` on all answers of a
+            conversation, ``all`` on the prompt as well.
         tokenize: ``apart``: prompt and completion each by itself, so that training sees the very
             tokens generation starts from; ``together``: as one text, as most published scripts do.
         duplicates: ``drop`` leaves out training rows whose prompt and completion came before.
@@ -81,7 +89,11 @@ class TaskConfig:
     prompt: Annotated[str, Decides.ROWS] = "{instruction}\n"
     test_prompt: Annotated[str | None, Decides.PREDICTIONS] = None
     completion: Annotated[str, Decides.ROWS] = "{output}"
-    train_on: Annotated[Literal["response", "all"], Decides.TOKENS] = "response"
+    template: Annotated[Literal["plain", "chat"] | None, Decides.ROWS] = None
+    chat_template: Annotated[str | None, Decides.ROWS] = None
+    system: Annotated[str | None, Decides.ROWS] = None
+    special_tokens: Annotated[Literal["text", "parse"], Decides.ROWS] = "text"
+    train_on: Annotated[Literal["response", "turns", "all"], Decides.TOKENS] = "response"
     tokenize: Annotated[Literal["apart", "together"], Decides.TOKENS] = "apart"
     duplicates: Annotated[Literal["keep", "drop"], Decides.ROWS] = "keep"
     cutoff: Annotated[int, Field(ge=8), Decides.TOKENS, Decides.SPEED] = 512
@@ -92,12 +104,15 @@ class TaskConfig:
 
 @plain_dataclass(frozen=True)
 class Example:
-    """One row, ready to train on or to generate from. ``id`` is stable: source and row number."""
+    """One row, ready to train on or to generate from. ``id`` is stable: source and row number;
+    ``learned``: parts of the prompt, [begin, end) in characters, that are learned as well.
+    """
 
     id: str
     prompt: str
     completion: str
     meta: dict[str, Any] = field(default_factory=dict)
+    learned: list[list[int]] = field(default_factory=list)
 
 
 @plain_dataclass(frozen=True)
@@ -156,16 +171,31 @@ class Task:
     reads_files: ClassVar[bool] = True  # False: it makes its own rows
     translates: ClassVar[bool] = False  # ``question`` and ``reference`` of a row are COMET's
 
-    def __init__(self, config: TaskConfig) -> None:
+    def __init__(self, config: TaskConfig, tokenizer: Any = None) -> None:
         self.config = config
+        self.renderer: Renderer | None = None
+        """Of the tokenizer; without one, texts are for people and scores alone."""
+        if tokenizer is not None:
+            parse = config.special_tokens == "parse"
+            self.renderer = Renderer(tokenizer, config.chat_template, parse)
         # Of the last ``examples``: where broken rows were left out (``on_error: skip``), the number
-        # of duplicates left out, and what else the user should know, a line each.
+        # of duplicates left out, rows that spell control tokens, and what else the user should
+        # know, a line each.
         self.skipped: list[str] = []
         self.repeated = 0
+        self.spelling: list[str] = []
         self.notes: list[str] = []
 
     def examples(self, split: Split) -> list[Example]:
-        """Reads a split.
+        """``stream``, as a list."""
+        return list(self.stream(split))
+
+    def reads(self, split: Split) -> tuple[Split, ...]:
+        """The splits whose files decide the examples of this one."""
+        return (split,) if self.reads_files else ()
+
+    def stream(self, split: Split) -> Iterator[Example]:
+        """Reads a split, row by row; what ``remarks`` says is whole when all are read.
 
         Raises:
             UserError: no files, an unreadable file, or a broken row under ``on_error: stop``.
@@ -174,34 +204,36 @@ class Task:
         if not (sources := getattr(self.config, split)):
             raise UserError(f"{key} is empty: name files, e.g. {key}=DIR/{split}.json")
         files = expand(sources, key)
-        self.skipped, self.repeated, self.notes = [], 0, []
-        found, seen, ids = [], set(), dict[str, int]()
+        self.skipped, self.repeated, self.spelling, self.notes = [], 0, [], []
+        found, seen, ids = 0, set[int](), dict[int, int]()
         drop = split == "train" and self.config.duplicates == "drop"
         for label, source in zip(source_labels(files), files, strict=True):
             number = 0
             for number, row in self.rows(source, split):
+                row_id = f"{label}#{number}"
                 try:
-                    example = self._example(row, f"{label}#{number}", split)
-                    if example.id in ids:
-                        raise UserError(f"id {example.id} stood in row {ids[example.id]} already")
+                    example = self._example(row, row_id, split)
+                    own = example.id != row_id  # a prepared row's, which may come twice
+                    if own and (before := ids.setdefault(_mark(example.id), number)) != number:
+                        raise UserError(f"id {example.id} stood in row {before} already")
                 except (UserError, RecursionError) as error:  # nested too deep to be shown
                     reason = one_line(str(error))
                     self._leave_out(f"{source}, row {number}: {reason}", "repair it")
                     continue
-                ids[example.id] = number
-                text = (example.prompt, example.completion)
+                text = _mark(example.prompt, example.completion)
                 if drop and text in seen:
                     self.repeated += 1
-                else:
+                    continue
+                if drop:
                     seen.add(text)
-                    found.append(example)
+                found += 1
+                yield example
             if not number:
                 self._leave_out(f"{source}: no usable row, the file is empty", "copy it again")
         if not found:
             skipped = self.skipped
             why = f": {len(skipped)} left out, the first is {skipped[0]}" if skipped else ""
             raise UserError(f"{key}: no usable row in {', '.join(files)[:500]}{why}")
-        return found
 
     def remarks(self, split: Split) -> list[str]:
         """What the user should know of the rows of the last ``examples``, a line each."""
@@ -210,6 +242,11 @@ class Task:
             lines.append(f"left out {len(self.skipped)} broken rows in all")
         if self.repeated:
             lines.append(f"{self.repeated} rows left out as duplicates")
+        if self.spelling:
+            lines.append(
+                f"{len(self.spelling)} rows spell control tokens, the first is {self.spelling[0]}:"
+                " read as plain text (data.special_tokens=parse makes the tokens of them)"
+            )
         return [f"data.{split}: {line}" for line in [*lines, *self.notes]]
 
     def _leave_out(self, what: str, remedy: str) -> None:
@@ -228,10 +265,51 @@ class Task:
         """The example of a row: ``template``, the prompt's, is filled with ``asked``, that of the
         completion with ``told`` as well; ``meta`` gets the row's source.
         """
+        if self.renderer and self.config.template != "chat":
+            asked = {key: self.renderer.plain(text) for key, text in asked.items()}
+            told = {key: self.renderer.response(text) for key, text in told.items()}
         prompt = fill(template, asked, "data.prompt")
         completion = fill(self.config.completion, asked | told, "data.completion")
+        if self.config.template == "chat":
+            turns = (("user", prompt), ("assistant", completion))
+            said = [{"role": role, "content": text.strip()} for role, text in turns]
+            return self.conversation(row_id, said, False, **meta)
+        return self.made(row_id, prompt, completion, meta)
+
+    def conversation(
+        self, row_id: str, messages: Messages, turns: bool, tools: Any = None, **meta: Any
+    ) -> Example:
+        """The example of messages that end with an answer, through the chat template; ``turns``:
+        earlier answers are learned too. Raises UserError: the template refuses them.
+        """
+        if self.config.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.config.system}, *messages]
+        if self.renderer is None:  # for people
+            *before, last = (str(message.get("content") or "") for message in messages)
+            return self.made(row_id, "\n\n".join(before), last, meta)
+        shut = [{k: v if k == "role" else self._shut(v) for k, v in m.items()} for m in messages]
+        if answer := messages[-1].get("content"):
+            shut[-1]["content"] = self.renderer.response(answer)
+        more = {"tools": self._shut(tools)} if tools else {}
+        prompt, completion, learned = self.renderer.split(shut, turns, **more)
+        return self.made(row_id, prompt, completion, meta, learned)
+
+    def _shut(self, value: Any) -> Any:
+        """All texts of a value with no control token in them."""
+        if isinstance(value, dict):
+            return {key: self._shut(v) for key, v in value.items()}
+        if isinstance(value, list):
+            return [self._shut(v) for v in value]
+        return self.renderer.plain(value) if self.renderer and isinstance(value, str) else value
+
+    def made(
+        self, row_id: str, prompt: str, completion: str, meta: dict[str, Any], learned: Any = ()
+    ) -> Example:
+        """An example of these texts; ``meta`` gets its source."""
+        if SEAM in prompt or SEAM in completion:
+            self.spelling.append(row_id)
         source = row_id.rsplit("#", 1)[0]
-        return Example(row_id, prompt, completion, {"source": source, **meta})
+        return Example(row_id, prompt, completion, {"source": source, **meta}, list(learned))
 
     def rows(self, source: str, split: Split) -> Iterator[tuple[int, Any]]:
         """(row number from 1, row) of a source."""
@@ -280,19 +358,26 @@ def prepared_for(task: Task, split: Split) -> str:
 
 def to_prepared(example: Example, key: str) -> dict[str, Any]:
     """A row that ``Task.examples`` takes back as it is."""
-    return {"prepared": key, "sum": _sum(vars(example), sort_keys=True), **vars(example)}
+    values = {name: value for name, value in vars(example).items() if value or name != "learned"}
+    return {"prepared": key, "sum": _sum(values, sort_keys=True), **values}
 
 
 def from_prepared(row: dict[str, Any], key: str) -> Example:
     """The example of a prepared row. Raises UserError: made under other settings, or changed."""
     values: dict[str, Any] = {k: row.get(k) for k in ("id", "prompt", "completion", "meta")}
-    example = Example(**values)
+    example = Example(**values, learned=row.get("learned") or [])
     if row != to_prepared(example, key):
         raise UserError(
             "a prepared row of another task, prompt or version, or changed after scalepeft pipeline"
             " wrote it: change the file it came from, and run scalepeft pipeline --from prepare"
         )
     return example
+
+
+def _mark(*texts: str) -> int:
+    """What tells texts apart, in 8 bytes."""
+    text = " ".join([*(str(len(text)) for text in texts), *texts])
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
 def _sum(values: Any, **options: Any) -> str:

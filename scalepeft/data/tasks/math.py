@@ -1,6 +1,7 @@
 """Math word problems and MATH: GSM8K, MetaMathQA, MATH-500, AQuA, SVAMP, MAWPS and their like."""
 
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -41,6 +42,12 @@ class MathConfig(TaskConfig):
     test_rows: Annotated[Literal["refuse", "drop", "keep"], Decides.ROWS] = "refuse"
 
 
+class TestRows(UserError):
+    """Training rows are test questions."""
+
+    __test__ = False  # for pytest, which takes it for tests
+
+
 class Math(Task):
     """Questions with a number, a latex expression or a letter as the answer."""
 
@@ -48,69 +55,84 @@ class Math(Task):
     config: MathConfig
     version = 2
 
-    def __init__(self, config: TaskConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: TaskConfig, tokenizer: Any = None) -> None:
+        super().__init__(config, tokenizer)
         self.equivalent = equivalence.EquivalenceServer()
 
-    def examples(self, split: Split) -> list[Example]:
+    def reads(self, split: Split) -> tuple[Split, ...]:
+        """Training rows that are in ``data.test`` are found."""
+        return ("train", "test") if split == "train" else (split,)
+
+    def stream(self, split: Split) -> Iterator[Example]:
         """Reads a split; training rows go through ``max_chars`` and ``test_rows``.
 
         Raises:
-            UserError: as ``Task.examples``; test questions among the training rows; no math-verify
+            UserError: as ``Task.stream``; test questions among the training rows; no math-verify
                 to score a test with.
         """
         if split == "test":
             equivalence.check_installed()  # now, and not after hours of generation
-        try:
-            found = super().examples(split)
-        except UserError:
-            # Nobody should repair the broken rows of a file that must not be trained on.
-            if split == "train" and self.config.on_error == "stop":
-                Math(replace(self.config, on_error="skip")).examples(split)
-            raise
-        if split == "test" and (guessed := sum("guessed" in e.meta for e in found)):
+        rows = super().stream(split)
+        if split == "train":
+            try:
+                yield from self._without_test_rows(self._short(rows))
+            except UserError as error:
+                # Nobody should repair the broken rows of a file that must not be trained on.
+                if self.config.on_error == "stop" and not isinstance(error, TestRows):
+                    deque(Math(replace(self.config, on_error="skip")).stream(split), maxlen=0)
+                raise
+            return
+        guessed = 0
+        for example in rows:
+            guessed += "guessed" in example.meta
+            yield example
+        if split == "test" and guessed:
             self.notes.append(
                 f'{guessed} rows mark no answer (####, "The answer is", \\boxed): the last number'
                 " of their text is taken for it"
             )
-        return self._without_test_rows(self._short(found)) if split == "train" else found
 
-    def _short(self, rows: list[Example]) -> list[Example]:
-        limit = self.config.max_chars
-        if limit is None:
-            return rows
-        kept = [e for e in rows if len(f"{e.meta['question']} {e.completion}") <= limit]
-        if not kept:
-            raise UserError(f"data.max_chars={limit} leaves none of the {len(rows)} training rows")
-        if left := len(rows) - len(kept):
+    def _short(self, rows: Iterator[Example]) -> Iterator[Example]:
+        limit, kept, left = self.config.max_chars, 0, 0
+        for e in rows:
+            long = limit is not None and len(f"{e.meta['question']} {e.completion}") > limit
+            kept, left = kept + (not long), left + long
+            if not long:
+                yield e
+        if left and not kept:
+            raise UserError(f"data.max_chars={limit} leaves none of the {left} training rows")
+        if left:
             self.notes.append(f"{left} rows longer than data.max_chars={limit} left out")
-        return kept
 
-    def _without_test_rows(self, rows: list[Example]) -> list[Example]:
-        sets = contamination.known()
+    def _without_test_rows(self, rows: Iterator[Example]) -> Iterator[Example]:
+        sets, mode = contamination.known(), self.config.test_rows
         if self.config.test:
-            tested = Math(self.config).examples("test")
+            tested = Math(self.config).stream("test")
             sets = {_fingerprint(e): "data.test" for e in tested} | sets
-        names = {e.id: sets.get(_fingerprint(e)) or e.meta.get("rephrases") for e in rows}
-        hits = {id_: name for id_, name in names.items() if name}
+        first, count, hits = "", 0, Counter[str]()
+        for e in rows:
+            count += 1
+            name = sets.get(_fingerprint(e)) or e.meta.get("rephrases")
+            if name:
+                first = first or e.id
+                hits[name] += 1
+            if not name or mode == "keep":
+                yield e
         if not hits:
-            return rows
-        counts = Counter(hits.values()).most_common()
-        listed = ", ".join(f"{count} {name}" for name, count in counts)
-        finding = f"{len(hits)} of {len(rows)} rows are questions of test sets ({listed})"
-        if self.config.test_rows == "keep":
-            self.notes.append(f"{finding}: its scores on these sets mean nothing")
-            return rows
-        if self.config.test_rows == "refuse":
-            raise UserError(
-                f"data.train: {finding}, the first is {next(iter(hits))}: a model trained on them"
+            return
+        listed = ", ".join(f"{n} {name}" for name, n in hits.most_common())
+        found = hits.total()
+        finding = f"{found} of {count} rows are questions of test sets ({listed})"
+        if mode == "refuse":
+            raise TestRows(
+                f"data.train: {finding}, the first is {first}: a model trained on them"
                 " scores what it has seen; data.test_rows=drop leaves them out, data.test_rows=keep"
                 " trains on them all the same"
             )
-        if len(hits) == len(rows):
-            raise UserError(f"data.train: {finding}: data.test_rows=drop leaves nothing")
-        self.notes.append(f"{finding}: left out")
-        return [e for e in rows if e.id not in hits]
+        if mode == "drop" and found == count:
+            raise TestRows(f"data.train: {finding}: data.test_rows=drop leaves nothing")
+        then = "its scores on these sets mean nothing" if mode == "keep" else "left out"
+        self.notes.append(f"{finding}: {then}")
 
     def example(self, row: Any, row_id: str, split: Split) -> Example:
         """Fills the templates; a test row must tell its answer."""

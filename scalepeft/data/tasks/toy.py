@@ -7,6 +7,7 @@ the base knows, from its plain text. The rows have the LLM-Adapters format of ``
 """
 
 import random
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -82,8 +83,8 @@ class Toy(Commonsense):
     version = 1
     reads_files = False
 
-    def __init__(self, config: ToyConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: ToyConfig, tokenizer: Any = None) -> None:
+        super().__init__(config, tokenizer)
         for split in SPLITS:
             if files := getattr(config, split):
                 raise UserError(
@@ -91,16 +92,14 @@ class Toy(Commonsense):
                     "data=commonsense to read files"
                 )
 
-    def examples(self, split: Split) -> list[Example]:
+    def stream(self, split: Split) -> Iterator[Example]:
         """Makes the rows of a split."""
         size = self.config.train_size if split == "train" else self.config.test_size
         things = slice(TRAINED) if split == "train" else slice(TRAINED, None)
         looks = VALID_LOOKS if split == "valid" else LOOKS
         rng = random.Random(f"{self.config.rows_seed}/{split}")
-        return [
-            self.example(make_row(rng, things, looks), f"toy/{split}#{i}", split)
-            for i in range(1, size + 1)
-        ]
+        for i in range(1, size + 1):
+            yield self.example(make_row(rng, things, looks), f"toy/{split}#{i}", split)
 
 
 def corpus(rng: random.Random, lines: int) -> list[str]:

@@ -6,6 +6,8 @@ Rows hold a pair in one of the forms that docs/data.md lists; files: ``bitext``.
 
 import json
 import re
+from collections.abc import Iterator
+from itertools import islice
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -89,18 +91,18 @@ class Translation(Task):
     headline = "BLEU"
     translates = True
 
-    def examples(self, split: Split) -> list[Example]:
+    def stream(self, split: Split) -> Iterator[Example]:
         """Reads a split; a test needs sacreBLEU, and says so before anything is generated."""
         if split == "test":
             scorers(tokenizer := self._tokenizer())
-        found = super().examples(split)
+        most = self.config.train_rows if split == "train" else None
+        yield from islice(super().stream(split), most)
         wanted = languages.tokenizer_of(self.config.target_language)
         if split == "test" and not self.config.bleu_tokenizer and tokenizer != wanted:
             self.notes.append(
                 f"BLEU counts characters (tok:char): sacreBLEU's {wanted} is not installed (pip"
                 f" install 'sacrebleu[{wanted[:2]}]'), and its scores are others"
             )
-        return found[: self.config.train_rows] if split == "train" else found
 
     def rows(self, source: str, split: Split) -> bitext.Numbered:
         """JSON, tsv, pairs of files, reference lines."""

@@ -1,0 +1,182 @@
+"""Plain instruct data: alpaca rows, prompts with completions, conversations, text.
+
+The form of a row is told by its keys (docs/data.md). Conversations go through the chat template;
+the prompt of alpaca rows is that of Stanford Alpaca (https://github.com/tatsu-lab/stanford_alpaca).
+"""
+
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic.dataclasses import dataclass
+
+from scalepeft.core.errors import UserError
+from scalepeft.core.fields import STRICT, Decides
+from scalepeft.data.chat import Messages
+from scalepeft.data.rows import text_field
+from scalepeft.data.tasks.base import Example, Score, Split, Task, TaskConfig
+
+PROMPT = (
+    "Below is an instruction that describes a task{}. Write a response that appropriately completes"
+    " the request.\n\n### Instruction:\n{{instruction}}\n\n{}### Response:\n"
+)
+PLAIN = PROMPT.format("", "")
+ABOUT = PROMPT.format(
+    ", paired with an input that provides further context", "### Input:\n{input}\n\n"
+)
+
+Form = Literal["alpaca", "completion", "messages", "text"]
+LISTS = ("messages", "conversations", "conversation")
+ROLES = {
+    "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant",
+    "bot": "assistant", "assistant": "assistant", "system": "system", "tool": "tool",
+    "function": "tool", "observation": "tool", "developer": "system",
+}  # fmt: skip
+"""Of ShareGPT's ``from`` and of ``role`` -> the role in a chat template."""
+RESPONSES = ("output", "response", "completion")
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SftConfig(TaskConfig):
+    """Settings of instruct data.
+
+    Attributes:
+        format: ``alpaca``, ``completion``, ``messages`` (ShareGPT's too) or ``text``; null: told by
+            each row's keys.
+        prompt: of alpaca rows without an input.
+        input_prompt: of those with one.
+        train_on: as for every task; by default every answer of a conversation is learned.
+    """
+
+    name: Annotated[str, Decides.ROWS] = "sft"
+    format: Annotated[Form | None, Decides.ROWS] = None
+    prompt: Annotated[str, Decides.ROWS] = PLAIN
+    input_prompt: Annotated[str, Decides.ROWS] = ABOUT
+    train_on: Annotated[Literal["response", "turns", "all"], Decides.ROWS, Decides.TOKENS] = "turns"
+
+
+class Sft(Task):
+    """Instruct data of any form; an answer is right if it is the row's ``answer`` (else its
+    response), but for spacing.
+    """
+
+    Config: ClassVar[type[TaskConfig]] = SftConfig
+    config: SftConfig
+    version = 1
+
+    def example(self, row: Any, row_id: str, split: Split) -> Example:
+        """By the row's form; a test row must ask something."""
+        form = self.config.format or _form(row)
+        if form == "messages":
+            key = next((k for k in LISTS if k in row), LISTS[0])
+            return self._talk(_messages(row, key), row, row_id)
+        if form == "text":
+            if split == "test":
+                raise UserError("has 'text' alone, which asks nothing and has no answer")
+            return self._made(row_id, "", text_field(row, "text"), {})
+        response = next((k for k in RESPONSES if k in row), RESPONSES[form == "completion"])
+        if form == "completion" and isinstance(row.get("prompt"), list):
+            return self._talk(_messages(row, "prompt") + _messages(row, response), row, row_id)
+        asked, told = _asked(row, form), text_field(row, response)
+        if self.config.template == "chat":
+            turns = (("user", "\n\n".join(filter(None, asked))), ("assistant", told))
+            return self._talk([{"role": r, "content": text} for r, text in turns], row, row_id)
+        meta = {"question": asked[0], "answer": _answer(row, told)}
+        if form == "completion":
+            return self._made(row_id, asked[0], told, meta)
+        template = self.template(split)
+        if asked[1] and (split != "test" or self.config.test_prompt is None):
+            template = self.config.input_prompt
+        if asked[1] and "{input}" not in template:
+            raise UserError("'input' is not empty, but data.test_prompt has no {input} to hold it")
+        values = {"instruction": asked[0], "input": asked[1]}
+        return self.filled(row_id, template, values, {"output": told}, **meta)
+
+    def _made(self, row_id: str, prompt: str, completion: str, meta: dict[str, Any]) -> Example:
+        if self.renderer:
+            prompt, completion = self.renderer.plain(prompt), self.renderer.response(completion)
+        return self.made(row_id, prompt, completion, meta)
+
+    def _talk(self, messages: Messages, row: dict[str, Any], row_id: str) -> Example:
+        """The example of a conversation: up to its last answer."""
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        if not answers:
+            raise UserError("the conversation has no answer of the assistant")
+        if self.config.template == "plain":
+            raise UserError("is a conversation, which data.template=plain cannot write; take chat")
+        messages = messages[: answers[-1] + 1]
+        told = str(messages[-1].get("content") or "")
+        asked = [str(m.get("content") or "") for m in messages[:-1] if m["role"] == "user"]
+        meta = {"question": "\n\n".join(asked), "answer": _answer(row, told)}
+        turns = self.config.train_on == "turns"
+        return self.conversation(row_id, messages, turns, tools=row.get("tools"), **meta)
+
+    def score(self, prediction: str, example: Example) -> Score:
+        """The whole prediction, but for spacing."""
+        found = " ".join(prediction.split())
+        return Score(found or None, found == " ".join(example.meta["answer"].split()))
+
+
+def _form(row: Any) -> Form:
+    if not isinstance(row, dict):
+        text_field(row, "messages")  # raises: a row of what it is
+    if any(key in row for key in LISTS):
+        return "messages"
+    if "prompt" in row and any(key in row for key in RESPONSES):
+        return "completion"
+    if "instruction" in row:
+        return "alpaca"
+    if "text" in row:
+        return "text"
+    raise UserError(
+        f"the row has {', '.join(map(str, row)) or 'no keys'}; allowed: instruction with output,"
+        " prompt with completion, messages, conversations, text"
+        f" (data.format: {', '.join(get_args(Form))})"
+    )
+
+
+def _asked(row: dict[str, Any], form: Form) -> tuple[str, str]:
+    """(what is asked, what it is asked about)."""
+    if form == "completion":
+        return text_field(row, "prompt"), ""
+    about = "input" if "input" in row else "context"  # Dolly's
+    return text_field(row, "instruction"), text_field(row, about, required=False).strip()
+
+
+def _answer(row: dict[str, Any], told: str) -> str:
+    """The row's answer, or the whole response where it tells none."""
+    found = row.get("answer")
+    return str(found) if isinstance(found, (int, float)) else found or told
+
+
+def _messages(row: dict[str, Any], key: str) -> Messages:
+    """Messages as a chat template takes them; other keys of theirs stay."""
+    listed = row.get(key)
+    if isinstance(listed, str) and key in RESPONSES:  # an answer to a list of messages
+        return [{"role": "assistant", "content": text_field(row, key)}]
+    if not isinstance(listed, list) or not listed:
+        raise UserError(f"'{key}' must be a list of messages, not {type(listed).__name__}")
+    found = []
+    for number, message in enumerate(listed, 1):
+        where = f"message {number} of '{key}'"
+        if not isinstance(message, dict):
+            raise UserError(f"{where} must be an object, not {type(message).__name__}")
+        said, role = ("value", "from") if "from" in message else ("content", "role")
+        name = ROLES.get(str(message.get(role)).lower())
+        if name is None:
+            raise UserError(
+                f"{where}: '{role}' is {message.get(role)!r}; allowed: {', '.join(ROLES)}"
+            )
+        rest = {k: v for k, v in message.items() if k not in (role, said) and v is not None}
+        content = _content(message.get(said), where)
+        if not content.strip() and not (rest.keys() - {"name", "weight"}):
+            raise UserError(f"{where} is empty")
+        found.append({"role": name, "content": content, **rest})
+    return found
+
+
+def _content(said: Any, where: str) -> str:
+    """The text of a message; parts of it are put together."""
+    if isinstance(said, list):
+        if other := [p for p in said if not isinstance(p, dict) or p.get("type", "text") != "text"]:
+            raise UserError(f"{where} has a part that is no text: {str(other[0])[:60]}")
+        said = "".join(text_field(part, "text") for part in said)
+    return text_field({where: said}, where, required=False) if said != "" else ""
