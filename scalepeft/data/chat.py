@@ -3,7 +3,6 @@ that a row's text spells.
 """
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +114,3 @@ def _template(tokenizer: Any, given: str | None) -> str | None:
         return Path(given).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.chat_template={given}: cannot be read: {error}") from None
-
-
-def shown(texts: Iterable[str]) -> list[str]:
-    """Texts for people: without seams."""
-    return [text.replace(SEAM, "") for text in texts]

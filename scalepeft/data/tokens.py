@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -101,8 +101,9 @@ class Rows:
     the cut left out.
 
     With ``config.tokenize`` ``apart`` training sees the very prompt tokens generation starts from.
-    ``together`` the first label is the first token that reaches into the completion, wherever the
-    tokenizer puts the border. A row ends with one end-of-text, or another of ``ends``.
+    ``together``, as conversations are in any case, the first label is the first token that reaches
+    into the completion, wherever the tokenizer puts the border. A row ends with one end-of-text, or
+    with another of ``ends``.
     """
 
     examples: Iterable[Example]
@@ -114,10 +115,9 @@ class Rows:
     lost: int = 0
 
     def __iter__(self) -> Iterator[tuple["np.ndarray[Any, Any]", int]]:
-        pairs = _apart if self.config.tokenize == "apart" else _together
         examples, cutoff = iter(self.examples), self.config.cutoff
         while chunk := list(islice(examples, CHUNK)):
-            for text, border, learned in pairs(chunk, self.tokenizer):
+            for text, border, learned in self._pairs(chunk):
                 ids = self._closed(text, border)
                 start = max(1, border if self.config.train_on != "all" else 0)
                 if learned:
@@ -132,6 +132,11 @@ class Rows:
                     self.dropped += 1
                     continue
                 yield values, start
+
+    def _pairs(self, chunk: list[Example]) -> "Pairs":
+        together = self.config.tokenize == "together"
+        for joined, examples in groupby(chunk, key=lambda e: e.joined or together):
+            yield from (_together if joined else _apart)(list(examples), self.tokenizer)
 
     def _closed(self, ids: list[int], border: int) -> list[int]:
         """With one end, where the text brought none or several."""
@@ -159,13 +164,10 @@ Pairs = Iterator[tuple[list[int], int, list[list[int]]]]
 
 
 def _apart(examples: list[Example], tokenizer: Any) -> Pairs:
-    where = any(e.learned for e in examples)
-    prompts = encode([e.prompt for e in examples], tokenizer, where=where)
+    prompts = encode([e.prompt for e in examples], tokenizer)
     completions = encode([e.completion for e in examples], tokenizer, add_special_tokens=False)
-    for example, (prompt, spans), (completion, _) in zip(
-        examples, prompts, completions, strict=True
-    ):
-        yield [*prompt, *completion], len(prompt), _learned(example, spans)
+    for (prompt, _), (completion, _) in zip(prompts, completions, strict=True):
+        yield [*prompt, *completion], len(prompt), []
 
 
 def _together(examples: list[Example], tokenizer: Any) -> Pairs:

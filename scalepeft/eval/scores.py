@@ -9,6 +9,7 @@ from scalepeft.core.errors import UserError
 from scalepeft.core.files import read_mapping, write_atomically
 from scalepeft.core.stats import mean_of_shares
 from scalepeft.core.text import table
+from scalepeft.data.chat import SEAM
 from scalepeft.data.tasks.base import Example, Scored, Task
 
 
@@ -82,7 +83,7 @@ def write(folder: Path, results: dict[str, Any], rows: list[Scored]) -> None:
         {
             "id": row.example.id,
             "source": row.example.meta.get("source", ""),
-            "prompt": row.example.prompt,
+            "prompt": row.example.prompt.replace(SEAM, ""),
             "expected": row.example.completion,
             "prediction": row.prediction,
             **asdict(row.score),

@@ -68,7 +68,8 @@ class TaskConfig:
         train_on: ``response`` puts the loss on the completion alone, ``turns`` on all answers of a
             conversation, ``all`` on the prompt as well.
         tokenize: ``apart``: prompt and completion each by itself, so that training sees the very
-            tokens generation starts from; ``together``: as one text, as most published scripts do.
+            tokens generation starts from; ``together``: as one text, as most published scripts do
+            and as conversations always are.
         duplicates: ``drop`` leaves out training rows whose prompt and completion came before.
         cutoff: length in tokens; the end is cut. A row with no token left to learn is dropped and
             counted.
@@ -104,8 +105,12 @@ class TaskConfig:
 
 @plain_dataclass(frozen=True)
 class Example:
-    """One row, ready to train on or to generate from. ``id`` is stable: source and row number;
-    ``learned``: parts of the prompt, [begin, end) in characters, that are learned as well.
+    """One row, ready to train on or to generate from.
+
+    Attributes:
+        id: stable: source and row number.
+        learned: parts of the prompt, [begin, end) in characters, that are learned as well.
+        joined: prompt and completion are one text, a conversation, and tokenized so.
     """
 
     id: str
@@ -113,6 +118,7 @@ class Example:
     completion: str
     meta: dict[str, Any] = field(default_factory=dict)
     learned: list[list[int]] = field(default_factory=list)
+    joined: bool = False
 
 
 @plain_dataclass(frozen=True)
@@ -292,7 +298,7 @@ class Task:
             shut[-1]["content"] = self.renderer.response(answer)
         more = {"tools": self._shut(tools)} if tools else {}
         prompt, completion, learned = self.renderer.split(shut, turns, **more)
-        return self.made(row_id, prompt, completion, meta, learned)
+        return self.made(row_id, prompt, completion, meta, learned=learned, joined=True)
 
     def _shut(self, value: Any) -> Any:
         """All texts of a value with no control token in them."""
@@ -303,13 +309,13 @@ class Task:
         return self.renderer.plain(value) if self.renderer and isinstance(value, str) else value
 
     def made(
-        self, row_id: str, prompt: str, completion: str, meta: dict[str, Any], learned: Any = ()
+        self, row_id: str, prompt: str, completion: str, meta: dict[str, Any], **more: Any
     ) -> Example:
         """An example of these texts; ``meta`` gets its source."""
         if SEAM in prompt or SEAM in completion:
             self.spelling.append(row_id)
         source = row_id.rsplit("#", 1)[0]
-        return Example(row_id, prompt, completion, {"source": source, **meta}, list(learned))
+        return Example(row_id, prompt, completion, {"source": source, **meta}, **more)
 
     def rows(self, source: str, split: Split) -> Iterator[tuple[int, Any]]:
         """(row number from 1, row) of a source."""
@@ -358,14 +364,16 @@ def prepared_for(task: Task, split: Split) -> str:
 
 def to_prepared(example: Example, key: str) -> dict[str, Any]:
     """A row that ``Task.examples`` takes back as it is."""
-    values = {name: value for name, value in vars(example).items() if value or name != "learned"}
+    new = {"learned", "joined"}  # not in every row: rows of before have none
+    values = {name: value for name, value in vars(example).items() if value or name not in new}
     return {"prepared": key, "sum": _sum(values, sort_keys=True), **values}
 
 
 def from_prepared(row: dict[str, Any], key: str) -> Example:
     """The example of a prepared row. Raises UserError: made under other settings, or changed."""
     values: dict[str, Any] = {k: row.get(k) for k in ("id", "prompt", "completion", "meta")}
-    example = Example(**values, learned=row.get("learned") or [])
+    more = {k: row[k] for k in ("learned", "joined") if k in row}
+    example = Example(**values, **more)
     if row != to_prepared(example, key):
         raise UserError(
             "a prepared row of another task, prompt or version, or changed after scalepeft pipeline"
