@@ -70,6 +70,13 @@ held-out loss with 95 % intervals, difference to the reference under the same se
 time, memory. Each cell is an ordinary run in OUT/cells; what is done is never run again.
 scalepeft compare --out OUT goes on with what is there, or prints it again.
 """
+DATA = """\
+Reads and tokenizes the rows of a run as its training does, prints their numbers (rows, tokens, what
+is learned, lengths, what the cutoff and padding take), and the first rows as the model sees them.
+Look at them before every new data set: the template, the control tokens, what is green.
+
+  scalepeft data configs/runs/math_shoft.yaml model.path=DIR data.train=FILE --show 3
+"""
 DOCTOR = """\
 Tries what a run needs, in one process or on every rank of a job, and exits with 0, or with 1 and
 the list of what to fix: versions, devices, links between the ranks, bytes through an all-gather,
@@ -110,6 +117,7 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "methods": ("all methods: size, cost, exports, papers", None),
     "bench": ("methods against HF PEFT in one run", BENCH),
     "config": ("print the resolved settings, or every key", None),
+    "data": ("rows in numbers, and as the model sees them", DATA),
     "doctor": ("try what a run needs, here or on every rank", DOCTOR),
     "plan": ("memory, traffic, times and grace period of a training, before it queues", PLAN),
     "submit": ("queue a job file of slurm/ (launch/submit)", SUBMIT),
@@ -151,11 +159,13 @@ def _written_here(commands: dict[str, Parser]) -> None:
     add("merge export", "out", "folder to write; must not exist")
     for names, metavar, help in (
         ("train pipeline config", "[CONFIG] KEY=VALUE", "a YAML file, then settings"),
-        ("doctor plan", "[CONFIG] KEY=VALUE", "of the run, as for train"),
+        ("doctor plan data", "[CONFIG] KEY=VALUE", "of the run, as for train"),
         ("evaluate", "KEY=VALUE", "e.g. data.test=FILES evaluate.limit=100"),
         ("merge export", "model.path=FOLDER", "where the base is now"),
     ):
         add(names, "settings", help, nargs="*", metavar=metavar)
+    shown: dict[str, Any] = {"type": int, "default": 3, "metavar": "ROWS"}
+    add("data", "--show", "so many rows, what is learned in colour (3)", **shown)
     add("train", "--resume-with-changes", "continue although harmless keys differ", **flag)
     kind: dict[str, Any] = {"dest": "kind", "action": "store_const", "default": "adapter"}
     which = commands["evaluate"].add_mutually_exclusive_group()

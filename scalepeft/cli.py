@@ -74,6 +74,7 @@ CALLS: dict[str, tuple[str, Callable[[Any, argparse.Namespace, StopFlag], Any]]]
         "analysis.bench.gpu.command", lambda m, a, _: m.run(a.out, a.seconds, a.only, a.tiny)
     ),
     "config": ("config.command", lambda m, a, _: m.run(a.settings, a.reference)),
+    "data": ("analysis.rows", lambda m, a, _: m.run(a.settings, a.show)),
     "doctor": (
         "cluster.doctor.command",
         lambda m, a, _: m.run(a.settings, a.run_dir, a.timeout, a.json, a.against_transformers),

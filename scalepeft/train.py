@@ -273,11 +273,15 @@ def _rows(config: RunConfig, base: Base, ranks: Ranks) -> _Rows:
         task = task_of(config, base.tokenizer)
         return token_file.files(task, base.tokenizer, base.vocab_size, base.ends)
 
-    host, seed = socket.gethostname(), config.train.seed
+    seed = config.train.seed
     made = ranks.all_or_raise(lambda: make() if ranks.local_rank == 0 else None)
-    mine = made and (made, token_file.prepared(made, config.data, seed)[0].fingerprint())
-    known = {name: part for name, part in ranks.gather((host, mine)) if part}
-    found, fingerprint = known[host]  # made once a node
+    mine = (
+        None
+        if made is None
+        else (made, token_file.prepared(made, config.data, seed)[0].fingerprint())
+    )
+    # Every rank of a node uses what its local rank 0 made; node paths may differ.
+    found, fingerprint = [m for m in ranks.gather(mine)[: ranks.rank + 1] if m is not None][-1]
     train, valid, report = ranks.all_or_raise(lambda: token_file.prepared(found, config.data, seed))
     for line in report if ranks.is_main else ():
         say(line)

@@ -43,6 +43,16 @@ def load(path: str | None, overrides: list[str]) -> tuple[cfg.RunConfig, list[st
     return cfg.from_dict(values_of(path, overrides, notes)), notes
 
 
+def load_partly(settings: list[str]) -> tuple[cfg.RunConfig, list[str]]:
+    """As ``load``, of ``[CONFIG] KEY=VALUE ...``; the run folder and the length may be absent."""
+    notes: list[str] = []
+    values = values_of(*config_first(settings), notes)
+    train = values["train"] = dict(values.get("train") or {})
+    if train.get("max_steps") is None and train.get("epochs") is None:
+        train["epochs"] = 1.0
+    return cfg.from_dict({**values, "run_dir": values.get("run_dir") or "unset"}), notes
+
+
 def values_of(path: str | None, overrides: list[str], notes: list[str]) -> dict[str, Any]:
     """The settings of a file and of the command line, by section, before they are checked.
 

@@ -34,6 +34,7 @@ def write(task: Task, split: Split, path: Path) -> dict[str, Any]:
     for line in task.remarks(split):
         say(line)
     counts = {"rows": count, "left_out": left_out, "duplicates": task.repeated}
+    counts |= {"control_tokens": len(task.spelling), "test_questions": task.leaks.total()}
     return {**counts, "notes": task.notes}
 
 

@@ -14,7 +14,6 @@ from scalepeft.cluster.plan.planning import GIB, Options, Plan, counts, plan
 from scalepeft.cluster.plan.simulate import KINDS
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as cfg
-from scalepeft.config.schema import RunConfig
 from scalepeft.core import text
 from scalepeft.core.log import say
 from scalepeft.core.text import duration, gib
@@ -34,22 +33,11 @@ def run(settings: list[str], options: Options, as_json: bool) -> None:
     Raises:
         UserError: as ``planning.plan``.
     """
-    planned = plan(_config(settings), options)
-    print(json.dumps(as_dict(planned), indent=1) if as_json else table(planned))
-
-
-def _config(settings: list[str]) -> RunConfig:
-    """As ``config.load``; what no plan reads, the run folder and the length, may be absent."""
-    path, settings = config_files.config_first(settings)
-    notes: list[str] = []
-    values = config_files.values_of(path, settings, notes)
-    train = values["train"] = dict(values.get("train") or {})
-    if train.get("max_steps") is None and train.get("epochs") is None:
-        train["epochs"] = 1.0
-    config = cfg.from_dict({**values, "run_dir": values.get("run_dir") or "unset"})
+    config, notes = config_files.load_partly(settings)
     for note in notes:
         say(note)
-    return config
+    planned = plan(config, options)
+    print(json.dumps(as_dict(planned), indent=1) if as_json else table(planned))
 
 
 def as_dict(plan: Plan) -> dict[str, Any]:

@@ -4,6 +4,7 @@ scored.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
@@ -185,11 +186,12 @@ class Task:
             parse = config.special_tokens == "parse"
             self.renderer = Renderer(tokenizer, config.chat_template, parse)
         # Of the last ``examples``: where broken rows were left out (``on_error: skip``), the number
-        # of duplicates left out, rows that spell control tokens, and what else the user should
-        # know, a line each.
+        # of duplicates, rows that spell control tokens, test questions by their set, and what else
+        # the user should know, a line each.
         self.skipped: list[str] = []
         self.repeated = 0
         self.spelling: list[str] = []
+        self.leaks = Counter[str]()
         self.notes: list[str] = []
 
     def examples(self, split: Split) -> list[Example]:
@@ -211,6 +213,7 @@ class Task:
             raise UserError(f"{key} is empty: name files, e.g. {key}=DIR/{split}.json")
         files = expand(sources, key)
         self.skipped, self.repeated, self.spelling, self.notes = [], 0, [], []
+        self.leaks = Counter()
         found, seen, ids = 0, set[int](), dict[int, int]()
         drop = split == "train" and self.config.duplicates == "drop"
         for label, source in zip(source_labels(files), files, strict=True):
@@ -224,14 +227,16 @@ class Task:
                         raise UserError(f"id {example.id} stood in row {before} already")
                 except (UserError, RecursionError) as error:  # nested too deep to be shown
                     reason = one_line(str(error))
+                    if self.config.name != "sft" and isinstance(row, dict) and "messages" in row:
+                        reason += " (data=sft reads conversations)"
                     self._leave_out(f"{source}, row {number}: {reason}", "repair it")
                     continue
                 text = _mark(example.prompt, example.completion)
-                if drop and text in seen:
+                if text in seen:
                     self.repeated += 1
-                    continue
-                if drop:
-                    seen.add(text)
+                    if drop:
+                        continue
+                seen.add(text)
                 found += 1
                 yield example
             if not number:
@@ -246,7 +251,7 @@ class Task:
         lines = [f"left out: {where}" for where in self.skipped[:3]]
         if len(self.skipped) > 3:
             lines.append(f"left out {len(self.skipped)} broken rows in all")
-        if self.repeated:
+        if self.repeated and split == "train" and self.config.duplicates == "drop":
             lines.append(f"{self.repeated} rows left out as duplicates")
         if self.spelling:
             lines.append(
@@ -294,8 +299,9 @@ class Task:
             *before, last = (str(message.get("content") or "") for message in messages)
             return self.made(row_id, "\n\n".join(before), last, meta)
         shut = [{k: v if k == "role" else self._shut(v) for k, v in m.items()} for m in messages]
-        if answer := messages[-1].get("content"):
-            shut[-1]["content"] = self.renderer.response(answer)
+        for message, given in zip(shut, messages, strict=True):
+            if message["role"] == "assistant" and (answer := given.get("content")):
+                message["content"] = self.renderer.response(answer)
         more = {"tools": self._shut(tools)} if tools else {}
         prompt, completion, learned = self.renderer.split(shut, turns, **more)
         return self.made(row_id, prompt, completion, meta, learned=learned, joined=True)

@@ -1,6 +1,6 @@
 """Math word problems and MATH: GSM8K, MetaMathQA, MATH-500, AQuA, SVAMP, MAWPS and their like."""
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -109,7 +109,7 @@ class Math(Task):
         if self.config.test:
             tested = Math(self.config).stream("test")
             sets = {_fingerprint(e): "data.test" for e in tested} | sets
-        first, count, hits = "", 0, Counter[str]()
+        first, count, hits = "", 0, self.leaks
         for e in rows:
             count += 1
             name = sets.get(_fingerprint(e)) or e.meta.get("rephrases")
