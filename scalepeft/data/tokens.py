@@ -205,8 +205,9 @@ def encode(
         if seam:
             ids, spans = _without_seams(text, ids, spans)
         ids = strip_eos(ids, tokenizer)
-        twice = len(ids) > 1 and ids[0] == ids[1] == getattr(tokenizer, "bos_token_id", None)
-        found.append((ids[1:], spans[1:]) if twice else (ids, spans[: len(ids)]))
+        bos = getattr(tokenizer, "bos_token_id", None)
+        more = next((i for i, token in enumerate(ids) if token != bos), len(ids)) - 1
+        found.append((ids[max(more, 0) :], spans[max(more, 0) : len(ids)]))
     return found
 
 
