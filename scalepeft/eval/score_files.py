@@ -15,7 +15,16 @@ from scalepeft.core.fields import Decides, marks_of
 from scalepeft.core.files import writing
 from scalepeft.core.log import say
 from scalepeft.data.bitext import lines_of
-from scalepeft.data.rows import PAIR, BrokenRow, absent, check_utf8, one_line, read_rows, read_text
+from scalepeft.data.rows import (
+    PAIR,
+    BrokenRow,
+    absent,
+    check_utf8,
+    ends,
+    one_line,
+    read_rows,
+    read_text,
+)
 from scalepeft.data.tasks.base import Example
 from scalepeft.eval import scores
 
@@ -127,7 +136,7 @@ def read(file: str, key: str | None) -> list[Prediction]:
 
 def _is_json(file: str, text: str) -> bool:
     """A text may begin with a quote or a bracket too: the file name or the lines decide."""
-    named = Path(file).name.removesuffix(".gz").endswith((".json", ".jsonl"))
+    named = ends(file, ".json", ".jsonl")
     if named or re.match(r'\s*(\[\s*["\[{\]]|\{\s*["}])', text):
         return True
     lines = (line.lstrip() for line in text.split("\n"))
