@@ -10,7 +10,6 @@ import json
 import lzma
 import re
 import reprlib
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,7 +43,7 @@ def content(source: str) -> str:
     """
     hub = source.startswith("hf://")
     if files := paths_of(source):
-        with _readable(source):
+        with tables.explained(source):
             parts = [f"{file if hub else file.suffix} {digest(file)}" for file in files]
     else:
         made, split = tables.builder(source)
@@ -60,7 +59,9 @@ def expand(sources: list[str], key: str) -> list[str]:
     for source in sources:
         gone = [path for path in paths_of(source) if not path.is_file()]
         globbed = sorted(glob.glob(source, recursive=True)) if gone and PAIR not in source else []
-        matches = [m for m in globbed if Path(m).is_file() or tables.saved(m)] if gone else [source]
+        matches = (
+            [m for m in globbed if all(p.is_file() for p in paths_of(m))] if gone else [source]
+        )
         if not matches:
             raise UserError(f"{key}: {gone[0]}: {absent(gone[0])}")
         files += matches
@@ -226,7 +227,7 @@ def open_text(source: str) -> Iterator[TextIO]:
         UserError: it cannot be read, or is not text; also later, where it is being read.
     """
     head = _head(source)
-    with _readable(source), _binary(source, head) as raw:
+    with tables.explained(source), _binary(source, head) as raw:
         start = raw.peek(16)[:16]
         # UTF-16, zip, parquet inside gzip, zeros after a crash
         if re.search(rb"[\0-\x08\x0e-\x1f]|^\xff\xfe|^\xfe\xff", start):
@@ -251,18 +252,8 @@ def _head(source: str) -> bytes:
     """The first bytes of a file; what is none is refused, a pipe would be waited for."""
     if not Path(source).is_file():
         raise UserError(f"{source}: {absent(Path(source))}")
-    with _readable(source), open(source, "rb") as f:
+    with tables.explained(source), open(source, "rb") as f:
         return f.read(10)
-
-
-@contextmanager
-def _readable(source: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
-        raise UserError(f"{source}: cannot be read: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -313,17 +304,16 @@ def check_utf8(value: str, what: str) -> None:
 
 
 def _hub_rows(source: str) -> Iterator[Any]:
+    def values(files: list[str]) -> Iterator[Any]:
+        return (row for file in files for _, row in read_rows(file))
+
     with tables.explained(source):
         made, split = tables.builder(source)
-        parts = tables.text_files(made, split, lambda files: sum(1 for _ in _rows_of(files)))
+        parts = tables.text_files(made, split, lambda files: sum(1 for _ in values(files)))
         for files, first, end in parts:
-            yield from islice(_rows_of(files), first, end)
+            yield from islice(values(files), first, end)
         if not parts:
             yield from tables.prepared(made, split)
-
-
-def _rows_of(files: list[str]) -> Iterator[Any]:
-    return (row for file in files for _, row in read_rows(file))
 
 
 def fill(template: str, values: dict[str, str], key: str) -> str:

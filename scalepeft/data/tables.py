@@ -91,18 +91,13 @@ def _listed(file: Path, find: Callable[[Any], list[str]]) -> list[str]:
 
 
 def rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a parquet or arrow file, a batch at a time. Raises UserError: it cannot be read, was
-    cut, or names a column twice.
-    """
-    number = 0
+    """Rows of a parquet or arrow file. Raises UserError: unreadable, cut, or a column twice."""
     with explained(str(file), "; copy it again"):
         for batch in _batches(file):
             if len(set(batch.schema.names)) < len(batch.schema.names):
                 raise UserError(f"{file}: a column appears twice in {batch.schema.names}")
             for start in range(0, batch.num_rows, BATCH):
-                for row in _plain(batch.slice(start, BATCH), file, number):
-                    number += 1
-                    yield row
+                yield from batch.slice(start, BATCH).to_pylist()
 
 
 def _batches(file: Path) -> Iterator[Any]:
@@ -124,18 +119,6 @@ def _batches(file: Path) -> Iterator[Any]:
         yield from pyarrow.ipc.open_stream(mapped)
     if end != STREAM_END:  # a file cut between two batches reads as a shorter one
         raise UserError(f"{file}: ends without an end mark: it was cut; copy it again")
-
-
-def _plain(batch: Any, file: Path, before: int) -> list[dict[str, Any]]:
-    try:
-        found: list[dict[str, Any]] = batch.to_pylist()
-        return found
-    except UnicodeDecodeError:
-        if batch.num_rows > 1:
-            half = batch.num_rows // 2
-            first = _plain(batch.slice(0, half), file, before)
-            return first + _plain(batch.slice(half), file, before + half)
-        raise UserError(f"{file}, row {before + 1}: is not valid UTF-8") from None
 
 
 def builder(source: str) -> tuple[Any, str]:
