@@ -58,7 +58,7 @@ def lines_of(text: str) -> list[str]:
 
 def _parallel(files: list[str], texts: list[str], _: Split) -> Numbered:
     for file, text in zip(files, texts, strict=True):
-        if not text or ends(file, ".json", ".jsonl", ".tsv"):
+        if not text or ends(file, ".json", ".jsonl", ".tsv", ".csv"):
             raise UserError(
                 f"{PAIR.join(files)}: {file} is {'no text file' if text else 'empty'}; a pair is"
                 " two text files, or CoVoST-2's translations and Common Voice's validated.tsv"

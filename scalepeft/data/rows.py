@@ -177,15 +177,12 @@ def _csv_rows(source: str) -> Iterator[Any]:
             for number, cells in enumerate(filter(None, records)):
                 if number == 0:
                     columns = cells
-                    if twice := [name for name, n in Counter(columns).items() if n > 1]:
-                        raise UserError(
-                            f"{source}: column {twice[0]!r} appears twice in its header"
-                        )
+                    if len(set(columns)) < len(columns):
+                        raise UserError(f"{source}: a column appears twice in {columns}")
                 elif len(cells) == len(columns):
                     yield dict(zip(columns, cells, strict=True))
                 else:
-                    wrong = f"{len(cells)} cells, the header has {len(columns)} columns"
-                    yield BrokenRow(wrong)
+                    yield BrokenRow(f"{len(cells)} cells, the header has {len(columns)} columns")
         except csv.Error as error:
             where = f"row {number + bool(columns)} (up to line {records.line_num})"
             quotes = 'a cell in quotes ends with one, and has "" for each inside'

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,9 @@ MAGIC = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")  # the last begins a stream of
 STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 BATCH = 256  # rows made Python objects at a time
 CONVERTED = "refs/convert/parquet"  # the hub's own copy of a set: CONFIG/SPLIT/*.parquet
-COPIES = f"the copy in parquet that the hub makes, hf://DATASET@{CONVERTED}:CONFIG:SPLIT"
 REMEDIES = {
     "scripts are no longer supported": "the code of a data set is never run: name its data files,"
-    f" or {COPIES}",
+    f" or the copy in parquet that the hub makes, hf://DATASET@{CONVERTED}:CONFIG:SPLIT",
     "gated|cannot be accessed": "check the name; for a gated set, hf auth login (or HF_TOKEN) with"
     " an account that may read it",
     "[Oo]ffline|Couldn't reach|Couldn't find cache": "hf download DATASET --repo-type dataset"
@@ -46,21 +46,15 @@ def explained(source: str, remedy: str = "") -> Iterator[None]:
 
 
 def hub_name(source: str) -> tuple[str, str, str, str]:
-    """(name or folder, revision, config, split) of ``hf://NAME[@REVISION][:CONFIG[:SPLIT]]``; the
-    parts that are not named are empty.
-    """
-    name, _, rest = source.removeprefix("hf://").partition(":")
-    config, _, split = rest.partition(":")
-    revision = ""
-    if not Path(name).is_dir():
-        name, _, revision = name.partition("@")
+    """(name or folder, revision, config, split) of ``hf://NAME[@REVISION][:CONFIG[:SPLIT]]``."""
+    name, config, split, *_ = [*source.removeprefix("hf://").split(":", 2), "", ""]
+    name, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
     return name, revision, config, split
 
 
 def saved(source: str) -> list[Path] | None:
-    """The arrow files of ``FOLDER``, or of one of several splits ``FOLDER:SPLIT``, as datasets'
-    ``save_to_disk`` wrote them; None for other sources. Raises UserError: no such split, or none
-    named; a broken list of them.
+    """The arrow files of ``FOLDER`` or ``FOLDER:SPLIT`` as ``save_to_disk`` of datasets wrote it;
+    None for other sources. Raises UserError: no such split, or none named; a broken list of files.
     """
     if source.startswith("hf://"):
         name, _, _, split = hub_name(source)
@@ -106,8 +100,6 @@ def _batches(file: Path) -> Iterator[Any]:
 
     with file.open("rb") as f:
         head = f.read(6)
-        f.seek(max(0, file.stat().st_size - len(STREAM_END)))
-        end = f.read()
     if head[:4] == b"PAR1":
         yield from parquet.ParquetFile(file, buffer_size=2**20).iter_batches(BATCH)
         return
@@ -117,8 +109,9 @@ def _batches(file: Path) -> Iterator[Any]:
             yield from map(reader.get_batch, range(reader.num_record_batches))
             return
         yield from pyarrow.ipc.open_stream(mapped)
-    if end != STREAM_END:  # a file cut between two batches reads as a shorter one
-        raise UserError(f"{file}: ends without an end mark: it was cut; copy it again")
+        mapped.seek(mapped.size() - len(STREAM_END))
+        if mapped.read() != STREAM_END:  # a file cut between two batches reads as a shorter one
+            raise UserError(f"{file}: ends without an end mark: it was cut; copy it again")
 
 
 def builder(source: str) -> tuple[Any, str]:
@@ -152,13 +145,12 @@ def text_files(made: Any, split: str, size: Callable[[list[str]], int]) -> Itera
     import datasets
 
     files = {str(key): list(names) for key, names in (made.config.data_files or {}).items()}
-    default, own = type(made.config)(), {"name", "data_dir", "data_files", "features", "delimiter"}
-    # Options that a set's card gives to its reader.
-    odd = {k for k, v in vars(made.config).items() if v != getattr(default, k)} - own - {"sep"}
-    names = [name for listed in files.values() for name in listed]
-    local = not any("://" in name for name in names)
-    archived = any(re.search(r"\.(zip|tar|tgz|7z)\b", name) for name in names)
-    if odd or archived or not (made.name == "csv" or (made.name == "json" and local)):
+    names, default = " ".join(chain(*files.values())), type(made.config)()
+    own = {"name", "version", "data_dir", "data_files", "features", "sep", "delimiter"}
+    # What a set's card tells its reader, archives, and what datasets keeps for nodes off the hub.
+    told = {k for k, v in vars(made.config).items() if v != getattr(default, k)} - own
+    kinds = ("csv",) if "://" in names else ("csv", "json")
+    if told or re.search(r"\.(zip|tar|tgz|7z)\b", names) or made.name not in kinds:
         return []
     fetch = datasets.DownloadManager().download
     if split in files:

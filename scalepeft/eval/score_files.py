@@ -21,6 +21,7 @@ from scalepeft.data.rows import (
     absent,
     check_utf8,
     ends,
+    is_table,
     one_line,
     read_rows,
     read_text,
@@ -121,8 +122,8 @@ def read(file: str, key: str | None) -> list[Prediction]:
     """Read predictions. Raise UserError: unreadable, empty, or a row without a text in it."""
     if not Path(file).is_file():
         raise UserError(f"--predictions {file}: {absent(Path(file))}")
-    text = read_text(file)
-    rows = read_rows(file) if _is_json(file, text) else enumerate(lines_of(text), 1)
+    text = "" if (table := is_table(file)) else read_text(file)
+    rows = read_rows(file) if table or _is_json(file, text) else enumerate(lines_of(text), 1)
     found = []
     for number, row in rows:
         try:

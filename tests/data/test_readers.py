@@ -163,7 +163,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "cut-after-a-batch.arrow": (arrow(ipc.new_stream)[:-8], "ends without an end mark"),
     "twice.parquet": (parquet_of(twice), "a column appears twice"),
     "utf8.parquet": (parquet_of(pa.table({"a": not_utf8})), "'utf-8' codec can't decode"),
-    "twice.csv": (b"a,b,a\n1,2,3\n", "column 'a' appears twice in its header"),
+    "twice.csv": (b"a,b,a\n1,2,3\n", "a column appears twice in"),
     "quote.csv": (b'a,b\n1,2\n3,4\n"5,6\n7,8\n', "row 3 (up to line 5): unexpected end of data"),
     "inside.csv": (b'a,b\n"5" x,6\n', "row 1 (up to line 2): ',' expected after '\"'"),
     "mac.csv": (b"a,b\r1,2\r", "row 0 (up to line 1): new-line character"),
