@@ -101,7 +101,8 @@ def _batches(file: Path) -> Iterator[Any]:
     with file.open("rb") as f:
         head = f.read(6)
     if head[:4] == b"PAR1":
-        yield from parquet.ParquetFile(file, buffer_size=2**20).iter_batches(BATCH)
+        held = parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)  # else the whole file
+        yield from held.iter_batches(BATCH)
         return
     with pyarrow.memory_map(str(file)) as mapped:
         if head == b"ARROW1":

@@ -21,6 +21,7 @@ from pyarrow import ipc, parquet
 
 from scalepeft.core.errors import UserError
 from scalepeft.data import bitext, rows
+from scalepeft.eval import score_files
 
 ROWS = [
     {"instruction": text, "output": f"the correct answer is {answer}", "answer": answer}
@@ -251,17 +252,48 @@ def test_content_is_that_of_the_bytes(cache: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet"])
 def test_rows_are_streamed(tmp_path: Path, name: str) -> None:
-    """20 MB of rows in less than 4 MB."""
+    """20 MB of rows in less than 4 MB, of pyarrow's own too."""
     many = [{"a": f"{i} " + "x" * 2000, "b": "y"} for i in range(10_000)]
     lines = "".join(json.dumps(row) + "\n" for row in many).encode()
-    made = {"a.csv": lambda: table(rows=many), "a.jsonl": lambda: lines,
-            "a.jsonl.gz": lambda: gzip.compress(lines, 1),
-            "a.parquet": lambda: parquet_of(pa.Table.from_pylist(many))}  # fmt: skip
-    (tmp_path / name).write_bytes(made[name]())
-    next(iter(rows.read_rows(str(tmp_path / name))))  # what is imported is not counted
+    file = tmp_path / name
+    if name == "a.parquet":
+        held = pa.Table.from_pylist(many)
+        parquet.write_table(held, file, compression="none", use_dictionary=False)
+        del held
+    else:
+        made = {"a.csv": table(rows=many), "a.jsonl.gz": gzip.compress(lines, 1)}
+        file.write_bytes(made.get(name, lines))
+    next(iter(rows.read_rows(str(file))))  # what is imported is not counted
+    before, held_by_arrow = pa.total_allocated_bytes(), 0
     tracemalloc.start()
     try:
-        assert sum(1 for _ in rows.read_rows(str(tmp_path / name))) == 10_000
+        number = 0
+        for number, _ in rows.read_rows(str(file)):  # noqa: B007
+            held_by_arrow = max(held_by_arrow, pa.total_allocated_bytes() - before)
+        assert number == 10_000 and held_by_arrow < 4e6
         assert tracemalloc.get_traced_memory()[1] < 4e6
     finally:
         tracemalloc.stop()
+
+
+def test_options_of_a_sets_card_are_kept(cache: Path) -> None:
+    """Without a header the first record is a row, not the columns' names."""
+    (cache / "set").mkdir()
+    (cache / "set/README.md").write_text(
+        "---\nconfigs:\n- config_name: own\n  data_files: a.csv\n  names: [a, b]\n---\n"
+    )
+    (cache / "set/a.csv").write_bytes(b"x,y\nz,w\n")
+    assert [row["a"] for _, row in rows.read_rows(f"hf://{cache}/set:own")] == ["x", "z"]
+
+
+def test_predictions_and_pairs_in_tables(tmp_path: Path) -> None:
+    for name in ("p.csv", "p.parquet"):
+        told = [{"id": str(i), "prediction": f"it is {i}"} for i in range(2)]
+        (tmp_path / name).write_bytes(
+            table(rows=told) if name == "p.csv" else parquet_of(pa.Table.from_pylist(told))
+        )
+        found = score_files.read(f"{tmp_path}/{name}", None)
+        assert [(p.id, p.text) for p in found] == [("0", "it is 0"), ("1", "it is 1")]
+    pair = f"{tmp_path}/p.csv::{tmp_path}/p.csv"
+    assert "is no text file" in refused(lambda: list(bitext.read(pair, "train")))
+    assert "for translation alone" in refused(lambda: list(rows.read_rows(pair)))
