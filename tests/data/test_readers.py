@@ -24,10 +24,11 @@ from scalepeft.data import bitext, rows
 from scalepeft.eval import score_files
 
 ROWS = [
-    {"instruction": text, "output": f"the correct answer is {answer}", "answer": answer}
+    {"instruction": text, "output": f"the correct answer is {answer}", "answer": answer,
+     "when": "2020-01-01"}
     for text, answer in [
         ("Is snow cold, café?", "true"), ('He said "no",\nand "1;2"', "false"), ("007", "answer1"),
-        ("NA", "true"), ("2020-01-01", "false"),
+        ("NA", "true"), ("", "false"),
     ]
 ]  # fmt: skip
 NUMBERED = list(enumerate(ROWS, 1))
@@ -209,7 +210,21 @@ def test_a_loading_script_is_refused_with_the_copy_to_take(cache: Path, script: 
 
 
 def test_a_set_without_network_says_what_to_fetch(cache: Path) -> None:
-    sources = ["hf://a/b", "hf://a/b@v1:x:train", "hf://a/b@refs/convert/parquet:x:train[:9]"]
+    (cache / "set").mkdir()
+    (cache / "set/train.parquet").write_bytes(FILES["parquet"]())
+    made = datasets.load_dataset_builder(str(cache / "set"))
+    made.download_and_prepare()
+    kept = cache / "datasets/known___set/default/0.0.0"  # as a run with a network leaves it
+    kept.mkdir(parents=True)
+    Path(made.cache_dir).rename(kept / "abc")
+    for part in (kept / "abc").glob("*.arrow"):
+        part.rename(part.with_name("set-train.arrow"))
+    sources = [
+        "hf://known/set@v1",
+        "hf://a/b",
+        "hf://a/b@v1:x:train",
+        "hf://a/b@refs/convert/parquet:x:train[:9]",
+    ]
     code = f"""
 from scalepeft.data import rows
 for source in {sources}:
@@ -217,10 +232,13 @@ for source in {sources}:
         list(rows.read_rows(source))
     except rows.UserError as error:
         print(error)
+print(len(list(rows.read_rows("hf://known/set"))), len(rows.content("hf://known/set")))
 """
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(cache)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    for source, said in zip(sources, done.stdout.splitlines(), strict=True):
+    *lines, count = done.stdout.splitlines()
+    assert count == "5 64", done.stderr
+    for source, said in zip(sources, lines, strict=True):
         assert said.startswith(f"{source}: cannot be read: ") and "hf download DATASET" in said
 
 
