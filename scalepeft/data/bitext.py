@@ -3,11 +3,10 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from scalepeft.core.errors import UserError
-from scalepeft.data.rows import PAIR, BrokenRow, paths_of, read_rows, read_text
+from scalepeft.data.rows import PAIR, BrokenRow, ends, is_table, read_rows, read_text
 from scalepeft.data.tasks.base import Split
 
 Numbered = Iterator[tuple[int, Any]]
@@ -23,22 +22,22 @@ class ReferenceLine:
 
 
 def read(source: str, split: Split) -> Numbered:
-    """Yields (row number, row) of a source: the rows of JSON and hub data sets, a tsv's by line, of
-    ``A::B`` two text files or CoVoST-2's translations and Common Voice's validated.tsv in either
-    order, and of any other file reference lines, for the test alone.
+    """Yields (row number, row) of a source: what ``read_rows`` takes but for a tsv, a tsv's rows by
+    line, of ``A::B`` two text files or CoVoST-2's translations and Common Voice's validated.tsv in
+    either order, and of any other file reference lines, for the test alone.
 
     Raises:
         UserError: an unreadable file, two files that do not go together, missing columns, a text
             file alone to train on.
     """
-    files = [str(path) for path in paths_of(source)]
+    files = [source] if source.startswith("hf://") else source.split(PAIR)
     if len(files) > 2:
         raise UserError(f"{source}: {len(files)} files joined by {PAIR}; a pair is two")
-    is_json = not files or (len(files) == 1 and _ends(source, ".json", ".jsonl"))
-    texts = [] if is_json else [read_text(file) for file in files]
+    is_rows = len(files) == 1 and (ends(source, ".json", ".jsonl") or is_table(source))
+    texts = [] if is_rows else [read_text(file) for file in files]
     if len(texts) == 2:
         yield from (_joined if all(map(_is_tsv, files, texts)) else _parallel)(files, texts, split)
-    elif is_json or re.match(r'\s*\[?\s*\{\s*["}]', texts[0]):
+    elif is_rows or re.match(r'\s*\[?\s*\{\s*["}]', texts[0]):
         yield from read_rows(source)
     elif _is_tsv(source, texts[0]):
         yield from _table(source, texts[0], {"sentence", "translation"})
@@ -51,10 +50,6 @@ def read(source: str, split: Split) -> Numbered:
         )
 
 
-def _ends(file: str, *suffixes: str) -> bool:
-    return Path(file).name.removesuffix(".gz").endswith(suffixes)
-
-
 def lines_of(text: str) -> list[str]:
     """Lines as sacreBLEU and ``wc -l`` count them: other separators of Unicode belong to a text."""
     lines = text.removesuffix("\n").split("\n") if text else []
@@ -63,7 +58,7 @@ def lines_of(text: str) -> list[str]:
 
 def _parallel(files: list[str], texts: list[str], _: Split) -> Numbered:
     for file, text in zip(files, texts, strict=True):
-        if not text or _ends(file, ".json", ".jsonl", ".tsv"):
+        if not text or ends(file, ".json", ".jsonl", ".tsv", ".csv"):
             raise UserError(
                 f"{PAIR.join(files)}: {file} is {'no text file' if text else 'empty'}; a pair is"
                 " two text files, or CoVoST-2's translations and Common Voice's validated.tsv"
@@ -80,7 +75,7 @@ def _parallel(files: list[str], texts: list[str], _: Split) -> Numbered:
 
 def _is_tsv(file: str, text: str) -> bool:
     columns = set(_header(text))
-    return _ends(file, ".tsv") or (len(columns) > 1 and bool(columns & {"sentence", "translation"}))
+    return ends(file, ".tsv") or (len(columns) > 1 and bool(columns & {"sentence", "translation"}))
 
 
 def _header(text: str) -> list[str]:

@@ -1,25 +1,54 @@
-"""Rows of files: json arrays, json lines, either gzipped, and data sets of the hub."""
+"""Rows of files: JSON, json lines, csv, and what ``tables`` reads; plain or compressed."""
 
+import bz2
+import csv
 import glob
 import gzip
+import hashlib
+import io
 import json
+import lzma
 import re
 import reprlib
-import zlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from scalepeft.core.errors import UserError
+from scalepeft.core.files import digest
+from scalepeft.data import tables
 
 PAIR = "::"  # between two parallel files, line i of one belonging to line i of the other
+CELL = 2**26  # characters; a longer cell of a csv is a quote that nothing closes
 
 
 def paths_of(source: str) -> list[Path]:
-    """The files of a source; none for a data set of the hub."""
-    return [] if source.startswith("hf://") else [Path(p) for p in source.split(PAIR)]
+    """The files of a source; none for a data set of the hub that is no local folder."""
+    if (files := tables.saved(source)) is not None:
+        return files
+    if not source.startswith("hf://"):
+        return [Path(p) for p in source.split(PAIR)]
+    folder = Path(tables.hub_name(source)[0] or "/dev/null")
+    inside = (p for p in folder.rglob("*") if not re.search(r"/\.", f"/{p.relative_to(folder)}"))
+    return sorted(p for p in inside if p.is_file())
+
+
+def content(source: str) -> str:
+    """A digest of what a source holds: of the bytes of its files and, where they decide how these
+    are read, their names; of a set of the hub what ``datasets`` knows it by.
+    """
+    hub = source.startswith("hf://")
+    if files := paths_of(source):
+        with tables.explained(source):
+            parts = [f"{file if hub else file.suffix} {digest(file)}" for file in files]
+    else:
+        made, split = tables.builder(source)
+        parts = [made.dataset_name, made.config_id, str(made.config.version), made.hash, split]
+    return hashlib.sha256("\n".join([source * hub, *parts]).encode()).hexdigest()
 
 
 def content(source: str) -> str:
@@ -37,7 +66,9 @@ def expand(sources: list[str], key: str) -> list[str]:
     for source in sources:
         gone = [path for path in paths_of(source) if not path.is_file()]
         globbed = sorted(glob.glob(source, recursive=True)) if gone and PAIR not in source else []
-        matches = [m for m in globbed if Path(m).is_file()] if gone else [source]
+        matches = (
+            [m for m in globbed if all(p.is_file() for p in paths_of(m))] if gone else [source]
+        )
         if not matches:
             raise UserError(f"{key}: {gone[0]}: {absent(gone[0])}")
         files += matches
@@ -46,7 +77,10 @@ def expand(sources: list[str], key: str) -> list[str]:
 
 def absent(path: Path) -> str:
     """Says of a path that is no file what it is."""
-    what = "a folder, not a file" if path.is_dir() else "no such file"
+    if path.is_dir():
+        what = f"a folder, not a file; name its files as {path}/*, or a data set as hf://{path}"
+    else:
+        what = "a pipe or device, not a file" if path.exists() else "no such file"
     return f"{what} (from {Path.cwd()})"
 
 
@@ -67,42 +101,99 @@ def source_labels(files: list[str]) -> list[str]:
 
 
 def read_rows(source: str) -> Iterator[tuple[int, Any]]:
-    """Yield (row number from 1, row) of a json array, json lines, gzip of both, or a hub data set.
+    """Yield (row number from 1, row) of a JSON array, json lines, csv, tsv, parquet, arrow, a
+    ``save_to_disk`` folder or a hub data set. Rows are streamed, but for those of an array.
 
-    The content decides between an array and lines, not the file name. A line that is not JSON comes
-    out as a ``BrokenRow``, an object with a key twice too; a broken array is an error of the whole
-    file. A file of one object over several lines is one row.
+    The content decides, not the file name, but for ``.csv`` and ``.tsv``. A line that is not JSON
+    comes out as a ``BrokenRow``, so does an object with a key twice and a csv record of another
+    width than its header; a broken array is an error of the whole file. A file of one object over
+    several lines is one row. Cells of csv are texts. The row number of json lines is the line's.
 
     Raises:
-        UserError: it cannot be read, is not text, or is neither JSON nor JSON lines.
+        UserError: it cannot be read, or is none of these.
     """
-    if source.startswith("hf://"):
+    if (files := tables.saved(source)) is not None:
+        yield from enumerate(chain.from_iterable(map(tables.rows, files)), 1)
+    elif source.startswith("hf://"):
         yield from enumerate(_hub_rows(source), 1)
-        return
-    text = read_text(source)
-    whole = _parsed(text)
-    if isinstance(whole, list):
-        yield from enumerate(whole, 1)
-        return
-    if isinstance(whole, dict):
-        yield text[: text.index("{")].count("\n") + 1, whole
-        return
-    if isinstance(whole, BrokenRow) and text.lstrip()[:1] == "[":
-        raise UserError(
-            f"{source}: {whole.reason}; an array must parse as a whole (json lines can be skipped"
-            " row by row)"
-        )
-    lines = text.split("\n")
-    starts = {line.lstrip(" \t\r\ufeff")[:1] for line in lines}
-    if starts != {""} and not starts & {"{", '"'}:
-        raise UserError(
-            f"{source}: is neither JSON nor JSON lines (it begins with {text.strip()[:40]!r});"
-            " allowed: one array of objects, or one object per line"
-        )
-    for number, line in enumerate(lines, 1):
-        line = line.removeprefix("\ufeff")  # of files with a BOM that were put together
-        if line.strip():
-            yield number, _parsed(line)
+    elif PAIR in source:
+        raise UserError(f"{source}: a pair of files joined by {PAIR} is for translation alone")
+    elif _head(source).startswith(tables.MAGIC):
+        yield from enumerate(tables.rows(Path(source)), 1)
+    elif ends(source, ".csv", ".tsv"):
+        yield from enumerate(_csv_rows(source), 1)
+    else:
+        yield from _json_rows(source)
+
+
+def is_table(source: str) -> bool:
+    """Whether a source is rows for every task, and no text that may hold something else."""
+    known = source.startswith("hf://") or tables.saved(source) is not None
+    return known or ends(source, ".csv") or _head(source).startswith(tables.MAGIC)
+
+
+def ends(file: str, *suffixes: str) -> bool:
+    """Whether a file's name ends so, but for what compressed it."""
+    return re.sub(r"\.(gz|bz2|xz|zst)$", "", file.lower()).endswith(suffixes)
+
+
+def _json_rows(source: str) -> Iterator[tuple[int, Any]]:
+    with open_text(source) as lines:
+        bare = (line.lstrip(" \t\r\n\ufeff").strip() for line in lines)
+        first = next(filter(None, bare), "")
+        if first[:1] not in ("", "[", "{", '"') and not any(s[:1] in ("{", '"') for s in bare if s):
+            raise UserError(
+                f"{source}: is neither JSON nor JSON lines (it begins with"
+                f" {read_text(source, 200).strip()[:40]!r}); allowed: one array of objects, one"
+                " object per line, or a csv or tsv that is named so"
+            )
+    if first[:1] == "[" or (first[:1] == "{" and isinstance(_parsed(first), BrokenRow)):
+        text = read_text(source)
+        whole = _parsed(text)
+        if isinstance(whole, list):
+            yield from enumerate(whole, 1)
+            return
+        if isinstance(whole, dict):
+            yield text[: text.index("{")].count("\n") + 1, whole
+            return
+        if first[:1] == "[":
+            raise UserError(
+                f"{source}: {whole.reason}; an array must parse as a whole (json lines can be"
+                " skipped row by row)"
+            )
+    with open_text(source) as lines:
+        for number, line in enumerate(lines, 1):
+            line = line.removeprefix("\ufeff").removesuffix("\n")  # BOMs of files put together
+            if line.strip():
+                yield number, _parsed(line)
+
+
+def _csv_rows(source: str) -> Iterator[Any]:
+    """Records of a csv by the names in its first one, every cell a text as it stands. What alone of
+    comma, tab, semicolon and bar is in the first line separates, else what the file's name says.
+    """
+    csv.field_size_limit(CELL)
+    columns: list[str] = []
+    with open_text(source) as lines:
+        first = next(lines, "")
+        found = [s for s in "\t,;|" if s in first]
+        separator = found[0] if len(found) == 1 else "\t" if ends(source, ".tsv") else ","
+        records = csv.reader(chain([first], lines), delimiter=separator, strict=True)
+        number = 0
+        try:
+            for number, cells in enumerate(filter(None, records)):
+                if number == 0:
+                    columns = cells
+                    if len(set(columns)) < len(columns):
+                        raise UserError(f"{source}: a column appears twice in {columns}")
+                elif len(cells) == len(columns):
+                    yield dict(zip(columns, cells, strict=True))
+                else:
+                    yield BrokenRow(f"{len(cells)} cells, the header has {len(columns)} columns")
+        except csv.Error as error:
+            where = f"row {number + bool(columns)} (up to line {records.line_num})"
+            quotes = 'a cell in quotes ends with one, and has "" for each inside'
+            raise UserError(f"{source}, {where}: {error}; {quotes}") from None
 
 
 def _parsed(text: str) -> Any:
@@ -125,24 +216,48 @@ def _object(pairs: list[tuple[str, Any]]) -> Any:
     return next((value for value in held.values() if isinstance(value, BrokenRow)), held)
 
 
-def read_text(source: str) -> str:
-    """Return a file's text, unzipped. Bytes that are not UTF-8 come out as lone surrogates, which
-    ``check_utf8`` finds: a bad row is one bad row and not a bad file.
+def read_text(source: str, length: int = -1) -> str:
+    """Return a file's text, or its first so many characters; see ``open_text``."""
+    with open_text(source) as f:
+        return f.read(length)
+
+
+@contextmanager
+def open_text(source: str) -> Iterator[TextIO]:
+    """Open a file's text, uncompressed, by lines that end with LF. Bytes that are not UTF-8 come
+    out as lone surrogates, which ``check_utf8`` finds: a bad row is one bad row and not a bad file.
 
     Raises:
-        UserError: it cannot be read, or is not text.
+        UserError: it cannot be read, or is not text; also later, where it is being read.
     """
-    try:
-        raw = Path(source).read_bytes()
-        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{source}: cannot be read: {error}") from None
-    if re.search(rb"[\0-\x08\x0e-\x1f]", raw[:16]):  # UTF-16, zip, parquet, zeros after a crash
-        raise UserError(
-            f"{source}: is not text (it begins with {raw[:16]!r}); files must be text in UTF-8, or"
-            " gzip of it; data sets of the hub in other formats are named hf://DATASET"
-        )
-    return raw.decode("utf-8-sig", errors="surrogateescape")
+    head = _head(source)
+    with tables.explained(source), _binary(source, head) as raw:
+        start = raw.peek(16)[:16]
+        # UTF-16, zip, parquet inside gzip, zeros after a crash
+        if re.search(rb"[\0-\x08\x0e-\x1f]|^\xff\xfe|^\xfe\xff", start):
+            raise UserError(
+                f"{source}: is not text (it begins with {start!r}); allowed: text in UTF-8, plain"
+                " or compressed by gzip, bzip2, xz or zstd; parquet and arrow, uncompressed"
+            )
+        yield io.TextIOWrapper(raw, "utf-8-sig", "surrogateescape", newline="\n")
+
+
+def _binary(source: str, head: bytes) -> io.BufferedReader:
+    if head.startswith(b"\x28\xb5\x2f\xfd"):
+        import pyarrow  # of the libraries for zstd the one that is there
+
+        return io.BufferedReader(pyarrow.input_stream(source, compression="zstd"))
+    kinds: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+    opened = next((kind for magic, kind in kinds.items() if head.startswith(magic)), open)
+    return io.BufferedReader(opened(source, "rb"))
+
+
+def _head(source: str) -> bytes:
+    """The first bytes of a file; what is none is refused, a pipe would be waited for."""
+    if not Path(source).is_file():
+        raise UserError(f"{source}: {absent(Path(source))}")
+    with tables.explained(source), open(source, "rb") as f:
+        return f.read(10)
 
 
 @dataclass(frozen=True)
@@ -192,24 +307,17 @@ def check_utf8(value: str, what: str) -> None:
         raise UserError(f"{what} is not valid UTF-8") from None
 
 
-def _hub_rows(source: str) -> Iterator[dict[str, Any]]:
-    name, _, rest = source.removeprefix("hf://").partition(":")
-    config, _, split = rest.partition(":")
-    if not name:
-        raise UserError(f"{source}: names no data set; expected hf://DATASET[:CONFIG[:SPLIT]]")
-    import datasets  # slow to import, and only hub sources need it
+def _hub_rows(source: str) -> Iterator[Any]:
+    def values(files: list[str]) -> Iterator[Any]:
+        return (row for file in files for _, row in read_rows(file))
 
-    try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train")
-        media = (datasets.Audio, datasets.Image, datasets.Video)
-        heavy = [key for key, kind in rows.features.items() if isinstance(kind, media)]
-        yield from rows.remove_columns(heavy)  # CoVoST's sound would be decoded row by row
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        # "An error occurred while generating the dataset" says nothing: its cause does.
-        cause = error.__cause__ or error
-        raise UserError(
-            f"{source}: {' '.join(str(cause).split())[:300] or type(cause).__name__}"
-        ) from None
+    with tables.explained(source):
+        made, split = tables.builder(source)
+        parts = tables.text_files(made, split, lambda files: sum(1 for _ in values(files)))
+        for files, first, end in parts:
+            yield from islice(values(files), first, end)
+        if not parts:
+            yield from tables.prepared(made, split)
 
 
 def fill(template: str, values: dict[str, str], key: str) -> str:

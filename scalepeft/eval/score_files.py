@@ -15,7 +15,17 @@ from scalepeft.core.fields import Decides, marks_of
 from scalepeft.core.files import writing
 from scalepeft.core.log import say
 from scalepeft.data.bitext import lines_of
-from scalepeft.data.rows import PAIR, BrokenRow, absent, check_utf8, one_line, read_rows, read_text
+from scalepeft.data.rows import (
+    PAIR,
+    BrokenRow,
+    absent,
+    check_utf8,
+    ends,
+    is_table,
+    one_line,
+    read_rows,
+    read_text,
+)
 from scalepeft.data.tasks.base import Example
 from scalepeft.eval import scores
 
@@ -112,8 +122,8 @@ def read(file: str, key: str | None) -> list[Prediction]:
     """Read predictions. Raise UserError: unreadable, empty, or a row without a text in it."""
     if not Path(file).is_file():
         raise UserError(f"--predictions {file}: {absent(Path(file))}")
-    text = read_text(file)
-    rows = read_rows(file) if _is_json(file, text) else enumerate(lines_of(text), 1)
+    text = "" if (table := is_table(file)) else read_text(file)
+    rows = read_rows(file) if table or _is_json(file, text) else enumerate(lines_of(text), 1)
     found = []
     for number, row in rows:
         try:
@@ -127,7 +137,7 @@ def read(file: str, key: str | None) -> list[Prediction]:
 
 def _is_json(file: str, text: str) -> bool:
     """A text may begin with a quote or a bracket too: the file name or the lines decide."""
-    named = Path(file).name.removesuffix(".gz").endswith((".json", ".jsonl"))
+    named = ends(file, ".json", ".jsonl")
     if named or re.match(r'\s*(\[\s*["\[{\]]|\{\s*["}])', text):
         return True
     lines = (line.lstrip() for line in text.split("\n"))

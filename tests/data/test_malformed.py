@@ -279,7 +279,7 @@ FILES: dict[str, tuple[bytes, str]] = {
         "is neither JSON nor JSON lines (it begins with '<!DOCTYPE html>\\n<html><body>404",
     ),
     "csv": (b"instruction,output\na,b\n", "is neither JSON nor JSON lines"),
-    "parquet": (b"PAR1\x15\x04\x15", "is not text (it begins with b'PAR1"),
+    "parquet": (b"PAR1\x15\x04\x15", "cannot be read: Parquet file size is 7 bytes"),
     "zip": (b"PK\x03\x04\x14\0\0", "is not text"),
     "utf-16": (LINES.decode().encode("utf-16"), "is not text"),
     "zeros": (b"\0" * 4096, "is not text"),

@@ -52,8 +52,8 @@ class TaskConfig:
     Attributes:
         name: the task, a file of ``scalepeft/tasks``.
         protocol: settings of published numbers, by name: it fills the keys that are not set.
-        train: files (json, json lines, either with .gz), patterns, or
-            ``hf://DATASET[:CONFIG[:SPLIT]]``.
+        train: files (json, json lines, csv, tsv, parquet, arrow), patterns, folders of
+            ``save_to_disk``, or ``hf://DATASET[@REVISION][:CONFIG[:SPLIT]]``.
         valid: the same for the validation loss; or take ``valid_size``.
         test: the same for ``scalepeft evaluate``.
         valid_size: rows taken out of ``train`` for the validation loss, chosen by ``train.seed``.

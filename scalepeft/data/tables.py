@@ -1,0 +1,172 @@
+"""Rows that other libraries keep: parquet, arrow, folders of ``save_to_disk``, sets of the hub."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from scalepeft.core.errors import UserError, unknown
+from scalepeft.core.files import read_mapping
+
+MAGIC = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")  # the last begins a stream of arrow
+STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
+BATCH = 256  # rows made Python objects at a time
+CONVERTED = "refs/convert/parquet"  # the hub's own copy of a set: CONFIG/SPLIT/*.parquet
+REMEDIES = {
+    "scripts are no longer supported": "the code of a data set is never run: name its data files,"
+    f" or the copy in parquet that the hub makes, hf://DATASET@{CONVERTED}:CONFIG:SPLIT",
+    "gated|cannot be accessed": "check the name; for a gated set, hf auth login (or HF_TOKEN) with"
+    " an account that may read it",
+    "[Oo]ffline|Couldn't reach|Couldn't find cache": "hf download DATASET --repo-type dataset"
+    " --local-dir FOLDER where there is a network, and name hf://FOLDER",
+}
+"""What datasets says -> what to do."""
+
+
+@contextmanager
+def explained(source: str, remedy: str = "") -> Iterator[None]:
+    """Raise UserError, one line with the remedy, for whatever a library raises inside."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # every library has its own
+        # "An error occurred while generating the dataset" says nothing: its cause does.
+        cause = error.__cause__ if "generating the dataset" in str(error) else error
+        text = " ".join(str(cause).split("\nExample of usage")[0].split())
+        script = next(Path(hub_name(source)[0]).glob("*.py"), None)
+        if "data files" in text and script:
+            text = f"Dataset scripts are no longer supported, but found {script.name}"
+        remedy = next((f"; {r}" for said, r in REMEDIES.items() if re.search(said, text)), remedy)
+        text = text[:300] or type(cause).__name__
+        raise UserError(f"{source}: cannot be read: {text}{remedy}") from None
+
+
+def hub_name(source: str) -> tuple[str, str, str, str]:
+    """(name or folder, revision, config, split) of ``hf://NAME[@REVISION][:CONFIG[:SPLIT]]``."""
+    name, config, split, *_ = [*source.removeprefix("hf://").split(":", 2), "", ""]
+    name, _, revision = (name, "", "") if Path(name).is_dir() else name.partition("@")
+    return name, revision, config, split
+
+
+def saved(source: str) -> list[Path] | None:
+    """The arrow files of ``FOLDER`` or ``FOLDER:SPLIT`` as ``save_to_disk`` of datasets wrote it;
+    None for other sources. Raises UserError: no such split, or none named; a broken list of files.
+    """
+    if source.startswith("hf://"):
+        name, _, _, split = hub_name(source)
+    else:
+        name, _, split = (source, "", "") if Path(source).exists() else source.rpartition(":")
+    folder = Path(name or "/dev/null")
+    if (folder / "dataset_dict.json").is_file():
+        listed = _listed(folder / "dataset_dict.json", lambda held: held["splits"])
+        split = split or (listed[0] if len(listed) == 1 else "")
+        if not split:
+            raise UserError(f"{name}: name one of its splits, {name}:SPLIT; {', '.join(listed)}")
+        if split not in listed:
+            raise UserError(f"{source}: {unknown('split', split, listed)}")
+        folder, split = folder / split, ""
+    if not (folder / "state.json").is_file():
+        return None
+    if split:
+        raise UserError(f"{source}: the set has no splits; name it as {name}")
+    files = _listed(
+        folder / "state.json", lambda held: [f["filename"] for f in held["_data_files"]]
+    )
+    return [folder / file for file in files]
+
+
+def _listed(file: Path, find: Callable[[Any], list[str]]) -> list[str]:
+    made = read_mapping(file, lambda text: {"": find(json.loads(text))}, "save the set again")
+    return list(map(str, made[""]))
+
+
+def rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a parquet or arrow file. Raises UserError: unreadable, cut, or a column twice."""
+    with explained(str(file), "; copy it again"):
+        for batch in _batches(file):
+            if len(set(batch.schema.names)) < len(batch.schema.names):
+                raise UserError(f"{file}: a column appears twice in {batch.schema.names}")
+            for start in range(0, batch.num_rows, BATCH):
+                yield from batch.slice(start, BATCH).to_pylist()
+
+
+def _batches(file: Path) -> Iterator[Any]:
+    import pyarrow  # slow to import, and only these files need it
+    from pyarrow import parquet
+
+    with file.open("rb") as f:
+        head = f.read(6)
+    if head[:4] == b"PAR1":
+        held = parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False)  # else the whole file
+        yield from held.iter_batches(BATCH)
+        return
+    with pyarrow.memory_map(str(file)) as mapped:
+        if head == b"ARROW1":
+            reader = pyarrow.ipc.open_file(mapped)
+            yield from map(reader.get_batch, range(reader.num_record_batches))
+            return
+        yield from pyarrow.ipc.open_stream(mapped)
+        mapped.seek(mapped.size() - len(STREAM_END))
+        if mapped.read() != STREAM_END:  # a file cut between two batches reads as a shorter one
+            raise UserError(f"{file}: ends without an end mark: it was cut; copy it again")
+
+
+def builder(source: str) -> tuple[Any, str]:
+    """What ``datasets`` knows of a hub set or a local folder before it reads rows, and the split.
+
+    Raises:
+        UserError: there is none such, or a revision is asked for where the hub cannot be reached.
+    """
+    name, revision, config, split = hub_name(source)
+    split = split or "train"
+    if not name:
+        raise UserError(f"{source}: names no data set; expected hf://DATASET[:CONFIG[:SPLIT]]")
+    import datasets  # slow to import, and only hub sources need it
+
+    with explained(source):
+        if revision == CONVERTED:
+            base = split.partition("[")[0]
+            files = f"hf://datasets/{name}@{revision}/{config or 'default'}/{base}/*.parquet"
+            return datasets.load_dataset_builder("parquet", data_files={base: files}), split
+        found = datasets.load_dataset_builder(name, config or None, revision=revision or None)
+        if revision and found.name == "cache":
+            raise ConnectionError("Couldn't reach the hub, and the cache names no revision")
+        return found, split
+
+
+def text_files(made: Any, split: str, size: Callable[[list[str]], int]) -> Iterable[Any]:
+    """(files, first row, row after the last) of a split, or of ``train[:100]``, that is made of csv
+    or, in a local folder, JSON: ``datasets`` would make numbers, truth values and dates of texts.
+    Empty where ``datasets`` has to read it; ``size`` counts the rows of files.
+    """
+    import datasets
+
+    files = {str(key): list(names) for key, names in (made.config.data_files or {}).items()}
+    names, default = " ".join(chain(*files.values())), type(made.config)()
+    own = {"name", "version", "data_dir", "data_files", "features", "sep", "delimiter"}
+    # What a set's card tells its reader, archives, and what datasets keeps for nodes off the hub.
+    told = {k for k, v in vars(made.config).items() if v != getattr(default, k)} - own
+    kinds = ("csv",) if "://" in names else ("csv", "json")
+    if told or re.search(r"\.(zip|tar|tgz|7z)\b", names) or made.name not in kinds:
+        return []
+    fetch = datasets.DownloadManager().download
+    if split in files:
+        return [(fetch(files[split]), None, None)]
+    counts = {key: size(fetch(listed)) for key, listed in files.items()}
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(counts)
+    return [(fetch(files[part.splitname]), part.from_, part.to) for part in parts]
+
+
+def prepared(made: Any, split: str) -> Iterator[dict[str, Any]]:
+    """Rows of a set as ``datasets`` reads it, without sound and images."""
+    import datasets
+
+    made.download_and_prepare()
+    found = made.as_dataset(split=split)
+    media = (datasets.Audio, datasets.Image, datasets.Video)
+    heavy = [key for key, kind in found.features.items() if isinstance(kind, media)]
+    yield from found.remove_columns(heavy)  # CoVoST's sound would be decoded row by row
