@@ -51,13 +51,6 @@ def content(source: str) -> str:
     return hashlib.sha256("\n".join([source * hub, *parts]).encode()).hexdigest()
 
 
-def content(source: str) -> str:
-    """TEMPORARY."""
-    import hashlib
-
-    return hashlib.sha256(b"".join(p.read_bytes() for p in paths_of(source))).hexdigest()
-
-
 def expand(sources: list[str], key: str) -> list[str]:
     """Resolves patterns; keeps ``hf://`` sources and pairs of files. Raises UserError where a name
     matches no file.

@@ -215,7 +215,7 @@ class Task:
         self.skipped, self.repeated, self.spelling, self.notes = [], 0, [], []
         self.leaks = Counter()
         found, seen, ids = 0, set[int](), dict[int, int]()
-        drop = split == "train" and self.config.duplicates == "drop"
+        drop = self.config.duplicates == "drop"
         for label, source in zip(source_labels(files), files, strict=True):
             number = 0
             for number, row in self.rows(source, split):
@@ -231,12 +231,12 @@ class Task:
                         reason += " (data=sft reads conversations)"
                     self._leave_out(f"{source}, row {number}: {reason}", "repair it")
                     continue
-                text = _mark(example.prompt, example.completion)
-                if text in seen:
-                    self.repeated += 1
-                    if drop:
+                if split == "train":
+                    text = _mark(example.prompt, example.completion)
+                    self.repeated += text in seen
+                    if drop and text in seen:
                         continue
-                seen.add(text)
+                    seen.add(text)
                 found += 1
                 yield example
             if not number:
@@ -251,7 +251,7 @@ class Task:
         lines = [f"left out: {where}" for where in self.skipped[:3]]
         if len(self.skipped) > 3:
             lines.append(f"left out {len(self.skipped)} broken rows in all")
-        if self.repeated and split == "train" and self.config.duplicates == "drop":
+        if self.repeated and self.config.duplicates == "drop":
             lines.append(f"{self.repeated} rows left out as duplicates")
         if self.spelling:
             lines.append(
