@@ -56,28 +56,32 @@ class Goodput:
 
 def goodput(run_dir: Path) -> Goodput | None:
     """Adds up what the run's records say; None where the run is older than these figures."""
-    events = read_lines(run_dir / "events.jsonl", "event", "time")
-    starts = [e for e in events if e["event"] == "start"]
-    rows = read_lines(run_dir / "metrics.jsonl", "seconds", "time")
-    if not starts or not rows or any("launched" not in e for e in starts):
+    files = [run_dir / f"{name}.jsonl" for name in ("events", "metrics", "validation")]
+    starts = [e for e in read_lines(files[0], "event", "time") if e["event"] == "start"]
+    if not starts or any("launched" not in e for e in starts):
         return None
     first = starts[0]["launched"]  # the first that can be read: nothing from before it counts
-    rows = [row for row in rows if row["time"] >= first]
-    events = [event for event in events if event["time"] >= first]
-    if not events and not rows:  # damaged: a start that is later than all that followed it
+    last, steps, save = first, 0.0, 0.0
+    for row in read_lines(files[1], "seconds", "time"):
+        if row["time"] >= first:
+            last, steps = max(last, row["time"]), steps + row["seconds"]
+    for event in read_lines(files[0], "event", "time"):
+        if event["time"] >= first:
+            last = max(last, event["time"])
+            save += event.get("seconds", 0.0) if event["event"] == "saved" else 0.0
+    if not steps:  # none yet, or damaged: a start that is later than all that followed it
         return None
 
     def total(key: str, since: int = 1) -> float:
         return float(sum(e.get(key, 0.0) for e in starts[since:]))
 
-    last = max(row["time"] for row in (*events, *rows))
     return Goodput(
         wall=last - first - total("idle"),
-        steps=sum(row["seconds"] for row in rows),
+        steps=steps,
         startup=total("startup", 0),
         load=total("load", 0),
-        save=sum(e.get("seconds", 0.0) for e in events if e["event"] == "saved"),
-        held_out=sum(r["seconds"] for r in read_lines(run_dir / "validation.jsonl", "seconds")),
+        save=save,
+        held_out=sum(row["seconds"] for row in read_lines(files[2], "seconds")),
         recomputed=total("recomputed"),
         waiting=total("waited"),
     )

@@ -25,6 +25,7 @@ from scalepeft.run.lease import Lease, check_fence, check_free, stored_generatio
 from scalepeft.run.logs import RowLog
 from scalepeft.run.progress import Progress
 from scalepeft.run.provenance import commit, peak_memory, versions
+from scalepeft.run.status import starts_of
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "bitsandbytes", "deepspeed")
 """Whose versions a start writes down."""
@@ -150,18 +151,21 @@ class RunRecorder:
         self._lease = Lease(self.path, generation)
 
     def _lost_since(self, step: int, launched: float) -> dict[str, float]:
-        events = read_lines(self.path / "events.jsonl", "event", "time")
-        rows = read_lines(self.path / "metrics.jsonl", "step", "seconds", "time")
-        if not events:
+        starts, last = starts_of(self.path)
+        if not last:
             return {}
-        gap = max(0.0, launched - max(row["time"] for row in (*events, *rows)))
+        alive, steps, seconds = last["time"], 0, 0.0
+        keys = ("step", "seconds", "time")
+        for row in read_lines(self.path / "metrics.jsonl", *keys, newest_first=True):
+            alive = max(alive, row["time"])
+            if row["step"] <= step:
+                break  # so are those before it
+            steps, seconds = steps + 1, seconds + row["seconds"]
         # A run that was finished, stopped as planned, or whose job was over, waited for its user.
-        jobs = [event.get("job") for event in events if event["event"] == "start"]
-        ended = events[-1]["event"] == "finished" or events[-1].get("planned")
-        ended = ended or (jobs and jobs[-1] and jobs[-1] != slurm_job())
-        again = [row["seconds"] for row in rows if row["step"] > step]
-        kind = "idle" if ended else "waited"
-        return {kind: gap, "recomputed_steps": len(again), "recomputed": sum(again)}
+        job = starts[-1].get("job") if starts else None
+        ended = last["event"] == "finished" or last.get("planned") or (job and job != slurm_job())
+        kind, gap = "idle" if ended else "waited", max(0.0, launched - alive)
+        return {kind: gap, "recomputed_steps": steps, "recomputed": seconds}
 
     @on_main
     def finished(self) -> bool:

@@ -11,5 +11,5 @@ def test_rows_are_whole_and_have_numbers_where_they_belong(tmp_path: Path) -> No
     rows = [good, {**good, "time": None}, {**good, "step": "2"}, {"event": "x"}, [1]]
     file = tmp_path / "events.jsonl"
     file.write_text("\n".join([*map(json.dumps, rows), '{"event": "x", "ti']))
-    assert read_lines(file, "event", "time") == [good]
-    assert read_lines(tmp_path / "absent.jsonl") == []
+    assert list(read_lines(file, "event", "time")) == [good]
+    assert not list(read_lines(tmp_path / "absent.jsonl"))
