@@ -13,19 +13,19 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
-from scalepeft.core.files import read_lines, read_mapping, write_atomically
+from scalepeft.core.files import read_mapping, write_atomically
 from scalepeft.core.log import say
 from scalepeft.core.preemption import tell_job
-from scalepeft.core.slurm import slurm_job, slurm_start
+from scalepeft.core.slurm import slurm_start
 from scalepeft.models.tensors import Reader, write_tensors
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.checkpoint import Checkpoint, RunFolder
 from scalepeft.run.folder import check_same_run
+from scalepeft.run.goodput import lost_since
 from scalepeft.run.lease import Lease, check_fence, check_free, stored_generation
 from scalepeft.run.logs import RowLog
 from scalepeft.run.progress import Progress
 from scalepeft.run.provenance import commit, peak_memory, versions
-from scalepeft.run.status import starts_of
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "bitsandbytes", "deepspeed")
 """Whose versions a start writes down."""
@@ -138,7 +138,7 @@ class RunRecorder:
         if resumed:
             say(f"resuming {path} at step {step}")
         write_atomically(path / "config.yaml", cfg.dump(self.config))
-        self._lost = self._lost_since(step, launched)
+        self._lost = lost_since(path, step, launched)
         if step:  # a start that saves nothing has gained nothing
             tell_job("progress", f"step {step}")
         self.metrics = RowLog(path / "metrics.jsonl", step)
@@ -149,23 +149,6 @@ class RunRecorder:
 
     def _take_lease(self, generation: int) -> None:
         self._lease = Lease(self.path, generation)
-
-    def _lost_since(self, step: int, launched: float) -> dict[str, float]:
-        starts, last = starts_of(self.path)
-        if not last:
-            return {}
-        alive, steps, seconds = last["time"], 0, 0.0
-        keys = ("step", "seconds", "time")
-        for row in read_lines(self.path / "metrics.jsonl", *keys, newest_first=True):
-            alive = max(alive, row["time"])
-            if row["step"] <= step:
-                break  # so are those before it
-            steps, seconds = steps + 1, seconds + row["seconds"]
-        # A run that was finished, stopped as planned, or whose job was over, waited for its user.
-        job = starts[-1].get("job") if starts else None
-        ended = last["event"] == "finished" or last.get("planned") or (job and job != slurm_job())
-        kind, gap = "idle" if ended else "waited", max(0.0, launched - alive)
-        return {kind: gap, "recomputed_steps": steps, "recomputed": seconds}
 
     @on_main
     def finished(self) -> bool:

@@ -10,6 +10,7 @@ from scalepeft.core.files import read_lines
 from scalepeft.core.slurm import ACTIVE, ask_all, ask_slurm, state_word
 from scalepeft.core.text import duration
 from scalepeft.run.checkpoint import RunFolder
+from scalepeft.run.goodput import starts_of
 
 RECENT = 20  # steps that speed and ETA are taken from
 
@@ -54,14 +55,6 @@ def status(folder: Path) -> dict[str, Any]:
         "stages": _stages(folder),
         "eta_seconds": (total - step) * seconds if total and seconds and coming else None,
     }
-
-
-def starts_of(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The starts of a run, and its last event; empty without one."""
-    starts, last = [], {}
-    for last in read_lines(folder / "events.jsonl", "event", "time"):
-        starts += [last] if last["event"] == "start" else []
-    return starts, last
 
 
 def _stages(folder: Path) -> dict[str, str]:

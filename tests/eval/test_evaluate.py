@@ -346,6 +346,26 @@ def test_predictions_that_a_kill_tore_are_made_again(tmp_path: Path) -> None:
     assert [json.loads(line)["id"] for line in again.path.open()] == ["1", "2", "3"]
 
 
+@pytest.mark.parametrize("torn", ["", "{"])
+def test_each_prediction_is_parsed_once(
+    torn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {str(i): "p" for i in range(2000)}
+    first = Predictions(tmp_path, "toy", {"a": 1}, asked)
+    first.append([row(i) for i in asked])
+    parsed, loads = [], json.loads
+    whole = first.path.read_bytes()
+    first.path.write_bytes(whole + torn.encode())
+    monkeypatch.setattr(json, "loads", lambda text: (parsed.append(text), loads(text))[1])
+    assert len(Predictions(tmp_path, "toy", {"a": 1}, asked).done) == len(asked)
+    assert len(parsed) <= (len(asked) + 2) * (2 if torn else 1), "twice to cut a torn line"
+    assert first.path.read_bytes() == whole
+    parsed.clear()
+    first.append([row("1")])
+    assert len(parsed) == 1, "a batch costs the settings and itself"
+    assert first.path.stat().st_size - len(whole) < 200
+
+
 def test_predictions_of_other_settings_never_mix(tmp_path: Path) -> None:
     first = Predictions(tmp_path, "toy", {"a": 1}, ASKED)
     first.append([row("1")])

@@ -293,16 +293,14 @@ def read_result(config: RunConfig, name: str) -> tuple[dict[str, Any], list[Path
         headline, metric = scores.first(scores.read(file))
         return {"metric": headline, "score": metric["value"], "share": metric["share"]}, [file]
     files = [folder / "metrics.jsonl", folder / "validation.jsonl"]
-    tokens = seconds = 0.0
-    for row in read_lines(files[0], "step", "seconds", "tokens_per_second"):
-        seconds += row["seconds"]
-        tokens += row["tokens_per_second"] * row["seconds"]
+    steps = list(read_lines(files[0], "step", "seconds", "tokens_per_second"))
     held_out = list(read_lines(files[1], "step", "loss"))
     events = list(read_lines(folder / "events.jsonl", "event"))
     start = next(e for e in reversed(events) if e["event"] == "start")
     cuda = [e["peak_memory"] for e in events if e.get("peak_memory")]
     resident = [e["peak_resident"] for e in events if e.get("peak_resident")]
-    last = held_out[-1] if held_out and held_out[-1]["step"] == row["step"] else {}
+    seconds = sum(row["seconds"] for row in steps)
+    last = held_out[-1] if held_out and held_out[-1]["step"] == steps[-1]["step"] else {}
     result = {
         "loss": last.get("loss"),
         "rows": last.get("rows"),
@@ -310,9 +308,9 @@ def read_result(config: RunConfig, name: str) -> tuple[dict[str, Any], list[Path
         "device": start["per_rank"][0]["device"],
         "ranks": start["world_size"],
         "versions": start["versions"],
-        "steps": row["step"],
+        "steps": steps[-1]["step"],
         "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
+        "tokens_per_second": sum(r["tokens_per_second"] * r["seconds"] for r in steps) / seconds,
         "peak_memory": max(cuda or resident, default=None),
         "memory": "cuda" if cuda else "resident",
     }
