@@ -103,41 +103,38 @@ NUMBERS = {
 }  # fmt: skip
 
 
-def lines_of(file: Path) -> Iterator[bytes]:
-    """Lines of a file with their ends, one at a time; none without a file."""
-    if file.is_file():
-        with file.open("rb") as f:
+def lines_of(file: Path, newest_first: bool = False) -> Iterator[bytes]:
+    """Lines of a file with their ends, one at a time; none without a file. From its end, no more
+    is read than is asked for.
+    """
+    if not file.is_file():
+        return
+    with file.open("rb") as f:
+        if not newest_first:
             yield from f
+            return
+        begin, rest, block = f.seek(0, os.SEEK_END), b"", 1 << 16
+        while begin:
+            begin = max(0, (end := begin) - block)
+            f.seek(begin)
+            lines = (f.read(end - begin) + rest).splitlines(keepends=True)
+            rest = lines.pop(0) if begin and lines else b""
+            yield from reversed(lines)
+            block *= 1 if lines else 2  # a line of any length is read in linear time
 
 
-def lines_back(file: Path) -> Iterator[bytes]:
-    """``lines_of``, the last one first: no more of the file is read than is asked for."""
-    if file.is_file():
-        with file.open("rb") as f:
-            begin, rest, block = f.seek(0, os.SEEK_END), b"", 1 << 16
-            while begin:
-                begin = max(0, (end := begin) - block)
-                f.seek(begin)
-                lines = (f.read(end - begin) + rest).splitlines(keepends=True)
-                rest = lines.pop(0) if begin and lines else b""
-                yield from reversed(lines)
-                block *= 1 if lines else 2  # a line of any length is read in linear time
-
-
-def read_line(line: bytes, *keys: str) -> dict[str, Any] | None:
-    """The row in a JSON line; None if it is torn, broken, lacks one of these keys, or has no
+def read_line(line: bytes, *keys: str) -> dict[str, Any]:
+    """The row in a JSON line; empty if it is torn or broken, lacks one of these keys, or has no
     number where one belongs.
     """
     with contextlib.suppress(ValueError):
         row = json.loads(line)
-        if isinstance(row, dict) and row.keys() >= set(keys):
+        if isinstance(row, dict) and row.keys() >= {*keys}:
             numbers = all(type(row[key]) in (int, float) for key in NUMBERS & row.keys())
-            return row if numbers else None
-    return None
+            return row if numbers else {}
+    return {}
 
 
 def read_lines(file: Path, *keys: str, newest_first: bool = False) -> Iterator[dict[str, Any]]:
-    """Rows of a JSON-lines file that ``read_line`` accepts, one at a time."""
-    for line in (lines_back if newest_first else lines_of)(file):
-        if (row := read_line(line, *keys)) is not None:
-            yield row
+    """Rows of a JSON-lines file, one at a time; those that ``read_line`` refuses are left out."""
+    return filter(None, (read_line(line, *keys) for line in lines_of(file, newest_first)))

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scalepeft.core.files import fsync, lines_back, lines_of, read_line, write_atomically
+from scalepeft.core.files import fsync, lines_of, read_line, write_atomically
 from scalepeft.core.log import say
 
 
 def _step(line: bytes) -> int:
-    row = read_line(line, "step") if line.endswith(b"\n") else None
-    return row["step"] if row else 0
+    return read_line(line, "step").get("step", 0) if line.endswith(b"\n") else 0
 
 
 class RowLog:
@@ -31,7 +30,7 @@ class RowLog:
         self._waiting: list[str] = []
         self.last_step = self._end = 0
         end, following = path.stat().st_size if path.exists() else 0, last_step + 1
-        for line in lines_back(path):
+        for line in lines_of(path, newest_first=True):
             step = _step(line)
             if 0 < step < following:
                 following = step

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from scalepeft.core.files import lines_back, lines_of, read_lines
+from scalepeft.core.files import lines_of, read_lines
 
 
 def test_rows_are_whole_and_have_numbers_where_they_belong(tmp_path: Path) -> None:
@@ -22,6 +22,6 @@ def test_rows_are_whole_and_have_numbers_where_they_belong(tmp_path: Path) -> No
 def test_lines_from_the_end_are_the_lines(width: int, end: str, tmp_path: Path) -> None:
     file = tmp_path / "rows"
     file.write_text("\n".join(["x" * width, "", "y", "z" * width, "1"]) + end)
-    assert list(lines_back(file))[::-1] == list(lines_of(file))
+    assert list(lines_of(file, newest_first=True))[::-1] == list(lines_of(file))
     file.write_text("")
-    assert not list(lines_back(file)) and not list(lines_back(tmp_path / "absent"))
+    assert not list(lines_of(file, newest_first=True))
