@@ -123,18 +123,19 @@ def lines_of(file: Path, newest_first: bool = False) -> Iterator[bytes]:
             block *= 1 if lines else 2  # a line of any length is read in linear time
 
 
-def read_line(line: bytes, *keys: str) -> dict[str, Any]:
-    """The row in a JSON line; empty if it is torn or broken, lacks one of these keys, or has no
+def read_line(line: bytes, *keys: str) -> dict[str, Any] | None:
+    """The row in a JSON line; None if it is torn or broken, lacks one of these keys, or has no
     number where one belongs.
     """
     with contextlib.suppress(ValueError):
         row = json.loads(line)
         if isinstance(row, dict) and row.keys() >= {*keys}:
             numbers = all(type(row[key]) in (int, float) for key in NUMBERS & row.keys())
-            return row if numbers else {}
-    return {}
+            return row if numbers else None
+    return None
 
 
 def read_lines(file: Path, *keys: str, newest_first: bool = False) -> Iterator[dict[str, Any]]:
     """Rows of a JSON-lines file, one at a time; those that ``read_line`` refuses are left out."""
-    return filter(None, (read_line(line, *keys) for line in lines_of(file, newest_first)))
+    rows = (read_line(line, *keys) for line in lines_of(file, newest_first))
+    return (row for row in rows if row is not None)

@@ -93,7 +93,7 @@ class Predictions:
     def _stored(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
         """Lines that are kept, with their rows."""
         for line in lines_of(self.path):
-            row = read_line(line, *KINDS)
+            row = read_line(line, *KINDS) or {}
             typed = [type(row.get(key)) for key in KINDS] == [*KINDS.values()]
             # None: of a test set that may come back
             if typed and self.asked.get(row["id"]) in (None, row["asked"]):

@@ -14,7 +14,8 @@ from scalepeft.core.log import say
 
 
 def _step(line: bytes) -> int:
-    return read_line(line, "step").get("step", 0) if line.endswith(b"\n") else 0
+    row = read_line(line, "step") if line.endswith(b"\n") else None
+    return row["step"] if row else 0
 
 
 class RowLog:
