@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,13 @@ def fsync(path: Path) -> None:
         os.close(fd)
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces a small file as a whole: readers and crashes see the old or the new one."""
+def write_atomically(path: Path, content: str | bytes | Iterable[bytes]) -> None:
+    """Replaces a file as a whole: readers and crashes see the old or the new one."""
     temporary = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        content = content.encode() if isinstance(content, str) else content
+        with temporary.open("wb") as f:
+            f.writelines([content] if isinstance(content, bytes) else content)
         fsync(temporary)
         temporary.replace(path)
     except OSError:
@@ -101,18 +103,39 @@ NUMBERS = {
 }  # fmt: skip
 
 
-def read_lines(file: Path, *keys: str) -> list[dict[str, Any]]:
-    """Rows of a JSON-lines file that have these keys, and a number wherever one belongs; torn and
-    broken lines are left out.
+def lines_of(file: Path, newest_first: bool = False) -> Iterator[bytes]:
+    """Lines of a file with their ends, one at a time; none without a file. From its end, no more
+    is read than is asked for.
     """
-    rows = []
-    for line in file.read_bytes().splitlines() if file.is_file() else []:
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return [
-        row
-        for row in rows
-        if isinstance(row, dict)
-        and row.keys() >= set(keys)
-        and all(type(row[key]) in (int, float) for key in NUMBERS & row.keys())
-    ]
+    if not file.is_file():
+        return
+    with file.open("rb") as f:
+        if not newest_first:
+            yield from f
+            return
+        begin, rest, block = f.seek(0, os.SEEK_END), b"", 1 << 16
+        while begin:
+            begin = max(0, (end := begin) - block)
+            f.seek(begin)
+            lines = (f.read(end - begin) + rest).splitlines(keepends=True)
+            rest = lines.pop(0) if begin and lines else b""
+            yield from reversed(lines)
+            block *= 1 if lines else 2  # a line of any length is read in linear time
+
+
+def read_line(line: bytes, *keys: str) -> dict[str, Any] | None:
+    """The row in a JSON line; None if it is torn or broken, lacks one of these keys, or has no
+    number where one belongs.
+    """
+    with contextlib.suppress(ValueError):
+        row = json.loads(line)
+        if isinstance(row, dict) and row.keys() >= {*keys}:
+            numbers = all(type(row[key]) in (int, float) for key in NUMBERS & row.keys())
+            return row if numbers else None
+    return None
+
+
+def read_lines(file: Path, *keys: str, newest_first: bool = False) -> Iterator[dict[str, Any]]:
+    """Rows of a JSON-lines file, one at a time; those that ``read_line`` refuses are left out."""
+    rows = (read_line(line, *keys) for line in lines_of(file, newest_first))
+    return (row for row in rows if row is not None)

@@ -5,11 +5,12 @@ next begins.
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from scalepeft.core.errors import UserError
-from scalepeft.core.files import read_json, read_lines, write_atomically, writing
+from scalepeft.core.files import lines_of, read_json, read_line, write_atomically, writing
 from scalepeft.core.log import say
 from scalepeft.core.preemption import tell_job
 from scalepeft.parallel.ranks import Ranks
@@ -79,17 +80,24 @@ class Predictions:
             folder.mkdir(parents=True, exist_ok=True)
             marker = json.dumps(self.settings, indent=1, sort_keys=True)
             write_atomically(self.path.with_name("settings.json"), marker)
-            stored = [
-                row
-                for row in read_lines(self.path, *KINDS)
-                if all(type(row[key]) is kind for key, kind in KINDS.items())
-                # None: of a test set that may come back
-                and self.asked.get(row["id"]) in (None, row["asked"])
-            ]
-            text = _lines(stored)
-            if self.path.exists() and text.encode() != self.path.read_bytes():
-                write_atomically(self.path, text)  # without what a kill left torn
-        return {row["id"]: row for row in stored if row["id"] in self.asked}
+            done, whole = {}, 0
+            for line, row in self._stored():
+                whole += len(line) if line.endswith(b"\n") else 0
+                if row["id"] in self.asked:
+                    done[row["id"]] = {key: row[key] for key in KINDS}
+            if self.path.exists() and whole != self.path.stat().st_size:  # a kill left a torn line
+                good = (line.rstrip(b"\n") + b"\n" for line, _ in self._stored())
+                write_atomically(self.path, good)
+        return done
+
+    def _stored(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        """Lines that are kept, with their rows."""
+        for line in lines_of(self.path):
+            row = read_line(line, *KINDS) or {}
+            typed = [type(row.get(key)) for key in KINDS] == [*KINDS.values()]
+            # None: of a test set that may come back
+            if typed and self.asked.get(row["id"]) in (None, row["asked"]):
+                yield line, row
 
     def _is_ours(self) -> bool:
         stored = read_json(self.path.with_name("settings.json"))
@@ -100,11 +108,7 @@ class Predictions:
         self.check_ours()
         kept = f"the {len(self.done)} predictions before are kept: {AGAIN}"
         with writing(self.path, kept), self.path.open("a", encoding="utf-8") as f:
-            f.write(_lines(batch))
+            f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in batch)
             f.flush()
             os.fsync(f.fileno())
         tell_job("progress", f"{len(self.done) + len(batch)} predictions")
-
-
-def _lines(rows: list[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from scalepeft.core.files import read_lines
+from scalepeft.core.slurm import slurm_job
 from scalepeft.core.text import duration
 
 PARTS = ("startup", "load", "save", "held_out", "recomputed", "waiting")
@@ -54,30 +56,63 @@ class Goodput:
         return ", ".join(f"{name} {duration(seconds)}" for name, seconds in ordered)
 
 
+def starts_of(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The starts of a run, and its last event; empty without one."""
+    starts, last = [], {}
+    for last in read_lines(folder / "events.jsonl", "event", "time"):
+        starts += [last] if last["event"] == "start" else []
+    return starts, last
+
+
+def lost_since(run_dir: Path, step: int, launched: float) -> dict[str, float]:
+    """What came between the last sign of life of a run and a launch that resumes at ``step``:
+    seconds ``waited`` or, after a planned end, ``idle``, and the steps to do again.
+    """
+    starts, last = starts_of(run_dir)
+    if not last:
+        return {}
+    alive, steps, seconds = last["time"], 0, 0.0
+    keys = ("step", "seconds", "time")
+    for row in read_lines(run_dir / "metrics.jsonl", *keys, newest_first=True):
+        alive = max(alive, row["time"])
+        if row["step"] <= step:
+            break  # so are those before it
+        steps, seconds = steps + 1, seconds + row["seconds"]
+    # A run that was finished, stopped as planned, or whose job was over, waited for its user.
+    job = starts[-1].get("job") if starts else None
+    ended = last["event"] == "finished" or last.get("planned") or (job and job != slurm_job())
+    gap = {"idle" if ended else "waited": max(0.0, launched - alive)}
+    return {**gap, "recomputed_steps": steps, "recomputed": seconds}
+
+
 def goodput(run_dir: Path) -> Goodput | None:
     """Adds up what the run's records say; None where the run is older than these figures."""
-    events = read_lines(run_dir / "events.jsonl", "event", "time")
-    starts = [e for e in events if e["event"] == "start"]
-    rows = read_lines(run_dir / "metrics.jsonl", "seconds", "time")
-    if not starts or not rows or any("launched" not in e for e in starts):
+    files = [run_dir / f"{name}.jsonl" for name in ("events", "metrics", "validation")]
+    starts, _ = starts_of(run_dir)
+    if not starts or any("launched" not in e for e in starts):
         return None
     first = starts[0]["launched"]  # the first that can be read: nothing from before it counts
-    rows = [row for row in rows if row["time"] >= first]
-    events = [event for event in events if event["time"] >= first]
-    if not events and not rows:  # damaged: a start that is later than all that followed it
+    last, steps, save = first, 0.0, 0.0
+    for row in read_lines(files[1], "seconds", "time"):
+        if row["time"] >= first:
+            last, steps = max(last, row["time"]), steps + row["seconds"]
+    for event in read_lines(files[0], "event", "time"):
+        if event["time"] >= first:
+            last = max(last, event["time"])
+            save += event.get("seconds", 0.0) if event["event"] == "saved" else 0.0
+    if not steps:  # none yet, or damaged: a start that is later than all that followed it
         return None
 
     def total(key: str, since: int = 1) -> float:
         return float(sum(e.get(key, 0.0) for e in starts[since:]))
 
-    last = max(row["time"] for row in (*events, *rows))
     return Goodput(
         wall=last - first - total("idle"),
-        steps=sum(row["seconds"] for row in rows),
+        steps=steps,
         startup=total("startup", 0),
         load=total("load", 0),
-        save=sum(e.get("seconds", 0.0) for e in events if e["event"] == "saved"),
-        held_out=sum(r["seconds"] for r in read_lines(run_dir / "validation.jsonl", "seconds")),
+        save=save,
+        held_out=sum(row["seconds"] for row in read_lines(files[2], "seconds")),
         recomputed=total("recomputed"),
         waiting=total("waited"),
     )

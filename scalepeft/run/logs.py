@@ -5,46 +5,60 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scalepeft.core.files import fsync, write_atomically
+from scalepeft.core.files import fsync, lines_of, read_line, write_atomically
 from scalepeft.core.log import say
 
 
-def _step(line: bytes) -> int | None:
-    try:
-        return int(json.loads(line)["step"]) if line.endswith(b"\n") else None
-    except (ValueError, KeyError, TypeError):
-        return None
+def _step(line: bytes) -> int:
+    row = read_line(line, "step") if line.endswith(b"\n") else None
+    return row["step"] if row else 0
 
 
 class RowLog:
     """A JSON-lines file of steps, cut back to the resumed one: never a double or torn row.
 
-    A row that the disk refuses waits in memory and is written before the next one.
+    It is read from its end: what is cut off, and the last MiB of what stays. Only if a row of that
+    is broken, all are read and the good ones kept. A row that the disk refuses waits in memory and
+    is written before the next one.
     """
 
     def __init__(self, path: Path, last_step: int) -> None:
         self.path = path
         self._waiting: list[str] = []
-        self.last_step = 0
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        kept = []
-        for line in lines:
+        self.last_step = self._end = 0
+        end, following = path.stat().st_size if path.exists() else 0, last_step + 1
+        for line in lines_of(path, newest_first=True):
             step = _step(line)
-            if step is not None and self.last_step < step <= last_step:
-                kept.append(line)
-                self.last_step = step
-        self._end = sum(map(len, kept))
-        if kept == lines[: len(kept)]:
-            if lines:
-                os.truncate(path, self._end)
-            return
-        damaged = path.with_name(f"{path.name}.damaged-{time.time_ns()}")
-        say(f"{path} holds broken rows: kept as {damaged.name}")
-        shutil.copy(path, damaged)
-        write_atomically(path, b"".join(kept).decode())
+            if 0 < step < following:
+                following = step
+                if not self.last_step:
+                    self.last_step, self._end = step, end
+            elif self.last_step:
+                self._mend(last_step)
+                return
+            end -= len(line)
+            if end < self._end - (1 << 20):
+                break
+        if path.exists():
+            os.truncate(path, self._end)
+
+    def _mend(self, last_step: int) -> None:
+        damaged = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
+        say(f"{self.path} holds broken rows: kept as {damaged.name}")
+        shutil.copy(self.path, damaged)
+        write_atomically(self.path, self._good(damaged, last_step))
+
+    def _good(self, file: Path, last_step: int) -> Iterator[bytes]:
+        self.last_step = self._end = 0
+        for line in lines_of(file):
+            step = _step(line)
+            if self.last_step < step <= last_step:
+                self.last_step, self._end = step, self._end + len(line)
+                yield line
 
     def keep(self, row: dict[str, Any]) -> None:
         """Takes a row, to be written by the next ``flush``."""

@@ -13,14 +13,15 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
-from scalepeft.core.files import read_lines, read_mapping, write_atomically
+from scalepeft.core.files import read_mapping, write_atomically
 from scalepeft.core.log import say
 from scalepeft.core.preemption import tell_job
-from scalepeft.core.slurm import slurm_job, slurm_start
+from scalepeft.core.slurm import slurm_start
 from scalepeft.models.tensors import Reader, write_tensors
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.checkpoint import Checkpoint, RunFolder
 from scalepeft.run.folder import check_same_run
+from scalepeft.run.goodput import lost_since
 from scalepeft.run.lease import Lease, check_fence, check_free, stored_generation
 from scalepeft.run.logs import RowLog
 from scalepeft.run.progress import Progress
@@ -137,7 +138,7 @@ class RunRecorder:
         if resumed:
             say(f"resuming {path} at step {step}")
         write_atomically(path / "config.yaml", cfg.dump(self.config))
-        self._lost = self._lost_since(step, launched)
+        self._lost = lost_since(path, step, launched)
         if step:  # a start that saves nothing has gained nothing
             tell_job("progress", f"step {step}")
         self.metrics = RowLog(path / "metrics.jsonl", step)
@@ -148,20 +149,6 @@ class RunRecorder:
 
     def _take_lease(self, generation: int) -> None:
         self._lease = Lease(self.path, generation)
-
-    def _lost_since(self, step: int, launched: float) -> dict[str, float]:
-        events = read_lines(self.path / "events.jsonl", "event", "time")
-        rows = read_lines(self.path / "metrics.jsonl", "step", "seconds", "time")
-        if not events:
-            return {}
-        gap = max(0.0, launched - max(row["time"] for row in (*events, *rows)))
-        # A run that was finished, stopped as planned, or whose job was over, waited for its user.
-        jobs = [event.get("job") for event in events if event["event"] == "start"]
-        ended = events[-1]["event"] == "finished" or events[-1].get("planned")
-        ended = ended or (jobs and jobs[-1] and jobs[-1] != slurm_job())
-        again = [row["seconds"] for row in rows if row["step"] > step]
-        kind = "idle" if ended else "waited"
-        return {kind: gap, "recomputed_steps": len(again), "recomputed": sum(again)}
 
     @on_main
     def finished(self) -> bool:

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from scalepeft.core.files import read_lines
 from scalepeft.core.slurm import ACTIVE, ask_all, ask_slurm, state_word
 from scalepeft.core.text import duration
 from scalepeft.run.checkpoint import RunFolder
+from scalepeft.run.goodput import starts_of
 
 RECENT = 20  # steps that speed and ETA are taken from
 
@@ -23,11 +25,11 @@ def status(folder: Path) -> dict[str, Any]:
         start-up, load, recomputed steps), ``eta_seconds`` (without further restarts; None where
         nothing is to come or known).
     """
-    events = read_lines(folder / "events.jsonl", "event", "time")
-    rows = read_lines(folder / "metrics.jsonl", "step", "seconds", "tokens_per_second")
-    starts = [e for e in events if e["event"] == "start"]
-    recent = rows[-RECENT:]
-    step = rows[-1]["step"] if rows else 0
+    starts, last = starts_of(folder)
+    keys = ("step", "seconds", "tokens_per_second")
+    rows = read_lines(folder / "metrics.jsonl", *keys, newest_first=True)
+    recent = list(islice(rows, RECENT))
+    step = recent[0]["step"] if recent else 0
     total = starts[-1].get("steps") if starts else None
     seconds, speed = (
         statistics.median(row[key] for row in recent) if recent else None
@@ -36,7 +38,7 @@ def status(folder: Path) -> dict[str, Any]:
     job = _job(folder, starts)
     slurm = ask_slurm(job) if job else {}
     losses = ("waited", "startup", "load", "recomputed")
-    state = _state(slurm, events, rows, seconds)
+    state = _state(slurm, last, recent[:1], seconds)
     coming = state.split()[0].rstrip(",") in (*ACTIVE, "running")
     return {
         "run": str(folder),
@@ -64,8 +66,7 @@ def _stages(folder: Path) -> dict[str, str]:
 
 def job_of(folder: Path) -> tuple[str, str] | None:
     """The first active Slurm job of a run, its last start's or a newest submission's, and state."""
-    events = read_lines(folder / "events.jsonl", "event", "time")
-    started = _job(folder, [e for e in events if e["event"] == "start"])
+    started = _job(folder, starts_of(folder)[0])
     for job in dict.fromkeys([started, *newest_jobs(folder).values()]):
         for task in ask_all(job) if job else ():
             if task["JobState"] in ACTIVE:
@@ -91,18 +92,18 @@ def _job(folder: Path, starts: list[dict[str, Any]]) -> str | None:
 
 def _state(
     slurm: dict[str, str],
-    events: list[dict[str, Any]],
+    event: dict[str, Any],
     rows: list[dict[str, Any]],
     step_seconds: float | None,
 ) -> str:
-    last = max((r["time"] for r in (*events[-1:], *rows[-1:]) if "time" in r), default=None)
+    last = max((r["time"] for r in (event, *rows) if "time" in r), default=None)
     ago = duration(max(0.0, time.time() - last)) if last else None
     if "JobState" in slurm:
         word = state_word(slurm)
         return f"{word}, last sign of life {ago} ago" if ago and word == "RUNNING" else word
-    if not events:
+    if not event:
         return "not started"
-    if events[-1]["event"] in ("finished", "stopped"):
-        return f"{events[-1]['event']} {ago} ago"
+    if event["event"] in ("finished", "stopped"):
+        return f"{event['event']} {ago} ago"
     alive = last is not None and time.time() - last < max(60.0, 5 * (step_seconds or 0))
     return f"running, last sign of life {ago} ago" if alive else f"no sign of life for {ago}"

@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -344,6 +345,29 @@ def test_predictions_that_a_kill_tore_are_made_again(tmp_path: Path) -> None:
     assert kept(again) == {"1": "t", "2": "ü\n\u2028"}
     again.append([row("3")])
     assert [json.loads(line)["id"] for line in again.path.open()] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("torn", ["", "{"])
+def test_each_prediction_is_parsed_and_held_once(
+    torn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {str(i): "p" for i in range(2000)}
+    first = Predictions(tmp_path, "toy", {"a": 1}, asked)
+    first.append([row(i, "x" * 900) for i in asked])
+    parsed, loads = [], json.loads
+    whole = first.path.read_bytes()
+    first.path.write_bytes(whole + torn.encode())
+    monkeypatch.setattr(json, "loads", lambda text: (parsed.append(len(text)), loads(text))[1])
+    tracemalloc.start()
+    assert len(Predictions(tmp_path, "toy", {"a": 1}, asked).done) == len(asked)
+    assert tracemalloc.get_traced_memory()[1] < 2.5 * len(whole)
+    tracemalloc.stop()
+    assert len(parsed) <= (len(asked) + 2) * (2 if torn else 1), "twice to cut a torn line"
+    assert first.path.read_bytes() == whole
+    parsed.clear()
+    first.append([row("1")])
+    assert len(parsed) == 1, "a batch costs the settings and itself"
+    assert first.path.stat().st_size - len(whole) < 200
 
 
 def test_predictions_of_other_settings_never_mix(tmp_path: Path) -> None:

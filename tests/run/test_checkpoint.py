@@ -462,6 +462,18 @@ def test_broken_rows_of_a_log_are_dropped_and_the_good_ones_kept(tmp_path: Path)
     assert len(list(tmp_path.glob("metrics.jsonl.damaged-*"))) == 1
 
 
+@pytest.mark.parametrize("bad", ["junk\n", '{"step": 9}\n', '{"step": 3}\n', '{"step": 4}\n', "\n"])
+def test_a_broken_row_before_the_cut_is_seen(bad: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = [f'{{"step": {i}}}\n' for i in range(1, 7)]
+    path.write_text("".join([*rows[:3], bad, *rows[3:], "torn"]))
+    log = RowLog(path, 5)
+    assert log.last_step == 5 and path.read_text() == "".join(rows[:5])
+    log.keep({"step": 6})
+    log.sync()
+    assert path.read_text() == "".join(rows)
+
+
 def test_verify_names_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(DamagedCheckpoint, match="no manifest"):
         verify(tmp_path)

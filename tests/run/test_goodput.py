@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from scalepeft.core.errors import UserError
 from scalepeft.core.preemption import StopFlag, tell_job
 from scalepeft.run import goodput
 from scalepeft.run import status as run_status
+from scalepeft.run.logs import RowLog
 
 
 def write(folder: Path, **files: list[dict[str, Any]]) -> None:
@@ -82,6 +85,39 @@ def test_runs_older_than_the_figures_have_none(disturbed: Path) -> None:
     write(disturbed, events=old)
     assert goodput.goodput(disturbed) is None
     assert "goodput" not in report.table(load.read(disturbed, "run"))
+
+
+def bytes_read(call: Callable[[], Any]) -> int:
+    """What the kernel has read for this process meanwhile."""
+
+    def count() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = count()
+    call()
+    return count() - before
+
+
+def test_a_long_run_is_read_from_its_end_or_a_row_at_a_time(tmp_path: Path) -> None:
+    saved = [{"event": "saved", "time": 1015.0 + i, "step": i} for i in (10_000, 20_000)]
+    rows = [step(i, 1015.0 + i) for i in range(1, 20_051)]
+    write(tmp_path, events=[start(1000.0), *saved], metrics=rows)
+    metrics = tmp_path / "metrics.jsonl"
+    assert metrics.stat().st_size > 2e6
+    assert bytes_read(lambda: run_status.status(tmp_path)) < 100_000
+    assert run_status.status(tmp_path)["step"] == 20_050
+    assert bytes_read(lambda: goodput.lost_since(tmp_path, 20_000, 1.0)) < 100_000
+    lost = {"waited": 985.0, "recomputed_steps": 50, "recomputed": 100.0}
+    assert goodput.lost_since(tmp_path, 20_000, 22_050.0) == lost
+    tracemalloc.start()
+    spent = goodput.goodput(tmp_path)
+    assert spent is not None and spent.steps == 2.0 * len(rows)
+    columns = load.read(tmp_path, "run").columns
+    assert columns["step"].tolist() == [row["step"] for row in rows]
+    assert tracemalloc.get_traced_memory()[1] < 3e6, "five columns of 8 bytes, no rows"
+    tracemalloc.stop()
+    assert bytes_read(lambda: RowLog(metrics, 20_000)) < 1.3e6
+    assert metrics.read_bytes().splitlines() == [json.dumps(row).encode() for row in rows[:-50]]
 
 
 @pytest.mark.parametrize(

@@ -293,9 +293,9 @@ def read_result(config: RunConfig, name: str) -> tuple[dict[str, Any], list[Path
         headline, metric = scores.first(scores.read(file))
         return {"metric": headline, "score": metric["value"], "share": metric["share"]}, [file]
     files = [folder / "metrics.jsonl", folder / "validation.jsonl"]
-    steps = read_lines(files[0], "step", "seconds", "tokens_per_second")
-    held_out = read_lines(files[1], "step", "loss")
-    events = read_lines(folder / "events.jsonl", "event")
+    steps = list(read_lines(files[0], "step", "seconds", "tokens_per_second"))
+    held_out = list(read_lines(files[1], "step", "loss"))
+    events = list(read_lines(folder / "events.jsonl", "event"))
     start = next(e for e in reversed(events) if e["event"] == "start")
     cuda = [e["peak_memory"] for e in events if e.get("peak_memory")]
     resident = [e["peak_resident"] for e in events if e.get("peak_resident")]

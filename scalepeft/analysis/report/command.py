@@ -28,7 +28,7 @@ def run(run_dirs: list[str], out: str | None = None) -> None:
     runs = read_all([Path(name) for name in run_dirs])
     print("\n\n".join(map(table, runs)) + "\n")
     written = write(runs, Path(out) if out else None)
-    if len(runs) == 1 and runs[0].metrics:
+    if len(runs) == 1 and runs[0].newest:
         loss = runs[0].folder / "loss.png"
         _write(loss, (written[-1].parent / CURVES).read_bytes())
         print(f"loss curve: {loss}")
@@ -64,8 +64,8 @@ def table(run: Run) -> str:
     """Return the run in figures: training, then the scores of every evaluated task."""
     losses = [loss for loss in run.columns["loss"] if loss == loss]
     done = "no step yet"
-    if run.metrics:
-        done = f"steps {run.metrics[-1]['step']}, samples {run.metrics[-1]['sample_index']}"
+    if run.newest:
+        done = f"steps {run.newest['step']}, samples {run.newest['sample_index']}"
     steps, ranks = (", ".join(str(e[key]) for e in run.starts) for key in ("step", "world_size"))
     lines = [
         f"run {run.folder}",

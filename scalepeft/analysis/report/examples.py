@@ -15,7 +15,8 @@ Rows = list[dict[str, Any]]
 
 def rows_of(folder: Path) -> Rows:
     """Return the rows of an evaluation's scored.jsonl; broken lines are left out."""
-    return read_lines(folder / "scored.jsonl", "id", "source", "prompt", "expected", "prediction")
+    keys = ("id", "source", "prompt", "expected", "prediction")
+    return list(read_lines(folder / "scored.jsonl", *keys))
 
 
 def choose(folder: Path) -> list[tuple[str, Rows]]:

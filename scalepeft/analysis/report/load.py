@@ -55,7 +55,8 @@ class Run:
     """A run folder.
 
     Attributes:
-        metrics: rows of metrics.jsonl; in ``columns`` by key, NaN where a row has no number.
+        newest: the last row of metrics.jsonl; empty without one.
+        columns: of all its rows, by key, NaN where a row has no number.
         held_out: step and held-out loss.
         peak: the newest event that tells how much memory was held.
         checkpoint: manifest and state of the newest one that verifies.
@@ -66,7 +67,7 @@ class Run:
     folder: Path
     name: str
     config: dict[str, dict[str, Any]]
-    metrics: list[dict[str, Any]]
+    newest: dict[str, Any]
     columns: dict[str, np.ndarray]
     held_out: list[tuple[int, float]]
     starts: list[dict[str, Any]]
@@ -120,15 +121,18 @@ def read(folder: Path, name: str) -> Run:
         config = renamed(config)
     adapter, checkpoint = _adapter(folder / "adapter", problems), _newest(folder, problems)
     evaluations, unscored = evaluations_of(folder)
-    metrics = read_lines(folder / "metrics.jsonl", "step", "loss", "sample_index")
+    file, keys = folder / "metrics.jsonl", ("step", "loss", "sample_index")
+    rows = ([number(row.get(key)) for key in COLUMNS] for row in read_lines(file, *keys))
+    values = np.fromiter(rows, np.dtype((float, len(COLUMNS))))
     valid = read_lines(folder / "validation.jsonl", "step", "loss")
-    events, spent = read_lines(folder / "events.jsonl", "event", "time", "step"), goodput(folder)
+    events = list(read_lines(folder / "events.jsonl", "event", "time", "step"))
+    spent = goodput(folder)
     return Run(
         folder=folder,
         name=name,
         config={k: v for k, v in config.items() if isinstance(v, dict)},
-        metrics=metrics,
-        columns={key: np.array([number(row.get(key)) for row in metrics]) for key in COLUMNS},
+        newest=next(read_lines(file, *keys, newest_first=True), {}),
+        columns=dict(zip(COLUMNS, values.T, strict=True)),
         held_out=[(r["step"], loss) for r in valid if np.isfinite(loss := number(r["loss"]))],
         starts=[e for e in events if e["event"] == "start" and "world_size" in e],
         peak=next((e for e in reversed(events) if "peak_resident" in e), {}),
@@ -172,7 +176,7 @@ def evaluations_of(folder: Path) -> tuple[list[Evaluation], list[str]]:
             said = f"{place / 'scores.json'}: damaged, or of another version"
             said += f" ({type(error).__name__}: {error}); evaluate again"
             said = " ".join(str(error).split()) if isinstance(error, UserError) else said
-            count = len(read_lines(place / "predictions.jsonl"))
+            count = sum(1 for _ in read_lines(place / "predictions.jsonl"))
             problems.append(said + (f" ({count} predictions there)" if count else ""))
             continue
         about = _mapping(place / "settings.json", json.loads, problems)

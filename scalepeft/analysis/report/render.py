@@ -25,7 +25,7 @@ from scalepeft.eval.scores import between, shown
 
 def context(runs: list[Run]) -> dict[str, Any]:
     """Return what the template writes: the runs, and what is drawn and chosen of them."""
-    trained = [run for run in runs if run.metrics]
+    trained = [run for run in runs if run.newest]
     return {
         "runs": runs,
         "when": time.strftime("%Y-%m-%d %H:%M %Z"),
