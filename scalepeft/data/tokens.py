@@ -116,9 +116,16 @@ class Rows:
 
     def __iter__(self) -> Iterator[tuple["np.ndarray[Any, Any]", int]]:
         examples, cutoff = iter(self.examples), self.config.cutoff
+        eos = self.tokenizer.eos_token_id
+        ends = {eos, *self.ends}
         while chunk := list(islice(examples, CHUNK)):
             for text, border, learned in self._pairs(chunk):
-                ids = self._closed(text, border)
+                size = len(text)
+                while size > border + 1 and text[size - 1] in ends and text[size - 2] in ends:
+                    size -= 1
+                ids = text[:size]
+                if size == border or ids[-1] not in ends:
+                    ids.append(eos)
                 start = max(1, border if self.config.train_on != "all" else 0)
                 if learned:
                     start = max(1, learned[0][0])
@@ -137,14 +144,6 @@ class Rows:
         together = self.config.tokenize == "together"
         for joined, examples in groupby(chunk, key=lambda e: e.joined or together):
             yield from (_together if joined else _apart)(list(examples), self.tokenizer)
-
-    def _closed(self, ids: list[int], border: int) -> list[int]:
-        """With one end, where the text brought none or several."""
-        eos = self.tokenizer.eos_token_id
-        ends, size = {eos, *self.ends}, len(ids)
-        while size > border + 1 and ids[size - 1] in ends and ids[size - 2] in ends:
-            size -= 1
-        return ids[:size] if size > border and ids[size - 1] in ends else [*ids[:size], eos]
 
 
 def tokenize(
