@@ -212,11 +212,9 @@ class Pipeline:
         if self.config.pipeline.merge != "none":
             merge.check_method(self.config, self.base.folder)
         base, raw = self.base, self.raw
-        found = token_file.files(self.prepared, base.tokenizer, base.vocab_size, base.ends)
-        summary["said"] = token_file.prepared(found, self.config.data, raw.train.seed)[2]
-        summary["tokens"] = {
-            s: rows.counts_of(token_file.read(f)[0], raw) for s, f in found.items()
-        }
+        made = token_file.files(self.prepared, base.tokenizer, base.vocab_size, base.ends)
+        summary["said"] = token_file.prepared(made, self.config.data, raw.train.seed)[2]
+        summary["tokens"] = {s: rows.counts_of(token_file.read(f)[0], raw) for s, f in made.items()}
         for line in [*summary["said"], *table(rows.cells(rows.columns(summary)))]:
             say(line)
         target = self.folder / "data" / "summary.json"

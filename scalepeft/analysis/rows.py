@@ -121,11 +121,9 @@ def _shares(lengths: torch.Tensor, train: TrainConfig, cutoff: int) -> dict[str,
 def columns(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The counts in a pipeline's data/summary.json, by split, as ``cells`` takes them."""
     found = dict[str, dict[str, Any]]()
-    for split in SPLITS:
-        if held := {**summary.get(split, {}), **summary["tokens"].get(split, {})}:
-            found[split] = held | {
-                f"in_{o}": summary.get(f"{split}_questions_in_{o}") for o in found
-            }
+    for s in SPLITS:
+        if held := {**summary.get(s, {}), **summary["tokens"].get(s, {})}:
+            found[s] = held | {f"in_{o}": summary.get(f"{s}_questions_in_{o}") for o in found}
     return found
 
 
