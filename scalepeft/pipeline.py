@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scalepeft import __version__, train
+from scalepeft.analysis import rows
 from scalepeft.analysis.report import command as report
 from scalepeft.analysis.report.load import read_all
 from scalepeft.build import check_batch, start_ranks, task_of
@@ -26,7 +27,7 @@ from scalepeft.core.files import write_atomically, writing
 from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, StopFlag, Stopping, tell_job
-from scalepeft.core.text import duration
+from scalepeft.core.text import duration, table
 from scalepeft.data import prepared, token_file
 from scalepeft.data.rows import expand, paths_of
 from scalepeft.data.tasks.base import SPLITS, Split, Task
@@ -210,11 +211,11 @@ class Pipeline:
         self._poll()
         if self.config.pipeline.merge != "none":
             merge.check_method(self.config, self.base.folder)
-        base, seed = self.base, self.raw.train.seed
-        summary["said"] = token_file.prepare(
-            self.prepared, base.tokenizer, base.vocab_size, seed, base.ends
-        )[2]
-        for line in summary["said"]:
+        base, raw = self.base, self.raw
+        made = token_file.files(self.prepared, base.tokenizer, base.vocab_size, base.ends)
+        summary["said"] = token_file.prepared(made, self.config.data, raw.train.seed)[2]
+        summary["tokens"] = {s: rows.counts_of(token_file.read(f)[0], raw) for s, f in made.items()}
+        for line in [*summary["said"], *table(rows.cells(rows.columns(summary)))]:
             say(line)
         target = self.folder / "data" / "summary.json"
         target.parent.mkdir(exist_ok=True)  # a task that reads no files has written no rows

@@ -99,9 +99,10 @@ class ToyTask(Task):
     version = 1
     reads_files = False
 
-    def examples(self, split):
+    def stream(self, split):
         pairs = [(i % 10, i // 10 % 10) for i in range(self.config.size)]
-        return [Example(f"{split}#{i}", f"{a}+{b}=", str(a + b)) for i, (a, b) in enumerate(pairs)]
+        for i, (a, b) in enumerate(pairs):
+            yield Example(f"{split}#{i}", f"{a}+{b}=", str(a + b))
 
     def score(self, prediction, example):
         word = (prediction.split() or [""])[0]

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,33 @@ def question(i: int) -> dict[str, str]:
         "instruction": f"Is {i} even?", "input": "",
         "output": f"the correct answer is {answer}", "answer": answer,
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_rows_of_a_run_are_one_table(tmp_path: Path) -> None:
+    numbers = {"train": [*range(12), 3], "valid": [50, 5], "test": [60, 61, 5, 7]}
+    for split, held in numbers.items():
+        (tmp_path / f"{split}.json").write_text(
+            "".join(json.dumps(row) + "\n" for row in [*map(question, held), {"broken": 1}])
+        )
+    settings = ["model=tiny", "data=commonsense", "data.on_error=skip", "--until", "prepare"]
+    settings += [f"data.{split}={tmp_path}/{split}.json" for split in numbers]
+    text = whole(tmp_path / "run", *settings)
+    found = json.loads((tmp_path / "run/data/summary.json").read_text())
+    held = found["tokens"]
+    assert {split: counts["rows"] for split, counts in held.items()} == {"train": 12, "valid": 2}
+    for counts in held.values():
+        edges, bins = (counts["histogram"][key] for key in ("edges", "counts"))
+        assert sum(bins) == counts["rows"] and len({b - a for a, b in pairwise(edges)}) == 1
+        assert edges[-2] < counts["longest"] <= edges[-1] and bins[-1]
+    table = [line.split() for line in text.splitlines() if "  " in line]
+    for words in (
+        "train valid test", "rows 12 2 4", "broken rows left out 1 1 1", "duplicates 1 0 0",
+        "questions that train has too 1 2", "questions that valid has too 1",
+        f"tokens {held['train']['tokens']:,} {held['valid']['tokens']:,}", "cutoff 512 512",
+    ):  # fmt: skip
+        assert table.count(["scalepeft:", *words.split()]) == 1, words
+    assert "learned tokens" not in whole(tmp_path / "run", *settings), "done already"
 
 
 def said(text: str) -> dict[str, str]:

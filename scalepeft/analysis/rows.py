@@ -7,27 +7,32 @@ import torch
 
 from scalepeft.build import task_of
 from scalepeft.config import files
-from scalepeft.config.schema import TrainConfig
+from scalepeft.config.schema import RunConfig, TrainConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.log import say
 from scalepeft.core.text import table
 from scalepeft.data import packing, token_file
 from scalepeft.data.loader import Order
 from scalepeft.data.packing import padded
+from scalepeft.data.tasks.base import SPLITS
 from scalepeft.data.tokens import IGNORED, TokenSet
 from scalepeft.models.hub import open_base
 from scalepeft.parallel.ranks import Ranks
 
-BINS = 32  # of the histogram of lengths
+BINS = 32  # of the histogram of lengths, at most
 STEPS = 32  # steps that the shares of real tokens are taken of
 
 NAMES = {
-    "rows": "rows", "tokens": "tokens", "learned": "learned tokens", "mean": "tokens a row, mean",
-    "median": "median", "p95": "95 % have at most", "longest": "longest", "cut": "rows cut",
-    "lost": "of these without a response", "dropped": "rows without a token to learn",
-    "padded": "real tokens of padded rows", "packed": "of packed lines",
+    "rows": "rows", "left_out": "broken rows left out", "duplicates": "duplicates",
+    "control_tokens": "rows that spell control tokens", "test_questions": "rows of test sets",
+    "in_train": "questions that train has too", "in_valid": "questions that valid has too",
+    "tokens": "tokens", "learned": "learned tokens", "mean": "tokens a row, mean",
+    "median": "median", "p95": "95 % have at most", "longest": "longest", "cutoff": "cutoff",
+    "cut": "rows cut", "lost": "of these without a response",
+    "dropped": "rows without a token to learn", "padded": "real tokens of padded rows",
+    "packed": "of packed lines",
 }  # fmt: skip
-"""Keys of ``counts_of`` as people read them."""
+"""Keys of ``counts_of`` and ``columns`` as people read them."""
 
 LEARNED, PLAIN = "\x1b[32m", "\x1b[0m"
 
@@ -50,10 +55,8 @@ def run(settings: list[str], show: int) -> None:
         found[split], remarks = token_file.read(file)
         for line in [*remarks, *token_file.cut_rows(found[split], config.data, split)]:
             say(line)
-    counts = {
-        name: counts_of(tokens, config.train, config.data.cutoff) for name, tokens in found.items()
-    }
-    print("\n".join(lines(counts)))
+    counts = {name: counts_of(tokens, config) for name, tokens in found.items()}
+    print("\n".join(table(cells(counts))))
     for i in range(min(show, len(found["train"]))):
         print(f"\nrow {i + 1}, {len(found['train'].row(i))} tokens:")
         print(shown(found["train"], i, base.tokenizer))
@@ -73,15 +76,18 @@ def shown(tokens: TokenSet, i: int, tokenizer: Any) -> str:
     return text
 
 
-def counts_of(tokens: TokenSet, train: TrainConfig, cutoff: int) -> dict[str, Any]:
+def counts_of(tokens: TokenSet, config: RunConfig) -> dict[str, Any]:
     """Counts of a token set. ``padded`` and ``packed`` are the shares of real tokens in the first
-    steps of one rank, padded and packed; ``histogram`` has ``edges`` (tokens) and ``counts``.
+    steps of one rank, padded and packed; bin i of ``histogram`` counts the rows of more than
+    ``edges[i]`` and up to ``edges[i + 1]`` tokens.
     """
     lengths = tokens.lengths()
     ordered = lengths.sort().values
     learned = sum(int((part >= 0).sum()) for part in tokens.tokens.split(1 << 22))
-    edges = torch.linspace(0, padded(int(ordered[-1])), BINS + 1).round().long()
-    counts = torch.bucketize(lengths, edges[1:-1]).bincount(minlength=BINS)
+    longest = int(ordered[-1])
+    width = -(-longest // BINS)  # whole: bins of unlike widths would make a comb of smooth counts
+    edges = torch.arange(0, longest + width, width)
+    counts = torch.bucketize(lengths, edges[1:-1]).bincount(minlength=len(edges) - 1)
     return {
         "rows": len(tokens),
         "tokens": int(lengths.sum()),
@@ -89,9 +95,10 @@ def counts_of(tokens: TokenSet, train: TrainConfig, cutoff: int) -> dict[str, An
         "mean": round(lengths.float().mean().item(), 1),
         "median": int(ordered[(len(ordered) - 1) // 2]),
         "p95": int(ordered[-1 - len(ordered) // 20]),
-        "longest": int(ordered[-1]),
+        "longest": longest,
+        "cutoff": config.data.cutoff,
         **{name: getattr(tokens, name) for name in ("cut", "lost", "dropped")},
-        **_shares(lengths, train, cutoff),
+        **_shares(lengths, config.train, config.data.cutoff),
         "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
     }
 
@@ -111,12 +118,21 @@ def _shares(lengths: torch.Tensor, train: TrainConfig, cutoff: int) -> dict[str,
     return {name: round(real / count, 3) for name, count in taken.items()}
 
 
-def lines(found: dict[str, dict[str, Any]]) -> list[str]:
-    """The counts of splits (name -> as ``counts_of`` has them) as a table to read."""
+def columns(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The counts in a pipeline's data/summary.json, by split, as ``cells`` takes them."""
+    found = dict[str, dict[str, Any]]()
+    for s in SPLITS:
+        if held := {**summary.get(s, {}), **summary["tokens"].get(s, {})}:
+            found[s] = held | {f"in_{o}": summary.get(f"{s}_questions_in_{o}") for o in found}
+    return found
+
+
+def cells(found: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The counts of splits (name -> as ``counts_of`` has them) as rows of a table."""
     rows = [["", *found]]
     for key, name in NAMES.items():
-        cells = [split.get(key, "") for split in found.values()]
-        rows.append(
-            [name, *(f"{v:.1%}" if key in ("padded", "packed") else f"{v:,}" for v in cells)]
-        )
-    return table(rows)
+        form = "{:.1%}" if key in ("padded", "packed") else "{:,}"
+        held = [split.get(key) for split in found.values()]
+        if any(value is not None for value in held):
+            rows.append([name, *("" if value is None else form.format(value) for value in held)])
+    return rows

@@ -42,6 +42,17 @@ class Renderer:
         end, cut = self.tokenizer.eos_token, text.rstrip()
         return self.plain(cut.removesuffix(end).rstrip() if end and cut.endswith(end) else text)
 
+    def shut(self, value: Any) -> Any:
+        """A message, or tools, with ``plain`` of all texts in it."""
+        if isinstance(value, dict):
+            kept = {key: v if key == "role" else self.shut(v) for key, v in value.items()}
+            if value.get("role") == "assistant" and (said := value.get("content")):
+                kept["content"] = self.response(said)
+            return kept
+        if isinstance(value, list):
+            return [self.shut(v) for v in value]
+        return self.plain(value) if isinstance(value, str) else value
+
     def render(self, messages: Messages, ask: bool, **more: Any) -> str:
         """The conversation as text; ``ask``: up to where the assistant is to write.
 
@@ -64,7 +75,7 @@ class Renderer:
         return text
 
     def split(
-        self, messages: Messages, turns: bool, **more: Any
+        self, messages: Messages, turns: bool, tools: Any = None
     ) -> tuple[str, str, list[list[int]]]:
         """(prompt, completion, learned parts of the prompt as [begin, end)) of a conversation that
         ends with the assistant's turn. ``turns``: its earlier ones are learned too.
@@ -73,6 +84,7 @@ class Renderer:
             UserError: as ``render``; or the template writes a conversation so that a turn cannot be
                 found in it.
         """
+        messages, more = self.shut(messages), {"tools": self.shut(tools)} if tools else {}
         whole = self.render(messages, False, **more).rstrip()
         before, asked = (self.render(messages[:-1], ask, **more) for ask in (False, True))
         # Some templates begin an answer with what they leave out of one that is given ("<think>").

@@ -185,6 +185,63 @@ def test_one_run_is_one_file_and_the_same_as_markdown(finished: Path, tmp_path: 
                         "Examples", "Origins"]  # fmt: skip
 
 
+def counted(run: Path, **more: Any) -> None:
+    """The summary of a pipeline's stage prepare; ``more`` is of the training rows."""
+    rows = {"rows": 1234, "tokens": 98765, "learned": 4321, "cut": 3, "cutoff": 24, "padded": 0.5}
+    train = {**rows, "histogram": {"edges": [0, 8, 16, 24], "counts": [0, 1200, 34]}, **more}
+    valid = {**rows, "rows": 5, "histogram": {"edges": [0, 9, 18], "counts": [4, 1]}}
+    splits = {"train": {"rows": 1236, "left_out": 7}, "test": {"rows": 77, "left_out": 0}}
+    held = {**splits, "test_questions_in_train": 6, "tokens": {"train": train, "valid": valid}}
+    (run / "data").mkdir(exist_ok=True)
+    (run / "data/summary.json").write_text(json.dumps(held))
+
+
+def test_the_rows_of_a_pipeline_are_a_section(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    counted(run)
+    held = load.read(run, "run")
+    files = {f.name: f.read_bytes() for f in report.write([held])}
+    page, made = Page(files["report.html"].decode()), files["report.md"].decode()
+    assert re.findall(r"^## (.*)", made, re.M)[1:4] == ["Scores", "Data", "Training"]
+    assert "#data" in [v for n, v in page.attributes if n == "href"]
+    images = [v for n, v in page.attributes if n == "src"]
+    inline = [b64encode(files[f"{n}.png"]).decode() for n in ("lengths", "curves")]
+    assert images == [f"data:image/png;base64,{content}" for content in inline]
+    assert re.findall(r"\]\((.*)\)", made) == ["report/lengths.png", "report/curves.png"]
+    for row in (
+        ["", "train", "valid", "test"], ["rows", "1,234", "5", "77"],
+        ["broken rows left out", "7", "", "0"], ["questions that train has too", "", "", "6"],
+        ["learned tokens", "4,321", "4,321", ""], ["real tokens of padded rows", "50.0%"],
+    ):  # fmt: skip
+        assert f"\n| {' | '.join(row)} |" in made and "".join(row) in page.text, row
+        assert re.search(r" +".join(filter(None, row)), report.table(held)), row
+    figure = figures.lengths(held.data)
+    assert [axes.get_title() for axes in figure.axes] == ["train", "valid"]
+    values, edges, _ = figure.axes[0].patches[0].get_data()  # type: ignore[attr-defined]
+    assert list(values) == [0, 1200, 34] and list(edges) == [0, 8, 16, 24]
+    assert [list(axes.lines[0].get_xdata()) for axes in figure.axes] == [[24, 24]] * 2
+    assert figure.axes[1].get_xlabel() == "tokens a row (dashed: data.cutoff = 24)"
+    held.data["train"]["cutoff"] = 4096  # a line there would press the rows into a corner
+    far = figures.lengths(held.data)
+    assert not far.axes[0].lines and far.axes[1].get_xlabel().endswith("(data.cutoff = 4,096)")
+    plt.close(figure)
+    plt.close(far)
+
+
+@pytest.mark.usefixtures("unsaved")
+def test_a_summary_without_tokens_changes_nothing(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    monkeypatch.setattr(render.time, "strftime", lambda _: "now")
+    held = load.read(run, "run")
+    before = render.context([held])
+    lines(run / "data/summary.json", [{"train": {"rows": 3}, "said": []}])
+    after = render.context([dataclasses.replace(load.read(run, "run"), status=held.status)])
+    for form in ("html", "markdown"):
+        assert render.render(after, form) == render.render(before, form)
+
+
 HOSTILE = {
     "markup": "<script>alert(1)</script><img src=x onerror=alert(1)> &amp; </pre></details>",
     "fence": "```\n# not a heading\n`````\n<b>",
@@ -272,6 +329,27 @@ def bad_checkpoint(run: Path) -> None:
     (run / "checkpoints/step-000060").mkdir(parents=True)
 
 
+def torn_summary(run: Path) -> None:
+    counted(run)
+    (run / "data/summary.json").write_text((run / "data/summary.json").read_text()[:200])
+
+
+def foreign_summary(run: Path) -> None:
+    lines(run / "data/summary.json", [{"tokens": 5}])
+
+
+def other_counts(run: Path) -> None:
+    counted(run, rows="<b>many</b>")
+
+
+def other_histogram(run: Path) -> None:
+    counted(run, histogram={"edges": [0, "8"], "counts": [float("inf")]})
+
+
+def no_cutoff(run: Path) -> None:
+    counted(run, cutoff=None)
+
+
 @pytest.mark.usefixtures("unsaved")
 @pytest.mark.parametrize(
     ("damage", "said"),
@@ -283,6 +361,11 @@ def bad_checkpoint(run: Path) -> None:
         (no_config, ["config.yaml: cannot be read", "unknown method", "70.0%"]),
         (bad_scores, ["scores.json: damaged", "2 predictions there", "30.0%"]),
         (no_rows, ["No scored rows", "must not be compared: they differ in rows"]),
+        (torn_summary, ["summary.json: cannot be read", "70.0%"]),
+        (foreign_summary, ["summary.json: damaged, or of another version", "70.0%"]),
+        (other_counts, ["summary.json: damaged, or of another version (ValueError)", "70.0%"]),
+        (other_histogram, ["summary.json: damaged, or of another version (ValueError)"]),
+        (no_cutoff, ["summary.json: damaged, or of another version (ValueError)", "70.0%"]),
         (bad_checkpoint, ["step-000060 does not verify: no manifest.json"]),
     ],
     ids=lambda v: v.__name__ if callable(v) else None,

@@ -6,13 +6,14 @@ written down by templates (render.py).
 
 from pathlib import Path
 
+from scalepeft.analysis import rows
 from scalepeft.analysis.report.load import Run, read_all
+from scalepeft.core import text
 from scalepeft.core.files import write_atomically, writing
-from scalepeft.core.text import duration
 from scalepeft.eval import scores
 
-CURVES = "report/curves.png"
-"""The Markdown's plot, beside it."""
+PLOTS = {name: f"report/{name}.png" for name in ("curves", "lengths")}
+"""The Markdown's plots, beside it."""
 
 
 def run(run_dirs: list[str], out: str | None = None) -> None:
@@ -30,13 +31,13 @@ def run(run_dirs: list[str], out: str | None = None) -> None:
     written = write(runs, Path(out) if out else None)
     if len(runs) == 1 and runs[0].newest:
         loss = runs[0].folder / "loss.png"
-        _write(loss, (written[-1].parent / CURVES).read_bytes())
+        _write(loss, (written[-1].parent / PLOTS["curves"]).read_bytes())
         print(f"loss curve: {loss}")
     print(f"report: {written[-1]} and {written[-2].name} beside it")
 
 
 def write(runs: list[Run], out: Path | None = None) -> list[Path]:
-    """Write report.html, report.md and the plot of the latter, as ``run`` does; return the files,
+    """Write report.html, report.md and the plots of the latter, as ``run`` does; return the files,
     report.html last.
 
     Raises:
@@ -46,7 +47,7 @@ def write(runs: list[Run], out: Path | None = None) -> list[Path]:
 
     folder = out or (runs[0].folder if len(runs) == 1 else Path("report"))
     context = render.context(runs)
-    files = {folder / CURVES: context["curves"]} if context["curves"] else {}
+    files = {folder / file: context[name] for name, file in PLOTS.items() if context[name]}
     files[folder / "report.md"] = render.render(context, "markdown").encode()
     files[folder / "report.html"] = render.render(context, "html").encode()
     for file, content in files.items():
@@ -61,7 +62,7 @@ def _write(file: Path, content: bytes) -> None:
 
 
 def table(run: Run) -> str:
-    """Return the run in figures: training, then the scores of every evaluated task."""
+    """Return the run in figures: training, rows, then the scores of every evaluated task."""
     losses = [loss for loss in run.columns["loss"] if loss == loss]
     done = "no step yet"
     if run.newest:
@@ -79,9 +80,10 @@ def table(run: Run) -> str:
     if run.skipped:
         lines.append(f"  steps skipped as not finite: {len(run.skipped)}")
     if spent := run.goodput:
-        took = f"{duration(spent.steps)} of {duration(spent.wall)}"
+        took = f"{text.duration(spent.steps)} of {text.duration(spent.wall)}"
         lines += [f"  goodput {spent.share:.1%}: {took} in steps that count"]
         lines += [f"    lost: {spent.losses()}"]
+    lines += ["", *text.table(rows.cells(run.data))] if run.data else []
     row = "  {:<8}{:>6}  {:<14}{:>6}{:>8}{:>18}{:>11}"
     if run.evaluations:
         head = ("model", "step", "task", "rows", "right", "95 % interval", "no answer")

@@ -1,4 +1,4 @@
-"""The plot of a report: loss and speed across restarts, as a PNG on white."""
+"""The plots of a report, loss and speed across restarts and lengths of rows: PNGs on white."""
 
 import io
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from scalepeft.analysis.report.load import Run
 from scalepeft.core.text import visible
@@ -121,3 +121,21 @@ def _restarts(loss: Axes, speed: Axes, run: Run) -> None:
         if len(run.starts) < 7 and len(set(ranks)) == 2:
             where = loss.get_xaxis_transform()
             loss.text(at, 1, " {} → {} ranks".format(*ranks), transform=where, va="top", size=10)
+
+
+def lengths(data: dict[str, dict[str, Any]]) -> Figure:
+    """Draw how many rows have how many tokens, a panel for each split, with the cutoff."""
+    splits = {name: counts["histogram"] for name, counts in data.items() if "histogram" in counts}
+    size, cutoff = (8.5, 1 + 2.2 * len(splits)), data["train"]["cutoff"]
+    figure, panels = plt.subplots(len(splits), sharex=True, squeeze=False, figsize=size)
+    near = cutoff <= 1.5 * max(held["edges"][-1] for held in splits.values())
+    for axes, (name, held) in zip(panels.flat, splits.items(), strict=True):
+        axes.stairs(held["counts"], held["edges"], fill=True, color="C0")
+        if near:
+            axes.axvline(cutoff, color=ORANGE, ls=(0, (4, 3)), lw=1.6)
+        axes.set(title=name, ylabel="rows", xlim=(0, None))
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.set_xlabel(f"tokens a row ({'dashed: ' if near else ''}data.cutoff = {cutoff:,})")
+    figure.align_ylabels()
+    return figure

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from scalepeft.analysis import rows
 from scalepeft.config import changes
 from scalepeft.config.schema import renamed
 from scalepeft.core.errors import UserError
@@ -58,6 +59,7 @@ class Run:
         newest: the last row of metrics.jsonl; empty without one.
         columns: of all its rows, by key, NaN where a row has no number.
         held_out: step and held-out loss.
+        data: counts of the rows by split, as a pipeline took them.
         peak: the newest event that tells how much memory was held.
         checkpoint: manifest and state of the newest one that verifies.
         unscored: what of the evaluations could not be read, a line each.
@@ -70,6 +72,7 @@ class Run:
     newest: dict[str, Any]
     columns: dict[str, np.ndarray]
     held_out: list[tuple[int, float]]
+    data: dict[str, dict[str, Any]]
     starts: list[dict[str, Any]]
     peak: dict[str, Any]
     status: dict[str, Any]
@@ -134,6 +137,7 @@ def read(folder: Path, name: str) -> Run:
         newest=next(read_lines(file, *keys, newest_first=True), {}),
         columns=dict(zip(COLUMNS, values.T, strict=True)),
         held_out=[(r["step"], loss) for r in valid if np.isfinite(loss := number(r["loss"]))],
+        data=_data(folder / "data/summary.json", problems),
         starts=[e for e in events if e["event"] == "start" and "world_size" in e],
         peak=next((e for e in reversed(events) if "peak_resident" in e), {}),
         status=status.status(folder),
@@ -157,6 +161,25 @@ def _mapping(file: Path, parse: Callable[[str], object], problems: list[str]) ->
     except UserError as error:
         problems.append(" ".join(str(error).split()))
         return {}
+
+
+def _data(file: Path, problems: list[str]) -> dict[str, dict[str, Any]]:
+    """Counts by split; none where no pipeline counted tokens."""
+    held = _mapping(file, json.loads, problems) if file.is_file() else {}
+    if "tokens" not in held:
+        return {}
+    try:
+        columns = rows.columns(held)
+        rows.cells(columns)  # all that is shown is there
+        for split in ("train", *(s for s, counts in columns.items() if "histogram" in counts)):
+            edges, bins = (columns[split]["histogram"][key] for key in ("edges", "counts"))
+            values = [number(value) for value in (*edges, *bins, columns[split]["cutoff"])]
+            if not (all(abs(v) < 1e15 for v in values) and len(edges) == len(bins) + 1 > 1):
+                raise ValueError
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        problems.append(f"{file}: damaged, or of another version ({type(error).__name__})")
+        return {}
+    return columns
 
 
 def evaluations_of(folder: Path) -> tuple[list[Evaluation], list[str]]:

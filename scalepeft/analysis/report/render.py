@@ -19,6 +19,7 @@ from markupsafe import Markup
 from scalepeft.analysis.report import figures, provenance, scores
 from scalepeft.analysis.report.examples import examples
 from scalepeft.analysis.report.load import Run, same_rows
+from scalepeft.analysis.rows import cells
 from scalepeft.core.text import duration, visible
 from scalepeft.eval.scores import between, shown
 
@@ -26,10 +27,13 @@ from scalepeft.eval.scores import between, shown
 def context(runs: list[Run]) -> dict[str, Any]:
     """Return what the template writes: the runs, and what is drawn and chosen of them."""
     trained = [run for run in runs if run.newest]
+    data = runs[0].data if len(runs) == 1 else {}
     return {
         "runs": runs,
         "when": time.strftime("%Y-%m-%d %H:%M %Z"),
         "curves": figures.png(partial(figures.curves, trained)) if trained else b"",
+        "data": data,
+        "lengths": figures.png(partial(figures.lengths, data)) if data else b"",
         "tasks": scores.tasks(runs),
         "same_rows": len(trained) < 2 or same_rows(trained),
         "settings": provenance.settings(runs),
@@ -39,7 +43,7 @@ def context(runs: list[Run]) -> dict[str, Any]:
 
 def render(context: dict[str, Any], form: str) -> str:
     """Return the report as one ``html`` file without script and network, or as ``markdown`` with
-    its plot as a PNG beside it.
+    its plots as PNGs beside it.
     """
     text = {"html": visible, "markdown": line}[form]
     environment = Environment(
@@ -54,7 +58,7 @@ def render(context: dict[str, Any], form: str) -> str:
     dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
     filters = {"fenced": fenced, "base64": _base64, "duration": duration, "yaml": dump}
     environment.filters.update(filters, shown=shown, between=between)
-    environment.globals.update(scores=scores, provenance=provenance)
+    environment.globals.update(scores=scores, provenance=provenance, cells=cells)
     return environment.get_template("report.j2").render(context, form=f"{form}.j2").strip() + "\n"
 
 

@@ -178,6 +178,10 @@ class Task:
     reads_files: ClassVar[bool] = True  # False: it makes its own rows
     translates: ClassVar[bool] = False  # ``question`` and ``reference`` of a row are COMET's
 
+    def __init_subclass__(cls) -> None:
+        if "examples" in vars(cls):  # it would be passed over where rows are streamed
+            raise UserError(f"{cls.__name__}.examples: a task defines stream(split) in its place")
+
     def __init__(self, config: TaskConfig, tokenizer: Any = None) -> None:
         self.config = config
         self.renderer: Renderer | None = None
@@ -298,21 +302,8 @@ class Task:
         if self.renderer is None:  # for people
             *before, last = (str(message.get("content") or "") for message in messages)
             return self.made(row_id, "\n\n".join(before), last, meta)
-        shut = [{k: v if k == "role" else self._shut(v) for k, v in m.items()} for m in messages]
-        for message, given in zip(shut, messages, strict=True):
-            if message["role"] == "assistant" and (answer := given.get("content")):
-                message["content"] = self.renderer.response(answer)
-        more = {"tools": self._shut(tools)} if tools else {}
-        prompt, completion, learned = self.renderer.split(shut, turns, **more)
+        prompt, completion, learned = self.renderer.split(messages, turns, tools)
         return self.made(row_id, prompt, completion, meta, learned=learned, joined=True)
-
-    def _shut(self, value: Any) -> Any:
-        """All texts of a value with no control token in them."""
-        if isinstance(value, dict):
-            return {key: self._shut(v) for key, v in value.items()}
-        if isinstance(value, list):
-            return [self._shut(v) for v in value]
-        return self.renderer.plain(value) if self.renderer and isinstance(value, str) else value
 
     def made(
         self, row_id: str, prompt: str, completion: str, meta: dict[str, Any], **more: Any
