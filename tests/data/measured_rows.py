@@ -1,4 +1,4 @@
-"""Time and memory of rows -> tokens against ``datasets.map``: python measured_rows.py SHARED ROWS FOLDER.
+"""Rows -> tokens against ``datasets.map``: python measured_rows.py SHARED ROWS FOLDER.
 
 Each figure is a process of its own; CPU is user and system time with all children, memory the
 largest resident set of one process over that after its imports.
@@ -67,7 +67,8 @@ if __name__ == "__main__":
         raise SystemExit
     shared, count, folder = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(r) for r in gzip.open(shared / "gsm8k/train.jsonl.gz", "rt")]
+    text = gzip.decompress((shared / "gsm8k/train.jsonl.gz").read_bytes()).decode()
+    rows = list(map(json.loads, text.splitlines()))
     file = folder / "rows.jsonl"
     with file.open("w") as f:
         for i in range(count):
