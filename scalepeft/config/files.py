@@ -187,7 +187,8 @@ def _apply(values: dict[str, Any], overrides: list[str], notes: list[str]) -> di
             notes += [
                 f"{override} also sets {s}.{k}={v}" for s in others for k, v in others[s].items()
             ]
-            keys.pop(section, None)  # no path or rank of another survives
+            for key in keys.pop(section, {}):  # no path or rank of another survives
+                notes.append(f"{override} takes back {section}.{key}, which stands before it")
             values = _merge({k: v for k, v in values.items() if k != section}, named)
     train, below = keys.get("train", {}), values.get("train") or {}
     for key, other in (("max_steps", "epochs"), ("epochs", "max_steps")):
