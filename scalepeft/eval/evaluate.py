@@ -150,13 +150,52 @@ def _generator(target: EvalTarget, left: list[Example], ranks: Ranks, poll: Any)
 def _generate(
     target: EvalTarget, examples: list[Example], predictions: Predictions, poll: Callable[[], None]
 ) -> None:
-    """Answers what is left, in the batches of an undisturbed evaluation of all examples."""
-    ranks, done = predictions.ranks, set(predictions.done)
-    left = [e for e in examples if e.id not in done]
+    """Answers what is left, the longest prompts first."""
+    ranks = predictions.ranks
+    left = [e for e in examples if e.id not in predictions.done]
     generator = _generator(target, left, ranks, poll)
+    if isinstance(generator, Generator) and not generator.whole:
+        _stream(generator, left, predictions, poll)
+        return
+    if isinstance(generator, Generator) and generator.config.num_beams == 1 and ranks.is_main:
+        say(f"a batch goes on until its longest answer ends: {generator.whole}")
     lengths = generator.lengths([e.prompt for e in examples])
     size = target.config.evaluate.batch_size * ranks.world_size
-    todo = [b for b in batches(examples, lengths, size) if not {e.id for e in b} <= done]
+    _batches(generator, batches(examples, lengths, size), predictions, poll)
+
+
+def _stream(
+    generator: Generator,
+    left: list[Example],
+    predictions: Predictions,
+    poll: Callable[[], None],
+) -> None:
+    """Every rank answers its share, as many rows at once as it has slots."""
+    ranks = predictions.ranks
+    lengths = generator.lengths([e.prompt for e in left])
+    order = sorted(zip(lengths, left, strict=True), key=lambda pair: (-pair[0], pair[1].id))
+    mine = [e for _, e in order[ranks.rank :: ranks.world_size]]
+    lots = generator.stream([e.prompt for e in mine])
+    progress, before = Progress(len(left)), len(predictions.done)
+    wanted = before + len(left)
+    while len(predictions.done) < wanted:  # the same on every rank
+        poll()
+        lot = next(lots, [])
+        predictions.append([{"id": mine[i].id, "prediction": t, "cut": c} for i, t, c in lot])
+        if ranks.is_main:
+            progress.add(len(predictions.done) - before)
+        before = len(predictions.done)
+
+
+def _batches(
+    generator: Backend,
+    every: list[list[Example]],
+    predictions: Predictions,
+    poll: Callable[[], None],
+) -> None:
+    """One batch after the other, those of an undisturbed evaluation of all examples."""
+    ranks, done = predictions.ranks, set(predictions.done)
+    todo = [b for b in every if not {e.id for e in b} <= done]
     progress = Progress(sum(map(len, todo)))
     for batch in todo:
         poll()

@@ -3,6 +3,7 @@
 import random
 import sys
 import time
+from collections.abc import Iterator
 from itertools import takewhile
 from typing import Any
 
@@ -17,6 +18,7 @@ from scalepeft.core.text import duration
 from scalepeft.data.tasks.base import Example
 from scalepeft.data.tokens import strip_eos
 from scalepeft.eval.scores import cut_at
+from scalepeft.eval.slots import Row, Slots, obstacle
 from scalepeft.models.hub import positions
 
 
@@ -64,16 +66,24 @@ class Backend:
         """
         if not prompts:
             return [], []
-        config = self.config
-        ids, cut = encode(prompts, self.tokenizer, config, self.positions)
-        room = config.max_tokens or self.positions
-        limits = [min(config.max_new_tokens, room - len(prompt)) for prompt in ids]
+        ids, limits, cut = self.encoded(prompts)
         answers = self.generate(ids, limits)
-        new = [
-            list(takewhile(lambda token: token not in self.ends, answer[:limit]))
-            for answer, limit in zip(answers, limits, strict=True)
-        ]
-        return [cut_at(text, config.stop) for text in _decode(new, self.tokenizer)], cut
+        return self.texts([answer[:n] for answer, n in zip(answers, limits, strict=True)]), cut
+
+    def encoded(self, prompts: list[str]) -> tuple[list[list[int]], list[int], list[bool]]:
+        """Tokens of each prompt, the most tokens of its answer, and whether it lost its beginning.
+
+        Raises:
+            UserError: as for a call.
+        """
+        ids, cut = encode(prompts, self.tokenizer, self.config, self.positions)
+        room = self.config.max_tokens or self.positions
+        return ids, [min(self.config.max_new_tokens, room - len(prompt)) for prompt in ids], cut
+
+    def texts(self, answers: list[list[int]]) -> list[str]:
+        """The text of each answer, up to its end token or stop text."""
+        new = [list(takewhile(lambda token: token not in self.ends, a)) for a in answers]
+        return [cut_at(text, self.config.stop) for text in _decode(new, self.tokenizer)]
 
     def generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
         """The new tokens of each prompt; those past its limit, or a stop text, do not count."""
@@ -87,6 +97,10 @@ class Backend:
 class Generator(Backend):
     """``evaluate.backend=hf``: the run's own causal LM, on this rank's device. ``synced``: ranks
     must go through the same number of forwards (sharded parameters).
+
+    Attributes:
+        whole: why a batch is answered as a whole, by ``model.generate``; empty if its rows come and
+            go (``Slots``).
     """
 
     def __init__(
@@ -99,10 +113,40 @@ class Generator(Backend):
     ) -> None:
         super().__init__(tokenizer, config, positions(model.config) or sys.maxsize)
         self.model, self.device, self.synced = model, device, synced
+        longest = min(config.max_tokens or self.positions, self.positions)
+        self.whole = "a beam search" if config.num_beams > 1 else obstacle(model, longest)
+
+    def generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
+        """Left-padded, with a KV cache; greedy rows ``batch_size`` at once."""
+        if self.whole:
+            return self._generate(ids, limits)
+        rows = [Row(i, *row) for i, row in enumerate(zip(ids, limits, strict=True))]
+        for _ in self._slots().run(iter(rows)):
+            pass
+        return [row.new for row in rows]
+
+    def stream(self, prompts: list[str]) -> Iterator[list[tuple[int, str, bool]]]:
+        """Answers as they end, some seconds' at once: number of the prompt, text, and whether the
+        prompt lost its beginning. The prompts enter in their order.
+        """
+
+        def waiting() -> Iterator[Row]:
+            for begin in range(0, len(prompts), 64):
+                rows = zip(*self.encoded(prompts[begin : begin + 64]), strict=True)
+                for i, row in enumerate(rows, begin):
+                    yield Row(i, *row)
+
+        for done in self._slots().run(waiting()):
+            texts = self.texts([row.new for row in done])
+            yield [(row.index, text, row.cut) for row, text in zip(done, texts, strict=True)]
+
+    def _slots(self) -> Slots:
+        stops = _Ends(self.tokenizer, self.config.stop, [], 0).stopped
+        size = self.config.batch_size
+        return Slots(self.model, self.device, size, self.ends, stops, self.synced)
 
     @torch.no_grad()
-    def generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
-        """Left-padded, with a KV cache."""
+    def _generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
         from transformers import GenerationConfig
 
         rows = [torch.tensor(prompt) for prompt in ids]
@@ -197,12 +241,21 @@ class _Ends:
         new = input_ids[:, self.begin :]
         done = [new.shape[1] >= limit for limit in self.limits]
         if self.stop:
-            ends = _decode(new[:, -self.window :].tolist(), self.tokenizer)
-            for row, end in enumerate(ends):
-                if not done[row] and any(text in end for text in self.stop):
-                    (whole,) = _decode([new[row].tolist()], self.tokenizer)
-                    done[row] = any(text in whole for text in self.stop)
+            done = [a or b for a, b in zip(done, self.stopped(new.tolist()), strict=True)]
         return torch.tensor(done, device=input_ids.device)
+
+    def stopped(self, answers: list[list[int]]) -> list[bool]:
+        """Which of the answers have a stop text in what a last token may have ended."""
+        if not self.stop or not answers:
+            return [False] * len(answers)
+        found = []
+        ends = _decode([answer[-self.window :] for answer in answers], self.tokenizer)
+        for answer, end in zip(answers, ends, strict=True):
+            if seen := any(text in end for text in self.stop):
+                (whole,) = _decode([answer], self.tokenizer)
+                seen = any(text in whole for text in self.stop)
+            found.append(seen)
+        return found
 
 
 def batches(examples: list[Example], lengths: list[int], size: int) -> list[list[Example]]:
