@@ -218,6 +218,8 @@ def encode(
 
 
 def _decode(answers: list[list[int]], tokenizer: Any) -> list[str]:
+    if not answers:  # of which transformers makes an answer
+        return []
     # Some tokenizers' settings would "clean up" spaces: French " ?" would become "?".
     found: list[str] = tokenizer.batch_decode(
         answers, skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -246,7 +248,7 @@ class _Ends:
 
     def stopped(self, answers: list[list[int]]) -> list[bool]:
         """Which of the answers have a stop text in what a last token may have ended."""
-        if not self.stop or not answers:
+        if not self.stop:
             return [False] * len(answers)
         found = []
         ends = _decode([answer[-self.window :] for answer in answers], self.tokenizer)
