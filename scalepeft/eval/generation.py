@@ -1,4 +1,4 @@
-"""From prompts to continuations with the run's own model: left-padded batches, KV cache, beams."""
+"""From prompts to continuations with the run's own model: slots, or left-padded batches; beams."""
 
 import random
 import sys
@@ -23,8 +23,8 @@ from scalepeft.models.hub import positions
 
 
 class Progress:
-    """Lines with rows a second and the time that is left; the first batch, which warms up and has
-    the longest rows, does not count.
+    """Lines with rows a second and the time that is left; the first batch or lot, which warms up
+    and has the longest rows, does not count.
     """
 
     def __init__(self, total: int) -> None:
@@ -32,7 +32,9 @@ class Progress:
         self.begin = self.last_line = time.monotonic()
 
     def add(self, rows: int) -> None:
-        """Counts a batch; prints a line, but not too often."""
+        """Counts a batch or a lot; prints a line, but not too often."""
+        if not rows:
+            return
         now = time.monotonic()
         self.done += rows
         if not self.first:

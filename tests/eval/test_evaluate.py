@@ -516,7 +516,7 @@ def test_a_changed_base_is_not_scored_with_old_predictions(tmp_path: Path, stori
 
 QUICK_LOTS = (
     "import sys; from scalepeft import cli; from scalepeft.eval import slots;"
-    " slots.LOT_SECONDS = 0.02; sys.exit(cli.main())"
+    " slots.LOT_SECONDS = 0.1; sys.exit(cli.main())"
 )
 
 
@@ -528,7 +528,7 @@ def test_ranks_answer_as_one_process(beams: int, stories: Path, tmp_path: Path) 
     without a row.
     """
     run_dir = toy_run(
-        tmp_path / "run", "evaluate.limit=9", f"evaluate.batch_size={3 * beams // 2}",
+        tmp_path / "run", "evaluate.limit=9", f"evaluate.batch_size={max(2, beams)}",
         f"evaluate.num_beams={beams}", "evaluate.max_new_tokens=24", "evaluate.stop=[' w', '.']",
         model=stories, quant="nf4",
     )  # fmt: skip

@@ -49,15 +49,23 @@ def asked(count: int) -> tuple[list[list[int]], list[int]]:
     "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.full) for name in MORE)]
 )
 def test_rows_in_slots_are_each_prompt_alone(name: str, model: Callable[[str], Any]) -> None:
-    """Windows, tables of positions, ALiBi, states; a row that ends at the last position."""
+    """Windows, tables of positions, ALiBi, states; slots where rows leave at once or in threes."""
     prompts, limits = asked(40)
-    prompts[30], limits[30] = [*range(60, 306)], 10
-    some = generator(model(name), 7)
-    assert not some.whole
-    found = some.generate(prompts, limits)
-    assert len(set(map(len, found))) > 4
     one = generator(model(name), 1)
-    assert found == [one._generate([p], [n])[0] for p, n in zip(prompts, limits, strict=True)]
+    want = [one._generate([p], [n])[0] for p, n in zip(prompts, limits, strict=True)]
+    assert len(set(map(len, want))) > 3
+    for size in (7, 24):
+        some = generator(model(name), size)
+        assert not some.whole and some.generate(prompts, limits) == want
+
+
+def test_a_row_that_has_ended_at_the_last_position_goes_no_further(
+    model: Callable[[str], Any],
+) -> None:
+    prompts, limits = [[*range(60, 306)], *([i] * 9 for i in range(60, 75))], [10, *[30] * 15]
+    some = generator(model("opt"), 16)
+    some.ends = []
+    assert [*map(len, some.generate(prompts, limits))] == limits
 
 
 def test_few_slots_are_idle(model: Callable[[str], Any]) -> None:
