@@ -73,11 +73,7 @@ class Backend:
         return self.texts([answer[:n] for answer, n in zip(answers, limits, strict=True)]), cut
 
     def encoded(self, prompts: list[str]) -> tuple[list[list[int]], list[int], list[bool]]:
-        """Tokens of each prompt, the most tokens of its answer, and whether it lost its beginning.
-
-        Raises:
-            UserError: as for a call.
-        """
+        """Tokens of each prompt, the most of its answer, and whether it lost its beginning."""
         ids, cut = encode(prompts, self.tokenizer, self.config, self.positions)
         room = self.config.max_tokens or self.positions
         return ids, [min(self.config.max_new_tokens, room - len(prompt)) for prompt in ids], cut
@@ -98,11 +94,8 @@ class Backend:
 
 class Generator(Backend):
     """``evaluate.backend=hf``: the run's own causal LM, on this rank's device. ``synced``: ranks
-    must go through the same number of forwards (sharded parameters).
-
-    Attributes:
-        whole: why a batch is answered as a whole, by ``model.generate``; empty if its rows come and
-            go (``Slots``).
+    must go through the same number of forwards (sharded parameters). ``whole`` says why a batch is
+    answered as a whole, by ``model.generate``; empty if rows come and go (``Slots``).
     """
 
     def __init__(
@@ -132,20 +125,15 @@ class Generator(Backend):
         prompt lost its beginning. The prompts enter in their order.
         """
 
-        def waiting() -> Iterator[Row]:
-            for begin in range(0, len(prompts), 64):
-                rows = zip(*self.encoded(prompts[begin : begin + 64]), strict=True)
-                for i, row in enumerate(rows, begin):
-                    yield Row(i, *row)
-
-        for done in self._slots().run(waiting()):
+        each = (zip(*self.encoded([prompt]), strict=True) for prompt in prompts)
+        for done in self._slots().run(Row(i, *row) for i, (row,) in enumerate(each)):
             texts = self.texts([row.new for row in done])
             yield [(row.index, text, row.cut) for row, text in zip(done, texts, strict=True)]
 
     def _slots(self) -> Slots:
-        stops = _Ends(self.tokenizer, self.config.stop, [], 0).stopped
+        stopped = _Ends(self.tokenizer, self.config.stop, [], 0).stopped
         size = self.config.batch_size
-        return Slots(self.model, self.device, size, self.ends, stops, self.synced)
+        return Slots(self.model, self.device, size, self.ends, stopped, self.synced)
 
     @torch.no_grad()
     def _generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
@@ -243,23 +231,23 @@ class _Ends:
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         new = input_ids[:, self.begin :]
-        done = [new.shape[1] >= limit for limit in self.limits]
-        if self.stop:
-            done = [a or b for a, b in zip(done, self.stopped(new.tolist()), strict=True)]
+        pairs = zip(self.limits, self.stopped(new.tolist()), strict=True)
+        done = [stop or new.shape[1] >= limit for limit, stop in pairs]
         return torch.tensor(done, device=input_ids.device)
 
     def stopped(self, answers: list[list[int]]) -> list[bool]:
         """Which of the answers have a stop text in what a last token may have ended."""
         if not self.stop:
             return [False] * len(answers)
-        found = []
+
+        def inside(text: str) -> bool:
+            return any(stop in text for stop in self.stop)
+
         ends = _decode([answer[-self.window :] for answer in answers], self.tokenizer)
-        for answer, end in zip(answers, ends, strict=True):
-            if seen := any(text in end for text in self.stop):
-                (whole,) = _decode([answer], self.tokenizer)
-                seen = any(text in whole for text in self.stop)
-            found.append(seen)
-        return found
+        return [
+            inside(end) and inside(_decode([answer], self.tokenizer)[0])
+            for answer, end in zip(answers, ends, strict=True)
+        ]
 
 
 def batches(examples: list[Example], lengths: list[int], size: int) -> list[list[Example]]:

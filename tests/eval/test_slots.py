@@ -89,8 +89,8 @@ def test_few_slots_are_idle(model: Callable[[str], Any]) -> None:
 
 
 def test_caches_whose_rows_cannot_come_and_go(model: Callable[[str], Any]) -> None:
-    assert slots.obstacle(model("mamba2"), 99) == "its forward takes a cache of its own"
-    assert slots.obstacle(model("minimax"), 99) == "its forward takes a cache of its own"
+    assert slots.obstacle(model("mamba2"), 99) == "the base keeps a cache of its own"
+    assert slots.obstacle(model("minimax"), 99) == "the base keeps a cache of its own"
     stretched = model("llama-dynamic-ntk")
     assert "evaluate.max_tokens=256 rules that out" in slots.obstacle(stretched, 257)
     assert not slots.obstacle(stretched, 256)
