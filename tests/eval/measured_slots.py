@@ -87,7 +87,7 @@ def main(shared: str, counted: str = "2000", timed: str = "200") -> None:
         for size in (16, 32, 128):
             idle = [answer(tiny, given, size, whole)[0] for whole in (True, False)]
             print(f"| {name} | {size} | {idle[0]:.1%} | {idle[1]:.1%} |", flush=True)
-    few, larger = rows[:: max(1, len(rows) // int(timed))], model(512, 8)
+    few, larger = rows[:: max(1, len(rows) // int(timed))], model(256, 4)
     print("\n| round | whole batches, tokens/s | slots, tokens/s |\n|---|---:|---:|")
     for number in (1, 2):
         speed = [answer(larger, few, 16, whole)[1] for whole in (True, False)]
