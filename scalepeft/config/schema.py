@@ -103,7 +103,7 @@ class EvaluateConfig:
     """Generation for ``scalepeft evaluate``.
 
     Attributes:
-        batch_size: prompts a rank generates for at once.
+        batch_size: rows a rank answers at once; a greedy one that ends makes room for the next.
         max_new_tokens: length limit of an answer.
         max_tokens: of prompt and answer together, greedy only; null: the model's positions.
         num_beams: of a beam search; 1 is greedy. Nothing is ever sampled.

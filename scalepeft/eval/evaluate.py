@@ -7,7 +7,7 @@ and ``scores`` sums up.
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,25 +150,49 @@ def _generator(target: EvalTarget, left: list[Example], ranks: Ranks, poll: Any)
 def _generate(
     target: EvalTarget, examples: list[Example], predictions: Predictions, poll: Callable[[], None]
 ) -> None:
-    """Answers what is left, in the batches of an undisturbed evaluation of all examples."""
+    """Answers what is left; all ranks write and poll together."""
     ranks, done = predictions.ranks, set(predictions.done)
     left = [e for e in examples if e.id not in done]
     generator = _generator(target, left, ranks, poll)
-    lengths = generator.lengths([e.prompt for e in examples])
-    size = target.config.evaluate.batch_size * ranks.world_size
-    todo = [b for b in batches(examples, lengths, size) if not {e.id for e in b} <= done]
-    progress = Progress(sum(map(len, todo)))
-    for batch in todo:
+    if isinstance(generator, Generator) and not generator.whole:
+        lots = _streamed(generator, left, ranks)
+    else:
+        if isinstance(generator, Generator) and generator.config.num_beams == 1 and ranks.is_main:
+            say(f"a batch goes on until its longest answer ends: {generator.whole}")
+        size = target.config.evaluate.batch_size * ranks.world_size
+        made = batches(examples, generator.lengths([e.prompt for e in examples]), size)
+        lots = _answered(generator, [b for b in made if not {e.id for e in b} <= done], ranks)
+    progress = Progress(len(left))
+    while (before := len(predictions.done)) < len(examples):  # the same on every rank
         poll()
+        predictions.append([row for row in next(lots, []) if row["id"] not in done])
+        if ranks.is_main:
+            progress.add(len(predictions.done) - before)
+
+
+def _streamed(
+    generator: Generator, left: list[Example], ranks: Ranks
+) -> Iterator[list[dict[str, Any]]]:
+    """This rank's share of the rows, the longest prompts first, as their answers end."""
+    length = dict(
+        zip([e.id for e in left], generator.lengths([e.prompt for e in left]), strict=True)
+    )
+    mine = sorted(left, key=lambda e: (-length[e.id], e.id))[ranks.rank :: ranks.world_size]
+    for lot in generator.stream([e.prompt for e in mine]):
+        yield [{"id": mine[i].id, "prediction": text, "cut": lost} for i, text, lost in lot]
+
+
+def _answered(
+    generator: Backend, todo: list[list[Example]], ranks: Ranks
+) -> Iterator[list[dict[str, Any]]]:
+    """This rank's share of each batch, those of an undisturbed evaluation of all examples."""
+    for batch in todo:
         mine = batch[ranks.rank :: ranks.world_size]
         # A rank with nothing left generates for the first prompt once more: sharded forwards are
         # collectives.
         texts, cut = generator([e.prompt for e in mine or batch[:1]])
         answered = zip([e.id for e in mine], texts, cut, strict=False)
-        rows = [{"id": id_, "prediction": text, "cut": lost} for id_, text, lost in answered]
-        predictions.append([row for row in rows if row["id"] not in done])  # of a torn batch
-        if ranks.is_main:
-            progress.add(len(batch))
+        yield [{"id": id_, "prediction": text, "cut": lost} for id_, text, lost in answered]
 
 
 def _write_scores(

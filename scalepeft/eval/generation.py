@@ -1,8 +1,9 @@
-"""From prompts to continuations with the run's own model: left-padded batches, KV cache, beams."""
+"""From prompts to continuations with the run's own model: slots, or left-padded batches; beams."""
 
 import random
 import sys
 import time
+from collections.abc import Iterator
 from itertools import takewhile
 from typing import Any
 
@@ -17,12 +18,13 @@ from scalepeft.core.text import duration
 from scalepeft.data import tokens
 from scalepeft.data.tasks.base import Example
 from scalepeft.eval.scores import cut_at
+from scalepeft.eval.slots import Row, Slots, obstacle
 from scalepeft.models.hub import positions
 
 
 class Progress:
-    """Lines with rows a second and the time that is left; the first batch, which warms up and has
-    the longest rows, does not count.
+    """Lines with rows a second and the time that is left; the first batch or lot, which warms up
+    and has the longest rows, does not count.
     """
 
     def __init__(self, total: int) -> None:
@@ -30,7 +32,9 @@ class Progress:
         self.begin = self.last_line = time.monotonic()
 
     def add(self, rows: int) -> None:
-        """Counts a batch; prints a line, but not too often."""
+        """Counts a batch or a lot; prints a line, but not too often."""
+        if not rows:
+            return
         now = time.monotonic()
         self.done += rows
         if not self.first:
@@ -64,16 +68,20 @@ class Backend:
         """
         if not prompts:
             return [], []
-        config = self.config
-        ids, cut = encode(prompts, self.tokenizer, config, self.positions)
-        room = config.max_tokens or self.positions
-        limits = [min(config.max_new_tokens, room - len(prompt)) for prompt in ids]
+        ids, limits, cut = self.encoded(prompts)
         answers = self.generate(ids, limits)
-        new = [
-            list(takewhile(lambda token: token not in self.ends, answer[:limit]))
-            for answer, limit in zip(answers, limits, strict=True)
-        ]
-        return [cut_at(text, config.stop) for text in _decode(new, self.tokenizer)], cut
+        return self.texts([answer[:n] for answer, n in zip(answers, limits, strict=True)]), cut
+
+    def encoded(self, prompts: list[str]) -> tuple[list[list[int]], list[int], list[bool]]:
+        """Tokens of each prompt, the most of its answer, and whether it lost its beginning."""
+        ids, cut = encode(prompts, self.tokenizer, self.config, self.positions)
+        room = self.config.max_tokens or self.positions
+        return ids, [min(self.config.max_new_tokens, room - len(prompt)) for prompt in ids], cut
+
+    def texts(self, answers: list[list[int]]) -> list[str]:
+        """The text of each answer, up to its end token or stop text."""
+        new = [list(takewhile(lambda token: token not in self.ends, a)) for a in answers]
+        return [cut_at(text, self.config.stop) for text in _decode(new, self.tokenizer)]
 
     def generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
         """The new tokens of each prompt; those past its limit, or a stop text, do not count."""
@@ -86,7 +94,8 @@ class Backend:
 
 class Generator(Backend):
     """``evaluate.backend=hf``: the run's own causal LM, on this rank's device. ``synced``: ranks
-    must go through the same number of forwards (sharded parameters).
+    must go through the same number of forwards (sharded parameters). ``whole`` says why a batch is
+    answered as a whole, by ``model.generate``; empty if rows come and go (``Slots``).
     """
 
     def __init__(
@@ -99,10 +108,35 @@ class Generator(Backend):
     ) -> None:
         super().__init__(tokenizer, config, positions(model.config) or sys.maxsize)
         self.model, self.device, self.synced = model, device, synced
+        longest = min(config.max_tokens or self.positions, self.positions)
+        self.whole = "a beam search" if config.num_beams > 1 else obstacle(model, longest)
+
+    def generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
+        """Left-padded, with a KV cache; greedy rows ``batch_size`` at once."""
+        if self.whole:
+            return self._generate(ids, limits)
+        rows = [Row(i, *row) for i, row in enumerate(zip(ids, limits, strict=True))]
+        for _ in self._slots().run(iter(rows)):
+            pass
+        return [row.new for row in rows]
+
+    def stream(self, prompts: list[str]) -> Iterator[list[tuple[int, str, bool]]]:
+        """Answers as they end, some seconds' at once: number of the prompt, text, and whether the
+        prompt lost its beginning. The prompts enter in their order.
+        """
+
+        each = (zip(*self.encoded([prompt]), strict=True) for prompt in prompts)
+        for done in self._slots().run(Row(i, *row) for i, (row,) in enumerate(each)):
+            texts = self.texts([row.new for row in done])
+            yield [(row.index, text, row.cut) for row, text in zip(done, texts, strict=True)]
+
+    def _slots(self) -> Slots:
+        stopped = _Ends(self.tokenizer, self.config.stop, [], 0).stopped
+        size = self.config.batch_size
+        return Slots(self.model, self.device, size, self.ends, stopped, self.synced)
 
     @torch.no_grad()
-    def generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
-        """Left-padded, with a KV cache."""
+    def _generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
         from transformers import GenerationConfig
 
         rows = [torch.tensor(prompt) for prompt in ids]
@@ -173,6 +207,8 @@ def encode(
 
 
 def _decode(answers: list[list[int]], tokenizer: Any) -> list[str]:
+    if not answers:  # of which transformers makes an answer
+        return []
     # Some tokenizers' settings would "clean up" spaces: French " ?" would become "?".
     found: list[str] = tokenizer.batch_decode(
         answers, skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -194,14 +230,23 @@ class _Ends:
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         new = input_ids[:, self.begin :]
-        done = [new.shape[1] >= limit for limit in self.limits]
-        if self.stop:
-            ends = _decode(new[:, -self.window :].tolist(), self.tokenizer)
-            for row, end in enumerate(ends):
-                if not done[row] and any(text in end for text in self.stop):
-                    (whole,) = _decode([new[row].tolist()], self.tokenizer)
-                    done[row] = any(text in whole for text in self.stop)
+        pairs = zip(self.limits, self.stopped(new.tolist()), strict=True)
+        done = [stop or new.shape[1] >= limit for limit, stop in pairs]
         return torch.tensor(done, device=input_ids.device)
+
+    def stopped(self, answers: list[list[int]]) -> list[bool]:
+        """Which of the answers have a stop text in what a last token may have ended."""
+        if not self.stop:
+            return [False] * len(answers)
+
+        def inside(text: str) -> bool:
+            return any(stop in text for stop in self.stop)
+
+        ends = _decode([answer[-self.window :] for answer in answers], self.tokenizer)
+        return [
+            inside(end) and inside(_decode([answer], self.tokenizer)[0])
+            for answer, end in zip(answers, ends, strict=True)
+        ]
 
 
 def batches(examples: list[Example], lengths: list[int], size: int) -> list[list[Example]]:

@@ -367,7 +367,8 @@ def test_training_prompts_are_the_tokens_that_generation_starts_from(bos_tokeniz
             return input_ids
 
     found = examples([1, 3])
-    generate = Generator(Model(), bos_tokenizer, settings().evaluate, torch.device("cpu"), False)
+    evaluate = settings("evaluate.num_beams=2").evaluate
+    generate = Generator(Model(), bos_tokenizer, evaluate, torch.device("cpu"), False)
     generate([e.prompt for e in found])
     tokens = data.tokenize(found, bos_tokenizer, settings().data)
     for i in range(2):
