@@ -170,6 +170,9 @@ def test_one_bos_one_eos_and_a_rows_text_is_text(
 
 
 def test_an_end_of_text_at_the_end_of_a_response_is_that_of_the_row(tokenizer: Any) -> None:
+    said = {"instruction": "Cold?", "output": "the correct answer is true", "answer": "true"}
+    plain = Commonsense(CommonsenseConfig(), tokenizer)
+    assert one(plain, {**said, "output": said["output"] + "</s>"})[1] == one(plain, said)[1]
     row = {"instruction": "Q", "output": "true</s> "}
     task = sft(tokenizer)
     _, ids, _ = one(task, row)

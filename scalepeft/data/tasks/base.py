@@ -281,10 +281,10 @@ class Task:
         completion with ``told`` as well; ``meta`` gets the row's source.
         """
         if self.renderer and self.config.template != "chat":
+            told = {key: self.renderer.response(text) for key, text in (asked | told).items()}
             asked = {key: self.renderer.plain(text) for key, text in asked.items()}
-            told = {key: self.renderer.response(text) for key, text in told.items()}
         prompt = fill(template, asked, "data.prompt")
-        completion = fill(self.config.completion, asked | told, "data.completion")
+        completion = fill(self.config.completion, {**asked, **told}, "data.completion")
         if self.config.template == "chat":
             turns = (("user", prompt), ("assistant", completion))
             said = [{"role": role, "content": text.strip()} for role, text in turns]
