@@ -40,7 +40,7 @@ class Options:
     """What ``scalepeft score`` was asked for.
 
     Attributes:
-        task: commonsense, math or translation
+        task: commonsense, math, translation or sft
         predictions: FILE: text, line i for row i of the references, or json (lines), each a
             text or an object; objects that all have an ``id`` of the references go by it
         references: FILE: rows of the task, or text lines where the task takes them
