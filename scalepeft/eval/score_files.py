@@ -20,8 +20,7 @@ from scalepeft.data.rows import (
     BrokenRow,
     absent,
     check_utf8,
-    ends,
-    is_table,
+    is_rows,
     one_line,
     read_rows,
     read_text,
@@ -122,10 +121,10 @@ def read(file: str, key: str | None) -> list[Prediction]:
     """Read predictions. Raise UserError: unreadable, empty, or a row without a text in it."""
     if not Path(file).is_file():
         raise UserError(f"--predictions {file}: {absent(Path(file))}")
-    text = "" if (table := is_table(file)) else read_text(file)
-    rows = read_rows(file) if table or _is_json(file, text) else enumerate(lines_of(text), 1)
+    text = "" if (rows := is_rows(file)) else read_text(file)
+    listed = read_rows(file) if rows or _is_json(text) else enumerate(lines_of(text), 1)
     found = []
-    for number, row in rows:
+    for number, row in listed:
         try:
             found.append(_prediction(row, key, number))
         except UserError as error:
@@ -135,13 +134,11 @@ def read(file: str, key: str | None) -> list[Prediction]:
     return found
 
 
-def _is_json(file: str, text: str) -> bool:
-    """A text may begin with a quote or a bracket too: the file name or the lines decide."""
-    named = ends(file, ".json", ".jsonl")
-    if named or re.match(r'\s*(\[\s*["\[{\]]|\{\s*["}])', text):
-        return True
-    lines = (line.lstrip() for line in text.split("\n"))
-    return bool(text.strip()) and all(line[:1] in ("", '"', "{") for line in lines)
+def _is_json(text: str) -> bool:
+    """A text may begin with a quote or a bracket too: its lines decide."""
+    array = re.match(r'\s*(\[\s*["\[{\]]|\{\s*["}])', text)
+    lines = (line.lstrip()[:1] for line in text.split("\n"))
+    return array is not None or {*lines} - {""} in ({'"'}, {"{"}, {'"', "{"})
 
 
 def _prediction(row: Any, key: str | None, number: int) -> Prediction:
