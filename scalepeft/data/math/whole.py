@@ -51,6 +51,7 @@ _GROUP = r"\{,\}|\\,|\\ |[~' ]"  # between three digits; a comma alone may part 
 # What is the same, in this order.
 _SAME: list[tuple[str, Any]] = [
     (r",\\!", "{,}"),
+    (r"(?<=\d)\s*[–—]\s*(?=\$?\d)", " to "),
     (r"(?<=\w)\s*—\s*", ", "),
     (r"[–—]", "-"),
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|boxed|fbox)(?![A-Za-z])|\\!|\*\*|`", ""),
