@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scalepeft.core.errors import UserError
-from scalepeft.data.rows import PAIR, BrokenRow, ends, is_table, read_rows, read_text
+from scalepeft.data.rows import PAIR, BrokenRow, ends, is_rows, read_rows, read_text, record
 from scalepeft.data.tasks.base import Split
 
 Numbered = Iterator[tuple[int, Any]]
@@ -33,11 +33,11 @@ def read(source: str, split: Split) -> Numbered:
     files = [source] if source.startswith("hf://") else source.split(PAIR)
     if len(files) > 2:
         raise UserError(f"{source}: {len(files)} files joined by {PAIR}; a pair is two")
-    is_rows = len(files) == 1 and (ends(source, ".json", ".jsonl") or is_table(source))
-    texts = [] if is_rows else [read_text(file) for file in files]
+    rows = len(files) == 1 and is_rows(source)
+    texts = [] if rows else [read_text(file) for file in files]
     if len(texts) == 2:
         yield from (_joined if all(map(_is_tsv, files, texts)) else _parallel)(files, texts, split)
-    elif is_rows or re.match(r'\s*\[?\s*\{\s*["}]', texts[0]):
+    elif rows or re.match(r'\s*\[?\s*\{\s*["}]', texts[0]):
         yield from read_rows(source)
     elif _is_tsv(source, texts[0]):
         yield from _table(source, texts[0], {"sentence", "translation"})
@@ -58,7 +58,7 @@ def lines_of(text: str) -> list[str]:
 
 def _parallel(files: list[str], texts: list[str], _: Split) -> Numbered:
     for file, text in zip(files, texts, strict=True):
-        if not text or ends(file, ".json", ".jsonl", ".tsv", ".csv"):
+        if not text or ends(file, ".tsv") or is_rows(file):
             raise UserError(
                 f"{PAIR.join(files)}: {file} is {'no text file' if text else 'empty'}; a pair is"
                 " two text files, or CoVoST-2's translations and Common Voice's validated.tsv"
@@ -93,10 +93,7 @@ def _table(file: str, text: str, needed: set[str]) -> Numbered:
         )
     for number, line in enumerate(lines_of(text)[1:], 2):
         if line:
-            cells = _cells(line)
-            row = dict(zip(columns, cells, strict=False))
-            wrong = f"{len(cells)} cells, the header has {len(columns)} columns"
-            yield number, row if len(cells) == len(columns) else BrokenRow(wrong)
+            yield number, record(columns, _cells(line))
 
 
 def _cells(line: str) -> list[str]:

@@ -33,8 +33,8 @@ def paths_of(source: str) -> list[Path]:
     if not source.startswith("hf://"):
         return [Path(p) for p in source.split(PAIR)]
     folder = Path(tables.hub_name(source)[0] or "/dev/null")
-    inside = (p for p in folder.rglob("*") if not re.search(r"/\.", f"/{p.relative_to(folder)}"))
-    return sorted(p for p in inside if p.is_file())
+    inside = (folder / name for name in glob.glob("**", root_dir=folder, recursive=True))
+    return sorted(path for path in inside if path.is_file())
 
 
 def content(source: str) -> str:
@@ -58,10 +58,8 @@ def expand(sources: list[str], key: str) -> list[str]:
     files: list[str] = []
     for source in sources:
         gone = [path for path in paths_of(source) if not path.is_file()]
-        globbed = sorted(glob.glob(source, recursive=True)) if gone and PAIR not in source else []
-        matches = (
-            [m for m in globbed if all(p.is_file() for p in paths_of(m))] if gone else [source]
-        )
+        named = sorted(glob.glob(source, recursive=True)) if gone else [source]
+        matches = [name for name in named if all(path.is_file() for path in paths_of(name))]
         if not matches:
             raise UserError(f"{key}: {gone[0]}: {absent(gone[0])}")
         files += matches
@@ -70,10 +68,9 @@ def expand(sources: list[str], key: str) -> list[str]:
 
 def absent(path: Path) -> str:
     """Says of a path that is no file what it is."""
+    what = "a pipe or device, not a file" if path.exists() else "no such file"
     if path.is_dir():
         what = f"a folder, not a file; name its files as {path}/*, or a data set as hf://{path}"
-    else:
-        what = "a pipe or device, not a file" if path.exists() else "no such file"
     return f"{what} (from {Path.cwd()})"
 
 
@@ -85,12 +82,9 @@ def source_labels(files: list[str]) -> list[str]:
         labels = [f if f.startswith("hf://") else "/".join(Path(f).parts[-parts:]) for f in files]
         if len(set(labels)) == len(set(files)):
             break
-    seen = Counter[str]()
-    for i, label in enumerate(labels):
-        seen[label] += 1
-        if seen[label] > 1:  # a file listed twice is trained on twice, under its own ids
-            labels[i] = f"{label}({seen[label]})"
-    return labels
+    # A file listed twice is trained on twice, under its own ids.
+    times = [labels[: i + 1].count(label) for i, label in enumerate(labels)]
+    return [f"{label}({n})" if n > 1 else label for label, n in zip(labels, times, strict=True)]
 
 
 def read_rows(source: str) -> Iterator[tuple[int, Any]]:
@@ -119,10 +113,11 @@ def read_rows(source: str) -> Iterator[tuple[int, Any]]:
         yield from _json_rows(source)
 
 
-def is_table(source: str) -> bool:
+def is_rows(source: str) -> bool:
     """Whether a source is rows for every task, and no text that may hold something else."""
     known = source.startswith("hf://") or tables.saved(source) is not None
-    return known or ends(source, ".csv") or _head(source).startswith(tables.MAGIC)
+    named = known or ends(source, ".json", ".jsonl", ".csv")
+    return named or _head(source).startswith(tables.MAGIC)
 
 
 def ends(file: str, *suffixes: str) -> bool:
@@ -141,13 +136,9 @@ def _json_rows(source: str) -> Iterator[tuple[int, Any]]:
                 " object per line, or a csv or tsv that is named so"
             )
     if first[:1] == "[" or (first[:1] == "{" and isinstance(_parsed(first), BrokenRow)):
-        text = read_text(source)
-        whole = _parsed(text)
-        if isinstance(whole, list):
-            yield from enumerate(whole, 1)
-            return
-        if isinstance(whole, dict):
-            yield text[: text.index("{")].count("\n") + 1, whole
+        whole = _parsed(read_text(source))
+        if isinstance(whole, list | dict):
+            yield from enumerate(whole if isinstance(whole, list) else [whole], 1)
             return
         if first[:1] == "[":
             raise UserError(
@@ -166,27 +157,29 @@ def _csv_rows(source: str) -> Iterator[Any]:
     comma, tab, semicolon and bar is in the first line separates, else what the file's name says.
     """
     csv.field_size_limit(CELL)
-    columns: list[str] = []
     with open_text(source) as lines:
         first = next(lines, "")
         found = [s for s in "\t,;|" if s in first]
         separator = found[0] if len(found) == 1 else "\t" if ends(source, ".tsv") else ","
         records = csv.reader(chain([first], lines), delimiter=separator, strict=True)
-        number = 0
+        number, columns = 0, list[str]()
         try:
-            for number, cells in enumerate(filter(None, records)):
-                if number == 0:
-                    columns = cells
-                    if len(set(columns)) < len(columns):
-                        raise UserError(f"{source}: a column appears twice in {columns}")
-                elif len(cells) == len(columns):
-                    yield dict(zip(columns, cells, strict=True))
-                else:
-                    yield BrokenRow(f"{len(cells)} cells, the header has {len(columns)} columns")
+            columns = next(filter(None, records), [])
+            if len(set(columns)) < len(columns):
+                raise UserError(f"{source}: a column appears twice in {columns}")
+            for number, cells in enumerate(filter(None, records), 1):  # noqa: B007
+                yield record(columns, cells)
         except csv.Error as error:
             where = f"row {number + bool(columns)} (up to line {records.line_num})"
             quotes = 'a cell in quotes ends with one, and has "" for each inside'
             raise UserError(f"{source}, {where}: {error}; {quotes}") from None
+
+
+def record(columns: list[str], cells: list[str]) -> "dict[str, str] | BrokenRow":
+    """A row of cells by the names in the header."""
+    if len(cells) == len(columns):
+        return dict(zip(columns, cells, strict=True))
+    return BrokenRow(f"{len(cells)} cells, the header has {len(columns)} columns")
 
 
 def _parsed(text: str) -> Any:

@@ -20,8 +20,7 @@ from scalepeft.data.rows import (
     BrokenRow,
     absent,
     check_utf8,
-    ends,
-    is_table,
+    is_rows,
     one_line,
     read_rows,
     read_text,
@@ -75,9 +74,9 @@ def run(options: Options) -> None:
     texts = match(read(options.predictions, options.key), examples, options, len(task.skipped))
     ended_at = {id_: scores.cut_at(text, config.evaluate.stop) for id_, text in texts.items()}
     summary, rows = scores.summarize(task, examples, ended_at)
-    named = {key: getattr(options, key) for key in ("task", "predictions", "references")}
-    ended = {"task_version": task.version, "versions": {"scalepeft": __version__}}
-    found = {**named, "protocol": config.data.protocol, **summary, **ended}
+    found = {key: getattr(options, key) for key in ("task", "predictions", "references")}
+    found |= {"protocol": config.data.protocol, **summary}
+    found |= {"task_version": task.version, "versions": {"scalepeft": __version__}}
     if options.out is not None:
         folder = Path(options.out)
         with writing(f"--out {folder}"):
@@ -122,10 +121,10 @@ def read(file: str, key: str | None) -> list[Prediction]:
     """Read predictions. Raise UserError: unreadable, empty, or a row without a text in it."""
     if not Path(file).is_file():
         raise UserError(f"--predictions {file}: {absent(Path(file))}")
-    text = "" if (table := is_table(file)) else read_text(file)
-    rows = read_rows(file) if table or _is_json(file, text) else enumerate(lines_of(text), 1)
+    text = "" if (rows := is_rows(file)) else read_text(file)
+    listed = read_rows(file) if rows or _is_json(text) else enumerate(lines_of(text), 1)
     found = []
-    for number, row in rows:
+    for number, row in listed:
         try:
             found.append(_prediction(row, key, number))
         except UserError as error:
@@ -135,13 +134,11 @@ def read(file: str, key: str | None) -> list[Prediction]:
     return found
 
 
-def _is_json(file: str, text: str) -> bool:
-    """A text may begin with a quote or a bracket too: the file name or the lines decide."""
-    named = ends(file, ".json", ".jsonl")
-    if named or re.match(r'\s*(\[\s*["\[{\]]|\{\s*["}])', text):
-        return True
-    lines = (line.lstrip() for line in text.split("\n"))
-    return bool(text.strip()) and all(line[:1] in ("", '"', "{") for line in lines)
+def _is_json(text: str) -> bool:
+    """A text may begin with a quote or a bracket too: its lines decide."""
+    array = re.match(r'\s*(\[\s*["\[{\]]|\{\s*["}])', text)
+    lines = (line.lstrip()[:1] for line in text.split("\n"))
+    return array is not None or {*lines} - {""} in ({'"'}, {"{"}, {'"', "{"})
 
 
 def _prediction(row: Any, key: str | None, number: int) -> Prediction:
@@ -172,6 +169,7 @@ def match(
         UserError: an id twice, no id beside others, rows without a prediction, ids of other
             references, another number of rows.
     """
+    file, of = options.predictions, options.references
     known = {e.id for e in examples}
     by_id = {p.id: p for p in reversed(predictions) if p.id is not None}
     fault = ""
@@ -180,34 +178,30 @@ def match(
         if odd.id is not None:
             fault = f"row {odd.row}: id {odd.id} appears in row {by_id[odd.id].row} already"
     if known & by_id.keys():
+        missing = [e.id for e in examples if e.id not in by_id]
         if fault:
-            raise UserError(f"{options.predictions}, {fault}; a row can be scored once")
-        if missing := [e.id for e in examples if e.id not in by_id]:
-            raise UserError(
-                f"{options.predictions}: {len(missing)} of {len(examples)} rows of"
-                f" {options.references} have no prediction, the first is {missing[0]}"
-            )
+            raise UserError(f"{file}, {fault}; a row can be scored once")
+        if missing:
+            said = f"rows of {of} have no prediction, the first is {missing[0]}"
+            raise UserError(f"{file}: {len(missing)} of {len(examples)} {said}")
         if others := [p.id for p in predictions if p.id not in known]:
-            say(
-                f"{options.predictions}: {len(others)} predictions are of no row of"
-                f" {options.references} and left out, the first is {others[0]}"
-            )
+            said = f"predictions are of no row of {of} and left out, the first is {others[0]}"
+            say(f"{file}: {len(others)} {said}")
         return {e.id: by_id[e.id].text for e in examples}
+    # A predictions.jsonl of evaluate is not in the order of the rows.
     if ours := next((p.id for p in predictions if p.id and re.search(r"#\d+$", p.id)), None):
-        # A predictions.jsonl of evaluate is not in the order of the rows.
         raise UserError(
-            f"{options.predictions}: its ids ({ours}, ...) are not those of {options.references}"
-            f" ({examples[0].id}, ...); give the file that was predicted for"
+            f"{file}: its ids ({ours}, ...) are not those of {of} ({examples[0].id}, ...); give"
+            " the file that was predicted for"
         )
     if skipped:
         raise UserError(
-            f"{options.references}: {skipped} broken rows were left out, so the order no longer"
-            " tells which prediction belongs to which row; repair them, or give the predictions ids"
+            f"{of}: {skipped} broken rows were left out, so the order no longer tells which"
+            " prediction belongs to which row; repair them, or give the predictions ids"
         )
     if len(predictions) != len(examples):
-        why = f" ({fault})" if fault and by_id else ""
         raise UserError(
-            f"{options.predictions} has {len(predictions)} predictions, {options.references}"
-            f" {len(examples)} rows; they must match one by one, or by id{why}"
+            f"{file} has {len(predictions)} predictions, {of} {len(examples)} rows; they must match"
+            f" one by one, or by id{f' ({fault})' if fault and by_id else ''}"
         )
     return {e.id: p.text for e, p in zip(examples, predictions, strict=True)}

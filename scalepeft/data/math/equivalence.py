@@ -47,20 +47,17 @@ class EquivalenceServer:
         """
         if not prediction.strip() or max(len(right), len(prediction)) > whole.LONGEST:
             return False
-        answer: bytes | None = b""
         for _ in range(2):  # again where the process died: it may have been somebody's signal
-            if answer == b"":
-                answer = self._ask(json.dumps([right, prediction]).encode() + b"\n")
-            if not answer:
-                self.stop()
-        return answer == b"true\n"
-
-    def _ask(self, question: bytes) -> bytes | None:
-        process = self._process or self._start()
-        assert process.stdin and process.stdout
-        with contextlib.suppress(BrokenPipeError):  # then there is nothing to read either
-            process.stdin.write(question)
-        return _line(process.stdout, LIMIT)
+            process = self._process or self._start()
+            assert process.stdin and process.stdout
+            with contextlib.suppress(BrokenPipeError):  # then there is nothing to read either
+                process.stdin.write(json.dumps([right, prediction]).encode() + b"\n")
+            if answer := _line(process.stdout, LIMIT):
+                return answer == b"true\n"
+            self.stop()
+            if answer is None:
+                break
+        return False
 
     def _start(self) -> subprocess.Popen[bytes]:
         check_installed()

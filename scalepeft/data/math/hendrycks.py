@@ -42,8 +42,7 @@ def normalize(text: str) -> str:
     before, *after = text.split("=")
     if len(after) == 1 and len(before) <= 2:  # "k = 5"
         text = after[0]
-    text = _roots(text).replace(" ", "")
-    text = _fractions(text)
+    text = _braced(text)
     if text == "0.5":
         return "\\frac{1}{2}"
     if found := re.fullmatch("(0|-?[1-9][0-9]*)/(0|-?[1-9][0-9]*)", text):
@@ -51,26 +50,16 @@ def normalize(text: str) -> str:
     return text
 
 
-def _roots(text: str) -> str:
-    r"""\sqrt3 -> \sqrt{3}."""
-    head, *pieces = text.split("\\sqrt")
-    braced = (piece if piece[0] == "{" else f"{{{piece[0]}}}{piece[1:]}" for piece in pieces)
-    return "\\sqrt".join([head, *braced])
-
-
-def _fractions(text: str) -> str:
-    r"""\frac12 -> \frac{1}{2}, \frac1{72} -> \frac{1}{72}."""
-    head, *pieces = text.split("\\frac")
-    braced = []
-    for piece in pieces:
-        if piece[0] == "{":
-            braced.append(piece)
-        elif len(piece) < 2:
-            return text
-        else:
-            below = piece[1:] if piece[1] == "{" else f"{{{piece[1]}}}{piece[2:]}"
-            braced.append(f"{{{piece[0]}}}{below}")
-    return "\\frac".join([head, *braced])
+def _braced(text: str) -> str:
+    r"""\sqrt3 -> \sqrt{3}, \frac12 -> \frac{1}{2}, \frac1{72} -> \frac{1}{72}."""
+    if re.search(r"\\sqrt(?=\\sqrt|$)", text):
+        raise ValueError("a root of nothing")
+    text = re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", text).replace(" ", "")
+    short = re.search(r"\\frac[^{]?(?=\\frac|$)", text)  # then theirs leaves all as they are
+    if short and short[0] == "\\frac":
+        raise ValueError("a fraction of nothing")
+    text = text if short else re.sub(r"\\frac([^{])([^{])", r"\\frac{\1}{\2}", text)
+    return text if short else re.sub(r"\\frac([^{])(?=\{)", r"\\frac{\1}", text)
 
 
 def last_boxed(text: str) -> str | None:

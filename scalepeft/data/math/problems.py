@@ -58,8 +58,7 @@ def _read(row: Any, split: Split, ending: str) -> Problem:
     if {"instruction", "answer"} <= keys:
         return _llm_adapters(row, split, ending)
     if {"instruction", "output"} <= keys:
-        question, solution = text_field(row, "instruction"), text_field(row, "output")
-        asked = f"{question}\n{text_field(row, 'input', required=False)}".strip()
+        asked, solution = _asked(row), text_field(row, "output")
         if last_boxed(solution) is None:
             return _prose(asked, solution)
         return _math({"problem": asked, "solution": solution}, split, ending)
@@ -86,8 +85,7 @@ def _metamath(row: dict[str, Any]) -> Problem:
     _, mark, answer = response.rpartition(answers.METAMATH_MARK)
     answer = (answer if mark else response.partition("#### ")[2]).strip().removesuffix(".")
     of_math = text_field(row, "type", required=False).startswith("MATH_")
-    kind = "math" if of_math else _kind(answer)
-    return Problem(question, response, answer or None, kind)
+    return Problem(question, response, answer or None, "math" if of_math else _kind(answer))
 
 
 def _math(row: dict[str, Any], split: Split, ending: str) -> Problem:
@@ -100,9 +98,6 @@ def _math(row: dict[str, Any], split: Split, ending: str) -> Problem:
 
 
 def _llm_adapters(row: dict[str, Any], split: Split, ending: str) -> Problem:
-    question, rest = text_field(row, "instruction"), text_field(row, "input", required=False)
-    if rest.strip():
-        question = f"{question}\n{rest}"
     answer = _answer(row)
     letter = re.fullmatch("[A-E]", answer) is not None
     if not letter and answers.plain(answer) is None:
@@ -110,7 +105,12 @@ def _llm_adapters(row: dict[str, Any], split: Split, ending: str) -> Problem:
     output = text_field(row, "output", required=split != "test")
     if split == "test":  # the outputs there are GPT's, many of them wrong
         output = _ended("", answer, ending)
-    return Problem(question, output, answer, "letter" if letter else "number")
+    return Problem(_asked(row), output, answer, "letter" if letter else "number")
+
+
+def _asked(row: dict[str, Any]) -> str:
+    question, rest = text_field(row, "instruction"), text_field(row, "input", required=False)
+    return f"{question}\n{rest}" if rest.strip() else question
 
 
 def _gsm8k(row: dict[str, Any], ending: str) -> Problem:

@@ -8,14 +8,22 @@ math-verify compares. A text that is none of these, or that may mean several, eq
 """
 
 import ast
+import operator
 import re
 import unicodedata
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Any
 
 Equivalent = Callable[[str, str], bool]
 LONGEST = 400  # characters; a longer text is no answer
+# Kind -> kinds that math-verify compares it with.
+_ASKED = {"math": {"math", "number", "row", "union"}, "relation": {"relation", "row", "union"}}
+_OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,35 +46,32 @@ _CHARACTERS = str.maketrans(
     | dict.fromkeys("\u00a0\u2007\u2009\u200a\u202f", "\\,")
 )  # fmt: skip
 _UNITS = "st|nd|rd|th|[cmk]m|[mk]g|m[lL]|ft|in|hrs?|mins?|secs?|[AaPp]m|mph|lbs?|oz"
+_COMMANDS = {"cdot": "*", "times": "*", "div": "/", "approx": "=", "lbrace": "⟦", "rbrace": "⟧"}
 _GROUP = r"\{,\}|\\,|\\ |[~' ]"  # between three digits; a comma alone may part a list
 # What is the same, in this order.
-_SAME = [
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (r",\\!", "{,}"),
-        (r"(?<=\d)\s*[–—]\s*(?=\$?\d)", " to "),
-        (r"(?<=\w)\s*—\s*", ", "),
-        (r"[–—]", "-"),
-        (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|boxed|fbox)(?![A-Za-z])|\\!|\*\*|`", ""),
-        (r"\\\$|\$|\\[()\[\]]", "  "),
-        (rf"(?<![\d.,^_])(\d{{1,3}})({_GROUP})\d{{3}}(?:\2\d{{3}})*(?![\d/])",
-         lambda m: re.sub(r"\D", "", m[0])),
-        (r"\\(?:text\w*|math[a-z]+|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
-        (r"\^\s*\{?\s*\\circ\s*\}?|\\degree", " degrees "),
-        (r"\\[dtc]frac", r"\\frac"),
-        (r"\\(?:cdot|times)(?![A-Za-z])|(?<=\d)\s*x\s*(?=\d)", "*"),
-        (r"\\div(?![A-Za-z])", "/"),
-        (r"\\approx(?![A-Za-z])", "="),
-        (r"\\%|\s*\bper\s?cent\b", "%"),
-        (r"\\\{|\\lbrace(?![A-Za-z])", "⟦"),
-        (r"\\\}|\\rbrace(?![A-Za-z])", "⟧"),
-        (r"\\[,;: ]|\\q?quad|~", " "),
-        (r"\b(?:minus|negative)\s+(?=\d)", "-"),
-        (rf"(?<=\d)(?=(?:{_UNITS})\b)", " "),
-        (r"\s+\([^()]*(?:(?<![A-Za-z\\])[A-Za-z]{3}|=)[^()]*\)$", ""),
-        (r"\b([AaPp])\.?[Mm]\b\.?", r"\1m"),
-        (r"\s+", " "),
-    )
+_SAME: list[tuple[str, Any]] = [
+    (r",\\!", "{,}"),
+    (r"(?<=\d)\s*[–—]\s*(?=\$?\d)", " to "),
+    (r"(?<=\w)\s*—\s*", ", "),
+    (r"[–—]", "-"),
+    (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|boxed|fbox)(?![A-Za-z])|\\!|\*\*|`", ""),
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\\$|\$|\\[()\[\]]", "  "),
+    (rf"(?<![\d.,^_])(\d{{1,3}})({_GROUP})\d{{3}}(?:\2\d{{3}})*(?![\d/])",
+     lambda m: re.sub(r"\D", "", m[0])),
+    (r"\\(?:text\w*|math[a-z]+|mbox|operatorname)\s*\{([^{}]*)\}", r" \1 "),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree", " degrees "),
+    (rf"\\({'|'.join(_COMMANDS)})(?![A-Za-z])", lambda m: _COMMANDS[m[1]]),
+    (r"(?<=\d)\s*x\s*(?=\d)", "*"),
+    (r"\\%|\s*\bper\s?cent\b", "%"),
+    (r"\\\{", "⟦"),
+    (r"\\\}", "⟧"),
+    (r"\\[,;: ]|\\q?quad|~", " "),
+    (r"\b(?:minus|negative)\s+(?=\d)", "-"),
+    (rf"(?<=\d)(?=(?:{_UNITS})\b)", " "),
+    (r"\s+\([^()]*(?:(?<![A-Za-z\\])[A-Za-z]{3}|=)[^()]*\)$|,?\s\(?i\.\s?e\b.*", ""),
+    (r"\b([AaPp])\.?[Mm]\b\.?", r"\1m"),
+    (r"\s+", " "),
 ]  # fmt: skip
 _TIGHT = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{2,3})*,\d{3}(?!\d)")
 
@@ -81,7 +86,7 @@ _FILLER = re.compile(r"(?:(?:about|around|roughly|approximately|exactly|either|b
 # Before a number they make another of it; after one they begin what is said besides.
 _CHANGING = re.compile(
     r"\b(?:not?|never|nor|neither|\w+n't|than|least|most|between|except|but|over|under|above|below|"
-    r"twice|half|double|triple|third|quarter|without|unless|square|cube|root|base|mod|up|or)\b"
+    r"twice|half|double|triple|third|quarter|without|unless|square|cube|root|base|mod|up to|or)\b"
 )
 _BESIDES = re.compile(
     r"\b(?:in|for|per|an?|each|every|because|since|as|which|so|when|where|if|with|after|by|from|"
@@ -90,82 +95,77 @@ _BESIDES = re.compile(
 _DENIED = re.compile(
     r"\b(?:squared|cubed|factorial|base|out of|(?:is|are|was|were) (?:not|wrong|incorrect|false))\b"
 )
+_NAME = rf"_\{{?\w+\}}?|(?<=[a-zA-Z])\([\da-z, ]*\)|{_WORD}"  # x, f(1), the total
+_EQUATION = re.compile(r"(?=.*[A-Za-z\\]).*[\d+*/^-]")
 _RELATION = re.compile(r"\\n(?:e|eq|ot)(?![a-z])|!=|[<>]|\\[lg](?:eq?|t)(?:slant)?(?![a-z])")
 
-_TENS = "twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety"
-_SPELLED = (
-    "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|"
-    "sixteen|seventeen|eighteen|nineteen"
-).split("|")
-_NUMERALS = {word: str(i) for i, word in enumerate(_SPELLED)} | {
-    word: str(20 + 10 * i) for i, word in enumerate(_TENS.split("|"))
-}
+_ONES = (
+    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
+    " sixteen seventeen eighteen nineteen"
+).split()
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_NUMERALS = dict(zip(["zero", *_ONES, *_TENS], [*range(20), *range(20, 100, 10)], strict=True))
 _SCALES: dict[str, int | float | str] = {
     "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12,
     "dozen": 12, "half": 1 / 2, "halves": 1 / 2, "third": "1/3", "thirds": "1/3", "fourths": 1 / 4,
     "fifths": "1/5", "sixths": "1/6", "eighths": 1 / 8, "tenths": "1/10", "hundredths": "1/100",
 }  # fmt: skip  # without quarters, which are coins
+# Of a text without digits, in this order: twenty-two dozen is 22 dozen, a half 1/2.
+_SPELLED: list[tuple[str, Any]] = [
+    (r"\bthree[ -]quarters?\b", "3/4"),
+    (r"^(?:an? |one )?half\b(?! past)", "1/2"),
+    (r"^(?:an? |one )?quarter\b(?! past)", "1/4"),
+    (rf"^(1/2 )?an? (?={'|'.join(_SCALES)})", lambda m: m[1] or "1 "),
+    (rf"\b(?:(?:{'|'.join(_TENS)})[ -](?:{'|'.join(_ONES[:9])})|{'|'.join(_NUMERALS)})(?![a-z])",
+     lambda m: str(sum(_NUMERALS[word] for word in re.split("[ -]", m[0].lower())))),
+]  # fmt: skip
 
 
 def equal(right: str, prediction: str, equivalent: Equivalent) -> bool:
     """True if both texts say the same; ``equivalent`` decides where both are other math."""
-    rounded = re.search(r"\.[0-9]{10,}$", right.strip()) is not None
-    theirs = list(_readings(prediction))
     return right.strip() == prediction.strip() or any(
-        _same(one, other, equivalent, rounded) for one in _readings(right) for other in theirs
+        _same(one, other, equivalent) for one in _readings(right) for other in _readings(prediction)
     )
 
 
-def _readings(text: str) -> Iterator[Value]:
+def _readings(text: str) -> list[Value]:
     """The values a text may have: 1,234 is a number, or of a list."""
-    grouped = _TIGHT.sub(lambda m: m[0].replace(",", ""), text)
-    for reading in {grouped, text}:
-        if (value := read(reading)) is not None:
-            yield value
+    texts = {text, _TIGHT.sub(lambda m: m[0].replace(",", ""), text)}
+    return [value for value in map(read, texts) if value is not None]
 
 
-def _same(right: Value, other: Value, equivalent: Equivalent, rounded: bool) -> bool:
+def _same(right: Value, other: Value, equivalent: Equivalent) -> bool:
     """The order of the two counts: math-verify's relation is not symmetric."""
     kinds = {right.kind, other.kind}
     if kinds == {"number"}:
-        shares = [(right.number, other.number)]
-        if right.percent != other.percent:
-            shares.append((right.number / (100 if right.percent else 1),
-                           other.number / (100 if other.percent else 1)))  # fmt: skip
-        # As math-verify rounds, but no two tiny numbers are equal. A right answer of many decimals
-        # is a rounded fraction: within 0.001, as LLM-Adapters allows.
-        one = Fraction(1)
-        return any(
-            abs(a - b)
-            <= (Fraction(1, 1000) if rounded else min(max(abs(a), abs(b)), one) / 2000000)
-            for a, b in shares
-        )
+        return _near(right, other)
     if len(kinds) == 1 and right.parts:
-        if len(right.parts) != len(other.parts):
-            return False
-        if right.kind == "row":
-            brackets = [value.text[0] + value.text[-1] for value in (right, other)]
-            pairs = zip(right.parts, other.parts, strict=True)
-            return len(set(brackets)) == 1 and all(
-                _same(a, b, equivalent, rounded) for a, b in pairs
-            )
         left = list(other.parts)
         for part in right.parts:
-            found = next((b for b in left if _same(part, b, equivalent, rounded)), None)
+            some = left[:1] if right.kind == "row" else left
+            found = next((b for b in some if _same(part, b, equivalent)), None)
             if found is None:
                 return False
             left.remove(found)
-        return True
-    if len(kinds) == 1 and re.sub(r"[\s{}]", "", right.text) == re.sub(r"[\s{}]", "", other.text):
-        return True
-    decidable = {"math", "number", "row", "union"} if "math" in kinds else {"row", "union"}
-    if "relation" in kinds and "math" not in kinds:
-        decidable |= {"relation"}
-    return (
-        kinds <= decidable
-        and bool(kinds & {"math", "relation"})
+        return not left
+    one, two = (re.sub(r"[\s{}]", "", value.text) for value in (right, other))
+    return (len(kinds) == 1 and one == two) or (
+        any(kind in kinds and kinds <= others for kind, others in _ASKED.items())
         and equivalent(right.text, other.text)
     )
+
+
+def _near(right: Value, other: Value) -> bool:
+    a, b = right.number, other.number
+    scales = {Fraction(1)}
+    if right.percent != other.percent:
+        share, scale = (a, Fraction(100)) if right.percent else (b, Fraction(1, 100))
+        scales = scales | {scale} if abs(share) >= 1 else {scale}  # 50% is 0.5, or a bare 50
+    # As math-verify rounds, but no two tiny numbers are equal. A right answer of many decimals is a
+    # rounded fraction: within 0.001, as LLM-Adapters allows.
+    rounded = re.search(r"\.[0-9]{10,}$", right.text)
+    limit = Fraction(1, 1000) if rounded else min(abs(a), Fraction(1)) / 2000000
+    return any(abs(a - b * scale) <= limit for scale in scales)
 
 
 def read(text: str) -> Value | None:
@@ -176,9 +176,11 @@ def read(text: str) -> Value | None:
         return Value("math", text)
     text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS))
     for pattern, new in _SAME:
-        text = pattern.sub(new, text)
+        text = re.sub(pattern, new, text)
     if not re.search(r"[\d\\]", text):
-        text = _with_digits(text.strip())
+        text = text.strip()
+        for spelled, digits in _SPELLED:
+            text = re.sub(spelled, digits, text, flags=re.I)
     text = re.sub(r"(?<=\d) and (?:a|one) half\b", " 1/2", text)
     return _listed(text.strip(" :;,").rstrip("."))
 
@@ -186,19 +188,13 @@ def read(text: str) -> Value | None:
 def _listed(text: str) -> Value | None:
     values: list[Value] = []
     for before, chunk in _split(text, r"[,;&]|\b(?:and|or)\b"):
-        prefix = _PREFIX.match(chunk)
-        if (
-            values
-            and prefix
-            and not _FILLER.fullmatch(prefix[0])
-            and ("=" not in chunk or _BESIDES.match(chunk))
-        ):
+        besides = _BESIDES.match(chunk)
+        filler = _FILLER.fullmatch(chunk.removesuffix(_PREFIX.sub("", chunk, count=1)))
+        if values and not filler and (besides or "=" not in chunk):
             # Said besides the answer, unless it may be an answer of its own.
-            if before == "or" or (re.search(r"\d", chunk) and not _BESIDES.match(chunk)):
+            if before == "or" or (re.search(r"\d", chunk) and not besides):
                 return None
             break
-        if not chunk:
-            continue
         if (value := _item(chunk)) is None:
             return None
         if value.kind != "words":
@@ -211,9 +207,9 @@ def _listed(text: str) -> Value | None:
 def _split(text: str, parting: str) -> Iterator[tuple[str, str]]:
     """What stands between matches outside of all brackets, each with the match before it."""
     depth, begin, before = 0, 0, ""
-    for found in re.finditer(rf"([(\[{{⟦])|([)\]}}⟧])|{parting}", text):
-        depth += (found[1] is not None) - (found[2] is not None)
-        if depth == 0 and not found[1] and not found[2]:
+    for found in re.finditer(rf"[(\[{{⟦)\]}}⟧]|{parting}", text):
+        depth += (found[0] in "([{⟦") - (found[0] in ")]}⟧")
+        if depth == 0 and found[0] not in "([{⟦)]}⟧":
             yield before, text[begin : found.start()].strip()
             begin, before = found.end(), found[0]
     yield before, text[begin:].strip()
@@ -222,24 +218,18 @@ def _split(text: str, parting: str) -> Iterator[tuple[str, str]]:
 def _item(chunk: str) -> Value | None:
     """One value: words, a name and "=" may stand before it, units and words behind it."""
     chunk = re.sub(r"^[^\d()]*\\in(?![a-z])", "", chunk).strip()
-    if _RELATION.search(chunk):
+    *named, last = (part for _, part in _split(chunk, "="))
+    names = (re.sub(_NAME, "", name) for name in named)
+    # 2x = 10, not x = 5 or 2 + 3 = 5
+    if _RELATION.search(chunk) or any(map(_EQUATION.match, names)):
         return Value("relation", chunk)
-    *named, chunk = (part for _, part in _split(chunk, "="))
-    for name in named:
-        letters = re.sub(rf"_\{{?\w+\}}?|(?<=[a-zA-Z])\([\da-z, ]*\)|{_WORD}", "", name)
-        if re.search(r"[A-Za-z\\]", letters) and re.search(r"[\d+*/^-]", letters):
-            return Value("relation", "=".join([*named, chunk]))  # 2x = 10, not x = 5 or 2 + 3 = 5
-    words = _PREFIX.match(chunk)
-    assert words is not None
-    if words.end() == len(chunk):
-        return Value("words", chunk)
-    if _CHANGING.search(words[0].lower()):
-        return None
-    rest = chunk[words.end() :]
-    unit = re.search(_WORD, rest)
-    core, suffix = (rest[: unit.start()], rest[unit.start() :]) if unit else (rest, "")
-    core = core.strip(' :"/')
-    if words[0] and re.match(r"[*/^=]|[+-]\s", core):
+    rest = _PREFIX.sub("", last, count=1)
+    words = last.removesuffix(rest)
+    if not rest:
+        return Value("words", last)
+    core, *units = re.split(rf"(?={_WORD})", rest, maxsplit=1)
+    core, suffix = core.strip(' :"/'), "".join(units)
+    if _CHANGING.search(words.lower()) or (words and re.match(r"[*/^=]|[+-]\s", core)):
         return None
     value = _core(core)
     if value is None or not suffix:
@@ -247,31 +237,12 @@ def _item(chunk: str) -> Value | None:
     scale = Fraction(1)
     while (word := suffix.partition(" ")[0].lower()) in _SCALES:
         scale, suffix = scale * Fraction(_SCALES[word]), suffix.partition(" ")[2]
-    if not _is_besides(suffix) or (scale != 1 and value.kind != "number"):
+    # The words behind a number leave it as it is: 18 dollars in 3 days, not 18 to 20.
+    unit = re.sub(r"\^\{?[23]\}?", "", _BESIDES.split(suffix, maxsplit=1)[0])
+    odd = re.search(r"[^A-Za-z\s/'.%!?-]", unit) or _DENIED.search(suffix)
+    if odd or (scale != 1 and value.kind != "number"):
         return None
-    return Value(value.kind, value.text, value.number * scale, value.percent, value.parts)
-
-
-def _is_besides(text: str) -> bool:
-    """Whether the words behind a number leave it as it is: 18 dollars in 3 days, not 18 to 20."""
-    unit = re.sub(r"\^\{?[23]\}?", "", text[: m.start()] if (m := _BESIDES.search(text)) else text)
-    return not re.search(r"[^A-Za-z\s/'.%!?-]", unit) and not _DENIED.search(text)
-
-
-def _with_digits(text: str) -> str:
-    """Twenty-two dozen -> 22 dozen; a half -> 1/2; a dozen -> 1 dozen."""
-    text = re.sub(r"\bthree[ -]quarters?\b", "3/4", text, flags=re.I)
-    text = re.sub(r"^(?:an? |one )?half\b(?! past)", "1/2", text, flags=re.I)
-    text = re.sub(r"^(?:an? |one )?quarter\b(?! past)", "1/4", text, flags=re.I)
-    dozen = rf"^(1/2 )?an? (?={'|'.join(_SCALES)})"
-    text = re.sub(dozen, lambda m: m[1] or "1 ", text, flags=re.I)
-    text = re.sub(
-        rf"\b({_TENS})[ -]({'|'.join(_SPELLED[1:10])})\b",
-        lambda m: str(int(_NUMERALS[m[1].lower()]) + int(_NUMERALS[m[2].lower()])),
-        text, flags=re.I,
-    )  # fmt: skip
-    numeral = rf"\b(?:{'|'.join(_NUMERALS)})(?![a-z])"
-    return re.sub(numeral, lambda m: _NUMERALS[m[0].lower()], text, flags=re.I)
+    return replace(value, number=value.number * scale)
 
 
 def _core(core: str) -> Value | None:
@@ -279,20 +250,17 @@ def _core(core: str) -> Value | None:
     if re.fullmatch(r"\d+(?: ?: ?\d+)+|\d+ ?_ ?(?:\d+|\{\d+\})", core):
         return Value("exact", core)
     if len(rows := [part for _, part in _split(core, r"\\cup(?![a-z])")]) > 1:
-        parts = [_core(row) for row in rows]
-        return Value("union", core, parts=tuple(part for part in parts if part))
+        return _parted("union", core, map(_core, rows))
     if "\\pm" in core:
-        both = [_core(core.replace("\\pm", sign)) for sign in "+-"]
-        return Value("list", core, parts=tuple(value for value in both if value))
+        return _parted("list", core, (_core(core.replace("\\pm", sign)) for sign in "+-"))
     if core[:1] in tuple("([⟦") and core[-1:] in tuple(")]⟧"):
         parts = [_item(part) for _, part in _split(core[1:-1], "[,;]")]
         if core[0] == "⟦" and len(parts) == 1:
             return parts[0]
         if len(parts) > 1:
-            kind = "list" if core[0] == "⟦" else "row"
-            known = tuple(part for part in parts if part is not None)
             latex = core.replace("⟦", "\\{").replace("⟧", "\\}")
-            return Value(kind, latex, parts=known) if len(known) == len(parts) else None
+            brackets = [] if core[0] == "⟦" else [Value("exact", core[0] + core[-1])]
+            return _parted("row" if brackets else "list", latex, [*brackets, *parts])
     percent = core.endswith("%")
     number = _number(core.removesuffix("%"))
     if number is None:
@@ -302,16 +270,18 @@ def _core(core: str) -> Value | None:
     return Value("number", core, number, percent)
 
 
+def _parted(kind: str, text: str, parts: Iterable[Value | None]) -> Value | None:
+    held = list(parts)
+    known = tuple(part for part in held if part is not None)
+    return Value(kind, text, parts=known) if len(known) == len(held) else None
+
+
 def _number(core: str) -> Fraction | None:
     """The exact value of arithmetic with plain numbers; None for anything else."""
-    if len(core) > 200:
-        return None
     text = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", core)
     text = re.sub(r"\b(\d+)\s*(?:\\frac\s*\{(\d+)\}\s*\{(\d+)\}|(?<=\s)(\d+)\s*/\s*(\d+))",
                   lambda m: f"({m[1]}+{m[2] or m[4]}/{m[3] or m[5]})", text)  # fmt: skip
-    before = ""
-    while text != before:
-        before = text
+    for _ in range(9):  # one within another
         text = re.sub(r"\^\s*\{([^{}]*)\}", r"**(\1)", text)
         text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))", text)
     text = re.sub(r"(?<![\d.])0+(?=\d)", "", text.replace("^", "**")).strip()
@@ -330,18 +300,9 @@ def _evaluated(node: ast.expr) -> Fraction:
             return Fraction(str(number))
         case ast.UnaryOp(op=ast.USub() | ast.UAdd() as op, operand=operand):
             return _evaluated(operand) * (-1 if isinstance(op, ast.USub) else 1)
-        case ast.BinOp(left=left, op=op, right=right):
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             one, other = _evaluated(left), _evaluated(right)
-            if isinstance(op, ast.Pow):
-                size = max(one.numerator.bit_length(), one.denominator.bit_length())
-                if other.denominator == 1 and size * abs(other) <= 4000:
-                    return Fraction(one**other.numerator)
-            elif isinstance(op, ast.Add):
-                return one + other
-            elif isinstance(op, ast.Sub):
-                return one - other
-            elif isinstance(op, ast.Mult):
-                return one * other
-            elif isinstance(op, ast.Div):
-                return one / other
+            size = abs(other) * max(map(int.bit_length, one.as_integer_ratio()))
+            if not isinstance(op, ast.Pow) or (other.denominator == 1 and size <= 4000):
+                return Fraction(_OPERATORS[type(op)](one, other))
     raise ValueError(ast.dump(node))
