@@ -58,7 +58,7 @@ def _read(row: Any, split: Split, ending: str) -> Problem:
     if {"instruction", "answer"} <= keys:
         return _llm_adapters(row, split, ending)
     if {"instruction", "output"} <= keys:
-        asked, solution = _asked(row), text_field(row, "output")
+        asked, solution = _asked(row).strip(), text_field(row, "output")
         if last_boxed(solution) is None:
             return _prose(asked, solution)
         return _math({"problem": asked, "solution": solution}, split, ending)
