@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -102,7 +102,8 @@ def read_rows(source: str) -> Iterator[tuple[int, Any]]:
     if (files := tables.saved(source)) is not None:
         yield from enumerate(chain.from_iterable(map(tables.rows, files)), 1)
     elif source.startswith("hf://"):
-        yield from enumerate(_hub_rows(source), 1)
+        with tables.explained(source):
+            yield from enumerate(tables.prepared(*tables.builder(source)), 1)
     elif PAIR in source:
         raise UserError(f"{source}: a pair of files joined by {PAIR} is for translation alone")
     elif _head(source).startswith(tables.MAGIC):
@@ -291,19 +292,6 @@ def check_utf8(value: str, what: str) -> None:
         value.encode()
     except UnicodeEncodeError:
         raise UserError(f"{what} is not valid UTF-8") from None
-
-
-def _hub_rows(source: str) -> Iterator[Any]:
-    def values(files: list[str]) -> Iterator[Any]:
-        return (row for file in files for _, row in read_rows(file))
-
-    with tables.explained(source):
-        made, split = tables.builder(source)
-        parts = tables.text_files(made, split, lambda files: sum(1 for _ in values(files)))
-        for files, first, end in parts:
-            yield from islice(values(files), first, end)
-        if not parts:
-            yield from tables.prepared(made, split)
 
 
 def fill(template: str, values: dict[str, str], key: str) -> str:

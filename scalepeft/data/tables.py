@@ -2,9 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -126,39 +125,23 @@ def builder(source: str) -> tuple[Any, str]:
     if not name:
         raise UserError(f"{source}: names no data set; expected hf://DATASET[:CONFIG[:SPLIT]]")
     import datasets  # slow to import, and only hub sources need it
+    from datasets.packaged_modules.csv.csv import Csv
 
     with explained(source):
         if revision == CONVERTED:
             base = split.partition("[")[0]
             files = f"hf://datasets/{name}@{revision}/{config or 'default'}/{base}/*.parquet"
             return datasets.load_dataset_builder("parquet", data_files={base: files}), split
-        found = datasets.load_dataset_builder(name, config or None, revision=revision or None)
+        named: dict[str, Any] = {"path": name, "name": config or None, "revision": revision or None}
+        found = datasets.load_dataset_builder(**named)
+        if isinstance(found, Csv) and found.config.features is None:  # else true is a truth value
+            first = next(iter(next(iter(found.as_streaming_dataset().values()))))
+            texts = datasets.Features({key: datasets.Value("string") for key in first})
+            named |= {"features": texts, "keep_default_na": False}
+            found = datasets.load_dataset_builder(**named)
         if revision and found.name == "cache":
             raise ConnectionError("Couldn't reach the hub, and the cache names no revision")
         return found, split
-
-
-def text_files(made: Any, split: str, size: Callable[[list[str]], int]) -> Iterable[Any]:
-    """(files, first row, row after the last) of a split, or of ``train[:100]``, that is made of csv
-    or, in a local folder, JSON: ``datasets`` would make numbers, truth values and dates of texts.
-    Empty where ``datasets`` has to read it; ``size`` counts the rows of files.
-    """
-    import datasets
-
-    files = {str(key): list(names) for key, names in (made.config.data_files or {}).items()}
-    names, default = " ".join(chain(*files.values())), type(made.config)()
-    own = {"name", "version", "data_dir", "data_files", "features", "sep", "delimiter"}
-    # What a set's card tells its reader, archives, and what datasets keeps for nodes off the hub.
-    told = {k for k, v in vars(made.config).items() if v != getattr(default, k)} - own
-    kinds = ("csv",) if "://" in names else ("csv", "json")
-    if told or re.search(r"\.(zip|tar|tgz|7z)\b", names) or made.name not in kinds:
-        return []
-    fetch = datasets.DownloadManager().download
-    if split in files:
-        return [(fetch(files[split]), None, None)]
-    counts = {key: size(fetch(listed)) for key, listed in files.items()}
-    parts = datasets.ReadInstruction.from_spec(split).to_absolute(counts)
-    return [(fetch(files[part.splitname]), part.from_, part.to) for part in parts]
 
 
 def prepared(made: Any, split: str) -> Iterator[dict[str, Any]]:
