@@ -29,7 +29,8 @@ def mask_of(implementation: str, window: int | None, **options: Any) -> Any:
 def registered() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_of("llama"))
-    assert attention.read_rows_alone(model)
+    attention.read_rows_alone(model)
+    assert model.config._attn_implementation == attention.NAME
 
 
 @pytest.mark.parametrize("window", [None, 2, 4, 40])
@@ -71,14 +72,14 @@ def test_a_micro_batch_makes_one_mask_and_a_layer_asks_for_nothing(
 ) -> None:
     model: Any = AutoModelForCausalLM.from_config(config_of("gemma3"))
     model.config._attn_implementation = attention.NAME
-    sdpa, neighbors = sdpa_attention.sdpa_attention_forward, attention._neighbors
-    lengths, looks = list[int](), list[Any]()
+    sdpa, rows = sdpa_attention.sdpa_attention_forward, attention.Rows.__init__
+    lengths, made = list[int](), list[Any]()
     monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", lambda *a, **o: (
         lengths.append(a[1].shape[2]), sdpa(*a, **o))[1])  # fmt: skip
-    monkeypatch.setattr(attention, "_neighbors", lambda *a: (looks.append(a), neighbors(*a))[1])
+    monkeypatch.setattr(attention.Rows, "__init__", lambda *a: (made.append(a), rows(*a))[1])
     model(input_ids=POSITIONS, position_ids=POSITIONS, use_cache=False)
     assert lengths == [5, 9, 2, 16] * model.config.num_hidden_layers
-    assert len(looks) == 2  # gemma3 makes a mask of each kind, whatever its layers are
+    assert len(made) == 2  # gemma3 makes a mask of each kind, whatever its layers are
 
 
 @pytest.mark.parametrize("base", [["model.quant=nf4"], ["engine.activation_checkpointing=true"]])
