@@ -28,14 +28,15 @@ def row_mask(**options: Any) -> Rows | Tensor | None:
     """``Rows`` where the mask is causal over packed lines, else what ``sdpa_mask`` makes."""
     from transformers.masking_utils import sdpa_mask
 
-    if options["attention_mask"] is not None or options["allow_is_causal_skip"]:
-        return sdpa_mask(**options)  # not packed
+    padded, plain = options["attention_mask"] is not None, options["allow_is_causal_skip"]
+    if padded or plain or options["use_vmap"]:  # not packed, or an overlay of the model's own
+        return sdpa_mask(**options)
     lines, length, device = options["batch_size"], options["q_length"], options["device"]
     see = options["mask_function"]  # (line, head, query, key) -> bool
     at, line = torch.arange(1, length, device=device), torch.arange(lines, device=device)[:, None]
     seen = [see(line, 0, at, at - 1), see(line, 0, at - 1, at)]  # the token before, the one after
     before, after = torch.stack([s.expand(lines, -1) for s in seen]).cpu()  # waits, once a mask
-    if after.any() or options["use_vmap"]:  # an image, an overlay of the model's own
+    if after.any():  # within an image
         return sdpa_mask(**options)
     first = nn.functional.pad(~before, (1, 0), value=True).flatten()
     begins = [*first.nonzero().flatten().tolist(), lines * length]

@@ -9,6 +9,7 @@ counts with padding, where 8 ranks with 64 rows a step move from micro-batch to 
 together.
 """
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -72,8 +73,11 @@ def main(shared: Path, folder: Path, steps: int) -> None:
             folder
         )
         tokenizer.save_pretrained(folder)
-    print("| rows | padded tokens/s | packed | ratio | lost, padded | packed | of 4096 | waiting |")
-    print("|---|" + "---:|" * 7)
+    print(
+        "| rows | padded tokens/s | packed | ratio | lost, padded | masked, 512 |"
+        " 4096 | one line | waiting |"
+    )
+    print("|---|" + "---:|" * 8)
     for name, settings in SETS.items():
         settings = [s.replace("data.train=", f"data.train={shared}/") for s in settings]
         config, _ = load(None, [
@@ -100,7 +104,10 @@ def main(shared: Path, folder: Path, steps: int) -> None:
         del measured[0]  # which warms up
         padded, best = (median(n / s[way] for n, s in measured) for way in (False, True))
         ratio = median(s[False] / s[True] for _, s in measured)  # of the same rows
-        shares = [lost(rows, False, 0), *(lost(rows, True, 6 * hidden) for hidden in (512, 4096))]
+        shares = [
+            lost(rows, False, 0),
+            *(lost(rows, True, 6 * hidden) for hidden in (512, 4096, math.inf)),
+        ]
         print(
             f"| {name} | {padded:.0f} | {best:.0f} | {ratio:.2f} |"
             f" {' | '.join(f'{share:.1%}' for share in shares)} | {waited(rows):.1%} |",

@@ -61,7 +61,7 @@ def test_what_is_not_causal_over_packed_rows_is_masked_as_before() -> None:
         {"position_ids": torch.arange(16)[None]},
         {"attention_mask": padding},
         {"block_sequence_ids": blocks},  # an image sees itself
-        {"or_mask_function": lambda line, head, q, kv: kv == 0},
+        {"and_mask_function": lambda line, head, q, kv: kv + 3 > q},
     ):
         got, want = (mask_of(name, None, **options) for name in (attention.NAME, "sdpa"))
         assert got is None if want is None else torch.equal(got, want)
