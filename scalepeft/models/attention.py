@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from copy import deepcopy
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 from unittest import mock
@@ -12,16 +13,13 @@ from torch import Tensor, nn
 NAME = "sdpa_rows"  # in transformers' registries; what is not packed gets its sdpa
 
 
+@dataclass(frozen=True)
 class Rows:
-    """Takes a mask's place on its way through a model: the rows of all lines, one behind the other.
+    """In a mask's place on its way through a model: the rows of all lines, one behind the other."""
 
-    Args:
-        begins: each row's first token, counted through all lines; then the number of tokens.
-        masks: of each row (length, length); None where a token sees its row up to itself.
-    """
-
-    def __init__(self, begins: list[int], masks: list[Tensor | None]) -> None:
-        self.lengths, self.masks = [end - begin for begin, end in pairwise(begins)], masks
+    lengths: list[int]
+    masks: list[Tensor | None]
+    """Of each row (length, length); None where a token sees its row up to itself."""
 
 
 def row_mask(**options: Any) -> Rows | Tensor | None:
@@ -36,7 +34,7 @@ def row_mask(**options: Any) -> Rows | Tensor | None:
     at, line = torch.arange(1, length, device=device), torch.arange(lines, device=device)[:, None]
     seen = [see(line, 0, at, at - 1), see(line, 0, at - 1, at)]  # the token before, the one after
     before, after = torch.stack([s.expand(lines, -1) for s in seen]).cpu()  # waits, once a mask
-    if after.any():  # within an image
+    if before.all() or after.any():  # one row a line; an image, which sees itself
         return sdpa_mask(**options)
     first = nn.functional.pad(~before, (1, 0), value=True).flatten()
     begins = [*first.nonzero().flatten().tolist(), lines * length]
@@ -44,7 +42,7 @@ def row_mask(**options: Any) -> Rows | Tensor | None:
     for begin, end in pairwise(begins):
         at = begin % length + torch.arange(end - begin, device=device)
         masks.append(see(begin // length, 0, at[:, None], at) if len(at) > window else None)
-    return Rows(begins, masks)
+    return Rows([end - begin for begin, end in pairwise(begins)], masks)
 
 
 def row_attention(
@@ -77,7 +75,7 @@ def read_rows_alone(model: Any) -> None:
         config._attn_implementation = NAME
         raise InterruptedError  # seen enough
 
-    rows = Rows([0, 1, 2], [None, None])
+    rows = Rows([1, 1], [None, None])
     AttentionMaskInterface.register(NAME, lambda **o: None if o["use_vmap"] else rows)
     AttentionInterface.register(NAME, attend)
     packed = mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=ids)

@@ -59,6 +59,7 @@ def test_what_is_not_causal_over_packed_rows_is_masked_as_before() -> None:
     blocks = torch.tensor([[-1] * 2 + [0] * 3 + [-1] * 11] * 2)
     for options in (
         {"position_ids": torch.arange(16)[None]},
+        {"position_ids": torch.arange(16)[None], "allow_is_causal_skip": False},
         {"attention_mask": padding},
         {"block_sequence_ids": blocks},  # an image sees itself
         {"and_mask_function": lambda line, head, q, kv: kv + 3 > q},
