@@ -74,10 +74,10 @@ def main(shared: Path, folder: Path, steps: int) -> None:
         )
         tokenizer.save_pretrained(folder)
     print(
-        "| rows | padded tokens/s | packed | ratio | lost, padded | masked, 512 |"
-        " 4096 | one line | waiting |"
+        "| rows | padded tokens/s | packed | ratio | of tokens | lost, padded |"
+        " masked, 512 | 4096 | one line | waiting |"
     )
-    print("|---|" + "---:|" * 8)
+    print("|---|" + "---:|" * 9)
     for name, settings in SETS.items():
         settings = [s.replace("data.train=", f"data.train={shared}/") for s in settings]
         config, _ = load(None, [
@@ -92,6 +92,7 @@ def main(shared: Path, folder: Path, steps: int) -> None:
         trainer = Trainer(config, ranks, build(config, base, ranks, lambda: None), "")
         injection.train_mode(trainer.built.model)
         measured: list[tuple[int, dict[bool, float]]] = []
+        sizes: list[float] = []
         for first in range(steps + 1):
             seconds = dict[bool, float]()
             for packed in (False, True) if first % 2 else (True, False):
@@ -100,6 +101,8 @@ def main(shared: Path, folder: Path, steps: int) -> None:
                 clock = time.process_time()
                 trainer.step(step.micro, step.label_tokens, 0.0)
                 seconds[packed] = time.process_time() - clock
+                if not packed:
+                    sizes.append(sum(m.input_ids.numel() for m in step.micro) / step.tokens)
             measured.append((step.tokens, seconds))
         del measured[0]  # which warms up
         padded, best = (median(n / s[way] for n, s in measured) for way in (False, True))
@@ -109,7 +112,7 @@ def main(shared: Path, folder: Path, steps: int) -> None:
             *(lost(rows, True, 6 * hidden) for hidden in (512, 4096, math.inf)),
         ]
         print(
-            f"| {name} | {padded:.0f} | {best:.0f} | {ratio:.2f} |"
+            f"| {name} | {padded:.0f} | {best:.0f} | {ratio:.2f} | {median(sizes[1:]):.2f} |"
             f" {' | '.join(f'{share:.1%}' for share in shares)} | {waited(rows):.1%} |",
             flush=True,
         )
