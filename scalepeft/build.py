@@ -13,7 +13,7 @@ from scalepeft.core import registry
 from scalepeft.core.errors import UserError
 from scalepeft.core.launch import world_size
 from scalepeft.data.tasks.base import Task
-from scalepeft.models import loss, structure
+from scalepeft.models import attention, loss, structure
 from scalepeft.models.hub import Base
 from scalepeft.models.quantized_copy import QuantizedCopy
 from scalepeft.models.weights import load_weights
@@ -64,6 +64,8 @@ def build(
         unpacked = structure.unpacked(model)
         if unpacked and config.train.batching == "packed":
             raise UserError(f"train.batching=packed: {unpacked}; take auto or padded")
+        if not unpacked and config.train.batching != "padded":
+            attention.read_rows_alone(model)
         loss.add_token_loss(model)
         if adapted:
             injection.inject(model, config.adapter)

@@ -12,7 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from families import FAMILIES, IDS, PADDED, make, page, stock
+from families import FAMILIES, IDS, MASKED, PADDED, make, page, stock
 from family_runs import settings
 from processes import FULL, ROOT, Job, losses
 from safetensors.torch import load_file
@@ -28,7 +28,7 @@ from scalepeft.data.tokens import TokenSet
 from scalepeft.eval.generation import Generator
 from scalepeft.export import merge
 from scalepeft.export import peft as export
-from scalepeft.models import quant
+from scalepeft.models import attention, quant
 from scalepeft.models.hub import open_base
 from scalepeft.parallel.base import full_shape
 from scalepeft.parallel.ranks import Ranks
@@ -115,6 +115,9 @@ def test_packed_rows_are_trained_as_padded_ones(name: str, checkpoint: Any, tmp_
     assert trainer.packed == (name not in PADDED), built.unpacked
     if not trainer.packed:
         return
+    model: Any = built.model
+    rows_alone = model.config.get_text_config()._attn_implementation == attention.NAME
+    assert rows_alone == (name not in MASKED)
     injection.load_state(built.model, state_of(built.model), "test")
     lengths, generator = [24, 9, 31, 16], torch.Generator().manual_seed(3)
     tokens = torch.randint(5, 300, (sum(lengths),), dtype=torch.int32, generator=generator)

@@ -231,6 +231,10 @@ PADDED = {
 }  # fmt: skip
 """Families whose rows are padded: packed they would see each other."""
 
+MASKED = {"llama-dynamic-ntk", "gemma2", "vaultgemma", "jetmoe", "gptj"}
+"""Families that are packed, and read whole lines under a mask: without sdpa, or not tried without
+data (a table of RoPE or experts that depend on it)."""
+
 
 def known_sizes(cls: Any, differs: dict[str, Any]) -> dict[str, Any]:
     """Those of ``SIZES`` that the config class has, and all of ``differs``."""

@@ -1,0 +1,87 @@
+"""Attention over packed lines that reads each row alone: transformers' sdpa, a row at a time."""
+
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+NAME = "sdpa_rows"  # in transformers' registries; what is not packed gets its sdpa
+
+
+@dataclass(frozen=True)
+class Rows:
+    """In a mask's place on its way through a model: the rows of all lines, one behind the other."""
+
+    lengths: list[int]
+    masks: list[Tensor | None]
+    """Of each row (length, length); None where a token sees its row up to itself."""
+
+
+def row_mask(**options: Any) -> Rows | Tensor | None:
+    """``Rows`` where the mask is causal over packed lines, else what ``sdpa_mask`` makes."""
+    from transformers.masking_utils import sdpa_mask
+
+    padded, plain = options["attention_mask"] is not None, options["allow_is_causal_skip"]
+    if padded or plain or options["use_vmap"]:  # not packed, or an overlay of the model's own
+        return sdpa_mask(**options)
+    lines, length, device = options["batch_size"], options["q_length"], options["device"]
+    see = options["mask_function"]  # (line, head, query, key) -> bool
+    at, line = torch.arange(1, length, device=device), torch.arange(lines, device=device)[:, None]
+    seen = [see(line, 0, at, at - 1), see(line, 0, at - 1, at)]  # the token before, the one after
+    before, after = torch.stack([s.expand(lines, -1) for s in seen]).cpu()  # waits, once a mask
+    if before.all() or after.any():  # one row a line; an image, which sees itself
+        return sdpa_mask(**options)
+    first = nn.functional.pad(~before, (1, 0), value=True).flatten()
+    begins = [*first.nonzero().flatten().tolist(), lines * length]
+    masks, window = list[Tensor | None](), options.get("local_size") or length
+    for begin, end in pairwise(begins):
+        at = begin % length + torch.arange(end - begin, device=device)
+        masks.append(see(begin // length, 0, at[:, None], at) if len(at) > window else None)
+    return Rows([end - begin for begin, end in pairwise(begins)], masks)
+
+
+def row_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+) -> tuple[Tensor, None]:
+    """Sdpa, of ``Rows`` each: (lines, heads, length, d) -> (lines, length, heads, d)."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa
+
+    if not isinstance(mask, Rows):
+        return sdpa(module, query, key, value, mask, **options)
+    flat = [t.transpose(0, 1).flatten(1, 2)[None] for t in (query, key, value)]
+    rows = zip(*(t.split(mask.lengths, 2) for t in flat), mask.masks, strict=True)
+    joined = torch.cat([sdpa(module, *row, **options)[0] for row in rows], 1)
+    return joined.view(query.shape[0], -1, *joined.shape[2:]), None
+
+
+def read_rows_alone(model: Any) -> None:
+    """Has a base of sdpa, on the meta device, read each row of a packed line alone; one that does
+    not bring ``Rows`` from where masks are made to the attention interface masks as before.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+
+    config, ids = model.config.get_text_config(), torch.zeros(1, 2, device="meta").long()
+    if config._attn_implementation != "sdpa":
+        return
+
+    def attend(*args: Any, **options: Any) -> None:
+        assert args[4] is rows
+        row_attention(*args, **options)
+        config._attn_implementation = NAME
+        raise InterruptedError  # seen enough
+
+    rows = Rows([1, 1], [None, None])
+    AttentionMaskInterface.register(NAME, lambda **o: None if o["use_vmap"] else rows)
+    AttentionInterface.register(NAME, attend)
+    packed = mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=ids)
+    with suppress(Exception), packed:
+        trial = deepcopy(model.get_decoder())  # a forward leaves things in modules (RoPE's tables)
+        trial.config._attn_implementation = NAME
+        trial(input_ids=ids, position_ids=ids, use_cache=False)
+    AttentionMaskInterface.register(NAME, row_mask)
+    AttentionInterface.register(NAME, row_attention)
