@@ -128,8 +128,8 @@ def test_folders_of_save_to_disk(cache: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_folders_of_files_keep_texts(cache: Path, kind: str) -> None:
-    """Pandas takes true for a truth value, 007 for 7, NA for nothing. (JSON's reader makes a date of
-    one, which a task refuses by the field's name.)
+    """Pandas takes true for a truth value, 007 for 7, NA for nothing. (JSON's reader makes a date
+    of one, which a task refuses by the field's name.)
     """
     content = {"csv": table(), "jsonl": LINES, "parquet": FILES["parquet"]()}[kind]
     (cache / "set").mkdir()
