@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import socket
 from array import array
 from functools import cache
 from pathlib import Path
@@ -36,7 +37,7 @@ def split_file(task: Task, split: Split, tokenizer: Any, ends: list[int]) -> Pat
     file = folder / f"{_key(task, split, tokenizer, ends)}.safetensors"
     if _whole(file):
         return file
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    temporary = file.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write(temporary, task, split, Rows(task.stream(split), tokenizer, task.config, ends))
@@ -111,6 +112,7 @@ def _key(task: Task, split: Split, tokenizer: Any, ends: list[int]) -> str:
     decides = [
         _code(), split, *((name, getattr(config, name)) for name in decide), ends,
         tokenizer_hash(tokenizer), task.renderer and task.renderer.chat_template,
+        tokenizer.special_tokens_map, getattr(tokenizer, "chat_template", None),
         *([readers.content(f) for f in readers.expand(getattr(config, s), f"data.{s}")]
           for s in task.reads(split)),
     ]  # fmt: skip

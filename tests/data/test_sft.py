@@ -339,3 +339,144 @@ def test_equal_rows_of_every_file_format_are_equal(tmp_path: Path) -> None:
         task = sft(tokenizer, train=[str(tmp_path / name)])
         found.append(data.tokenize(task.stream("train"), tokenizer, task.config).fingerprint())
     assert len(set(found)) == 1
+
+
+CHATML = TEMPLATES["chatml"]
+
+
+def taught(tokenizer: Any, row: dict[str, Any], **settings: Any) -> list[str]:
+    """The learned parts of a row, decoded, one by one."""
+    _, ids, learned = one(sft(tokenizer, **settings), row)
+    parts: list[list[int]] = []
+    for i, (token, label) in enumerate(zip(ids, learned, strict=True)):
+        if label and (i == 0 or not learned[i - 1]):
+            parts.append([])
+        if label:
+            parts[-1].append(token)
+    return [tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in parts]
+
+
+def test_messages_of_weight_0_are_read_and_not_learned() -> None:
+    tokenizer = byte_level(True)
+    weighed = [{**m, "weight": w} for m, w in zip(TALK, (1, 0, 0, 1), strict=True)]
+    row = {"messages": weighed}
+    assert taught(tokenizer, row, chat_template=CHATML) == ["It is 6.<|im_end|></s>"]
+    weighed[1]["weight"], weighed[3]["weight"] = 1, 0
+    assert taught(tokenizer, row, chat_template=CHATML) == ["It is 4.<|im_end|></s>"]
+    weighed[1]["weight"] = 0
+    with pytest.raises(UserError, match=r"no answer of the assistant to learn \(all have weight 0"):
+        one(sft(tokenizer, chat_template=CHATML), row)
+    weighed[1]["weight"] = 0.5
+    with pytest.raises(UserError, match=r"message 2 .*'weight' is 0.5; allowed: 0, 1"):
+        one(sft(tokenizer, chat_template=CHATML), row)
+
+
+def test_what_a_template_would_pass_over_in_silence() -> None:
+    tokenizer = byte_level(True)
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    ask = TALK[0]
+    for answer, more, reason in (
+        ({"content": "", "tool_calls": [call]}, {}, "does not write the row's tool_calls"),
+        ({"content": "x"}, {"tools": [{"name": "f"}]}, "does not write the row's tools"),
+        ({"content": "x", "reasoning": "y"}, {}, "does not write the row's reasoning: take"),
+        ({"content": "", "id": "7"}, {}, "message 2 .* is empty"),
+        ({"content": "", "tool_calls": "f()"}, {}, "'tool_calls' must be a list of objects"),
+    ):
+        row = {"messages": [ask, {"role": "assistant", **answer}], **more}
+        with pytest.raises(UserError, match=reason):
+            one(sft(tokenizer, chat_template=CHATML), row)
+    drops = CHATML.replace("{% generation %}{{m['content']}}", "{{m.content.split('!')[-1]}}")
+    drops = drops.replace("{% endgeneration %}", "")
+    row = {"messages": [ask, {"role": "assistant", "content": "Hm! 4"}]}
+    with pytest.raises(UserError, match="leaves out a part of an answer"):
+        one(sft(tokenizer, chat_template=drops), row)
+    with pytest.raises(UserError, match="begins with an answer, which nothing asks for"):
+        one(sft(tokenizer, chat_template=CHATML), {"messages": TALK[1:]})
+    assert taught(tokenizer, {"messages": TALK[1:]}, chat_template=CHATML, train_on="response")
+    calls = CHATML.replace("{{m['content']}}", "{{m.content}}{{(m.tool_calls or '') | tojson}}")
+    row = {"messages": [ask, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    (said,) = taught(tokenizer, row, chat_template=calls)
+    assert '"arguments": {"a": 1}' in said, "OpenAI's text of JSON is no text to a template"
+    call["function"]["arguments"] = "{"
+    with pytest.raises(UserError, match="arguments of a call are no JSON"):
+        one(sft(tokenizer, chat_template=calls), row)
+
+
+def test_an_end_of_text_behind_the_last_turn_alone() -> None:
+    """Phi-3's."""
+    chat = CHATML + "{% if not add_generation_prompt %}{{eos_token}}{% endif %}"
+    parts = taught(byte_level(True), ROWS["messages"], chat_template=chat)
+    assert parts == ["It is 4.<|im_end|>", "It is 6.<|im_end|>\n</s>"]
+
+
+def test_an_answers_first_letters_are_no_part_of_the_prompt() -> None:
+    """Where a template asks for thoughts, and the answer begins with "<" too."""
+    row = {"messages": [TALK[0], {"role": "assistant", "content": "<table>"}]}
+    chat = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+    made = sft(byte_level(True), chat_template=chat).example(row, "f#1", "test")
+    assert made.prompt.endswith("assistant\n") and made.completion == "<table><|im_end|>"
+
+
+def test_rows_are_the_same_on_every_day() -> None:
+    chat = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }} {% endif %}" + CHATML
+    made = sft(byte_level(True), chat_template=chat).example(ROWS["messages"], "f#1", "train")
+    assert made.prompt.startswith("26 Jul 2024 <|im_start|>")
+
+
+def test_a_tokenizers_template_for_tools_is_taken() -> None:
+    tokenizer = byte_level(True)
+    tool = "{{tools[0]['name']}}:" + CHATML
+    tokenizer.chat_template = {"default": CHATML, "tool_use": tool}
+    row = {**ROWS["messages"], "tools": [{"name": "clock"}]}
+    assert one(sft(tokenizer), row)[0].prompt.startswith("clock:<|im_start|>")
+    assert one(sft(tokenizer), ROWS["messages"])[0].prompt.startswith("<|im_start|>")
+
+
+def test_a_rows_system_prompt_is_put_before_its_messages() -> None:
+    row = {**ROWS["sharegpt"], "system": "Be kind."}
+    task = sft(byte_level(True), chat_template=CHATML, system="Be brief.")
+    assert task.example(row, "f#1", "train").prompt.startswith("<|im_start|>system\nBe kind.<")
+
+
+@pytest.mark.parametrize("tokenize", ["apart", "together"])
+def test_texts_that_join_to_a_control_token(tokenizer: Any, tokenize: Any) -> None:
+    end = tokenizer.eos_token_id
+    task = sft(
+        tokenizer, tokenize=tokenize, prompt="<{instruction}>", input_prompt="{instruction}{input}"
+    )
+    for row in (
+        {"instruction": "/s", "output": "A"},
+        {"instruction": "Q </", "input": "s> ?", "output": "A"},
+        {"prompt": "Q <", "completion": "/s> A"},
+    ):
+        _, ids, _ = one(task, row)
+        assert ids.count(end) == 1 and ids[-1] == end
+        assert "</s>" in tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False)
+
+
+def test_control_tokens_within_one_another_and_in_keys() -> None:
+    tokenizer = byte_level(True)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|a|>", "<|a|><|b|>"]})
+    _, ids, _ = one(sft(tokenizer), {"text": "x <|a|><|b|> y"})
+    assert [i for i in ids if i in tokenizer.all_special_ids] == [0, 1]
+    chat = "{{tools | tojson}}" + CHATML
+    row = {**ROWS["messages"], "tools": [{"</s>": {"</s>": 1}}]}
+    _, ids, _ = one(sft(tokenizer, chat_template=chat), row)
+    assert ids.count(1) == 1
+
+
+def test_a_tokenizer_that_ends_every_text_leaves_an_empty_prompt_open() -> None:
+    tokenizer = byte_level(False)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "$A </s>", special_tokens=[("</s>", 1)]
+    )
+    _, ids, _ = one(sft(tokenizer), ROWS["text"])
+    assert ids.count(1) == 1 and ids[-1] == 1
+
+
+def test_thoughts_that_a_template_asks_for_are_not_compared() -> None:
+    task = sft(byte_level(True), chat_template=CHATML)
+    made = task.example({"prompt": "Q", "completion": "4"}, "f#1", "test")
+    assert task.score("<think>\n\n</think>\n\n4", made).correct
+    made = task.example({"prompt": "Q", "completion": "<think>a</think>4"}, "f#1", "test")
+    assert not task.score("<think>b</think>4", made).correct

@@ -4,13 +4,14 @@ The form of a row is told by its keys (docs/data.md). Conversations go through t
 the prompt of alpaca rows is that of Stanford Alpaca (https://github.com/tatsu-lab/stanford_alpaca).
 """
 
+import json
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic.dataclasses import dataclass
 
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, Decides
-from scalepeft.data.chat import Messages
+from scalepeft.data.chat import UNSAID, Messages
 from scalepeft.data.rows import text_field
 from scalepeft.data.tasks.base import Example, Score, Split, Task, TaskConfig
 
@@ -31,6 +32,8 @@ ROLES = {
     "function": "tool", "observation": "tool", "developer": "system",
 }  # fmt: skip
 """Of ShareGPT's ``from`` and of ``role`` -> the role in a chat template."""
+SAYING = ("tool_calls", *UNSAID[-1])  # what a message without content has
+THOUGHT = "</think>"
 RESPONSES = ("output", "response", "completion")
 
 
@@ -97,12 +100,16 @@ class Sft(Task):
 
     def _talk(self, messages: Messages, row: dict[str, Any], row_id: str) -> Example:
         """The example of a conversation: up to its last answer."""
-        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        talks = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        answers = [i for i in talks if messages[i].get("weight") != 0]
         if not answers:
-            raise UserError("the conversation has no answer of the assistant")
+            why = " (all have weight 0)" if talks else ""
+            raise UserError(f"the conversation has no answer of the assistant to learn{why}")
         if self.config.template == "plain":
             raise UserError("is a conversation, which data.template=plain cannot write; take chat")
         messages = messages[: answers[-1] + 1]
+        if row.get("system") and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": text_field(row, "system")}, *messages]
         told = str(messages[-1].get("content") or "")
         asked = [str(m.get("content") or "") for m in messages[:-1] if m["role"] == "user"]
         meta = {"question": "\n\n".join(asked), "answer": _answer(row, told)}
@@ -111,8 +118,11 @@ class Sft(Task):
 
     def score(self, prediction: str, example: Example) -> Score:
         """The whole prediction, but for spacing."""
+        wanted = example.meta["answer"]
+        if THOUGHT not in wanted:  # thoughts that a chat template asks for are no part of it
+            prediction = prediction.rpartition(THOUGHT)[2]
         found = " ".join(prediction.split())
-        return Score(found or None, found == " ".join(example.meta["answer"].split()))
+        return Score(found or None, found == " ".join(wanted.split()))
 
 
 def _form(row: Any) -> Form:
@@ -166,10 +176,30 @@ def _messages(row: dict[str, Any], key: str) -> Messages:
                 f"{where}: '{role}' is {message.get(role)!r}; allowed: {', '.join(ROLES)}"
             )
         rest = {k: v for k, v in message.items() if k not in (role, said) and v is not None}
+        if calls := rest.get("tool_calls"):
+            rest["tool_calls"] = _calls(calls, where)
+        if message.get("weight", 1) not in (0, 1, None):
+            raise UserError(f"{where}: 'weight' is {message['weight']!r}; allowed: 0, 1")
         content = _content(message.get(said), where)
-        if not content.strip() and not (rest.keys() - {"name", "weight"}):
+        if not content.strip() and not any(map(rest.get, SAYING)):
             raise UserError(f"{where} is empty")
         found.append({"role": name, "content": content, **rest})
+    return found
+
+
+def _calls(calls: Any, where: str) -> Any:
+    """Tool calls with arguments as chat templates take them: OpenAI has them as text of JSON."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise UserError(f"{where}: 'tool_calls' must be a list of objects")
+    found = []
+    for call in calls:
+        known = call.get("function", call)
+        if isinstance(known, dict) and isinstance(text := known.get("arguments"), str):
+            try:
+                known = {**known, "arguments": json.loads(text)}
+            except ValueError:
+                raise UserError(f"{where}: arguments of a call are no JSON: {text[:60]}") from None
+        found.append({**call, "function": known} if "function" in call else known)
     return found
 
 
