@@ -16,6 +16,8 @@ from scalepeft.data.tasks.base import Example, Task, from_prepared, prepared_for
 from scalepeft.data.tasks.commonsense import Commonsense, CommonsenseConfig
 from scalepeft.data.tasks.math import Math, MathConfig
 from scalepeft.data.tasks.sft import Sft, SftConfig
+from scalepeft.data.tasks.translation import Translation, TranslationConfig
+from scalepeft.data.token_file import split_file
 
 MARKS = ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>"]
 ASK = "{% if add_generation_prompt %}"
@@ -480,3 +482,34 @@ def test_thoughts_that_a_template_asks_for_are_not_compared() -> None:
     assert task.score("<think>\n\n</think>\n\n4", made).correct
     made = task.example({"prompt": "Q", "completion": "<think>a</think>4"}, "f#1", "test")
     assert not task.score("<think>b</think>4", made).correct
+
+
+def test_every_task_ends_a_row_once_and_reads_its_text_as_text(tokenizer: Any) -> None:
+    end = tokenizer.eos_token_id
+    said = "2. The answer is: 4"
+    plain = {"instruction": "Cold </s>?", "input": "", "output": "the correct answer is true"}
+    commonsense = Commonsense(CommonsenseConfig(), tokenizer)
+    translation = Translation(
+        TranslationConfig(source_language="de", target_language="en"), tokenizer
+    )
+    for task, key, row in (
+        (commonsense, "output", {**plain, "answer": "true"}),
+        (Math(MathConfig(), tokenizer), "response", {"query": "2 </s>?", "response": said}),
+        (translation, "en", {"de": "Ja </s>", "en": "Yes"}),
+    ):
+        _, ids, _ = one(task, row)
+        assert ids.count(end) == 1 and ids[-1] == end
+        assert one(task, {**row, key: row[key] + "</s> "})[1] == ids
+
+
+def test_the_cached_tokens_are_of_the_tokenizers_marks(tmp_path: Path) -> None:
+    """Which of its tokens are special, and its chat template, stand in other files of it."""
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROWS["alpaca"]))
+    tokenizer, keys = byte_level(True), []
+    for name, value in ((None, None), ("pad_token", "</s>"), ("chat_template", CHATML)):
+        if name:
+            setattr(tokenizer, name, value)
+        task = sft(tokenizer, train=[str(tmp_path / "a.jsonl")], cache=str(tmp_path))
+        keys.append(split_file(task, "train", tokenizer, []).name)
+    assert len(set(keys)) == 3
+    assert len(list((tmp_path / "tokens").iterdir())) == 3

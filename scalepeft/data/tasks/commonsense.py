@@ -78,7 +78,8 @@ class Commonsense(Task):
                 f"'output' says {found[0] if found else 'none of the answers'}, 'answer' {answer}"
             )
         meta = {"answer": answer, "question": instruction}
-        return self.filled(row_id, self.template(split), values, {}, **meta)
+        told = {"output": values.pop("output")}
+        return self.filled(row_id, self.template(split), values, told, **meta)
 
     def score(self, prediction: str, example: Example) -> Score:
         """Takes the first answer word of the question's kind; the comparison is exact."""
