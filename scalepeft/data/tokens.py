@@ -130,7 +130,7 @@ class Rows:
                 if learned:
                     start = max(1, learned[0][0])
                 self.cut += len(ids) > cutoff
-                self.lost += border >= cutoff
+                self.lost += (learned[0][0] if learned else border) >= cutoff
                 values = np.array(ids[:cutoff], dtype=np.int32)
                 begins = [begin for begin, _ in [*learned, (border, 0)]][1:]
                 for (_, end), begin in zip(learned, begins, strict=True):

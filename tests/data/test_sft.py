@@ -275,6 +275,14 @@ def test_templates_that_write_answers_otherwise(tokenizer: Any) -> None:
         ({"instruction": "a", "output": ""}, "'output' is empty"),
         ({"prompt": "a", "completion": 3}, "'completion' must be text, not int"),
         ({"text": ""}, "'text' is empty"),
+        (
+            {**ROWS["alpaca"], "history": [["a", "b"]]},
+            "'history' has no place in a row of the form alpaca",
+        ),
+        (
+            {**ROWS["completion"], "system": "Be kind."},
+            "'system' has no place in a row of the form completion",
+        ),
         ({"conversations": [{"from": "human"}]}, "message 1 .* is empty"),
     ],
 )
@@ -500,6 +508,16 @@ def test_every_task_ends_a_row_once_and_reads_its_text_as_text(tokenizer: Any) -
         _, ids, _ = one(task, row)
         assert ids.count(end) == 1 and ids[-1] == end
         assert one(task, {**row, key: row[key] + "</s> "})[1] == ids
+
+
+def test_a_cut_conversation_that_keeps_an_answer_is_not_lost() -> None:
+    tokenizer = byte_level(True)
+    example = sft(tokenizer, chat_template=CHATML).example(ROWS["messages"], "f#1", "train")
+    last = len(data.encode([example.prompt], tokenizer)[0][0])
+    for cutoff, lost in ((last - 1, 0), (10, 1)):
+        config = SftConfig(chat_template=CHATML, cutoff=cutoff)
+        made = data.tokenize([example], tokenizer, config)
+        assert (made.cut, made.lost, made.dropped) == (1, lost, lost)
 
 
 def test_the_cached_tokens_are_of_the_tokenizers_marks(tmp_path: Path) -> None:

@@ -78,8 +78,15 @@ class Sft(Task):
         response = next((k for k in RESPONSES if k in row), RESPONSES[form == "completion"])
         if form == "completion" and isinstance(row.get("prompt"), list):
             return self._talk(_messages(row, "prompt") + _messages(row, response), row, row_id)
+        chat = self.config.template == "chat"
+        if lost := [
+            k for k in ("history", "system") if row.get(k) and not (chat and k == "system")
+        ]:
+            raise UserError(
+                f"'{lost[0]}' has no place in a row of the form {form}; write it as 'messages'"
+            )
         asked, told = _asked(row, form), text_field(row, response)
-        if self.config.template == "chat":
+        if chat:
             turns = (("user", "\n\n".join(filter(None, asked))), ("assistant", told))
             return self._talk([{"role": r, "content": text} for r, text in turns], row, row_id)
         meta = {"question": asked[0], "answer": _answer(row, told)}
