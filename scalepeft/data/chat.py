@@ -191,6 +191,8 @@ def _template(given: str) -> str:
     if "{" in given:
         return given
     try:
-        return Path(given).read_text(encoding="utf-8")
+        if text := Path(given).read_text(encoding="utf-8"):
+            return text
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.chat_template={given}: cannot be read: {error}") from None
+    raise UserError(f"data.chat_template={given}: is empty; copy it again")

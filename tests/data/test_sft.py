@@ -291,8 +291,11 @@ def test_a_broken_row_says_why(row: dict[str, Any], reason: str) -> None:
         sft(byte_level(True), chat_template=TEMPLATES["chatml"]).example(row, "f#1", "train")
 
 
-def test_templates_that_are_missing_or_refuse() -> None:
+def test_templates_that_are_missing_or_refuse(tmp_path: Path) -> None:
     tokenizer = byte_level(True)
+    (tmp_path / "empty.jinja").touch()
+    with pytest.raises(UserError, match=r"data.chat_template=.*empty.jinja: is empty"):
+        sft(tokenizer, chat_template=str(tmp_path / "empty.jinja"))
     with pytest.raises(UserError, match=r"no chat template.*data.chat_template=FILE"):
         sft(tokenizer).example(ROWS["messages"], "f#1", "train")
     with pytest.raises(UserError, match=r"data.chat_template=gone.jinja: cannot be read"):
