@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         say("interrupted; no partial files left")
         return INTERRUPTED
     except Exception as error:
-        code = _explain(error, "--debug" in argv)
+        code = _explain(error, "--debug" in argv, stoppable)
     finally:
         if stoppable:
             stop.release()
@@ -115,12 +115,16 @@ def _values(module: Any, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _explain(error: Exception, debug: bool) -> int:
+def _explain(error: Exception, debug: bool, stoppable: bool) -> int:
     from scalepeft.core.errors import UserError
     from scalepeft.run.lease import Superseded
 
     if isinstance(error, Superseded):
         say(f"stopped: {error}")
+        return BROKEN
+    if isinstance(error, BrokenPipeError) and not stoppable:  # "| head": nobody is there to be told
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         return BROKEN
     if debug or not isinstance(error, UserError):
         traceback.print_exc()

@@ -391,3 +391,13 @@ def test_under_the_usual_launchers(launcher: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert rows(tmp_path / "run", "events.jsonl")[0]["world_size"] == 2
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    """scalepeft data ... | head"""
+    command = [sys.executable, "-m", "scalepeft", "data", *TINY, "--show", "2000"]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    assert job.stdout and job.stderr
+    job.stdout.readline()
+    job.stdout.close()
+    assert b"Broken" not in job.stderr.read() and job.wait() == 1

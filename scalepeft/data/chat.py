@@ -3,14 +3,25 @@ that a row's text spells.
 """
 
 import re
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from scalepeft.core.errors import UserError
+from scalepeft.data.rows import fill
 
 SEAM = "\ufdd1"
 """A noncharacter of Unicode, put inside what a tokenizer would read as a control token.
 ``tokens.encode`` takes its tokens out again."""
+
+UNSAID = ({"tools"}, {"tool_calls"}, {"reasoning_content", "thinking", "reasoning"})
+"""Keys of conversations that say something (of a set, transformers takes one for the other): a
+template must not pass over them in silence."""
+
+TODAY = re.compile(r"""strftime_now\((["'])(.*?)\1\)""")
+DATE = datetime(2024, 7, 26)
+"""Today, where a chat template writes it: rows must not depend on the day that a run is started.
+LLaMA 3's falls back on this one."""
 
 Messages = list[dict[str, Any]]
 
@@ -25,7 +36,8 @@ class Renderer:
 
     def __init__(self, tokenizer: Any, template: str | None = None, parse: bool = False) -> None:
         self.tokenizer = tokenizer
-        self.chat_template = _template(tokenizer, template)
+        self.given = None if template is None else _template(template)
+        self.chat_template = self.given or _own(tokenizer)
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         marks = {str(t) for t in added if t.special} | set(tokenizer.all_special_tokens)
         listed = sorted((re.escape(mark) for mark in marks if len(mark) > 1), key=len, reverse=True)
@@ -35,7 +47,24 @@ class Renderer:
         """The text with a seam in all that would be a control token."""
         if self.marks is None:
             return text
-        return self.marks.sub(lambda mark: mark[0][:-1] + SEAM + mark[0][-1], text)
+        while self.marks.search(text):  # again for a mark that stood within another
+            text = self.marks.sub(lambda mark: mark[0][:-1] + SEAM + mark[0][-1], text)
+        return text
+
+    def fill(self, template: str, values: dict[str, str], key: str) -> str:
+        """``fill``, so that no value becomes a control token with what stands beside it."""
+        text, frame = fill(template, values, key), fill(template, dict.fromkeys(values, SEAM), key)
+        if self._count(text) == self._count(frame):
+            return text
+        return fill(template, {name: f"{SEAM}{v}{SEAM}" for name, v in values.items()}, key)
+
+    def behind(self, prompt: str, completion: str) -> str:
+        """The completion, so that it makes no control token with the prompt's end."""
+        apart = self._count(prompt) + self._count(completion)
+        return completion if self._count(prompt + completion) == apart else SEAM + completion
+
+    def _count(self, text: str) -> int:
+        return len(self.marks.findall(text)) if self.marks else 0
 
     def response(self, text: str) -> str:
         """``plain`` of what is to be written: an end-of-text at its end is what every row gets."""
@@ -45,7 +74,7 @@ class Renderer:
     def shut(self, value: Any) -> Any:
         """A message, or tools, with ``plain`` of all texts in it."""
         if isinstance(value, dict):
-            kept = {key: v if key == "role" else self.shut(v) for key, v in value.items()}
+            kept = {self.shut(k): v if k == "role" else self.shut(v) for k, v in value.items()}
             if value.get("role") == "assistant" and (said := value.get("content")):
                 kept["content"] = self.response(said)
             return kept
@@ -59,14 +88,28 @@ class Renderer:
         Raises:
             UserError: there is no template, or it refuses these messages.
         """
+        if not messages:
+            raise UserError(
+                "the conversation begins with an answer, which nothing asks for: take it out, or"
+                " set data.system (data.train_on=response does not learn it)"
+            )
         if self.chat_template is None:
             raise UserError(
                 "the tokenizer has no chat template; name one (data.chat_template=FILE.jinja), or"
                 " take data.template=plain for rows that are no conversations"
             )
+        template = self.tokenizer.get_chat_template(self.given, more.get("tools"))
+        said = {key for part in (more, *messages) for key, value in part.items() if value}
+        for keys in UNSAID:
+            if said & keys and not any(key in template for key in keys):
+                lost = " or ".join(sorted(said & keys))
+                raise UserError(
+                    f"the chat template does not write the row's {lost}:"
+                    " take it out, or name another data.chat_template"
+                )
         try:
             text: str = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.chat_template, tokenize=False,
+                messages, chat_template=TODAY.sub(_today, template), tokenize=False,
                 add_generation_prompt=ask, **more,
             )  # fmt: skip
         except Exception as error:  # whatever a template calls
@@ -86,18 +129,20 @@ class Renderer:
         """
         messages, more = self.shut(messages), {"tools": self.shut(tools)} if tools else {}
         whole = self.render(messages, False, **more).rstrip()
-        before, asked = (self.render(messages[:-1], ask, **more) for ask in (False, True))
-        # Some templates begin an answer with what they leave out of one that is given ("<think>").
-        prompt = _common(asked, whole)
-        if len(prompt) < len(before.rstrip()) or len(prompt) == len(whole):
+        prompt = self._asked(messages, whole, **more)
+        before = self.render(messages[:-1], False, **more).rstrip()
+        if len(prompt) < len(_open(before, prompt, self.tokenizer)) or len(prompt) == len(whole):
             raise UserError(
                 "the chat template writes the messages before an answer otherwise once it is given:"
                 " where the answer begins cannot be told; name another data.chat_template"
             )
         parts = []
-        for i in [i for i, m in enumerate(messages[:-1]) if turns and m["role"] == "assistant"]:
-            begin = _common(self.render(messages[:i], True, **more), whole)
+        for i, message in enumerate(messages[:-1]):
+            if not turns or message["role"] != "assistant" or message.get("weight") == 0:
+                continue
             end = self.render(messages[: i + 1], False, **more).rstrip()
+            end = _open(end, whole, self.tokenizer)
+            begin = self._asked(messages[: i + 1], end, **more)
             if not whole.startswith(end) or len(begin) >= len(end):
                 raise UserError(
                     "the chat template writes earlier turns otherwise than the last: they cannot"
@@ -106,6 +151,30 @@ class Renderer:
             parts.append([len(begin), len(end)])
         return prompt, whole[len(prompt) :], parts
 
+    def _asked(self, messages: Messages, text: str, **more: Any) -> str:
+        """What of ``text``, these messages rendered, stands before the last of them, an answer."""
+        asked = self.render(messages[:-1], True, **more)
+        said = str(messages[-1].get("content") or "").strip()
+        if _bare(said) not in _bare(text):
+            raise UserError(
+                "the chat template leaves out a part of an answer that is to be learned (its"
+                " thoughts?): take it out of the row, or name another data.chat_template"
+            )
+        # Some templates begin an answer with what they leave out of one that is given ("<think>").
+        found = _common(asked, text)
+        if found != asked and 0 <= (begin := text.rfind(said)) < len(found):
+            return text[:begin]  # an answer that begins as that does ("<")
+        return found
+
+
+def _open(text: str, longer: str, tokenizer: Any) -> str:
+    """A conversation's text, without the end-of-text that some templates put behind its last turn
+    alone."""
+    end = tokenizer.eos_token
+    if longer.startswith(text) or not end or not text.endswith(end):
+        return text
+    return text.removesuffix(end).rstrip()
+
 
 def _common(one: str, other: str) -> str:
     """The beginning that two texts share."""
@@ -113,16 +182,29 @@ def _common(one: str, other: str) -> str:
     return one[: next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))]
 
 
-def _template(tokenizer: Any, given: str | None) -> str | None:
-    if given is None:
-        try:
-            found: str = tokenizer.get_chat_template()
-        except (AttributeError, ValueError):  # it has none, or several without a default
-            return None
-        return found
+def _today(call: re.Match[str]) -> str:
+    return repr(DATE.strftime(call[2]))
+
+
+def _bare(text: str) -> str:
+    """Without spaces, which templates are free with."""
+    return "".join(text.split())
+
+
+def _own(tokenizer: Any) -> str | None:
+    try:
+        found: str = tokenizer.get_chat_template()
+    except (AttributeError, ValueError):  # it has none, or several without a default
+        return None
+    return found
+
+
+def _template(given: str) -> str:
     if "{" in given:
         return given
     try:
-        return Path(given).read_text(encoding="utf-8")
+        if text := Path(given).read_text(encoding="utf-8"):
+            return text
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"data.chat_template={given}: cannot be read: {error}") from None
+    raise UserError(f"data.chat_template={given}: is empty; copy it again")

@@ -130,7 +130,7 @@ class Rows:
                 if learned:
                     start = max(1, learned[0][0])
                 self.cut += len(ids) > cutoff
-                self.lost += border >= cutoff
+                self.lost += (learned[0][0] if learned else border) >= cutoff
                 values = np.array(ids[:cutoff], dtype=np.int32)
                 begins = [begin for begin, _ in [*learned, (border, 0)]][1:]
                 for (_, end), begin in zip(learned, begins, strict=True):
@@ -224,4 +224,6 @@ def strip_eos(ids: list[int], tokenizer: Any) -> list[int]:
     """Removes an end-of-text token that some tokenizers put after every text: a prompt must stay
     open.
     """
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+    end = tokenizer.eos_token_id
+    alone = ids == [end] and end == getattr(tokenizer, "bos_token_id", None)  # it is the BOS
+    return ids[:-1] if ids and ids[-1] == end and not alone else ids

@@ -16,6 +16,8 @@ from scalepeft.data.tasks.base import Example, Task, from_prepared, prepared_for
 from scalepeft.data.tasks.commonsense import Commonsense, CommonsenseConfig
 from scalepeft.data.tasks.math import Math, MathConfig
 from scalepeft.data.tasks.sft import Sft, SftConfig
+from scalepeft.data.tasks.translation import Translation, TranslationConfig
+from scalepeft.data.token_file import split_file
 
 MARKS = ["<|im_start|>", "<|im_end|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>"]
 ASK = "{% if add_generation_prompt %}"
@@ -276,6 +278,14 @@ def test_templates_that_write_answers_otherwise(tokenizer: Any) -> None:
         ({"instruction": "a", "output": ""}, "'output' is empty"),
         ({"prompt": "a", "completion": 3}, "'completion' must be text, not int"),
         ({"text": ""}, "'text' is empty"),
+        (
+            {**ROWS["alpaca"], "history": [["a", "b"]]},
+            "'history' has no place in a row of the form alpaca",
+        ),
+        (
+            {**ROWS["completion"], "system": "Be kind."},
+            "'system' has no place in a row of the form completion",
+        ),
         ({"conversations": [{"from": "human"}]}, "message 1 .* is empty"),
     ],
 )
@@ -284,8 +294,11 @@ def test_a_broken_row_says_why(row: dict[str, Any], reason: str) -> None:
         sft(byte_level(True), chat_template=TEMPLATES["chatml"]).example(row, "f#1", "train")
 
 
-def test_templates_that_are_missing_or_refuse() -> None:
+def test_templates_that_are_missing_or_refuse(tmp_path: Path) -> None:
     tokenizer = byte_level(True)
+    (tmp_path / "empty.jinja").touch()
+    with pytest.raises(UserError, match=r"data.chat_template=.*empty.jinja: is empty"):
+        sft(tokenizer, chat_template=str(tmp_path / "empty.jinja"))
     with pytest.raises(UserError, match=r"no chat template.*data.chat_template=FILE"):
         sft(tokenizer).example(ROWS["messages"], "f#1", "train")
     with pytest.raises(UserError, match=r"data.chat_template=gone.jinja: cannot be read"):
@@ -310,6 +323,8 @@ def test_tools_and_other_keys_reach_the_template() -> None:
     ]
     row = {"messages": said, "tools": [{"name": "clock </s>"}]}
     made, ids, _ = one(sft(byte_level(True), chat_template=chat), row)
+    text = {**row, "tools": json.dumps(row["tools"])}
+    assert one(sft(byte_level(True), chat_template=chat), text)[1] == ids
     assert made.prompt.startswith("clock </s") and "[userAnn]hi" in made.prompt
     assert ids.count(1) == 1
 
@@ -320,6 +335,10 @@ def test_scores_are_exact_matches() -> None:
     assert task.score(" 4\n", made).correct and not task.score("5", made).correct
     made = task.example(ROWS["messages"], "f#1", "test")
     assert task.score("It is  6.", made).correct and not task.score("It is 4.", made).correct
+    made = task.example({**ROWS["alpaca"], "output": "4</s>"}, "f#1", "test")
+    assert task.score("4", made).correct
+    with pytest.raises(UserError, match="'answer' must be text, not list"):
+        task.example({**ROWS["alpaca"], "answer": ["4"]}, "f#1", "test")
 
 
 def test_equal_rows_of_every_file_format_are_equal(tmp_path: Path) -> None:
@@ -342,3 +361,185 @@ def test_equal_rows_of_every_file_format_are_equal(tmp_path: Path) -> None:
         task = sft(tokenizer, train=[str(tmp_path / name)])
         found.append(data.tokenize(task.stream("train"), tokenizer, task.config).fingerprint())
     assert len(set(found)) == 1
+
+
+CHATML = TEMPLATES["chatml"]
+
+
+def taught(tokenizer: Any, row: dict[str, Any], **settings: Any) -> list[str]:
+    """The learned parts of a row, decoded, one by one."""
+    _, ids, learned = one(sft(tokenizer, **settings), row)
+    parts: list[list[int]] = []
+    for i, (token, label) in enumerate(zip(ids, learned, strict=True)):
+        if label and (i == 0 or not learned[i - 1]):
+            parts.append([])
+        if label:
+            parts[-1].append(token)
+    return [tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in parts]
+
+
+def test_messages_of_weight_0_are_read_and_not_learned() -> None:
+    tokenizer = byte_level(True)
+    weighed = [{**m, "weight": w} for m, w in zip(TALK, (1, 0, 0, 1), strict=True)]
+    row = {"messages": weighed}
+    assert taught(tokenizer, row, chat_template=CHATML) == ["It is 6.<|im_end|></s>"]
+    weighed[1]["weight"], weighed[3]["weight"] = 1, 0
+    assert taught(tokenizer, row, chat_template=CHATML) == ["It is 4.<|im_end|></s>"]
+    weighed[1]["weight"] = 0
+    with pytest.raises(UserError, match=r"no answer of the assistant to learn \(all have weight 0"):
+        one(sft(tokenizer, chat_template=CHATML), row)
+    weighed[1]["weight"] = 0.5
+    with pytest.raises(UserError, match=r"message 2 .*'weight' is 0.5; allowed: 0, 1"):
+        one(sft(tokenizer, chat_template=CHATML), row)
+
+
+def test_what_a_template_would_pass_over_in_silence() -> None:
+    tokenizer = byte_level(True)
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    ask = TALK[0]
+    for answer, more, reason in (
+        ({"content": "", "tool_calls": [call]}, {}, "does not write the row's tool_calls"),
+        ({"content": "x"}, {"tools": [{"name": "f"}]}, "does not write the row's tools"),
+        ({"content": "x", "reasoning": "y"}, {}, "does not write the row's reasoning: take"),
+        ({"content": "", "id": "7"}, {}, "message 2 .* is empty"),
+        ({"content": "", "tool_calls": "f()"}, {}, "'tool_calls' must be a list of objects"),
+    ):
+        row = {"messages": [ask, {"role": "assistant", **answer}], **more}
+        with pytest.raises(UserError, match=reason):
+            one(sft(tokenizer, chat_template=CHATML), row)
+    drops = CHATML.replace("{% generation %}{{m['content']}}", "{{m.content.split('!')[-1]}}")
+    drops = drops.replace("{% endgeneration %}", "")
+    row = {"messages": [ask, {"role": "assistant", "content": "Hm! 4"}]}
+    with pytest.raises(UserError, match="leaves out a part of an answer"):
+        one(sft(tokenizer, chat_template=drops), row)
+    with pytest.raises(UserError, match="begins with an answer, which nothing asks for"):
+        one(sft(tokenizer, chat_template=CHATML), {"messages": TALK[1:]})
+    assert taught(tokenizer, {"messages": TALK[1:]}, chat_template=CHATML, train_on="response")
+    calls = CHATML.replace("{{m['content']}}", "{{m.content}}{{(m.tool_calls or '') | tojson}}")
+    row = {"messages": [ask, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    (said,) = taught(tokenizer, row, chat_template=calls)
+    assert '"arguments": {"a": 1}' in said, "OpenAI's text of JSON is no text to a template"
+    call["function"]["arguments"] = "{"
+    with pytest.raises(UserError, match="arguments of a call are no JSON"):
+        one(sft(tokenizer, chat_template=calls), row)
+
+
+def test_an_end_of_text_behind_the_last_turn_alone() -> None:
+    """Phi-3's."""
+    chat = CHATML + "{% if not add_generation_prompt %}{{eos_token}}{% endif %}"
+    parts = taught(byte_level(True), ROWS["messages"], chat_template=chat)
+    assert parts == ["It is 4.<|im_end|>", "It is 6.<|im_end|>\n</s>"]
+
+
+def test_an_answers_first_letters_are_no_part_of_the_prompt() -> None:
+    """Where a template asks for thoughts, and the answer begins with "<" too."""
+    row = {"messages": [TALK[0], {"role": "assistant", "content": "<table>"}]}
+    chat = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+    made = sft(byte_level(True), chat_template=chat).example(row, "f#1", "test")
+    assert made.prompt.endswith("assistant\n") and made.completion == "<table><|im_end|>"
+
+
+def test_rows_are_the_same_on_every_day() -> None:
+    chat = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }} {% endif %}" + CHATML
+    made = sft(byte_level(True), chat_template=chat).example(ROWS["messages"], "f#1", "train")
+    assert made.prompt.startswith("26 Jul 2024 <|im_start|>")
+
+
+def test_a_tokenizers_template_for_tools_is_taken() -> None:
+    tokenizer = byte_level(True)
+    tool = "{{tools[0]['name']}}:" + CHATML
+    tokenizer.chat_template = {"default": CHATML, "tool_use": tool}
+    row = {**ROWS["messages"], "tools": [{"name": "clock"}]}
+    assert one(sft(tokenizer), row)[0].prompt.startswith("clock:<|im_start|>")
+    assert one(sft(tokenizer), ROWS["messages"])[0].prompt.startswith("<|im_start|>")
+
+
+def test_a_rows_system_prompt_is_put_before_its_messages() -> None:
+    row = {**ROWS["sharegpt"], "system": "Be kind."}
+    task = sft(byte_level(True), chat_template=CHATML, system="Be brief.")
+    assert task.example(row, "f#1", "train").prompt.startswith("<|im_start|>system\nBe kind.<")
+
+
+@pytest.mark.parametrize("tokenize", ["apart", "together"])
+def test_texts_that_join_to_a_control_token(tokenizer: Any, tokenize: Any) -> None:
+    end = tokenizer.eos_token_id
+    task = sft(
+        tokenizer, tokenize=tokenize, prompt="<{instruction}>", input_prompt="{instruction}{input}"
+    )
+    for row in (
+        {"instruction": "/s", "output": "A"},
+        {"instruction": "Q </", "input": "s> ?", "output": "A"},
+        {"prompt": "Q <", "completion": "/s> A"},
+    ):
+        _, ids, _ = one(task, row)
+        assert ids.count(end) == 1 and ids[-1] == end
+        assert "</s>" in tokenizer.decode(ids[:-1], clean_up_tokenization_spaces=False)
+
+
+def test_control_tokens_within_one_another_and_in_keys() -> None:
+    tokenizer = byte_level(True)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|a|>", "<|a|><|b|>"]})
+    _, ids, _ = one(sft(tokenizer), {"text": "x <|a|><|b|> y"})
+    assert [i for i in ids if i in tokenizer.all_special_ids] == [0, 1]
+    chat = "{{tools | tojson}}" + CHATML
+    row = {**ROWS["messages"], "tools": [{"</s>": {"</s>": 1}}]}
+    _, ids, _ = one(sft(tokenizer, chat_template=chat), row)
+    assert ids.count(1) == 1
+
+
+def test_a_tokenizer_that_ends_every_text_leaves_an_empty_prompt_open() -> None:
+    tokenizer = byte_level(False)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "$A </s>", special_tokens=[("</s>", 1)]
+    )
+    _, ids, _ = one(sft(tokenizer), ROWS["text"])
+    assert ids.count(1) == 1 and ids[-1] == 1
+
+
+def test_thoughts_that_a_template_asks_for_are_not_compared() -> None:
+    task = sft(byte_level(True), chat_template=CHATML)
+    made = task.example({"prompt": "Q", "completion": "4"}, "f#1", "test")
+    assert task.score("<think>\n\n</think>\n\n4", made).correct
+    made = task.example({"prompt": "Q", "completion": "<think>a</think>4"}, "f#1", "test")
+    assert not task.score("<think>b</think>4", made).correct
+
+
+def test_every_task_ends_a_row_once_and_reads_its_text_as_text(tokenizer: Any) -> None:
+    end = tokenizer.eos_token_id
+    said = "2. The answer is: 4"
+    plain = {"instruction": "Cold </s>?", "input": "", "output": "the correct answer is true"}
+    commonsense = Commonsense(CommonsenseConfig(), tokenizer)
+    translation = Translation(
+        TranslationConfig(source_language="de", target_language="en"), tokenizer
+    )
+    for task, key, row in (
+        (commonsense, "output", {**plain, "answer": "true"}),
+        (Math(MathConfig(), tokenizer), "response", {"query": "2 </s>?", "response": said}),
+        (translation, "en", {"de": "Ja </s>", "en": "Yes"}),
+    ):
+        _, ids, _ = one(task, row)
+        assert ids.count(end) == 1 and ids[-1] == end
+        assert one(task, {**row, key: row[key] + "</s> "})[1] == ids
+
+
+def test_a_cut_conversation_that_keeps_an_answer_is_not_lost() -> None:
+    tokenizer = byte_level(True)
+    example = sft(tokenizer, chat_template=CHATML).example(ROWS["messages"], "f#1", "train")
+    last = len(data.encode([example.prompt], tokenizer)[0][0])
+    for cutoff, lost in ((last - 1, 0), (10, 1)):
+        config = SftConfig(chat_template=CHATML, cutoff=cutoff)
+        made = data.tokenize([example], tokenizer, config)
+        assert (made.cut, made.lost, made.dropped) == (1, lost, lost)
+
+
+def test_the_cached_tokens_are_of_the_tokenizers_marks(tmp_path: Path) -> None:
+    """Which of its tokens are special, and its chat template, stand in other files of it."""
+    (tmp_path / "a.jsonl").write_text(json.dumps(ROWS["alpaca"]))
+    tokenizer, keys = byte_level(True), []
+    for name, value in ((None, None), ("pad_token", "</s>"), ("chat_template", CHATML)):
+        if name:
+            setattr(tokenizer, name, value)
+        task = sft(tokenizer, train=[str(tmp_path / "a.jsonl")], cache=str(tmp_path))
+        keys.append(split_file(task, "train", tokenizer, []).name)
+    assert len(set(keys)) == 3
+    assert len(list((tmp_path / "tokens").iterdir())) == 3

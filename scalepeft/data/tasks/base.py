@@ -189,9 +189,8 @@ class Task:
         if tokenizer is not None:
             parse = config.special_tokens == "parse"
             self.renderer = Renderer(tokenizer, config.chat_template, parse)
-        # Of the last ``examples``: where broken rows were left out (``on_error: skip``), the number
-        # of duplicates, rows that spell control tokens, test questions by their set, and what else
-        # the user should know, a line each.
+        # Of the last ``examples``: broken rows left out, the number of duplicates, rows that spell
+        # control tokens, test questions by their set, and what else is to be said, a line each.
         self.skipped: list[str] = []
         self.repeated = 0
         self.spelling: list[str] = []
@@ -280,11 +279,13 @@ class Task:
         """The example of a row: ``template``, the prompt's, is filled with ``asked``, that of the
         completion with ``told`` as well; ``meta`` gets the row's source.
         """
+        write = fill
         if self.renderer and self.config.template != "chat":
+            write = self.renderer.fill
             told = {key: self.renderer.response(text) for key, text in (asked | told).items()}
             asked = {key: self.renderer.plain(text) for key, text in asked.items()}
-        prompt = fill(template, asked, "data.prompt")
-        completion = fill(self.config.completion, {**asked, **told}, "data.completion")
+        prompt = write(template, asked, "data.prompt")
+        completion = write(self.config.completion, {**asked, **told}, "data.completion")
         if self.config.template == "chat":
             turns = (("user", prompt), ("assistant", completion))
             said = [{"role": role, "content": text.strip()} for role, text in turns]
@@ -309,6 +310,8 @@ class Task:
         self, row_id: str, prompt: str, completion: str, meta: dict[str, Any], **more: Any
     ) -> Example:
         """An example of these texts; ``meta`` gets its source."""
+        if self.renderer and not more:
+            completion = self.renderer.behind(prompt, completion)
         if SEAM in prompt or SEAM in completion:
             self.spelling.append(row_id)
         source = row_id.rsplit("#", 1)[0]
@@ -350,9 +353,7 @@ PREPARED = {"prepared", "id", "prompt", "completion", "meta", "sum"}  # keys of 
 
 
 def prepared_for(task: Task, split: Split) -> str:
-    """What of task and config decides the examples made of a row; rows that ``scalepeft pipeline``
-    has prepared carry it.
-    """
+    """What of task and config decides the examples of a row; prepared rows carry it."""
     config = task.config
     names = deciding(type(config), Decides.ROWS)
     values = {name: getattr(config, name) for name in names if name not in SET_APART}

@@ -4,13 +4,14 @@ The form of a row is told by its keys (docs/data.md). Conversations go through t
 the prompt of alpaca rows is that of Stanford Alpaca (https://github.com/tatsu-lab/stanford_alpaca).
 """
 
+import json
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic.dataclasses import dataclass
 
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, Decides
-from scalepeft.data.chat import Messages
+from scalepeft.data.chat import SEAM, UNSAID, Messages
 from scalepeft.data.rows import text_field
 from scalepeft.data.tasks.base import Example, Score, Split, Task, TaskConfig
 
@@ -31,6 +32,8 @@ ROLES = {
     "function": "tool", "observation": "tool", "developer": "system",
 }  # fmt: skip
 """Of ShareGPT's ``from`` and of ``role`` -> the role in a chat template."""
+SAYING = ("tool_calls", *UNSAID[-1])  # what a message without content has
+THOUGHT = "</think>"
 RESPONSES = ("output", "response", "completion")
 
 
@@ -75,11 +78,18 @@ class Sft(Task):
         response = next((k for k in RESPONSES if k in row), RESPONSES[form == "completion"])
         if form == "completion" and isinstance(row.get("prompt"), list):
             return self._talk(_messages(row, "prompt") + _messages(row, response), row, row_id)
+        chat = self.config.template == "chat"
+        if lost := [
+            k for k in ("history", "system") if row.get(k) and not (chat and k == "system")
+        ]:
+            raise UserError(
+                f"'{lost[0]}' has no place in a row of the form {form}; write it as 'messages'"
+            )
         asked, told = _asked(row, form), text_field(row, response)
-        if self.config.template == "chat":
+        if chat:
             turns = (("user", "\n\n".join(filter(None, asked))), ("assistant", told))
             return self._talk([{"role": r, "content": text} for r, text in turns], row, row_id)
-        meta = {"question": asked[0], "answer": _answer(row, told)}
+        meta = {"question": asked[0], "answer": self._answer(row, told)}
         if form == "completion":
             return self._made(row_id, asked[0], told, meta)
         template = self.template(split)
@@ -97,22 +107,43 @@ class Sft(Task):
 
     def _talk(self, messages: Messages, row: dict[str, Any], row_id: str) -> Example:
         """The example of a conversation: up to its last answer."""
-        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        talks = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        answers = [i for i in talks if messages[i].get("weight") != 0]
         if not answers:
-            raise UserError("the conversation has no answer of the assistant")
+            why = " (all have weight 0)" if talks else ""
+            raise UserError(f"the conversation has no answer of the assistant to learn{why}")
         if self.config.template == "plain":
             raise UserError("is a conversation, which data.template=plain cannot write; take chat")
         messages = messages[: answers[-1] + 1]
+        if row.get("system") and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": text_field(row, "system")}, *messages]
         told = str(messages[-1].get("content") or "")
         asked = [str(m.get("content") or "") for m in messages[:-1] if m["role"] == "user"]
-        meta = {"question": "\n\n".join(asked), "answer": _answer(row, told)}
-        turns = self.config.train_on == "turns"
-        return self.conversation(row_id, messages, turns, tools=row.get("tools"), **meta)
+        meta = {"question": "\n\n".join(asked), "answer": self._answer(row, told)}
+        turns, tools = self.config.train_on == "turns", row.get("tools")
+        if isinstance(tools, str):  # sets of the hub have them as text
+            try:
+                tools = json.loads(tools)
+            except ValueError:
+                raise UserError(f"'tools' is no JSON: {tools[:60]}") from None
+        return self.conversation(row_id, messages, turns, tools=tools, **meta)
+
+    def _answer(self, row: dict[str, Any], told: str) -> str:
+        """The row's answer, or the whole response where it tells none."""
+        found = row.get("answer")
+        if isinstance(found, (int, float)):
+            return str(found)
+        if found:
+            return text_field(row, "answer")
+        return self.renderer.response(told).replace(SEAM, "") if self.renderer else told
 
     def score(self, prediction: str, example: Example) -> Score:
         """The whole prediction, but for spacing."""
+        wanted = example.meta["answer"]
+        if THOUGHT not in wanted:  # thoughts that a chat template asks for are no part of it
+            prediction = prediction.rpartition(THOUGHT)[2]
         found = " ".join(prediction.split())
-        return Score(found or None, found == " ".join(example.meta["answer"].split()))
+        return Score(found or None, found == " ".join(wanted.split()))
 
 
 def _form(row: Any) -> Form:
@@ -141,12 +172,6 @@ def _asked(row: dict[str, Any], form: Form) -> tuple[str, str]:
     return text_field(row, "instruction"), text_field(row, about, required=False).strip()
 
 
-def _answer(row: dict[str, Any], told: str) -> str:
-    """The row's answer, or the whole response where it tells none."""
-    found = row.get("answer")
-    return str(found) if isinstance(found, (int, float)) else found or told
-
-
 def _messages(row: dict[str, Any], key: str) -> Messages:
     """Messages as a chat template takes them; other keys of theirs stay."""
     listed = row.get(key)
@@ -166,10 +191,30 @@ def _messages(row: dict[str, Any], key: str) -> Messages:
                 f"{where}: '{role}' is {message.get(role)!r}; allowed: {', '.join(ROLES)}"
             )
         rest = {k: v for k, v in message.items() if k not in (role, said) and v is not None}
+        if calls := rest.get("tool_calls"):
+            rest["tool_calls"] = _calls(calls, where)
+        if message.get("weight", 1) not in (0, 1, None):
+            raise UserError(f"{where}: 'weight' is {message['weight']!r}; allowed: 0, 1")
         content = _content(message.get(said), where)
-        if not content.strip() and not (rest.keys() - {"name", "weight"}):
+        if not content.strip() and not any(map(rest.get, SAYING)):
             raise UserError(f"{where} is empty")
         found.append({"role": name, "content": content, **rest})
+    return found
+
+
+def _calls(calls: Any, where: str) -> Any:
+    """Tool calls with arguments as chat templates take them: OpenAI has them as text of JSON."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise UserError(f"{where}: 'tool_calls' must be a list of objects")
+    found = []
+    for call in calls:
+        known = call.get("function", call)
+        if isinstance(known, dict) and isinstance(text := known.get("arguments"), str):
+            try:
+                known = {**known, "arguments": json.loads(text)}
+            except ValueError:
+                raise UserError(f"{where}: arguments of a call are no JSON: {text[:60]}") from None
+        found.append({**call, "function": known} if "function" in call else known)
     return found
 
 
