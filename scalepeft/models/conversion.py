@@ -58,13 +58,15 @@ class Group:
         return (
             type(first).__name__ == "MergeModulelist"
             and first.dim == 0
-            and all(type(op).__name__ in ROW_WISE for op in later)
+            and {type(op).__name__ for op in later} <= ROW_WISE
             and not dims & {0, -3}
-            and len({len(listed) for listed in self.sources.values()}) == 1
+            and len({*map(len, self.sources.values())}) == 1
         )
 
-    def _convert(self, take: Take, rows: slice = slice(None)) -> dict[str, Tensor]:
-        """Runs the operations on what ``take`` gives for each tensor of the listed ``rows``."""
+    def convert(self, take: Take, rows: slice = slice(None)) -> dict[str, Tensor]:
+        """The model's tensors, or of a target that is made by rows only these: the operations on
+        what ``take`` gives for each listed tensor.
+        """
         if self.converter is None:
             ((name, source),) = next(iter(self.sources.values()))
             return {self.first_target: take(name, source)}
@@ -83,16 +85,12 @@ class Group:
             ) from None
         return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
 
-    def read(self, rows: slice = slice(None)) -> dict[str, Tensor]:
-        """Returns the model's tensors, or of a target that is made by rows only these."""
-        return self._convert(lambda _name, source: source.whole(), rows)
-
     def shapes(self) -> dict[str, Tensor]:
         """Returns the model's tensors on the meta device."""
-        return self._convert(lambda _, s: torch.empty(s.shape, dtype=s.dtype, device="meta"))
+        return self.convert(lambda _, s: torch.empty(s.shape, dtype=s.dtype, device="meta"))
 
     def restore(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
-        """Returns a tensor of the files out of values of the model's: the inverse of ``read``.
+        """Returns a tensor of the files out of values of the model's: the inverse of ``convert``.
 
         The operations only move numbers, so that the numbers of its places, sent through them with
         -1 for those of other tensors, tell where its values are now.
@@ -108,7 +106,7 @@ class Group:
         def places(key: str, source: Source) -> Tensor:
             return numbers.view(shape) if key == name else torch.full(source.shape, -1)
 
-        made = self._convert(places, rows)
+        made = self.convert(places, rows)
         flat = torch.cat([values[key][rows].reshape(-1) for key in made])
         place = torch.cat([made[key].reshape(-1) for key in made])
         at = (place >= 0).nonzero().squeeze(1)
@@ -132,9 +130,8 @@ class _Converted(Source):
 
     def rows(self, first: int, last: int) -> Tensor:
         """Reads the tensors of these rows where each row has its own, else all of them."""
-        if self.by_rows:
-            return self.group.read(slice(first, last))[self.name]
-        return self.group.read()[self.name][first:last]
+        made = self.group.convert(lambda _, source: source.whole(), slice(first, last))[self.name]
+        return made if self.by_rows else made[first:last]
 
 
 class Layout:
@@ -163,25 +160,22 @@ class Layout:
         info = SimpleNamespace(missing_keys=set(), unexpected_keys=set(left))
         model._adjust_missing_and_unexpected_keys(info)
         unknown = sorted(left[key] for key in info.unexpected_keys)
+        extra = f"{len(unknown)} tensors that {type(model).__name__} does not use"
+        for first in unknown[:1]:
+            extra += f", first '{first}' ({entries[first].where})"
         if missing := sorted(set(model.state_dict()) - self.sources.keys()):
             raise UserError(
                 f"{where}: no tensor '{missing[0]}' in {len(entries)} found, and {len(missing) - 1}"
                 f" more that {type(model).__name__} needs; the files are incomplete or of another"
-                " architecture than config.json"
-                + (f" (they have '{unknown[0]}', which it does not use)" if unknown else "")
+                f" architecture than config.json (they have {extra})"
             )
-        if unknown:
-            words = (
-                f"{where}: {len(unknown)} tensors that {type(model).__name__} does not use, first"
-                f" '{unknown[0]}' ({entries[unknown[0]].where})"
+        if unknown and unexpected == "error":
+            raise UserError(
+                f"{where}: {extra}; the files are of another model than config.json, or set"
+                " model.unexpected=ignore to leave them out as transformers does"
             )
-            if unexpected == "error":
-                raise UserError(
-                    f"{words}; the files are of another model than config.json, or set"
-                    " model.unexpected=ignore to leave them out as transformers does"
-                )
-            if rank() == 0:
-                say(f"{words}: left out (model.unexpected=ignore)")
+        if unknown and rank() == 0:
+            say(f"{where}: {extra}: left out (model.unexpected=ignore)")
         if stray and rank() == 0:
             say(f"{where}: {', '.join(stray)} not read: transformers takes other files there")
 

@@ -213,12 +213,11 @@ def load_tokenizer(config: ModelConfig, folder: Path) -> Any:
     source = config.tokenizer or str(folder)
     where = f"model.tokenizer={source}" if config.tokenizer else f"model.path={folder}"
     if Path(source).is_dir() and not (Path(source) / "tokenizer.json").is_file():
-        if (Path(source) / "tokenizer.model").is_file():
-            raise UserError(
-                f"{where}: has tokenizer.model but no tokenizer.json; a bare tokenizer.model gives"
-                " no BOS and other ids: convert it once, with transformers' convert_slow_tokenizer"
-            )
-        raise UserError(f"{where}: no tokenizer.json there; set model.tokenizer=FOLDER_OR_HUB_ID")
+        what = "no tokenizer.json there; set model.tokenizer=FOLDER_OR_HUB_ID"
+        if (Path(source) / "tokenizer.model").is_file():  # alone it gives no BOS and other ids
+            what = "has tokenizer.model but no tokenizer.json; convert it once, with transformers'"
+            what += " convert_slow_tokenizer"
+        raise UserError(f"{where}: {what}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # for a damaged file the tokenizers library raises a bare Exception
@@ -244,14 +243,10 @@ def architecture(folder: Path) -> Any:
 def _reason(error: Exception) -> str:
     """Its text in one line; that code of the base's own would be needed, in words of ours."""
     text = " ".join(str(error).split())
-    if isinstance(error, KeyError):
-        text = f"transformers does not know {text}"
-    if "trust_remote_code" not in text:
-        return text
-    return (
-        "needs Python code that lies beside the weights (auto_map), which is never run here; name"
-        " a base whose architecture transformers itself has"
-    )
+    if "trust_remote_code" in text:
+        text = "needs Python code that lies beside the weights (auto_map), which is never run here;"
+        return f"{text} name a base whose architecture transformers itself has"
+    return f"transformers does not know {text}" if isinstance(error, KeyError) else text
 
 
 def positions(config: Any) -> int | None:

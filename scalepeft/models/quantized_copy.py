@@ -103,22 +103,20 @@ class QuantizedCopy:
 
     def _open(self, folder: Path) -> None:
         """Opens the copy that is there, unless a rank finds that it is none."""
-        reason = ""
+        reason: str | None = ""
         try:
-            self._reader = _Copy(folder) if folder.is_dir() else None
-            if self._reader and self._reader.shapes != self._shapes:
-                raise ValueError("other tensors than the model has")
+            if folder.is_dir():
+                self._reader, reason = _Copy(folder), None
+                if self._reader.shapes != self._shapes:
+                    raise ValueError("other tensors than the model has")
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            self._reader, reason = None, str(error) or type(error).__name__
-        everyone = self.ranks.gather((self._reader is None, reason))
-        if any(without for without, _ in everyone):
+            reason = str(error) or type(error).__name__
+        if reasons := [found for found in self.ranks.gather(reason) if found is not None]:
             self._reader = None
-        if not self.ranks.is_main:
-            return
-        if self._reader:
+        if self._reader and self.ranks.is_main:
             say(f"{folder}: {size(self.size)}, quantized copy of the base read in its place")
-        elif any(reason for _, reason in everyone):
-            self._pass_over(max(reason for _, reason in everyone))
+        elif self.ranks.is_main and max(reasons):
+            self._pass_over(max(reasons))
 
     def _pass_over(self, reason: object) -> None:
         say(f"{self.folder}: quantized copy passed over ({reason}); the base is read in its place")
@@ -202,7 +200,6 @@ def folder_of(setting: str | bool, quantized_bytes: int) -> Path | None:
     on where ``$SCALEPEFT_CACHE`` says that there is a place for caches: a home may have no room.
     """
     if setting == "auto":
-        wanted = quantized_bytes >= AUTO_BYTES and bool(os.environ.get("SCALEPEFT_CACHE"))
+        wanted = quantized_bytes >= AUTO_BYTES and os.environ.get("SCALEPEFT_CACHE")
         return cache_folder() / "quantized" if wanted else None
-    wanted = setting not in (False, "off") and quantized_bytes > 0
-    return Path(str(setting)) if wanted else None
+    return Path(str(setting)) if setting not in (False, "off") and quantized_bytes else None
