@@ -181,27 +181,23 @@ class Layout:
 
     def _assign(self, model: Any, entries: dict[str, Source]) -> dict[str, str]:
         """Fills ``groups`` and ``sources``; returns renamed -> name of what fits nowhere."""
+        from transformers import core_model_loading as loading
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            dot_natural_key,
-            rename_source_key,
-        )
 
         mapping = get_model_conversion_mapping(model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
         by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
         state, prefix = model.state_dict(), model.base_model_prefix
         # Operations ask it for shapes, and ours are about to change (quantized layers).
         model = copy.deepcopy(model) if converters else model
         found: dict[str, Group] = {}
         left: dict[str, str] = {}
-        for name in sorted(entries, key=dot_natural_key):
-            target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        renamed = loading.rename_source_key
+        for name in sorted(entries, key=loading.dot_natural_key):
+            target, pattern = renamed(name, renamings, converters, prefix, state)
             if target not in state and name in state:
-                target, pattern = rename_source_key(name, [], [], prefix, state)
+                target, pattern = renamed(name, [], [], prefix, state)
             if target not in state:
                 left[target] = name
                 continue

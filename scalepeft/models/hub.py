@@ -273,16 +273,13 @@ def _without_bad_pad(config: Any) -> Any:
 
 def meta_model(config: Any, where: str, **options: Any) -> Any:
     """Returns the causal LM of a transformers config on the meta device; UserError if it cannot."""
-    from transformers import (
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-    )
+    import transformers
 
-    multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    made_by: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    multimodal = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    kind = "ImageTextToText" if multimodal else "CausalLM"
     try:
         with torch.device("meta"):
+            made_by = getattr(transformers, f"AutoModelFor{kind}")
             return made_by.from_config(config, trust_remote_code=False, **options)
     except Exception as error:  # torch's too: sizes that no layer can have
         raise UserError(f"{where}: {_reason(error)}") from None
