@@ -99,9 +99,8 @@ class SafetensorsFile:
 
 
 class Writer:
-    """Write a file tensor by tensor, each in pieces of bytes, and hash what was to be written.
-
-    On leaving the context the file is on the disk.
+    """Write a file tensor by tensor, each in pieces of bytes, and hash what was to be written; on
+    leaving the context it is on the disk.
 
     Args:
         path: of the file; one that is there is replaced.

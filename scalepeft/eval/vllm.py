@@ -25,7 +25,6 @@ from scalepeft.eval.target import EvalTarget
 from scalepeft.export import peft as export
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
-INSTALL = "pip install vllm in an environment with a GPU, or evaluate.backend=hf"
 
 
 class Generator(Backend):
@@ -102,7 +101,8 @@ def check(config: RunConfig, kind: Subject, world_size: int) -> None:
     try:
         import vllm.lora.request  # noqa: F401
     except ImportError as error:
-        raise UserError(f"evaluate.backend=vllm: {error}; {INSTALL}") from None
+        remedy = "pip install vllm in an environment with a GPU, or evaluate.backend=hf"
+        raise UserError(f"evaluate.backend=vllm: {error}; {remedy}") from None
 
 
 def exported(config: RunConfig, sha256: str) -> tuple[Path, int]:

@@ -33,9 +33,9 @@ class Group:
 
     Attributes:
         first_target: name of the model's tensor, the first of them for a split.
-        sources: pattern of the converter -> (name, tensor) in transformers' order.
         converter: transformers' ``WeightConverter``; None where a tensor is only renamed.
         model: on the meta device, as its class makes it.
+        sources: pattern of the converter -> (name, tensor) in transformers' order.
     """
 
     first_target: str

@@ -125,12 +125,8 @@ class Base:
         return self._digests
 
     def check_same(self, recorded: dict[str, Any], who: str, ranks: Ranks) -> None:
-        """Raises UserError unless this is the base that ``who`` was trained over; a collective.
-
-        Args:
-            recorded: its ``fingerprint`` and (not in older runs) ``sha256`` of each file by name.
-            who: for the message.
-            ranks: of which each has the base.
+        """Raises UserError unless this is the base that ``who`` was trained over, of which
+        ``fingerprint`` and (not in older runs) ``sha256`` by file are ``recorded``; a collective.
         """
         where, now = f"model.path={self.config.path}", self.digests(ranks)
         held: Any = recorded.get("sha256")
@@ -181,9 +177,8 @@ def check_place(name: str) -> None:
     if name == BUILTIN or Path(name).is_dir():
         return
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(
-            f"model.path={name}: no such folder (from {Path.cwd()}), and not a hub id (ORG/NAME)"
-        )
+        neither = f"no such folder (from {Path.cwd()}), and not a hub id (ORG/NAME)"
+        raise UserError(f"model.path={name}: {neither}")
 
 
 def _download(name: str, revision: str | None) -> str:

@@ -27,13 +27,7 @@ def build(
     """Builds the causal LM on the meta device, block layers in the storage of ``model.quant``.
 
     A multimodal model keeps its text decoder and head; what its files hold for images and sound is
-    not read.
-
-    Args:
-        config: of the run's base.
-        folder: with ``config.json``.
-        precision: key of ``PRECISIONS``.
-        weights: the folder's, which are bound to the model; without, shapes alone are to be had.
+    not read. ``weights`` of the folder are bound to it; without, shapes alone are to be had.
 
     Raises:
         UserError: config.json is missing, broken or of an unsupported architecture; the tensors are
@@ -155,12 +149,8 @@ def _weights_read_by(kind: type[nn.Module]) -> dict[str, bool]:
 
 
 def layers_read_directly(model: nn.Module, values: bool) -> set[nn.Module]:
-    """Linear layers whose weight the model also reads past the layer's forward: an adapter would be
-    passed over there, and bytes taken for numbers.
-
-    Args:
-        model: of transformers.
-        values: only those of which it takes the values, not just the dtype.
+    """Linear layers whose weight the model also reads past the layer's forward (with ``values`` for
+    more than its dtype): an adapter would be passed over there, and bytes taken for numbers.
     """
     return {
         layer
