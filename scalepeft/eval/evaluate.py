@@ -115,14 +115,13 @@ def _settings(
     """What decides the predictions, for settings.json beside them."""
     config = target.config
     asked = "".join(e.id + e.prompt for e in examples)
+    keys = deciding(EvaluateConfig, Decides.PREDICTIONS)
     return {
         "subject": target.fingerprint,
         "task": task.Config.__name__,
         "task_version": task.version,
         "prompt": task.template("test"),
-        "generation": [
-            getattr(config.evaluate, key) for key in deciding(EvaluateConfig, Decides.PREDICTIONS)
-        ],
+        "generation": [getattr(config.evaluate, key) for key in keys],
         "model": config.model.path,
         "quant": [config.model.quant, config.model.double_quant],
         "precision": config.train.precision,
