@@ -168,23 +168,19 @@ def _lots(
     generator: Backend, todo: list[list[Example]], done: set[str], ranks: Ranks
 ) -> Iterator[list[dict[str, Any]]]:
     """Answers of this rank's share of the rows: as they end, or of each batch that is left."""
-    if isinstance(generator, Generator) and not generator.whole:
-        left = [e for batch in todo for e in batch if e.id not in done]
-        mine = left[ranks.rank :: ranks.world_size]
-        for lot in generator.stream([e.prompt for e in mine]):
-            yield [{"id": mine[i].id, "prediction": text, "cut": cut} for i, text, cut in lot]
-        return
-    if isinstance(generator, Generator) and generator.config.num_beams == 1 and ranks.is_main:
-        say(f"a batch goes on until its longest answer ends: {generator.whole}")
+    todo = [batch for batch in todo if not {e.id for e in batch} <= done]
+    if isinstance(generator, Generator):
+        if not generator.whole:
+            todo = [[e for batch in todo for e in batch if e.id not in done]]
+        elif generator.config.num_beams == 1 and ranks.is_main:
+            say(f"a batch goes on until its longest answer ends: {generator.whole}")
     for batch in todo:
-        if {e.id for e in batch} <= done:
-            continue
         mine = batch[ranks.rank :: ranks.world_size]
         # A rank with nothing left generates for the first prompt once more: sharded forwards are
         # collectives.
-        answers = zip(*generator([e.prompt for e in mine or batch[:1]]), strict=True)
-        rows = zip(mine, answers, strict=False)
-        yield [{"id": e.id, "prediction": text, "cut": cut} for e, (text, cut) in rows]
+        for lot in generator.stream([e.prompt for e in mine or batch[:1]]):
+            rows = lot if mine else []
+            yield [{"id": mine[i].id, "prediction": text, "cut": cut} for i, text, cut in rows]
 
 
 def _write_scores(

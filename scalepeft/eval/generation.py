@@ -57,17 +57,17 @@ class Backend:
         self.tokenizer, self.config, self.positions = tokenizer, config, positions or sys.maxsize
         self.ends: list[int] = [tokenizer.eos_token_id]
 
-    def __call__(self, prompts: list[str]) -> tuple[list[str], list[bool]]:
-        """Returns the new text alone of each prompt, and which prompts lost their beginning.
+    def stream(self, prompts: list[str]) -> Iterator[list[tuple[int, str, bool]]]:
+        """Answers, some at once: number of the prompt, its new text alone, and whether the prompt
+        lost its beginning.
 
         Raises:
             UserError: as ``encoded``.
         """
-        if not prompts:
-            return [], []
         ids, limits, cut = self.encoded(prompts)
-        answers = self.generate(ids, limits)
-        return self.texts([answer[:n] for answer, n in zip(answers, limits, strict=True)]), cut
+        pairs = zip(self.generate(ids, limits), limits, strict=True)
+        texts = self.texts([answer[:n] for answer, n in pairs])
+        yield [*zip(range(len(texts)), texts, cut, strict=True)]
 
     def encoded(self, prompts: list[str]) -> tuple[list[list[int]], list[int], list[bool]]:
         """Tokens of each prompt, the most of its answer, and whether it lost its beginning (all but
@@ -154,30 +154,24 @@ class Generator(Backend):
         longest = min(config.max_tokens or self.positions, self.positions)
         self.whole = "a beam search" if config.num_beams > 1 else obstacle(model, longest)
 
-    def generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
-        """Left-padded, with a KV cache; greedy rows ``batch_size`` at once."""
-        if self.whole:
-            return self._generate(ids, limits)
-        rows = [Row(i, *row) for i, row in enumerate(zip(ids, limits, strict=True))]
-        for _ in self._answered(iter(rows)):
-            pass
-        return [row.new for row in rows]
-
     def stream(self, prompts: list[str]) -> Iterator[list[tuple[int, str, bool]]]:
-        """Answers as they end, some seconds' at once: number of the prompt, text, and whether the
-        prompt lost its beginning. The prompts enter in their order.
-        """
+        """In slots some seconds' answers at once; the prompts enter in their order."""
+        if self.whole:
+            yield from super().stream(prompts)
+            return
         each = (zip(*self.encoded([prompt]), strict=True) for prompt in prompts)
-        for done in self._answered(Row(i, *row) for i, (row,) in enumerate(each)):
+        for done in self.slots().run(Row(i, *row) for i, (row,) in enumerate(each)):
             texts = self.texts([row.new for row in done])
             yield [(row.index, text, row.cut) for row, text in zip(done, texts, strict=True)]
 
-    def _answered(self, rows: Iterator[Row]) -> Iterator[list[Row]]:
+    def slots(self) -> Slots:
+        """Slots for ``batch_size`` greedy rows at once."""
         size = self.config.batch_size
-        return Slots(self.model, self.device, size, self.ends, self.stopped, self.synced).run(rows)
+        return Slots(self.model, self.device, size, self.ends, self.stopped, self.synced)
 
     @torch.no_grad()
-    def _generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
+    def generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
+        """As a whole: left-padded, with a KV cache."""
         from transformers import GenerationConfig
 
         padded, mask = left_padded(ids, self.device)

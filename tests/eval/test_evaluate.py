@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +29,6 @@ from scalepeft.core.preemption import StopFlag
 from scalepeft.data.rows import read_rows
 from scalepeft.data.tasks.base import Example
 from scalepeft.eval import evaluate, generation
-from scalepeft.eval.generation import Generator
 from scalepeft.eval.predictions import Predictions
 from scalepeft.export import merge
 from scalepeft.models import hub
@@ -37,6 +36,13 @@ from scalepeft.models import hub as models
 from scalepeft.parallel.ranks import Ranks
 
 CPU = torch.device("cpu")
+
+
+class Generator(generation.Generator):
+    def __call__(self, prompts: list[str]) -> tuple[list[str], list[bool]]:
+        """The text of each prompt, and which prompts lost their beginning."""
+        found = sorted(answer for lot in self.stream(prompts) for answer in lot)
+        return [text for _, text, _ in found], [cut for _, _, cut in found]
 
 
 WORDS = (
@@ -443,14 +449,14 @@ def test_an_evaluation_broken_off_ends_as_an_undisturbed_one(
         def lengths(self, prompts: list[str]) -> list[int]:
             return list(map(len, prompts))
 
-        def __call__(self, prompts: list[str]) -> tuple[list[str], list[bool]]:
+        def stream(self, prompts: list[str]) -> Iterator[list[tuple[int, str, bool]]]:
             if not left[0]:
                 raise Broken
             left[0] -= 1
             calls.append(prompts)
             mark = sum(map(len, prompts)) % 4
             texts = [f"answer{1 + (len(p) + mark) % 4} {mark}" for p in prompts]
-            return texts, [False] * len(prompts)
+            yield [(i, text, False) for i, text in enumerate(texts)]
 
     monkeypatch.setattr(evaluate, "_generator", lambda *_: Fake())
     settings = ("data.test_size=2000", "evaluate.batch_size=10")
