@@ -140,7 +140,6 @@ class Layout:
     Attributes:
         sources: every tensor of the model's ``state_dict`` by its name there.
         groups: of each used tensor of the files, what it is a part of.
-        unused: names of tensors that the model does not have.
         untied: names of the model's tensors that its config ties and the files do not.
 
     Raises:
@@ -156,7 +155,6 @@ class Layout:
         self.untied: list[str] = []
         left = self._assign(model, entries)
         self._tie(model)
-        self.unused = sorted(left.values())
         info = SimpleNamespace(missing_keys=set(), unexpected_keys=set(left))
         model._adjust_missing_and_unexpected_keys(info)
         unknown = sorted(left[key] for key in info.unexpected_keys)

@@ -184,12 +184,11 @@ def check_place(name: str) -> None:
 def _download(name: str, revision: str | None) -> str:
     check_place(name)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
         return snapshot_download(name, revision=revision, allow_patterns=patterns)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # also every error of the hub's own
         at = f" at revision {revision}" if revision else ""
         raise UserError(
             f"model.path={name}{at}: no such folder here, and the download from the hub failed"

@@ -214,8 +214,7 @@ def compute_tables(model: Any, device: torch.device) -> None:
     if not made:
         return
     flagged: list[Any] = [m for m in model.modules() if m not in made]
-    for module in made:
-        flagged += module.parameters(recurse=False)
+    flagged += [p for module in made for p in module.parameters(recurse=False)]
     for item in flagged:
         item._is_hf_initialized = True  # transformers' word for: leave it
     model.initialize_weights()
