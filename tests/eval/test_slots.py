@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import make, stock, tokenizer
+from families import answers, make, stock, tokenizer
 from processes import rows as read
 from test_evaluate import CPU, scored, toy_run
 
@@ -38,15 +38,6 @@ def generator(model: Any, size: int, **settings: Any) -> Generator:
     return found
 
 
-def answers(some: Generator, prompts: list[list[int]], limits: list[int]) -> list[list[int]]:
-    """The tokens of each prompt, in slots."""
-    assert not some.whole
-    rows = [slots.Row(i, *row) for i, row in enumerate(zip(prompts, limits, strict=True))]
-    for _ in some.slots().run(iter(rows)):
-        pass
-    return [row.new for row in rows]
-
-
 def asked(count: int) -> tuple[list[list[int]], list[int]]:
     """Prompts of very different lengths, and limits of their answers."""
     rng = random.Random(3)
@@ -65,7 +56,7 @@ def test_rows_in_slots_are_each_prompt_alone(name: str, model: Callable[[str], A
     assert len(set(map(len, want))) > 3
     for size in (7, 24):
         some = generator(model(name), size)
-        assert answers(some, prompts, limits) == want
+        assert not some.whole and answers(some, prompts, limits) == want
 
 
 def test_a_row_that_has_ended_at_the_last_position_goes_no_further(
