@@ -56,9 +56,8 @@ class SafetensorsFile:
         self._descriptor: int | None = None
         self.size = path.stat().st_size
         with path.open("rb") as f:
-            head = f.read(8)
-            length = int.from_bytes(head, "little")
-            self.header = f.read(length) if len(head) == 8 and length <= self.size - 8 else b""
+            length = int.from_bytes(f.read(8), "little")
+            self.header = f.read(length) if length <= self.size - 8 else b""
         if not self.header:
             raise DamagedFile(f"truncated: {self.size} bytes, too short for its header")
         begin = 8 + length
@@ -100,9 +99,8 @@ class SafetensorsFile:
 
 
 class Writer:
-    """Write a file tensor by tensor, each in pieces of bytes, and hash what was to be written.
-
-    On leaving the context the file is on the disk.
+    """Write a file tensor by tensor, each in pieces of bytes, and hash what was to be written; on
+    leaving the context it is on the disk.
 
     Args:
         path: of the file; one that is there is replaced.

@@ -21,7 +21,6 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +79,12 @@ def compute(folder: Path, stop: StopFlag | None = None) -> dict[str, Any] | None
     scores = _segments(inputs / "segments.json", len(names))
     mean, half = mean_interval(scores)
     half = half or 0.0
-    by_source: dict[str, list[float]] = defaultdict(list)
-    for name, score in sorted(zip(names, scores, strict=True)):
-        by_source[name].append(score)
+    rows = [*zip(names, scores, strict=True)]
     results = {
         "score": mean,
         "ci95": [mean - half, mean + half],
         "rows": len(scores),
-        "sources": {name: statistics.fmean(found) for name, found in by_source.items()},
+        "sources": {n: statistics.fmean(x for m, x in rows if m == n) for n in sorted({*names})},
         "model": model,
         "command": shlex.join(command),
         "texts": digest,

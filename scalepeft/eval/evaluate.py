@@ -115,14 +115,13 @@ def _settings(
     """What decides the predictions, for settings.json beside them."""
     config = target.config
     asked = "".join(e.id + e.prompt for e in examples)
+    keys = deciding(EvaluateConfig, Decides.PREDICTIONS)
     return {
         "subject": target.fingerprint,
         "task": task.Config.__name__,
         "task_version": task.version,
         "prompt": task.template("test"),
-        "generation": [
-            getattr(config.evaluate, key) for key in deciding(EvaluateConfig, Decides.PREDICTIONS)
-        ],
+        "generation": [getattr(config.evaluate, key) for key in keys],
         "model": config.model.path,
         "quant": [config.model.quant, config.model.double_quant],
         "precision": config.train.precision,
@@ -138,7 +137,7 @@ def _generator(target: EvalTarget, left: list[Example], ranks: Ranks, poll: Any)
     """The backend that answers, with its model loaded."""
     config = target.config
     if config.evaluate.backend == "vllm":
-        found: Backend = vllm.Generator.load(target, [e.prompt for e in left])
+        found: Backend = vllm.Generator(target, [e.prompt for e in left])
     else:
         built, tokenizer = target.load(ranks, poll), target.base.tokenizer
         synced = built.engine.sharded and ranks.world_size > 1
@@ -154,14 +153,9 @@ def _generate(
     ranks, done = predictions.ranks, set(predictions.done)
     left = [e for e in examples if e.id not in done]
     generator = _generator(target, left, ranks, poll)
-    if isinstance(generator, Generator) and not generator.whole:
-        lots = _streamed(generator, left, ranks)
-    else:
-        if isinstance(generator, Generator) and generator.config.num_beams == 1 and ranks.is_main:
-            say(f"a batch goes on until its longest answer ends: {generator.whole}")
-        size = target.config.evaluate.batch_size * ranks.world_size
-        made = batches(examples, generator.lengths([e.prompt for e in examples]), size)
-        lots = _answered(generator, [b for b in made if not {e.id for e in b} <= done], ranks)
+    size = target.config.evaluate.batch_size * ranks.world_size
+    todo = batches(examples, generator.lengths([e.prompt for e in examples]), size)
+    lots = _lots(generator, todo, done, ranks)
     progress = Progress(len(left))
     while (before := len(predictions.done)) < len(examples):  # the same on every rank
         poll()
@@ -170,29 +164,23 @@ def _generate(
             progress.add(len(predictions.done) - before)
 
 
-def _streamed(
-    generator: Generator, left: list[Example], ranks: Ranks
+def _lots(
+    generator: Backend, todo: list[list[Example]], done: set[str], ranks: Ranks
 ) -> Iterator[list[dict[str, Any]]]:
-    """This rank's share of the rows, the longest prompts first, as their answers end."""
-    length = dict(
-        zip([e.id for e in left], generator.lengths([e.prompt for e in left]), strict=True)
-    )
-    mine = sorted(left, key=lambda e: (-length[e.id], e.id))[ranks.rank :: ranks.world_size]
-    for lot in generator.stream([e.prompt for e in mine]):
-        yield [{"id": mine[i].id, "prediction": text, "cut": lost} for i, text, lost in lot]
-
-
-def _answered(
-    generator: Backend, todo: list[list[Example]], ranks: Ranks
-) -> Iterator[list[dict[str, Any]]]:
-    """This rank's share of each batch, those of an undisturbed evaluation of all examples."""
+    """Answers of this rank's share of the rows: as they end, or of each batch that is left."""
+    todo = [batch for batch in todo if not {e.id for e in batch} <= done]
+    if isinstance(generator, Generator):
+        if not generator.whole:
+            todo = [[e for batch in todo for e in batch if e.id not in done]]
+        elif generator.config.num_beams == 1 and ranks.is_main:
+            say(f"a batch goes on until its longest answer ends: {generator.whole}")
     for batch in todo:
         mine = batch[ranks.rank :: ranks.world_size]
         # A rank with nothing left generates for the first prompt once more: sharded forwards are
         # collectives.
-        texts, cut = generator([e.prompt for e in mine or batch[:1]])
-        answered = zip([e.id for e in mine], texts, cut, strict=False)
-        yield [{"id": id_, "prediction": text, "cut": lost} for id_, text, lost in answered]
+        for lot in generator.stream([e.prompt for e in mine or batch[:1]]):
+            rows = lot if mine else []
+            yield [{"id": mine[i].id, "prediction": text, "cut": cut} for i, text, cut in rows]
 
 
 def _write_scores(

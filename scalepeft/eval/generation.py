@@ -1,6 +1,5 @@
 """From prompts to continuations with the run's own model: slots, or left-padded batches; beams."""
 
-import random
 import sys
 import time
 from collections.abc import Iterator
@@ -8,8 +7,6 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from scalepeft.config.schema import EvaluateConfig
 from scalepeft.core.errors import UserError
@@ -18,7 +15,7 @@ from scalepeft.core.text import duration
 from scalepeft.data import tokens
 from scalepeft.data.tasks.base import Example
 from scalepeft.eval.scores import cut_at
-from scalepeft.eval.slots import Row, Slots, obstacle
+from scalepeft.eval.slots import Row, Slots, left_padded, obstacle
 from scalepeft.models.hub import positions
 
 
@@ -56,32 +53,83 @@ class Backend:
         ends: tokens that end an answer; ``Base.ends`` has those of a base.
     """
 
-    def __init__(self, tokenizer: Any, config: EvaluateConfig, positions: int) -> None:
-        self.tokenizer, self.config, self.positions = tokenizer, config, positions
+    def __init__(self, tokenizer: Any, config: EvaluateConfig, positions: int | None) -> None:
+        self.tokenizer, self.config, self.positions = tokenizer, config, positions or sys.maxsize
         self.ends: list[int] = [tokenizer.eos_token_id]
 
-    def __call__(self, prompts: list[str]) -> tuple[list[str], list[bool]]:
-        """Returns the new text alone of each prompt, and which prompts lost their beginning.
+    def stream(self, prompts: list[str]) -> Iterator[list[tuple[int, str, bool]]]:
+        """Answers, some at once: number of the prompt, its new text alone, and whether the prompt
+        lost its beginning.
 
         Raises:
-            UserError: the answer alone would fill the model's positions, or a prompt is empty.
+            UserError: as ``encoded``.
         """
-        if not prompts:
-            return [], []
         ids, limits, cut = self.encoded(prompts)
-        answers = self.generate(ids, limits)
-        return self.texts([answer[:n] for answer, n in zip(answers, limits, strict=True)]), cut
+        pairs = zip(self.generate(ids, limits), limits, strict=True)
+        texts = self.texts([answer[:n] for answer, n in pairs])
+        yield [*zip(range(len(texts)), texts, cut, strict=True)]
 
     def encoded(self, prompts: list[str]) -> tuple[list[list[int]], list[int], list[bool]]:
-        """Tokens of each prompt, the most of its answer, and whether it lost its beginning."""
-        ids, cut = encode(prompts, self.tokenizer, self.config, self.positions)
-        room = self.config.max_tokens or self.positions
-        return ids, [min(self.config.max_new_tokens, room - len(prompt)) for prompt in ids], cut
+        """Tokens of each prompt, the most of its answer, and whether it lost its beginning (all but
+        BOS) to fit in.
+
+        Raises:
+            UserError: a prompt without a token, or no room for one.
+        """
+        new, all_ = self.config.max_new_tokens, self.config.max_tokens or self.positions
+        if self.positions <= new:
+            raise UserError(
+                f"evaluate.max_new_tokens={new} fills the model's {self.positions} positions"
+            )
+        room = min(self.positions - new, all_ - 1)
+        found, cut = [], []
+        for ids, _ in tokens.encode(prompts, self.tokenizer):
+            if not ids:
+                raise UserError(
+                    "a prompt of data.test is empty, and the tokenizer puts no BOS before it: there"
+                    " is nothing to continue; set data.prompt, or repair the row"
+                )
+            cut.append(len(ids) > room)
+            if cut[-1]:  # the end of a prompt asks the question
+                kept = ids[:1] if ids[0] == self.tokenizer.bos_token_id and room > 1 else []
+                ids = kept + ids[len(ids) - room + len(kept) :]
+            found.append(ids)
+        return found, [min(new, all_ - len(ids)) for ids in found], cut
 
     def texts(self, answers: list[list[int]]) -> list[str]:
         """The text of each answer, up to its end token or stop text."""
         new = [list(takewhile(lambda token: token not in self.ends, a)) for a in answers]
-        return [cut_at(text, self.config.stop) for text in _decode(new, self.tokenizer)]
+        return [cut_at(text, self.config.stop) for text in self._decoded(new)]
+
+    def stopped(self, answers: list[list[int]]) -> list[bool]:
+        """Which of the answers have a stop text in what a last token may have ended.
+
+        It only saves forwards: what an answer is, ``cut_at`` decides on the whole text. (The
+        criterion that transformers has goes through the whole vocabulary for every batch.)
+        """
+        stop = self.config.stop
+        if not stop:
+            return [False] * len(answers)
+        # A token is at least a byte of the text; one more, as the first may lose its space.
+        window = 1 + max(len(text.encode()) for text in stop)
+
+        def inside(text: str) -> bool:
+            return any(one in text for one in stop)
+
+        ends = self._decoded([answer[-window:] for answer in answers])
+        return [
+            inside(end) and inside(self._decoded([answer])[0])
+            for answer, end in zip(answers, ends, strict=True)
+        ]
+
+    def _decoded(self, answers: list[list[int]]) -> list[str]:
+        if not answers:  # of which transformers makes an answer
+            return []
+        # Some tokenizers' settings would "clean up" spaces: French " ?" would become "?".
+        found: list[str] = self.tokenizer.batch_decode(
+            answers, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return found
 
     def generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
         """The new tokens of each prompt; those past its limit, or a stop text, do not count."""
@@ -99,57 +147,44 @@ class Generator(Backend):
     """
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        config: EvaluateConfig,
-        device: torch.device,
-        synced: bool,
+        self, model: Any, tokenizer: Any, config: EvaluateConfig, device: torch.device, synced: bool
     ) -> None:
-        super().__init__(tokenizer, config, positions(model.config) or sys.maxsize)
+        super().__init__(tokenizer, config, positions(model.config))
         self.model, self.device, self.synced = model, device, synced
         longest = min(config.max_tokens or self.positions, self.positions)
         self.whole = "a beam search" if config.num_beams > 1 else obstacle(model, longest)
 
-    def generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
-        """Left-padded, with a KV cache; greedy rows ``batch_size`` at once."""
-        if self.whole:
-            return self._generate(ids, limits)
-        rows = [Row(i, *row) for i, row in enumerate(zip(ids, limits, strict=True))]
-        for _ in self._slots().run(iter(rows)):
-            pass
-        return [row.new for row in rows]
-
     def stream(self, prompts: list[str]) -> Iterator[list[tuple[int, str, bool]]]:
-        """Answers as they end, some seconds' at once: number of the prompt, text, and whether the
-        prompt lost its beginning. The prompts enter in their order.
-        """
-
+        """In slots some seconds' answers at once; the prompts enter in their order."""
+        if self.whole:
+            yield from super().stream(prompts)
+            return
         each = (zip(*self.encoded([prompt]), strict=True) for prompt in prompts)
-        for done in self._slots().run(Row(i, *row) for i, (row,) in enumerate(each)):
+        for done in self.slots().run(Row(i, *row) for i, (row,) in enumerate(each)):
             texts = self.texts([row.new for row in done])
             yield [(row.index, text, row.cut) for row, text in zip(done, texts, strict=True)]
 
-    def _slots(self) -> Slots:
-        stopped = _Ends(self.tokenizer, self.config.stop, [], 0).stopped
+    def slots(self) -> Slots:
+        """Slots for ``batch_size`` greedy rows at once."""
         size = self.config.batch_size
-        return Slots(self.model, self.device, size, self.ends, stopped, self.synced)
+        return Slots(self.model, self.device, size, self.ends, self.stopped, self.synced)
 
     @torch.no_grad()
-    def _generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
+    def generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
+        """As a whole: left-padded, with a KV cache."""
         from transformers import GenerationConfig
 
-        rows = [torch.tensor(prompt) for prompt in ids]
-        padded = pad_sequence(rows, batch_first=True, padding_side="left", padding_value=-1)
-        padded = padded.to(self.device)
+        padded, mask = left_padded(ids, self.device)
+        begin = padded.shape[1]
+
+        def ended(found: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            return torch.tensor(self.stopped(found[:, begin:].tolist()), device=found.device)
+
         # What is not set in the call is taken from here, which is filled from the model's files.
         self.model.generation_config = GenerationConfig()
-        # Beams are cut afterwards: a search must see its hypotheses to their end.
-        greedy = self.config.num_beams == 1
-        ends = _Ends(self.tokenizer, self.config.stop, limits, padded.shape[1])
         new: list[list[int]] = self.model.generate(
-            input_ids=padded.clamp(min=0),
-            attention_mask=(padded >= 0).long(),
+            input_ids=padded,
+            attention_mask=mask,
             generation_config=GenerationConfig(
                 max_new_tokens=max(limits),
                 num_beams=self.config.num_beams,
@@ -158,9 +193,10 @@ class Generator(Backend):
                 eos_token_id=self.ends,
                 pad_token_id=self.ends[0],
             ),
-            stopping_criteria=[ends] if greedy else None,
+            # Beams are cut afterwards: a search must see its hypotheses to their end.
+            stopping_criteria=[ended] if self.config.num_beams == 1 else None,
             synced_gpus=self.synced,
-        )[:, padded.shape[1] :].tolist()
+        )[:, begin:].tolist()
         return new
 
 
@@ -180,85 +216,14 @@ def check(config: EvaluateConfig) -> None:
         )
 
 
-def encode(
-    prompts: list[str], tokenizer: Any, config: EvaluateConfig, positions: int
-) -> tuple[list[list[int]], list[bool]]:
-    """Token ids of prompts, and which of them lost their beginning (all but BOS) to fit in.
-
-    Raises:
-        UserError: a prompt without a token, or no room for one.
-    """
-    if positions <= (new := config.max_new_tokens):
-        raise UserError(f"evaluate.max_new_tokens={new} fills the model's {positions} positions")
-    room = min(positions - new, (config.max_tokens or positions) - 1)
-    found, cut = [], []
-    for ids, _ in tokens.encode(prompts, tokenizer):
-        if not ids:
-            raise UserError(
-                "a prompt of data.test is empty, and the tokenizer puts no BOS before it: there is"
-                " nothing to continue; set data.prompt, or repair the row"
-            )
-        cut.append(len(ids) > room)
-        if cut[-1]:  # the end of a prompt asks the question
-            kept = ids[:1] if ids[0] == tokenizer.bos_token_id and room > 1 else []
-            ids = kept + ids[len(ids) - room + len(kept) :]
-        found.append(ids)
-    return found, cut
-
-
-def _decode(answers: list[list[int]], tokenizer: Any) -> list[str]:
-    if not answers:  # of which transformers makes an answer
-        return []
-    # Some tokenizers' settings would "clean up" spaces: French " ?" would become "?".
-    found: list[str] = tokenizer.batch_decode(
-        answers, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    return found
-
-
-class _Ends:
-    """Stopping criterion of greedy rows: a stop text, or the row's own length limit.
-
-    It only saves forwards: what an answer is, ``cut_at`` decides on the whole text. (The criterion
-    that transformers has for stop texts goes through the whole vocabulary for every batch.)
-    """
-
-    def __init__(self, tokenizer: Any, stop: list[str], limits: list[int], begin: int) -> None:
-        self.tokenizer, self.stop, self.limits, self.begin = tokenizer, stop, limits, begin
-        # A token is at least a byte of the text; one more, as the first may lose its space.
-        self.window = 1 + max((len(text.encode()) for text in stop), default=0)
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        new = input_ids[:, self.begin :]
-        pairs = zip(self.limits, self.stopped(new.tolist()), strict=True)
-        done = [stop or new.shape[1] >= limit for limit, stop in pairs]
-        return torch.tensor(done, device=input_ids.device)
-
-    def stopped(self, answers: list[list[int]]) -> list[bool]:
-        """Which of the answers have a stop text in what a last token may have ended."""
-        if not self.stop:
-            return [False] * len(answers)
-
-        def inside(text: str) -> bool:
-            return any(stop in text for stop in self.stop)
-
-        ends = _decode([answer[-self.window :] for answer in answers], self.tokenizer)
-        return [
-            inside(end) and inside(_decode([answer], self.tokenizer)[0])
-            for answer, end in zip(answers, ends, strict=True)
-        ]
-
-
 def batches(examples: list[Example], lengths: list[int], size: int) -> list[list[Example]]:
-    """Rows of like length (in tokens) together, so that little is padded.
+    """Rows of like length (in tokens) together, so that little is padded; the longest first, so
+    that a lack of memory shows at once.
 
     They depend on the rows alone: an evaluation that continues generates in the batches of an
     undisturbed one, for in bf16 a row's neighbours may decide between two tokens that are nearly as
-    likely. The longest rows come first, so that a lack of memory shows at once; the others' order
-    is shuffled, so that the rate of some batches is that of the rest.
+    likely.
     """
-    length = {e.id: n for e, n in zip(examples, lengths, strict=True)}
-    rows = sorted(examples, key=lambda e: (-length[e.id], e.id))
-    first, *others = [rows[i : i + size] for i in range(0, len(rows), size)]
-    random.Random(0).shuffle(others)
-    return [first, *others]
+    pairs = sorted(zip(lengths, examples, strict=True), key=lambda pair: (-pair[0], pair[1].id))
+    rows = [example for _, example in pairs]
+    return [rows[i : i + size] for i in range(0, len(rows), size)]

@@ -97,17 +97,12 @@ def write(folder: Path, results: dict[str, Any], rows: list[Scored]) -> None:
 
 def shown(metric: dict[str, Any]) -> str:
     """A metric's value as text: 87.4%, or 31.26 points."""
-    return _text(metric["value"], metric["share"])
+    return f"{metric['value']:.1%}" if metric["share"] else f"{metric['value']:.2f}"
 
 
 def between(metric: dict[str, Any]) -> str:
     """A metric's 95 % interval as text."""
-    low, high = metric["ci95"]
-    return f"{_text(low, metric['share'])} to {_text(high, metric['share'])}"
-
-
-def _text(value: float, as_share: bool) -> str:
-    return f"{value:.1%}" if as_share else f"{value:.2f}"
+    return " to ".join(shown({**metric, "value": end}) for end in metric["ci95"])
 
 
 def lines(scores: dict[str, Any]) -> list[str]:
@@ -122,7 +117,8 @@ def lines(scores: dict[str, Any]) -> list[str]:
         last = [f"mean of {len(sources)}", "", ""]
         for m in names:
             mean = scores.get("mean") if m == scores["headline"] else None
-            last += [_text(means[m], scores["metrics"][m]["share"]), between(mean) if mean else ""]
+            of_all = shown({**scores["metrics"][m], "value": means[m]})
+            last += [of_all, between(mean) if mean else ""]
         rows.append(last)
     made = table(rows, indent="")
     if scores.get("left_out"):
@@ -136,9 +132,8 @@ def lines(scores: dict[str, Any]) -> list[str]:
             " evaluate.max_tokens, allow beside the answer, and lost their beginning"
         )
     for key, (published, here) in scores.get("deviations", {}).items():
-        made.append(
-            f"departs from protocol {scores['protocol']}: {key} is {here!r}, not {published!r}"
-        )
+        where = f"departs from protocol {scores['protocol']}"
+        made.append(f"{where}: {key} is {here!r}, not {published!r}")
     return made
 
 

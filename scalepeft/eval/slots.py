@@ -133,11 +133,9 @@ class Slots:
         return [row for row, _ in rows if row.done]
 
     def _prefill(self, fresh: list[Row]) -> Tensor:
-        prompts = [torch.tensor(row.prompt) for row in fresh]
-        padded = pad_sequence(prompts, batch_first=True, padding_side="left", padding_value=-1)
-        padded = padded.to(self.device)
-        mask, cache = (padded >= 0).long(), _cache(self.model.config.get_text_config(decoder=True))
-        made = self._forward(padded.clamp(min=0), mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
+        ids, mask = left_padded([row.prompt for row in fresh], self.device)
+        cache = _cache(self.model.config.get_text_config(decoder=True))
+        made = self._forward(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), cache)
         if not self.rows:
             self.rows, self.last, self.mask, self.cache = fresh, made, mask, cache
             return made
@@ -160,6 +158,13 @@ class Slots:
         some |= {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
         found: Tensor = self.model(input_ids=ids, **some).logits[:, -1].argmax(-1)
         return found
+
+
+def left_padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Prompts as (rows, tokens), and 1 where there is a token."""
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    ids = pad_sequence(rows, batch_first=True, padding_side="left", padding_value=-1).to(device)
+    return ids.clamp(min=0), (ids >= 0).long()
 
 
 def _cache(text: Any) -> Any:

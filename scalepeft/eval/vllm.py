@@ -11,65 +11,55 @@ evaluation with an error instead of 75; what is in predictions.jsonl counts all 
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from scalepeft.config.schema import EvaluateConfig, RunConfig, Subject
+from scalepeft.config.schema import RunConfig, Subject
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import read_mapping
 from scalepeft.core.log import say
-from scalepeft.eval.generation import Backend, encode
+from scalepeft.eval.generation import Backend
 from scalepeft.eval.target import EvalTarget
 from scalepeft.export import peft as export
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
-INSTALL = "pip install vllm in an environment with a GPU, or evaluate.backend=hf"
 
 
 class Generator(Backend):
-    """vLLM's engine ``llm`` on every GPU of this process, with the exported adapter ``lora``.
-    The tokenizer makes the prompts' ids and the answers' texts, as for the other backend.
+    """vLLM's engine ``llm`` on every GPU of this process, with the exported adapter ``lora``, if
+    any. The tokenizer makes the prompts' ids and the answers' texts, as for the other backend.
     """
 
-    def __init__(
-        self, llm: Any, tokenizer: Any, config: EvaluateConfig, positions: int, lora: Any = None
-    ) -> None:
-        super().__init__(tokenizer, config, positions)
-        self.llm, self.lora = llm, lora
-
-    @classmethod
-    def load(cls, target: EvalTarget, prompts: list[str]) -> "Generator":
+    def __init__(self, target: EvalTarget, prompts: list[str]) -> None:
         """Starts vLLM for all ``prompts`` that are to come: their length is what it plans its
         memory for.
 
         Raises:
             UserError: the adapter is no LoRA or of too large a rank.
         """
-        config, base = target.config, target.base
         from vllm import LLM
         from vllm.lora.request import LoRARequest
 
-        positions = base.positions or sys.maxsize
-        ids, _ = encode(prompts, base.tokenizer, config.evaluate, positions)
+        config, base = target.config, target.base
+        super().__init__(base.tokenizer, config.evaluate, base.positions)
         settings: dict[str, Any] = {
             "model": str(base.folder),
             "tokenizer": config.model.tokenizer or str(base.folder),
             "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config.train.precision],
-            "max_model_len": max(map(len, ids)) + config.evaluate.max_new_tokens,
+            "max_model_len": max(map(len, self.encoded(prompts)[0])) + self.config.max_new_tokens,
             "tensor_parallel_size": max(1, torch.cuda.device_count()),
             "seed": 0,
         }
-        lora = None
+        self.lora = None
         if target.adapter is not None:
             path, rank = exported(config, target.fingerprint)
             settings |= {"enable_lora": True, "max_lora_rank": next(r for r in RANKS if r >= rank)}
-            lora = LoRARequest("adapter", 1, str(path))
-        if config.evaluate.num_beams > 1:  # a beam step looks at so many tokens
-            settings["max_logprobs"] = 2 * config.evaluate.num_beams
-        return cls(LLM(**settings), base.tokenizer, config.evaluate, positions, lora)
+            self.lora = LoRARequest("adapter", 1, str(path))
+        if self.config.num_beams > 1:  # a beam step looks at so many tokens
+            settings["max_logprobs"] = 2 * self.config.num_beams
+        self.llm = LLM(**settings)
 
     def generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
         """Greedy, or by vLLM's beam search."""
@@ -86,11 +76,8 @@ class Generator(Backend):
             assert begun, "a hypothesis of vLLM begins with its prompt"
             return [b[len(i) :] for b, i in zip(best, ids, strict=True)]
         # So that it asks no file of its own what ends an answer.
-        end = {"ignore_eos": True, "stop_token_ids": self.ends}
-        greedy = [
-            SamplingParams(temperature=0.0, max_tokens=limit, stop=config.stop or None, **end)
-            for limit in limits
-        ]
+        end = {"ignore_eos": True, "stop_token_ids": self.ends, "stop": config.stop or None}
+        greedy = [SamplingParams(temperature=0.0, max_tokens=limit, **end) for limit in limits]
         found = self.llm.generate(prompts, greedy, use_tqdm=False, lora_request=self.lora)
         return [list(request.outputs[0].token_ids) for request in found]
 
@@ -114,7 +101,8 @@ def check(config: RunConfig, kind: Subject, world_size: int) -> None:
     try:
         import vllm.lora.request  # noqa: F401
     except ImportError as error:
-        raise UserError(f"evaluate.backend=vllm: {error}; {INSTALL}") from None
+        remedy = "pip install vllm in an environment with a GPU, or evaluate.backend=hf"
+        raise UserError(f"evaluate.backend=vllm: {error}; {remedy}") from None
 
 
 def exported(config: RunConfig, sha256: str) -> tuple[Path, int]:

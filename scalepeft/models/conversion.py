@@ -33,9 +33,9 @@ class Group:
 
     Attributes:
         first_target: name of the model's tensor, the first of them for a split.
-        sources: pattern of the converter -> (name, tensor) in transformers' order.
         converter: transformers' ``WeightConverter``; None where a tensor is only renamed.
         model: on the meta device, as its class makes it.
+        sources: pattern of the converter -> (name, tensor) in transformers' order.
     """
 
     first_target: str
@@ -58,13 +58,15 @@ class Group:
         return (
             type(first).__name__ == "MergeModulelist"
             and first.dim == 0
-            and all(type(op).__name__ in ROW_WISE for op in later)
+            and {type(op).__name__ for op in later} <= ROW_WISE
             and not dims & {0, -3}
-            and len({len(listed) for listed in self.sources.values()}) == 1
+            and len({*map(len, self.sources.values())}) == 1
         )
 
-    def _convert(self, take: Take, rows: slice = slice(None)) -> dict[str, Tensor]:
-        """Runs the operations on what ``take`` gives for each tensor of the listed ``rows``."""
+    def convert(self, take: Take, rows: slice = slice(None)) -> dict[str, Tensor]:
+        """The model's tensors, or of a target that is made by rows only these: the operations on
+        what ``take`` gives for each listed tensor.
+        """
         if self.converter is None:
             ((name, source),) = next(iter(self.sources.values()))
             return {self.first_target: take(name, source)}
@@ -83,16 +85,12 @@ class Group:
             ) from None
         return {name: t[0] if isinstance(t, list) else t for name, t in made.items()}
 
-    def read(self, rows: slice = slice(None)) -> dict[str, Tensor]:
-        """Returns the model's tensors, or of a target that is made by rows only these."""
-        return self._convert(lambda _name, source: source.whole(), rows)
-
     def shapes(self) -> dict[str, Tensor]:
         """Returns the model's tensors on the meta device."""
-        return self._convert(lambda _, s: torch.empty(s.shape, dtype=s.dtype, device="meta"))
+        return self.convert(lambda _, s: torch.empty(s.shape, dtype=s.dtype, device="meta"))
 
     def restore(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
-        """Returns a tensor of the files out of values of the model's: the inverse of ``read``.
+        """Returns a tensor of the files out of values of the model's: the inverse of ``convert``.
 
         The operations only move numbers, so that the numbers of its places, sent through them with
         -1 for those of other tensors, tell where its values are now.
@@ -108,7 +106,7 @@ class Group:
         def places(key: str, source: Source) -> Tensor:
             return numbers.view(shape) if key == name else torch.full(source.shape, -1)
 
-        made = self._convert(places, rows)
+        made = self.convert(places, rows)
         flat = torch.cat([values[key][rows].reshape(-1) for key in made])
         place = torch.cat([made[key].reshape(-1) for key in made])
         at = (place >= 0).nonzero().squeeze(1)
@@ -132,9 +130,8 @@ class _Converted(Source):
 
     def rows(self, first: int, last: int) -> Tensor:
         """Reads the tensors of these rows where each row has its own, else all of them."""
-        if self.by_rows:
-            return self.group.read(slice(first, last))[self.name]
-        return self.group.read()[self.name][first:last]
+        made = self.group.convert(lambda _, source: source.whole(), slice(first, last))[self.name]
+        return made if self.by_rows else made[first:last]
 
 
 class Layout:
@@ -143,7 +140,6 @@ class Layout:
     Attributes:
         sources: every tensor of the model's ``state_dict`` by its name there.
         groups: of each used tensor of the files, what it is a part of.
-        unused: names of tensors that the model does not have.
         untied: names of the model's tensors that its config ties and the files do not.
 
     Raises:
@@ -159,55 +155,47 @@ class Layout:
         self.untied: list[str] = []
         left = self._assign(model, entries)
         self._tie(model)
-        self.unused = sorted(left.values())
         info = SimpleNamespace(missing_keys=set(), unexpected_keys=set(left))
         model._adjust_missing_and_unexpected_keys(info)
         unknown = sorted(left[key] for key in info.unexpected_keys)
+        extra = f"{len(unknown)} tensors that {type(model).__name__} does not use"
+        for first in unknown[:1]:
+            extra += f", first '{first}' ({entries[first].where})"
         if missing := sorted(set(model.state_dict()) - self.sources.keys()):
             raise UserError(
                 f"{where}: no tensor '{missing[0]}' in {len(entries)} found, and {len(missing) - 1}"
                 f" more that {type(model).__name__} needs; the files are incomplete or of another"
-                " architecture than config.json"
-                + (f" (they have '{unknown[0]}', which it does not use)" if unknown else "")
+                f" architecture than config.json (they have {extra})"
             )
-        if unknown:
-            words = (
-                f"{where}: {len(unknown)} tensors that {type(model).__name__} does not use, first"
-                f" '{unknown[0]}' ({entries[unknown[0]].where})"
+        if unknown and unexpected == "error":
+            raise UserError(
+                f"{where}: {extra}; the files are of another model than config.json, or set"
+                " model.unexpected=ignore to leave them out as transformers does"
             )
-            if unexpected == "error":
-                raise UserError(
-                    f"{words}; the files are of another model than config.json, or set"
-                    " model.unexpected=ignore to leave them out as transformers does"
-                )
-            if rank() == 0:
-                say(f"{words}: left out (model.unexpected=ignore)")
+        if unknown and rank() == 0:
+            say(f"{where}: {extra}: left out (model.unexpected=ignore)")
         if stray and rank() == 0:
             say(f"{where}: {', '.join(stray)} not read: transformers takes other files there")
 
     def _assign(self, model: Any, entries: dict[str, Source]) -> dict[str, str]:
         """Fills ``groups`` and ``sources``; returns renamed -> name of what fits nowhere."""
+        from transformers import core_model_loading as loading
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            dot_natural_key,
-            rename_source_key,
-        )
 
         mapping = get_model_conversion_mapping(model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        renamings = [entry for entry in mapping if isinstance(entry, loading.WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
         by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
         state, prefix = model.state_dict(), model.base_model_prefix
         # Operations ask it for shapes, and ours are about to change (quantized layers).
         model = copy.deepcopy(model) if converters else model
         found: dict[str, Group] = {}
         left: dict[str, str] = {}
-        for name in sorted(entries, key=dot_natural_key):
-            target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        renamed = loading.rename_source_key
+        for name in sorted(entries, key=loading.dot_natural_key):
+            target, pattern = renamed(name, renamings, converters, prefix, state)
             if target not in state and name in state:
-                target, pattern = rename_source_key(name, [], [], prefix, state)
+                target, pattern = renamed(name, [], [], prefix, state)
             if target not in state:
                 left[target] = name
                 continue

@@ -125,12 +125,8 @@ class Base:
         return self._digests
 
     def check_same(self, recorded: dict[str, Any], who: str, ranks: Ranks) -> None:
-        """Raises UserError unless this is the base that ``who`` was trained over; a collective.
-
-        Args:
-            recorded: its ``fingerprint`` and (not in older runs) ``sha256`` of each file by name.
-            who: for the message.
-            ranks: of which each has the base.
+        """Raises UserError unless this is the base that ``who`` was trained over, of which
+        ``fingerprint`` and (not in older runs) ``sha256`` by file are ``recorded``; a collective.
         """
         where, now = f"model.path={self.config.path}", self.digests(ranks)
         held: Any = recorded.get("sha256")
@@ -181,20 +177,18 @@ def check_place(name: str) -> None:
     if name == BUILTIN or Path(name).is_dir():
         return
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(
-            f"model.path={name}: no such folder (from {Path.cwd()}), and not a hub id (ORG/NAME)"
-        )
+        neither = f"no such folder (from {Path.cwd()}), and not a hub id (ORG/NAME)"
+        raise UserError(f"model.path={name}: {neither}")
 
 
 def _download(name: str, revision: str | None) -> str:
     check_place(name)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
         return snapshot_download(name, revision=revision, allow_patterns=patterns)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # also every error of the hub's own
         at = f" at revision {revision}" if revision else ""
         raise UserError(
             f"model.path={name}{at}: no such folder here, and the download from the hub failed"
@@ -213,12 +207,11 @@ def load_tokenizer(config: ModelConfig, folder: Path) -> Any:
     source = config.tokenizer or str(folder)
     where = f"model.tokenizer={source}" if config.tokenizer else f"model.path={folder}"
     if Path(source).is_dir() and not (Path(source) / "tokenizer.json").is_file():
-        if (Path(source) / "tokenizer.model").is_file():
-            raise UserError(
-                f"{where}: has tokenizer.model but no tokenizer.json; a bare tokenizer.model gives"
-                " no BOS and other ids: convert it once, with transformers' convert_slow_tokenizer"
-            )
-        raise UserError(f"{where}: no tokenizer.json there; set model.tokenizer=FOLDER_OR_HUB_ID")
+        what = "no tokenizer.json there; set model.tokenizer=FOLDER_OR_HUB_ID"
+        if (Path(source) / "tokenizer.model").is_file():  # alone it gives no BOS and other ids
+            what = "has tokenizer.model but no tokenizer.json; convert it once, with transformers'"
+            what += " convert_slow_tokenizer"
+        raise UserError(f"{where}: {what}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # for a damaged file the tokenizers library raises a bare Exception
@@ -244,14 +237,10 @@ def architecture(folder: Path) -> Any:
 def _reason(error: Exception) -> str:
     """Its text in one line; that code of the base's own would be needed, in words of ours."""
     text = " ".join(str(error).split())
-    if isinstance(error, KeyError):
-        text = f"transformers does not know {text}"
-    if "trust_remote_code" not in text:
-        return text
-    return (
-        "needs Python code that lies beside the weights (auto_map), which is never run here; name"
-        " a base whose architecture transformers itself has"
-    )
+    if "trust_remote_code" in text:
+        text = "needs Python code that lies beside the weights (auto_map), which is never run here;"
+        return f"{text} name a base whose architecture transformers itself has"
+    return f"transformers does not know {text}" if isinstance(error, KeyError) else text
 
 
 def positions(config: Any) -> int | None:
@@ -278,16 +267,13 @@ def _without_bad_pad(config: Any) -> Any:
 
 def meta_model(config: Any, where: str, **options: Any) -> Any:
     """Returns the causal LM of a transformers config on the meta device; UserError if it cannot."""
-    from transformers import (
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-    )
+    import transformers
 
-    multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    made_by: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+    multimodal = type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    kind = "ImageTextToText" if multimodal else "CausalLM"
     try:
         with torch.device("meta"):
+            made_by = getattr(transformers, f"AutoModelFor{kind}")
             return made_by.from_config(config, trust_remote_code=False, **options)
     except Exception as error:  # torch's too: sizes that no layer can have
         raise UserError(f"{where}: {_reason(error)}") from None

@@ -33,10 +33,8 @@ AWQ_SHIFTS = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28])
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
-    """``quantization_config`` of a config.json or of its text part; empty without one.
-
-    Raises:
-        UserError: it names no method.
+    """``quantization_config`` of a config.json or of its text part; empty without one. Raises
+    UserError: it names no method.
     """
     text = config.get("text_config") or {}
     found = config.get("quantization_config") or text.get("quantization_config") or {}
@@ -60,11 +58,7 @@ def keeps(settings: dict[str, Any]) -> Callable[[str], bool]:
 
 
 def read(settings: dict[str, Any], entries: Sources) -> Sources:
-    """Folds the tensors of the files that belong to a quantized weight into that weight.
-
-    Args:
-        settings: as ``settings_of`` returns them.
-        entries: every tensor of the files, in whatever dtype, by name.
+    """Folds those of the files' tensors that belong to a quantized weight into that weight.
 
     Raises:
         UserError: a method or packing that is not read here, or a scale that would be ignored.

@@ -1,8 +1,8 @@
 """A quantized copy of a base: what one start quantized is read by the next in the base's place.
 
 A folder with a file of each rank that wrote: byte ranges of the quantized tensors under canonical
-names, so that any engine at any world size reads just its own. The manifest comes last, and has a
-digest of every mebibyte, which is compared when that mebibyte is read.
+names, so that any engine at any world size reads just its own. The manifest comes last, and has the
+sha256 of every file, which a start compares as it does those of the base (``integrity``).
 """
 
 import hashlib
@@ -12,7 +12,6 @@ import os
 import shutil
 import socket
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,50 +20,16 @@ from torch import Tensor, nn
 
 from scalepeft.core.files import cache_folder, fsync, write_atomically
 from scalepeft.core.log import say
-from scalepeft.core.safetensors import DamagedFile, SafetensorsFile
 from scalepeft.core.text import size
+from scalepeft.models import integrity
 from scalepeft.models.hub import Base
 from scalepeft.models.tensors import Reader, write_tensors
 from scalepeft.parallel.base import Engine, full_shape, local_part
 
 VERSION = 1  # of the conversion: another one's copies are not read
 AUTO_BYTES = 1 << 30  # below this ``auto`` keeps nothing
-CHUNK = 1 << 20
 LEFTOVER_SECONDS = 86400.0
-
-
-class _Checked(SafetensorsFile):
-    """A file of which nothing is returned that was not compared with its digest."""
-
-    def __init__(self, path: Path, digests: list[str]) -> None:
-        super().__init__(path)
-        self._digests, self._last = digests, (-1, bytearray())
-        if bytes(self.read(8, len(self.header))) != self.header:
-            raise DamagedFile(f"{path.name}: its header has changed")
-
-    def read(self, start: int, size: int) -> bytearray:
-        """As ``SafetensorsFile``, by whole chunks; one that two reads share is read once."""
-        first, last = start // CHUNK, -(-(start + size) // CHUNK)
-        known, held = self._last
-        buffer = bytearray(held if first == known else b"")
-        begin = first * CHUNK + len(buffer)
-        if begin < (end := min(last * CHUNK, self.size)):
-            fresh = super().read(begin, end - begin)
-            for i in range(0, len(fresh), CHUNK):
-                if _digest(memoryview(fresh)[i : i + CHUNK]) != self._digests[(begin + i) // CHUNK]:
-                    raise DamagedFile(f"{self.path.name}: damaged at byte {begin + i}")
-            buffer += fresh
-        self._last = (last - 1, buffer[(last - 1 - first) * CHUNK :])
-        return buffer[start - first * CHUNK :][:size]
-
-
-def _digest(data: bytes | memoryview) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-class _Copy(Reader):
-    def _open(self, name: str, info: dict[str, Any]) -> SafetensorsFile:
-        return _Checked(self.folder / name, info["chunks"])
+PASSED = "quantized copy passed over ({}); the base is read in its place"
 
 
 class QuantizedCopy:
@@ -83,7 +48,7 @@ class QuantizedCopy:
         }
         self._shapes = {name: tuple(full_shape(p)) for name, p in self._parameters.items()}
         self.size = sum(map(math.prod, self._shapes.values()))
-        self._reader: _Copy | None = None
+        self._reader: Reader | None = None
         self.folder: Path | None = None
         setting = base.config.quantized_cache
         own_bytes = base.weights.storage.get("quant_method") == "bitsandbytes"  # read as they are
@@ -94,34 +59,40 @@ class QuantizedCopy:
             what = [VERSION, fingerprint, base.digests(self.ranks), *storage]
             text = json.dumps([*what, sorted(self._shapes.items())], sort_keys=True)
             self.folder = root / hashlib.sha256(text.encode()).hexdigest()[:24]
-            self._open(self.folder)
+            self._find(self.folder)
 
     @property
     def bytes_read(self) -> int:
         """Of the copy, by this rank."""
         return self._reader.bytes_read if self._reader else 0
 
-    def _open(self, folder: Path) -> None:
+    def _find(self, folder: Path) -> None:
         """Opens the copy that is there, unless a rank finds that it is none."""
-        reason = ""
-        try:
-            self._reader = _Copy(folder) if folder.is_dir() else None
-            if self._reader and self._reader.shapes != self._shapes:
-                raise ValueError("other tensors than the model has")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            self._reader, reason = None, str(error) or type(error).__name__
-        everyone = self.ranks.gather((self._reader is None, reason))
-        if any(without for without, _ in everyone):
-            self._reader = None
-        if not self.ranks.is_main:
+        if not self.ranks.any(folder.is_dir()):
             return
-        if self._reader:
-            say(f"{folder}: {size(self.size)}, quantized copy of the base read in its place")
-        elif any(reason for _, reason in everyone):
-            self._pass_over(max(reason for _, reason in everyone))
+        try:
+            self._reader = self._opened(folder)
+            what = f"{size(self.size)}, quantized copy of the base read in its place"
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            what = PASSED.format(str(error) or type(error).__name__)  # on all ranks
+        if self.ranks.is_main:
+            say(f"{folder}: {what}")
 
-    def _pass_over(self, reason: object) -> None:
-        say(f"{self.folder}: quantized copy passed over ({reason}); the base is read in its place")
+    def _opened(self, folder: Path) -> Reader:
+        """Raises what a copy is not read for, on all ranks."""
+
+        def read() -> Reader:
+            found = Reader(folder)
+            if found.shapes != self._shapes:
+                raise ValueError("other tensors than the model has")
+            return found
+
+        reader = self.ranks.all_or_raise(read)
+        files = json.loads((folder / "manifest.json").read_text())["files"]
+        found = integrity.shard_digests([folder / name for name in files], self.ranks)
+        if damaged := [name for name in files if found[name] != files[name]["sha256"]]:
+            raise ValueError(f"{damaged[0]}: damaged: another sha256 than when it was written")
+        return reader
 
     def fill(self, name: str, *parameters: Tensor) -> bool:
         """Reads this rank's part of a quantized weight and its scale; False: take the base."""
@@ -131,7 +102,7 @@ class QuantizedCopy:
             for key, parameter in zip((name, f"{name}_scale"), parameters, strict=True):
                 self._reader.fill(key, local_part(parameter))
         except (OSError, ValueError, LookupError) as error:
-            self._pass_over(error)
+            say(f"{self.folder}: {PASSED.format(error)}")
             self._reader = None
             return False
         return True
@@ -148,6 +119,10 @@ class QuantizedCopy:
             written = self.ranks.all_or_raise(lambda: (file.name, self._write(file)))
             files = dict(self.ranks.gather(written))
             self.ranks.run_on_main(lambda: self._commit(temporary, files))
+            self._opened(self.folder)  # does every node see it, and the disk return it?
+            if self.ranks.is_main:
+                kept = f"quantized copy of the base kept, {size(self.size)}"
+                say(f"{self.folder}: {kept}: what the next start reads")
         except (OSError, ValueError, RuntimeError) as error:  # on all ranks, whichever it befell
             if self.ranks.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -175,26 +150,16 @@ class QuantizedCopy:
             a, b = (part.data.numel() * i // count for i in (copy, copy + 1))
             if a < b:
                 mine[f"{name}[{part.start + a}:{part.start + b}]"] = part.data[a:b]
-        info = write_tensors(file, mine, self._shapes)
-        whole_file, chunks = hashlib.sha256(), []
-        with file.open("rb") as f:
-            for chunk in iter(partial(f.read, CHUNK), b""):
-                whole_file.update(chunk)
-                chunks.append(_digest(chunk))
-        if whole_file.hexdigest() != info["sha256"]:
-            raise OSError("the disk does not return what was written")
-        return info | {"chunks": chunks}
+        return write_tensors(file, mine, self._shapes)
 
     def _commit(self, temporary: Path, files: dict[str, Any]) -> None:
         assert self.folder is not None
         manifest = {"version": VERSION, "tensors": len(self._shapes), "files": files}
         write_atomically(temporary / "manifest.json", json.dumps(manifest))
-        _Copy(temporary)  # is it whole: has this node all files?
+        Reader(temporary)  # is it whole: has this node all files?
         shutil.rmtree(self.folder, ignore_errors=True)
         temporary.rename(self.folder)
         fsync(self.folder.parent)
-        kept = f"quantized copy of the base kept, {size(self.size)}"
-        say(f"{self.folder}: {kept}: what the next start reads")
 
 
 def folder_of(setting: str | bool, quantized_bytes: int) -> Path | None:
@@ -202,7 +167,6 @@ def folder_of(setting: str | bool, quantized_bytes: int) -> Path | None:
     on where ``$SCALEPEFT_CACHE`` says that there is a place for caches: a home may have no room.
     """
     if setting == "auto":
-        wanted = quantized_bytes >= AUTO_BYTES and bool(os.environ.get("SCALEPEFT_CACHE"))
+        wanted = quantized_bytes >= AUTO_BYTES and os.environ.get("SCALEPEFT_CACHE")
         return cache_folder() / "quantized" if wanted else None
-    wanted = setting not in (False, "off") and quantized_bytes > 0
-    return Path(str(setting)) if wanted else None
+    return Path(str(setting)) if setting not in (False, "off") and quantized_bytes else None

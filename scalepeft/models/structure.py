@@ -27,13 +27,7 @@ def build(
     """Builds the causal LM on the meta device, block layers in the storage of ``model.quant``.
 
     A multimodal model keeps its text decoder and head; what its files hold for images and sound is
-    not read.
-
-    Args:
-        config: of the run's base.
-        folder: with ``config.json``.
-        precision: key of ``PRECISIONS``.
-        weights: the folder's, which are bound to the model; without, shapes alone are to be had.
+    not read. ``weights`` of the folder are bound to it; without, shapes alone are to be had.
 
     Raises:
         UserError: config.json is missing, broken or of an unsupported architecture; the tensors are
@@ -48,29 +42,23 @@ def build(
         raise UserError(f"{where}: computes in bf16 alone; set train.precision=bf16, or take sdpa")
     described = architecture(folder)
     if described.is_encoder_decoder:
-        raise UserError(
-            f"{where}: {described.model_type} has an encoder; take a decoder-only model"
-        )
+        kind = described.model_type
+        raise UserError(f"{where}: {kind} has an encoder; take a decoder-only model")
     model: Any = meta_model(described, where, **options)
     keep_fp32(model, dtype)
     if weights is not None:
         weights.bind(model, config.unexpected)
     _drop_towers(model)
-    others = _split_experts(model, weights)
-    blocks_of(model)
-    _say_what_is_off(model)
-    if fmt := quant.get_format(config.quant, config.double_quant):
-        _quantize_blocks(model, fmt, folder, dict.fromkeys(others, "3-d weights of its own layout"))
-    return model
-
-
-def _split_experts(model: nn.Module, weights: Weights | None) -> list[str]:
     others = replace_experts(model)
     sources = weights.layout.sources if weights is not None else {}
     for name, layer in model.named_modules() if sources else ():
         if isinstance(layer, ExpertLinear):
             sources[f"{name}.weight"] = TallSource(sources[name], layer)
-    return others
+    blocks_of(model)
+    _say_what_is_off(model)
+    if fmt := quant.get_format(config.quant, config.double_quant):
+        _quantize_blocks(model, fmt, folder, dict.fromkeys(others, "3-d weights of its own layout"))
+    return model
 
 
 def keep_fp32(model: Any, dtype: torch.dtype) -> None:
@@ -98,10 +86,9 @@ def _say_what_is_off(model: Any) -> None:
     noise = [f"{k}={v:g}" for k, v in found.items() if isinstance(v, float) and v > 0]
     if noise and rank() == 0:
         say(f"the frozen base computes as in inference, without {', '.join(noise)}")
-    if getattr(model.config.get_text_config(), "output_router_logits", False) and rank() == 0:
-        say(
-            "the routers' auxiliary loss (output_router_logits in config.json) moves adapters alone"
-        )
+    key = "output_router_logits"
+    if getattr(model.config.get_text_config(), key, False) and rank() == 0:
+        say(f"the routers' auxiliary loss ({key} in config.json) moves adapters alone")
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -133,9 +120,8 @@ def unpacked(model: Any) -> str:
     if getattr(model, "_is_stateful", False) or kinds - {"full_attention", "sliding_attention"}:
         return f"{type(model).__name__} has layers that do not begin anew with each row"
     ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
-    look = mock.patch.object(
-        masking_utils, "find_packed_sequence_indices", side_effect=_FromPositions
-    )
+    asked = "find_packed_sequence_indices"
+    look = mock.patch.object(masking_utils, asked, side_effect=_FromPositions)
     with suppress(Exception), look:  # what a class without such a mask does on meta is its own
         try:
             model.get_decoder()(input_ids=ids, position_ids=ids, use_cache=False)
@@ -155,27 +141,16 @@ def _weights_read_by(kind: type[nn.Module]) -> dict[str, bool]:
     """Children whose ``.weight`` a transformers class reads itself, as its source says; True where
     for more than its dtype or device (Mamba's fused kernels take the weight of ``out_proj``).
     """
-    found: dict[str, bool] = {}
-    for base in kind.__mro__:
-        if not base.__module__.startswith("transformers.models."):
-            continue
-        for name, function in vars(base).items():
-            if inspect.isfunction(function) and name not in ("__init__", "_init_weights"):
-                source = inspect.getsource(function)
-                for child, asked in re.findall(
-                    r"\bself\.(\w+)\.weight\b(\.dtype|\.device)?", source
-                ):
-                    found[child] = found.get(child, False) or not asked
-    return found
+    bases = [b for b in kind.__mro__ if b.__module__.startswith("transformers.models.")]
+    named = [item for base in bases for item in vars(base).items() if inspect.isfunction(item[1])]
+    code = [inspect.getsource(f) for n, f in named if n not in ("__init__", "_init_weights")]
+    reads = re.findall(r"\bself\.(\w+)\.weight\b(\.dtype|\.device)?", "\n".join(code))
+    return {child: (child, "") in reads for child, _ in reads}
 
 
 def layers_read_directly(model: nn.Module, values: bool) -> set[nn.Module]:
-    """Linear layers whose weight the model also reads past the layer's forward: an adapter would be
-    passed over there, and bytes taken for numbers.
-
-    Args:
-        model: of transformers.
-        values: only those of which it takes the values, not just the dtype.
+    """Linear layers whose weight the model also reads past the layer's forward (with ``values`` for
+    more than its dtype): an adapter would be passed over there, and bytes taken for numbers.
     """
     return {
         layer
@@ -207,15 +182,15 @@ def _quantize_blocks(model: Any, fmt: quant.Format, folder: Path, kept: dict[str
 
 def materialize(model: nn.Module, device: torch.device) -> None:
     """Gives meta parameters and buffers (sharded or whole) empty storage there; ties stay ties."""
-    made: dict[int, nn.Parameter] = {}
+
+    @cache
+    def real(p: nn.Parameter) -> nn.Parameter:
+        return nn.Parameter(torch.empty_like(p, device=device), p.requires_grad)
+
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None and p.is_meta:
-                if id(p) not in made:
-                    made[id(p)] = nn.Parameter(
-                        torch.empty_like(p, device=device), requires_grad=p.requires_grad
-                    )
-                module._parameters[name] = made[id(p)]
+                module._parameters[name] = real(p)
     compute_tables(model, device)
     left = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     assert not left, f"still on the meta device: {left}"
@@ -239,8 +214,7 @@ def compute_tables(model: Any, device: torch.device) -> None:
     if not made:
         return
     flagged: list[Any] = [m for m in model.modules() if m not in made]
-    for module in made:
-        flagged += module.parameters(recurse=False)
+    flagged += [p for module in made for p in module.parameters(recurse=False)]
     for item in flagged:
         item._is_hf_initialized = True  # transformers' word for: leave it
     model.initialize_weights()

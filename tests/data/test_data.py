@@ -369,7 +369,7 @@ def test_training_prompts_are_the_tokens_that_generation_starts_from(bos_tokeniz
     found = examples([1, 3])
     evaluate = settings("evaluate.num_beams=2").evaluate
     generate = Generator(Model(), bos_tokenizer, evaluate, torch.device("cpu"), False)
-    generate([e.prompt for e in found])
+    next(generate.stream([e.prompt for e in found]))
     tokens = data.tokenize(found, bos_tokenizer, settings().data)
     for i in range(2):
         generated_from = seen["ids"][i][seen["mask"][i].bool()].tolist()

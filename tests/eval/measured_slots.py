@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from scalepeft.config.schema import EvaluateConfig
 from scalepeft.data.tasks.base import Example
 from scalepeft.eval.generation import Generator, batches
+from scalepeft.eval.slots import Row
 from scalepeft.models import hub
 
 Rows = list[tuple[list[int], int]]
@@ -71,7 +72,12 @@ def answer(made: Any, rows: Rows, size: int, whole: bool) -> tuple[float, float]
     for lot in lots:
         part = [rows[int(e.id)] for e in lot]
         ids, limits = map(list, zip(*part, strict=True))
-        (generator._generate if whole else generator.generate)(ids, limits)
+        if whole:
+            generator.generate(ids, limits)
+        else:
+            waiting = (Row(i, *row) for i, row in enumerate(zip(ids, limits, strict=True)))
+            for _ in generator.slots().run(waiting):
+                pass
     seconds = time.process_time() - begin
     hook.remove()
     tokens = sum(limit for _, limit in rows)

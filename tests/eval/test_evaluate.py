@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,7 +29,6 @@ from scalepeft.core.preemption import StopFlag
 from scalepeft.data.rows import read_rows
 from scalepeft.data.tasks.base import Example
 from scalepeft.eval import evaluate, generation
-from scalepeft.eval.generation import Generator
 from scalepeft.eval.predictions import Predictions
 from scalepeft.export import merge
 from scalepeft.models import hub
@@ -37,6 +36,13 @@ from scalepeft.models import hub as models
 from scalepeft.parallel.ranks import Ranks
 
 CPU = torch.device("cpu")
+
+
+class Generator(generation.Generator):
+    def __call__(self, prompts: list[str]) -> tuple[list[str], list[bool]]:
+        """The text of each prompt, and which prompts lost their beginning."""
+        found = sorted(answer for lot in self.stream(prompts) for answer in lot)
+        return [text for _, text, _ in found], [cut for _, _, cut in found]
 
 
 WORDS = (
@@ -215,12 +221,11 @@ def test_a_stop_text_is_seen_with_its_last_token(stop: list[str], shared_data: P
     rng = random.Random(stop[0])
     for _ in range(10):
         text = "".join(rng.choices(PIECES, k=30)) + stop[0]
-        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
-        ends = generation._Ends(tokenizer, stop, [1000], 0)
-        counts = range(1, ids.shape[1] + 1)
-        has = [any(s in tokenizer.decode(ids[0, :n]) for s in stop) for n in counts]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        stopped = generation.Backend(tokenizer, EvaluateConfig(stop=stop), 1000).stopped
+        has = [any(s in tokenizer.decode(ids[:n]) for s in stop) for n in range(1, len(ids) + 1)]
         first = has.index(True)
-        assert [bool(ends(ids[:, : n + 1], None)) for n in range(first + 1)] == has[: first + 1]
+        assert [stopped([ids[: n + 1]])[0] for n in range(first + 1)] == has[: first + 1]
 
 
 def test_a_row_has_its_own_length_limit(ours: Any, theirs: Any, tokenizer: Any) -> None:
@@ -313,7 +318,7 @@ def test_batches_pad_little(shared_data: Path) -> None:
     assert share(made) < 0.02
     assert share([examples[i : i + 16] for i in range(0, 1172, 16)]) > 0.3, "in the file's order"
     longest = [max(length[e.id] for e in batch) for batch in made]
-    assert longest[0] == max(longest) and longest[1:] != sorted(longest[1:], reverse=True)
+    assert longest == sorted(longest, reverse=True)
     again = generation.batches(examples[::-1], list(length.values())[::-1], 16)
     assert made == again, "a function of the rows alone"
 
@@ -444,14 +449,14 @@ def test_an_evaluation_broken_off_ends_as_an_undisturbed_one(
         def lengths(self, prompts: list[str]) -> list[int]:
             return list(map(len, prompts))
 
-        def __call__(self, prompts: list[str]) -> tuple[list[str], list[bool]]:
+        def stream(self, prompts: list[str]) -> Iterator[list[tuple[int, str, bool]]]:
             if not left[0]:
                 raise Broken
             left[0] -= 1
             calls.append(prompts)
             mark = sum(map(len, prompts)) % 4
             texts = [f"answer{1 + (len(p) + mark) % 4} {mark}" for p in prompts]
-            return texts, [False] * len(prompts)
+            yield [(i, text, False) for i, text in enumerate(texts)]
 
     monkeypatch.setattr(evaluate, "_generator", lambda *_: Fake())
     settings = ("data.test_size=2000", "evaluate.batch_size=10")

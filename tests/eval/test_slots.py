@@ -3,12 +3,12 @@
 import random
 import signal
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from families import make, stock, tokenizer
+from families import answers, make, stock, tokenizer
 from processes import rows as read
 from test_evaluate import CPU, scored, toy_run
 
@@ -52,11 +52,11 @@ def test_rows_in_slots_are_each_prompt_alone(name: str, model: Callable[[str], A
     """Windows, tables of positions, ALiBi, states; slots where rows leave at once or in threes."""
     prompts, limits = asked(40)
     one = generator(model(name), 1)
-    want = [one._generate([p], [n])[0] for p, n in zip(prompts, limits, strict=True)]
+    want = [one.generate([p], [n])[0] for p, n in zip(prompts, limits, strict=True)]
     assert len(set(map(len, want))) > 3
     for size in (7, 24):
         some = generator(model(name), size)
-        assert not some.whole and some.generate(prompts, limits) == want
+        assert not some.whole and answers(some, prompts, limits) == want
 
 
 def test_a_row_that_has_ended_at_the_last_position_goes_no_further(
@@ -65,7 +65,7 @@ def test_a_row_that_has_ended_at_the_last_position_goes_no_further(
     prompts, limits = [[*range(60, 306)], *([i] * 9 for i in range(60, 75))], [10, *[30] * 15]
     some = generator(model("opt"), 16)
     some.ends = []
-    assert [*map(len, some.generate(prompts, limits))] == limits
+    assert [*map(len, answers(some, prompts, limits))] == limits
 
 
 def test_few_slots_are_idle(model: Callable[[str], Any]) -> None:
@@ -80,7 +80,7 @@ def test_few_slots_are_idle(model: Callable[[str], Any]) -> None:
         new.clear()
         for i in range(0, 400, 16 if whole else 400):
             part = prompts[i : i + (16 if whole else 400)]
-            answer = some._generate if whole else some.generate
+            answer = some.generate if whole else partial(answers, some)
             made += answer(part, [40] * len(part))
         lengths = [next((i for i, t in enumerate(a) if t in ENDS), len(a) - 1) for a in made]
         idle[whole] = 1 - sum(lengths) / 16 / sum(n == 1 for n in new)

@@ -12,7 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from families import FAMILIES, IDS, MASKED, PADDED, make, page, stock
+from families import FAMILIES, IDS, MASKED, PADDED, answers, make, page, stock
 from family_runs import settings
 from processes import FULL, ROOT, Job, losses
 from safetensors.torch import load_file
@@ -144,7 +144,7 @@ def test_greedy_tokens_are_those_of_generate(name: str, checkpoint: Any, tmp_pat
     config = settings(tmp_path, folder, "none")
     model, tokenizer = ours(config).eval(), open_base(config.model, Ranks()).tokenizer
     generator = Generator(model, tokenizer, config.evaluate, torch.device("cpu"), False)
-    got = generator.generate(prompts, [6, 6])
+    got = answers(generator, prompts, [6, 6])
     padded = torch.tensor([prompts[0], [1] * 5 + prompts[1]])
     mask = torch.ones_like(padded)
     mask[1, :5] = 0

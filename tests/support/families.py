@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from scalepeft.eval.slots import Row
+
 SIZES: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 64,
     "shared_expert_intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -410,3 +412,14 @@ if __name__ == "__main__":
         except Exception as error:
             text = f"{type(error).__name__}: {str(error)[:300]}"
         print(f"{each:22} {time.perf_counter() - began:5.2f} s  {text}", flush=True)
+
+
+def answers(some: Any, prompts: list[list[int]], limits: list[int]) -> list[list[int]]:
+    """The tokens that a ``Generator`` answers each prompt with, in slots where it can."""
+    if some.whole:
+        found: list[list[int]] = some.generate(prompts, limits)
+        return found
+    rows = [Row(i, *row) for i, row in enumerate(zip(prompts, limits, strict=True))]
+    for _ in some.slots().run(iter(rows)):
+        pass
+    return [row.new for row in rows]
