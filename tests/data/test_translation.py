@@ -427,7 +427,7 @@ def summed(made: Translation, texts: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "system", [pytest.param(s, marks=[pytest.mark.slow] * (i > 0)) for i, s in enumerate(GOLDEN)]
+    "system", [pytest.param(s, marks=[pytest.mark.full] * (i > 0)) for i, s in enumerate(GOLDEN)]
 )
 def test_golden_values(
     shared_data: Path, monkeypatch: pytest.MonkeyPatch, system: tuple[str, str, str]
@@ -453,7 +453,7 @@ def test_a_target_without_spaces_is_counted_by_characters(tmp_path: Path) -> Non
     assert round(found["value"], 2) == 80.45 and "|tok:char|" in found["signature"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_golden_values_by_the_command(shared_data: Path) -> None:
     folder = shared_data / WMT22
     stem = "deen/test.de-en"

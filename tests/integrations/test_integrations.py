@@ -326,7 +326,7 @@ sys.exit(lm_eval.main())
 
 
 @pytest.mark.multiprocess
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.full
 def test_lm_eval_on_two_ranks(stories: Path, tmp_path: Path) -> None:
     """Three rows, which do not divide."""
