@@ -327,7 +327,6 @@ sys.exit(lm_eval.main())
 
 @pytest.mark.multiprocess
 @pytest.mark.full
-@pytest.mark.full
 def test_lm_eval_on_two_ranks(stories: Path, tmp_path: Path) -> None:
     """Three rows, which do not divide."""
     pytest.importorskip("lm_eval")
