@@ -2,8 +2,7 @@
 
 Letters: r rank (even), U (out, r), V (in, r), m (out,), Q = I - U S^-1 U^T with
 S = triu(U^T U), diagonal halved (compact WY). Row form for a batch: y Q^T = y - (y U) M_U with
-M_U = S^-T U^T (r, out). Any S with S + S^T = U^T U makes Q orthogonal; the Cayley transform has
-another.
+M_U = S^-T U^T (r, out). The Cayley transform has another S; any with S + S^T = U^T U will do.
 """
 
 from typing import Any, Literal
@@ -47,35 +46,40 @@ def cayley_factor(z: Tensor) -> Tensor:
     Args:
         z: P and R side by side, (d, r), in fp32 or better; ``J = [[0, I], [-I, 0]]`` (r, r).
     """
-    half = z.shape[1] // 2
-    j = torch.eye(2 * half, dtype=z.dtype, device=z.device).roll(half, dims=1)
-    j[half:].neg_()
+    r = z.shape[1]
+    ones = torch.eye(r, dtype=z.dtype, device=z.device).roll(r // 2, dims=1)
+    j = ones.triu() - ones.tril()
     # Never singular, so that the host need not wait for the device's word on it.
     return torch.linalg.solve_ex(z.mT @ z / 2 - j, z.mT)[0]
 
 
-def reflection(stored: Tensor, form: Form, inverse: Inverse = "exact") -> tuple[Tensor, Tensor]:
+def columns(stored: Tensor, form: Form) -> Tensor:
+    """Returns u1, ..., ur (d, r) of what is stored: themselves, or P (d, r / 2) and R / 4 side by
+    side, of which the pairs are ``R + P, R - P``.
+    """
+    if form == "pairs":
+        return stored
+    p, r = stored.chunk(2, dim=1)
+    return torch.stack([MEAN_RATE * r + p, MEAN_RATE * r - p], dim=2).flatten(1)
+
+
+def rotation(stored: Tensor, form: Form, inverse: Inverse = "exact") -> tuple[Tensor, Tensor]:
     """Returns (U (d, r), M (r, d)) of ``Q: y -> y - (y U) M`` over rows.
 
-    Args:
-        stored: the parameter (d, r) in fp32 or better. ``pairs``: u1, ..., ur. Else P (d, r / 2)
-            and R / 4 side by side, of the reflections ``u_2i = R_i + P_i, u_2i+1 = R_i - P_i``
-            (``mean_difference``) or of the Cayley transform of ``(P R^T - R P^T) / 2``.
-        form: which.
-        inverse: of the reflections.
+    ``stored`` is as ``columns`` takes it, in fp32 or better; P and R / 4 of ``cayley`` are those of
+    ``cayley_factor``. U is P and R where they are stored: in bf16 ``R + P`` would lose a small P.
     """
     if form == "pairs":
         return stored, wy_factor(stored, inverse)
     p, r = stored.chunk(2, dim=1)
-    r = MEAN_RATE * r
+    z = torch.cat([p, MEAN_RATE * r], dim=1)
     if form == "cayley":
-        z = torch.cat([p, r], dim=1)
         return z, cayley_factor(z)
-    u = torch.stack([r + p, r - p], dim=2).flatten(1)
-    return u, wy_factor(u, inverse)
+    m = wy_factor(columns(stored, form))
+    return z, torch.cat([m[::2] - m[1::2], m[::2] + m[1::2]])
 
 
-def start_columns(d: int, rank: int, norm: float, form: Form = "pairs") -> Tensor:
+def start_columns(d: int, rank: int, norm: float, form: Form) -> Tensor:
     """Draws orthonormal u1, u2, ... from the QR of a Gaussian, times ``norm``, and returns what
     ``form`` stores of them, (d, rank), with Q = I: (u1|u1|u2|u2|...), or P = 0 and R / 4.
     """
@@ -103,8 +107,8 @@ def check_rank(rank: int, features: int) -> None:
 class Reflected(Adapter):
     """What HOFT, SHOFT and HRA share: reflections of the input, and perhaps of the output.
 
-    A subclass sets ``V`` (in, r) and may set ``U`` (out, r) and ``scale`` = m - 1 (out,), V and U
-    as ``form`` has them.
+    A subclass sets ``V`` (in, r) and may set ``U`` (out, r), as ``form`` stores them, and ``scale``
+    = m - 1 (out,).
     """
 
     V: nn.Parameter
@@ -121,11 +125,11 @@ class Reflected(Adapter):
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """The whole layer in one function, which saves neither ``Q_V x`` nor ``W Q_V x``."""
         factors: list[Tensor | None] = []
-        for columns in (self.V, self.U):
-            if columns is None:
+        for stored in (self.V, self.U):
+            if stored is None:
                 factors += [None, None]
                 continue
-            pair = reflection(columns.to(math_dtype(x.dtype)), self.form, self.inverse)
+            pair = rotation(stored.to(math_dtype(x.dtype)), self.form, self.inverse)
             factors += [factor.to(x.dtype) for factor in pair]
         scale = None if self.scale is None else self.scale.to(x.dtype)
         return _RotatedMatMul.apply(x, *factors, scale, base)
@@ -142,11 +146,11 @@ class Reflected(Adapter):
             return None
         dtype = math_dtype(self.V.dtype)
         w = base.weight(dtype)
-        v, m_v = reflection(self.V.detach().to(dtype), self.form, self.inverse)
+        v, m_v = rotation(self.V.detach().to(dtype), self.form, self.inverse)
         n = m_v @ w.mT
         a, b = v.mT, -n.mT
         if self.U is not None:
-            u, m_u = reflection(self.U.detach().to(dtype), self.form, self.inverse)
+            u, m_u = rotation(self.U.detach().to(dtype), self.form, self.inverse)
             a = torch.cat([a, u.mT @ w - (u.mT @ n.mT) @ v.mT])
             b = torch.cat([b, -m_u.mT], dim=1)
         return a, b

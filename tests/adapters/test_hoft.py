@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import scalepeft
-from scalepeft.adapters.householder import reflection, start_columns, wy_factor
+from scalepeft.adapters.householder import rotation, start_columns, wy_factor
 from scalepeft.adapters.inject import trainable
 from scalepeft.core.errors import UserError
 from scalepeft.models import quant
@@ -136,7 +136,7 @@ def test_rotation_stays_orthogonal_over_1000_optimiser_steps(form: str, d: int) 
         (layer(x) - target).square().mean().backward()
         optimizer.step()
     for stored in (layer.adapter.U, layer.adapter.V):
-        u, m = reflection(stored.detach(), form)
+        u, m = rotation(stored.detach(), form)
         eye = torch.eye(len(u))
         q = eye - u @ m
         assert (q - eye).norm() / math.sqrt(len(u)) > 1e-2, "nothing was learnt"
@@ -238,14 +238,14 @@ def test_each_form_is_its_definition_orthogonal_and_the_identity_at_the_start(
     eye = torch.eye(37, dtype=torch.float64)
     stored = start_columns(37, rank, 2.0, form).double()
     assert stored.shape == (37, rank)
-    u, m = reflection(stored, form)
+    u, m = rotation(stored, form)
     assert (u @ m).abs().max() <= (0 if form == "cayley" else 1e-15)
     for size in (1e-3, 0.3, 30):
-        u, m = reflection(stored + size * torch.randn_like(stored), form)
+        u, m = rotation(stored + size * torch.randn_like(stored), form)
         assert (u @ m).abs().max() > 1e-4
         assert ((eye - u @ m) @ (eye - u @ m).T - eye).abs().max() < 1e-12
     moved = stored + 0.3 * torch.randn_like(stored)
-    u, m = reflection(moved, form)
+    u, m = rotation(moved, form)
     # Rows map as y -> y Q^T.
     assert (eye - u @ m - references.rotation(moved, config_of(form)).T).abs().max() < 1e-13
 
@@ -268,12 +268,23 @@ def test_gradients_of_each_form_are_finite_differences(form: str, name: str) -> 
 
 
 @pytest.mark.parametrize("kind", ["plain", "nf4"])
-def test_cayley_starts_as_the_base_to_the_last_bit_in_bf16_too(kind: str) -> None:
+def test_cayley_starts_as_the_base_to_the_last_bit(kind: str) -> None:
     layer = make(kind, "shoft", 128, 64, form="cayley")
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(9, 64, dtype=dtype)
-        want = quant.Frozen(layer)(x) + layer.bias.to(dtype)
-        assert torch.equal(layer(x), want)
+        assert torch.equal(layer(x), quant.Frozen(layer)(x) + layer.bias.to(dtype))
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_a_small_difference_acts_in_bf16(form: str) -> None:
+    """Of 1e-4 beside means of length 1: U in bf16 must still know it."""
+    torch.manual_seed(0)
+    stored = start_columns(256, 8, 1.0, form)
+    stored[:, :4] = 1e-4 / 16 * torch.randn(256, 4)
+    u, m = (factor.bfloat16().double() for factor in rotation(stored, form))
+    want = references.rotation(stored.double(), config_of(form)).T
+    eye = torch.eye(256, dtype=torch.float64)
+    assert (eye - u @ m - want).norm() < 1e-2 * (want - eye).norm()
 
 
 @pytest.mark.parametrize("name", ["hoft", "hra"])

@@ -23,8 +23,8 @@ class HOFTConfig(AdapterConfig):
             ``neumann2`` is the paper's two-term series, for parity with its numbers only: it is not
             the identity at the start for rank >= 4 unless the pairs are orthogonal, and loses
             orthogonality in training.
-        init_norm: length of a start column, of R in the other forms. Only its direction enters a
-            reflection, so the length divides the effective learning rate.
+        init_norm: length of a start column, or of R. Only its direction enters a reflection, so the
+            length divides the effective learning rate; in ``cayley`` it multiplies that of P.
         form: what is trained of Q. ``pairs``: the columns u1, ..., ur, as in the paper.
             ``mean_difference``: mean R and difference P of each pair, ``u1 = R + P, u2 = R - P``,
             which Adam moves at rates of their own. ``cayley``: P and R of the Cayley transform of
@@ -38,12 +38,10 @@ class HOFTConfig(AdapterConfig):
     form: Form = "pairs"
 
     def __post_init__(self) -> None:
-        """Raises UserError for a series of the paper's reflections in another form."""
-        if self.inverse == "neumann2" and self.form != "pairs":
-            raise UserError(
-                f"form={self.form}: inverse=neumann2 is the series of the paper's columns; set"
-                " adapter.inverse=exact, or adapter.form=pairs"
-            )
+        """Raise UserError for the paper's series in another form than the paper's."""
+        if self.inverse != "exact" and self.form != "pairs":
+            what = f"form={self.form}: inverse={self.inverse} is the series of the paper's columns"
+            raise UserError(f"{what}; set adapter.inverse=exact, or adapter.form=pairs")
 
 
 class HOFT(Reflected):

@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from scalepeft.adapters.base import AdapterConfig, Base
-from scalepeft.adapters.householder import Form, Reflected, check_rank, reflection, start_columns
+from scalepeft.adapters.householder import Form, Reflected, check_rank, columns, start_columns
 from scalepeft.core.fields import STRICT
 
 
@@ -51,8 +51,7 @@ class HRA(Reflected):
     def reset_parameters(self) -> None:
         """Draws r / 2 columns as PEFT does and pairs them: the product is I."""
         if self.form != "pairs":
-            start = start_columns(self.in_features, self.V.shape[1], 1.0, self.form)
-            self.V.data.copy_(start)
+            self.V.data.copy_(start_columns(len(self.V), self.V.shape[1], 1.0, self.form))
             return
         half = torch.empty(self.in_features, self.V.shape[1] // 2)
         nn.init.kaiming_uniform_(half, a=math.sqrt(5))
@@ -64,4 +63,4 @@ class HRA(Reflected):
         if self.form == "cayley":
             return None
         fields = {"peft_type": "HRA", "r": self.config.rank, "apply_GS": False}
-        return fields, {"hra_u": reflection(self.V.detach(), self.form)[0]}
+        return fields, {"hra_u": columns(self.V.detach(), self.form)}
