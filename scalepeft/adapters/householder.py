@@ -2,7 +2,7 @@
 
 Letters: r rank (even), U (out, r), V (in, r), m (out,), Q = I - U S^-1 U^T with
 S = triu(U^T U), diagonal halved (compact WY). Row form for a batch: y Q^T = y - (y U) M_U with
-M_U = S^-T U^T (r, out).
+M_U = S^-T U^T (r, out). The Cayley transform has another S; any with S + S^T = U^T U will do.
 """
 
 from typing import Any, Literal
@@ -14,6 +14,10 @@ from scalepeft.adapters.base import Adapter, Base, math_dtype
 from scalepeft.core.errors import UserError
 
 Inverse = Literal["exact", "neumann2"]
+Form = Literal["pairs", "mean_difference", "cayley"]
+
+MEAN_RATE = 4.0
+"""R is stored divided by it: Adam's steps on R are then those of P times it."""
 
 
 def wy_factor(u: Tensor, inverse: Inverse = "exact") -> Tensor:
@@ -35,12 +39,55 @@ def wy_factor(u: Tensor, inverse: Inverse = "exact") -> Tensor:
     return t.mT @ u.mT
 
 
-def paired_columns(d: int, rank: int, norm: float) -> Tensor:
-    """Draws (u1|u1|u2|u2|...) with orthonormal u1, u2, ... from the QR of a Gaussian, times
-    ``norm``: Q = I.
+def cayley_factor(z: Tensor) -> Tensor:
+    """Returns ``S^-T Z^T`` (r, d), ``S = Z^T Z / 2 + J``, so that ``Q = I - Z S^-1 Z^T`` is the
+    Cayley transform ``(I - A)^-1 (I + A)`` of ``A = (P R^T - R P^T) / 2``.
+
+    Args:
+        z: P and R side by side, (d, r), in fp32 or better; ``J = [[0, I], [-I, 0]]`` (r, r).
+    """
+    r = z.shape[1]
+    ones = torch.eye(r, dtype=z.dtype, device=z.device).roll(r // 2, dims=1)
+    j = ones.triu() - ones.tril()
+    # Never singular, so that the host need not wait for the device's word on it.
+    return torch.linalg.solve_ex(z.mT @ z / 2 - j, z.mT)[0]
+
+
+def columns(stored: Tensor, form: Form) -> Tensor:
+    """Returns u1, ..., ur (d, r) of what is stored: themselves, or P (d, r / 2) and R / 4 side by
+    side, of which the pairs are ``R + P, R - P``.
+    """
+    if form == "pairs":
+        return stored
+    p, r = stored.chunk(2, dim=1)
+    return torch.stack([MEAN_RATE * r + p, MEAN_RATE * r - p], dim=2).flatten(1)
+
+
+def rotation(stored: Tensor, form: Form, inverse: Inverse = "exact") -> tuple[Tensor, Tensor]:
+    """Returns (U (d, r), M (r, d)) of ``Q: y -> y - (y U) M`` over rows.
+
+    ``stored`` is as ``columns`` takes it, in fp32 or better; P and R / 4 of ``cayley`` are those of
+    ``cayley_factor``. U is P and R where they are stored: in bf16 ``R + P`` would lose a small P.
+    """
+    if form == "pairs":
+        return stored, wy_factor(stored, inverse)
+    p, r = stored.chunk(2, dim=1)
+    z = torch.cat([p, MEAN_RATE * r], dim=1)
+    if form == "cayley":
+        return z, cayley_factor(z)
+    m = wy_factor(columns(stored, form))
+    return z, torch.cat([m[::2] - m[1::2], m[::2] + m[1::2]])
+
+
+def start_columns(d: int, rank: int, norm: float, form: Form) -> Tensor:
+    """Draws orthonormal u1, u2, ... from the QR of a Gaussian, times ``norm``, and returns what
+    ``form`` stores of them, (d, rank), with Q = I: (u1|u1|u2|u2|...), or P = 0 and R / 4.
     """
     q, _ = torch.linalg.qr(torch.randn(d, rank // 2, dtype=torch.float64))
-    return (norm * q).repeat_interleave(2, dim=1).to(torch.float32)
+    mean = (norm * q).to(torch.float32)
+    if form == "pairs":
+        return mean.repeat_interleave(2, dim=1)
+    return torch.cat([torch.zeros_like(mean), mean / MEAN_RATE], dim=1)
 
 
 def check_rank(rank: int, features: int) -> None:
@@ -60,13 +107,15 @@ def check_rank(rank: int, features: int) -> None:
 class Reflected(Adapter):
     """What HOFT, SHOFT and HRA share: reflections of the input, and perhaps of the output.
 
-    A subclass sets ``V`` (in, r) and may set ``U`` (out, r) and ``scale`` = m - 1 (out,).
+    A subclass sets ``V`` (in, r) and may set ``U`` (out, r), as ``form`` stores them, and ``scale``
+    = m - 1 (out,).
     """
 
     V: nn.Parameter
     U: nn.Parameter | None
     scale: nn.Parameter | None
     inverse: Inverse = "exact"
+    form: Form = "pairs"
 
     def declare(self) -> None:
         """Neither U nor scale."""
@@ -76,12 +125,12 @@ class Reflected(Adapter):
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """The whole layer in one function, which saves neither ``Q_V x`` nor ``W Q_V x``."""
         factors: list[Tensor | None] = []
-        for columns in (self.V, self.U):
-            if columns is None:
+        for stored in (self.V, self.U):
+            if stored is None:
                 factors += [None, None]
                 continue
-            u = columns.to(math_dtype(x.dtype))
-            factors += [u.to(x.dtype), wy_factor(u, self.inverse).to(x.dtype)]
+            pair = rotation(stored.to(math_dtype(x.dtype)), self.form, self.inverse)
+            factors += [factor.to(x.dtype) for factor in pair]
         scale = None if self.scale is None else self.scale.to(x.dtype)
         return _RotatedMatMul.apply(x, *factors, scale, base)
 
@@ -96,13 +145,14 @@ class Reflected(Adapter):
         if self.scale is not None:
             return None
         dtype = math_dtype(self.V.dtype)
-        w, v = base.weight(dtype), self.V.detach().to(dtype)
-        n = wy_factor(v, self.inverse) @ w.mT
+        w = base.weight(dtype)
+        v, m_v = rotation(self.V.detach().to(dtype), self.form, self.inverse)
+        n = m_v @ w.mT
         a, b = v.mT, -n.mT
         if self.U is not None:
-            u = self.U.detach().to(dtype)
+            u, m_u = rotation(self.U.detach().to(dtype), self.form, self.inverse)
             a = torch.cat([a, u.mT @ w - (u.mT @ n.mT) @ v.mT])
-            b = torch.cat([b, -wy_factor(u, self.inverse).mT], dim=1)
+            b = torch.cat([b, -m_u.mT], dim=1)
         return a, b
 
 

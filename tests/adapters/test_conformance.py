@@ -57,6 +57,9 @@ def surm(count: Callable[[int, int], int], **settings: Any) -> Variant:
     return Variant({"init_std": 0.2, **settings}, count)
 
 
+FORMS = ("mean_difference", "cayley")
+
+
 VARIANTS: dict[str, list[Variant]] = {
     "boft": [
         Variant({"block_size": 4, "factors": 1}, lambda o, i: i * 3 // 2 + o),
@@ -81,8 +84,12 @@ VARIANTS: dict[str, list[Variant]] = {
     "hoft": [
         Variant({"rank": 6}, lambda o, i: 6 * (o + i)),
         Variant({"rank": 4, "inverse": "neumann2"}, lambda o, i: 4 * (o + i)),
+        *(Variant({"rank": 6, "form": form}, lambda o, i: 6 * (o + i)) for form in FORMS),
     ],
-    "hra": [Variant({"rank": 6}, lambda o, i: 6 * i)],
+    "hra": [
+        Variant({"rank": 6}, lambda o, i: 6 * i),
+        *(Variant({"rank": 6, "form": form}, lambda o, i: 6 * i) for form in FORMS),
+    ],
     "hut": [
         Variant({}, lambda o, i: o + i),
         Variant({"shift": True}, lambda o, i: 2 * o + i),
@@ -119,6 +126,7 @@ VARIANTS: dict[str, list[Variant]] = {
     "shoft": [
         Variant({"rank": 6}, lambda o, i: 6 * (o + i) + o),
         Variant({"rank": 4, "inverse": "neumann2"}, lambda o, i: 4 * (o + i) + o),
+        *(Variant({"rank": 6, "form": form}, lambda o, i: 6 * (o + i) + o) for form in FORMS),
     ],
     "surm": [
         surm(lambda o, i: 2 * o * i // math.gcd(o, i), structure="circulant", scaling=0.5),
@@ -600,6 +608,10 @@ def test_a_norm_or_a_target_outside_the_blocks_is_refused() -> None:
         ({"name": "ia3", "feedforward_modules": "typo"}, "'typo' is none of the target_modules"),
         ({"name": "surm", "structure": "ldr", "factors": [3, 5]}, "need structure: kronecker"),
         ({"name": "surm", "ldr_rank": 9}, "ldr_rank=9 needs structure: ldr"),
+        (
+            {"name": "shoft", "inverse": "neumann2", "form": "cayley"},
+            "^adapter.form=cayley: inverse=neumann2 .*adapter.inverse=exact, or adapter.form=pairs",
+        ),
         ({"name": "hoft", "layers": "1,x"}, "'1,x': expected 'all', or numbers of decoder blocks"),
     ],
 )

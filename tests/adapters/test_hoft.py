@@ -3,15 +3,17 @@
 import math
 
 import pytest
+import references
 import torch
 from torch import nn
 
 import scalepeft
-from scalepeft.adapters.householder import wy_factor
+from scalepeft.adapters.householder import rotation, start_columns, wy_factor
 from scalepeft.adapters.inject import trainable
 from scalepeft.core.errors import UserError
 from scalepeft.models import quant
 
+FORMS = ["pairs", "mean_difference", "cayley"]
 SHAPES = [(64, 64), (192, 64), (64, 192), (16, 64)]
 
 
@@ -122,19 +124,21 @@ def test_only_the_adapter_trains_and_counts_follow_the_formula() -> None:
 @pytest.mark.parametrize(
     "d", [256, *(pytest.param(d, marks=pytest.mark.full) for d in (1024, 4096))]
 )
-def test_rotation_stays_orthogonal_over_1000_optimiser_steps(d: int) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_rotation_stays_orthogonal_over_1000_optimiser_steps(form: str, d: int) -> None:
     torch.manual_seed(0)
     out = d if d <= 1024 else 64  # a wide layer keeps the large case short
-    layer = scalepeft.adapt(nn.Linear(d, out, bias=False), "hoft", rank=8)
+    layer = scalepeft.adapt(nn.Linear(d, out, bias=False), "hoft", rank=8, form=form)
     optimizer = torch.optim.AdamW(layer.adapter.parameters(), lr=1e-2, weight_decay=0)
     x, target = torch.randn(4, d), torch.randn(4, out)
     for _ in range(1000):
         optimizer.zero_grad()
         (layer(x) - target).square().mean().backward()
         optimizer.step()
-    for u in (layer.adapter.U, layer.adapter.V):
+    for stored in (layer.adapter.U, layer.adapter.V):
+        u, m = rotation(stored.detach(), form)
         eye = torch.eye(len(u))
-        q = reflect_rows(eye, u.detach())
+        q = eye - u @ m
         assert (q - eye).norm() / math.sqrt(len(u)) > 1e-2, "nothing was learnt"
         rows = torch.randperm(len(u))[:1024]
         assert (q[rows].double() @ q.double().T - eye[rows]).abs().max() <= 1e-6
@@ -219,3 +223,91 @@ def test_fused_form_equals_its_plain_composition(name: str, bias: bool, inverse:
     for got, want in zip(*results, strict=True):
         assert torch.allclose(got, want, atol=1e-11, rtol=0)
     layer(x).sum().backward()  # an x that needs no gradient
+
+
+def config_of(form: str) -> object:
+    return scalepeft.adapt(nn.Linear(8, 8), "hoft", rank=2, form=form).adapter.config
+
+
+@pytest.mark.parametrize("rank", [2, 6, 16])
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_is_its_definition_orthogonal_and_the_identity_at_the_start(
+    form: str, rank: int
+) -> None:
+    torch.manual_seed(0)
+    eye = torch.eye(37, dtype=torch.float64)
+    stored = start_columns(37, rank, 2.0, form).double()
+    assert stored.shape == (37, rank)
+    u, m = rotation(stored, form)
+    assert (u @ m).abs().max() <= (0 if form == "cayley" else 1e-15)
+    for size in (1e-3, 0.3, 30):
+        u, m = rotation(stored + size * torch.randn_like(stored), form)
+        assert (u @ m).abs().max() > 1e-4
+        assert ((eye - u @ m) @ (eye - u @ m).T - eye).abs().max() < 1e-12
+    moved = stored + 0.3 * torch.randn_like(stored)
+    u, m = rotation(moved, form)
+    # Rows map as y -> y Q^T.
+    assert (eye - u @ m - references.rotation(moved, config_of(form)).T).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("name", ["hoft", "shoft", "hra"])
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_each_form_are_finite_differences(form: str, name: str) -> None:
+    layer = make("fp64", name, 5, 7, rank=4, form=form)
+    layer.adapter.double()
+    scatter(layer)
+    names = [key for key, _ in layer.adapter.named_parameters()]
+
+    def apply(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
+        state = dict(zip(names, values, strict=True))
+        return torch.func.functional_call(layer.adapter, state, (x, quant.Frozen(layer)))
+
+    x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    leaves = [p.detach().clone().requires_grad_() for p in layer.adapter.parameters()]
+    assert torch.autograd.gradcheck(apply, (x, *leaves))
+
+
+@pytest.mark.parametrize("kind", ["plain", "nf4"])
+def test_cayley_starts_as_the_base_to_the_last_bit(kind: str) -> None:
+    layer = make(kind, "shoft", 128, 64, form="cayley")
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(9, 64, dtype=dtype)
+        assert torch.equal(layer(x), quant.Frozen(layer)(x) + layer.bias.to(dtype))
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_a_small_difference_acts_in_bf16(form: str) -> None:
+    """Of 1e-4 beside means of length 1: U in bf16 must still know it."""
+    torch.manual_seed(0)
+    stored = start_columns(256, 8, 1.0, form)
+    stored[:, :4] = 1e-4 / 16 * torch.randn(256, 4)
+    u, m = (factor.bfloat16().double() for factor in rotation(stored, form))
+    want = references.rotation(stored.double(), config_of(form)).T
+    eye = torch.eye(256, dtype=torch.float64)
+    assert (eye - u @ m - want).norm() < 1e-2 * (want - eye).norm()
+
+
+@pytest.mark.parametrize("name", ["hoft", "hra"])
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_is_a_lora(form: str, name: str) -> None:
+    layer = make("fp64", name, 48, 80, form=form)
+    layer.adapter.double()
+    scatter(layer)
+    a, b = layer.adapter.to_lora(quant.Frozen(layer))
+    assert len(a) == (12 if name == "hoft" else 6)
+    weight, _ = scalepeft.effective_weight(layer)
+    assert (weight - layer.weight - b @ a).abs().max() < 1e-13
+
+
+@pytest.mark.parametrize("form", FORMS[1:])
+def test_the_mean_learns_at_four_times_the_rate(form: str) -> None:
+    layer = make("plain", "hoft", 64, 64, form=form)
+    scatter(layer)
+    v = layer.adapter.V
+    before = v.detach().clone()
+    layer(torch.randn(5, 64)).sin().sum().backward()
+    torch.optim.Adam([v], lr=1e-3).step()  # a first step of Adam is lr, whatever the gradient
+    p, r = (v.detach() - before).abs().chunk(2, dim=1)
+    assert p.mean().item() == pytest.approx(1e-3, rel=1e-2)
+    assert 4 * r.mean().item() == pytest.approx(4e-3, rel=1e-2)
+    assert start_columns(64, 4, 1.0, form)[:, 2:].norm(dim=0).tolist() == pytest.approx([0.25] * 2)

@@ -25,6 +25,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("boft", {"block_size": 4, "factors": 1}),
     ("boft", {"block_size": 4, "factors": 3}),
     ("hra", {"rank": 6}),
+    ("hra", {"rank": 6, "form": "mean_difference"}),
     ("ia3", {"feedforward_modules": []}),
     ("ia3", {"target_modules": ["down_proj"]}),
     ("hira", {"rank": 3}),

@@ -33,14 +33,27 @@ def neumann2(u: Tensor) -> Tensor:
     return eye(len(u)) - u @ (d_inverse - d_inverse @ torch.triu(gram, 1) @ d_inverse) @ u.T
 
 
+def rotation(stored: Tensor, config: Any) -> Tensor:
+    """Q (d, d) of each form: P and R / 4 are the halves of what is stored."""
+    if config.form == "pairs":
+        return (neumann2 if getattr(config, "inverse", "") == "neumann2" else reflections)(stored)
+    half = stored.shape[1] // 2
+    p, r = stored[:, :half], 4 * stored[:, half:]
+    if config.form == "cayley":
+        return cayley((r @ p.T - p @ r.T) / 2)
+    q = eye(len(p))
+    for i in range(half):
+        q = q @ reflections(torch.stack([r[:, i] + p[:, i], r[:, i] - p[:, i]], dim=1))
+    return q
+
+
 def _hoft(p: Parameters, w: Tensor, config: Any) -> Tensor:
-    q = neumann2 if config.inverse == "neumann2" else reflections
     m = 1 + p["scale"] if "scale" in p else torch.ones(len(w), dtype=torch.float64)
-    return q(p["U"]) @ torch.diag(m) @ w @ q(p["V"])
+    return rotation(p["U"], config) @ torch.diag(m) @ w @ rotation(p["V"], config)
 
 
 def _hra(p: Parameters, w: Tensor, config: Any) -> Tensor:
-    return w @ reflections(p["V"])
+    return w @ rotation(p["V"], config)
 
 
 def givens_pairs(d: int) -> list[tuple[int, int]]:

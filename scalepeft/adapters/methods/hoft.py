@@ -7,7 +7,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from scalepeft.adapters.base import AdapterConfig
-from scalepeft.adapters.householder import Inverse, Reflected, check_rank, paired_columns
+from scalepeft.adapters.householder import Form, Inverse, Reflected, check_rank, start_columns
+from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT
 
 
@@ -22,14 +23,25 @@ class HOFTConfig(AdapterConfig):
             ``neumann2`` is the paper's two-term series, for parity with its numbers only: it is not
             the identity at the start for rank >= 4 unless the pairs are orthogonal, and loses
             orthogonality in training.
-        init_norm: length of a start column. Only its direction enters Q, so the length divides the
-            effective learning rate.
+        init_norm: length of a start column, or of R. Only its direction enters a reflection, so the
+            length divides the effective learning rate; in ``cayley`` it multiplies that of P.
+        form: what is trained of Q. ``pairs``: the columns u1, ..., ur, as in the paper.
+            ``mean_difference``: mean R and difference P of each pair, ``u1 = R + P, u2 = R - P``,
+            which Adam moves at rates of their own. ``cayley``: P and R of the Cayley transform of
+            ``(P R^T - R P^T) / 2`` instead of reflections. R learns at four times train.lr.
     """
 
     name: str = "hoft"
     rank: Annotated[int, Field(ge=2)] = 16
     inverse: Inverse = "exact"
     init_norm: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
+    form: Form = "pairs"
+
+    def __post_init__(self) -> None:
+        """Raise UserError for the paper's series in another form than the paper's."""
+        if self.inverse != "exact" and self.form != "pairs":
+            what = f"form={self.form}: inverse={self.inverse} is the series of the paper's columns"
+            raise UserError(f"{what}; set adapter.inverse=exact, or adapter.form=pairs")
 
 
 class HOFT(Reflected):
@@ -53,15 +65,15 @@ class HOFT(Reflected):
         super().declare()
         inp, out, rank = self.in_features, self.out_features, self.config.rank
         check_rank(rank, min(inp, out))
-        self.inverse = self.config.inverse
+        self.inverse, self.form = self.config.inverse, self.config.form
         self.U, self.V = self.new_parameter(out, rank), self.new_parameter(inp, rank)
         if self.scaled:
             self.scale = self.new_parameter(out)
 
     def reset_parameters(self) -> None:
-        """Sets pairs of equal, mutually orthonormal columns: Q = I under both inverses; m is 1."""
+        """Sets pairs of equal, mutually orthonormal columns: Q = I in every form; m is 1."""
         super().reset_parameters()
         with torch.no_grad():
             for u in (self.U, self.V):
                 assert u is not None
-                u.copy_(paired_columns(len(u), u.shape[1], self.config.init_norm))
+                u.copy_(start_columns(len(u), u.shape[1], self.config.init_norm, self.form))

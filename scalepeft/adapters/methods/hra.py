@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from scalepeft.adapters.base import AdapterConfig, Base
-from scalepeft.adapters.householder import Reflected, check_rank
+from scalepeft.adapters.householder import Form, Reflected, check_rank, columns, start_columns
 from scalepeft.core.fields import STRICT
 
 
@@ -19,10 +19,12 @@ class HRAConfig(AdapterConfig):
 
     Attributes:
         rank: r, the number of reflections; even, because the start pairs equal ones.
+        form: what is trained of them, as in HOFT. All but ``pairs`` start from HOFT's columns.
     """
 
     name: str = "hra"
     rank: Annotated[int, Field(ge=2)] = 32
+    form: Form = "pairs"
 
 
 class HRA(Reflected):
@@ -43,16 +45,22 @@ class HRA(Reflected):
         """V (in, r)."""
         super().declare()
         check_rank(self.config.rank, self.in_features)
+        self.form = self.config.form
         self.V = self.new_parameter(self.in_features, self.config.rank)
 
     def reset_parameters(self) -> None:
         """Draws r / 2 columns as PEFT does and pairs them: the product is I."""
+        if self.form != "pairs":
+            self.V.data.copy_(start_columns(len(self.V), self.V.shape[1], 1.0, self.form))
+            return
         half = torch.empty(self.in_features, self.V.shape[1] // 2)
         nn.init.kaiming_uniform_(half, a=math.sqrt(5))
         with torch.no_grad():
             self.V.copy_(half.repeat_interleave(2, dim=1))
 
-    def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """PEFT's HRA with the same columns."""
+    def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """PEFT's HRA with the same columns; of the Cayley transform there is none."""
+        if self.form == "cayley":
+            return None
         fields = {"peft_type": "HRA", "r": self.config.rank, "apply_GS": False}
-        return fields, {"hra_u": self.V.detach()}
+        return fields, {"hra_u": columns(self.V.detach(), self.form)}
