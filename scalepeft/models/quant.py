@@ -31,10 +31,15 @@ NF4_VALUES = (
 
 @cache
 def _kernels() -> Any:
-    """Imports bitsandbytes' operators, without its notice about an optional kernel package."""
+    """Imports bitsandbytes' operators, without its notice about an optional kernel package.
+
+    Nor with ``torch.compile``, which loads all of inductor (two thirds of the import) for operators
+    of devices that have no kernel.
+    """
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = log.level
+    level, torch_compile = log.level, torch.compile
     log.setLevel(logging.ERROR)
+    torch.compile = lambda function, **_: function  # type: ignore
     try:
         importlib.import_module("bitsandbytes")
     except ImportError as error:
@@ -44,6 +49,7 @@ def _kernels() -> Any:
         ) from error
     finally:
         log.setLevel(level)
+        torch.compile = torch_compile
     return torch.ops.bitsandbytes
 
 
