@@ -31,10 +31,8 @@ NF4_VALUES = (
 
 @cache
 def _kernels() -> Any:
-    """Imports bitsandbytes' operators, without its notice about an optional kernel package.
-
-    Nor with ``torch.compile``, which loads all of inductor (two thirds of the import) for operators
-    of devices that have no kernel.
+    """Imports bitsandbytes' operators, without its notice about an optional kernel package and
+    without ``torch.compile`` of operators for other devices, which loads all of inductor.
     """
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level, torch_compile = log.level, torch.compile
@@ -71,7 +69,7 @@ def _nf4(blocks: Tensor) -> tuple[Tensor, Tensor]:
     absmax = blocks.abs().amax(1)
     unit = (blocks * (1 / absmax.clamp_min(1e-38))[:, None]).clamp_(-1, 1)
     values = torch.tensor(NF4_VALUES)
-    code = torch.full(unit.shape, 15, dtype=torch.uint8)
+    code = torch.full_like(unit, 15, dtype=torch.uint8)
     for middle in ((values[1:] + values[:-1]) / 2).tolist():
         code -= (unit <= middle).view(torch.uint8)  # NaN is at most nothing: 15, as bucketize says
     return code[:, ::2] << 4 | code[:, 1::2], absmax
@@ -128,16 +126,13 @@ class NF4(Format):
     def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Quantizes as bitsandbytes' kernel, to the bit; on a CPU that one is ``bucketize``."""
         n, in_features = rows.shape
-        width, scale_width = self.row_bytes(in_features)
-        if n == 0:
-            none = torch.empty(0, width + scale_width, dtype=torch.uint8, device=rows.device)
-            return none[:, :width], none[:, width:]
-        if rows.device.type == "cpu":
+        if rows.device.type == "cpu" or n == 0:
             parts = [_nf4(part) for part in rows.reshape(-1, BLOCK).split(CHUNK)]
             packed, absmax = (torch.cat(part) for part in zip(*parts, strict=True))
         else:
             packed, absmax = _kernels().quantize_4bit(rows.contiguous(), BLOCK, "nf4", torch.uint8)
-        return packed.view(n, width), self.pack_scales(absmax.view(n, -1))
+        scales = self.pack_scales(absmax.view(n, in_features // BLOCK))
+        return packed.view(n, in_features // 2), scales
 
     def pack_scales(self, absmax: Tensor) -> Tensor:
         """Scales (n, blocks) in fp32 -> their bytes (n, ...)."""
