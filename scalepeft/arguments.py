@@ -136,11 +136,11 @@ class Parser(argparse.ArgumentParser):
 
 # Command -> (module of its ``Options``, positional ones, ones that are no argument).
 DECLARED = {
-    "compare": ("analysis.compare.command", [], []),
-    "score": ("eval.score_files", [], []),
-    "bench": ("analysis.bench.command", ["what"], []),
-    "plan": ("cluster.plan.planning", [], ["disk", "network"]),
-    "submit": ("cluster.submit", ["job_file"], []),
+    "compare": ("analysis.compare.options", [], []),
+    "score": ("eval.score_options", [], []),
+    "bench": ("analysis.bench.options", ["what"], []),
+    "plan": ("cluster.plan.gpus", [], ["disk", "network"]),
+    "submit": ("cluster.sbatch", ["job_file"], []),
 }
 
 
@@ -209,7 +209,7 @@ def parse(argv: list[str], doc: str | None) -> argparse.Namespace:
         name: adding.add_parser(name, help=help, description=text, **look)
         for name, (help, text) in COMMANDS.items()
     }
-    for name in {*argv[:1]} & DECLARED.keys():  # of no other: importing them takes seconds
+    for name in {*argv[:1]} & DECLARED.keys():
         module, positional, without = DECLARED[name]
         declared = importlib.import_module(f"scalepeft.{module}").Options
         options.add_arguments(commands[name], declared, positional, without)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import scalepeft
+from scalepeft import arguments
 
 PACKAGE = Path(scalepeft.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -139,15 +140,39 @@ def test_imports_among_modules_have_no_cycle() -> None:
         walk(name, ())
 
 
-@pytest.mark.parametrize("module", ["scalepeft", "scalepeft.cli", "scalepeft.core.preemption"])
-def test_signals_can_be_taken_over_before_torch_is_loaded(module: str) -> None:
+def loaded(code: str) -> set[str]:
+    """Which heavy libraries a fresh interpreter has after ``code``."""
     code = (
-        f"import sys, {module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+        f"import sys\ntry:\n    {code}\nexcept SystemExit as e:\n    assert not e.code, e\nprint()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
-    )
-    assert done.stdout.strip() == "[]"
+        [sys.executable, "-c", f"{code}; print(*sys.modules)"],
+        capture_output=True, text=True, check=True, cwd=PACKAGE.parent,
+    )  # fmt: skip
+    heavy = {"torch", "transformers", "bitsandbytes", "torch._inductor.compile_fx"}
+    return heavy & {*done.stdout.splitlines()[-1].split()}
+
+
+@pytest.mark.parametrize("module", ["scalepeft", "scalepeft.cli", "scalepeft.core.preemption"])
+def test_signals_can_be_taken_over_before_torch_is_loaded(module: str) -> None:
+    assert loaded(f"import {module}") == set()
+
+
+RUN = str(Path(__file__).parent / "data" / "run-2026-11-21" / "finished")
+WORDS = [["--help"], ["--version"], *([c, "--help"] for c in arguments.COMMANDS), ["status", RUN]]
+
+
+@pytest.mark.parametrize("words", WORDS, ids=lambda words: " ".join(words[:2]).replace(RUN, "RUN"))
+def test_help_version_and_status_load_no_torch(words: list[str]) -> None:
+    assert loaded(f"from scalepeft import cli; sys.exit(cli.main({words}))") == set()
+
+
+def test_settings_load_torch_alone_and_nf4_no_compiler() -> None:
+    config = ["config", "demo", "model.quant=nf4"]
+    assert loaded(f"from scalepeft import cli; sys.exit(cli.main({config}))") == {"torch"}
+    encode = "quant.NF4().encode(torch.ones(1, 64)); quant._kernels()"
+    code = f"import torch; before = torch.compile; from scalepeft.models import quant; {encode}"
+    assert loaded(f"{code}; assert torch.compile is before") == {"torch", "bitsandbytes"}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))

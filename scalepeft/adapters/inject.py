@@ -59,14 +59,12 @@ class AdaptedNorm(nn.Module):
         return self.adapter.transform_output(y)
 
 
-def _attach(layer: nn.Module, config: AdapterConfig, name: str = "") -> None:
+def _attach(layer: nn.Module, method: type[Adapter], config: AdapterConfig, name: str = "") -> None:
     if not isinstance(layer, nn.Linear):
         raise UserError(f"{type(layer).__name__} cannot be adapted; nn.Linear layers can")
     if isinstance(layer, Adapted):
         raise UserError("the layer already has an adapter; a layer takes one")
-    adapter = registry.find_class("adapters.methods", config.name, "adapter", Adapter)(
-        config, layer.in_features, layer.out_features, name
-    )
+    adapter = method(config, layer.in_features, layer.out_features, name)
     if isinstance(layer, ExpertLinear):
         stack(adapter, layer.num_experts)
     _put(layer, AdaptedExperts if isinstance(layer, ExpertLinear) else Adapted, adapter)
@@ -178,9 +176,10 @@ def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int =
     linear = _in_layers(linear, config.layers)
     norms = _matching(model, config.norm_modules(), _is_norm, "adapter.norm", "normalization")
     model.requires_grad_(False)
+    method = registry.find_class("adapters.methods", config.name, "adapter", Adapter)
     for name in linear:
         try:
-            _attach(model.get_submodule(name), config, name)
+            _attach(model.get_submodule(name), method, config, name)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
     blocks = {_block(name) for name in linear}
@@ -201,7 +200,8 @@ def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int =
 
 def adapt(layer: nn.Linear, name: str, *, seed: int = 0, **settings: Any) -> nn.Linear:
     """Adapts one layer in place and returns it: ``adapt(linear, "hoft", rank=8)``."""
-    _attach(layer, adapter_config({"name": name, **settings}))
+    method = registry.find_class("adapters.methods", name, "adapter", Adapter)
+    _attach(layer, method, adapter_config({"name": name, **settings}))
     reset_adapters(layer, seed)
     return layer
 

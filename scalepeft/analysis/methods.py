@@ -65,8 +65,10 @@ def describe(name: str, model: str) -> dict[str, Any]:
         return {**row, "refused": str(error)}
     adapters = [adapter for _, adapter in inject.adapters(net)]
     count = sum(p.numel() for a in adapters for p in a.parameters())
-    # On meta tensors: what comes out is None or not. One layer that cannot go decides for all.
-    pairs = [(m.adapter, quant.Frozen(m)) for _, m in inject.adapted_layers(net)]
+    # On meta tensors: what comes out is None or not. One kind that cannot go decides for all.
+    layers = inject.adapted_layers(net)
+    kinds = {(n.rpartition(".")[2], m.in_features, m.out_features): m for n, m in layers}
+    pairs = [(m.adapter, quant.Frozen(m)) for m in kinds.values()]
     peft = all(adapter.to_peft(frozen) is not None for adapter, frozen in pairs)
     lora = all(adapter.to_lora(frozen) is not None for adapter, frozen in pairs)
     by_weight = any(a.needs_weight for a in adapters)

@@ -25,7 +25,7 @@ def check(configs: list[RunConfig], header: dict[str, str], name: str | None) ->
     )
     nodes, gpu_name = sbatch.nodes_of(header) or 1, gpu.name if gpu else None
     per_node = max(1, (sbatch.ranks_of(header) or 1) // nodes)
-    where = planning.Options(nodes, per_node, gpu_name, network=False)
+    where = gpus.Options(nodes, per_node, gpu_name, network=False)
     kinds = {f"{c.model} {c.adapter} {changes.deciding(c, Decides.SPEED)}": c for c in configs}
     for config in kinds.values():
         try:

@@ -7,15 +7,14 @@ queue.
 import itertools
 import os
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from scalepeft import pipeline
 from scalepeft.analysis.compare import command as compare
 from scalepeft.build import check_batch, engine_class, task_of
 from scalepeft.cluster import jobplan, sbatch
-from scalepeft.cluster.sbatch import Job
+from scalepeft.cluster.sbatch import Job, Options
 from scalepeft.config import files as config_files
 from scalepeft.config.schema import RunConfig, dump
 from scalepeft.core import registry
@@ -36,60 +35,6 @@ NODE_VARIABLES = [
     for name in """JOB_ID JOBID JOB_NAME JOB_NODELIST JOB_NUM_NODES NNODES NTASKS NODELIST NODEID
     ARRAY_JOB_ID ARRAY_TASK_ID ARRAY_TASK_COUNT RESTART_COUNT TMPDIR""".split()
 ]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What ``launch/submit`` was asked for.
-
-    Attributes:
-        job_file: a file of slurm/, or a copy of one, e.g. slurm/hoft_llama70b.sh
-        settings: KEY=VALUE: over the job file's
-        sweep: KEY=A,B,C: a job array, a run each in its own folder; several give their product
-        throttle: runs of a sweep at a time; 0 for all
-        then: a second job, once the first has succeeded
-        pipeline: a chain of jobs, one for each stage of scalepeft pipeline
-        cpu_sbatch: OPTION=VALUE: for the stages that need no GPU, e.g. partition=cpu
-        compare: OPTION=VALUE: scalepeft compare in run_dir as job arrays, e.g. methods=hoft,lora
-        sbatch: OPTION=VALUE: over the #SBATCH lines of the job file
-        resume_with_changes: continue although harmless keys differ from the run's config
-        dry_run: print what would be queued; queue and write nothing
-        gpu: as for plan, where the job file does not name its GPUs
-        plan: do not look whether the run fits, and saves in time for the time limit
-    """
-
-    job_file: str
-    settings: list[str]
-    sweep: list[str]
-    sbatch: list[str]
-    throttle: int = 0
-    then: Literal["evaluate"] | None = None
-    resume_with_changes: bool = False
-    dry_run: bool = False
-    gpu: str | None = None
-    plan: bool = True
-    pipeline: bool = False
-    cpu_sbatch: tuple[str, ...] = ()
-    compare: tuple[str, ...] = ()
-
-    def check(self) -> None:
-        """Raise UserError if one option has no effect beside another."""
-        wrong = {
-            f"--then {self.then} has no effect with --pipeline, which evaluates":
-                self.then and self.pipeline,
-            "--cpu-sbatch is for the CPU stages of --pipeline and --compare":
-                self.cpu_sbatch and not (self.pipeline or self.compare),
-            "--compare goes without --then, --pipeline and --sweep; it sweeps itself":
-                self.compare and (self.then or self.pipeline or self.sweep),
-            "--resume-with-changes: a pipeline or comparison runs again what a change asks for":
-                self.resume_with_changes and (self.pipeline or self.compare),
-            f"--gpu {self.gpu} has no effect with --no-plan; give one of them":
-                self.gpu and not self.plan,
-            f"--throttle {self.throttle}: how many runs of a --sweep or --compare go at a time":
-                self.throttle < 0 or (self.throttle and not (self.sweep or self.compare)),
-        }  # fmt: skip
-        if text := next((text for text, is_so in wrong.items() if is_so), None):
-            raise UserError(text)
 
 
 def run(options: Options) -> None:

@@ -24,7 +24,6 @@ from typing import Any
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import digest, fsync, try_to_write, write_atomically
 from scalepeft.core.log import say
-from scalepeft.models.tensors import Reader
 from scalepeft.run.lease import check_fence, largest_generation, stored_generation
 
 SCHEMA = 2  # 1 had no files in parts
@@ -157,6 +156,8 @@ class RunFolder:
                 untouched.
             Superseded: another start owns the folder.
         """
+        from scalepeft.models.tensors import Reader
+
         step = int(temporary.name[len("step-") :].partition(".")[0])
         final = self._folder(step)
         text = json.dumps(state, indent=1).encode()
@@ -284,6 +285,8 @@ def verify(folder: Path) -> dict[str, Any]:
     Raises:
         DamagedCheckpoint: the manifest is missing or broken, or a file is missing, cut or changed.
     """
+    from scalepeft.models.tensors import Reader  # torch, which status does without
+
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         schema, files, step = manifest["schema"], dict(manifest["files"]), manifest["step"]

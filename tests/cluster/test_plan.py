@@ -15,8 +15,9 @@ from processes import ROOT, TINY, Job, train
 
 from scalepeft.cli import main
 from scalepeft.cluster.plan import command, gpus, planning
+from scalepeft.cluster.plan.gpus import Options
 from scalepeft.cluster.plan.memory import measure, resident
-from scalepeft.cluster.plan.planning import GIB, Options, plan
+from scalepeft.cluster.plan.planning import GIB, plan
 from scalepeft.config import files as config_files
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError

@@ -56,6 +56,53 @@ def test_rows_are_independent_and_as_wide_as_announced(fmt: quant.Format, width:
     assert torch.equal(fmt.encode(w[shuffled])[0], packed[shuffled])
 
 
+def by_bucketize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rule in words of torch: codes and absmax of blocks, as bytes."""
+    values = torch.tensor(quant.NF4_VALUES)
+    blocks = rows.float().view(-1, quant.BLOCK)
+    absmax = blocks.abs().max(1)[0]
+    unit = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1)
+    code = torch.bucketize(unit, (values[1:] + values[:-1]) / 2).to(torch.uint8)
+    packed, scale = code[:, ::2] * 16 + code[:, 1::2], absmax.view(-1, 1).view(torch.uint8)
+    return packed.view(len(rows), -1), scale.reshape(len(rows), -1)
+
+
+def edges(dtype: torch.dtype) -> torch.Tensor:
+    """Rows (n, 128) of NF4's midpoints and their neighbours, of +-0, denormals, inf and NaN."""
+    values = torch.tensor(quant.NF4_VALUES, dtype=dtype)
+    middle = (torch.tensor(quant.NF4_VALUES[1:]) + torch.tensor(quant.NF4_VALUES[:-1])) / 2
+    near = [middle.to(dtype), values]
+    for toward in (-2.0, 2.0):
+        near += [torch.nextafter(part, torch.full_like(part, toward)) for part in near[:2]]
+    info = torch.finfo(dtype)
+    tiny = torch.tensor(
+        [0.0, -0.0, info.smallest_normal, -info.tiny / 4, info.tiny / 2], dtype=dtype
+    )
+    unit = torch.cat([*near, tiny])
+    unit = torch.cat([torch.ones(1, dtype=dtype), unit, unit[: 127 - len(unit)]])  # absmax 1
+    scales = [1.0, -1.0, 0.3, 3e-5, 0.0, info.tiny, info.tiny / 64, info.max]
+    rows = [unit * s for s in scales] + [unit.flip(0)]
+    for bad in (torch.inf, -torch.inf, torch.nan, -torch.nan):
+        rows.append(unit.clone())
+        rows[-1][70] = bad
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_nf4_bytes_are_those_of_bucketize_and_bitsandbytes(dtype: torch.dtype) -> None:
+    some = weight(70, 64 * 90).to(dtype)  # blocks beyond one chunk, and not a multiple
+    assert some.numel() // quant.BLOCK > quant.CHUNK
+    for rows in (edges(dtype), some, some[:, : 64 * 5], some.T[: 64 * 2, :64]):
+        got = quant.NF4().encode(rows)
+        want = by_bucketize(rows.contiguous())
+        packed, absmax = quant._kernels().quantize_4bit(rows.contiguous(), 64, "nf4", torch.uint8)
+        theirs = (packed.view_as(got[0]), absmax.view(len(rows), -1).view(torch.uint8))
+        for ours, *others in zip(got, want, theirs, strict=True):
+            assert all(torch.equal(ours, other) for other in others)
+    codes = quant.NF4().encode(edges(dtype))[0]
+    assert {*(codes >> 4).unique().tolist()} == set(range(16))
+
+
 def test_bits_a_weight() -> None:
     bits = [8 * sum(f.row_bytes(64 * 256)) / (64 * 256) for f in FORMATS]
     assert bits == pytest.approx([4.5, 4.13, 8.002], abs=5e-3)

@@ -10,10 +10,10 @@ activations too and so computes something else.
 import importlib.util
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ import torch
 from scalepeft.analysis.bench.cases import ROW, layers_of, make_case
 from scalepeft.analysis.bench.entries import REFERENCE, Entry, measure
 from scalepeft.analysis.bench.methods import choose
+from scalepeft.analysis.bench.options import Options
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import write_atomically, writing
 from scalepeft.core.text import table
@@ -34,49 +35,21 @@ COLUMNS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Options:
-    """What to measure.
-
-    Attributes:
-        what: methods on a model, or (see below) a machine with a GPU
-        shape: a shape by name, or a model folder
-        methods: names by comma; 'all' for every one
-        rank: of LoRA; the others follow its size
-        tokens: a step, in rows of 512 at most
-        precision: of base and activations
-        quant: how the base is stored
-        device: where
-        repeats: timed steps of every method
-        out: FOLDER: for bench.json, or gpu.json and gpu.md
-    """
-
-    what: Literal["model", "gpu"]
-    shape: str = "small"
-    methods: str = "all"
-    rank: int = 16
-    tokens: int = 2048
-    precision: Literal["fp32", "bf16"] = "fp32"
-    quant: Literal["none", "nf4", "int8"] = "none"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    repeats: int = 5
-    out: str | None = None
-
-    def check(self) -> None:
-        """Raise UserError for numbers and devices that cannot be used, or without PEFT."""
-        for name in ("rank", "tokens", "repeats"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be 1 or more")
-        if self.tokens % min(ROW, self.tokens):
-            near = self.tokens // ROW * ROW
-            raise UserError(f"--tokens {self.tokens}: is cut into rows of {ROW}; take {near}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: torch sees no CUDA device here; take --device cpu")
-        if importlib.util.find_spec("peft") is None:
-            raise UserError(
-                "scalepeft bench compares with HF PEFT, which is not installed: pip install"
-                " 'scalepeft[dev]'"
-            )
+def check(options: Options) -> None:
+    """Raise UserError for numbers and devices that cannot be used, or without PEFT."""
+    for name in ("rank", "tokens", "repeats"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} {getattr(options, name)}: must be 1 or more")
+    if options.tokens % min(ROW, options.tokens):
+        near = options.tokens // ROW * ROW
+        raise UserError(f"--tokens {options.tokens}: is cut into rows of {ROW}; take {near}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here; take --device cpu")
+    if importlib.util.find_spec("peft") is None:
+        raise UserError(
+            "scalepeft bench compares with HF PEFT, which is not installed: pip install"
+            " 'scalepeft[dev]'"
+        )
 
 
 def make_folder(out: str) -> Path:
@@ -95,7 +68,7 @@ def run(options: Options) -> dict[str, Any]:
     Raises:
         UserError: an option that makes no sense, an unknown shape or method, PEFT missing.
     """
-    options.check()
+    check(options)
     bf16, cuda = options.precision == "bf16", torch.cuda.is_available() and options.device != "cpu"
     entries = choose(options.methods, layers_of(options.shape), options.rank, bf16)
     folder = None if options.out is None else make_folder(options.out)

@@ -9,8 +9,8 @@ import json
 from dataclasses import asdict, fields
 from typing import Any
 
-from scalepeft.cluster.plan.gpus import GPUS
-from scalepeft.cluster.plan.planning import GIB, Options, Plan, counts, plan
+from scalepeft.cluster.plan.gpus import GPUS, Options
+from scalepeft.cluster.plan.planning import GIB, Plan, counts, plan
 from scalepeft.cluster.plan.simulate import KINDS
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as cfg

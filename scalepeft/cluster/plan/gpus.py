@@ -1,5 +1,6 @@
-"""GPUs that a plan knows, by our names, nvidia-smi's and Slurm's."""
+"""GPUs that a plan knows, by our names, nvidia-smi's and Slurm's; and what a plan is asked."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -49,3 +50,48 @@ def find(text: str) -> Gpu:
             " one: scalepeft plan --memory GIB"
         )
     return gpu
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where the run is to go.
+
+    Attributes:
+        nodes: of the job
+        gpus_per_node: of each node; one rank each
+        gpu: A100-40, A100-80, L40S, H100, H200, B200, or nvidia-smi's name of one
+        memory: GIB: of a GPU, in place of its name
+        disk: bytes a second of the run folder's file system
+        step_seconds: S: measured, in place of the estimate
+        network: whether the hub may be asked for ``config.json``
+    """
+
+    nodes: int = 1
+    gpus_per_node: int = 1
+    gpu: str | None = None
+    memory: float | None = None
+    disk: float = 1e9
+    step_seconds: float | None = None
+    network: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "gpus_per_node", "memory", "disk", "step_seconds"):
+            value = getattr(self, name)
+            if value is not None and not (0 < value < math.inf):
+                flag = "--disk-gbps" if name == "disk" else f"--{name.replace('_', '-')}"
+                raise UserError(f"{flag} {value:g}: expected a number above 0")
+        if self.gpu is not None and self.memory is not None:
+            raise UserError("give one of --gpu and --memory, not both")
+        _ = self.target  # a name that is not known is said here
+
+    @property
+    def world(self) -> int:
+        """Number of ranks."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def target(self) -> Gpu | None:
+        """The GPU that is asked about."""
+        if self.memory is not None:
+            return Gpu(f"{self.memory:g} GiB", self.memory, 0, 0)
+        return find(self.gpu) if self.gpu is not None else None

@@ -5,11 +5,10 @@ What is assumed and not computed stands here by name.
 
 import math
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 
-from scalepeft.cluster.plan import gpus
-from scalepeft.cluster.plan.gpus import GPUS, Gpu
+from scalepeft.cluster.plan.gpus import GPUS, Options
 from scalepeft.cluster.plan.memory import measure, resident
 from scalepeft.cluster.plan.simulate import Step
 from scalepeft.config.schema import RunConfig
@@ -29,51 +28,6 @@ NETWORK_BYTES_PER_SECOND = 20e9  # of a rank's collective between nodes
 HASH_BYTES_PER_SECOND = 0.5e9  # sha256 of a checkpoint on one core
 MARGIN_SECONDS = 30.0  # agreement, the end of the ranks, scontrol requeue
 SAFETY = 2.0  # on step and save, both of which are estimates
-
-
-@dataclass(frozen=True)
-class Options:
-    """Where the run is to go.
-
-    Attributes:
-        nodes: of the job
-        gpus_per_node: of each node; one rank each
-        gpu: A100-40, A100-80, L40S, H100, H200, B200, or nvidia-smi's name of one
-        memory: GIB: of a GPU, in place of its name
-        disk: bytes a second of the run folder's file system
-        step_seconds: S: measured, in place of the estimate
-        network: whether the hub may be asked for ``config.json``
-    """
-
-    nodes: int = 1
-    gpus_per_node: int = 1
-    gpu: str | None = None
-    memory: float | None = None
-    disk: float = 1e9
-    step_seconds: float | None = None
-    network: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("nodes", "gpus_per_node", "memory", "disk", "step_seconds"):
-            value = getattr(self, name)
-            if value is not None and not (0 < value < math.inf):
-                flag = "--disk-gbps" if name == "disk" else f"--{name.replace('_', '-')}"
-                raise UserError(f"{flag} {value:g}: expected a number above 0")
-        if self.gpu is not None and self.memory is not None:
-            raise UserError("give one of --gpu and --memory, not both")
-        _ = self.target  # a name that is not known is said here
-
-    @property
-    def world(self) -> int:
-        """Number of ranks."""
-        return self.nodes * self.gpus_per_node
-
-    @property
-    def target(self) -> Gpu | None:
-        """The GPU that is asked about."""
-        if self.memory is not None:
-            return Gpu(f"{self.memory:g} GiB", self.memory, 0, 0)
-        return gpus.find(self.gpu) if self.gpu is not None else None
 
 
 class Plan:
