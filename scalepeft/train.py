@@ -265,24 +265,22 @@ class _Rows:
 def _rows(config: RunConfig, base: Base, ranks: Ranks) -> _Rows:
     """Tokenized rows, and the number of steps; one rank a node tokenizes for all of them."""
 
-    def make() -> dict[Split, Path]:
+    def make() -> tuple[dict[Split, Path], str] | None:
+        if ranks.local_rank != 0:
+            return None
         cutoff, limit = config.data.cutoff, base.positions
         if limit is not None and cutoff > limit:
             where = f"data.cutoff={cutoff}"
             raise UserError(f"{where} is beyond the model's {limit} positions; lower it")
         task = task_of(config, base.tokenizer)
-        return token_file.files(task, base.tokenizer, base.vocab_size, base.ends)
+        files = token_file.files(task, base.tokenizer, base.vocab_size, base.ends)
+        return files, token_file.prepared(files, config.data, seed)[0].fingerprint()
 
-    seed = config.train.seed
-    made = ranks.all_or_raise(lambda: make() if ranks.local_rank == 0 else None)
-    mine = (
-        None
-        if made is None
-        else (made, token_file.prepared(made, config.data, seed)[0].fingerprint())
-    )
-    # Every rank of a node uses what its local rank 0 made; node paths may differ.
-    found, fingerprint = [m for m in ranks.gather(mine)[: ranks.rank + 1] if m is not None][-1]
-    train, valid, report = ranks.all_or_raise(lambda: token_file.prepared(found, config.data, seed))
+    host, seed = socket.gethostname(), config.train.seed
+    # Once a node: their folders may differ.
+    made = {name: m for name, m in ranks.gather((host, ranks.all_or_raise(make))) if m is not None}
+    files, fingerprint = made[host]
+    train, valid, report = ranks.all_or_raise(lambda: token_file.prepared(files, config.data, seed))
     for line in report if ranks.is_main else ():
         say(line)
     total = config.train.max_steps
