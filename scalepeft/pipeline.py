@@ -64,6 +64,7 @@ class Pipeline:
         self.base = base = open_base(config.model, ranks)
         self.task = task_of(config, base.tokenizer)
         self.prepared = task_of(self.config, base.tokenizer)  # over the prepared rows
+        self.task.poll = self.prepared.poll = self._poll
         self.base_hashes = ranks.run_on_main(
             lambda: {"weights": base.fingerprint, "tokenizer": base.tokenizer_hash}
         )

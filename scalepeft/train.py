@@ -120,7 +120,7 @@ def run_on(
         check_nodes(config.run_dir, ranks)
         base = base or open_base(config.model, ranks)
         if records.finished():  # for its own base and rows; others are named, not passed over
-            rows = _rows(config, base, ranks)
+            rows = _rows(config, base, ranks, stop)
             _check_resumed(config, base, rows, ranks, records.resumed)
         else:
             code = _train(config, base, ranks, records, stop)
@@ -144,7 +144,7 @@ def _train(
     seconds = {"startup": time.time() - stop.launched}
     began = time.monotonic()
     poll()
-    rows = _rows(config, base, ranks)
+    rows = _rows(config, base, ranks, stop)
     fingerprint = _check_resumed(config, base, rows, ranks, records.resumed)
     poll()
     trainer = Trainer(config, ranks, build(config, base, ranks, poll), fingerprint)
@@ -262,8 +262,12 @@ class _Rows:
     """Steps of the whole run."""
 
 
-def _rows(config: RunConfig, base: Base, ranks: Ranks) -> _Rows:
+def _rows(config: RunConfig, base: Base, ranks: Ranks, stop: StopFlag) -> _Rows:
     """Tokenized rows, and the number of steps; one rank a node tokenizes for all of them."""
+
+    def poll() -> None:
+        if stop.signal is not None:
+            raise Stopping
 
     def make() -> tuple[dict[Split, Path], str] | None:
         if ranks.local_rank != 0:
@@ -273,12 +277,18 @@ def _rows(config: RunConfig, base: Base, ranks: Ranks) -> _Rows:
             where = f"data.cutoff={cutoff}"
             raise UserError(f"{where} is beyond the model's {limit} positions; lower it")
         task = task_of(config, base.tokenizer)
-        files = token_file.files(task, base.tokenizer, base.vocab_size, base.ends)
+        task.poll = poll
+        try:
+            files = token_file.files(task, base.tokenizer, base.vocab_size, base.ends)
+        except Stopping:
+            return None
         return files, token_file.prepared(files, config.data, seed)[0].fingerprint()
 
     host, seed = socket.gethostname(), config.train.seed
     # Once a node: their folders may differ.
     made = {name: m for name, m in ranks.gather((host, ranks.all_or_raise(make))) if m is not None}
+    if ranks.any(stop.signal is not None):
+        raise Stopping
     files, fingerprint = made[host]
     train, valid, report = ranks.all_or_raise(lambda: token_file.prepared(files, config.data, seed))
     for line in report if ranks.is_main else ():

@@ -5,7 +5,7 @@ scored.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
 from pathlib import Path
@@ -184,6 +184,8 @@ class Task:
 
     def __init__(self, config: TaskConfig, tokenizer: Any = None) -> None:
         self.config = config
+        self.poll: Callable[[], None] = lambda: None
+        """Called for each row that is read; may raise to stop."""
         self.renderer: Renderer | None = None
         """Of the tokenizer; without one, texts are for people and scores alone."""
         if tokenizer is not None:
@@ -222,6 +224,7 @@ class Task:
         for label, source in zip(source_labels(files), files, strict=True):
             number = 0
             for number, row in self.rows(source, split):
+                self.poll()
                 row_id = f"{label}#{number}"
                 try:
                     example = self._example(row, row_id, split)
