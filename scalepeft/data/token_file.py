@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import socket
+import time
 from array import array
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from scalepeft.data import rows as readers
 from scalepeft.data.tasks.base import Split, Task, TaskConfig
 from scalepeft.data.tokens import Rows, TokenSet, ids_of
 
+DAY = 86400  # seconds
 HEADER = 1 << 16  # bytes that are kept for what is known last
 COUNTS = ("dropped", "cut", "lost")
 PARTS = ("tokens", "lengths", "label_start")
@@ -40,6 +42,9 @@ def split_file(task: Task, split: Split, tokenizer: Any, ends: list[int]) -> Pat
     temporary = file.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("*.tmp"):  # of processes that were killed
+            if time.time() - left.stat().st_mtime > DAY:
+                left.unlink(missing_ok=True)
         _write(temporary, task, split, Rows(task.stream(split), tokenizer, task.config, ends))
         temporary.replace(file)
     except OSError as error:

@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -424,7 +425,10 @@ def cached(counting: Counting, cache: Path, *given: str, lengths: Any = (1, 2, 3
 
 
 def test_the_second_call_reads_the_cache(tokenizer: Any, tmp_path: Path) -> None:
-    counting = Counting(tokenizer)
+    counting, killed = Counting(tokenizer), tmp_path / "tokens/killed.host.1.tmp"
+    killed.parent.mkdir()
+    killed.touch()
+    os.utime(killed, (0, 0))
     first, made = cached(counting, tmp_path)
     again, made_again = cached(counting, tmp_path)
     assert (made, made_again) == (True, False)
