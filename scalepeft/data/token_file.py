@@ -43,8 +43,9 @@ def split_file(task: Task, split: Split, tokenizer: Any, ends: list[int]) -> Pat
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob("*.tmp"):  # of processes that were killed
-            if time.time() - left.stat().st_mtime > DAY:
-                left.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - left.stat().st_mtime > DAY:
+                    left.unlink()
         _write(temporary, task, split, Rows(task.stream(split), tokenizer, task.config, ends))
         temporary.replace(file)
     except OSError as error:
