@@ -94,7 +94,7 @@ for pause in 10 20 40 0; do
     # 2: a node said why. With all else Slurm could not start this little; a slurmd that reads its configuration again
     # in this moment (scontrol reconfigure) is enough for that.
     case $fit in 0 | 2) break ;; esac
-    [ $pause -gt 0 ] && [ -z "$warned" ] || break
+    if [ $pause -eq 0 ] || [ -n "$warned" ]; then break; fi
     complain "Slurm did not start a process on each node (srun ended with $fit): asks again in $pause s"
     sleep $pause & wait $!
 done
@@ -123,7 +123,7 @@ takes_usr1() {
 code=0
 if [ -n "$warned" ]; then
     echo "before the first step" > "$SCALEPEFT_JOB_STATE/stopped"
-elif [ $fit -ne 0 ]; then
+elif [ "$fit" -ne 0 ]; then
     wait_if_a_node_is_gone
     die "not all nodes are fit, see the lines above; nothing was started"
 else

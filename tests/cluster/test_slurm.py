@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from processes import FULL, ROOT, TINY, adapter_bytes, call, losses, rows, train
-from slurm_cluster import ENDS, Cluster, missing
+from slurm_cluster import ENDS, PATH, Cluster, missing
 from test_docs import COMMANDS
 
 from scalepeft.config import files as config_files
@@ -260,7 +260,7 @@ def test_a_slurmd_that_starts_nothing_is_asked_again(runs: Runs) -> None:
     while not log.exists() or "asks again" not in log.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    cluster.on_node(2, "slurmd -N node2")
+    cluster.on_node(2, f"SLURM_CONF={cluster.folder}/slurm.conf PATH={PATH} slurmd -N node2")
     cluster.wait(job, "COMPLETED")
 
 
