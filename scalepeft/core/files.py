@@ -37,7 +37,7 @@ def write_atomically(path: Path, content: str | bytes | Iterable[bytes]) -> None
             f.writelines([content] if isinstance(content, bytes) else content)
         fsync(temporary)
         temporary.replace(path)
-    except OSError:
+    except BaseException:  # what makes the content may stop it
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise

@@ -1,7 +1,7 @@
 """Prepared rows of a pipeline: each split read, checked and written once, as its examples."""
 
 import json
-import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,14 @@ def write(task: Task, split: Split, path: Path) -> dict[str, Any]:
     """Writes a split's examples to ``path``, and beside it what was left out; returns counts."""
     key, count = prepared_for(task, split), 0
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as f:
-            for example in task.stream(split):
-                count += 1
-                f.write(json.dumps(to_prepared(example, key), ensure_ascii=False) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    def lines() -> Iterator[bytes]:
+        nonlocal count
+        for example in task.stream(split):
+            count += 1
+            yield (json.dumps(to_prepared(example, key), ensure_ascii=False) + "\n").encode()
+
+    write_atomically(path, lines())
     listed = path.with_name(f"{split}.left-out.txt")
     listed.unlink(missing_ok=True)  # of an earlier reading
     left_out = len(task.skipped)
