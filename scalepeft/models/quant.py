@@ -37,7 +37,7 @@ def _kernels() -> Any:
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level, torch_compile = log.level, torch.compile
     log.setLevel(logging.ERROR)
-    torch.compile = lambda function, **_: function  # type: ignore
+    torch.compile = lambda function, **_: function  # type: ignore[assignment]
     try:
         importlib.import_module("bitsandbytes")
     except ImportError as error:
