@@ -82,11 +82,12 @@ def held_out_loss(trainer: Trainer, rows: TokenSet, poll: Callable[[], None]) ->
     model.eval()
     total = torch.zeros(2, dtype=torch.float64)
     steps = math.ceil(len(rows) / config.train.global_batch)
-    for step in batches(trainer, rows, 0, steps, shuffle=False):
-        poll()
-        for batch in step.micro:
-            total[0] += float(summed_loss(model, batch.to(ranks.device), config))
-        total[1] += step.label_tokens / ranks.world_size
+    with trainer.factors.made():
+        for step in batches(trainer, rows, 0, steps, shuffle=False):
+            poll()
+            for batch in step.micro:
+                total[0] += float(summed_loss(model, batch.to(ranks.device), config))
+            total[1] += step.label_tokens / ranks.world_size
     injection.train_mode(model)
     summed, count = ranks.sum(total).tolist()
     return summed / count

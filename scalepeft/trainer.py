@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from scalepeft.adapters import inject as injection
 from scalepeft.adapters.base import Adapter, Dropout, dropout_keys
+from scalepeft.adapters.factors import Factors
 from scalepeft.build import Built
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
@@ -48,6 +49,7 @@ class Trainer:
         )  # fmt: skip
         self.call = built.engine.attach(built.model, self.optimizer)
         """What training calls: the model, or the engine's wrapper around it."""
+        self.factors = Factors(built.model, built.engine)
         adapters = [adapter for _, adapter in injection.adapters(built.model)]
         self.penalized = any(type(a).penalty is not Adapter.penalty for a in adapters)
         self.dropouts = [m for m in built.model.modules() if isinstance(m, Dropout)]
@@ -69,17 +71,18 @@ class Trainer:
         """
         engine, train = self.built.engine, self.config.train
         total = torch.zeros((), device=self.ranks.device)
-        for i, batch in enumerate(micro):
-            batch = batch.to(self.ranks.device)
-            last = i == len(micro) - 1
-            # The adapter's: a function of (seed, sample), whatever the layout.
-            for dropout in self.dropouts:
-                dropout.keys = dropout_keys(batch.samples, train.seed)
-                dropout.positions = batch.positions
-            with engine.accumulate(last):
-                value = summed_loss(self.call, batch, self.config) / label_tokens
-                engine.backward(value, last)
-            total += value.detach()
+        with self.factors.of_step():
+            for i, batch in enumerate(micro):
+                batch = batch.to(self.ranks.device)
+                last = i == len(micro) - 1
+                # The adapter's: a function of (seed, sample), whatever the layout.
+                for dropout in self.dropouts:
+                    dropout.keys = dropout_keys(batch.samples, train.seed)
+                    dropout.positions = batch.positions
+                with engine.accumulate(last):
+                    value = summed_loss(self.call, batch, self.config) / label_tokens
+                    engine.backward(value, last)
+                total += value.detach()
         mean = float(self.ranks.sum(total.double().cpu()))
         parameters = list(self.trained.values())
         self.penalty = self._add_penalty(parameters)

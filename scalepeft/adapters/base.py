@@ -4,6 +4,7 @@ Letters: W frozen weight (out, in), x (..., in), y (..., out), b the base bias, 
 """
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -102,6 +103,26 @@ class Adapter(nn.Module):
         """
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
+
+    made: tuple[Tensor, ...] | None = None
+    """The factors, where ``adapters.factors`` keeps them over a step; else None."""
+
+    def factors(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """Returns what the map takes of its parameters alone (rotations, inverses), differentiable
+        in them; nothing by default.
+
+        A training makes it once a step for all layers of a shape: every tensor may have more
+        dimensions in front, in ``parameters`` and in what is returned. In fp32 or better.
+        """
+        return ()
+
+    def get_factors(self, dtype: torch.dtype) -> list[Tensor]:
+        """The factors in ``dtype``: those that were made ahead, or made here."""
+        made = self.made
+        if made is None:
+            exact, named = math_dtype(dtype), self.named_parameters(recurse=False)
+            made = self.factors({key: p.to(exact) for key, p in named})
+        return [factor.to(dtype) for factor in made]
 
     def transform_input(self, x: Tensor) -> Tensor:
         """Maps x (..., in) before the frozen layer sees it."""

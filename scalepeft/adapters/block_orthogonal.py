@@ -15,9 +15,9 @@ def runs(x: Tensor, b: int) -> Tensor:
     return x.view(len(x), -1, b).transpose(0, 1)
 
 
-def less_identity(m: Tensor, dtype: torch.dtype) -> Tensor:
-    """``M - I`` in a lower dtype, which keeps the cosine of a small angle where M would not."""
-    return (m - torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)).to(dtype)
+def less_identity(m: Tensor) -> Tensor:
+    """``M - I``, which keeps the cosine of a small angle in a lower dtype where M would not."""
+    return m - torch.eye(m.shape[-1], dtype=m.dtype, device=m.device)
 
 
 def plus_product(x: Tensor, m: Tensor) -> Tensor:
@@ -30,33 +30,31 @@ def plus_product(x: Tensor, m: Tensor) -> Tensor:
 
 
 class _BlockProduct(torch.autograd.Function):
-    """``x M`` that saves x and M alone."""
+    """``x + x M`` that saves x and M alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, m: Tensor) -> Tensor:
         ctx.save_for_backward(x, m)
-        return plus_product(x, less_identity(m, x.dtype))
+        return plus_product(x, m)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
         (dy,) = grads
         x, m = ctx.saved_tensors
         dy, b = dy.contiguous(), m.shape[-1]
-        dx = plus_product(dy, less_identity(m, x.dtype).mT) if ctx.needs_input_grad[0] else None
-        dm = torch.bmm(runs(x, b).mT, runs(dy, b)).to(m.dtype)
-        return dx, dm
+        dx = plus_product(dy, m.mT) if ctx.needs_input_grad[0] else None
+        return dx, torch.bmm(runs(x, b).mT, runs(dy, b))
 
 
 def block_product(x: Tensor, m: Tensor) -> Tensor:
-    """``x (..., d) -> x M`` with M (n, b, b) block-diagonal; the product in x's dtype."""
+    """``x (..., d) -> x + x M`` with M (n, b, b) block-diagonal, in the dtype of both."""
     y: Tensor = _BlockProduct.apply(x.reshape(-1, x.shape[-1]), m)
     return y.view(x.shape)
 
 
 def skew_symmetric(upper: Tensor, b: int) -> Tensor:
-    """(n, b (b - 1) / 2) entries above the diagonal, row by row -> (n, b, b) with K^T = -K."""
+    """(..., b (b - 1) / 2) entries above the diagonal, by row -> (..., b, b) with K^T = -K."""
     rows, columns = torch.triu_indices(b, b, 1, device=upper.device)
-    k = upper.new_zeros(upper.shape[0], b, b).index_put(
-        (torch.arange(upper.shape[0], device=upper.device)[:, None], rows, columns), upper
-    )
+    at = rows * b + columns
+    k = upper.new_zeros(*upper.shape[:-1], b * b).index_copy(-1, at, upper).unflatten(-1, (b, b))
     return k - k.mT

@@ -1,10 +1,11 @@
 """Products of Householder reflections around a frozen layer: the mathematics of HOFT, SHOFT, HRA.
 
 Letters: r rank (even), U (out, r), V (in, r), m (out,), Q = I - U S^-1 U^T with
-S = triu(U^T U), diagonal halved (compact WY). Row form for a batch: y Q^T = y - (y U) M_U with
-M_U = S^-T U^T (r, out). The Cayley transform has another S; any with S + S^T = U^T U will do.
+S = triu(U^T U), diagonal halved (compact WY). Row form for a batch: y Q^T = y + (y U) K U^T with
+K = -S^-T (r, r). The Cayley transform has another S; any with S + S^T = U^T U will do.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -19,64 +20,48 @@ Form = Literal["pairs", "mean_difference", "cayley"]
 MEAN_RATE = 4.0
 """R is stored divided by it: Adam's steps on R are then those of P times it."""
 
-
-def wy_factor(u: Tensor, inverse: Inverse = "exact") -> Tensor:
-    """Returns ``S^-T U^T`` (r, d), so that ``Q = I - U S^-1 U^T`` maps rows as ``y -> y - (y U)
-    (S^-T U^T)``.
-
-    Args:
-        u: reflection vectors as columns, (d, r), of any length > 0; computed in fp32 or better.
-        inverse: ``exact`` by triangular solve, or the paper's ``neumann2``: S^-1 ~ D^-1 - D^-1 A
-            D^-1.
-    """
-    gram = u.mT @ u
-    strict = torch.triu(gram, diagonal=1)
-    half = torch.diagonal(gram) / 2
-    if inverse == "exact":
-        s = strict + torch.diag(half)
-        return torch.linalg.solve_triangular(s.mT, u.mT, upper=False)
-    t = torch.diag(1 / half) - strict / (half[:, None] * half)
-    return t.mT @ u.mT
-
-
-def cayley_factor(z: Tensor) -> Tensor:
-    """Returns ``S^-T Z^T`` (r, d), ``S = Z^T Z / 2 + J``, so that ``Q = I - Z S^-1 Z^T`` is the
-    Cayley transform ``(I - A)^-1 (I + A)`` of ``A = (P R^T - R P^T) / 2``.
-
-    Args:
-        z: P and R side by side, (d, r), in fp32 or better; ``J = [[0, I], [-I, 0]]`` (r, r).
-    """
-    r = z.shape[1]
-    ones = torch.eye(r, dtype=z.dtype, device=z.device).roll(r // 2, dims=1)
-    j = ones.triu() - ones.tril()
-    # Never singular, so that the host need not wait for the device's word on it.
-    return torch.linalg.solve_ex(z.mT @ z / 2 - j, z.mT)[0]
+FUSED_FROM = 100
+"""Tokens for each of r from which four products with W of r columns add less than 2 % to those of
+the frozen layer, and a kept (tokens, out) would be too much."""
 
 
 def columns(stored: Tensor, form: Form) -> Tensor:
-    """Returns u1, ..., ur (d, r) of what is stored: themselves, or P (d, r / 2) and R / 4 side by
-    side, of which the pairs are ``R + P, R - P``.
+    """Returns u1, ..., ur (..., d, r) of what is stored: themselves, or P (..., d, r / 2) and R / 4
+    side by side, of which the pairs are ``R + P, R - P``.
     """
     if form == "pairs":
         return stored
-    p, r = stored.chunk(2, dim=1)
-    return torch.stack([MEAN_RATE * r + p, MEAN_RATE * r - p], dim=2).flatten(1)
+    p, r = stored.chunk(2, dim=-1)
+    return torch.stack([MEAN_RATE * r + p, MEAN_RATE * r - p], dim=-1).flatten(-2)
 
 
-def rotation(stored: Tensor, form: Form, inverse: Inverse = "exact") -> tuple[Tensor, Tensor]:
-    """Returns (U (d, r), M (r, d)) of ``Q: y -> y - (y U) M`` over rows.
+def core(z: Tensor, form: Form, inverse: Inverse = "exact") -> Tensor:
+    """Returns K (..., r, r) of ``Q: y -> y + (y Z) K Z^T`` over rows.
 
-    ``stored`` is as ``columns`` takes it, in fp32 or better; P and R / 4 of ``cayley`` are those of
-    ``cayley_factor``. U is P and R where they are stored: in bf16 ``R + P`` would lose a small P.
+    Args:
+        z: what ``form`` stores, (..., d, r), in fp32 or better. ``pairs``: U itself, of any lengths
+            > 0. ``mean_difference``: ``U = Z C``, C as in ``columns``, so ``K = C K_U C^T``; Z is
+            what rows are multiplied with, as in bf16 ``R + P`` would lose a small P. ``cayley``: P
+            and R / 4 of ``(I - A)^-1 (I + A)``, ``A = (P R^T - R P^T) / 2``.
+        inverse: ``exact`` by triangular solve, or the paper's ``neumann2``: S^-1 ~ D^-1 - D^-1 A
+            D^-1.
     """
-    if form == "pairs":
-        return stored, wy_factor(stored, inverse)
-    p, r = stored.chunk(2, dim=1)
-    z = torch.cat([p, MEAN_RATE * r], dim=1)
+    gram, r = z.mT @ z, z.shape[-1]
+    eye = torch.eye(r, dtype=z.dtype, device=z.device).expand_as(gram)
     if form == "cayley":
-        return z, cayley_factor(z)
-    m = wy_factor(columns(stored, form))
-    return z, torch.cat([m[::2] - m[1::2], m[::2] + m[1::2]])
+        j = eye.roll(r // 2, dims=-1)
+        # Never singular, so that the host need not wait for the device's word on it.
+        return torch.linalg.inv_ex((j.triu() - j.tril()) / MEAN_RATE - gram / 2)[0]
+    c = columns(eye, form)
+    if form != "pairs":
+        gram = c.mT @ gram @ c
+    strict, half = torch.triu(gram, diagonal=1), torch.diagonal(gram, dim1=-2, dim2=-1) / 2
+    if inverse == "exact":
+        s = strict + torch.diag_embed(half)
+        k = torch.linalg.solve_triangular(s.mT, -eye, upper=False)
+    else:
+        k = (strict / (half[..., :, None] * half[..., None, :]) - torch.diag_embed(1 / half)).mT
+    return k if form == "pairs" else c @ k @ c.mT
 
 
 def start_columns(d: int, rank: int, norm: float, form: Form) -> Tensor:
@@ -122,17 +107,24 @@ class Reflected(Adapter):
         self.register_parameter("U", None)
         self.register_parameter("scale", None)
 
+    def factors(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """K of V and of U, (..., r, r) each."""
+        stored = [parameters[key] for key in ("V", "U") if key in parameters]
+        return tuple(core(z, self.form, self.inverse) for z in stored)
+
     def forward(self, x: Tensor, base: Base) -> Tensor:
-        """The whole layer in one function, which saves neither ``Q_V x`` nor ``W Q_V x``."""
-        factors: list[Tensor | None] = []
-        for stored in (self.V, self.U):
-            if stored is None:
-                factors += [None, None]
-                continue
-            pair = rotation(stored.to(math_dtype(x.dtype)), self.form, self.inverse)
-            factors += [factor.to(x.dtype) for factor in pair]
-        scale = None if self.scale is None else self.scale.to(x.dtype)
-        return _RotatedMatMul.apply(x, *factors, scale, base)
+        """``Q_V``, W, m and ``Q_U`` one after another, or all in one function.
+
+        One keeps ``W Q_V x`` for the gradient of U, the other takes four more products of r columns
+        with W instead: what is cheaper, by the number of tokens alone.
+        """
+        k, v = self.get_factors(x.dtype), self.V.to(x.dtype)
+        if self.U is None:
+            return base(_Rotate.apply(x, v, k[0], None))
+        u, tokens = self.U.to(x.dtype), x.numel() // max(1, x.shape[-1])
+        if self.scale is None and tokens >= FUSED_FROM * v.shape[1]:
+            return _Fused.apply(x, v, k[0], u, k[1], base)
+        return _Rotate.apply(base(_Rotate.apply(x, v, k[0], None)), u, k[1], self.scale)
 
     def flops(self) -> int:
         """Four thin products, two a side; and the scale."""
@@ -141,90 +133,86 @@ class Reflected(Adapter):
         return thin + self.out_features * (self.scale is not None)
 
     def to_lora(self, base: Base) -> tuple[Tensor, Tensor] | None:
-        """Rank r for each side: ``W' = W - N^T V^T - M_U^T U^T (W - N^T V^T)``, ``N = M_V W^T``."""
+        """Rank r for each side: ``W' = (I + U K_U^T U^T) W (I + V K_V^T V^T)``."""
         if self.scale is not None:
             return None
         dtype = math_dtype(self.V.dtype)
-        w = base.weight(dtype)
-        v, m_v = rotation(self.V.detach().to(dtype), self.form, self.inverse)
-        n = m_v @ w.mT
-        a, b = v.mT, -n.mT
+        k, v, w = self.get_factors(dtype), self.V.detach().to(dtype), base.weight(dtype)
+        a, b = v.mT, w @ v @ k[0].detach().mT
         if self.U is not None:
-            u, m_u = rotation(self.U.detach().to(dtype), self.form, self.inverse)
-            a = torch.cat([a, u.mT @ w - (u.mT @ n.mT) @ v.mT])
-            b = torch.cat([b, -m_u.mT], dim=1)
+            u = self.U.detach().to(dtype)
+            a = torch.cat([a, u.mT @ w + (u.mT @ b) @ v.mT])
+            b = torch.cat([b, u @ k[1].detach().mT], dim=1)
         return a, b
 
 
-class _RotatedMatMul(torch.autograd.Function):
-    """``y = Q_U (m * W Q_V x)`` over rows; ``Q_U``, m or both may be absent.
+class _Rotate(torch.autograd.Function):
+    """``x1 + (x1 Z) K Z^T`` over rows, ``x1 = (1 + scale) x``. Saves x and ``x1 Z`` (tokens, r)."""
 
-    ``y0 = x W^T`` and r more rows ``N = M_V W^T`` through the same weight give ``x Q_V^T W^T = y0 -
-    (x V) N`` without forming ``Q_V x``. Backward needs no y0 either: the product ``y0^T dR`` is ``W
-    (x^T dR)``, r columns through the weight that is at hand. Saved are x, x V and y U: what LoRA
-    saves, and (tokens, r) more. With m it is one (tokens, out) more: the gradient of m takes every
-    element of ``W Q_V x``.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, z: Tensor, k: Tensor, scale: Tensor | None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        scale = None if scale is None else scale.to(x.dtype)
+        scaled = rows if scale is None else torch.addcmul(rows, rows, scale)
+        p = scaled @ z
+        ctx.save_for_backward(rows, p, z, k, scale)
+        return torch.addmm(scaled, p @ k, z.mT).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, p, z, k, scale = ctx.saved_tensors
+        dy = grads[0].reshape(rows.shape)
+        scaled = rows if scale is None else torch.addcmul(rows, rows, scale)
+        d_pk = dy @ z
+        d_p, d_k = d_pk @ k.mT, p.mT @ d_pk
+        d_z = torch.addmm(dy.mT @ (p @ k), scaled.mT, d_p)
+        dx, d_scale = torch.addmm(dy, d_p, z.mT), None
+        if scale is not None:
+            d_scale = (dx * rows).sum(0, dtype=math_dtype(dx.dtype))
+            dx = torch.addcmul(dx, dx, scale)
+        return dx.view(grads[0].shape), d_z, d_k, d_scale
+
+
+class _Fused(torch.autograd.Function):
+    """``x Q_V^T W^T Q_U^T`` with neither ``Q_V x`` nor ``y1 = W Q_V x`` formed or saved.
+
+    ``y1 = x W^T + p K_V N^T`` with ``p = x V, N = W V``, and where backward needs y1, ``y1^T dr = W
+    (x^T dr) + N (K_V^T p^T dr)``: r columns through the weight that is at hand. Saved are x, p and
+    ``y1 U``: what LoRA saves, and (tokens, r) more.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, v: Tensor, m_v: Tensor, u: Tensor | None, m_u: Tensor | None,
-        scale: Tensor | None, base: Base,
-    ) -> Tensor:  # fmt: skip
-        rows = x.reshape(-1, x.shape[-1])
-        weight = base.weight(x.dtype)
-        p, n = rows @ v, m_v @ weight.mT
-        y = rows @ weight.mT
-        y1 = r = None
-        if scale is not None:
-            y1 = y.addmm_(p, n, alpha=-1)
-            y = torch.addcmul(y1, y1, scale)
-        if u is not None and m_u is not None:
-            r = y @ u
-            if scale is None:
-                r.addmm_(p, n @ u, alpha=-1)
-                y.addmm_(torch.cat([p, r], dim=1), torch.cat([n, m_u]), alpha=-1)
-            else:
-                y.addmm_(r, m_u, alpha=-1)
-        elif scale is None:
-            y.addmm_(p, n, alpha=-1)
-        ctx.save_for_backward(rows, p, r, y1, v, m_v, u, m_u, scale)
+        ctx: Any, x: Tensor, v: Tensor, k_v: Tensor, u: Tensor, k_u: Tensor, base: Base
+    ) -> Tensor:
+        rows, weight = x.reshape(-1, x.shape[-1]), base.weight(x.dtype)
+        n, p, y = weight @ v, rows @ v, rows @ weight.mT
+        q = p @ k_v
+        r = (y @ u).addmm_(q, n.mT @ u)
+        y.addmm_(torch.cat([q, r @ k_u], dim=1), torch.cat([n, u], dim=1).mT)
+        ctx.save_for_backward(rows, p, r, n, v, k_v, u, k_u)
         ctx.base = base
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, p, r, y1, v, m_v, u, m_u, scale = ctx.saved_tensors
+        rows, p, r, n, v, k_v, u, k_u = ctx.saved_tensors
         dy = grads[0].reshape(-1, grads[0].shape[-1])
-        weight = ctx.base.weight(dy.dtype)
-        n = m_v @ weight.mT
-        d_u = d_mu = d_scale = None
-        if scale is not None:
-            if u is not None:
-                d_mu, dr = -(r.mT @ dy), -(dy @ m_u.mT)
-                d_u = y1.mT @ dr
-                d_u = torch.addcmul(d_u, d_u, scale[:, None])
-                dy = torch.addmm(dy, dr, u.mT)
-            d_scale = (dy * y1).sum(0)
-            dy = torch.addcmul(dy, dy, scale)
-        if u is None or scale is not None:
-            dn, dp = -(p.mT @ dy), -(dy @ n.mT)
-            d_v = rows.mT @ dp
-            left, right = dp, v.mT
-        else:
-            # dy1 = dy + dr u^T is never formed: its products with p and n are put together.
-            small = torch.cat([r, p], dim=1).mT @ dy
-            thin = dy @ torch.cat([m_u, n]).mT
-            rank = len(m_u)
-            d_mu, dr = -small[:rank], -thin[:, :rank]
-            p_dr = p.mT @ dr
-            dn = -small[rank:] - p_dr @ u.mT
-            dp = -thin[:, rank:] - dr @ (n @ u).mT
-            left, right = torch.cat([dr, dp], dim=1), torch.cat([u.mT @ weight, v.mT])
-            x_left = rows.mT @ left
-            d_u, d_v = weight @ x_left[:, :rank] - n.mT @ p_dr, x_left[:, rank:]
-        d_mv = dn @ weight
+        weight, rank, q = ctx.base.weight(dy.dtype), u.shape[1], p @ k_v
+        # dy1 = dy + dr U^T is never formed: its products with n and q are put together.
+        d_rk, dy_n = (dy @ torch.cat([u, n], dim=1)).split(rank, dim=1)
+        d_u, d_n = (dy.mT @ torch.cat([r @ k_u, q], dim=1)).split(rank, dim=1)
+        dr, d_ku = d_rk @ k_u.mT, r.mT @ d_rk
+        q_dr = q.mT @ dr
+        dq, d_n = torch.addmm(dy_n, dr, u.mT @ n), torch.addmm(d_n, u, q_dr.mT)
+        d_kv = p.mT @ dq
+        left = torch.cat([dr, dq @ k_v.mT], dim=1)
+        x_left = rows.mT @ left
+        d_u = torch.addmm(d_u, weight, x_left[:, :rank]).addmm_(n, q_dr)
+        through = weight.mT @ torch.cat([u, d_n], dim=1)
+        d_v = x_left[:, rank:] + through[:, rank:]
         dx = None
         if ctx.needs_input_grad[0]:
+            right = torch.cat([through[:, :rank], v], dim=1).mT
             dx = (dy @ weight).addmm_(left, right).view(*grads[0].shape[:-1], -1)
-        return dx, d_v, d_mv, d_u, d_mu, d_scale, None
+        return dx, d_v, d_kv, d_u, d_ku, None

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from scalepeft.adapters import inject as injection
+from scalepeft.adapters.factors import Factors
 from scalepeft.build import Built, build
 from scalepeft.config.schema import RunConfig, Subject
 from scalepeft.core.errors import UserError
@@ -63,6 +64,7 @@ class EvalTarget:
         if self.adapter is not None:
             injection.load_state(built.model, self.adapter[1], f"{self.config.run_dir}/adapter")
         built.engine.attach(built.model, None)
+        Factors(built.model, built.engine).make()
         built.model.eval()
         return built
 

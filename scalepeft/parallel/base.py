@@ -1,7 +1,7 @@
 """The engine protocol: how parameters are spread over ranks, and how gradients come together."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field
@@ -9,6 +9,7 @@ from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -169,11 +170,30 @@ class Engine:
         """Context in which a formula over parameters can be computed outside of a forward."""
         return nullcontext()
 
+    def whole(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Copies parameters of one shape, whole, into one tensor (n, ...) on every rank."""
+        with self.gathered(parameters):
+            return torch.stack([p.detach() for p in parameters])
+
+    def sum(self, tensors: Sequence[Tensor]) -> None:
+        """Sums tensors over the ranks in place, some together."""
+        if self.ranks.world_size == 1:
+            return
+        for bucket in buckets(tensors):
+            _all_reduce(bucket)
+
     def add_gradients(self, parameters: list[nn.Parameter], grads: list[Tensor | None]) -> None:
-        """Adds to gradients that are summed over the ranks already (None: nothing)."""
+        """Adds to gradients that are summed over the ranks already (None: nothing); a sharded one
+        whole or in its parts.
+        """
         for parameter, grad in zip(parameters, grads, strict=True):
-            if grad is not None:
-                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+            if grad is None:
+                continue
+            if isinstance(parameter, DTensor) and not isinstance(grad, DTensor):
+                part = local_part(parameter)
+                rows = grad.reshape(-1)[part.start : part.stop].view(parameter.to_local().shape)
+                grad = like(parameter, rows, parameter.shape)
+            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
 
     def grad_norm(self, parameters: list[nn.Parameter]) -> float:
         """2-norm over all trained parameters, the same number on every rank."""
@@ -247,6 +267,37 @@ class Engine:
 
     def state_loaded(self) -> None:
         """Called on all ranks once each has restored its parts."""
+
+
+BUCKET = 25_000_000  # elements that are summed at one time
+
+
+def buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Tensors in order, at most ``BUCKET`` elements together (a larger one alone)."""
+    found: list[list[Tensor]] = []
+    size = 0
+    for tensor in tensors:
+        if not found or size + tensor.numel() > BUCKET:
+            found.append([])
+            size = 0
+        found[-1].append(tensor)
+        size += tensor.numel()
+    return found
+
+
+def _all_reduce(tensors: list[Tensor]) -> None:
+    flat = torch.cat([t.view(-1) for t in tensors])
+    dist.all_reduce(flat)
+    parts = flat.split([t.numel() for t in tensors])
+    torch._foreach_copy_([t.view(-1) for t in tensors], list(parts))
+
+
+def like(parameter: DTensor, local: Tensor, shape: torch.Size) -> DTensor:
+    """A DTensor of ``local``, laid out as ``parameter`` is."""
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        local, parameter.device_mesh, parameter.placements, shape=shape, stride=stride
+    )
 
 
 def full_shape(parameter: Tensor) -> torch.Size:

@@ -1,16 +1,12 @@
 """Every rank holds the whole model; gradients of the adapter are summed once a step."""
 
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from scalepeft.parallel import base
 from scalepeft.parallel.base import Engine, Shares
-
-BUCKET = 25_000_000  # gradient elements that are summed at one time
 
 
 class DDP(Engine):
@@ -29,8 +25,8 @@ class DDP(Engine):
         blocks.
         """
         trained = [p for p in model.parameters() if p.requires_grad]
-        sent = ("all-reduce", "last", len(_buckets(trained)), sum(p.nbytes for p in trained))
-        marks = ((sys.modules[__name__], "_all_reduce", "gradients"),)
+        sent = ("all-reduce", "last", len(base.buckets(trained)), sum(p.nbytes for p in trained))
+        marks = ((base, "_all_reduce", "gradients"),)
         return Shares(exchanges=(sent,) if world_size > 1 else (), marks=marks)
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> nn.Module:
@@ -43,25 +39,4 @@ class DDP(Engine):
         loss.backward()
         if not last:
             return
-        for bucket in _buckets([p.grad for p in self._trained if p.grad is not None]):
-            _all_reduce(bucket)
-
-
-def _buckets(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Tensors in order, at most ``BUCKET`` elements together (a larger one alone)."""
-    buckets: list[list[Tensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if buckets[-1] and size + tensor.numel() > BUCKET:
-            buckets.append([])
-            size = 0
-        buckets[-1].append(tensor)
-        size += tensor.numel()
-    return buckets
-
-
-def _all_reduce(grads: list[Tensor]) -> None:
-    flat = torch.cat([grad.view(-1) for grad in grads])
-    dist.all_reduce(flat)
-    parts = flat.split([grad.numel() for grad in grads])
-    torch._foreach_copy_([grad.view(-1) for grad in grads], list(parts))
+        self.sum([p.grad for p in self._trained if p.grad is not None])

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT
-from scalepeft.parallel.base import Engine, EngineConfig, Shares
+from scalepeft.parallel.base import Engine, EngineConfig, Shares, like
 
 # Sharding uint8 parameters needs pytorch PR #177948.
 UINT8_SHARDS_SINCE = (2, 13)
@@ -121,6 +121,15 @@ class FSDP2(Engine):
             return super().copies(tensor)
         mesh = tensor.device_mesh
         return (mesh.get_local_rank("replicate"), mesh.size(0)) if mesh.ndim == 2 else (0, 1)
+
+    def whole(self, parameters: list[nn.Parameter]) -> Tensor:
+        """One all-gather: the parts of all parameters as the part of one tensor."""
+        first = parameters[0]
+        if not isinstance(first, DTensor):
+            return super().whole(parameters)
+        rows = torch.stack([p.to_local() for p in parameters], dim=1).detach()  # type: ignore[attr-defined]
+        shape = torch.Size([first.shape[0], len(parameters), *first.shape[1:]])
+        return like(first, rows, shape).full_tensor().movedim(1, 0).contiguous()
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:

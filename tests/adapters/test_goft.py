@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import scalepeft
+from scalepeft.adapters.block_orthogonal import less_identity
 from scalepeft.adapters.methods.goft import RUN, _GivensProduct, givens_matrices, rotation_rounds
 
 
@@ -29,6 +30,11 @@ def by_rounds(x: Tensor, g: Tensor) -> Tensor:
     return x
 
 
+def product(x: Tensor, g: Tensor) -> Tensor:
+    """``x R`` of the blocks g (d - 1, 2, 2)."""
+    return _GivensProduct.apply(x, *map(less_identity, givens_matrices(g, x.shape[1])))
+
+
 def random(*shape: int, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, dtype=torch.float64, generator=generator)
@@ -38,21 +44,21 @@ def random(*shape: int, seed: int = 1) -> Tensor:
 def test_exactly_orthogonal_and_equal_to_the_rounds(d: int) -> None:
     g = references.givens_blocks(angles(d))
     if d <= 768:
-        r = _GivensProduct.apply(torch.eye(d, dtype=torch.float64), g)
+        r = product(torch.eye(d, dtype=torch.float64), g)
         assert (r @ r.T - torch.eye(d)).abs().max() <= 1e-12
         assert (r - references.givens(g, d)).abs().max() <= 1e-12
     # R R^T = I: x R keeps every inner product, and so do rows of R itself.
     x = random(40, d) / math.sqrt(d)
     x[20:] = 0
     x[20:].scatter_(1, torch.linspace(0, d - 1, 20).long()[:, None], 1)
-    y = _GivensProduct.apply(x, g)
+    y = product(x, g)
     assert (y @ y.T - x @ x.T).abs().max() <= 1e-12
     assert (y - by_rounds(x, g)).abs().max() <= 1e-12
     assert (y - references.rotate(x, g)).abs().max() <= 1e-12
     # Where M1 and M2 are all of R, each of their blocks is orthogonal.
     for m in givens_matrices(g, d):
-        product = m @ m.mT
-        assert (product - torch.eye(m.shape[-1]).expand_as(product)).abs().max() <= 1e-12
+        square = m @ m.mT
+        assert (square - torch.eye(m.shape[-1]).expand_as(square)).abs().max() <= 1e-12
 
 
 @pytest.mark.parametrize("d", [2, 3, 63, 65, 100, 130, 192, 320])
@@ -61,9 +67,9 @@ def test_fused_equals_the_rounds_with_free_blocks_and_its_gradients(d: int) -> N
     g = torch.eye(2).double() + 0.3 * random(d - 1, 2, 2)
     x, dy = random(6, d, seed=2), random(6, d, seed=3)
     found = []
-    for product in (_GivensProduct.apply, references.rotate):
+    for rotate in (product, references.rotate):
         leaves = x.clone().requires_grad_(), g.clone().requires_grad_()
-        y = product(*leaves)
+        y = rotate(*leaves)
         y.backward(dy)
         found.append([y.detach(), *(leaf.grad for leaf in leaves)])
     for got, want in zip(*found, strict=True):
@@ -117,7 +123,7 @@ def test_small_angles_survive_bf16() -> None:
     layer = scalepeft.adapt(nn.Linear(2 * RUN, 4).bfloat16(), "goft")
     with torch.no_grad():
         layer.adapter.p.fill_(0.05 / math.pi)
-    m1, _ = givens_matrices(layer.adapter.blocks(torch.float32), 2 * RUN)
+    m1, _ = givens_matrices(layer.adapter.blocks(layer.adapter.p), 2 * RUN)
     diagonal = torch.diagonal(m1, dim1=1, dim2=2)[:, 1]
     assert (diagonal.bfloat16() == 1).all()
     x = torch.ones(1, 2 * RUN, dtype=torch.bfloat16)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import scalepeft
-from scalepeft.adapters.householder import rotation, start_columns, wy_factor
+from scalepeft.adapters.householder import FUSED_FROM, core, start_columns
 from scalepeft.adapters.inject import trainable
 from scalepeft.core.errors import UserError
 from scalepeft.models import quant
@@ -19,7 +19,12 @@ SHAPES = [(64, 64), (192, 64), (64, 192), (16, 64)]
 
 def reflect_rows(y: torch.Tensor, u: torch.Tensor, inverse: str = "exact") -> torch.Tensor:
     """Rows ``y -> y Q^T``, ``Q = H(u1) H(u2) ... H(ur)``."""
-    return y - (y @ u) @ wy_factor(u, inverse)
+    return y + (y @ u) @ core(u, "pairs", inverse) @ u.mT
+
+
+def rotation(stored: torch.Tensor, form: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(U, M) of rows ``y -> y - (y U) M``."""
+    return stored, -core(stored, form) @ stored.mT
 
 
 def dense_q(u: torch.Tensor) -> torch.Tensor:
@@ -194,10 +199,13 @@ def test_bf16_layer_keeps_fp32_parameters_and_bf16_activations(name: str) -> Non
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in layer.adapter.parameters())
 
 
+@pytest.mark.parametrize("tokens", [1, FUSED_FROM])
 @pytest.mark.parametrize("inverse", ["exact", "neumann2"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", ["hoft", "shoft", "hra"])
-def test_fused_form_equals_its_plain_composition(name: str, bias: bool, inverse: str) -> None:
+def test_both_ways_equal_the_plain_composition(
+    name: str, bias: bool, inverse: str, tokens: int
+) -> None:
     """One reflection of the rows after the other around F.linear, gradients by autograd."""
     settings = {} if name == "hra" else {"inverse": inverse}
     layer = make("fp64", name, 48, 80, bias=bias, **settings)
@@ -212,7 +220,7 @@ def test_fused_form_equals_its_plain_composition(name: str, bias: bool, inverse:
         y = y if a.U is None else reflect_rows(y, a.U, inverse)
         return y if layer.bias is None else y + layer.bias
 
-    x = torch.randn(2, 7, 80, dtype=torch.float64)
+    x = torch.randn(2, 3 * tokens, 80, dtype=torch.float64)  # 6 tokens for one of rank 6, or as many
     results = []
     for forward in (layer, composition):
         leaf = x.clone().requires_grad_()

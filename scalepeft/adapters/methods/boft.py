@@ -11,8 +11,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from scalepeft.adapters.base import Base, math_dtype, scale_shift
-from scalepeft.adapters.methods.oft import OFT, OFTConfig, block_product, cayley, skew_symmetric
+from scalepeft.adapters.base import Base, scale_shift
+from scalepeft.adapters.methods.oft import OFT, OFTConfig, block_product, skew_symmetric
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT
 
@@ -71,8 +71,7 @@ class BOFT(OFT):
 
     def transform_input(self, x: Tensor) -> Tensor:
         """``x F_(m-1) ... F_0``: gather, rotate blocks, scatter; the last factor first."""
-        k = skew_symmetric(self.K.to(math_dtype(x.dtype)), self.config.block_size)
-        first, *others = cayley(k).chunk(self.config.factors)
+        first, *others = self.get_factors(x.dtype)[0].chunk(self.config.factors)
         for i, rotation in reversed(list(enumerate(others, 1))):
             # (x P)_j = x_k with P_kj = 1, and row k of P holds its 1 at index[k].
             index = butterfly(self.in_features, self.config.block_size, i, x.device)

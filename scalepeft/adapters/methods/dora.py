@@ -43,7 +43,9 @@ class DoRA(LoRA):
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """``(1 + magnitude) |W| / |W + scaling B A| * (W x + scaling B A dropout(x))``."""
-        before, now = self._norms(base, x.dtype)
+        before, now = norms = self.made or self._norms(base, x.dtype)
+        if self.made is not None:  # made ahead where W is at hand, which it is here alone
+            self.made = norms
         ratio = torch.where(before > 0, before / now, torch.ones_like(now))
         return scale_shift(base(x) + self.delta(x), (1 + self.magnitude) * ratio - 1)
 

@@ -10,6 +10,7 @@ M1. Where 64 does not divide d the missing rotations are the identity.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from scalepeft.adapters.base import Adapter, AdapterConfig, math_dtype, scale_shift
+from scalepeft.adapters.base import Adapter, AdapterConfig, scale_shift
 from scalepeft.adapters.block_orthogonal import less_identity, plus_product, runs
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT
@@ -64,62 +65,56 @@ def _tree(levels: list[Tensor]) -> Tensor:
 
 
 def givens_matrices(g: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    """Returns M1 (n, 64, 64) and M2 (n, n), n = ceil(d / 64), of d - 1 blocks g (d - 1, 2, 2)."""
-    n = -(-d // RUN)
+    """Returns M1 (..., n, 64, 64) and M2 (..., n, n), n = ceil(d / 64), of d - 1 blocks g (..., d -
+    1, 2, 2).
+    """
+    lead, g = g.shape[:-3], g.reshape(-1, *g.shape[-3:])
+    n, layers = -(-d // RUN), len(g)
     short, tall = RUN.bit_length() - 1, (n - 1).bit_length()
     counts = rotation_rounds(d)
     counts += [0] * (short + tall - len(counts))
     eye = torch.eye(2, dtype=g.dtype, device=g.device)
     levels = []
-    for k, (count, blocks) in enumerate(zip(counts, g.split(counts), strict=True)):
+    for k, (count, blocks) in enumerate(zip(counts, g.split(counts, dim=1), strict=True)):
         batch, pairs = (n, RUN >> (k + 1)) if k < short else (1, 1 << (short + tall - k - 1))
         missing = batch * pairs - count
         if missing:
-            blocks = torch.cat([blocks, eye.expand(missing, 2, 2)])
-        levels.append(blocks.view(batch, pairs, 2, 2))
-    m2 = _tree(levels[short:])[0, :n, :n] if tall else g.new_ones(1, 1)
-    return _tree(levels[:short]), m2
+            blocks = torch.cat([blocks, eye.expand(layers, missing, 2, 2)], dim=1)
+        levels.append(blocks.reshape(layers * batch, pairs, 2, 2))
+    m1 = _tree(levels[:short]).view(*lead, n, RUN, RUN)
+    m2 = _tree(levels[short:])[:, :n, :n] if tall else g.new_ones(layers, 1, 1)
+    return m1, m2.reshape(*lead, n, n)
 
 
 class _GivensProduct(torch.autograd.Function):
-    """``x (tokens, d) -> x R``, saving x and the 2 x 2 blocks alone; R is formed again in backward.
+    """``x (tokens, d) -> x R`` with ``M1 - I`` and ``M2 - I``, saving them and x alone.
 
     Products are taken as ``x + x (M - I)``.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, g: Tensor) -> Tensor:
-        ctx.save_for_backward(x, g)
-        m1, m2 = (less_identity(m, x.dtype) for m in givens_matrices(g, x.shape[1]))
+    def forward(ctx: Any, x: Tensor, m1: Tensor, m2: Tensor) -> Tensor:
+        ctx.save_for_backward(x, m1, m2)
         d, n = x.shape[1], len(m2)
         x = F.pad(x, (0, n * RUN - d)) if n * RUN > d else x.clone()
         x[:, ::RUN] += x[:, ::RUN] @ m2
         return plus_product(x, m1)[:, :d].contiguous()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dy = grads[0].contiguous()
-        x, g = ctx.saved_tensors
-        d = x.shape[1]
-        with torch.enable_grad():
-            leaf = g.detach().requires_grad_()
-            both = givens_matrices(leaf, d)
-        m1, m2 = (less_identity(m.detach(), x.dtype) for m in both)
-        n = len(m2)
+        x, m1, m2 = ctx.saved_tensors
+        d, n = x.shape[1], len(m2)
         if n * RUN > d:
             x, dy = (F.pad(t, (0, n * RUN - d)) for t in (x, dy))
-        heads = x[:, ::RUN] + x[:, ::RUN] @ m2
+        heads = torch.addmm(x[:, ::RUN], x[:, ::RUN], m2)
         dm1 = torch.bmm(runs(x, RUN).mT, runs(dy, RUN))
         dm1[:, :1] = torch.bmm(heads.T[:, None], runs(dy, RUN))  # row 0: what came out of M2
         dx = plus_product(dy, m1.mT)
         d_heads = dx[:, ::RUN].clone()
         dm2 = x[:, ::RUN].T @ d_heads
         dx[:, ::RUN] += d_heads @ m2.T
-        pairs = [
-            (m, dm.to(g.dtype)) for m, dm in zip(both, (dm1, dm2), strict=True) if m.requires_grad
-        ]
-        (dg,) = torch.autograd.grad([m for m, _ in pairs], leaf, [dm for _, dm in pairs])
-        return dx[:, :d].contiguous(), dg
+        return dx[:, :d].contiguous(), dm1, dm2
 
 
 class GOFT(Adapter):
@@ -143,17 +138,21 @@ class GOFT(Adapter):
         self.p = self.new_parameter(*((d - 1,) if self.entries == 1 else (d - 1, self.entries)))
         self.scale = self.new_parameter(d) if self.config.scale else None
 
-    def blocks(self, dtype: torch.dtype) -> Tensor:
-        """The 2 x 2 blocks (d - 1, 2, 2) of the rotations, round by round."""
-        t = math.pi * torch.tanh(self.p.to(dtype))
+    def blocks(self, p: Tensor) -> Tensor:
+        """The 2 x 2 blocks (..., d - 1, 2, 2) of the rotations, round by round."""
+        t = math.pi * torch.tanh(p)
         c, s = torch.cos(t), torch.sin(t)
-        return torch.stack([c, -s, s, c], dim=-1).view(-1, 2, 2)
+        return torch.stack([c, -s, s, c], dim=-1).unflatten(-1, (2, 2))
+
+    def factors(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """``M1 - I`` (..., n, 64, 64) and ``M2 - I`` (..., n, n)."""
+        both = givens_matrices(self.blocks(parameters["p"]), self.in_features)
+        return tuple(less_identity(m) for m in both)
 
     def transform_input(self, x: Tensor) -> Tensor:
         """``(x R) * s``."""
-        g = self.blocks(math_dtype(x.dtype))
-        y = _GivensProduct.apply(x.reshape(-1, x.shape[-1]), g).view(x.shape)
-        return y if self.scale is None else scale_shift(y, self.scale)
+        y = _GivensProduct.apply(x.reshape(-1, x.shape[-1]), *self.get_factors(x.dtype))
+        return y.view(x.shape) if self.scale is None else scale_shift(y.view(x.shape), self.scale)
 
     def flops(self) -> int:
         """M1 on all channels, M2 on one of 64."""

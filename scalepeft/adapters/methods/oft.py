@@ -3,6 +3,7 @@
 Letters: b block size, n = in / b blocks, K (n, b, b) skew-symmetric, R (n, b, b); rows x -> x R.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
@@ -10,8 +11,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from scalepeft.adapters.base import Adapter, AdapterConfig, Base, math_dtype
-from scalepeft.adapters.block_orthogonal import block_product, skew_symmetric
+from scalepeft.adapters.base import Adapter, AdapterConfig, Base
+from scalepeft.adapters.block_orthogonal import block_product, less_identity, skew_symmetric
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT
 
@@ -40,10 +41,11 @@ def check_block(block: int, features: int) -> None:
 
 
 def cayley(k: Tensor) -> Tensor:
-    """``(I - K)(I + K)^-1`` by an exact solve: orthogonal for every skew-symmetric K (n, b, b)."""
+    """``(I - K)(I + K)^-1`` by an exact solve: orthogonal for all skew-symmetric K (..., b, b)."""
     eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
     # R (I + K) = I - K; transposed, because (I + K)^T = I - K and (I - K)^T = I + K.
-    return torch.linalg.solve(eye - k, eye + k).mT
+    # Never singular, so that the host need not wait for the device's word on it.
+    return torch.linalg.solve_ex(eye - k, eye + k)[0].mT
 
 
 class OFT(Adapter):
@@ -66,13 +68,17 @@ class OFT(Adapter):
         self.K = self.new_parameter(self.in_features // b, b * (b - 1) // 2)
 
     def rotation(self, k: Tensor) -> Tensor:
-        """K (n, b, b) -> R (n, b, b)."""
+        """K (..., b, b) -> R (..., b, b)."""
         return cayley(k)
+
+    def factors(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """``R - I`` (..., in / b, b, b)."""
+        k = skew_symmetric(parameters["K"], self.config.block_size)
+        return (less_identity(self.rotation(k)),)
 
     def transform_input(self, x: Tensor) -> Tensor:
         """``x R``."""
-        k = skew_symmetric(self.K.to(math_dtype(x.dtype)), self.config.block_size)
-        return block_product(x, self.rotation(k))
+        return block_product(x, *self.get_factors(x.dtype))
 
     def flops(self) -> int:
         """One product with b x b blocks."""

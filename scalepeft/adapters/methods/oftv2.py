@@ -19,7 +19,7 @@ class OFTv2(OFT):
     paper = "arXiv 2506.19847"
 
     def rotation(self, k: Tensor) -> Tensor:
-        """K (n, b, b) -> R (n, b, b)."""
+        """K (..., b, b) -> R (..., b, b)."""
         square = k @ k
         eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
         return eye + 2 * (k + square + square @ k) + square @ square

@@ -34,9 +34,9 @@ class QGOFT(GOFT):
     Config = QGOFTConfig
     entries = 4
 
-    def blocks(self, dtype: torch.dtype) -> Tensor:
-        """``I + p``, (d - 1, 2, 2)."""
-        return torch.eye(2, dtype=dtype, device=self.p.device) + self.p.to(dtype).view(-1, 2, 2)
+    def blocks(self, p: Tensor) -> Tensor:
+        """``I + p``, (..., d - 1, 2, 2)."""
+        return torch.eye(2, dtype=p.dtype, device=p.device) + p.unflatten(-1, (2, 2))
 
     def penalty(self) -> Tensor | None:
         """``penalty * sum over rows of <alpha, beta>^2``; None where the weight is 0."""

@@ -13,9 +13,13 @@ from torch import Tensor
 from torch.utils.benchmark import timer
 
 from scalepeft.adapters import inject
+from scalepeft.adapters.factors import Factors
 from scalepeft.analysis.bench.cases import Case, inject_peft, output, shared_copy
 from scalepeft.core.errors import UserError
 from scalepeft.core.log import say
+from scalepeft.parallel.base import EngineConfig
+from scalepeft.parallel.ranks import Ranks
+from scalepeft.parallel.single import Single
 
 REFERENCE = "peft-lora"
 SLOW, SLOW_ROUNDS = 5.0, 3  # an entry over 5 x peft-lora's time stops after 3 rounds
@@ -73,6 +77,7 @@ class Entry:
             raise RuntimeError(f"differs from the base at the start by {error:.1e}")
         trained = [p for p in self.module.parameters() if p.requires_grad]
         self.parameters = sum(p.numel() for p in trained)
+        self.factors = Factors(self.module, Single(EngineConfig(name="single"), Ranks()))
         # AdamW takes no empty list, as the base alone has.
         self.optimizer = torch.optim.AdamW(trained or [torch.zeros(0)], lr=1e-4)
 
@@ -82,9 +87,10 @@ class Entry:
 
     def step(self, case: Case) -> None:
         """Forward, backward and optimizer."""
-        y, penalty = self._output(case.x), inject.penalty(self.module)
-        outputs = [y] if penalty is None else [y, penalty]
-        torch.autograd.backward(outputs, [case.gradient, None][: len(outputs)])
+        with self.factors.of_step():
+            y, penalty = self._output(case.x), inject.penalty(self.module)
+            outputs = [y] if penalty is None else [y, penalty]
+            torch.autograd.backward(outputs, [case.gradient, None][: len(outputs)])
         self.optimizer.step()
         self.optimizer.zero_grad()
         case.x.grad = None
