@@ -220,7 +220,9 @@ def test_both_ways_equal_the_plain_composition(
         y = y if a.U is None else reflect_rows(y, a.U, inverse)
         return y if layer.bias is None else y + layer.bias
 
-    x = torch.randn(2, 3 * tokens, 80, dtype=torch.float64)  # 6 tokens for one of rank 6, or as many
+    x = torch.randn(
+        2, 3 * tokens, 80, dtype=torch.float64
+    )  # 6 tokens for one of rank 6, or as many
     results = []
     for forward in (layer, composition):
         leaf = x.clone().requires_grad_()
