@@ -89,7 +89,8 @@ class Factors:
         late: list[tuple[list[nn.Parameter], Tensor]] = []
         for group, grad, first in zip(self._groups, grads, early, strict=True):
             stacked = {key: p.requires_grad_() for key, p in self._stacked(group).items()}
-            out = group[0][0].factors(stacked)
+            made = zip(group[0][0].factors(stacked), grad, strict=True)
+            out, grad = zip(*((f, g) for f, g in made if f.requires_grad), strict=True)
             each = torch.autograd.grad(out, list(stacked.values()), grad, allow_unused=True)
             for key, d in zip(stacked, each, strict=True):
                 if d is None:  # of a scale, say, which makes no factor
