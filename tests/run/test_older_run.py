@@ -70,7 +70,8 @@ def test_without_a_form_an_adapter_is_of_pairs(here: Path) -> None:
     settings = [s for s in SETTINGS if s != "adapter.form=pairs"]
     refused = scalepeft(here, "train", *settings, "run_dir=stopped")
     assert refused.returncode == 2
-    assert "(adapter.form: pairs there, mean_difference now); set adapter.form back" in refused.stderr
+    said = "(adapter.form: pairs there, mean_difference now); set adapter.form back"
+    assert said in refused.stderr
 
 
 def test_a_finished_run_has_nothing_left_to_train(here: Path) -> None:
