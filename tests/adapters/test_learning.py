@@ -65,8 +65,8 @@ def held_out(base: Path, rows: list[torch.Tensor], name: str, lr: float) -> floa
 
 @pytest.mark.slow
 def test_rotations_learn_as_lora_does(shared_data: Path, rows: list[torch.Tensor]) -> None:
-    """Each at its best rate of .01, .015, .02; trained as pairs, HOFT is 0.1 behind."""
+    """Each at its best of .01, .015 and .02: measured 0.03 ahead; pairs are 0.08 behind."""
     base = shared_data / "models/stories260K/hf"
     lora = held_out(base, rows, "lora", 0.015)
-    assert held_out(base, rows, "hoft", 0.01) < lora + 0.04
-    assert held_out(base, rows, "shoft", 0.01) < lora + 0.03
+    assert held_out(base, rows, "hoft", 0.01) < lora + 0.03
+    assert held_out(base, rows, "shoft", 0.01) < lora + 0.02
