@@ -516,6 +516,27 @@ def test_every_shipped_yaml_loads_and_its_adapter_can_be_made(path: Path) -> Non
     assert all(p.is_meta and p.dtype == torch.float32 for p in parameters)
 
 
+@pytest.mark.parametrize("name", ["hoft", "shoft", "hra"])
+def test_yaml_files_have_the_form_that_learns_best(name: str) -> None:
+    made = load(f"adapter={name}")
+    assert (made.adapter.form, made.train.lr) == ("mean_difference", 2e-4)
+    assert load(f"adapter.name={name}").adapter.form == "pairs"  # as adapters without the key are
+    if name == "hra":
+        return
+    series = [f"adapter={name}", "adapter.inverse=neumann2"]
+    assert load(*series, "adapter.form=pairs").adapter.form == "pairs"
+    assert "adapter.form=mean_difference: inverse=neumann2 is the series" in error(*series)
+    assert error(*series).endswith("set adapter.inverse=exact, or adapter.form=pairs")
+
+
+@pytest.mark.parametrize(
+    ("run", "lr"), [("commonsense_hoft", 1e-4), ("translation_hoft", 8e-4), ("math_shoft", 7e-4)]
+)
+def test_the_papers_set_ups_keep_the_papers_form_and_rate(run: str, lr: float) -> None:
+    made, _ = config_files.load(run, [])
+    assert (made.adapter.form, made.train.lr) == ("pairs", lr)
+
+
 def test_a_run_from_before_a_new_key_can_be_continued(tmp_path: Path) -> None:
     from scalepeft.run.folder import check_same_run
 

@@ -1,7 +1,7 @@
 """Run folders that the code of 2026-11-21 made: they resume, are found finished, evaluate, merge.
 
 ``tests/data/run-2026-11-21`` holds a base of two layers, one run stopped at step 8 of 12 and the
-same run finished; ``SETTINGS`` made them.
+same run finished; ``SETTINGS`` made them, but for ``adapter.form``, which is newer.
 """
 
 import json
@@ -15,11 +15,14 @@ import torch
 from processes import ROOT, zygote
 from safetensors.torch import load_file
 
+from scalepeft.adapters.inject import read_adapter
+from scalepeft.adapters.methods.hoft import HOFTConfig
+
 OLD = ROOT / "tests/data/run-2026-11-21"
 SETTINGS = (
     "model.path=base model.quant=nf4 data=toy data.train_size=120 data.valid_size=8 adapter=hoft"
-    " adapter.rank=2 adapter.target_modules=q_proj,v_proj train.precision=fp32 train.lr=3e-3"
-    " train.global_batch=4 train.micro_batch=2 train.max_steps=12 train.save_every=4"
+    " adapter.rank=2 adapter.target_modules=q_proj,v_proj adapter.form=pairs train.precision=fp32"
+    " train.lr=3e-3 train.global_batch=4 train.micro_batch=2 train.max_steps=12 train.save_every=4"
     " train.eval_every=6 evaluate.limit=12 evaluate.max_new_tokens=6"
 ).split()
 # One float in another order is a last digit in another machine's libraries.
@@ -55,6 +58,20 @@ def test_a_stopped_run_resumes_to_the_same_adapter(here: Path) -> None:
     same_tensors(here / "stopped" / name, OLD / "finished" / name)
     steps = [json.loads(line)["step"] for line in (here / "stopped/metrics.jsonl").open()]
     assert steps == list(range(1, 13))
+
+
+def test_without_a_form_an_adapter_is_of_pairs(here: Path) -> None:
+    """``adapter=hoft`` means another form now: the run says so and is not spoilt."""
+    adapter = here / "finished/adapter"
+    assert "form" not in json.loads((adapter / "adapter_config.json").read_text())["adapter"]
+    assert read_adapter(adapter)[0] == HOFTConfig(
+        rank=2, target_modules=["q_proj", "v_proj"], form="pairs"
+    )
+    settings = [s for s in SETTINGS if s != "adapter.form=pairs"]
+    refused = scalepeft(here, "train", *settings, "run_dir=stopped")
+    assert refused.returncode == 2
+    said = "(adapter.form: pairs there, mean_difference now); set adapter.form back"
+    assert said in refused.stderr
 
 
 def test_a_finished_run_has_nothing_left_to_train(here: Path) -> None:
