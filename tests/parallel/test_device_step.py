@@ -5,7 +5,6 @@ for.
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,3 +51,5 @@ def test_a_step_is_on_one_device(found: dict[str, Any], case: str) -> None:
     assert "error" not in got, got["error"]
     assert got["devices"] == ["npy"]
     assert got["launches"] > 300
+    assert 1 <= got["updates"] <= 2, "one of what decays, one of what does not"
+    assert got["syncs"] == {}, "the host waits"

@@ -115,6 +115,7 @@ def step(folder: Path, settings: list[str], device: torch.device) -> dict[str, A
     return {
         "syncs": {k: n for k, n in counts.syncs.items() if n},
         "launches": counts.launches.total(),
+        "updates": counts.launches["aten._fused_adamw_"],
         "devices": sorted({p.device.type for p in model.parameters()}),
     }
 

@@ -43,7 +43,7 @@ def cayley(k: Tensor) -> Tensor:
     """``(I - K)(I + K)^-1`` by an exact solve: orthogonal for every skew-symmetric K (n, b, b)."""
     eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
     # R (I + K) = I - K; transposed, because (I + K)^T = I - K and (I - K)^T = I + K.
-    return torch.linalg.solve(eye - k, eye + k).mT
+    return torch.linalg.solve_ex(eye - k, eye + k)[0].mT  # solve asks the device how it went
 
 
 class OFT(Adapter):
