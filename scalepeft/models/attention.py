@@ -32,12 +32,12 @@ def rows_known(positions: Tensor | None) -> Iterator[None]:
     """
     from transformers import masking_utils
 
-    def rows(ids: Tensor) -> Tensor | None:  # as transformers numbers them
-        if positions is None or bool((positions.diff() == 1).all()):
-            return None
-        return (ids.diff(prepend=ids[:, :1] - 1) != 1).cumsum(-1)
+    packed = positions is not None and bool((positions.diff() != 1).any())
 
-    token = _KNOWN.set(positions)
+    def rows(ids: Tensor) -> Tensor | None:  # as transformers numbers them
+        return (ids.diff(prepend=ids[:, :1] - 1) != 1).cumsum(-1) if packed else None
+
+    token = _KNOWN.set(positions if packed else None)
     try:
         with mock.patch.object(masking_utils, "find_packed_sequence_indices", rows):
             yield

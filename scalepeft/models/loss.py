@@ -168,10 +168,10 @@ def _class_with_loss(base: type[nn.Module], path: str) -> type[nn.Module]:
         with _without_decoder(self, path) as stand_in:
             run = partial(stand_in.run, partial(base.forward, self))
             trained = [p for p in self.parameters() if p.requires_grad]
-            head = lambda rows: run(rows[None]).logits[0]  # noqa: E731
             loss = chunked_cross_entropy(
-                hidden, token_labels, head, loss_chunk, trained, label_places
-            )
+                hidden, token_labels, lambda rows: run(rows[None]).logits[0], loss_chunk, trained,
+                label_places,
+            )  # fmt: skip
             if routers := getattr(out, "router_logits", None):
                 positions = kwargs.get("position_ids")
                 loss = loss + _router_loss(run, hidden, routers, token_labels, positions)

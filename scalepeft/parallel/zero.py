@@ -260,10 +260,13 @@ class Zero(Engine):
         """As DeepSpeed has it; infinite where a gradient is not finite."""
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
-        held, device = self._optimizer, self.ranks.device
-        if self.config.stage != 3:
-            return torch.as_tensor(held.scaled_global_norm(), device=device)
-        return torch.as_tensor(combine_grad_norm_groups(held._get_norm_groups()), device=device)
+        held, parts = self._optimizer, self.config.stage == 3
+        norm = (
+            combine_grad_norm_groups(held._get_norm_groups())
+            if parts
+            else held.scaled_global_norm()
+        )
+        return torch.as_tensor(norm, device=self.ranks.device)
 
     def update(
         self,

@@ -36,6 +36,7 @@ from scalepeft.trainer import Trainer, batches
 
 NAME = "npy"  # the one that torch has C++ hooks for
 WAITS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+NO_LAUNCH = ("aten._unsafe_view", "aten.detach")
 ROWS = [9, 5, 17, 3]  # lengths
 
 
@@ -83,7 +84,8 @@ class Counts(TorchDispatchMode):
             crosses = len({t.device.type for t in (*held, out)} - {"meta"}) > 1
             waits = not (kwargs.get("non_blocking") or (len(args) > 2 and args[2]))
             self.syncs[name] += crosses and waits
-        if any(on_device) and not func.is_view and name not in ("aten._unsafe_view", "aten.detach"):
+        silent = func.is_view or func.namespace == "prim"
+        if (there or any(on_device)) and not silent and name not in NO_LAUNCH:
             self.launches[name] += 1
         return out
 
