@@ -33,7 +33,7 @@ from scalepeft.run.folder import check_nodes
 from scalepeft.run.provenance import device_name
 from scalepeft.run.records import RunRecorder
 from scalepeft.run.saver import Saver
-from scalepeft.trainer import Trainer, batches, summed_loss
+from scalepeft.trainer import Outcome, Trainer, batches, summed_loss
 
 
 def _check_resumed(
@@ -175,6 +175,19 @@ def _steps(
 ) -> None:
     """All steps that are left, and what is due between them."""
     config, done, total = trainer.config, trainer.done, rows.total
+    unread, known = list[tuple[dict[str, Any], int, float, Outcome]](), 0.0
+
+    def log() -> None:
+        """Waits for the last step and logs it."""
+        nonlocal known
+        while unread:
+            row, tokens, launched, outcome = unread.pop()
+            row["loss"], row["grad_norm"], penalty = outcome.read()
+            begun, known = max(launched, known), time.monotonic()
+            row |= {"seconds": known - begun, "tokens_per_second": tokens / (known - begun)}
+            row |= {} if penalty is None else {"penalty": penalty}
+            records.log(row)
+            trainer.check_finite(row["step"], total, saver)
 
     def between() -> None:
         saver.poll()
@@ -184,24 +197,28 @@ def _steps(
     injection.train_mode(trainer.built.model)
     while True:
         if _validation_due(config, rows, trainer.done) and records.evaluated < trainer.done:
+            log()
             records.held_out(_validate(trainer, rows.valid, between))
         if trainer.done == total:
             return
-        between()
+        try:
+            between()
+        except Stopping:
+            log()
+            raise
         clock = time.monotonic()
         batch = next(stream)
         lr = learning_rate(config, trainer.done, total)
-        mean, norm = trainer.step(batch.micro, batch.label_tokens, lr)
-        seconds = time.monotonic() - clock
-        row = {"step": trainer.done, "loss": mean, "lr": lr, "grad_norm": norm}
+        outcome = trainer.step(batch.micro, batch.label_tokens, lr)
+        log()  # of the step before: the device has this one to work on
+        row = {"step": trainer.done, "loss": None, "lr": lr, "grad_norm": None}
         row |= {"label_tokens": batch.label_tokens, "sample_index": trainer.sample_index}
-        row |= {"seconds": seconds, "tokens_per_second": batch.tokens / seconds}
-        row |= {} if trainer.penalty is None else {"penalty": trainer.penalty}
-        records.log(row)
-        trainer.check_finite(total, saver)
+        unread.append((row, batch.tokens, clock, outcome))
+        due = trainer.done % config.train.save_every == 0
+        if due or trainer.done == total or not outcome.late:
+            log()
         # Not amid skipped steps: retention must not drop the checkpoint from before the trouble.
-        due = trainer.done % config.train.save_every == 0 and not trainer.nonfinite
-        if due or trainer.done == total:
+        if (due and not trainer.nonfinite) or trainer.done == total:
             trainer.save(saver, final=trainer.done == total)
         if trainer.done == config.train.stop_at:
             stop.planned = stop.signal is None

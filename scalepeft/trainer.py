@@ -15,6 +15,7 @@ from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.data import loader
 from scalepeft.data.tokens import TokenSet
+from scalepeft.models import attention
 from scalepeft.models.tensors import Reader
 from scalepeft.parallel.base import MOMENTS, Part
 from scalepeft.parallel.ranks import Ranks
@@ -45,7 +46,7 @@ class Trainer:
         ]
         self.optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]],
-            lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps,
+            lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, fused=True,
         )  # fmt: skip
         self.call = built.engine.attach(built.model, self.optimizer)
         """What training calls: the model, or the engine's wrapper around it."""
@@ -55,19 +56,14 @@ class Trainer:
         self.dropouts = [m for m in built.model.modules() if isinstance(m, Dropout)]
         self.nonfinite = 0
         """Steps in a row that were skipped because loss or gradient was not finite."""
-        self.penalty: float | None = None
-        """Value of the adapters' regularizers before the last step; None for methods without."""
         self.packed = train.batching != "padded" and not built.unpacked
 
-    def step(
-        self, micro: list[loader.MicroBatch], label_tokens: int, lr: float
-    ) -> tuple[float | None, float | None]:
-        """One optimizer step; returns (mean loss over the global batch's label tokens, gradient
-        norm).
+    def step(self, micro: list[loader.MicroBatch], label_tokens: int, lr: float) -> "Outcome":
+        """One optimizer step, for which the host need not wait.
 
         ``loss = sum over ranks and micro-batches of the summed cross-entropy / label_tokens``: sums
         all the way, divided once, so that how rows are dealt to ranks and micro-batches changes
-        nothing. A step that is not finite changes no parameter and returns (None, None).
+        nothing. A step that is not finite changes no parameter and no moment.
         """
         engine, train = self.built.engine, self.config.train
         total = torch.zeros((), device=self.ranks.device)
@@ -76,29 +72,26 @@ class Trainer:
                 batch = batch.to(self.ranks.device)
                 last = i == len(micro) - 1
                 # The adapter's: a function of (seed, sample), whatever the layout.
+                keys = dropout_keys(batch.samples, train.seed)
                 for dropout in self.dropouts:
-                    dropout.keys = dropout_keys(batch.samples, train.seed)
-                    dropout.positions = batch.positions
+                    dropout.keys, dropout.positions = keys, batch.positions
                 with engine.accumulate(last):
                     value = summed_loss(self.call, batch, self.config) / label_tokens
                     engine.backward(value, last)
                 total += value.detach()
-        mean = float(self.ranks.sum(total.double().cpu()))
+        mean = self.ranks.sum(total.double())
         parameters = list(self.trained.values())
-        self.penalty = self._add_penalty(parameters)
+        penalty = self._add_penalty(parameters)
         norm = engine.grad_norm(parameters)
-        finite = math.isfinite(mean) and math.isfinite(norm)
-        if finite:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            engine.update(self.optimizer, parameters, train.max_grad_norm, norm)
-        else:
-            engine.discard(self.optimizer)
-        self.nonfinite = 0 if finite else self.nonfinite + 1
+        numbers = torch.stack([mean, norm, *([] if penalty is None else [penalty])])
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        finite = numbers[:2].isfinite().all()
+        engine.update(self.optimizer, parameters, train.max_grad_norm, norm, finite)
         self.done += 1
-        return (mean, norm) if finite else (None, None)
+        return Outcome(self, numbers)
 
-    def _add_penalty(self, parameters: list[nn.Parameter]) -> float | None:
+    def _add_penalty(self, parameters: list[nn.Parameter]) -> Tensor | None:
         """Adds the gradient of the adapters' regularizers, once: the data's is summed by now."""
         engine = self.built.engine
         with engine.gathered(parameters if self.penalized else []):
@@ -107,16 +100,16 @@ class Trainer:
                 return None
             grads = torch.autograd.grad(value, parameters, allow_unused=True)
         engine.add_gradients(parameters, list(grads))
-        return float(value.detach())
+        return value.detach()
 
-    def check_finite(self, total: int, saver: Saver) -> None:
-        """Ends the run after ``train.max_nonfinite`` skipped steps in a row."""
+    def check_finite(self, step: int, total: int, saver: Saver) -> None:
+        """Ends the run after ``train.max_nonfinite`` skipped steps in a row, the last ``step``."""
         if self.nonfinite >= min(self.config.train.max_nonfinite, total):
             saver.wait()
             newest = f"is of step {saver.saved}" if saver.saved else "does not exist yet"
             raise FloatingPointError(
                 f"loss or gradient was not finite for {self.nonfinite} steps in a row, to step"
-                f" {self.done}. The newest checkpoint {newest}. Lower"
+                f" {step}. The newest checkpoint {newest}. Lower"
                 f" train.lr={self.config.train.lr}, or look at the rows of these steps"
             )
 
@@ -174,13 +167,37 @@ class Trainer:
         return self.built.engine.state_parts(self.trained, self.optimizer)
 
 
+class Outcome:
+    """A step's numbers, on their way from the device while the next step is queued there."""
+
+    def __init__(self, trainer: Trainer, numbers: Tensor) -> None:
+        self._trainer, self._numbers = trainer, numbers.to("cpu", non_blocking=True)
+        self.late = numbers.is_cuda
+        """The device may still be at it, and the host is not to wait before the next step."""
+        self._copied = torch.cuda.current_stream().record_event() if numbers.is_cuda else None
+
+    def read(self) -> tuple[float | None, float | None, float | None]:
+        """(Mean loss over the global batch's label tokens, gradient norm, value of the adapters'
+        regularizers before the step); None: the step was skipped, or the method has none.
+
+        Waits for the step. To be called once for each, in their order: counts ``nonfinite``.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()
+        mean, norm, penalty = (*self._numbers.tolist(), None)[:3]
+        finite = math.isfinite(mean) and math.isfinite(norm)
+        self._trainer.nonfinite = 0 if finite else self._trainer.nonfinite + 1
+        return (mean, norm, penalty) if finite else (None, None, penalty)
+
+
 def summed_loss(call: Callable[..., Tensor], batch: loader.MicroBatch, config: RunConfig) -> Tensor:
     """Cross-entropy summed over a micro-batch's label tokens; ``call`` is the model, or an engine's
     wrapper around it.
     """
     at = {} if batch.positions is None else {"position_ids": batch.positions}
-    chunk = config.train.loss_chunk
-    return call(batch.input_ids, token_labels=batch.labels, loss_chunk=chunk, **at)
+    learned = {"token_labels": batch.labels, "label_places": batch.places}
+    with attention.rows_known(batch.on_host):
+        return call(batch.input_ids, **learned, loss_chunk=config.train.loss_chunk, **at)
 
 
 def batches(

@@ -209,7 +209,7 @@ class Dropout(nn.Module):
 
 def dropout_keys(samples: Tensor, seed: int) -> Tensor:
     """The keys of a micro-batch: global indices of its samples, of any shape, under a seed."""
-    return samples + _mix(torch.tensor(seed, device=samples.device))
+    return samples + int(_mix(torch.tensor(seed)))
 
 
 def _mix(n: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from scalepeft.data import packing
 from scalepeft.data.packing import padded
-from scalepeft.data.tokens import IGNORED, TokenSet
+from scalepeft.data.tokens import IGNORED, TokenSet, label_places
 from scalepeft.parallel.ranks import Ranks
 
 
@@ -46,13 +46,18 @@ class MicroBatch:
     samples: Tensor
     """Global index of each line's sample, or of each token's (lines, length) where lines are
     packed: counts on through the epochs."""
+    places: Tensor | None = None
+    """``label_places`` of the labels; None: the loss looks for them."""
     positions: Tensor | None = None
     """Each token's position in its row (lines, length), where lines are packed."""
+    on_host: Tensor | None = None
+    """Of a batch on a device: its positions on the host."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """Copies to the device, without waiting where the memory is pinned."""
-        tensors = [t.to(device, non_blocking=True) for t in vars(self).values() if t is not None]
-        return MicroBatch(*tensors)
+        held = {k: t for k, t in vars(self).items() if t is not None and k != "on_host"}
+        moved = {k: t.to(device, non_blocking=True) for k, t in held.items()}
+        return MicroBatch(**moved, on_host=self.positions)
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,10 @@ class _Rows(Dataset[Any]):
                 samples[i, begin:], positions[i, begin:] = sample, torch.arange(shape[1] - begin)
                 begin = end
             positions[i, begin:] = torch.arange(shape[1] - begin)  # nor does padding see a row
-        return (ids, labels, samples, positions) if self.packed else (ids, labels, samples[:, 0])
+        places = label_places(labels)
+        if not self.packed:
+            return ids, labels, samples[:, 0], places
+        return ids, labels, samples, places, positions
 
 
 def _quiet_worker(_: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from scalepeft.core.errors import UserError
 from scalepeft.data.chat import SEAM
@@ -19,6 +20,11 @@ IGNORED = -100
 CHUNK = 512  # examples tokenized at a time, by all cores
 Encoded = tuple[list[int], list[tuple[int, int]]]
 """Token ids, and where each begins and ends in the text (only where that was asked for)."""
+
+
+def label_places(labels: Tensor) -> Tensor:
+    """Indices of the label tokens in ``labels.flatten()``; nothing predicts the first of a line."""
+    return F.pad(labels[:, 1:] != IGNORED, (1, 0)).flatten().nonzero().squeeze(1)
 
 
 @dataclass(frozen=True)

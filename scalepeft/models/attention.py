@@ -1,6 +1,8 @@
 """Attention over packed lines that reads each row alone: transformers' sdpa, a row at a time."""
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 NAME = "sdpa_rows"  # in transformers' registries; what is not packed gets its sdpa
+_KNOWN = ContextVar[Tensor | None]("positions on the host", default=None)
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,26 @@ class Rows:
     """Of each row (length, length); None where a token sees its row up to itself."""
 
 
+@contextmanager
+def rows_known(positions: Tensor | None) -> Iterator[None]:
+    """Within, the tokens of all lines have these positions in their rows, (lines, length) on the
+    host; None: a line is a row. Masks are made without looking at, and waiting for, the device's.
+    """
+    from transformers import masking_utils
+
+    packed = positions is not None and bool((positions.diff() != 1).any())
+
+    def rows(ids: Tensor) -> Tensor | None:  # as transformers numbers them
+        return (ids.diff(prepend=ids[:, :1] - 1) != 1).cumsum(-1) if packed else None
+
+    token = _KNOWN.set(positions if packed else None)
+    try:
+        with mock.patch.object(masking_utils, "find_packed_sequence_indices", rows):
+            yield
+    finally:
+        _KNOWN.reset(token)
+
+
 def row_mask(**options: Any) -> Rows | Tensor | None:
     """``Rows`` where the mask is causal over packed lines, else what ``sdpa_mask`` makes."""
     from transformers.masking_utils import sdpa_mask
@@ -31,13 +54,17 @@ def row_mask(**options: Any) -> Rows | Tensor | None:
         return sdpa_mask(**options)
     lines, length, device = options["batch_size"], options["q_length"], options["device"]
     see = options["mask_function"]  # (line, head, query, key) -> bool
-    at, line = torch.arange(1, length, device=device), torch.arange(lines, device=device)[:, None]
-    seen = [see(line, 0, at, at - 1), see(line, 0, at - 1, at)]  # the token before, the one after
-    before, after = torch.stack([s.expand(lines, -1) for s in seen]).cpu()  # waits, once a mask
-    if before.all() or after.any():  # one row a line; an image, which sees itself
-        return sdpa_mask(**options)
-    first = nn.functional.pad(~before, (1, 0), value=True).flatten()
-    begins = [*first.nonzero().flatten().tolist(), lines * length]
+    if (positions := _KNOWN.get()) is not None:
+        first = positions == 0
+    else:
+        at = torch.arange(1, length, device=device)
+        line = torch.arange(lines, device=device)[:, None]
+        seen = [see(line, 0, at, at - 1), see(line, 0, at - 1, at)]  # the token before, and after
+        before, after = torch.stack([s.expand(lines, -1) for s in seen]).cpu()  # waits
+        if before.all() or after.any():  # one row a line; an image, which sees itself
+            return sdpa_mask(**options)
+        first = nn.functional.pad(~before, (1, 0), value=True)
+    begins = [*first.flatten().nonzero().flatten().tolist(), lines * length]
     masks, window = list[Tensor | None](), options.get("local_size") or length
     for begin, end in pairwise(begins):
         at = begin % length + torch.arange(end - begin, device=device)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scalepeft.core.errors import UserError
-from scalepeft.data.tokens import IGNORED
+from scalepeft.data.tokens import IGNORED, label_places
 
 Head = Callable[[Tensor], Tensor]
 
@@ -53,7 +53,12 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def chunked_cross_entropy(
-    hidden: Tensor, labels: Tensor, head: Head, chunk: int, trained: Sequence[Tensor] = ()
+    hidden: Tensor,
+    labels: Tensor,
+    head: Head,
+    chunk: int,
+    trained: Sequence[Tensor] = (),
+    places: Tensor | None = None,
 ) -> Tensor:
     """Returns ``sum_t -log softmax(head(hidden_t))[label_{t+1}]`` over positions whose next label
     is not -100.
@@ -64,12 +69,12 @@ def chunked_cross_entropy(
         head: (rows, d) -> logits (rows, vocabulary).
         chunk: tokens whose logits exist at one time.
         trained: what ``head`` trains (an adapter on it).
+        places: ``label_places(labels)``, for which a device would be waited for.
     """
-    targets = labels[:, 1:].reshape(-1)
-    kept = (targets != IGNORED).nonzero().squeeze(1)
-    rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[kept]
+    places = label_places(labels) if places is None else places
+    rows = hidden.reshape(-1, hidden.shape[-1])[places - 1]
     trained = trained if torch.is_grad_enabled() else ()  # the function sees no difference
-    return _ChunkedLoss.apply(rows, targets[kept], head, chunk, *trained)
+    return _ChunkedLoss.apply(rows, labels.flatten()[places], head, chunk, *trained)
 
 
 class _Decoded(tuple[Tensor]):
@@ -152,6 +157,7 @@ def _class_with_loss(base: type[nn.Module], path: str) -> type[nn.Module]:
         self: Any,
         *args: Any,
         token_labels: Tensor | None = None,
+        label_places: Tensor | None = None,
         loss_chunk: int = 0,
         **kwargs: Any,
     ) -> Any:
@@ -163,8 +169,9 @@ def _class_with_loss(base: type[nn.Module], path: str) -> type[nn.Module]:
             run = partial(stand_in.run, partial(base.forward, self))
             trained = [p for p in self.parameters() if p.requires_grad]
             loss = chunked_cross_entropy(
-                hidden, token_labels, lambda rows: run(rows[None]).logits[0], loss_chunk, trained
-            )
+                hidden, token_labels, lambda rows: run(rows[None]).logits[0], loss_chunk, trained,
+                label_places,
+            )  # fmt: skip
             if routers := getattr(out, "router_logits", None):
                 positions = kwargs.get("position_ids")
                 loss = loss + _router_loss(run, hidden, routers, token_labels, positions)
@@ -201,7 +208,8 @@ def _decoder_of(model: Any) -> str:
 
 
 def add_token_loss(model: nn.Module) -> None:
-    """Swaps in a class with ``forward(input_ids, token_labels=, loss_chunk=)`` -> summed loss.
+    """Swaps in a class with ``forward(input_ids, token_labels=, label_places=, loss_chunk=)``
+    -> summed loss.
 
     The loss is computed inside the model's own forward, where a sharded head is gathered.
 

@@ -140,8 +140,10 @@ class Engine:
         if self.config.activation_checkpointing:
             for block in blocks:
                 # An instance attribute: parameter names stay, and a wrapper's hooks run outside the
-                # recomputation.
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+                # recomputation. No generator's state is kept: blocks draw nothing (``train_mode``).
+                block.forward = partial(
+                    checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+                )
         self.wrap(model, blocks)
 
     def wrap(self, model: nn.Module, blocks: list[nn.Module]) -> None:
@@ -195,28 +197,27 @@ class Engine:
                 grad = like(parameter, rows, parameter.shape)
             parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
 
-    def grad_norm(self, parameters: list[nn.Parameter]) -> float:
-        """2-norm over all trained parameters, the same number on every rank."""
+    def grad_norm(self, parameters: list[nn.Parameter]) -> Tensor:
+        """2-norm over all trained parameters, the same number on every rank's device."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def update(
         self,
         optimizer: torch.optim.Optimizer,
         parameters: list[nn.Parameter],
         max_norm: float,
-        norm: float,
+        norm: Tensor,
+        finite: Tensor,
     ) -> None:
         """One optimizer step; gradients are first scaled to a norm of at most ``max_norm`` (0: no
-        clipping) and then dropped.
+        clipping) and then dropped. Where not ``finite`` (), nothing else changes.
         """
         if max_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.tensor(norm))
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        # A fused optimizer's own word for a step to be skipped: it asks on the device.
+        optimizer.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
         optimizer.step()
-        optimizer.zero_grad()
-
-    def discard(self, optimizer: torch.optim.Optimizer) -> None:
-        """Drops the gradients of a step that is skipped."""
         optimizer.zero_grad()
 
     def copies(self, tensor: Tensor) -> tuple[int, int]:
@@ -261,7 +262,8 @@ class Engine:
         for name, parameter in trained.items():
             fill(name, local_part(parameter))
             for kind in kinds.get(name, ()):
-                held = torch.zeros(()) if kind == "step" else torch.zeros_like(parameter)
+                scalar = torch.zeros((), device=parameter.device)
+                held = scalar if kind == "step" else torch.zeros_like(parameter)
                 optimizer.state[parameter][kind] = held
                 fill(f"{name}/{kind}", local_part(held))
 

@@ -42,8 +42,8 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
 
 
 class Ranks:
-    """This process among ``world_size``; collectives here run on the CPU (gloo) and never wait for
-    a GPU.
+    """This process among ``world_size``; collectives here, but ``sum`` of a GPU's tensor, run on
+    the CPU (gloo) and never wait for a GPU.
     """
 
     def __init__(
@@ -58,10 +58,15 @@ class Ranks:
         """Reads the launcher's variables and joins the process group (also alone, if
         ``process_group``).
         """
+        # In TF32, as a user's program or NVIDIA's containers may have set, rotations are none.
+        torch.set_float32_matmul_precision("highest")
         env = launch_variables(os.environ)
         ranks = cls(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
         ranks.device = pick_device(wanted_device, ranks.local_rank)
         if ranks.device.type == "cuda":
+            if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+                # Micro-batches differ in length: memory would be cut into pieces that fit none.
+                os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
             torch.cuda.set_device(ranks.device)
         if ranks.world_size == 1 and not process_group:
             return ranks
@@ -106,9 +111,9 @@ class Ranks:
         return bool(value.item())
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Adds a CPU tensor over the ranks."""
+        """Adds a tensor over the ranks, where it is."""
         if self.world_size > 1:
-            dist.all_reduce(values, group=self.control)
+            dist.all_reduce(values, group=self.control if values.device.type == "cpu" else None)
         return values
 
     def gather(self, value: T) -> list[T]:

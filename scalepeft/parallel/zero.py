@@ -256,26 +256,34 @@ class Zero(Engine):
                 index = parameter._index_in_param_group  # type: ignore[attr-defined]
                 mapping.get_lp_grad_fragment(index).view(-1).add_(values)
 
-    def grad_norm(self, parameters: list[nn.Parameter]) -> float:
+    def grad_norm(self, parameters: list[nn.Parameter]) -> Tensor:
         """As DeepSpeed has it; infinite where a gradient is not finite."""
-        if self.config.stage != 3:
-            return float(self._optimizer.scaled_global_norm())
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
-        return float(combine_grad_norm_groups(self._optimizer._get_norm_groups()))
+        held, parts = self._optimizer, self.config.stage == 3
+        norm = (
+            combine_grad_norm_groups(held._get_norm_groups())
+            if parts
+            else held.scaled_global_norm()
+        )
+        return torch.as_tensor(norm, device=self.ranks.device)
 
     def update(
         self,
         optimizer: torch.optim.Optimizer,
         parameters: list[nn.Parameter],
         max_norm: float,
-        norm: float,
+        norm: Tensor,
+        finite: Tensor,
     ) -> None:
         """DeepSpeed's step: clips, updates this rank's part, and gathers (stages 1 and 2)."""
+        if not finite:
+            self._discard()
+            return
         self._optimizer.clip_grad = max_norm
         self._engine.step()
 
-    def discard(self, optimizer: torch.optim.Optimizer) -> None:
+    def _discard(self) -> None:
         """Drops the gradients as DeepSpeed does after an overflow."""
         held = self._optimizer
         if self.config.stage == 3:

@@ -711,9 +711,12 @@ def test_packed_lines_hold_the_rows_of_the_step() -> None:
 
 def packed_rows(batch: loader.MicroBatch) -> list[tuple[int, tuple[list[int], list[int]]]]:
     """(sample, (tokens, labels)) of every row; padding behind them is a segment of its own."""
-    assert batch.positions is not None
+    assert batch.positions is not None and batch.places is not None
+    kept = batch.labels.flatten()[batch.places]
+    assert (kept != data.IGNORED).all() and len(kept) == (batch.labels != data.IGNORED).sum()
     found = []
-    for ids, labels, samples, positions in zip(*vars(batch).values(), strict=True):
+    lines = zip(batch.input_ids, batch.labels, batch.samples, batch.positions, strict=True)
+    for ids, labels, samples, positions in lines:
         begins = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
         for begin, end in itertools.pairwise(begins):
             assert positions[begin:end].tolist() == list(range(end - begin))

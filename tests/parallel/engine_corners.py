@@ -46,14 +46,15 @@ def steps(settings: list[str], engine: str, ranks: Ranks) -> list[float | None]:
         if batch.step == 1:
             norm.fill_(torch.inf)
         parts = {name: part.data.clone() for name, part in trainer.parts().items()}
-        found += trainer.step(batch.micro, batch.label_tokens, 0.01)
+        *numbers, penalty = trainer.step(batch.micro, batch.label_tokens, 0.01).read()
+        found += numbers
         if batch.step == 1:
             assert found[-2:] == [None, None], "the step is skipped"
             for key, part in trainer.parts().items():
                 assert torch.equal(part.data, parts[key]), f"{engine}: {key} moved"
         norm.copy_(before)
     assert trainer.nonfinite == 0
-    return [*found, trainer.penalty, held_out_loss(trainer, held_out, lambda: None)]
+    return [*found, penalty, held_out_loss(trainer, held_out, lambda: None)]
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 """
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from scalepeft.config import files as config_files
 from scalepeft.core.errors import UserError
 from scalepeft.core.launch import first_host, launch_variables
 from scalepeft.models import tiny
+from scalepeft.parallel import ranks as ranks_module
 from scalepeft.parallel import zero
 from scalepeft.parallel.fsdp2 import FSDP2, FSDP2Config
 from scalepeft.parallel.ranks import Ranks
@@ -351,3 +353,21 @@ def test_world_size_must_divide_the_global_batch(tmp_path: Path) -> None:
     assert codes == [2, 2]
     assert text.count("scalepeft: error:") == 1
     assert "train.global_batch=15" in text and "2 ranks" in text
+
+
+def test_what_ranks_set_before_they_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks_module, "pick_device", lambda *_: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    for given, want in (
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None),
+    ):
+        for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+            monkeypatch.setenv(name, given.get(name, ""))
+            if name not in given:
+                monkeypatch.delenv(name)
+        torch.set_float32_matmul_precision("high")
+        Ranks.start("auto", process_group=False)
+        assert os.environ.get("PYTORCH_ALLOC_CONF") == want
+        assert torch.get_float32_matmul_precision() == "highest"

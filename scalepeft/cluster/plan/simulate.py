@@ -25,7 +25,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
-from transformers import masking_utils
 
 from scalepeft.adapters import inject as injection
 from scalepeft.build import Built, engine_class
@@ -269,7 +268,8 @@ def simulate(config: RunConfig, folder: Path, world: int, per_node: int, step: S
         _name_parts(tracker, trainer)
         shape = step.rows, padded(config.data.cutoff)
         ids, labels = (torch.zeros(shape, dtype=torch.int64) for _ in "xy")
-        batch = MicroBatch(ids, labels, torch.zeros(step.rows, dtype=torch.int64))
+        samples, places = torch.zeros(step.rows).long(), torch.arange(ids[:, 1:].numel())
+        batch = MicroBatch(ids, labels, samples, places)
         injection.train_mode(model)
         tracker.begin()
         tracker.part = "control"
@@ -297,10 +297,6 @@ def _patches(tracker: Tracker, shares: Shares) -> Iterator[Any]:
         return done
 
     yield mock.patch.object(torch.UntypedStorage, "resize_", resized)
-    # Which looks at values, and with fake ones would give every layer a (length, length) mask.
-    packed = "find_packed_sequence_indices"
-    if hasattr(masking_utils, packed):
-        yield mock.patch.object(masking_utils, packed, return_value=None)
     work: list[tuple[Any, str, str | None]] = [
         *shares.marks,
         *((fmt, "decode", "dequantized") for fmt in (quant.NF4, quant.Int8)),
@@ -364,7 +360,7 @@ def _name_parts(tracker: Tracker, trainer: Trainer) -> None:
         tracker.part = "last" if last else "other"
         return accumulate(last)
 
-    def after(parameters: list[nn.Parameter]) -> float:
+    def after(parameters: list[nn.Parameter]) -> Tensor:
         tracker.at("step")
         tracker.kind = "optimizer"
         return norm(parameters)

@@ -17,10 +17,11 @@ from scalepeft.analysis.bench.gpu.session import Session
 from scalepeft.build import Built
 from scalepeft.config import files as config_files
 from scalepeft.data.loader import MicroBatch
+from scalepeft.data.tokens import label_places
 from scalepeft.models import loss, quant, shapes, structure
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.parallel.single import Single
-from scalepeft.trainer import Trainer
+from scalepeft.trainer import Outcome, Trainer
 
 FROZEN, PEFT, GIB = "frozen", "peft-lora", 2**30
 ROWS: dict[str, list[str]] = {
@@ -87,20 +88,21 @@ def _measure(
     session: Session, adapter: str, storage: str, ceiling: float, weights: int
 ) -> dict[str, Any]:
     trainer = _trainer(session, adapter, storage)
-    losses: list[float | None] = []
+    steps: list[Outcome] = []
     rows, length = trainer.config.train.micro_batch, trainer.config.data.cutoff
     ids = torch.arange(rows * length).view(rows, length) * 7919 % 512
-    batch = MicroBatch(ids, ids, torch.arange(rows))
+    batch = MicroBatch(ids, ids, torch.arange(rows), label_places(ids))
 
     def step() -> None:  # under autocast as HF's Trainer runs PEFT
         with torch.autocast(session.device.type, BF16, enabled=adapter == PEFT):
-            losses.append(trainer.step([batch], rows * (length - 1), 1e-4)[0])
+            steps.append(trainer.step([batch], rows * (length - 1), 1e-4))
 
     if session.cuda:
         torch.cuda.reset_peak_memory_stats()
     ms = median(session.milliseconds(step, *((2, 1) if session.tiny else (10, 3))))
     peak = torch.cuda.max_memory_allocated() / GIB if session.cuda else None
     rate = 4 * weights * rows * length / ms / 1e9
+    losses = [step.read()[0] for step in steps]
     if None in losses:  # a step that was not finite is skipped
         raise FloatingPointError(f"not finite: loss or gradient of step {losses.index(None) + 1}")
     return {
