@@ -6,20 +6,29 @@ micro-batch, its recomputation and every generated token need the same one.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from scalepeft.adapters.base import Adapter
 from scalepeft.adapters.inject import Adapted, AdaptedExperts
-from scalepeft.parallel.base import Engine
+from scalepeft.parallel.base import Engine, full_shape
 
-Group = list[tuple[Adapter, dict[str, nn.Parameter]]]
-"""Layers of one shape, with their own parameters by name."""
+
+@dataclass
+class Group:
+    """Adapters of one shape, and their parameters by name; ``fewer``: a layer's factors are fewer
+    numbers than its parameters, so that these must be used elsewhere too.
+    """
+
+    adapters: list[Adapter]
+    parameters: dict[str, list[nn.Parameter]]
+    fewer: bool
 
 
 class Factors:
-    """The factors of all adapters of a model.
+    """The factors of all adapters of a model, but experts'.
 
     Args:
         model: sharded, loaded, outside of a forward.
@@ -28,81 +37,92 @@ class Factors:
 
     def __init__(self, model: nn.Module, engine: Engine) -> None:
         self.engine = engine
-        self.adapters = [
-            m.adapter
-            for m in model.modules()
-            if isinstance(m, Adapted) and not isinstance(m, AdaptedExperts)
-        ]
-        groups: dict[object, Group] = {}
-        for adapter in self.adapters:
-            if type(adapter).factors is not Adapter.factors:
-                own = dict(adapter.named_parameters(recurse=False))
-                key = type(adapter), id(adapter.config), adapter.in_features, adapter.out_features
-                groups.setdefault(key, []).append((adapter, own))
-        self._groups = list(groups.values())
+        adapted = [m for m in model.modules() if isinstance(m, Adapted)]
+        self.adapters = [m.adapter for m in adapted if not isinstance(m, AdaptedExperts)]
+        alike: dict[object, list[Adapter]] = {}
+        for a in self.adapters:
+            if type(a).factors is not Adapter.factors:
+                key = type(a), id(a.config), a.in_features, a.out_features
+                alike.setdefault(key, []).append(a)
+        self.groups = [_group(adapters) for adapters in alike.values()]
 
     @contextmanager
     def of_step(self) -> Iterator[None]:
         """Around a step's micro-batches: their gradients go on to the parameters at the end, beside
         what the engine has summed over the ranks there. A collective.
         """
-        with self.made():
-            for factor in (f for adapter in self.adapters for f in adapter.made or ()):
+        groups = [group for group in self.groups if group.fewer or self.engine.takes_idle]
+        with self._made(groups):
+            for factor in (f for g in groups for adapter in g.adapters for f in adapter.made or ()):
                 factor.requires_grad_()
             yield
-            self._backward()
+            self._backward(groups)
 
     @contextmanager
     def made(self) -> Iterator[None]:
         """The factors are there within, where no parameter may change; a collective."""
+        with self._made(self.groups):
+            yield
+
+    @contextmanager
+    def _made(self, groups: list[Group]) -> Iterator[None]:
         try:
-            yield self.make()
+            yield self.make(groups)
         finally:
             for adapter in self.adapters:
                 adapter.made = None
 
     @torch.no_grad()
-    def make(self) -> None:
+    def make(self, groups: list[Group] | None = None) -> None:
         """Makes the factors for good: for parameters that never change again; a collective."""
         for adapter in self.adapters:
-            adapter.made = ()
-        for group in self._groups:
-            stacked = group[0][0].factors(self._stacked(group))
-            for (adapter, _), *each in zip(group, *(t.unbind() for t in stacked), strict=True):
-                adapter.made = tuple(t.detach() for t in each)
+            if type(adapter).factors is Adapter.factors:
+                adapter.made = ()
+        for group in self.groups if groups is None else groups:
+            stacked = group.adapters[0].factors(self._stacked(group))
+            each = zip(*(t.unbind() for t in stacked), strict=True)
+            for adapter, own in zip(group.adapters, each, strict=True):
+                adapter.made = tuple(t.detach() for t in own)
 
     def _stacked(self, group: Group) -> dict[str, Tensor]:
         """The parameters of a group by name, (n, ...) each."""
-        return {key: self.engine.whole([own[key] for _, own in group]) for key in group[0][1]}
+        return {key: self.engine.whole(each) for key, each in group.parameters.items()}
 
-    def _backward(self) -> None:
+    def _backward(self, groups: list[Group]) -> None:
         """Each group's gradient: where the factors are fewer numbers than the parameters, they are
         what is summed over the ranks, else the parameters' gradients are.
         """
         grads = []
-        for group in self._groups:
-            made = zip(*(adapter.made or () for adapter, _ in group), strict=True)
-            grads.append([torch.stack([_grad(f) for f in each]) for each in made])
-        sizes = [sum(p.numel() for p in group[0][1].values()) for group in self._groups]
-        early = [sum(f[0].numel() for f in g) < n for g, n in zip(grads, sizes, strict=True)]
-        self.engine.sum([f for g, first in zip(grads, early, strict=True) if first for f in g])
+        for group in groups:
+            made = zip(*(adapter.made or () for adapter in group.adapters), strict=True)
+            grads.append([torch.stack([_grad(factor) for factor in each]) for each in made])
+        sent = [f for group, each in zip(groups, grads, strict=True) if group.fewer for f in each]
+        self.engine.sum_gradients(sent)
         late: list[tuple[list[nn.Parameter], Tensor]] = []
-        for group, grad, first in zip(self._groups, grads, early, strict=True):
+        for group, grad in zip(groups, grads, strict=True):
             stacked = {key: p.requires_grad_() for key, p in self._stacked(group).items()}
-            made = zip(group[0][0].factors(stacked), grad, strict=True)
-            out, grad = zip(*((f, g) for f, g in made if f.requires_grad), strict=True)
-            each = torch.autograd.grad(out, list(stacked.values()), grad, allow_unused=True)
-            for key, d in zip(stacked, each, strict=True):
+            made = zip(group.adapters[0].factors(stacked), grad, strict=True)
+            out, d_out = zip(*((f, d) for f, d in made if f.requires_grad), strict=True)
+            each = torch.autograd.grad(out, list(stacked.values()), d_out, allow_unused=True)
+            for parameters, d in zip(group.parameters.values(), each, strict=True):
                 if d is None:  # of a scale, say, which makes no factor
                     continue
-                parameters = [own[key] for _, own in group]
-                if first:
+                if group.fewer:
                     self.engine.add_gradients(parameters, list(d.unbind()))
                 else:
                     late.append((parameters, d))
-        self.engine.sum([d for _, d in late])
+        self.engine.sum_gradients([d for _, d in late])
         for parameters, d in late:
             self.engine.add_gradients(parameters, list(d.unbind()))
+
+
+def _group(adapters: list[Adapter]) -> Group:
+    named = [dict(a.named_parameters(recurse=False)) for a in adapters]
+    parameters = {key: [own[key] for own in named] for key in named[0]}
+    shapes = {key: full_shape(p) for key, p in named[0].items()}
+    on_meta = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    factors = sum(factor.numel() for factor in adapters[0].factors(on_meta))
+    return Group(adapters, parameters, factors < sum(map(torch.Size.numel, shapes.values())))
 
 
 def _grad(factor: Tensor) -> Tensor:

@@ -114,6 +114,9 @@ class Engine:
     """True where a forward is a collective, so that every rank must make the same number of them.
     """
 
+    takes_idle: ClassVar[bool] = True
+    """False: every trained parameter must have a gradient after each ``backward``."""
+
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
 
@@ -177,8 +180,8 @@ class Engine:
         with self.gathered(parameters):
             return torch.stack([p.detach() for p in parameters])
 
-    def sum(self, tensors: Sequence[Tensor]) -> None:
-        """Sums tensors over the ranks in place, some together."""
+    def sum_gradients(self, tensors: Sequence[Tensor]) -> None:
+        """Sums over the ranks, in place, what ``backward`` made of this rank's rows alone."""
         if self.ranks.world_size == 1:
             return
         for bucket in buckets(tensors):

@@ -39,4 +39,4 @@ class DDP(Engine):
         loss.backward()
         if not last:
             return
-        self.sum([p.grad for p in self._trained if p.grad is not None])
+        self.sum_gradients([p.grad for p in self._trained if p.grad is not None])

@@ -7,7 +7,7 @@ Letters: N ranks. DeepSpeed divides summed gradients by N; the loss is multiplie
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cache
@@ -94,6 +94,7 @@ class Zero(Engine):
     """
 
     Config = ZeroConfig
+    takes_idle = False  # DeepSpeed keeps the last step's gradient of one that got none
     config: ZeroConfig
     _engine: Any = None
     _optimizer: Any = None
@@ -226,6 +227,12 @@ class Zero(Engine):
     def backward(self, loss: Tensor, last: bool) -> None:
         """Adds N times the gradient, of which DeepSpeed makes the sum."""
         self._engine.backward(loss * self.ranks.world_size)
+
+    def sum_gradients(self, tensors: Sequence[Tensor]) -> None:
+        """A mean, as ``backward`` makes N times the gradient."""
+        super().sum_gradients(tensors)
+        for tensor in tensors:
+            tensor /= self.ranks.world_size
 
     def gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[Any]:
         """Makes parameters whole on every rank for the moment, under stage 3."""
