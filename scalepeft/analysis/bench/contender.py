@@ -1,8 +1,5 @@
-"""A contender of ``scalepeft bench train``, in a process of its own: it trains on the rows of
-FOLDER/work.json and writes into FOLDER/found.json what each step took.
-
-Run as ``python -m scalepeft.analysis.bench.contender NAME FOLDER``; a contender imports what its
-own users import.
+"""A contender of ``bench train`` as a process, which imports what its own users do: trains by
+FOLDER/work.json and writes FOLDER/found.json, with the clocks at the end of each step.
 """
 
 import json
@@ -11,113 +8,86 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 
-class Clock:
-    """Seconds of the epoch and of this process's CPUs at the end of each step."""
-
-    def __init__(self) -> None:
-        self.ticks: list[tuple[float, float]] = []
-
-    def tick(self) -> None:
-        """The end of a step, the device having finished."""
-        import torch
-
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.ticks.append((time.time(), time.process_time()))
+ticks: list[tuple[float, float]] = []  # seconds of the epoch, and of this process's CPUs
 
 
-Trained = tuple[list[float], Any, int]
-"""Loss of each step, the rows or packed lines in their order, and how many of them a step takes."""
+def tick(*_: Any, **__: Any) -> None:
+    """The end of a step, the device having finished."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    ticks.append((time.time(), time.process_time()))
 
 
-def scalepeft(folder: Path, work: dict[str, Any], clock: Clock) -> Trained:
-    """What ``scalepeft train`` does, with FOLDER/config.yaml."""
+def scalepeft(folder: Path, work: dict[str, Any]) -> tuple[list[float], Any, int]:
+    """``scalepeft train``: losses of the steps, the rows in their order, how many a step takes."""
     from scalepeft import train
-    from scalepeft.config import files
-    from scalepeft.core.files import read_lines
+    from scalepeft.config.schema import from_dict
     from scalepeft.core.preemption import StopFlag
 
     class Timed(train.Trainer):
         def step(self, *words: Any) -> tuple[float | None, float | None]:
             done = super().step(*words)
-            clock.tick()
+            tick()
             return done
 
     vars(train)["Trainer"] = Timed
-    config, _ = files.load(str(folder / "config.yaml"), [f"run_dir={folder}/run"])
-    train.run(config, StopFlag())
-    losses = [row["loss"] for row in read_lines(folder / "run" / "metrics.jsonl")]
-    return losses, work["rows"], config.train.global_batch
+    train.run(config := from_dict(work["config"] | {"run_dir": str(folder / "run")}), StopFlag())
+    logged = (folder / "run/metrics.jsonl").read_text().splitlines()
+    return [json.loads(row)["loss"] for row in logged], work["rows"], config.train.global_batch
 
 
-def incumbent(folder: Path, work: dict[str, Any], clock: Clock, trl: bool) -> Trained:
-    """``transformers.Trainer`` on padded rows, or TRL's on packed lines of about as many tokens a
-    step as the others', in forwards of as many lines.
-    """
+def incumbent(folder: Path, work: dict[str, Any], trl: bool) -> tuple[list[float], Any, int]:
+    """HF's Trainer on padded rows; TRL's on packed lines, of about as many tokens a step."""
     import peft
-    import torch
     import transformers as hf
 
-    class Tick(hf.TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            clock.tick()
-
-    size, micro = work["global_batch"], work["micro_batch"]
-    tokens = sum(len(row["input_ids"]) for row in work["rows"]) * size / len(work["rows"])
+    rows, adapter, micro = work["rows"], peft.get_peft_config(work["adapter"]), work["micro_batch"]
+    size, cutoff = work["global_batch"], work["cutoff"]
     if trl:
-        size = max(1, round(tokens / work["cutoff"]))
+        size = max(1, round(sum(len(row["input_ids"]) for row in rows) / len(rows) * size / cutoff))
     micro = next(n for n in range(min(micro, size), 0, -1) if size % n == 0)
     arguments: dict[str, Any] = {
-        **work["arguments"], "output_dir": str(folder / "hf"), "num_train_epochs": 1,
+        **work["arguments"], "output_dir": str(folder / "run"), "num_train_epochs": 1,
         "per_device_train_batch_size": micro, "gradient_accumulation_steps": size // micro,
-        "train_sampling_strategy": "sequential", "logging_steps": 1, "save_strategy": "no",
-        "report_to": "none", "disable_tqdm": True,
+        "lr_scheduler_type": "constant", "train_sampling_strategy": "sequential",
+        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
     }  # fmt: skip
-    more = {k: v for k, v in {"attn_implementation": work["attention"]}.items() if v != "auto"}
-    dtype = getattr(torch, work["dtype"])
-    model = hf.AutoModelForCausalLM.from_pretrained(work["base"], dtype=dtype, **more)
+    model = hf.AutoModelForCausalLM.from_pretrained(work["base"], **work["load"])
     tokenizer = hf.AutoTokenizer.from_pretrained(work["tokenizer"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    adapter = peft.get_peft_config(work["adapter"])
-    trainer: Any
+    more: dict[str, Any] = {
+        "callbacks": [type("Tick", (hf.TrainerCallback,), {"on_step_end": tick})]
+    }
     if trl:
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
-        settings = SFTConfig(**arguments, max_length=work["cutoff"], packing=True)
-        trainer = SFTTrainer(
-            model, settings, train_dataset=Dataset.from_list(work["rows"]), peft_config=adapter,
-            processing_class=tokenizer, callbacks=[Tick()],
-        )  # fmt: skip
+        more |= {"peft_config": adapter, "processing_class": tokenizer}
+        settings = SFTConfig(**arguments, max_length=cutoff, packing=True)
+        trainer = SFTTrainer(model, settings, train_dataset=Dataset.from_list(rows), **more)
     else:
-        trainer = hf.Trainer(
-            peft.get_peft_model(model, adapter), hf.TrainingArguments(**arguments),
-            hf.DataCollatorForSeq2Seq(tokenizer), work["rows"], callbacks=[Tick()],
-        )  # fmt: skip
+        adapted, settings = peft.get_peft_model(model, adapter), hf.TrainingArguments(**arguments)
+        trainer = hf.Trainer(adapted, settings, hf.DataCollatorForSeq2Seq(tokenizer), rows, **more)
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return losses, trainer.train_dataset, size
 
 
-def main(name: str, folder: Path) -> None:
-    """Trains, and writes for each step loss, tokens, learned tokens, and clock at its end."""
-    work, clock = json.loads((folder / "work.json").read_text()), Clock()
-    if name == "scalepeft":
-        losses, lines, size = scalepeft(folder, work, clock)
-    else:
-        losses, lines, size = incumbent(folder, work, clock, name == "trl")
-    steps, parts = [], [[lines[j] for j in range(i, min(i + size, len(lines)))]
-                        for i in range(0, len(lines), size)]  # fmt: skip
-    for loss, part, (wall, cpu) in zip(losses, parts, clock.ticks, strict=True):
-        labels = sum(label >= 0 for line in part for label in line["labels"])
+if __name__ == "__main__":
+    name, folder = sys.argv[1], Path(sys.argv[2])
+    work = json.loads((folder / "work.json").read_text())
+    trained = (
+        scalepeft(folder, work) if name == "scalepeft" else incumbent(folder, work, name == "trl")
+    )
+    steps, (losses, lines, size) = [], trained
+    for i, (loss, (at, cpu)) in enumerate(zip(losses, ticks, strict=True)):
+        part = [lines[j] for j in range(i * size, min((i + 1) * size, len(lines)))]
         tokens = sum(len(line["input_ids"]) for line in part)
-        steps.append({"loss": loss, "tokens": tokens, "labels": labels, "wall": wall, "cpu": cpu})
+        learned = sum(label >= 0 for line in part for label in line["labels"])
+        steps.append({"loss": loss, "tokens": tokens, "learned": learned, "at": at, "cpu": cpu})
 
     from scalepeft.run.provenance import peak_memory
 
     (folder / "found.json").write_text(json.dumps({"steps": steps, **peak_memory()}))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
