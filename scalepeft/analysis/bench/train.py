@@ -39,7 +39,8 @@ NEEDS = {"scalepeft": "", "trainer": "accelerate peft", "trl": "accelerate peft 
 WARM = 2  # steps before those whose speed counts
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}  # relative, of the mean loss
 FIXED = ["run_dir=unset", "train.epochs=null", "train.lr=1e-8", "train.schedule=constant",
-         "train.warmup_steps=0", "train.save_every=1000000", "train.eval_every=0"]  # fmt: skip
+         "train.warmup_steps=0", "train.save_every=1000000", "train.eval_every=0",
+         "train.stop_at=null", "train.wandb=null"]  # fmt: skip
 
 
 def run(settings: list[str], out: str | None, repeats: int | None) -> int:
@@ -74,7 +75,8 @@ def run(settings: list[str], out: str | None, repeats: int | None) -> int:
     head = versions("torch", "transformers", "accelerate", "peft", "trl")
     head["device"] = device_name(pick_device(config.engine.device, 0))
     head |= {"threads": str(torch.get_num_threads()), "date": time.strftime("%Y-%m-%d %H:%M %z")}
-    text = "\n".join(["# scalepeft bench train", "", "```", *lines_of(head | found), "```", ""])
+    shown = ["# scalepeft bench train", "", "```", *lines_of(head), *lines_of(found), "```", ""]
+    text = "\n".join(shown)
     print(text, end="", flush=True)
     if folder is not None:
         everything = {**head, "config": cfg.to_dict(config), "summary": found, "runs": runs}
