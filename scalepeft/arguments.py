@@ -62,6 +62,13 @@ taking turns in one process.
 bench gpu tries a machine with one GPU: exact bytes and gradients, training of an 8B shape against
 the plan, kills and resumes. It takes --out (gpu-bench), --seconds, --only and --tiny alone, writes
 gpu.json after each section and gpu.md, and ends with 1 if something is a fault.
+
+bench train runs settings of train beside transformers' Trainer with PEFT and TRL's SFTTrainer, on
+the same rows, each in a process of its own, in --repeats turns (3): tokens a second, start-up,
+peak memory, losses. Speed, not learning: the rate is 1e-8. It ends with 1 if one failed, or did
+other work.
+
+  scalepeft bench train data=math data.train=FILE model.path=DIR adapter=lora train.max_steps=20
 """
 COMPARE = """\
 Trains every method on the same rows, batches and budget: a sweep of rates of equal size under one
@@ -103,7 +110,7 @@ JOB_FILE itself is run as far as slurm/train.sh, to learn its settings: keep slo
   launch/submit slurm/hoft_llama70b.sh model.path=DIR --sbatch time=12:00:00
 """
 BENCH_FLAGS = "shape methods rank tokens precision quant device repeats".split()
-GPU_FLAGS = "seconds only tiny".split()
+FLAGS_OF = {"model": BENCH_FLAGS, "gpu": "seconds only tiny".split(), "train": ["repeats"]}
 # Command -> its line in the list of all, and the text above its own arguments.
 COMMANDS: dict[str, tuple[str, str | None]] = {
     "train": ("train an adapter, or resume", TRAIN),
@@ -115,7 +122,7 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "merge": ("write base and adapter as one checkpoint that stock transformers loads", MERGE),
     "export": ("write the adapter for HF PEFT, or as a plain LoRA", EXPORT),
     "methods": ("all methods: size, cost, exports, papers", None),
-    "bench": ("methods against HF PEFT in one run", BENCH),
+    "bench": ("methods against HF PEFT, trainings against HF and TRL", BENCH),
     "config": ("print the resolved settings, or every key", None),
     "data": ("rows in numbers, and as the model sees them", DATA),
     "doctor": ("try what a run needs, here or on every rank", DOCTOR),
@@ -160,6 +167,7 @@ def _written_here(commands: dict[str, Parser]) -> None:
     for names, metavar, help in (
         ("train pipeline config", "[CONFIG] KEY=VALUE", "a YAML file, then settings"),
         ("doctor plan data", "[CONFIG] KEY=VALUE", "of the run, as for train"),
+        ("bench", "[CONFIG] KEY=VALUE", "train: of the run, as for scalepeft train"),
         ("evaluate", "KEY=VALUE", "e.g. data.test=FILES evaluate.limit=100"),
         ("merge export", "model.path=FOLDER", "where the base is now"),
     ):
@@ -226,7 +234,9 @@ def parse(argv: list[str], doc: str | None) -> argparse.Namespace:
         if "=" in getattr(args, name):
             command.error(f"{name.upper()}={getattr(args, name)}: RUN_DIR and OUT come first")
     if args.command == "bench":
-        for name in GPU_FLAGS if args.what != "gpu" else BENCH_FLAGS:
-            if getattr(args, name) is not None:
+        for name in (*BENCH_FLAGS, *FLAGS_OF["gpu"]):
+            if name not in FLAGS_OF[args.what] and getattr(args, name) is not None:
                 command.error(f"--{name} is not an option of bench {args.what}")
+        if args.settings and args.what != "train":
+            command.error(f"{args.settings[0]} is not an option of bench {args.what}")
     return args

@@ -73,6 +73,7 @@ CALLS: dict[str, tuple[str, Callable[[Any, argparse.Namespace, StopFlag], Any]]]
     "bench gpu": (
         "analysis.bench.gpu.command", lambda m, a, _: m.run(a.out, a.seconds, a.only, a.tiny)
     ),
+    "bench train": ("analysis.bench.train", lambda m, a, _: m.run(a.settings, a.out, a.repeats)),
     "config": ("config.command", lambda m, a, _: m.run(a.settings, a.reference)),
     "data": ("analysis.rows", lambda m, a, _: m.run(a.settings, a.show)),
     "doctor": (
@@ -91,8 +92,8 @@ CALLS: dict[str, tuple[str, Callable[[Any, argparse.Namespace, StopFlag], Any]]]
 
 
 def _run(args: argparse.Namespace, stop: StopFlag) -> int:
-    gpu = args.command == "bench" and args.what == "gpu"
-    name, call = CALLS["bench gpu" if gpu else args.command]
+    of_its_own = f"{args.command} {getattr(args, 'what', '')}"
+    name, call = CALLS[of_its_own if of_its_own in CALLS else args.command]
     code = call(importlib.import_module(f"scalepeft.{name}"), args, stop)
     return code if isinstance(code, int) else FINISHED
 

@@ -113,7 +113,14 @@ def test_a_task_needs_data_alone(name: str) -> None:
     [
         ("bitsandbytes", {"scalepeft.models.quant"}),
         ("deepspeed", {"scalepeft.parallel.zero"}),
-        ("peft", {"scalepeft.analysis.bench.cases", "scalepeft.integrations.peft"}),
+        (
+            "peft",
+            {
+                f"scalepeft.{m}"
+                for m in ("analysis.bench.cases", "analysis.bench.contender", "integrations.peft")
+            },
+        ),
+        ("trl", {"scalepeft.analysis.bench.contender"}),
         ("vllm", {"scalepeft.eval.vllm"}),
         ("lm_eval", {"scalepeft.integrations.lm_eval"}),
     ],

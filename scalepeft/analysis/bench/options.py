@@ -9,7 +9,7 @@ class Options:
     """What to measure.
 
     Attributes:
-        what: methods on a model, or (see below) a machine with a GPU
+        what: methods on a model, or (see below) a machine with a GPU, or a whole training
         shape: a shape by name, or a model folder
         methods: names by comma; 'all' for every one
         rank: of LoRA; the others follow its size
@@ -17,11 +17,11 @@ class Options:
         precision: of base and activations
         quant: how the base is stored
         device: where
-        repeats: timed steps of every method
-        out: FOLDER: for bench.json, or gpu.json and gpu.md
+        repeats: timed steps of every method, or (train) rounds
+        out: FOLDER: for bench.json, or gpu.json and gpu.md, or train.json and train.md
     """
 
-    what: Literal["model", "gpu"]
+    what: Literal["model", "gpu", "train"]
     shape: str = "small"
     methods: str = "all"
     rank: int = 16

@@ -72,7 +72,7 @@ def run(out: str | None, seconds: float | None, only: str | None, tiny: bool | N
         session.keep(name, session.attempt(SECTIONS[name]))
         found = session.results[name]
         say(f"bench gpu: {name}: {'fault' if has_fault(found) else 'done'}")
-        lines += ["", f"## {name}", "", "```", *_table(found), "```"]
+        lines += ["", f"## {name}", "", "```", *lines_of(found), "```"]
     write_atomically(folder / "gpu.md", "\n".join(lines) + "\n")
     print("\n".join(lines), flush=True)
     return BROKEN if has_fault(session.results) else FINISHED
@@ -83,7 +83,7 @@ def has_fault(value: Any) -> bool:
     return isinstance(value, dict) and ("fault" in value or any(map(has_fault, value.values())))
 
 
-def _table(section: dict[str, Any]) -> list[str]:
+def lines_of(section: dict[str, Any]) -> list[str]:
     """A line for each figure, then one for each row; of a row without figures, why."""
     plain = [(k, _cell(v)) for k, v in section.items() if not isinstance(v, dict) and k != "where"]
     rows = {key: v for key, v in section.items() if isinstance(v, dict)}
