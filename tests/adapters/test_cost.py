@@ -55,6 +55,12 @@ def test_rotations_save_for_backward_what_lora_saves(kind: str) -> None:
         assert x.nbytes <= mine <= 1.05 * lora, name
 
 
+def test_hoft_of_few_tokens_keeps_one_activation_more() -> None:
+    x = torch.randn(256, 1024, requires_grad=True)
+    lora, few = (sum(saved(layer_of("nf4", n, 512, 1024, rank=8), x)) for n in ("lora", "hoft"))
+    assert few <= 1.05 * lora + 256 * 512 * 4
+
+
 SMALL_SAVERS: list[tuple[str, dict[str, Any]]] = [
     ("surm", {"structure": "circulant"}),
     ("surm", {"structure": "toeplitz"}),

@@ -27,7 +27,7 @@ def scalepeft(folder: Path, work: dict[str, Any]) -> tuple[list[float], Any, int
     from scalepeft.core.preemption import StopFlag
 
     class Timed(train.Trainer):
-        def step(self, *words: Any) -> tuple[float | None, float | None]:
+        def step(self, *words: Any) -> Any:
             done = super().step(*words)
             tick()
             return done
