@@ -124,7 +124,7 @@ class FSDP2(Engine):
 
 def _shard(unit: nn.Module, **settings: Any) -> None:
     """``fully_shard``. Before torch 2.13 it makes shards that could train, which bytes cannot
-    (pytorch PR #177948): for the call, on the meta device, they pass for one-byte floats.
+    (pytorch PR #177948): for the call they pass for one-byte floats.
     """
     stored = [
         (module, name)
@@ -135,9 +135,9 @@ def _shard(unit: nn.Module, **settings: Any) -> None:
 
     def become(dtype: torch.dtype) -> None:
         for module, name in stored:
-            old = getattr(module, name)
-            assert old.is_meta
-            setattr(module, name, nn.Parameter(torch.empty_like(old, dtype=dtype), False))
+            # Storage of its own: FSDP2 keeps its view of what it made, and that of floats.
+            own = getattr(module, name).detach().view(dtype).clone()
+            setattr(module, name, nn.Parameter(own, requires_grad=False))
 
     become(torch.float8_e5m2)
     fully_shard(unit, **settings)
