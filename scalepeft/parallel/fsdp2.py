@@ -18,9 +18,6 @@ from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT
 from scalepeft.parallel.base import Engine, EngineConfig, Shares, like
 
-# Sharding uint8 parameters needs pytorch PR #177948.
-UINT8_SHARDS_SINCE = (2, 13)
-
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class FSDP2Config(EngineConfig):
@@ -56,13 +53,6 @@ class FSDP2(Engine):
 
     def wrap(self, model: nn.Module, blocks: list[nn.Module]) -> None:
         """Shards each block, the embedding, and what is left (norm, head) with the model."""
-        version = tuple(int(v) for v in torch.__version__.split("+")[0].split(".")[:2])
-        if version < UINT8_SHARDS_SINCE and any(p.dtype == torch.uint8 for p in model.parameters()):
-            raise UserError(
-                "a quantized base under engine.name=fsdp2 needs torch >= 2.13 (found"
-                f" {torch.__version__}): earlier versions cannot shard uint8 parameters. Update"
-                " torch, take engine.name=ddp, or model.quant=none"
-            )
         world, group = self.ranks.world_size, self.group_size()
         device = self.ranks.device.type
         if group == world:
@@ -71,16 +61,16 @@ class FSDP2(Engine):
             names = ("replicate", "shard")
             mesh = init_device_mesh(device, (world // group, group), mesh_dim_names=names)
         for block in blocks:
-            fully_shard(block, mesh=mesh, reshard_after_forward=self.config.reshard_after_forward)
+            _shard(block, mesh=mesh, reshard_after_forward=self.config.reshard_after_forward)
         # Not in the model's unit, which stays gathered all the step. Tied, it is the head too.
         embedding, head = (
             getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")
         )
         if embedding is not None and embedding.weight is not getattr(head, "weight", None):
-            fully_shard(embedding, mesh=mesh)
+            _shard(embedding, mesh=mesh)
             # Else the first block's backward would gather the embedding ahead, which has none.
             blocks[0].set_modules_to_backward_prefetch([blocks[0]])  # type: ignore[operator]
-        fully_shard(model, mesh=mesh)
+        _shard(model, mesh=mesh)
         self._units = [m for m in model.modules() if isinstance(m, FSDPModule)]
         for unit in self._units:
             unit.set_gradient_divide_factor(1.0)
@@ -139,6 +129,28 @@ class FSDP2(Engine):
         for unit in self._units:
             unit.set_requires_gradient_sync(last, recurse=False)
         yield
+
+
+def _shard(unit: nn.Module, **settings: Any) -> None:
+    """``fully_shard``. Before torch 2.13 it makes shards that could train, which bytes cannot
+    (pytorch PR #177948): for the call they pass for one-byte floats.
+    """
+    stored = [
+        (module, name)
+        for module in unit.modules()
+        for name, p in module.named_parameters(recurse=False)
+        if p.dtype == torch.uint8 and not isinstance(p, DTensor)
+    ]
+
+    def become(dtype: torch.dtype) -> None:
+        for module, name in stored:
+            # Storage of its own: FSDP2 keeps its view of what it made, and that of floats.
+            own = getattr(module, name).detach().view(dtype).clone()
+            setattr(module, name, nn.Parameter(own, requires_grad=False))
+
+    become(torch.float8_e5m2)
+    fully_shard(unit, **settings)
+    become(torch.uint8)
 
 
 def _group_size(over: int | str, world_size: int, ranks_per_node: int) -> int:

@@ -85,7 +85,7 @@ class _Spectral(torch.autograd.Function):
     """A chain of convolutions that saves x and the kernels; spectra are formed again in backward.
 
     ``cuts[i] = (q, keep)``: kernel i reads its input as q vectors and keeps so many numbers of each
-    of its outputs.
+    of its outputs. The output is in the dtype of the kernels.
     """
 
     @staticmethod
@@ -95,7 +95,7 @@ class _Spectral(torch.autograd.Function):
         z = x.to(kernels[0].dtype)
         for (q, keep), kernel in zip(cuts, kernels, strict=True):
             z = _convolve(z.reshape(len(x), q, -1), kernel, keep)
-        return z.reshape(len(x), -1).to(x.dtype)
+        return z.reshape(len(x), -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -104,7 +104,7 @@ class _Spectral(torch.autograd.Function):
         for i, kernel in enumerate(kernels[:-1]):
             z = _convolve(inputs[i], kernel, ctx.cuts[i][1])
             inputs.append(z.reshape(len(x), ctx.cuts[i + 1][0], -1))
-        dz = grads[0].to(kernels[0].dtype)
+        (dz,) = grads
         d_kernels: list[Tensor | None] = [None] * len(kernels)
         for i in range(len(kernels))[::-1]:
             kernel, z = kernels[i], inputs[i]
@@ -248,7 +248,9 @@ class SURM(Adapter):
             y: Tensor = _Kronecker.apply(rows, a * self.config.scaling, b)
         else:
             cuts, kernels = self._chain(dtype, x.shape[-1])
-            y = _Spectral.apply(rows, cuts, *kernels)
+            # The cast stands outside: inside, torch 2.11 compiles one that changes nothing to zero
+            # gradients.
+            y = _Spectral.apply(rows, cuts, *kernels).to(x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
     def delta(self, x: Tensor) -> Tensor | None:

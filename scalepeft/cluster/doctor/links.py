@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scalepeft.cluster.doctor.check import Context
-from scalepeft.core.errors import UserError
 from scalepeft.parallel.base import copy_rows
 from scalepeft.parallel.fsdp2 import FSDP2, FSDP2Config
 from scalepeft.parallel.ranks import Ranks
@@ -74,13 +73,7 @@ def stored_bytes(context: Context) -> Any:
         "norm": torch.linspace(-2, 2, 130).bfloat16(),
         "adapter": torch.linspace(-1, 1, 192).view(3, 64),
     }
-    try:
-        gathered = gather(context.ranks, stored)
-    except UserError as error:
-        if by_fsdp2:
-            raise
-        return "info", f"not tried: {error}"
-    for name, tensor in gathered.items():
+    for name, tensor in gather(context.ranks, stored).items():
         if text := changed(tensor, stored[name]):
             text = f"an all-gather changes bytes: {name}: {text}: training on a sharded quantized"
             text += " base would be wrong without an error"

@@ -76,6 +76,8 @@ def device(context: Context) -> dict[str, Any]:
     """Take this rank's device; return its type, name, memory in use and so on."""
     config, ranks = context.config, context.ranks
     ranks.device = pick_device(config.engine.device if config else "auto", ranks.local_rank)
+    # Starts autograd's threads: torch 2.11 dies where a check that makes DTensors came before.
+    torch.ones((), requires_grad=True).backward()
     if ranks.device.type == "cpu":
         return {"type": "cpu", "name": f"CPU, {len(os.sched_getaffinity(0))} cores"}
     torch.cuda.set_device(ranks.device)
