@@ -11,8 +11,6 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
 
 from scalepeft.core.fields import STRICT, Decides
@@ -177,6 +175,8 @@ class Engine:
 
     def grad_norm(self, parameters: list[nn.Parameter]) -> float:
         """2-norm over all trained parameters, the same number on every rank."""
+        from torch.distributed.tensor import DTensor  # and sympy: settings do without
+
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
@@ -259,6 +259,9 @@ def local_part(parameter: Tensor) -> Part:
 
     A DTensor is sharded on rows or not at all.
     """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     shape = tuple(full_shape(parameter))
     if (shard := getattr(parameter, "ds_tensor", None)) is not None:
         assert isinstance(shard, Tensor)
