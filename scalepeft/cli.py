@@ -3,7 +3,9 @@
 """
 
 import argparse
+import atexit
 import dataclasses
+import gc
 import importlib
 import os
 import signal
@@ -14,7 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from scalepeft import arguments
-from scalepeft.core.launch import rank
+from scalepeft.core.launch import importing, rank
 from scalepeft.core.log import say
 from scalepeft.core.preemption import BROKEN, FINISHED, USER_ERROR, StopFlag
 
@@ -27,6 +29,7 @@ INTERRUPTED = 130  # as the shell reports a death by Ctrl-C
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    atexit.register(gc.freeze)  # the end of a process looks for no garbage
     # Before torch is imported: from here on a signal means "stop in order".
     stop = StopFlag()
     stoppable = not arguments.STOPPABLE.isdisjoint(argv[:1])
@@ -94,7 +97,9 @@ CALLS: dict[str, tuple[str, Callable[[Any, argparse.Namespace, StopFlag], Any]]]
 def _run(args: argparse.Namespace, stop: StopFlag) -> int:
     of_its_own = f"{args.command} {getattr(args, 'what', '')}"
     name, call = CALLS[of_its_own if of_its_own in CALLS else args.command]
-    code = call(importlib.import_module(f"scalepeft.{name}"), args, stop)
+    with importing():
+        module = importlib.import_module(f"scalepeft.{name}")
+    code = call(module, args, stop)
     return code if isinstance(code, int) else FINISHED
 
 

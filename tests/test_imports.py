@@ -1,6 +1,8 @@
 """Imports go one way (docs/architecture.md), read from the source."""
 
 import ast
+import gc
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import pytest
 
 import scalepeft
 from scalepeft import arguments
+from scalepeft.core.launch import importing
 
 PACKAGE = Path(scalepeft.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -156,7 +159,8 @@ def loaded(code: str) -> set[str]:
         [sys.executable, "-c", f"{code}; print(*sys.modules)"],
         capture_output=True, text=True, check=True, cwd=PACKAGE.parent,
     )  # fmt: skip
-    heavy = {"torch", "transformers", "bitsandbytes", "torch._inductor.compile_fx"}
+    heavy = {"torch", "transformers", "bitsandbytes", "torch._inductor.compile_fx", "sympy"}
+    heavy |= {"torch.distributed.tensor", "scipy", "datasets"}
     return heavy & {*done.stdout.splitlines()[-1].split()}
 
 
@@ -175,11 +179,44 @@ def test_help_version_and_status_load_no_torch(words: list[str]) -> None:
 
 
 def test_settings_load_torch_alone_and_nf4_no_compiler() -> None:
-    config = ["config", "demo", "model.quant=nf4"]
+    config = ["config", "demo", "model.quant=nf4", "engine=single"]
     assert loaded(f"from scalepeft import cli; sys.exit(cli.main({config}))") == {"torch"}
     encode = "quant.NF4().encode(torch.ones(1, 64)); quant._kernels()"
     code = f"import torch; before = torch.compile; from scalepeft.models import quant; {encode}"
     assert loaded(f"{code}; assert torch.compile is before") == {"torch", "bitsandbytes"}
+
+
+def test_imports_and_the_end_look_for_no_garbage() -> None:
+    code = """
+import atexit, gc, sys
+full = []
+gc.callbacks.append(lambda phase, about: full.append(1) if about["generation"] == 2 else None)
+atexit.register(lambda: print(len(full), gc.get_freeze_count() > 100_000))
+from scalepeft import cli
+cli.main(["methods", "--model", "mini"])
+assert gc.isenabled() and "transformers.models.llama.modeling_llama" in sys.modules
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    assert done.stdout.splitlines()[-1] == "0 True"
+
+
+def test_the_collector_is_left_as_it_was_found() -> None:
+    with importing():
+        with importing():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ModuleNotFoundError), importing():
+        importlib.import_module("scalepeft.absent")
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with importing():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))

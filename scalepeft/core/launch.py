@@ -1,10 +1,28 @@
-"""The launcher's environment: ranks from torchrun, srun or accelerate. Needs no torch."""
+"""How a process starts: the launcher's environment (ranks from torchrun, srun or accelerate), and
+imports. Needs no torch.
+"""
 
+import gc
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from scalepeft.core.errors import UserError
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Context, or decorator of a function, in which large libraries are imported: what they make
+    stays, and looking for garbage among it is a fifth of the time.
+    """
+    searched = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if searched:
+            gc.enable()
 
 
 def rank() -> int:

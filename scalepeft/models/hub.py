@@ -11,6 +11,7 @@ from pydantic.dataclasses import dataclass
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, Decides, NotNegative
 from scalepeft.core.files import read_mapping
+from scalepeft.core.launch import importing
 from scalepeft.data.token_file import tokenizer_hash
 from scalepeft.models import integrity
 from scalepeft.models.weights import Weights
@@ -196,6 +197,7 @@ def _download(name: str, revision: str | None) -> str:
         ) from None
 
 
+@importing()
 def load_tokenizer(config: ModelConfig, folder: Path) -> Any:
     """Loads the model's tokenizer (``tokenizer.json``), checked for an end-of-text token.
 
@@ -222,6 +224,7 @@ def load_tokenizer(config: ModelConfig, folder: Path) -> Any:
     return tokenizer
 
 
+@importing()
 def architecture(folder: Path) -> Any:
     """Reads the transformers config of a model folder. Raises UserError: missing or broken."""
     from transformers import AutoConfig
@@ -265,6 +268,7 @@ def _without_bad_pad(config: Any) -> Any:
     return config
 
 
+@importing()
 def meta_model(config: Any, where: str, **options: Any) -> Any:
     """Returns the causal LM of a transformers config on the meta device; UserError if it cannot."""
     import transformers

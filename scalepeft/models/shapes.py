@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from scalepeft.core.errors import unknown
+from scalepeft.core.launch import importing
 from scalepeft.models import hub
 from scalepeft.models.experts import replace_experts
 
@@ -58,6 +59,7 @@ def of_hub_id(name: str) -> str | None:
     return model if organization in ORGANIZATIONS and model in SHAPES else None
 
 
+@importing()
 def architecture(name: str) -> Any:
     """Returns the transformers config of a shape or model folder. Raises UserError: neither."""
     from transformers import AutoConfig

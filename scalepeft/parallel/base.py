@@ -12,8 +12,6 @@ import torch
 import torch.distributed as dist
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils.checkpoint import checkpoint
 
 from scalepeft.core.fields import STRICT, Decides
@@ -188,22 +186,14 @@ class Engine:
             _all_reduce(bucket)
 
     def add_gradients(self, parameters: list[nn.Parameter], grads: list[Tensor | None]) -> None:
-        """Adds to gradients that are summed over the ranks already (None: nothing); a sharded one
-        whole or in its parts.
-        """
+        """Adds to gradients that are summed over the ranks already (None: nothing)."""
         for parameter, grad in zip(parameters, grads, strict=True):
-            if grad is None:
-                continue
-            if isinstance(parameter, DTensor) and not isinstance(grad, DTensor):
-                part = local_part(parameter)
-                rows = grad.reshape(-1)[part.start : part.stop].view(parameter.to_local().shape)
-                grad = like(parameter, rows, parameter.shape)
-            parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
 
     def grad_norm(self, parameters: list[nn.Parameter]) -> Tensor:
         """2-norm over all trained parameters, the same number on every rank's device."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def update(
         self,
@@ -297,14 +287,6 @@ def _all_reduce(tensors: list[Tensor]) -> None:
     torch._foreach_copy_([t.view(-1) for t in tensors], list(parts))
 
 
-def like(parameter: DTensor, local: Tensor, shape: torch.Size) -> DTensor:
-    """A DTensor of ``local``, laid out as ``parameter`` is."""
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        local, parameter.device_mesh, parameter.placements, shape=shape, stride=stride
-    )
-
-
 def full_shape(parameter: Tensor) -> torch.Size:
     """Shape of the whole tensor, where ZeRO-3 keeps an empty one between forwards too."""
     return getattr(parameter, "ds_shape", parameter.shape)
@@ -315,6 +297,9 @@ def local_part(parameter: Tensor) -> Part:
 
     A DTensor is sharded on rows or not at all.
     """
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     shape = tuple(full_shape(parameter))
     if (shard := getattr(parameter, "ds_tensor", None)) is not None:
         assert isinstance(shard, Tensor)

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT
-from scalepeft.parallel.base import Engine, EngineConfig, Shares, like
+from scalepeft.parallel.base import Engine, EngineConfig, Shares, local_part
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -119,7 +119,22 @@ class FSDP2(Engine):
             return super().whole(parameters)
         rows = torch.stack([p.to_local() for p in parameters], dim=1).detach()  # type: ignore[attr-defined]
         shape = torch.Size([first.shape[0], len(parameters), *first.shape[1:]])
-        return like(first, rows, shape).full_tensor().movedim(1, 0).contiguous()
+        return _like(first, rows, shape).full_tensor().movedim(1, 0).contiguous()
+
+    def add_gradients(self, parameters: list[nn.Parameter], grads: list[Tensor | None]) -> None:
+        """Adds this rank's rows of each; of DTensors, theirs."""
+        own = list(grads)
+        for i, (parameter, grad) in enumerate(zip(parameters, grads, strict=True)):
+            if isinstance(parameter, DTensor) and not (grad is None or isinstance(grad, DTensor)):
+                part = local_part(parameter)
+                rows = grad.reshape(-1)[part.start : part.stop].view(parameter.to_local().shape)
+                own[i] = _like(parameter, rows, parameter.shape)
+        super().add_gradients(parameters, own)
+
+    def grad_norm(self, parameters: list[nn.Parameter]) -> Tensor:
+        """The norm of the parts' norms."""
+        norm = super().grad_norm(parameters)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
@@ -155,3 +170,11 @@ def _shard(unit: nn.Module, **settings: Any) -> None:
 
 def _group_size(over: int | str, world_size: int, ranks_per_node: int) -> int:
     return {"world": world_size, "node": ranks_per_node}.get(str(over)) or int(over)
+
+
+def _like(parameter: DTensor, local: Tensor, shape: torch.Size) -> DTensor:
+    """A DTensor of ``local``, laid out as ``parameter`` is."""
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        local, parameter.device_mesh, parameter.placements, shape=shape, stride=stride
+    )
