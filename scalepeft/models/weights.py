@@ -260,7 +260,8 @@ def _encoded(
                         " is damaged; copy it again")  # fmt: skip
     if layer is None or stored is not None:
         return rows
-    return list(layer.fmt.encode(rows[0].to(device, torch.float32)))
+    # Not in one call, which would cast first: a device gets the file's bytes.
+    return list(layer.fmt.encode(rows[0].to(device).float()))
 
 
 def resident_bytes(model: nn.Module) -> int:
