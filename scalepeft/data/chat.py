@@ -109,8 +109,8 @@ class Renderer:
                 )
         try:
             text: str = self.tokenizer.apply_chat_template(
-                messages, chat_template=TODAY.sub(_today, template), tokenize=False,
-                add_generation_prompt=ask, **more,
+                messages, tokenize=False, add_generation_prompt=ask, **more,
+                chat_template=TODAY.sub(lambda call: repr(DATE.strftime(call[2])), template),
             )  # fmt: skip
         except Exception as error:  # whatever a template calls
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -155,13 +155,14 @@ class Renderer:
         """What of ``text``, these messages rendered, stands before the last of them, an answer."""
         asked = self.render(messages[:-1], True, **more)
         said = str(messages[-1].get("content") or "").strip()
-        if _bare(said) not in _bare(text):
+        if "".join(said.split()) not in "".join(text.split()):  # templates are free with spaces
             raise UserError(
                 "the chat template leaves out a part of an answer that is to be learned (its"
                 " thoughts?): take it out of the row, or name another data.chat_template"
             )
         # Some templates begin an answer with what they leave out of one that is given ("<think>").
-        found = _common(asked, text)
+        pairs = enumerate(zip(asked, text, strict=False))
+        found = asked[: next((i for i, (a, b) in pairs if a != b), min(len(asked), len(text)))]
         if found != asked and 0 <= (begin := text.rfind(said)) < len(found):
             return text[:begin]  # an answer that begins as that does ("<")
         return found
@@ -174,21 +175,6 @@ def _open(text: str, longer: str, tokenizer: Any) -> str:
     if longer.startswith(text) or not end or not text.endswith(end):
         return text
     return text.removesuffix(end).rstrip()
-
-
-def _common(one: str, other: str) -> str:
-    """The beginning that two texts share."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return one[: next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))]
-
-
-def _today(call: re.Match[str]) -> str:
-    return repr(DATE.strftime(call[2]))
-
-
-def _bare(text: str) -> str:
-    """Without spaces, which templates are free with."""
-    return "".join(text.split())
 
 
 def _own(tokenizer: Any) -> str | None:

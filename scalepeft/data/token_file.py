@@ -183,13 +183,6 @@ def prepared(
     return train, valid, report
 
 
-def prepare(
-    task: Task, tokenizer: Any, vocab_size: int, seed: int, ends: list[int] | None = None
-) -> tuple[TokenSet, TokenSet | None, list[str]]:
-    """Reads and tokenizes, on one rank; see ``files`` and ``prepared``."""
-    return prepared(files(task, tokenizer, vocab_size, ends or []), task.config, seed)
-
-
 def cut_rows(tokens: TokenSet, config: TaskConfig, split: str) -> list[str]:
     """What the cutoff did to a split, in a line; none if nothing."""
     if not tokens.cut and not tokens.dropped:

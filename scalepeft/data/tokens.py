@@ -146,18 +146,6 @@ class Rows:
             yield from (_together if joined else _apart)(list(examples), self.tokenizer)
 
 
-def tokenize(
-    examples: Iterable[Example], tokenizer: Any, config: TaskConfig, ends: Iterable[int] = ()
-) -> TokenSet:
-    """Tokens of examples, in memory; see ``Rows``."""
-    rows = Rows(examples, tokenizer, config, list(ends))
-    made = list(rows)
-    values = np.concatenate([v for v, _ in made]) if made else np.empty(0, dtype=np.int32)
-    offsets = torch.tensor([0, *(len(v) for v, _ in made)]).cumsum(0)
-    starts = torch.tensor([start for _, start in made], dtype=torch.int32)
-    return TokenSet(torch.from_numpy(values), offsets, starts, rows.dropped, rows.cut, rows.lost)
-
-
 Pairs = Iterator[tuple[list[int], int, list[list[int]]]]
 """Of each example: tokens, how many of them are the prompt's, its learned parts in tokens."""
 
@@ -221,9 +209,7 @@ def _without_seams(text: str, ids: list[int], spans: list[tuple[int, int]]) -> E
 
 
 def strip_eos(ids: list[int], tokenizer: Any) -> list[int]:
-    """Removes an end-of-text token that some tokenizers put after every text: a prompt must stay
-    open.
-    """
+    """Removes an end-of-text token that some tokenizers put after every text."""
     end = tokenizer.eos_token_id
     alone = ids == [end] and end == getattr(tokenizer, "bos_token_id", None)  # it is the BOS
     return ids[:-1] if ids and ids[-1] == end and not alone else ids

@@ -421,7 +421,7 @@ def test_the_tokenizer_of_another_model_is_found_out(
     base = models.open_base(config.model, Ranks())
     assert base.vocab_size == SIZES["vocab_size"]
     task = Commonsense(config.data)
-    message = error(lambda: token_file.prepare(task, base.tokenizer, base.vocab_size, 0))
+    message = error(lambda: token_file.files(task, base.tokenizer, base.vocab_size, []))
     assert all(part in message for part in ("model.tokenizer", "the model has 96 ids (0..95)"))
 
 
