@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 # Imported on first use: ``python -m scalepeft`` takes over the signals before torch is loaded.
 _PUBLIC = {
     "adapt": "scalepeft.adapters.inject",
-    "effective_weight": "scalepeft.export.merge",
+    "effective_weight": "scalepeft.adapters.merged_weight",
     "inject": "scalepeft.adapters.inject",
     "load_adapter": "scalepeft.adapters.inject",
 }

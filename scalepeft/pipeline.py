@@ -268,12 +268,8 @@ def run(
 ) -> int:
     """Runs a config's pipeline in ``config.run_dir``; returns the exit code, 0 or 75.
 
-    Args:
-        config: of the run.
-        stop: polled; a stage that is stopped goes on with the next call.
-        first: do this stage and those after it again, though nothing has changed.
-        last: end after this stage.
-        only: this stage alone, as a job of a chain does; the ones before it must be done.
+    ``first``: this stage and those after it are done again, though nothing has changed; ``last``:
+    the end; ``only``: this stage alone, as a job of a chain does; the ones before it must be done.
 
     Raises:
         UserError: a mistake in config or data, a stage whose predecessors are not done, or the

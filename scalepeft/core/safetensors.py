@@ -39,12 +39,8 @@ class Stored:
 
 
 class SafetensorsFile:
-    """A file's header, read and checked, and its bytes by ranges with ``pread``.
-
-    Attributes:
-        tensors: by name, in the order of their bytes.
-        header: its bytes.
-        bytes_read: by ``read``, in all.
+    """A file's header, read and checked; ``tensors`` by name, in the order of their bytes, which
+    are read by ranges with ``pread``.
 
     Raises:
         DamagedFile: truncated, longer than its header says, or not safetensors.

@@ -107,11 +107,6 @@ class Loader:
     Sample ``i`` of a step goes to rank ``i % world_size``; where lines are packed, to any rank, so
     that all have about as many tokens. All ranks get as many micro-batches, if need be without a
     row. Padding is on the right of a causal model and carries no label.
-
-    Args:
-        micro_batch: rows of a micro-batch that is not packed.
-        micro_tokens: tokens of one that is; None: not packed.
-        width: as ``packing.lines`` takes it.
     """
 
     tokens: TokenSet
@@ -120,9 +115,9 @@ class Loader:
     steps: int
     _: KW_ONLY
     global_batch: int
-    micro_batch: int
-    micro_tokens: int | None = None
-    width: float = float("inf")
+    micro_batch: int  # rows of one that is not packed
+    micro_tokens: int | None = None  # tokens of one that is; None: not packed
+    width: float = float("inf")  # as ``packing.lines`` takes it
     seed: int = 0
     workers: int = 0
     shuffle: bool = True

@@ -48,13 +48,11 @@ class Progress:
 class Backend:
     """Continues prompts; only ``config`` (length limits, beams, stop texts) decides how. Prompts
     get the tokenizer's special tokens (BOS). ``generate`` is the backend's own.
-
-    Attributes:
-        ends: tokens that end an answer; ``Base.ends`` has those of a base.
     """
 
     def __init__(self, tokenizer: Any, config: EvaluateConfig, positions: int | None) -> None:
         self.tokenizer, self.config, self.positions = tokenizer, config, positions or sys.maxsize
+        # Tokens that end an answer; ``Base.ends`` has those of a base.
         self.ends: list[int] = [tokenizer.eos_token_id]
 
     def stream(self, prompts: list[str]) -> Iterator[list[tuple[int, str, bool]]]:

@@ -16,7 +16,8 @@ from scalepeft.core.preemption import tell_job
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.stage import set_aside
 
-KINDS = {"id": str, "asked": str, "prediction": str, "cut": bool}  # what each row has
+KINDS = {"id": str, "asked": str, "prediction": str, "cut": bool}
+"""What each row has; ``asked``: digest of its prompt, ``cut``: which lost its beginning."""
 AGAIN = "make room and run the same command again"
 INFORMATIVE = {"examples", "model", "batch"}
 """Settings that are recorded but change no prediction that is there: each row knows what it asks,
@@ -24,13 +25,8 @@ and weights are known by their fingerprint."""
 
 
 class Predictions:
-    """The predictions of one evaluation, on every rank; rank 0 alone touches the disk.
-
-    Attributes:
-        path: predictions.jsonl; settings.json beside it says what was evaluated and how.
-        asked: example id -> digest of its prompt, of every row of this evaluation.
-        done: example id -> row with ``id``, ``asked``, ``prediction`` and ``cut`` (the prompt lost
-            its beginning), of rows that still ask the same.
+    """The predictions of one evaluation, on every rank; rank 0 alone touches the disk. Beside
+    predictions.jsonl settings.json says what was evaluated and how.
     """
 
     def __init__(
@@ -50,6 +46,7 @@ class Predictions:
         self.run_dir, self.name, self.settings = run_dir, name, settings
         self.path, self.ranks = run_dir / name / "predictions.jsonl", ranks or Ranks()
         self.asked = {i: hashlib.sha256(p.encode()).hexdigest()[:16] for i, p in prompts.items()}
+        # By example id, of rows that still ask the same.
         self.done: dict[str, dict[str, Any]] = self.ranks.run_on_main(self._open)
 
     def append(self, rows: list[dict[str, Any]]) -> None:

@@ -12,14 +12,8 @@ import torch
 from torch import Tensor
 
 from scalepeft.adapters import inject as injection
+from scalepeft.adapters import merged_weight
 from scalepeft.adapters.inject import Adapted, AdaptedNorm
-from scalepeft.adapters.merged_weight import (
-    adds_bias,
-    check_mergeable,
-    effective_bias,
-    effective_weight,
-    norm_parameter,
-)
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.log import say
@@ -32,8 +26,6 @@ from scalepeft.models.experts import ExpertLinear
 from scalepeft.models.sources import DTYPES, FLOATS, Source
 from scalepeft.models.tensors import DTYPE_NAMES, as_bytes
 from scalepeft.models.weights import INDEX, PIECE_BYTES, Entry, Weights
-
-__all__ = ["effective_weight", "run"]
 
 TOKENS = 64  # that the merged model is compared over
 COPIED = (
@@ -141,7 +133,7 @@ def check_method(config: RunConfig, folder: Path) -> None:
     model = structure.build(config.model, folder, config.train.precision)
     injection.inject(model, config.adapter)
     for _, layer in injection.adapted_layers(model):
-        check_mergeable(layer)
+        merged_weight.check_mergeable(layer)
 
 
 def _plan(finished: FinishedRun, model: Streamed, dtype: str) -> tuple[list[str], list[_Shard]]:
@@ -152,8 +144,8 @@ def _plan(finished: FinishedRun, model: Streamed, dtype: str) -> tuple[list[str]
     """
     biases: set[str] = set()
     for name, layer in injection.adapted_layers(model.model):
-        check_mergeable(layer)
-        if layer.bias is None and adds_bias(layer):
+        merged_weight.check_mergeable(layer)
+        if layer.bias is None and merged_weight.adds_bias(layer):
             biases.add(f"{name}.bias")
     method = finished.config.adapter.name
     switches, shapes = _architecture_with(finished.base.folder, biases, method)
@@ -290,10 +282,12 @@ class _NewValues:
         if not isinstance(module, kinds) or key not in ("weight", "bias"):
             return None
         with self._model.held(module):
+            if isinstance(module, Adapted) and key == "weight":
+                return merged_weight.effective_weight(module)[0]
             if isinstance(module, Adapted):
-                return effective_weight(module)[0] if key == "weight" else effective_bias(module)
+                return merged_weight.effective_bias(module)
             if isinstance(module, AdaptedNorm):
-                return norm_parameter(name, module, key)
+                return merged_weight.norm_parameter(name, module, key)
             if isinstance(module, quant.QuantLinear) and key == "weight":
                 return quant.Frozen(module).weight(torch.float32)
         return None

@@ -28,7 +28,7 @@ from scalepeft.models import structure
 from scalepeft.models.hub import Base, ModelConfig, open_base
 from scalepeft.models.weights import Weights, fill
 from scalepeft.parallel.ranks import Ranks, pick_device
-from scalepeft.run.checkpoint import RunFolder
+from scalepeft.run.checkpoint import steps_of
 from scalepeft.run.folder import load_run, older_adapter
 
 MADE_FROM = "made_from.json"
@@ -111,7 +111,7 @@ class FinishedRun:
         """
         config = load_run(run_dir, settings, changes.for_export(), what)
         where = Path(run_dir) / "adapter"
-        if not where.is_dir() and (steps := RunFolder.steps_in(Path(run_dir) / "checkpoints")):
+        if not where.is_dir() and (steps := steps_of(Path(run_dir))):
             raise UserError(
                 f"{run_dir} has not finished: it is at step {max(steps)} and has no adapter/ yet;"
                 " run its train command again to continue"

@@ -29,19 +29,13 @@ Take = Callable[[str, Source], Tensor]
 
 @dataclass
 class Group:
-    """Tensors of files that become tensors of the model together.
+    """Tensors of files that become tensors of the model together."""
 
-    Attributes:
-        first_target: name of the model's tensor, the first of them for a split.
-        converter: transformers' ``WeightConverter``; None where a tensor is only renamed.
-        model: on the meta device, as its class makes it.
-        sources: pattern of the converter -> (name, tensor) in transformers' order.
-    """
-
-    first_target: str
-    converter: Any
-    model: Any
+    first_target: str  # name of the model's tensor, the first of them for a split
+    converter: Any  # transformers' ``WeightConverter``; None where a tensor is only renamed
+    model: Any  # on the meta device, as its class makes it
     sources: dict[str, list[tuple[str, Source]]] = field(default_factory=lambda: defaultdict(list))
+    """Pattern of the converter -> (name, tensor) in transformers' order."""
 
     @cached_property
     def names(self) -> list[str]:
@@ -137,11 +131,6 @@ class _Converted(Source):
 class Layout:
     """The tensors of a folder, bound to a model.
 
-    Attributes:
-        sources: every tensor of the model's ``state_dict`` by its name there.
-        groups: of each used tensor of the files, what it is a part of.
-        untied: names of the model's tensors that its config ties and the files do not.
-
     Raises:
         UserError: names what the model lacks, what it does not use (``unexpected`` ``error``), or
             what cannot be converted.
@@ -150,9 +139,9 @@ class Layout:
     def __init__(
         self, model: Any, entries: dict[str, Source], where: str, stray: list[str], unexpected: str
     ) -> None:
-        self.sources: dict[str, Source] = {}
-        self.groups: dict[str, Group] = {}
-        self.untied: list[str] = []
+        self.sources: dict[str, Source] = {}  # every tensor of the model's ``state_dict``
+        self.groups: dict[str, Group] = {}  # of each used tensor of the files, what it is a part of
+        self.untied: list[str] = []  # tensors of the model that its config ties, and no file does
         left = self._assign(model, entries)
         self._tie(model)
         info = SimpleNamespace(missing_keys=set(), unexpected_keys=set(left))

@@ -144,12 +144,8 @@ class Base:
 
 
 def open_base(config: ModelConfig, ranks: Ranks) -> Base:
-    """Opens the base of a run; a collective. Raises UserError as ``resolve`` does."""
-    return Base(config, resolve(config, ranks))
-
-
-def resolve(config: ModelConfig, ranks: Ranks) -> Path:
-    """Returns the model's local folder: given, built in (made now), or downloaded once a node.
+    """Opens the base of a run in a folder on this node: given, built in (made now), or downloaded
+    once a node. A collective.
 
     Raises:
         UserError: no such folder, nothing to read in it, or a hub id that cannot be had.
@@ -169,7 +165,7 @@ def resolve(config: ModelConfig, ranks: Ranks) -> Path:
     here = ranks.all_or_raise(make)
     # Every rank of a node uses what its local rank 0 found; node paths may differ.
     folders = [folder for folder in ranks.gather(here)[: ranks.rank + 1] if folder is not None]
-    return Path(folders[-1])
+    return Base(config, Path(folders[-1]))
 
 
 def check_place(name: str) -> None:

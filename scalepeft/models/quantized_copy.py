@@ -33,11 +33,7 @@ PASSED = "quantized copy passed over ({}); the base is read in its place"
 
 
 class QuantizedCopy:
-    """The copy for one model as this start shards it; to make one, and ``keep``, are collectives.
-
-    Attributes:
-        folder: where it is or will be; None where none is wanted.
-    """
+    """The copy for one model as this start shards it; making one, and ``keep``, are collectives."""
 
     def __init__(self, base: Base, model: nn.Module, engine: Engine) -> None:
         self.ranks, self._engine = engine.ranks, engine
@@ -49,7 +45,7 @@ class QuantizedCopy:
         self._shapes = {name: tuple(full_shape(p)) for name, p in self._parameters.items()}
         self.size = sum(map(math.prod, self._shapes.values()))
         self._reader: Reader | None = None
-        self.folder: Path | None = None
+        self.folder: Path | None = None  # where it is or will be; None where none is wanted
         setting = base.config.quantized_cache
         own_bytes = base.weights.storage.get("quant_method") == "bitsandbytes"  # read as they are
         root = None if setting == "auto" and own_bytes else folder_of(setting, self.size)

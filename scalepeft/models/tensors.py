@@ -73,13 +73,12 @@ class Reader:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._pieces: dict[str, list[_Piece]] = {}
         manifest = json.loads((folder / "manifest.json").read_text())
-        kept = manifest["files"].items()
-        self._files = [self._open(n, info) for n, info in kept if n.endswith(".safetensors")]
+        kept = [name for name in manifest["files"] if name.endswith(".safetensors")]
+        self._files = [SafetensorsFile(folder / name) for name in kept]
         for file in self._files:
             self._index(file)
         for name, pieces in self._pieces.items():
@@ -89,9 +88,6 @@ class Reader:
                 raise ValueError(f"{name} is not whole: there are {ends[1:]} of {self.numel(name)}")
         if manifest.get("tensors") not in (None, len(self.shapes)):
             raise ValueError(f"there are {len(self.shapes)} tensors of {manifest['tensors']}")
-
-    def _open(self, name: str, info: dict[str, Any]) -> SafetensorsFile:
-        return SafetensorsFile(self.folder / name)
 
     def _index(self, file: SafetensorsFile) -> None:
         wholes = json.loads(file.metadata.get("shapes", "{}"))

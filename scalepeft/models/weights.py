@@ -62,24 +62,17 @@ class _Shard(SafetensorsFile):
 class Weights:
     """The tensors of a model folder, read by rows: no memory map, no byte more than asked for.
 
-    Attributes:
-        files: those that transformers reads, in the order of their names.
-        entries: their tensors by name, quantized ones as floats.
-        storage: ``quantization_config`` of config.json, empty without one.
-        layout: which of them make up which tensor of the model, once ``structure.build`` has
-            bound them to one.
-
     Raises:
         UserError: names the shard that is missing, truncated or not safetensors.
     """
 
-    layout: Layout
+    layout: Layout  # what makes up which tensor of the model that ``structure.build`` bound it to
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._listed: dict[str, str] = {}
         self.files = [self._open(path) for path in self._paths()]
-        self.entries: dict[str, Source] = {}
+        self.entries: dict[str, Source] = {}  # by name, quantized ones as floats
         for file in self.files:
             for name, stored in file.tensors.items():
                 if name in self.entries:

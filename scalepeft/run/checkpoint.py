@@ -211,16 +211,6 @@ class RunFolder:
     def _folder(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:06d}"
 
-    def steps(self) -> list[int]:
-        """Steps of the committed checkpoints, verified or not, newest first."""
-        return self.steps_in(self.checkpoints)
-
-    @staticmethod
-    def steps_in(checkpoints: Path) -> list[int]:
-        """The same for any ``checkpoints`` folder, without opening the run."""
-        found = (NAME.fullmatch(p.name) for p in checkpoints.glob("step-*"))
-        return sorted((int(m[1]) for m in found if m), reverse=True)
-
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         """Returns the newest checkpoint that verifies, and for each one passed over why.
 
@@ -228,7 +218,7 @@ class RunFolder:
             UserError: there are checkpoints and none can be used: nobody starts over by accident.
         """
         passed_over: list[str] = []
-        for step in self.steps():
+        for step in steps_of(self.path):
             folder = self._folder(step)
             try:
                 self._verify(folder)
@@ -247,7 +237,7 @@ class RunFolder:
 
     def _retain(self, keep: int) -> None:
         kept = 0
-        for folder in map(self._folder, self.steps()):
+        for folder in map(self._folder, steps_of(self.path)):
             if kept >= keep:
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
@@ -260,6 +250,12 @@ class RunFolder:
         if self._verified.get(folder.name) != signature:
             verify(folder)
             self._verified[folder.name] = signature
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    """Steps of the committed checkpoints, verified or not, newest first."""
+    found = (NAME.fullmatch(p.name) for p in run_dir.glob("checkpoints/step-*"))
+    return sorted((int(m[1]) for m in found if m), reverse=True)
 
 
 def unwritable(run_dir: Path, error: OSError) -> UserError:

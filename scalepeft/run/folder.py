@@ -15,7 +15,7 @@ from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import read_mapping, try_to_write
 from scalepeft.parallel.ranks import Ranks
-from scalepeft.run.checkpoint import RunFolder, unwritable
+from scalepeft.run.checkpoint import steps_of, unwritable
 
 
 def load_run(run_dir: str, settings: list[str], allowed: tuple[str, ...], what: str) -> RunConfig:
@@ -46,7 +46,7 @@ def load_run(run_dir: str, settings: list[str], allowed: tuple[str, ...], what: 
 
 def older_adapter(run_dir: Path, step: int | None) -> str | None:
     """Says that the run has gone on since its adapter was written; None where it has not."""
-    newest = max(RunFolder.steps_in(run_dir / "checkpoints"), default=step)
+    newest = max(steps_of(run_dir), default=step)
     if step is None or newest == step:
         return None
     return (

@@ -28,8 +28,7 @@ class Superseded(Exception):
 
 def stored_generation(run_dir: Path) -> int:
     """Number of the start that owns a run folder; 0 where none ever did."""
-    file = run_dir / "generation"
-    text = file.read_bytes().decode(errors="replace").strip() if file.is_file() else ""
+    text = _text(run_dir / "generation").strip()
     return int(text) if text.isdecimal() else 0
 
 

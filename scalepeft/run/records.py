@@ -19,7 +19,7 @@ from scalepeft.core.preemption import tell_job
 from scalepeft.core.slurm import slurm_start
 from scalepeft.models.tensors import Reader, write_tensors
 from scalepeft.parallel.ranks import Ranks
-from scalepeft.run.checkpoint import Checkpoint, RunFolder
+from scalepeft.run.checkpoint import Checkpoint, RunFolder, steps_of
 from scalepeft.run.folder import check_same_run
 from scalepeft.run.goodput import lost_since
 from scalepeft.run.lease import Lease, check_fence, check_free, stored_generation
@@ -33,27 +33,16 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "bitsandbytes
 
 @dataclass
 class Save:
-    """A save between its begin and its commit.
+    """A save between its begin and its commit."""
 
-    Attributes:
-        step: steps that are done.
-        folder: from ``begin_save``, for all files.
-        state: position in the data, and what the checkpoint may be continued with.
-        begin: ``time.monotonic()`` when it began.
-        stall: seconds that the training stood still for a save in the background; else 0.
-        files: bytes and checksums of what this rank wrote.
-        error: whether a newer start owns the folder, and what went wrong.
-        thread: writes in the background.
-    """
-
-    step: int
-    folder: Path
-    state: dict[str, Any]
-    begin: float
-    stall: float = 0.0
-    files: dict[str, Any] = field(default_factory=dict)
-    error: tuple[bool, str] | None = None
-    thread: threading.Thread | None = None
+    step: int  # steps that are done
+    folder: Path  # from ``begin_save``, for all files
+    state: dict[str, Any]  # position in the data, and what the checkpoint may be continued with
+    begin: float  # ``time.monotonic()`` then
+    stall: float = 0.0  # seconds that the training stood still for a save in the background; else 0
+    files: dict[str, Any] = field(default_factory=dict)  # size and checksum of what this rank wrote
+    error: tuple[bool, str] | None = None  # whether a newer start owns the folder; what went wrong
+    thread: threading.Thread | None = None  # writes in the background
     cancelled: bool = False
 
     def check(self) -> None:
@@ -82,26 +71,21 @@ class RunRecorder:
 
     ``claim``, ``show`` and what is ``on_main`` are collectives; the others do nothing off rank 0.
 
-    Attributes:
-        resumed: the newest checkpoint that verifies; the same on every rank.
-        generation: number of this start, the fencing token; 0 before ``claim``.
-        evaluated: step of the newest validation loss.
-
     Raises:
         UserError: the folder holds a run of another config, is in use, or cannot be written.
     """
 
     def __init__(self, config: RunConfig, ranks: Ranks, allow_changes: bool) -> None:
         self.config, self.ranks, self.path = config, ranks, Path(config.run_dir)
-        self.generation = self.evaluated = 0
+        self.generation = 0  # number of this start, the fencing token; 0 before ``claim``
+        self.evaluated = 0  # step of the newest validation loss
         self.folder: RunFolder
         self.metrics: RowLog
         self.validation: RowLog
         self._lease: Lease | None = None
-        self._progress: Progress | None = None
-        """On rank 0, from ``show`` on."""
-        self._lost: dict[str, float] = {}
-        """What came between the last sign of life of the run and this start; for the report."""
+        self._progress: Progress | None = None  # on rank 0, from ``show`` on
+        self._lost: dict[str, float] = {}  # as ``lost_since`` says, for the report
+        # The newest that verifies; the same on every rank.
         self.resumed: Checkpoint | None = self._open(allow_changes)
 
     @on_main
@@ -198,7 +182,7 @@ class RunRecorder:
             self._lease.release()
         if self._progress is not None:
             self._progress.close()
-        path, step = self.path, max(self.folder.steps(), default=0)
+        path, step = self.path, max(steps_of(self.path), default=0)
         if self.generation:
             name = "finished" if finished else "stopped"
             self.event(name, step, planned=planned, **peak_memory())

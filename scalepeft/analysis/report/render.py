@@ -56,14 +56,12 @@ def render(context: dict[str, Any], form: str) -> str:
         finalize=lambda value: value if isinstance(value, Markup) else text(str(value)),
     )
     dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
-    filters = {"fenced": fenced, "base64": _base64, "duration": duration, "yaml": dump}
-    environment.filters.update(filters, shown=shown, between=between)
+    environment.filters |= {
+        "fenced": fenced, "duration": duration, "yaml": dump, "shown": shown, "between": between,
+        "base64": lambda content: base64.b64encode(content).decode(),
+    }  # fmt: skip
     environment.globals.update(scores=scores, provenance=provenance, cells=cells)
     return environment.get_template("report.j2").render(context, form=f"{form}.j2").strip() + "\n"
-
-
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()
 
 
 def line(value: str) -> Markup:

@@ -51,6 +51,8 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "broadcast")
 Exchange = tuple[str, int, int]
 """A collective's name, the number of ranks in it and of nodes they are on."""
 Work = dict[tuple[str, Exchange | None, str], float]
+"""(part of a step, collective, ``count`` or ``bytes`` of the full tensors) -> number; (part, None,
+``flops``) -> FLOP."""
 
 
 @dataclass
@@ -87,15 +89,10 @@ class Step:
 
 @dataclass
 class Figures:
-    """What one simulated step shows; every number is linear in the number of layers.
-
-    Attributes:
-        moments: moment of the step -> kind -> bytes alive at that moment's own peak.
-        work: (part of the step, collective, ``count`` or ``bytes`` of the full tensors) -> number;
-            (part of the step, None, ``flops``) -> FLOP.
-    """
+    """What one simulated step shows; every number is linear in the number of layers."""
 
     moments: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Moment of the step -> kind -> bytes alive at that moment's own peak."""
     work: Work = field(default_factory=lambda: defaultdict(float))
 
 

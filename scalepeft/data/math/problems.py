@@ -18,20 +18,14 @@ from scalepeft.data.tasks.base import Split
 
 @dataclass(frozen=True)
 class Problem:
-    """What a row of any format says.
-
-    Attributes:
-        answer: None where a training row does not tell.
-        original: the question that this one was made from, where a row tells.
-        guessed: the answer is the last number of a text without a mark.
-    """
+    """What a row of any format says."""
 
     question: str
     output: str
-    answer: str | None
+    answer: str | None  # None where a training row does not tell
     kind: Literal["number", "math", "letter"]
-    original: str = ""
-    guessed: bool = False
+    original: str = ""  # the question that this one was made from, where a row tells
+    guessed: bool = False  # the answer is the last number of a text without a mark
 
 
 def read(row: Any, split: Split, ending: str) -> Problem:
