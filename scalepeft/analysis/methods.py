@@ -25,9 +25,7 @@ HEADER = ["adapter", "parameters", "share", "cost", "lr", "merge", "export", "pa
 
 def run(model: str, as_json: bool) -> None:
     """Print a table (or JSON) of the files of ``configs/adapters`` on a shape or model folder.
-
-    Raises:
-        UserError: no such shape or folder.
+    Raise UserError if there is none.
     """
     rows = [describe(name, model) for name in config_files.config_names("adapter")]
     if as_json:

@@ -54,13 +54,10 @@ def _runs(folder: Path) -> list[Path]:
 
 
 def comparison(folder: Path) -> dict[str, Any]:
-    """How a comparison stands.
-
-    Returns:
-        ``cells``: how many are ``done``, ``running`` (their trainer has given a sign of life),
-        ``failed``, ``broke`` (tried again by the next call), ``left`` (neither), of ``all``.
-        ``jobs``: step of the newest submission -> its Slurm ``job``, and in ``states`` how many of
-        its tasks are in which.
+    """How a comparison stands: of ``cells`` how many are ``done``, ``running`` (their trainer has
+    given a sign of life), ``failed``, ``broke`` (tried again by the next call), ``left``, of
+    ``all``; ``jobs``: step of the newest submission -> its Slurm ``job``, and in ``states`` how
+    many of its tasks are in which.
     """
     from scalepeft.analysis.compare.cells import Runner, reported, sweep
     from scalepeft.analysis.compare.design import Design

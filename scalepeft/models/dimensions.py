@@ -58,11 +58,7 @@ class Source:
 
 
 def find(config: ModelConfig, network: bool = True) -> Source:
-    """Find the base's dimensions without its weights.
-
-    Args:
-        config: ``model`` of the run.
-        network: whether the hub may be asked.
+    """Find the base's dimensions without its weights; ``network``: the hub may be asked.
 
     Raises:
         UserError: neither a folder with ``config.json`` nor a hub id whose dimensions can be had.

@@ -30,16 +30,14 @@ def write_tensors(
     shapes: dict[str, tuple[int, ...]] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Writes a safetensors file, flushed to the disk; hashes what was to be written.
+    """Writes a safetensors file, flushed to the disk; returns ``bytes`` and ``sha256`` of what was
+    to be written, for the manifest. Raises OSError: the disk refused.
 
     Args:
         file: to be made.
         tensors: by name; ``name[start:stop]`` for elements of a flattened one.
         shapes: whole shapes of the tensors that are written in part.
         check: called every 16 MiB; may raise.
-
-    Returns:
-        ``bytes`` and ``sha256`` for the manifest. Raises OSError: the disk refused.
     """
     # Wide dtypes first: safetensors wants every tensor aligned to its numbers.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())

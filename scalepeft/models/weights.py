@@ -38,11 +38,7 @@ class Entry(Source):
         self.where = str(file.path)
 
     def rows(self, first: int, last: int) -> Tensor:
-        """Reads rows ``first..last`` (a 0-d or 1-d tensor's rows are its numbers).
-
-        Raises:
-            UserError: the file ended, or cannot be read any more.
-        """
+        """Reads rows ``first..last`` (a 0-d or 1-d tensor's rows are its numbers)."""
         shape = (last - first, *self.shape[1:]) if self.shape else ()
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
         if not math.prod(shape):
@@ -53,6 +49,7 @@ class Entry(Source):
 
 class _Shard(SafetensorsFile):
     def read(self, start: int, size: int) -> bytearray:
+        """Raises UserError: the file ended, or cannot be read any more."""
         try:
             return super().read(start, size)
         except OSError as error:
@@ -142,10 +139,8 @@ class Weights:
         return sum(file.bytes_read for file in self.files)
 
     def bind(self, model: Any, unexpected: str = "error") -> None:
-        """Finds out which tensors make up which of the model's, as ``conversion.Layout`` says.
-
-        Raises:
-            UserError: as ``Layout``; a tensor has another shape than the model's.
+        """Finds out which tensors make up which of the model's; raises as ``conversion.Layout``,
+        and UserError for a tensor of another shape than the model's.
         """
         if hasattr(self, "layout"):
             self.layout.untie(model)
@@ -216,10 +211,7 @@ def load_weights(
 
 def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weights: Weights) -> None:
     """Fills this rank's rows of the base tensor ``name`` of a module from ``full_name`` of the
-    layout, and ``weight_scale`` beside a quantized ``weight``.
-
-    Raises:
-        UserError: as ``load_weights``.
+    layout, and ``weight_scale`` beside a quantized ``weight``; raises as ``load_weights``.
     """
     layer = module if isinstance(module, quant.QuantLinear) and name == "weight" else None
     parts = [local_part(parameter)]

@@ -152,8 +152,7 @@ class RunFolder:
             keep: newest verified checkpoints that are kept.
 
         Raises:
-            OSError: the disk refused; nothing of this checkpoint is left, the older ones are
-                untouched.
+            OSError: the disk refused; nothing of this checkpoint is left, older ones are untouched.
             Superseded: another start owns the folder.
         """
         from scalepeft.models.tensors import Reader

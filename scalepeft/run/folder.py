@@ -19,13 +19,8 @@ from scalepeft.run.checkpoint import steps_of, unwritable
 
 
 def load_run(run_dir: str, settings: list[str], allowed: tuple[str, ...], what: str) -> RunConfig:
-    """Reads a run's config and lays settings over it that do not change what was trained.
-
-    Args:
-        run_dir: the folder.
-        settings: ``key=value`` arguments.
-        allowed: keys that may be set; one that ends with a dot stands for its section.
-        what: the purpose, for the message: ``an evaluation``.
+    """Reads a run's config and lays ``key=value`` settings of ``allowed`` keys over it (one that
+    ends with a dot stands for its section). ``what``: the purpose, for messages: ``an evaluation``.
 
     Raises:
         UserError: not a run folder, or a setting that would make it another run.

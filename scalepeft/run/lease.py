@@ -124,14 +124,11 @@ def _text(file: Path) -> str:
 
 
 def check_free(run_dir: Path) -> None:
-    """Raise UserError if another start is training in the run folder.
+    """Raise UserError, with its host, process and job, if another start trains in the run folder.
 
     What this very Slurm job was before its restart is no other: Slurm has ended it, and should its
     node wake up again, the fence stops it. On this machine the process itself is looked for; of
     another machine's, a sign of life is awaited for 30 s, without comparing clocks.
-
-    Raises:
-        UserError: with host, process and job of the owner.
     """
     owner, (job, restarts) = _read(run_dir / "holder.json"), slurm_start()
     earlier = owner.get("restarts")

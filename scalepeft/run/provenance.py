@@ -56,12 +56,9 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory() -> dict[str, int | None]:
-    """The most memory that this process has held, in bytes.
-
-    Returns:
-        ``peak_memory``: of CUDA's allocator, None without CUDA. ``peak_resident``: of the process,
-        since its program began (``VmHWM``; what ``wait4`` tells counts the parent's too); None
-        where /proc does not say.
+    """The most bytes that this process has held: ``peak_memory`` of CUDA's allocator, if it is
+    used; ``peak_resident`` since its program began (``VmHWM``: what ``wait4`` tells counts the
+    parent's too), where /proc says.
     """
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     status = Path("/proc/self/status")

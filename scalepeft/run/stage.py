@@ -21,12 +21,8 @@ SETTINGS = ("config", "data", "evaluate")
 
 
 class Stage:
-    """A named piece of work and its two manifests.
-
-    Args:
-        folder: of the manifests.
-        name: file name of the manifests, without suffix.
-        root: what the outputs' paths are relative to; by default ``folder``'s parent.
+    """A named piece of work and its two manifests in ``folder``, whose outputs are named relative
+    to ``root``, by default the folder's parent.
     """
 
     def __init__(self, folder: Path, name: str, root: Path | None = None) -> None:

@@ -16,14 +16,10 @@ RECENT = 20  # steps that speed and ETA are taken from
 
 
 def status(folder: Path) -> dict[str, Any]:
-    """How a run stands.
-
-    Returns:
-        ``state`` (Slurm's word and reason, or what the run's last event says), ``job``, ``nodes``,
-        ``restarts``, ``step``, ``steps``, ``saved``, ``tokens_per_second`` and ``step_seconds``
-        (medians of the last steps), ``stages`` of a pipeline, ``lost_seconds`` (restarts: waiting,
-        start-up, load, recomputed steps), ``eta_seconds`` (without further restarts; None where
-        nothing is to come or known).
+    """How a run stands: ``state`` is Slurm's word and reason, or what the run's last event says;
+    speeds are medians of the last steps; ``lost_seconds`` went to restarts (waiting, start-up,
+    load, recomputed steps); ``eta_seconds`` is without further ones, None where nothing is to come
+    or known.
     """
     starts, last = starts_of(folder)
     keys = ("step", "seconds", "tokens_per_second")

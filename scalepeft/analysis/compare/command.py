@@ -28,10 +28,8 @@ FILE = "design.json"
 
 
 def run(options: Options, stop: StopFlag) -> int:
-    """Run what is missing, then print the table and write ``compare.json`` and ``.md``.
-
-    Returns:
-        The exit code: 0, 75 after a signal, or 1 where a cell of the sweep (or --cell's) broke.
+    """Run what is missing, then print the table and write ``compare.json`` and ``.md``; return the
+    exit code: 0, 75 after a signal, or 1 where a cell of the sweep (or --cell's) broke.
 
     Raises:
         UserError: an option, the config or every method is at fault.
@@ -155,11 +153,7 @@ def _run(runner: Runner, cells: list[Cell]) -> list[Cell]:
 
 
 def _finish(runner: Runner) -> None:
-    """Print the table of what there is and write it.
-
-    Raises:
-        UserError: no method has a result.
-    """
+    """Print the table of what there is and write it. Raise UserError if no method has a result."""
     design, out = runner.design, runner.out
     result = table.summarize(runner)
     if not any("loss" in row for row in result["methods"]):

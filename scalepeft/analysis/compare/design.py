@@ -144,9 +144,7 @@ def fit_method(base: nn.Module, method: Method, target: int | None) -> Method:
 
 def target_parameters(base: nn.Module, reference: Method, rank: int | None) -> int:
     """Count the reference's parameters at ``rank`` (16), or at its own size where it has none.
-
-    Raises:
-        UserError: ``rank`` for a method that has none, or one that does not fit this model.
+    Raise UserError for a ``rank`` of a method that has none, or of one that does not fit the model.
     """
     adapter = reference.adapter
     if sizing.size_key(inject.adapter_config(adapter)) == "rank":

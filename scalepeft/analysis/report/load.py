@@ -89,11 +89,7 @@ class Run:
 
 
 def read_all(folders: list[Path]) -> list[Run]:
-    """Read runs in the order given, each once.
-
-    Raises:
-        UserError: one of them is no run folder.
-    """
+    """Read runs in the order given, each once. Raise UserError if one is no run folder."""
     unique = {folder.resolve(): folder for folder in folders}
     for folder in unique.values():
         if not any((folder / name).is_file() for name in MARKS):
