@@ -1,6 +1,4 @@
-"""scalepeft: exact orthogonal and structured adapters for LLaMA-class models, 4-bit, sharded,
-preemptible.
-"""
+"""Exact orthogonal and structured adapters for LLaMA-class models, 4-bit, sharded, preemptible."""
 
 from typing import Any
 

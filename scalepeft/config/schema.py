@@ -149,9 +149,7 @@ class PipelineConfig:
 
 @plain_dataclass(frozen=True)
 class RunConfig:
-    """Everything that defines a run; ``adapter``, ``engine`` and ``data`` are of the class their
-    ``name`` picks.
-    """
+    """All that defines a run; adapter, engine and data are of the class that ``name`` picks."""
 
     run_dir: str
     model: ModelConfig

@@ -1,6 +1,4 @@
-"""Field types that all config dataclasses share, the marks of what a field decides, and their
-one-line validation errors.
-"""
+"""Field types of all config dataclasses, what a field decides, and their one-line errors."""
 
 import dataclasses
 from enum import Enum

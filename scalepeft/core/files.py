@@ -104,9 +104,7 @@ NUMBERS = {
 
 
 def lines_of(file: Path, newest_first: bool = False) -> Iterator[bytes]:
-    """Lines of a file with their ends, one at a time; none without a file. From its end, no more
-    is read than is asked for.
-    """
+    """Lines of a file, if there is one, with their ends; no more is read than is asked for."""
     if not file.is_file():
         return
     with file.open("rb") as f:
@@ -124,9 +122,7 @@ def lines_of(file: Path, newest_first: bool = False) -> Iterator[bytes]:
 
 
 def read_line(line: bytes, *keys: str) -> dict[str, Any] | None:
-    """The row in a JSON line; None if it is torn or broken, lacks one of these keys, or has no
-    number where one belongs.
-    """
+    """The row in a JSON line; None if it is broken, lacks a key, or a number where one belongs."""
     with contextlib.suppress(ValueError):
         row = json.loads(line)
         if isinstance(row, dict) and row.keys() >= {*keys}:

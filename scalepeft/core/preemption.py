@@ -35,19 +35,15 @@ class StopFlag:
     when the grace is over, in the middle of the save. Slurm itself kills what hangs.
 
     The C-level handler writes the signal number into a pipe and a thread reads it, so that a signal
-    is seen at once even while the main thread sits in a collective. The handlers themselves do
-    nothing.
+    is seen at once even while the main thread sits in a collective.
     """
 
     def __init__(self) -> None:
-        self.launched = time.time()
-        """When this process began, in seconds of the epoch: start-up is counted from here."""
+        self.launched = time.time()  # seconds of the epoch; start-up is counted from here
         self.signal: int | None = None
-        self.planned = False
-        """The stop is ``train.stop_at``'s: nobody asked the job to come back."""
+        self.planned = False  # the stop is ``train.stop_at``'s: nobody asked the job to come back
+        self.saved = False  # the agreed save is on disk: even a second signal means exit code 75
         self._patient = "SLURM_JOB_ID" in os.environ
-        self.saved = False
-        """The agreed save is on disk: from here on even a second signal means exit code 75."""
         self._first_at = 0.0
 
     def install(self) -> "StopFlag":

@@ -99,13 +99,10 @@ class Writer:
     leaving the context it is on the disk.
 
     Args:
-        path: of the file; one that is there is replaced.
+        path: a file that is there is replaced.
         tensors: (name, safetensors' dtype, shape, bytes) in the order in which they will come.
         metadata: of the file.
         check: called every 16 MiB; may raise.
-
-    Raises:
-        OSError: the disk refuses.
     """
 
     def __init__(

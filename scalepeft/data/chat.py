@@ -27,11 +27,8 @@ Messages = list[dict[str, Any]]
 
 
 class Renderer:
-    """Texts of one tokenizer.
-
-    Args:
-        template: a chat template, or a file that holds one; None: the tokenizer's own.
-        parse: what spells a control token in a row is one (rows that were rendered before).
+    """Texts of one tokenizer. ``template``: a chat template, or a file that holds one; None: its
+    own. ``parse``: what spells a control token in a row is one (rows that were rendered before).
     """
 
     def __init__(self, tokenizer: Any, template: str | None = None, parse: bool = False) -> None:
@@ -83,10 +80,8 @@ class Renderer:
         return self.plain(value) if isinstance(value, str) else value
 
     def render(self, messages: Messages, ask: bool, **more: Any) -> str:
-        """The conversation as text; ``ask``: up to where the assistant is to write.
-
-        Raises:
-            UserError: there is no template, or it refuses these messages.
+        """The conversation as text; ``ask``: up to where the assistant is to write. Raises
+        UserError: there is no template, or it refuses these messages.
         """
         if not messages:
             raise UserError(
@@ -121,11 +116,8 @@ class Renderer:
         self, messages: Messages, turns: bool, tools: Any = None
     ) -> tuple[str, str, list[list[int]]]:
         """(prompt, completion, learned parts of the prompt as [begin, end)) of a conversation that
-        ends with the assistant's turn. ``turns``: its earlier ones are learned too.
-
-        Raises:
-            UserError: as ``render``; or the template writes a conversation so that a turn cannot be
-                found in it.
+        ends with the assistant's turn. ``turns``: its earlier ones are learned too. Raises
+        UserError: as ``render``, and where the template's text does not tell the turns.
         """
         messages, more = self.shut(messages), {"tools": self.shut(tools)} if tools else {}
         whole = self.render(messages, False, **more).rstrip()
@@ -169,8 +161,7 @@ class Renderer:
 
 
 def _open(text: str, longer: str, tokenizer: Any) -> str:
-    """A conversation's text, without the end-of-text that some templates put behind its last turn
-    alone."""
+    """A conversation's text, without an end-of-text that its template puts behind the last turn."""
     end = tokenizer.eos_token
     if longer.startswith(text) or not end or not text.endswith(end):
         return text

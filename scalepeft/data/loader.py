@@ -18,9 +18,7 @@ from scalepeft.parallel.ranks import Ranks
 
 
 class Order:
-    """The global sample order: ``index -> row`` is a permutation of the rows in each epoch, a
-    function of (seed, epoch).
-    """
+    """The global order: ``index -> row``, in each epoch a permutation made of (seed, epoch)."""
 
     def __init__(self, rows: int, seed: int) -> None:
         self.rows, self.seed = rows, seed

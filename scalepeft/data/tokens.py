@@ -162,18 +162,12 @@ def _together(examples: list[Example], tokenizer: Any) -> Pairs:
     for example, (ids, spans) in zip(examples, encode(texts, tokenizer, where=True), strict=True):
         # A special token has the empty span (0, 0), so BOS is on the prompt's side.
         inside = (i for i, (_, end) in enumerate(spans) if end > len(example.prompt))
-        yield ids, next(inside, len(ids)), _learned(example, spans)
-
-
-def _learned(example: Example, spans: list[tuple[int, int]]) -> list[list[int]]:
-    """The learned parts of a prompt, from characters to tokens."""
-    return [
-        [
-            next(i for i, (_, e) in enumerate(spans) if e > begin),
-            next((i for i, (b, e) in enumerate(spans) if b >= end and e > b), len(spans)),
-        ]
-        for begin, end in example.learned
-    ]
+        learned = []
+        for begin, end in example.learned:  # in characters
+            first = next(i for i, (_, e) in enumerate(spans) if e > begin)
+            after = (i for i, (b, e) in enumerate(spans) if b >= end and e > b)
+            learned.append([first, next(after, len(spans))])
+        yield ids, next(inside, len(ids)), learned
 
 
 def encode(

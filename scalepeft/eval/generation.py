@@ -57,10 +57,7 @@ class Backend:
 
     def stream(self, prompts: list[str]) -> Iterator[list[tuple[int, str, bool]]]:
         """Answers, some at once: number of the prompt, its new text alone, and whether the prompt
-        lost its beginning.
-
-        Raises:
-            UserError: as ``encoded``.
+        lost its beginning; raises as ``encoded``.
         """
         ids, limits, cut = self.encoded(prompts)
         pairs = zip(self.generate(ids, limits), limits, strict=True)
@@ -69,10 +66,7 @@ class Backend:
 
     def encoded(self, prompts: list[str]) -> tuple[list[list[int]], list[int], list[bool]]:
         """Tokens of each prompt, the most of its answer, and whether it lost its beginning (all but
-        BOS) to fit in.
-
-        Raises:
-            UserError: a prompt without a token, or no room for one.
+        BOS) to fit in. Raises UserError: a prompt without a token, or no room for one.
         """
         new, all_ = self.config.max_new_tokens, self.config.max_tokens or self.positions
         if self.positions <= new:
@@ -218,9 +212,8 @@ def batches(examples: list[Example], lengths: list[int], size: int) -> list[list
     """Rows of like length (in tokens) together, so that little is padded; the longest first, so
     that a lack of memory shows at once.
 
-    They depend on the rows alone: an evaluation that continues generates in the batches of an
-    undisturbed one, for in bf16 a row's neighbours may decide between two tokens that are nearly as
-    likely.
+    They depend on the rows alone, so that an evaluation that continues generates in the batches of
+    an undisturbed one: in bf16 a row's neighbours may decide between two nearly as likely tokens.
     """
     pairs = sorted(zip(lengths, examples, strict=True), key=lambda pair: (-pair[0], pair[1].id))
     rows = [example for _, example in pairs]

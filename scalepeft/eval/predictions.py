@@ -1,6 +1,4 @@
-"""predictions.jsonl of an evaluation: appended by example id, each batch on the disk before the
-next begins.
-"""
+"""predictions.jsonl: appended by example id, each batch on the disk before the next begins."""
 
 import hashlib
 import json
@@ -39,9 +37,6 @@ class Predictions:
     ) -> None:
         """Continue predictions of the same target and settings; set those of others aside. More
         ``prompts`` (example id -> prompt), fewer or other ones change nothing for those that stay.
-
-        Raises:
-            UserError: the folder cannot be written.
         """
         self.run_dir, self.name, self.settings = run_dir, name, settings
         self.path, self.ranks = run_dir / name / "predictions.jsonl", ranks or Ranks()
@@ -50,10 +45,8 @@ class Predictions:
         self.done: dict[str, dict[str, Any]] = self.ranks.run_on_main(self._open)
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        """Write a batch, a part of it on each rank, through to the disk; a collective.
-
-        Raises:
-            UserError: the disk refuses, or another evaluation has taken the folder.
+        """Write a batch, a part of it on each rank, through to the disk; a collective. Raise
+        UserError if the disk refuses, or another evaluation has taken the folder.
         """
         every = [row for part in self.ranks.gather(rows) for row in part]
         batch = [{**row, "asked": self.asked[row["id"]]} for row in every]

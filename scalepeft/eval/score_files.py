@@ -130,11 +130,7 @@ def match(
     predictions: list[Prediction], examples: list[Example], options: Options, skipped: int
 ) -> dict[str, str]:
     """Return example id -> its prediction: by id where ids of the references come, else by order,
-    which ``skipped`` broken references would disturb.
-
-    Raises:
-        UserError: an id twice, no id beside others, rows without a prediction, ids of other
-            references, another number of rows.
+    which ``skipped`` broken references would disturb. Raise UserError where neither tells.
     """
     file, of = options.predictions, options.references
     known = {e.id for e in examples}

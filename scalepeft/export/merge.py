@@ -83,8 +83,7 @@ def run(
             adapter saw in training, every quantized weight replaced by its decoded values.
         dtype: of the written weights: ``base`` (as in the files), ``fp32`` or ``bf16``. Merged
             weights are computed in fp32 and rounded once.
-        key: what decides the result; with it, a merge that was broken off goes on at the shard it
-            was at (see ``whole_folder``).
+        key: as ``whole_folder`` takes it; with one, a merge that was broken off goes on.
         poll: called between tensors; may raise to stop.
 
     Raises:

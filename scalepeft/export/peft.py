@@ -104,9 +104,7 @@ def run(run_dir: str, out: str, settings: list[str], format: str) -> None:
 
 
 def _names_of_experts(model: Streamed) -> set[str]:
-    """Last names that HF PEFT takes for experts', which had them in transformers 4 and have them in
-    the files.
-    """
+    """Last names that HF PEFT takes for experts': of transformers 4, and of the files."""
     from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 
     config: Any = model.model.config

@@ -102,12 +102,9 @@ class FinishedRun:
 
     @classmethod
     def open(cls, run_dir: str, settings: list[str], what: str) -> "FinishedRun":
-        """Reads and compares them.
-
-        Raises:
-            UserError: no run or no adapter; an adapter of other settings than the run's, or of
-                another base than ``model.path`` holds; unreadable files; a setting that cannot be
-                changed for ``what``.
+        """Reads and compares them. Raises UserError: no run or no adapter; an adapter of other
+        settings than the run's, or of another base than ``model.path`` holds; unreadable files; a
+        setting that cannot be changed for ``what``.
         """
         config = load_run(run_dir, settings, changes.for_export(), what)
         where = Path(run_dir) / "adapter"
@@ -137,9 +134,7 @@ class FinishedRun:
 
     def structure(self, quantized: bool) -> Streamed:
         """The base in fp32 with the adapter; blocks quantized as in training, or as in the files.
-
-        Raises:
-            UserError: the adapter's tensors do not fit, or are not finite.
+        Raises UserError: the adapter's tensors do not fit, or are not finite.
         """
         config = self.config.model
         if not quantized:

@@ -240,9 +240,7 @@ def _reason(error: Exception) -> str:
 
 
 def positions(config: Any) -> int | None:
-    """Number of positions a transformers config is for, times what its RoPE is scaled by; None
-    where it does not say.
-    """
+    """Number of positions a transformers config is for, its RoPE's scaling included, or None."""
     text = config.get_text_config()
     known: int | None = getattr(text, "max_position_embeddings", None)
     rope = getattr(text, "rope_parameters", None) or {}

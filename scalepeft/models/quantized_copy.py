@@ -55,7 +55,8 @@ class QuantizedCopy:
             what = [VERSION, fingerprint, base.digests(self.ranks), *storage]
             text = json.dumps([*what, sorted(self._shapes.items())], sort_keys=True)
             self.folder = root / hashlib.sha256(text.encode()).hexdigest()[:24]
-            self._find(self.folder)
+            if self.ranks.any(self.folder.is_dir()):
+                self._find(self.folder)
 
     @property
     def bytes_read(self) -> int:
@@ -64,8 +65,6 @@ class QuantizedCopy:
 
     def _find(self, folder: Path) -> None:
         """Opens the copy that is there, unless a rank finds that it is none."""
-        if not self.ranks.any(folder.is_dir()):
-            return
         try:
             self._reader = self._opened(folder)
             what = f"{size(self.size)}, quantized copy of the base read in its place"

@@ -78,7 +78,14 @@ class Reader:
         kept = [name for name in manifest["files"] if name.endswith(".safetensors")]
         self._files = [SafetensorsFile(folder / name) for name in kept]
         for file in self._files:
-            self._index(file)
+            wholes = json.loads(file.metadata.get("shapes", "{}"))
+            for key, stored in file.tensors.items():
+                match = PIECE.fullmatch(key)
+                name, start = (match[1], int(match[2])) if match else (key, 0)
+                self.shapes[name] = tuple(wholes[name]) if match else stored.shape
+                self.dtypes[name] = DTYPES[stored.dtype]
+                piece = _Piece(file, stored.start, start, start + stored.numel)
+                self._pieces.setdefault(name, []).append(piece)
         for name, pieces in self._pieces.items():
             pieces.sort(key=lambda piece: piece.start)
             ends = [0, *(piece.stop for piece in pieces)]
@@ -86,16 +93,6 @@ class Reader:
                 raise ValueError(f"{name} is not whole: there are {ends[1:]} of {self.numel(name)}")
         if manifest.get("tensors") not in (None, len(self.shapes)):
             raise ValueError(f"there are {len(self.shapes)} tensors of {manifest['tensors']}")
-
-    def _index(self, file: SafetensorsFile) -> None:
-        wholes = json.loads(file.metadata.get("shapes", "{}"))
-        for key, stored in file.tensors.items():
-            match = PIECE.fullmatch(key)
-            name, start = (match[1], int(match[2])) if match else (key, 0)
-            self.shapes[name] = tuple(wholes[name]) if match else stored.shape
-            self.dtypes[name] = DTYPES[stored.dtype]
-            piece = _Piece(file, stored.start, start, start + stored.numel)
-            self._pieces.setdefault(name, []).append(piece)
 
     @property
     def bytes_read(self) -> int:

@@ -1,6 +1,4 @@
-"""The built-in base: a tiny LLaMA and a byte-level BPE tokenizer, made on the spot from the toy
-task's own text.
-"""
+"""The built-in base: a tiny LLaMA and a byte-level BPE tokenizer, made of the toy task's text."""
 
 import hashlib
 import json

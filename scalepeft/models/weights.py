@@ -227,25 +227,17 @@ def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weight
     step = -(-step // source.unit) * source.unit if source.by_rows else max(1, last)
     edges = {first, *range(first // step * step + step, last, step), last}
     for begin, end in pairwise(sorted(edges)):
-        where = f"{source.where}: '{full_name}'" if isinstance(parameter, nn.Parameter) else None
-        rows = _encoded(layer, source, begin, end, parts[0].data.device, where)
+        stored = None if layer is None else source.encoded(layer.fmt, begin, end)
+        rows = stored or (source.rows(begin, end),)
+        if isinstance(parameter, nn.Parameter) and not torch.isfinite(rows[0]).all():
+            raise UserError(
+                f"{source.where}: '{full_name}' has values that are not finite (rows {begin} to"
+                f" {end}): the base is damaged; copy it again"
+            )
+        if layer is not None and stored is None:
+            rows = layer.fmt.encode(rows[0].to(parts[0].data.device, torch.float32))
         for part, width, values in zip(parts, widths, rows, strict=True):
             part.put(begin * width, values.reshape(-1))
-
-
-def _encoded(
-    layer: quant.QuantLinear | None, source: Source, first: int, last: int, device: torch.device,
-    where: str | None,
-) -> list[Tensor]:  # fmt: skip
-    """Raises UserError, with ``where`` before it, for a value that is no finite number."""
-    stored = None if layer is None else source.encoded(layer.fmt, first, last)
-    rows = [source.rows(first, last)] if stored is None else list(stored)
-    if where is not None and not torch.isfinite(rows[0]).all():
-        raise UserError(f"{where} has values that are not finite (rows {first} to {last}): the base"
-                        " is damaged; copy it again")  # fmt: skip
-    if layer is None or stored is not None:
-        return rows
-    return list(layer.fmt.encode(rows[0].to(device, torch.float32)))
 
 
 def resident_bytes(model: nn.Module) -> int:

@@ -73,11 +73,9 @@ class RunFolder:
         except OSError as error:
             raise unwritable(self.path, error) from None
 
-    def claim(self, seen: int | None = None, announce: Callable[[int], None] | None = None) -> None:
-        """Takes the generation after ``seen``, by default the stored one, which is over.
-
-        An older process of this run stops at its next write. ``announce`` is called with the new
-        generation before it is stored.
+    def claim(self, seen: int, announce: Callable[[int], None] = lambda _: None) -> None:
+        """Takes the generation after ``seen``, which is over: an older process of this run stops at
+        its next write. ``announce`` is called with the new generation before it is stored.
 
         Raises:
             UserError: another start took the folder meanwhile, or the disk refuses.
@@ -85,11 +83,9 @@ class RunFolder:
         try:
             # Only an owner makes it: another start that goes takes what is empty with it.
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            seen = stored_generation(self.path) if seen is None else seen
             self.generation = self._next_generation(seen)
             # First the lease, then the number: a start that reads the number finds its owner too.
-            if announce is not None:
-                announce(self.generation)
+            announce(self.generation)
             write_atomically(self.path / "generation", f"{self.generation}\n")
             for mark in self.path.glob(".start-*"):
                 mark.unlink(missing_ok=True)

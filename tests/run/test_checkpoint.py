@@ -21,13 +21,13 @@ from scalepeft.core.errors import UserError
 from scalepeft.models.tensors import Reader, write_tensors
 from scalepeft.parallel.base import Part
 from scalepeft.run.checkpoint import DamagedCheckpoint, RunFolder, steps_of, verify
-from scalepeft.run.lease import Superseded
+from scalepeft.run.lease import Superseded, stored_generation
 from scalepeft.run.logs import RowLog
 
 
 def claimed(path: Path) -> RunFolder:
     folder = RunFolder(path)
-    folder.claim()
+    folder.claim(stored_generation(path))
     return folder
 
 

@@ -51,9 +51,7 @@ class Cell:
 
 
 def sweep(design: Design) -> list[Cell]:
-    """Return the cells that choose the rates, the lowest rate of all methods first; none where
-    there is one rate.
-    """
+    """The cells that choose the rates, all methods' lowest first; none where there is one."""
     turns = range(len(design.methods[0].rates)) if design.swept else ()
     return [Cell(m.label, m.rates[i], design.sweep_seed) for i in turns for m in design.methods]
 

@@ -42,9 +42,7 @@ def context(runs: list[Run]) -> dict[str, Any]:
 
 
 def render(context: dict[str, Any], form: str) -> str:
-    """Return the report as one ``html`` file without script and network, or as ``markdown`` with
-    its plots as PNGs beside it.
-    """
+    """The report as one ``html`` file without network, or ``markdown`` with its plots beside it."""
     text = {"html": visible, "markdown": line}[form]
     environment = Environment(
         loader=PackageLoader("scalepeft.analysis.report"),

@@ -63,9 +63,7 @@ def _braced(text: str) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{} (or \fbox{}, or after "\boxed "); None: there is none, or
-    it does not end.
-    """
+    r"""What stands in the last \boxed{} (or \fbox{}, or after "\boxed ") that ends; else None."""
     begin = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if begin < 0:
         return None

@@ -120,9 +120,7 @@ def _gsm8k(row: dict[str, Any], ending: str) -> Problem:
 
 
 def _prose(question: str, solution: str) -> Problem:
-    """A solution without ####: the whole answer behind "answer is" or in a box (GAOKAO), else the
-    last number (Orca-Math).
-    """
+    """A solution without ####: the answer is marked or in a box (GAOKAO), else the last number."""
     marked = answers.marked(solution)
     found = marked or answers.find(solution, "number")
     value = whole.read(found) if found else None

@@ -1,6 +1,4 @@
-"""The task protocol: rows of a file -> prompt and completion to train on -> an answer found and
-scored.
-"""
+"""The task protocol: rows of a file -> prompt and completion -> an answer found and scored."""
 
 import hashlib
 import json
@@ -27,10 +25,8 @@ SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 @plain_dataclass(frozen=True)
 class Protocol:
-    """Settings under which published numbers were made.
-
-    A key that a config leaves out takes the value given here; one that it sets otherwise stands in
-    the scores as a deviation.
+    """Settings under which published numbers were made: what a config leaves out takes its value
+    from here, and what it sets otherwise stands in the scores as a deviation.
     """
 
     about: str  # where it comes from, and its oddities, in a line or two
@@ -124,8 +120,7 @@ class Score:
     extracted: str | None  # the answer, as text; None: nothing that looks like one
     correct: bool | None  # None where a single row has no right or wrong (translation)
     strict: bool | None = None
-    """Whether the published protocol's own extraction and comparison call it right, where they
-    differ from ours."""
+    """Whether the published protocol's script calls it right, where that is another than ours."""
 
 
 @plain_dataclass(frozen=True)

@@ -64,11 +64,8 @@ class Math(Task):
         return ("train", "test") if split == "train" else (split,)
 
     def stream(self, split: Split) -> Iterator[Example]:
-        """Reads a split; training rows go through ``max_chars`` and ``test_rows``.
-
-        Raises:
-            UserError: as ``Task.stream``; test questions among the training rows; no math-verify
-                to score a test with.
+        """Reads a split; training rows go through ``max_chars`` and ``test_rows``. Raises UserError
+        also for test questions among these, and without a math-verify to score a test with.
         """
         if split == "test":
             equivalence.check_installed()  # now, and not after hours of generation

@@ -109,9 +109,7 @@ class Translation(Task):
         return bitext.read(source, split)
 
     def example(self, row: Any, row_id: str, split: Split) -> Example:
-        """Fills the templates. A reference line has an empty prompt: nothing can be generated
-        from it.
-        """
+        """Fills the templates; a reference line has an empty prompt, which generates nothing."""
         if isinstance(row, bitext.ReferenceLine):
             source, target = "", text_field({"the line": row.text}, "the line")
         else:
@@ -191,9 +189,7 @@ class Translation(Task):
 
 
 def scorers(tokenizer: str) -> dict[str, Any]:
-    """sacreBLEU's BLEU, chrF2 and chrF++. Raises UserError: it, or what the tokenizer needs, is not
-    installed.
-    """
+    """sacreBLEU's metrics. Raises UserError: it, or the tokenizer's library, is not installed."""
     try:
         from sacrebleu.metrics import BLEU, CHRF
     except ImportError:
