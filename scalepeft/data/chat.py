@@ -3,6 +3,7 @@ that a row's text spells.
 """
 
 import re
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,10 @@ class Renderer:
     def __init__(self, tokenizer: Any, template: str | None = None, parse: bool = False) -> None:
         self.tokenizer = tokenizer
         self.given = None if template is None else _template(template)
-        self.chat_template = self.given or _own(tokenizer)
+        self.chat_template = self.given
+        if self.given is None:
+            with suppress(AttributeError, ValueError):  # it has none, or several without a default
+                self.chat_template = tokenizer.get_chat_template()
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         marks = {str(t) for t in added if t.special} | set(tokenizer.all_special_tokens)
         listed = sorted((re.escape(mark) for mark in marks if len(mark) > 1), key=len, reverse=True)
@@ -166,14 +170,6 @@ def _open(text: str, longer: str, tokenizer: Any) -> str:
     if longer.startswith(text) or not end or not text.endswith(end):
         return text
     return text.removesuffix(end).rstrip()
-
-
-def _own(tokenizer: Any) -> str | None:
-    try:
-        found: str = tokenizer.get_chat_template()
-    except (AttributeError, ValueError):  # it has none, or several without a default
-        return None
-    return found
 
 
 def _template(given: str) -> str:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -127,12 +126,6 @@ class Weights:
         except DamagedFile as error:
             raise UserError(f"{path}: {error}; copy it again") from None
 
-    @cached_property
-    def stray(self) -> list[str]:
-        """Names of safetensors files in the folder that are not the model's."""
-        ours = {file.path.name for file in self.files}
-        return sorted({path.name for path in self.folder.glob("*.safetensors")} - ours)
-
     @property
     def bytes_read(self) -> int:
         """Of all files, headers apart."""
@@ -145,8 +138,9 @@ class Weights:
         if hasattr(self, "layout"):
             self.layout.untie(model)
             return
-        where = f"model.path={self.folder}"
-        self.layout = Layout(model, self.entries, where, self.stray, unexpected)
+        where, ours = f"model.path={self.folder}", {file.path for file in self.files}
+        stray = sorted(file.name for file in {*self.folder.glob("*.safetensors")} - ours)
+        self.layout = Layout(model, self.entries, where, stray, unexpected)
         for named in (model.named_parameters, model.named_buffers):
             for name, tensor in named(remove_duplicate=False):
                 source = self.layout.sources.get(name)

@@ -15,8 +15,8 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,11 +67,9 @@ class RunFolder:
         """What verified before -> the signature it had: not hashed again unless it changed."""
         self._told_of_rename = False
         self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
-        try:
+        with writing_in(path):
             path.mkdir(parents=True, exist_ok=True)
             try_to_write(path)
-        except OSError as error:
-            raise unwritable(self.path, error) from None
 
     def claim(self, seen: int, announce: Callable[[int], None] = lambda _: None) -> None:
         """Takes the generation after ``seen``, which is over: an older process of this run stops at
@@ -80,7 +78,7 @@ class RunFolder:
         Raises:
             UserError: another start took the folder meanwhile, or the disk refuses.
         """
-        try:
+        with writing_in(self.path):
             # Only an owner makes it: another start that goes takes what is empty with it.
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.generation = self._next_generation(seen)
@@ -89,8 +87,6 @@ class RunFolder:
             write_atomically(self.path / "generation", f"{self.generation}\n")
             for mark in self.path.glob(".start-*"):
                 mark.unlink(missing_ok=True)
-        except OSError as error:
-            raise unwritable(self.path, error) from None
         for leftover in self.checkpoints.glob("*.tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -157,13 +153,12 @@ class RunFolder:
         final = self._folder(step)
         text = json.dumps(state, indent=1).encode()
         try:
-            self._write(temporary / "state.json", text)
+            write_atomically(temporary / "state.json", text)
             sha256 = hashlib.sha256(text).hexdigest()
             files = files | {"state.json": {"bytes": len(text), "sha256": sha256}}
             head = {"schema": SCHEMA, "step": step, "generation": self.generation}
             body = {"tensors": state.get("tensors"), "files": dict(sorted(files.items()))}
-            self._write(temporary / "manifest.json", json.dumps(head | body, indent=1).encode())
-            fsync(temporary)
+            write_atomically(temporary / "manifest.json", json.dumps(head | body, indent=1))
             Reader(temporary)  # is it whole?
             check_fence(self.path, self.generation)
             if final.exists():  # passed over as damaged, or the same step saved before
@@ -178,11 +173,6 @@ class RunFolder:
         self._verified[final.name] = _signature(final)
         self._retain(keep)
         return final
-
-    @staticmethod
-    def _write(file: Path, text: bytes) -> None:
-        file.write_bytes(text)
-        fsync(file)
 
     def _rename(self, temporary: Path, final: Path) -> None:
         try:
@@ -253,12 +243,16 @@ def steps_of(run_dir: Path) -> list[int]:
     return sorted((int(m[1]) for m in found if m), reverse=True)
 
 
-def unwritable(run_dir: Path, error: OSError) -> UserError:
-    """The error for a run folder that this node cannot write."""
-    return UserError(
-        f"run_dir={run_dir}: cannot be written on {socket.gethostname()}: {error.strerror};"
-        " make room or choose another folder"
-    )
+@contextmanager
+def writing_in(run_dir: Path) -> Iterator[None]:
+    """Raise UserError for an ``OSError`` inside: this node cannot write the run folder."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"run_dir={run_dir}: cannot be written on {socket.gethostname()}: {error.strerror};"
+            " make room or choose another folder"
+        ) from None
 
 
 def _signature(folder: Path) -> list[tuple[str, int, int, int]]:

@@ -15,7 +15,7 @@ from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import read_mapping, try_to_write
 from scalepeft.parallel.ranks import Ranks
-from scalepeft.run.checkpoint import steps_of, unwritable
+from scalepeft.run.checkpoint import steps_of, writing_in
 
 
 def load_run(run_dir: str, settings: list[str], allowed: tuple[str, ...], what: str) -> RunConfig:
@@ -82,25 +82,21 @@ def check_nodes(run_dir: str, ranks: Ranks) -> None:
     folder = Path(run_dir)
 
     def mark() -> Path:
-        try:
+        with writing_in(folder):
             handle, name = tempfile.mkstemp(prefix=".seen-by-all-nodes-", dir=folder)
-        except OSError as error:
-            raise unwritable(folder, error) from None
         os.close(handle)
         return Path(name)
 
     seen = ranks.run_on_main(mark)
 
     def look() -> None:
-        try:
+        with writing_in(folder):
             if not seen.exists():
                 raise UserError(
                     f"run_dir={folder}: is another folder on {socket.gethostname()} than on rank"
                     " 0's node; it must be on a file system that all nodes share"
                 )
             try_to_write(folder)
-        except OSError as error:
-            raise unwritable(folder, error) from None
 
     try:
         ranks.all_or_raise(lambda: look() if ranks.local_rank == 0 else None)
