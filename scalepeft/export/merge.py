@@ -15,9 +15,10 @@ from scalepeft.adapters import inject as injection
 from scalepeft.adapters import merged_weight
 from scalepeft.adapters.inject import Adapted, AdaptedNorm
 from scalepeft.config.schema import RunConfig
+from scalepeft.core import safetensors
 from scalepeft.core.errors import UserError
 from scalepeft.core.log import say
-from scalepeft.core.safetensors import SafetensorsFile, Stored, Writer
+from scalepeft.core.safetensors import SafetensorsFile, Stored
 from scalepeft.export.streaming import FinishedRun, Streamed, plain, refuse_existing, whole_folder
 from scalepeft.models import hub as models
 from scalepeft.models import quant, structure
@@ -210,12 +211,14 @@ def _shards(
 def _write_shard(model: Streamed, shard: _Shard, folder: Path, poll: Callable[[], None]) -> None:
     """Writes a shard; it has its name once it is whole."""
     header = [(item.name, item.dtype, item.shape, item.size) for item in shard.items]
-    begun = folder / f"{shard.file}.begun"
-    values = _NewValues(model)
-    with Writer(begun, header, shard.source.metadata or {"format": "pt"}) as writer:
+    begun, values = folder / f"{shard.file}.begun", _NewValues(model)
+
+    def pieces() -> Iterator[Any]:
         for item in shard.items:
             poll()
-            writer.write(_pieces(values, shard.source, item))
+            yield from _pieces(values, shard.source, item)
+
+    safetensors.write(begun, header, pieces(), shard.source.metadata or {"format": "pt"})
     begun.rename(folder / shard.file)
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalepeft.core.safetensors import SafetensorsFile, Writer
+from scalepeft.core import safetensors
+from scalepeft.core.safetensors import SafetensorsFile
 from scalepeft.models.sources import DTYPES
 from scalepeft.parallel.base import Part
 
@@ -43,10 +44,8 @@ def write_tensors(
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
     header = [(n, DTYPE_NAMES[t.dtype], t.shape, t.numel() * t.element_size()) for n, t in ordered]
     metadata = {"shapes": json.dumps(shapes)} if shapes else None
-    with Writer(file, header, metadata, check) as writer:
-        for _, tensor in ordered:
-            writer.write([as_bytes(tensor)] if tensor.numel() else [])
-    return writer.info
+    pieces = (as_bytes(tensor) for _, tensor in ordered if tensor.numel())
+    return safetensors.write(file, header, pieces, metadata, check)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
