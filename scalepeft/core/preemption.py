@@ -71,6 +71,11 @@ class StopFlag:
         elif now - self._first_at >= SAME_EVENT_SECONDS:
             self._leave(number)
 
+    def check(self) -> None:
+        """Raise Stopping once a signal came."""
+        if self.signal is not None:
+            raise Stopping
+
     def guard(self, work: Callable[[], int | None], what: str, again: str) -> int:
         """Return the exit code of ``work`` (None: 0); 75 where a signal stopped it, once rank 0 has
         said what does it ``again`` and told the job that ``what`` was stopped.

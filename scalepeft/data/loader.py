@@ -2,7 +2,6 @@
 
 import math
 import signal
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -68,12 +67,15 @@ Line = list[tuple[int, int]]
 
 
 class _Rows(Dataset[Any]):
-    """Micro-batches of one rank as a map-style data set: item = lines -> padded tensors."""
+    """A rank's part of a step as an item of a map-style data set: lines -> padded tensors."""
 
     def __init__(self, tokens: TokenSet, packed: bool) -> None:
         self.tokens, self.packed = tokens, packed
 
-    def __getitem__(self, lines: list[Line]) -> tuple[Tensor, ...]:
+    def __getitem__(self, micro: list[list[Line]]) -> list[tuple[Tensor, ...]]:
+        return [self._padded(lines) for lines in micro]
+
+    def _padded(self, lines: list[Line]) -> tuple[Tensor, ...]:
         rows = [[self.tokens.row(r) for _, r in line] for line in lines]
         longest = max((sum(map(len, line)) for line in rows), default=1)
         shape = max(1, len(lines)), padded(longest)
@@ -142,27 +144,16 @@ class Loader:
         return [mine[i : i + size] for i in range(0, most, size)]
 
     def __iter__(self) -> Iterator[StepBatch]:
-        last = self.first_step + self.steps
-        counts = deque[int]()
-
-        def sampler() -> Iterator[list[Line]]:
-            for step in range(self.first_step, last):
-                micro = self._micro(step)
-                counts.append(len(micro))
-                yield from micro
-
+        steps = range(self.first_step, self.first_step + self.steps)
         loader = DataLoader(
             _Rows(self.tokens, self.micro_tokens is not None),
-            sampler=sampler(),
+            sampler=map(self._micro, steps),
             batch_size=None,
             num_workers=self.workers,
             worker_init_fn=_quiet_worker if self.workers else None,
             pin_memory=self.ranks.device.type == "cuda",
             generator=torch.Generator(),  # its workers' seed, else from the global one
         )
-        stream = iter(loader)
-        for step in range(self.first_step, last):
+        for step, micro in zip(steps, loader, strict=True):
             rows = [row for _, row in self.step_pairs(step)]
-            micro = [MicroBatch(*next(stream))]
-            micro += [MicroBatch(*next(stream)) for _ in range(counts.popleft() - 1)]
-            yield StepBatch(step, micro, *self.tokens.count(rows))
+            yield StepBatch(step, [MicroBatch(*one) for one in micro], *self.tokens.count(rows))

@@ -380,7 +380,7 @@ def test_masks_token_by_token_on_a_real_tokenizer(
     examples = made.examples("test")[:150]
     tokens = tokenize(examples, tokenizer, made.config)
     assert len(tokens) == len(examples) and not tokens.dropped and not tokens.cut
-    batch = loader._Rows(tokens, False)[[[(i, i)] for i in range(len(examples))]]
+    (batch,) = loader._Rows(tokens, False)[[[[(i, i)] for i in range(len(examples))]]]
     joined = []
     for example, ids, labels in zip(examples, *batch[:2], strict=True):
         learned = (labels != data.IGNORED).nonzero().flatten().tolist()

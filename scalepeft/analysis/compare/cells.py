@@ -151,8 +151,7 @@ class Runner:
             Stopping: a signal came; the state has been saved.
             UserError: the sweep that is to choose a rate lacks cells, or another start holds one.
         """
-        if self.stop.signal is not None:
-            raise Stopping
+        self.stop.check()
         result = self.result(cell)
         if result["state"] in SETTLED:
             return result
@@ -184,8 +183,7 @@ class Runner:
         started = time.time()
         state, reason = self._execute(stage.name, config)
         while rank() and not stage.is_done(inputs) and "state" not in stage.begun():
-            if self.stop.signal is not None:
-                raise Stopping
+            self.stop.check()
             time.sleep(0.2)  # what rank 0 records goes for all, else they would part here
         if rank():
             return stage.is_done(inputs)
