@@ -11,9 +11,9 @@ from scalepeft.config.schema import RunConfig, TrainConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.log import say
 from scalepeft.core.text import table
-from scalepeft.data import packing, token_file
+from scalepeft.data import token_file
 from scalepeft.data.loader import Order
-from scalepeft.data.packing import padded
+from scalepeft.data.packing import micro_batches, padded
 from scalepeft.data.tasks.base import SPLITS
 from scalepeft.data.tokens import IGNORED, TokenSet
 from scalepeft.models.hub import open_base
@@ -113,7 +113,7 @@ def _shares(lengths: torch.Tensor, train: TrainConfig, cutoff: int) -> dict[str,
         for i in range(0, len(rows), train.micro_batch):
             part = rows[i : i + train.micro_batch]
             taken["padded"] += len(part) * padded(max(part))
-        for lines in packing.micro_batches(rows, 1, budget, float("inf"))[0]:
+        for lines in micro_batches(rows, 1, budget, float("inf"))[0]:
             taken["packed"] += sum(padded(sum(rows[i] for i in line)) for line in lines)
     return {name: round(real / count, 3) for name, count in taken.items()}
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from scalepeft.data import packing
-from scalepeft.data.packing import padded
+from scalepeft.data.packing import micro_batches, padded
 from scalepeft.data.tokens import IGNORED, TokenSet
 from scalepeft.parallel.ranks import Ranks
 
@@ -137,7 +136,7 @@ class Loader:
         pairs, (rank, world) = self.step_pairs(step), (self.ranks.rank, self.ranks.world_size)
         if self.micro_tokens is not None:
             lengths = [len(self.tokens.row(row)) for _, row in pairs]
-            dealt = packing.micro_batches(lengths, world, self.micro_tokens, self.width)[rank]
+            dealt = micro_batches(lengths, world, self.micro_tokens, self.width)[rank]
             return [[[pairs[i] for i in line] for line in lines] for lines in dealt]
         mine, size = [[pair] for pair in pairs[rank::world]], self.micro_batch
         most = math.ceil(len(pairs) / world)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from scalepeft.adapters import inject as injection
 from scalepeft.config import changes
 from scalepeft.config import schema as cfg
-from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import fsync, write_atomically
 from scalepeft.models import structure
@@ -95,7 +94,7 @@ class Streamed:
 class FinishedRun:
     """A run's config, its adapter and the files of its base, checked to belong together."""
 
-    config: RunConfig
+    config: cfg.RunConfig
     base: Base
     state: dict[str, Tensor]
     device: torch.device

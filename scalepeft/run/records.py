@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from scalepeft.config import schema as cfg
-from scalepeft.config.schema import RunConfig
 from scalepeft.core.files import read_mapping, write_atomically
 from scalepeft.core.log import say
 from scalepeft.core.preemption import tell_job
@@ -75,7 +74,7 @@ class RunRecorder:
         UserError: the folder holds a run of another config, is in use, or cannot be written.
     """
 
-    def __init__(self, config: RunConfig, ranks: Ranks, allow_changes: bool) -> None:
+    def __init__(self, config: cfg.RunConfig, ranks: Ranks, allow_changes: bool) -> None:
         self.config, self.ranks, self.path = config, ranks, Path(config.run_dir)
         self.generation = 0  # number of this start, the fencing token; 0 before ``claim``
         self.evaluated = 0  # step of the newest validation loss

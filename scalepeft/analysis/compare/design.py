@@ -1,9 +1,8 @@
 """What is compared: the methods at one budget, the rates of each, the seeds; as a file."""
 
-import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from scalepeft.adapters import inject, sizing
 from scalepeft.build import task_of
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as cfg
-from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import digest, read_mapping
 from scalepeft.core.log import say
@@ -61,14 +59,14 @@ class Design:
         """Return the method of this label."""
         return next(m for m in self.methods if m.label == label)
 
-    def config(self, method: Method, lr: float, seed: int) -> RunConfig:
+    def config(self, method: Method, lr: float, seed: int) -> cfg.RunConfig:
         """Return the config of a cell."""
         train = {**self.values["train"], "lr": lr, "seed": seed}
         return cfg.from_dict({**self.values, "adapter": method.adapter, "train": train})
 
     def text(self) -> str:
         """Return what ``read`` reads."""
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        return json.dumps(asdict(self), indent=1) + "\n"
 
     @classmethod
     def read(cls, file: Path) -> "Design":
@@ -136,10 +134,10 @@ def fit_method(base: nn.Module, method: Method, target: int | None) -> Method:
             size = f"{key}={adapter[key]}"
         parameters = sizing.count_parameters(base, adapter)
     except UserError as error:
-        return dataclasses.replace(method, refused=" ".join(str(error).split()))
+        return replace(method, refused=" ".join(str(error).split()))
     if target and adapter is not method.adapter and abs(parameters - target) > 0.1 * target:
         size += ", the nearest there is"
-    return dataclasses.replace(method, adapter=adapter, parameters=parameters, size=size)
+    return replace(method, adapter=adapter, parameters=parameters, size=size)
 
 
 def target_parameters(base: nn.Module, reference: Method, rank: int | None) -> int:
@@ -190,7 +188,7 @@ def read_settings(settings: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     return values, config_files.values_of(None, shared, [])["adapter"] if shared else {}
 
 
-def read_inputs(config: RunConfig, evaluate: bool) -> dict[str, Any]:
+def read_inputs(config: cfg.RunConfig, evaluate: bool) -> dict[str, Any]:
     """Return what the numbers depend on beside the config, wherever it lies: for each split the
     sha256 of its files (of a data set of the hub its name); ``base``, ``tokenizer`` if folders.
 
