@@ -45,10 +45,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def describe(name: str, model: str) -> dict[str, Any]:
-    """One config on one model: parameters, share of all, forward cost, merge, exports, lr, paper.
-
-    A config that the model cannot take has ``refused`` with the reason instead.
-    """
+    """One config on one model, counted; with ``refused``, why, if the model cannot take it."""
     values = config_files.named_file("adapter", name)
     config = inject.adapter_config(values["adapter"])
     net = shapes.meta_model(model)

@@ -14,9 +14,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]  # shifted by 32 bits into torch's 
 
 
 class Decides(Enum):
-    """What another value of a setting changes. Each field carries at least one of these, as
-    ``Annotated[int, Decides.TRAINING]`` or by its class's ``DECIDES``; ``config/changes.py`` says
-    what follows from them.
+    """What another value of a setting changes. A field carries at least one of these, as
+    ``Annotated[int, Decides.TRAINING]`` or by its class's ``DECIDES``; see ``config/changes.py``.
     """
 
     ROWS = "which rows there are, and their text"

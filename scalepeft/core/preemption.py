@@ -105,9 +105,8 @@ class StopFlag:
 
 
 def tell_job(name: str, text: str) -> None:
-    """Leave ``progress`` or ``stopped`` for the job script, if there is one.
-
-    A disk that refuses is reported and no more: the state has been saved.
+    """Leave ``progress`` or ``stopped`` for the job script, if there is one. A disk that refuses is
+    reported and no more: the state has been saved.
     """
     folder = os.environ.get("SCALEPEFT_JOB_STATE")
     if not folder:

@@ -97,13 +97,12 @@ def ids_of(raw: Tensor) -> Tensor:
 
 @dataclass
 class Rows:
-    """Tokens of examples, row by row: ``(values as in a TokenSet, label_start)``; counts those that
-    the cut left out.
+    """Tokens of examples, row by row: ``(values as in a TokenSet, label_start)``; counts what the
+    cut left out.
 
     With ``config.tokenize`` ``apart`` training sees the very prompt tokens generation starts from.
-    ``together``, as conversations are in any case, the first label is the first token that reaches
-    into the completion, wherever the tokenizer puts the border. A row ends with one end-of-text, or
-    with another of ``ends``.
+    ``together``, and in conversations, the first label is the first token that reaches into the
+    completion. A row ends with one end-of-text, or with another of ``ends``.
     """
 
     examples: Iterable[Example]

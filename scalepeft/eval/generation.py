@@ -94,10 +94,9 @@ class Backend:
         return [cut_at(text, self.config.stop) for text in self._decoded(new)]
 
     def stopped(self, answers: list[list[int]]) -> list[bool]:
-        """Which of the answers have a stop text in what a last token may have ended.
-
-        It only saves forwards: what an answer is, ``cut_at`` decides on the whole text. (The
-        criterion that transformers has goes through the whole vocabulary for every batch.)
+        """Which of the answers have a stop text in what a last token may have ended. It only saves
+        forwards: ``cut_at`` decides on the whole text. (transformers' own criterion goes through
+        the whole vocabulary for every batch.)
         """
         stop = self.config.stop
         if not stop:

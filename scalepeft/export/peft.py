@@ -143,9 +143,8 @@ def _refused(format: str, adapter: Adapter, reason: str, other: str = "") -> Use
 
 
 def common_fields(model: nn.Module, fields: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """One config for all layers: equal fields, PEFT's pattern for C3A's block sizes, and targets.
-
-    These are the last part of a name where every such layer of the model is adapted.
+    """One config for all layers: equal fields, PEFT's pattern for C3A's block sizes, and targets:
+    the last part of a name where every such layer of the model is adapted.
     """
     linear = [
         name

@@ -1,8 +1,4 @@
-"""A finished run and its base without a whole model in memory: one layer, one tensor at a time.
-
-What merge and export share: reading run, adapter and base together; a layer that is real for a
-moment; a folder that appears whole or not at all.
-"""
+"""A finished run and its base without a whole model in memory: one layer, one tensor at a time."""
 
 import glob
 import os
@@ -35,9 +31,8 @@ MADE_FROM = "made_from.json"
 
 
 class Streamed:
-    """A model on the meta device; a module's own base parameters become real where asked for.
-
-    Adapters and tables (rotary frequencies) are real all the time.
+    """A model on the meta device; a module's own base parameters become real where asked for,
+    adapters and tables (rotary frequencies) are real all the time.
     """
 
     def __init__(self, model: nn.Module, weights: Weights, device: torch.device) -> None:

@@ -84,10 +84,9 @@ class Group:
         return self.convert(lambda _, s: torch.empty(s.shape, dtype=s.dtype, device="meta"))
 
     def restore(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
-        """Returns a tensor of the files out of values of the model's: the inverse of ``convert``.
-
-        The operations only move numbers, so that the numbers of its places, sent through them with
-        -1 for those of other tensors, tell where its values are now.
+        """Returns a tensor of the files out of values of the model's: the inverse of ``convert``,
+        whose operations only move numbers. The numbers of its places, sent through them with -1 for
+        those of other tensors, tell where its values are now.
 
         Raises:
             UserError: an operation does more than move numbers.

@@ -92,9 +92,8 @@ class Expert(quant.Frozen):
 
 
 class _ExpertsMatMul(torch.autograd.Function):
-    """``W_e x``; W_e is made (from bytes, if need be) in forward and in backward, never saved.
-
-    A slice of a parameter that is saved would keep all of it gathered under ZeRO-3.
+    """``W_e x``; W_e is made (from bytes, if need be) in forward and in backward, never saved: a
+    slice of a parameter that is saved would keep all of it gathered under ZeRO-3.
     """
 
     @staticmethod

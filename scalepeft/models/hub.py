@@ -59,10 +59,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Base:
-    """A frozen base in ``folder`` on this node, opened once and passed on.
-
-    A part is read when it is first asked for, by this rank alone, and may raise UserError: ranks
-    agree on it with ``Ranks.all_or_raise``.
+    """A frozen base in ``folder`` on this node, opened once and passed on. A part is read when it
+    is first asked for, by this rank alone, and may raise UserError (``Ranks.all_or_raise``).
     """
 
     def __init__(self, config: ModelConfig, folder: Path) -> None:

@@ -151,10 +151,9 @@ class Weights:
                     )
 
     def fingerprint(self) -> str:
-        """Returns the sha256 of what tells one base from another without reading all of a 70B.
-
-        That is config.json (without cosmetic keys), every shard's name, size and header, and 4 KiB
-        at 16 places of each shard.
+        """Returns the sha256 of what tells one base from another without reading all of a 70B:
+        config.json (without cosmetic keys), each shard's name, size and header, and 4 KiB at 16
+        places of it.
         """
         config = json.loads((self.folder / "config.json").read_text())
         decisive = {k: v for k, v in config.items() if k not in COSMETIC}
@@ -172,11 +171,9 @@ def load_weights(
     model: nn.Module, weights: Weights, stored: Callable[..., bool] = lambda *of: False
 ) -> Iterator[None]:
     """Fills this rank's rows of every base parameter, real and possibly sharded, and the buffers
-    that files hold; not adapters.
-
-    A generator that stops after every module that holds some, so that ranks can agree in between;
-    it takes the same number of turns on every rank. ``stored`` may fill a quantized weight and its
-    scale by itself, and says whether it did.
+    that files hold; not adapters. Stops after every module that holds some, as often on every rank,
+    so that ranks can agree in between. ``stored`` may fill a quantized weight and its scale by
+    itself, and says whether it did.
 
     Raises:
         UserError: a tensor has values that are not numbers.

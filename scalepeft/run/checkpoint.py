@@ -91,9 +91,8 @@ class RunFolder:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def withdraw(self) -> None:
-        """Removes the folders that this object made, if it has not claimed them and all are empty.
-
-        Another start that waits for its own claim makes them anew then.
+        """Removes the folders that this object made, if it has not claimed them and all are empty;
+        a start that waits for its own claim makes them anew then.
         """
         with suppress(OSError):  # something of another start is there
             for folder in self._made if not self.generation else ():

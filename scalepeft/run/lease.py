@@ -1,7 +1,6 @@
-"""Whose a run folder is: the fencing token, and the lease of the start that trains in it.
-
-The fencing token (``generation``, the number of the start) keeps an old writer from doing harm; the
-lease keeps a second launch of the same run from ending the first by mistake.
+"""Whose a run folder is: the fencing token (``generation``, the number of the start), which keeps
+an old writer from doing harm, and the lease of the start that trains in it, which keeps a second
+launch of the same run from ending the first by mistake.
 """
 
 import json

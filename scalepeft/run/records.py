@@ -103,10 +103,9 @@ class RunRecorder:
             self.folder.withdraw()
 
     def claim(self, launched: float) -> None:
-        """Makes the run folder this start's own (``launched``: seconds of the epoch).
-
-        An older process of it that was taken for dead stops at its next write; what it saved
-        meanwhile is what resumes here.
+        """Makes the run folder this start's own (``launched``: seconds of the epoch). An older
+        process of it that was taken for dead stops at its next write; what it saved meanwhile is
+        resumed here.
         """
         self.generation, self.resumed, self.evaluated = self._claim(launched)
 

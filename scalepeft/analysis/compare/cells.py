@@ -273,13 +273,10 @@ def failure_reason(code: int, log: Path, start: int) -> tuple[str, str]:
 
 
 def read_result(config: cfg.RunConfig, name: str) -> tuple[dict[str, Any], list[Path]]:
-    """Read the figures of a finished ``training`` or ``evaluation`` from the run folder.
-
-    Returns:
-        The figures and the files that they are from. Of a training ``loss``: held-out, after the
-        last step (None: not finite), ``seconds``: of the training steps, ``peak_memory``: bytes,
-        ``memory``: ``cuda`` (the allocator's peak of rank 0) or ``resident`` (of the process).
-        Of an evaluation the headline ``metric``, its ``score``, and ``share``: it is one.
+    """The figures of a finished ``training`` or ``evaluation``, and the files that they are from.
+    Of a training the held-out ``loss`` after the last step (None: not finite), ``seconds`` of its
+    steps, ``peak_memory`` in bytes, of ``cuda`` (rank 0's allocator) or ``resident``; of an
+    evaluation its headline ``metric``.
     """
     folder = Path(config.run_dir)
     if name == "evaluation":

@@ -1,8 +1,4 @@
-"""Compare methods: the same data, batches, budget and sweep for each, over seeds, with intervals.
-
-A cell is one ordinary training run. The sweep's cells run under one seed and choose each method's
-rate by held-out loss; what is reported comes from fresh seeds at that rate.
-"""
+"""Compare methods: the same data, batches, budget and sweep for each, over seeds."""
 
 import dataclasses
 import json

@@ -123,7 +123,6 @@ def read_method(name: str, shared: dict[str, Any] | None = None, lrs: str = "x1"
 
 def fit_method(base: nn.Module, method: Method, target: int | None) -> Method:
     """Return the method at the size nearest to ``target`` (None: as configured), with its count.
-
     What has one size keeps it and says so; what does not fit the model is ``refused``.
     """
     adapter, size = method.adapter, "as configured" if target is None else "its own size"

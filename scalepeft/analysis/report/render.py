@@ -1,5 +1,4 @@
-"""The report of runs, written as HTML and as Markdown by one template: facts and plots from here,
-words from there.
+"""The report of runs, as HTML and as Markdown by one template.
 
 What the template writes of a text is escaped unless it is marked, and control characters are made
 visible.

@@ -1,7 +1,4 @@
-"""From a simulated step to a plan: times, the grace period, whether it fits.
-
-What is assumed and not computed stands here by name.
-"""
+"""From a simulated step to a plan: times, the grace period, fit; what is assumed stands here."""
 
 import math
 from contextlib import suppress

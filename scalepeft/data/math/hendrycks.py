@@ -23,11 +23,7 @@ def is_equiv(one: str, other: str) -> bool:
 
 
 def normalize(text: str) -> str:
-    r"""The form that texts are compared in.
-
-    Raises:
-        ValueError, IndexError: broken latex, or units at several places.
-    """
+    r"""The form that texts are compared in. Raises ValueError, IndexError: bad latex, two units."""
     for old, new in _REMOVED:
         text = text.replace(old, new)
     text, *units = text.split("\\text{ ")  # with the space: what follows is a unit
