@@ -10,13 +10,7 @@ _PUBLIC = {
     "inject": "scalepeft.adapters.inject",
     "load_adapter": "scalepeft.adapters.inject",
 }
-__all__ = [
-    "__version__",
-    "adapt",
-    "effective_weight",
-    "inject",
-    "load_adapter",
-]  # noqa: F822, RUF100
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
