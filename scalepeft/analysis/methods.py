@@ -24,9 +24,7 @@ HEADER = ["adapter", "parameters", "share", "cost", "lr", "merge", "export", "pa
 
 
 def run(model: str, as_json: bool) -> None:
-    """Print a table (or JSON) of the files of ``configs/adapters`` on a shape or model folder.
-    Raise UserError if there is none.
-    """
+    """Print a table (or JSON) of configs/adapters on a shape or folder, or raise UserError."""
     rows = [describe(name, model) for name in config_files.config_names("adapter")]
     if as_json:
         print(json.dumps({"model": model, "methods": rows}, indent=1))

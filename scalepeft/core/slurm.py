@@ -28,9 +28,7 @@ def state_word(task: dict[str, str]) -> str:
 
 
 def ask_all(job: str) -> list[dict[str, str]]:
-    """JobState, Reason, Restarts, NodeList of each task of an array, or of the one of another job;
-    empty where no Slurm knows it.
-    """
+    """JobState, Reason, Restarts, NodeList of each of a job's tasks; none if no Slurm knows it."""
     text = output_of("scontrol", "-o", "show", "job", job)
     if tasks := [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in text.splitlines()]:
         return [task for task in tasks if "JobState" in task]

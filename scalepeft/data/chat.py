@@ -1,6 +1,4 @@
-"""What a tokenizer is to see of a row: conversations through a chat template, and no control token
-that a row's text spells.
-"""
+"""What a tokenizer is to see: conversations as text, and no control token that a row spells."""
 
 import re
 from contextlib import suppress
@@ -12,8 +10,7 @@ from scalepeft.core.errors import UserError
 from scalepeft.data.rows import fill
 
 SEAM = "\ufdd1"
-"""A noncharacter of Unicode, put inside what a tokenizer would read as a control token.
-``tokens.encode`` takes its tokens out again."""
+"""A noncharacter put inside what would be a control token; ``tokens.encode`` takes it out again."""
 
 UNSAID = ({"tools"}, {"tool_calls"}, {"reasoning_content", "thinking", "reasoning"})
 """Keys of conversations that say something (of a set, transformers takes one for the other): a
@@ -21,8 +18,7 @@ template must not pass over them in silence."""
 
 TODAY = re.compile(r"""strftime_now\((["'])(.*?)\1\)""")
 DATE = datetime(2024, 7, 26)
-"""Today, where a chat template writes it: rows must not depend on the day that a run is started.
-LLaMA 3's falls back on this one."""
+"""Today in chat templates (LLaMA 3's own default), lest rows depend on the day of a start."""
 
 Messages = list[dict[str, Any]]
 

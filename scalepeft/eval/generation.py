@@ -20,9 +20,7 @@ from scalepeft.models.hub import positions
 
 
 class Progress:
-    """Lines with rows a second and the time that is left; the first batch or lot, which warms up
-    and has the longest rows, does not count.
-    """
+    """Lines with rows a second and the time left; the first lot, which warms up, does not count."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done, self.first = total, 0, 0
@@ -192,9 +190,7 @@ class Generator(Backend):
 
 
 def check(config: EvaluateConfig) -> None:
-    """Raise UserError for an empty stop text, and a length of prompt and answer that leaves no room
-    or goes with beams; found out before a model is loaded.
-    """
+    """Raise UserError for an empty stop text, or a length without room or beside beams."""
     if "" in config.stop:
         raise UserError("evaluate.stop: an empty text would end every answer before it begins")
     if config.max_tokens == 1:

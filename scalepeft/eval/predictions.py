@@ -18,8 +18,7 @@ KINDS = {"id": str, "asked": str, "prediction": str, "cut": bool}
 """What each row has; ``asked``: digest of its prompt, ``cut``: which lost its beginning."""
 AGAIN = "make room and run the same command again"
 INFORMATIVE = {"examples", "model", "batch"}
-"""Settings that are recorded but change no prediction that is there: each row knows what it asks,
-and weights are known by their fingerprint."""
+"""Settings that change no prediction: rows know what they ask, and weights their fingerprint."""
 
 
 class Predictions:

@@ -66,9 +66,7 @@ def _summary(task: Task, rows: list[Scored]) -> dict[str, Any]:
 
 
 def first(scores: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The metric that tables show first, with its name: the mean of the sources where the task's
-    papers report that, else the headline over all rows.
-    """
+    """The metric that tables show first, with its name: the sources' mean, or over all rows."""
     if "mean" in scores:
         return f"mean {scores['headline']} of {len(scores['sources'])}", scores["mean"]
     return scores["headline"], scores["metrics"][scores["headline"]]

@@ -58,9 +58,7 @@ class Group:
         )
 
     def convert(self, take: Take, rows: slice = slice(None)) -> dict[str, Tensor]:
-        """The model's tensors, or of a target that is made by rows only these: the operations on
-        what ``take`` gives for each listed tensor.
-        """
+        """The model's tensors (of one made by rows, these) out of what ``take`` gives for each."""
         if self.converter is None:
             ((name, source),) = next(iter(self.sources.values()))
             return {self.first_target: take(name, source)}

@@ -192,9 +192,7 @@ def materialize(model: nn.Module, device: torch.device) -> None:
 
 
 def compute_tables(model: Any, device: torch.device) -> None:
-    """Makes meta buffers real there: those of files empty, the others as transformers makes them,
-    by the model's own ``_init_weights``.
-    """
+    """Makes meta buffers real: of files empty, others by the model's own ``_init_weights``."""
     made: set[nn.Module] = set()
     for module in model.modules():
         for name, buffer in module._buffers.items():

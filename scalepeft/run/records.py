@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 from scalepeft.config import schema as cfg
 from scalepeft.core.files import read_mapping, write_atomically
@@ -50,19 +50,17 @@ class Save:
             raise OSError(errno.ECANCELED, "cancelled for the save of the last step")
 
 
-P = ParamSpec("P")
-T = TypeVar("T")
-Method = Callable[Concatenate["RunRecorder", P], T]
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def on_main(method: Method[P, T]) -> Method[P, T]:
+def on_main(method: Method) -> Method:
     """Make a method a collective: rank 0 runs it, every rank returns its result."""
 
     @functools.wraps(method)
-    def call(self: "RunRecorder", *args: P.args, **kwargs: P.kwargs) -> T:
-        return self.ranks.run_on_main(lambda: method(self, *args, **kwargs))
+    def call(self: "RunRecorder", *args: Any) -> Any:
+        return self.ranks.run_on_main(lambda: method(self, *args))
 
-    return call
+    return cast(Method, call)
 
 
 class RunRecorder:

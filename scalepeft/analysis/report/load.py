@@ -28,9 +28,7 @@ MARKS = ("config.yaml", "events.jsonl", "metrics.jsonl")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One scores.json: ``which`` is base, tuned or merged; ``about``, its settings.json, decides
-    what may be compared with it.
-    """
+    """A scores.json: ``which`` is base, tuned or merged; ``about`` its settings.json."""
 
     which: str
     task: str

@@ -152,9 +152,7 @@ class Math(Task):
         return self.filled(row_id, template, values, told, **meta)
 
     def score(self, prediction: str, example: Example) -> Score:
-        """``correct``: the whole answer, wherever it stands, equals the right one (``whole``);
-        ``strict``: what the script of the protocol says.
-        """
+        """``correct``: the whole answer equals the right one; ``strict``: the protocol's script."""
         right, kind = example.meta["answer"], example.meta["kind"]
         found = answers.find(prediction, kind)
         if found is None or kind == "letter":
