@@ -38,11 +38,9 @@ LEARNED, PLAIN = "\x1b[32m", "\x1b[0m"
 
 
 def run(settings: list[str], show: int) -> None:
-    """Reads and tokenizes as a training does, prints a table of counts, and the first ``show``
-    rows, decoded; what is learned is green on a terminal, between « and » elsewhere.
-
-    Raises:
-        UserError: as a training raises for its config, base and rows.
+    """Reads and tokenizes as a training does, and raises as it does; prints a table of counts, and
+    the first ``show`` rows, decoded, what is learned green on a terminal, between « and »
+    elsewhere.
     """
     if show < 0:
         raise UserError(f"--show {show}: expected a number of rows")

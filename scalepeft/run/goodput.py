@@ -27,9 +27,7 @@ class Goodput:
 
     @property
     def other(self) -> float:
-        """Between steps: logging, agreement on a stop, writing the adapter; and what a start did in
-        the last moments before it died.
-        """
+        """Between steps (logs, agreements, writing the adapter), and a dying start's last moments."""
         return max(0.0, self.wall - self.steps - sum(getattr(self, key) for key in PARTS))
 
     @property

@@ -227,10 +227,8 @@ class Runner:
 
 
 def run_child(arguments: list[str], log: Path, stop: StopFlag) -> int:
-    """Run ``python -m scalepeft ARGUMENTS``, hand a stop signal on to it; return its exit code.
-
-    Raises:
-        Stopping: it was told to stop, by us or by somebody else.
+    """Run ``python -m scalepeft ARGUMENTS``, hand a stop signal on to it; return its exit code, or
+    raise Stopping if it was told to stop, by us or by somebody else.
     """
     paths = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
     forwarded = False

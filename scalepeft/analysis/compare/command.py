@@ -55,10 +55,8 @@ def run(options: Options, stop: StopFlag) -> int:
 
 
 def prepare(options: Options) -> Design:
-    """Return the comparison that the options describe, or without a config that of ``OUT``.
-
-    Raises:
-        UserError: an option, the config, or the data.
+    """Return the comparison that the options describe, or without a config that of ``OUT``. Raise
+    UserError if an option, the config or the data is at fault.
     """
     if not options.settings and options.methods is None:
         unset = Options([], options.out, cell=options.cell, table=options.table)
@@ -98,10 +96,8 @@ def prepare(options: Options) -> Design:
 
 
 def keep(out: Path, design: Design) -> None:
-    """Keep the design in ``OUT``.
-
-    Raises:
-        UserError: ``OUT`` cannot be written, or a cell of another design is running there.
+    """Keep the design in ``OUT``. Raise UserError if that cannot be written, or another design's
+    cell runs there.
     """
     file = out / FILE
     if rank() or (file.is_file() and file.read_text() == design.text()):

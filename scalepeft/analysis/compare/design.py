@@ -103,9 +103,7 @@ def parse_rates(text: str, usual: float) -> list[float]:
 
 def read_method(name: str, shared: dict[str, Any] | None = None, lrs: str = "x1") -> Method:
     """Read a file of configs/adapters, or a YAML file; over it go ``shared`` settings of adapters.
-
-    Raises:
-        UserError: no such file, or one without a method or a rate; or as ``parse_rates``.
+    Raise UserError if there is none, or no method or usable rate in it.
     """
     if name.endswith((".yaml", ".yml")):
         label, values = Path(name).stem, config_files.values_of(name, [], [])

@@ -35,9 +35,6 @@ def run(
 ) -> int:
     """Run the checks and print them on rank 0; return 0, or 1 if there is something to fix. Without
     ``settings``, [CONFIG] [KEY=VALUE ...] of a run, the machine alone is looked at.
-
-    Raises:
-        UserError: a mistake in options or config.
     """
     if against_transformers:
         if run_dir is not None or as_json or timeout is not None:

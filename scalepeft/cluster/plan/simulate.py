@@ -239,9 +239,6 @@ def stretch(a: Figures, b: Figures, lengths: tuple[int, int], layers: int) -> Fi
 def simulate(config: RunConfig, folder: Path, world: int, per_node: int, step: Step) -> Figures:
     """Run one optimizer step of rank 0 on fake tensors; moments are named by the block's number.
     ``folder`` holds the ``config.json`` of a model; two micro-batches stand for more.
-
-    Raises:
-        UserError: a model or target that cannot be.
     """
     assert not dist.is_initialized(), "plan runs in a process of its own"
     tracker, ranks, shares = Tracker(per_node), Ranks(0, world), step.shares
