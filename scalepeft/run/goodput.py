@@ -27,7 +27,7 @@ class Goodput:
 
     @property
     def other(self) -> float:
-        """Between steps (logs, agreements, writing the adapter), and a dying start's last moments."""
+        """Between steps (logs, agreements, writing the adapter); a dying start's last moments."""
         return max(0.0, self.wall - self.steps - sum(getattr(self, key) for key in PARTS))
 
     @property

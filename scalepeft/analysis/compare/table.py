@@ -101,11 +101,6 @@ def _score(row: Row) -> str:
     return _interval(scale * row["score"], half, ".2f") + unit
 
 
-def _difference(row: Row) -> str:
-    gap = row["difference"]
-    return _interval(gap["mean"], gap["ci"], "+.4f") if gap else ""
-
-
 def body(result: dict[str, Any], reference: str) -> list[list[str]]:
     """The table with its header: the lowest loss first, then what lacks a seed, or has no loss."""
     rows = sorted(
@@ -117,7 +112,9 @@ def body(result: dict[str, Any], reference: str) -> list[list[str]]:
         "held-out loss": lambda r: _interval(r["loss"], r["loss_ci"]),
     }
     if any(r.get("difference") for r in rows):
-        columns[f"less {reference}'s"] = _difference
+        columns[f"less {reference}'s"] = lambda r: (
+            _interval(gap["mean"], gap["ci"], "+.4f") if (gap := r["difference"]) else ""
+        )
     if metric:
         columns[metric] = _score
     columns |= {
