@@ -116,7 +116,6 @@ class Pipeline:
         return inputs
 
     def _set_aside(self, name: str, forced: bool) -> None:
-
         if name == "merge" and (self.folder / "merged").is_dir():
             say(f"{self.folder}/merged: of the old adapter or settings: removed")
             shutil.rmtree(self.folder / "merged")

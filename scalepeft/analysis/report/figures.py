@@ -52,7 +52,6 @@ def label(name: str) -> str:
 
 
 def _line(i: int) -> dict[str, Any]:
-
     return {"color": f"C{i % 6}", "ls": ("-", "--", ":", "-.")[i // 6 % 4]}
 
 

@@ -120,7 +120,6 @@ class Translation(Task):
         return self.filled(row_id, template, asked, {"target": target}, **meta)
 
     def _pair(self, row: Any) -> tuple[str, str]:
-
         codes = (self.config.source_language, self.config.target_language)
         if not isinstance(row, dict) or not row:
             return text_field(row, "translation"), ""  # raises: a row of what it is
