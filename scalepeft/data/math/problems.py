@@ -30,8 +30,7 @@ class Problem:
 
 def read(row: Any, split: Split, ending: str) -> Problem:
     """The problem of a row of any of the formats; ``ending`` is that of ``MathConfig``. Rows of
-    ``test`` may lack a solution, and of LLM-Adapters have one of GPT's. UserError for any other
-    row.
+    ``test`` may lack a solution, and of LLM-Adapters have GPT's. UserError for any other row.
     """
     problem = _read(row, split, ending)
     return replace(problem, original=text_field(row, "original_question", required=False))
