@@ -1,6 +1,4 @@
-"""scalepeft: exact orthogonal and structured adapters for LLaMA-class models, 4-bit, sharded,
-preemptible.
-"""
+"""Exact orthogonal and structured adapters for LLaMA-class models, 4-bit, sharded, preemptible."""
 
 from typing import Any
 
@@ -8,17 +6,11 @@ __version__ = "0.1.0"
 # Imported on first use: ``python -m scalepeft`` takes over the signals before torch is loaded.
 _PUBLIC = {
     "adapt": "scalepeft.adapters.inject",
-    "effective_weight": "scalepeft.export.merge",
+    "effective_weight": "scalepeft.adapters.merged_weight",
     "inject": "scalepeft.adapters.inject",
     "load_adapter": "scalepeft.adapters.inject",
 }
-__all__ = [
-    "__version__",
-    "adapt",
-    "effective_weight",
-    "inject",
-    "load_adapter",
-]  # noqa: F822, RUF100
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

@@ -40,9 +40,7 @@ def engine_class(config: RunConfig) -> type[Engine]:
 
 
 def task_of(config: RunConfig, tokenizer: Any = None) -> Task:
-    """Returns the task that ``data.name`` picks; with the tokenizer its texts are what a model
-    sees.
-    """
+    """Returns the task that ``data.name`` picks; with the tokenizer its texts are a model's."""
     return registry.find_class("data.tasks", config.data.name, "task", Task)(config.data, tokenizer)
 
 

@@ -26,7 +26,7 @@ from scalepeft.core.fields import Decides
 from scalepeft.core.files import write_atomically, writing
 from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
-from scalepeft.core.preemption import FINISHED, StopFlag, Stopping, tell_job
+from scalepeft.core.preemption import FINISHED, StopFlag, tell_job
 from scalepeft.core.text import duration, table
 from scalepeft.data import prepared, token_file
 from scalepeft.data.rows import expand, paths_of
@@ -64,7 +64,7 @@ class Pipeline:
         self.base = base = open_base(config.model, ranks)
         self.task = task_of(config, base.tokenizer)
         self.prepared = task_of(self.config, base.tokenizer)  # over the prepared rows
-        self.task.poll = self.prepared.poll = self._poll
+        self.task.poll = self.prepared.poll = stop.check  # for work of rank 0 alone
         self.base_hashes = ranks.run_on_main(
             lambda: {"weights": base.fingerprint, "tokenizer": base.tokenizer_hash}
         )
@@ -85,11 +85,6 @@ class Pipeline:
                 say(f"{name}: done in {duration(manifest['seconds'])}")
                 tell_job("progress", f"{name} done")
         return FINISHED
-
-    def _poll(self) -> None:
-        """Raises Stopping once a signal came; for work of rank 0 alone."""
-        if self.stop.signal is not None:
-            raise Stopping
 
     def _rows(self, split: str) -> Path:
         return self.folder / "data" / f"{split}.jsonl"
@@ -121,7 +116,6 @@ class Pipeline:
         return inputs
 
     def _set_aside(self, name: str, forced: bool) -> None:
-        """Moves results of old inputs away."""
         if name == "merge" and (self.folder / "merged").is_dir():
             say(f"{self.folder}/merged: of the old adapter or settings: removed")
             shutil.rmtree(self.folder / "merged")
@@ -200,7 +194,7 @@ class Pipeline:
         summary: dict[str, Any] = stage.begun().get("splits", {})
         files: dict[Split, Path] = {}
         for split in SPLITS:
-            self._poll()
+            self.stop.check()
             if not getattr(self.raw.data, split):
                 continue
             path = files[split] = self._rows(split)
@@ -209,7 +203,7 @@ class Pipeline:
                 summary[split] = prepared.write(self.task, split, path) | {"file": facts(path)}
                 stage.note(splits=summary)
         summary |= prepared.overlaps(files)
-        self._poll()
+        self.stop.check()
         if self.config.pipeline.merge != "none":
             merge.check_method(self.config, self.base.folder)
         base, raw = self.base, self.raw
@@ -235,7 +229,7 @@ class Pipeline:
         if not made.is_file() or made.read_text() != key:
             settings = [f"model.path={self.config.model.path}", "engine.device=auto"]
             dtype = self.config.pipeline.dtype
-            merge.run(self.config.run_dir, str(target), settings, mode, dtype, key, self._poll)
+            merge.run(self.config.run_dir, str(target), settings, mode, dtype, key, self.stop.check)
         return _files(target)
 
 
@@ -268,12 +262,8 @@ def run(
 ) -> int:
     """Runs a config's pipeline in ``config.run_dir``; returns the exit code, 0 or 75.
 
-    Args:
-        config: of the run.
-        stop: polled; a stage that is stopped goes on with the next call.
-        first: do this stage and those after it again, though nothing has changed.
-        last: end after this stage.
-        only: this stage alone, as a job of a chain does; the ones before it must be done.
+    ``first``: this stage and those after it are done again, though nothing has changed; ``last``:
+    the end; ``only``: this stage alone, as a job of a chain does; the ones before it must be done.
 
     Raises:
         UserError: a mistake in config or data, a stage whose predecessors are not done, or the

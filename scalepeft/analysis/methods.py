@@ -24,11 +24,7 @@ HEADER = ["adapter", "parameters", "share", "cost", "lr", "merge", "export", "pa
 
 
 def run(model: str, as_json: bool) -> None:
-    """Print a table (or JSON) of the files of ``configs/adapters`` on a shape or model folder.
-
-    Raises:
-        UserError: no such shape or folder.
-    """
+    """Print a table (or JSON) of configs/adapters on a shape or folder, or raise UserError."""
     rows = [describe(name, model) for name in config_files.config_names("adapter")]
     if as_json:
         print(json.dumps({"model": model, "methods": rows}, indent=1))
@@ -47,10 +43,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 def describe(name: str, model: str) -> dict[str, Any]:
-    """One config on one model: parameters, share of all, forward cost, merge, exports, lr, paper.
-
-    A config that the model cannot take has ``refused`` with the reason instead.
-    """
+    """One config on one model, counted; with ``refused``, why, if the model cannot take it."""
     values = config_files.named_file("adapter", name)
     config = inject.adapter_config(values["adapter"])
     net = shapes.meta_model(model)

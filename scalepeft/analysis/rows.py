@@ -11,9 +11,9 @@ from scalepeft.config.schema import RunConfig, TrainConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.log import say
 from scalepeft.core.text import table
-from scalepeft.data import packing, token_file
+from scalepeft.data import token_file
 from scalepeft.data.loader import Order
-from scalepeft.data.packing import padded
+from scalepeft.data.packing import micro_batches, padded
 from scalepeft.data.tasks.base import SPLITS
 from scalepeft.data.tokens import IGNORED, TokenSet
 from scalepeft.models.hub import open_base
@@ -38,11 +38,9 @@ LEARNED, PLAIN = "\x1b[32m", "\x1b[0m"
 
 
 def run(settings: list[str], show: int) -> None:
-    """Reads and tokenizes as a training does, prints a table of counts, and the first ``show``
-    rows, decoded; what is learned is green on a terminal, between « and » elsewhere.
-
-    Raises:
-        UserError: as a training raises for its config, base and rows.
+    """Reads and tokenizes as a training does, and raises as it does; prints a table of counts, and
+    the first ``show`` rows, decoded, what is learned green on a terminal, between « and »
+    elsewhere.
     """
     if show < 0:
         raise UserError(f"--show {show}: expected a number of rows")
@@ -113,7 +111,7 @@ def _shares(lengths: torch.Tensor, train: TrainConfig, cutoff: int) -> dict[str,
         for i in range(0, len(rows), train.micro_batch):
             part = rows[i : i + train.micro_batch]
             taken["padded"] += len(part) * padded(max(part))
-        for lines in packing.micro_batches(rows, 1, budget, float("inf"))[0]:
+        for lines in micro_batches(rows, 1, budget, float("inf"))[0]:
             taken["packed"] += sum(padded(sum(rows[i] for i in line)) for line in lines)
     return {name: round(real / count, 3) for name, count in taken.items()}
 

@@ -191,11 +191,7 @@ def nodes_of(header: dict[str, str]) -> int | None:
 
 
 def ranks_of(header: dict[str, str]) -> int | None:
-    """Number of tasks; None where the header leaves it to Slurm.
-
-    Raises:
-        UserError: several nodes without a number of tasks on each.
-    """
+    """Number of tasks, None where it is Slurm's; UserError for several nodes without it."""
     total, per_node = header.get("--ntasks", ""), header.get("--ntasks-per-node", "")
     nodes = nodes_of(header) or 1
     if total:

@@ -54,13 +54,10 @@ def _runs(folder: Path) -> list[Path]:
 
 
 def comparison(folder: Path) -> dict[str, Any]:
-    """How a comparison stands.
-
-    Returns:
-        ``cells``: how many are ``done``, ``running`` (their trainer has given a sign of life),
-        ``failed``, ``broke`` (tried again by the next call), ``left`` (neither), of ``all``.
-        ``jobs``: step of the newest submission -> its Slurm ``job``, and in ``states`` how many of
-        its tasks are in which.
+    """How a comparison stands: of ``cells`` how many are ``done``, ``running`` (their trainer has
+    given a sign of life), ``failed``, ``broke`` (tried again by the next call), ``left``, of
+    ``all``; ``jobs``: step of the newest submission -> its Slurm ``job``, and in ``states`` how
+    many of its tasks are in which.
     """
     from scalepeft.analysis.compare.cells import Runner, reported, sweep
     from scalepeft.analysis.compare.design import Design
@@ -70,8 +67,9 @@ def comparison(folder: Path) -> dict[str, Any]:
     cells = [*sweep(runner.design), *reported(runner.design)]
     states = Counter(runner.result(cell)["state"] for cell in cells)
     begun = {file.parent for file in folder.glob("cells/*/*/*.begun.json")}
-    alive = [r for r in begun if (r / "events.jsonl").is_file() and _runs_now(status(r))]
-    states["running"] = min(len(alive), states["missing"])
+    stands = (status(run)["state"] for run in begun if (run / "events.jsonl").is_file())
+    alive = sum(state.lower().startswith("running") for state in stands)
+    states["running"] = min(alive, states["missing"])
     states["left"] = states["missing"] - states["running"]
     jobs = {
         step: {"job": job, "states": dict(Counter(map(state_word, ask_all(job))))}
@@ -79,10 +77,6 @@ def comparison(folder: Path) -> dict[str, Any]:
     }
     count = {state: states[state] for state in ("done", "running", "failed", "broke", "left")}
     return {"run": str(folder), "cells": {**count, "all": len(cells)}, "jobs": jobs}
-
-
-def _runs_now(one: dict[str, Any]) -> bool:
-    return one["state"].lower().startswith("running")
 
 
 def _lines(one: dict[str, Any]) -> list[str]:
@@ -111,5 +105,5 @@ def _of_run(one: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "restarts", f"{one['restarts']}, time lost to them {duration(one['lost_seconds'])}"
     if (eta := one["eta_seconds"]) is not None:
         end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + eta))
-        when = f", {end}" if _runs_now(one) else " once it runs"
+        when = f", {end}" if one["state"].lower().startswith("running") else " once it runs"
         yield "ETA", f"{duration(eta)}{when}, without further restarts"

@@ -1,7 +1,5 @@
-"""``launch/submit``: code and resolved config into the run folder, then sbatch.
-
-What a look at config, data and run folder can refuse is refused here and not after hours in the
-queue.
+"""``launch/submit``: code and resolved config into the run folder, then sbatch. What a look at
+config, data and run folder can refuse is refused here and not after hours in the queue.
 """
 
 import itertools

@@ -19,11 +19,8 @@ LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveM
 
 
 def run(settings: list[str], reference: str | None = None) -> None:
-    """Print the config of ``[CONFIG] KEY=VALUE ...`` as YAML, or the reference of a section.
-
-    Args:
-        settings: a config, then settings over it.
-        reference: a section; empty for all of them; None for the resolved config.
+    """Print the config of ``[CONFIG] KEY=VALUE ...`` as YAML, or if it is not None the reference of
+    a section, of all if empty.
     """
     if reference is None:
         print(dump(files.load(*files.config_first(settings))[0]), end="")
@@ -32,11 +29,7 @@ def run(settings: list[str], reference: str | None = None) -> None:
 
 
 def reference_page(section: str = "") -> str:
-    """Every key with type, default and meaning, in Markdown; of one section, or of all.
-
-    Raises:
-        UserError: no such section.
-    """
+    """Every key of a section, or of all, with type, default and meaning, in Markdown."""
     sections = [*PLAIN, *NAMED]
     if section and section not in sections:
         raise unknown("section", section, sections)

@@ -25,9 +25,7 @@ def config_first(settings: list[str]) -> tuple[str | None, list[str]]:
 
 
 def config_root() -> Path:
-    """The folder of the shipped YAML files: inside an installed package, or beside it in a
-    checkout.
-    """
+    """The folder of the shipped YAML files: in an installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"

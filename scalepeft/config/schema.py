@@ -149,9 +149,7 @@ class PipelineConfig:
 
 @plain_dataclass(frozen=True)
 class RunConfig:
-    """Everything that defines a run; ``adapter``, ``engine`` and ``data`` are of the class their
-    ``name`` picks.
-    """
+    """All that defines a run; adapter, engine and data are of the class that ``name`` picks."""
 
     run_dir: str
     model: ModelConfig
@@ -223,9 +221,7 @@ def every_class() -> Iterator[tuple[str, type]]:
 
 
 def use_extensions(folder: Any) -> str | None:
-    """Put the names of a folder into the registries; return its absolute path. Without a folder
-    ``$SCALEPEFT_EXTENSIONS`` is taken.
-    """
+    """Register the names of a folder (else ``$SCALEPEFT_EXTENSIONS``); return its absolute path."""
     folder = folder or os.environ.get("SCALEPEFT_EXTENSIONS")
     if not folder:
         return None
@@ -285,9 +281,7 @@ def protocol_values(task: type[TaskConfig], name: str | None) -> dict[str, dict[
 
 
 def deviations(config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (the protocol's value, the one here) where a run departs from its
-    ``data.protocol``; empty without one.
-    """
+    """Dotted key -> (the value of ``data.protocol``, the one here) where they differ."""
     values = dict(flatten(to_dict(config)))
     fixed = dict(flatten(protocol_values(type(config.data), config.data.protocol)))
     expected = {"evaluate.limit": None, **fixed} if fixed else {}

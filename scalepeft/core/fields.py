@@ -1,6 +1,4 @@
-"""Field types that all config dataclasses share, the marks of what a field decides, and their
-one-line validation errors.
-"""
+"""Field types of all config dataclasses, what a field decides, and their one-line errors."""
 
 import dataclasses
 from enum import Enum
@@ -16,9 +14,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]  # shifted by 32 bits into torch's 
 
 
 class Decides(Enum):
-    """What another value of a setting changes. Each field carries at least one of these, as
-    ``Annotated[int, Decides.TRAINING]`` or by its class's ``DECIDES``; ``config/changes.py`` says
-    what follows from them.
+    """What another value of a setting changes. A field carries at least one of these, as
+    ``Annotated[int, Decides.TRAINING]`` or by its class's ``DECIDES``; see ``config/changes.py``.
     """
 
     ROWS = "which rows there are, and their text"

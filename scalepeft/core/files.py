@@ -1,13 +1,12 @@
 """Small files: atomic writes, fsync, digests, JSON lines, mappings."""
 
-import contextlib
 import hashlib
 import json
 import os
 import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def write_atomically(path: Path, content: str | bytes | Iterable[bytes]) -> None
         fsync(temporary)
         temporary.replace(path)
     except BaseException:  # what makes the content may stop it
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             temporary.unlink()
         raise
     fsync(path.parent)
@@ -104,9 +103,7 @@ NUMBERS = {
 
 
 def lines_of(file: Path, newest_first: bool = False) -> Iterator[bytes]:
-    """Lines of a file with their ends, one at a time; none without a file. From its end, no more
-    is read than is asked for.
-    """
+    """Lines of a file, if there is one, with their ends; no more is read than is asked for."""
     if not file.is_file():
         return
     with file.open("rb") as f:
@@ -124,10 +121,8 @@ def lines_of(file: Path, newest_first: bool = False) -> Iterator[bytes]:
 
 
 def read_line(line: bytes, *keys: str) -> dict[str, Any] | None:
-    """The row in a JSON line; None if it is torn or broken, lacks one of these keys, or has no
-    number where one belongs.
-    """
-    with contextlib.suppress(ValueError):
+    """The row in a JSON line; None if it is broken, lacks a key, or a number where one belongs."""
+    with suppress(ValueError):
         row = json.loads(line)
         if isinstance(row, dict) and row.keys() >= {*keys}:
             numbers = all(type(row[key]) in (int, float) for key in NUMBERS & row.keys())

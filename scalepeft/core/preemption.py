@@ -35,19 +35,15 @@ class StopFlag:
     when the grace is over, in the middle of the save. Slurm itself kills what hangs.
 
     The C-level handler writes the signal number into a pipe and a thread reads it, so that a signal
-    is seen at once even while the main thread sits in a collective. The handlers themselves do
-    nothing.
+    is seen at once even while the main thread sits in a collective.
     """
 
     def __init__(self) -> None:
-        self.launched = time.time()
-        """When this process began, in seconds of the epoch: start-up is counted from here."""
+        self.launched = time.time()  # seconds of the epoch; start-up is counted from here
         self.signal: int | None = None
-        self.planned = False
-        """The stop is ``train.stop_at``'s: nobody asked the job to come back."""
+        self.planned = False  # the stop is ``train.stop_at``'s: nobody asked the job to come back
+        self.saved = False  # the agreed save is on disk: even a second signal means exit code 75
         self._patient = "SLURM_JOB_ID" in os.environ
-        self.saved = False
-        """The agreed save is on disk: from here on even a second signal means exit code 75."""
         self._first_at = 0.0
 
     def install(self) -> "StopFlag":
@@ -74,6 +70,11 @@ class StopFlag:
             return
         elif now - self._first_at >= SAME_EVENT_SECONDS:
             self._leave(number)
+
+    def check(self) -> None:
+        """Raise Stopping once a signal came."""
+        if self.signal is not None:
+            raise Stopping
 
     def guard(self, work: Callable[[], int | None], what: str, again: str) -> int:
         """Return the exit code of ``work`` (None: 0); 75 where a signal stopped it, once rank 0 has
@@ -104,9 +105,8 @@ class StopFlag:
 
 
 def tell_job(name: str, text: str) -> None:
-    """Leave ``progress`` or ``stopped`` for the job script, if there is one.
-
-    A disk that refuses is reported and no more: the state has been saved.
+    """Leave ``progress`` or ``stopped`` for the job script, if there is one. A disk that refuses is
+    reported and no more: the state has been saved.
     """
     folder = os.environ.get("SCALEPEFT_JOB_STATE")
     if not folder:

@@ -7,6 +7,7 @@ name that the format gives it.
 
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -39,12 +40,8 @@ class Stored:
 
 
 class SafetensorsFile:
-    """A file's header, read and checked, and its bytes by ranges with ``pread``.
-
-    Attributes:
-        tensors: by name, in the order of their bytes.
-        header: its bytes.
-        bytes_read: by ``read``, in all.
+    """A file's header, read and checked; ``tensors`` by name, in the order of their bytes, which
+    are read by ranges with ``pread``.
 
     Raises:
         DamagedFile: truncated, longer than its header says, or not safetensors.
@@ -98,62 +95,39 @@ class SafetensorsFile:
             yield self.read(start, min(size, tensor.stop - start))
 
 
-class Writer:
-    """Write a file tensor by tensor, each in pieces of bytes, and hash what was to be written; on
-    leaving the context it is on the disk.
+def write(
+    path: Path,
+    tensors: Iterable[tuple[str, str, Sequence[int], int]],
+    pieces: Iterable[bytes | bytearray | memoryview],
+    metadata: dict[str, str] | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Write a file through to the disk; return ``bytes`` and ``sha256`` of what was to be written.
 
     Args:
-        path: of the file; one that is there is replaced.
-        tensors: (name, safetensors' dtype, shape, bytes) in the order in which they will come.
+        path: a file that is there is replaced.
+        tensors: (name, safetensors' dtype, shape, bytes) in the order of their bytes.
+        pieces: these bytes, in pieces of any size.
         metadata: of the file.
         check: called every 16 MiB; may raise.
-
-    Raises:
-        OSError: the disk refuses.
     """
-
-    def __init__(
-        self,
-        path: Path,
-        tensors: Iterable[tuple[str, str, Sequence[int], int]],
-        metadata: dict[str, str] | None = None,
-        check: Callable[[], None] = lambda: None,
-    ) -> None:
-        table: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-        end = 0
-        for name, dtype, shape, size in tensors:
-            offsets = [end, end + size]
-            table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
-            end += size
-        header = json.dumps(table).encode()
-        header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8
-        self._head = len(header).to_bytes(8, "little") + header
-        self.size = len(self._head) + end
-        self._path, self._check, self._digest = path, check, hashlib.sha256()
-
-    def __enter__(self) -> "Writer":
-        self._file = self._path.open("wb", buffering=0)
-        self.write([self._head])
-        return self
-
-    def write(self, pieces: Iterable[bytes | bytearray | memoryview]) -> None:
-        """Appends the bytes of the next tensor."""
-        for data in pieces:
+    table: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, dtype, shape, size in tensors:
+        offsets = [end, end + size]
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        end += size
+    header = json.dumps(table).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8
+    head, digest = len(header).to_bytes(8, "little") + header, hashlib.sha256()
+    with path.open("wb", buffering=0) as f:
+        for data in itertools.chain([head], pieces):
             for start in range(0, len(data), PIECE_BYTES):
-                self._check()
+                check()
                 piece = memoryview(data)[start : start + PIECE_BYTES]
-                self._digest.update(piece)
+                digest.update(piece)
                 while piece:
-                    piece = piece[self._file.write(piece) :]
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """``bytes`` and ``sha256`` of the file, for a manifest."""
-        return {"bytes": self.size, "sha256": self._digest.hexdigest()}
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Close the file; one that lacks bytes is our own bug."""
-        with self._file:
-            if kind is None:
-                os.fsync(self._file.fileno())
-                assert self._file.tell() == self.size, (self._path, self._file.tell(), self.size)
+                    piece = piece[f.write(piece) :]
+        os.fsync(f.fileno())
+        assert f.tell() == len(head) + end, (path, f.tell(), end)  # else it is our own bug
+    return {"bytes": len(head) + end, "sha256": digest.hexdigest()}

@@ -27,13 +27,8 @@ def state_word(task: dict[str, str]) -> str:
     return task["JobState"] + (f" ({reason})" if reason not in ("None", "") else "")
 
 
-def ask_slurm(job: str) -> dict[str, str]:
-    """JobState, Reason, Restarts, NodeList of a job; empty where no Slurm knows it."""
-    return next(iter(ask_all(job)), {})
-
-
 def ask_all(job: str) -> list[dict[str, str]]:
-    """The same of each task of an array; of another job the one."""
+    """JobState, Reason, Restarts, NodeList of each of a job's tasks; none if no Slurm knows it."""
     text = output_of("scontrol", "-o", "show", "job", job)
     if tasks := [dict(re.findall(r"(\S+?)=(\S*)", line)) for line in text.splitlines()]:
         return [task for task in tasks if "JobState" in task]

@@ -103,9 +103,7 @@ def _cells(line: str) -> list[str]:
 
 
 def _joined(files: list[str], texts: list[str], split: Split) -> Numbered:
-    """CoVoST-2's translations with the sentences of Common Voice, in the order of the latter, as
-    get_covost_splits.py writes them.
-    """
+    """CoVoST-2's translations with Common Voice's sentences, as get_covost_splits.py joins them."""
     if "translation" not in _header(texts[0]):
         files, texts = files[::-1], texts[::-1]
     wanted: dict[str, Any] = {}

@@ -1,8 +1,7 @@
-"""What a tokenizer is to see of a row: conversations through a chat template, and no control token
-that a row's text spells.
-"""
+"""What a tokenizer is to see: conversations as text, and no control token that a row spells."""
 
 import re
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ from scalepeft.core.errors import UserError
 from scalepeft.data.rows import fill
 
 SEAM = "\ufdd1"
-"""A noncharacter of Unicode, put inside what a tokenizer would read as a control token.
-``tokens.encode`` takes its tokens out again."""
+"""A noncharacter put inside what would be a control token; ``tokens.encode`` takes it out again."""
 
 UNSAID = ({"tools"}, {"tool_calls"}, {"reasoning_content", "thinking", "reasoning"})
 """Keys of conversations that say something (of a set, transformers takes one for the other): a
@@ -20,24 +18,23 @@ template must not pass over them in silence."""
 
 TODAY = re.compile(r"""strftime_now\((["'])(.*?)\1\)""")
 DATE = datetime(2024, 7, 26)
-"""Today, where a chat template writes it: rows must not depend on the day that a run is started.
-LLaMA 3's falls back on this one."""
+"""Today in chat templates (LLaMA 3's own default), lest rows depend on the day of a start."""
 
 Messages = list[dict[str, Any]]
 
 
 class Renderer:
-    """Texts of one tokenizer.
-
-    Args:
-        template: a chat template, or a file that holds one; None: the tokenizer's own.
-        parse: what spells a control token in a row is one (rows that were rendered before).
+    """Texts of one tokenizer. ``template``: a chat template, or a file that holds one; None: its
+    own. ``parse``: what spells a control token in a row is one (rows that were rendered before).
     """
 
     def __init__(self, tokenizer: Any, template: str | None = None, parse: bool = False) -> None:
         self.tokenizer = tokenizer
         self.given = None if template is None else _template(template)
-        self.chat_template = self.given or _own(tokenizer)
+        self.chat_template = self.given
+        if self.given is None:
+            with suppress(AttributeError, ValueError):  # it has none, or several without a default
+                self.chat_template = tokenizer.get_chat_template()
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         marks = {str(t) for t in added if t.special} | set(tokenizer.all_special_tokens)
         listed = sorted((re.escape(mark) for mark in marks if len(mark) > 1), key=len, reverse=True)
@@ -83,10 +80,8 @@ class Renderer:
         return self.plain(value) if isinstance(value, str) else value
 
     def render(self, messages: Messages, ask: bool, **more: Any) -> str:
-        """The conversation as text; ``ask``: up to where the assistant is to write.
-
-        Raises:
-            UserError: there is no template, or it refuses these messages.
+        """The conversation as text; ``ask``: up to where the assistant is to write. Raises
+        UserError: there is no template, or it refuses these messages.
         """
         if not messages:
             raise UserError(
@@ -109,8 +104,8 @@ class Renderer:
                 )
         try:
             text: str = self.tokenizer.apply_chat_template(
-                messages, chat_template=TODAY.sub(_today, template), tokenize=False,
-                add_generation_prompt=ask, **more,
+                messages, tokenize=False, add_generation_prompt=ask, **more,
+                chat_template=TODAY.sub(lambda call: repr(DATE.strftime(call[2])), template),
             )  # fmt: skip
         except Exception as error:  # whatever a template calls
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -121,11 +116,8 @@ class Renderer:
         self, messages: Messages, turns: bool, tools: Any = None
     ) -> tuple[str, str, list[list[int]]]:
         """(prompt, completion, learned parts of the prompt as [begin, end)) of a conversation that
-        ends with the assistant's turn. ``turns``: its earlier ones are learned too.
-
-        Raises:
-            UserError: as ``render``; or the template writes a conversation so that a turn cannot be
-                found in it.
+        ends with the assistant's turn. ``turns``: its earlier ones are learned too. Raises
+        UserError: as ``render``, and where the template's text does not tell the turns.
         """
         messages, more = self.shut(messages), {"tools": self.shut(tools)} if tools else {}
         whole = self.render(messages, False, **more).rstrip()
@@ -155,48 +147,25 @@ class Renderer:
         """What of ``text``, these messages rendered, stands before the last of them, an answer."""
         asked = self.render(messages[:-1], True, **more)
         said = str(messages[-1].get("content") or "").strip()
-        if _bare(said) not in _bare(text):
+        if "".join(said.split()) not in "".join(text.split()):  # templates are free with spaces
             raise UserError(
                 "the chat template leaves out a part of an answer that is to be learned (its"
                 " thoughts?): take it out of the row, or name another data.chat_template"
             )
         # Some templates begin an answer with what they leave out of one that is given ("<think>").
-        found = _common(asked, text)
+        pairs = enumerate(zip(asked, text, strict=False))
+        found = asked[: next((i for i, (a, b) in pairs if a != b), min(len(asked), len(text)))]
         if found != asked and 0 <= (begin := text.rfind(said)) < len(found):
             return text[:begin]  # an answer that begins as that does ("<")
         return found
 
 
 def _open(text: str, longer: str, tokenizer: Any) -> str:
-    """A conversation's text, without the end-of-text that some templates put behind its last turn
-    alone."""
+    """A conversation's text, without an end-of-text that its template puts behind the last turn."""
     end = tokenizer.eos_token
     if longer.startswith(text) or not end or not text.endswith(end):
         return text
     return text.removesuffix(end).rstrip()
-
-
-def _common(one: str, other: str) -> str:
-    """The beginning that two texts share."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return one[: next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))]
-
-
-def _today(call: re.Match[str]) -> str:
-    return repr(DATE.strftime(call[2]))
-
-
-def _bare(text: str) -> str:
-    """Without spaces, which templates are free with."""
-    return "".join(text.split())
-
-
-def _own(tokenizer: Any) -> str | None:
-    try:
-        found: str = tokenizer.get_chat_template()
-    except (AttributeError, ValueError):  # it has none, or several without a default
-        return None
-    return found
 
 
 def _template(given: str) -> str:

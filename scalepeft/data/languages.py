@@ -23,9 +23,7 @@ TOKENIZERS = {
 
 
 def language(code: str) -> str:
-    """The language of a code without script or region, in two letters where it has two: ``de`` of
-    ``deu_Latn``, ``zh`` of ``zh-CN``; an unknown one as it is.
-    """
+    """The language of a code, in two letters if it has such: ``de`` of ``deu_Latn``, ``de-AT``."""
     first = code.replace("-", "_").split("_")[0].lower()
     return SHORT.get(first, first)
 

@@ -2,7 +2,6 @@
 
 import math
 import signal
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
@@ -11,16 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from scalepeft.data import packing
-from scalepeft.data.packing import padded
+from scalepeft.data.packing import micro_batches, padded
 from scalepeft.data.tokens import IGNORED, TokenSet, label_places
 from scalepeft.parallel.ranks import Ranks
 
 
 class Order:
-    """The global sample order: ``index -> row`` is a permutation of the rows in each epoch, a
-    function of (seed, epoch).
-    """
+    """The global order: ``index -> row``, in each epoch a permutation made of (seed, epoch)."""
 
     def __init__(self, rows: int, seed: int) -> None:
         self.rows, self.seed = rows, seed
@@ -75,12 +71,15 @@ Line = list[tuple[int, int]]
 
 
 class _Rows(Dataset[Any]):
-    """Micro-batches of one rank as a map-style data set: item = lines -> padded tensors."""
+    """A rank's part of a step as an item of a map-style data set: lines -> padded tensors."""
 
     def __init__(self, tokens: TokenSet, packed: bool) -> None:
         self.tokens, self.packed = tokens, packed
 
-    def __getitem__(self, lines: list[Line]) -> tuple[Tensor, ...]:
+    def __getitem__(self, micro: list[list[Line]]) -> list[tuple[Tensor, ...]]:
+        return [self._padded(lines) for lines in micro]
+
+    def _padded(self, lines: list[Line]) -> tuple[Tensor, ...]:
         rows = [[self.tokens.row(r) for _, r in line] for line in lines]
         longest = max((sum(map(len, line)) for line in rows), default=1)
         shape = max(1, len(lines)), padded(longest)
@@ -115,11 +114,6 @@ class Loader:
     Sample ``i`` of a step goes to rank ``i % world_size``; where lines are packed, to any rank, so
     that all have about as many tokens. All ranks get as many micro-batches, if need be without a
     row. Padding is on the right of a causal model and carries no label.
-
-    Args:
-        micro_batch: rows of a micro-batch that is not packed.
-        micro_tokens: tokens of one that is; None: not packed.
-        width: as ``packing.lines`` takes it.
     """
 
     tokens: TokenSet
@@ -128,9 +122,9 @@ class Loader:
     steps: int
     _: KW_ONLY
     global_batch: int
-    micro_batch: int
-    micro_tokens: int | None = None
-    width: float = float("inf")
+    micro_batch: int  # rows of one that is not packed
+    micro_tokens: int | None = None  # tokens of one that is; None: not packed
+    width: float = float("inf")  # as ``packing.lines`` takes it
     seed: int = 0
     workers: int = 0
     shuffle: bool = True
@@ -150,34 +144,23 @@ class Loader:
         pairs, (rank, world) = self.step_pairs(step), (self.ranks.rank, self.ranks.world_size)
         if self.micro_tokens is not None:
             lengths = [len(self.tokens.row(row)) for _, row in pairs]
-            dealt = packing.micro_batches(lengths, world, self.micro_tokens, self.width)[rank]
+            dealt = micro_batches(lengths, world, self.micro_tokens, self.width)[rank]
             return [[[pairs[i] for i in line] for line in lines] for lines in dealt]
         mine, size = [[pair] for pair in pairs[rank::world]], self.micro_batch
         most = math.ceil(len(pairs) / world)
         return [mine[i : i + size] for i in range(0, most, size)]
 
     def __iter__(self) -> Iterator[StepBatch]:
-        last = self.first_step + self.steps
-        counts = deque[int]()
-
-        def sampler() -> Iterator[list[Line]]:
-            for step in range(self.first_step, last):
-                micro = self._micro(step)
-                counts.append(len(micro))
-                yield from micro
-
+        steps = range(self.first_step, self.first_step + self.steps)
         loader = DataLoader(
             _Rows(self.tokens, self.micro_tokens is not None),
-            sampler=sampler(),
+            sampler=map(self._micro, steps),
             batch_size=None,
             num_workers=self.workers,
             worker_init_fn=_quiet_worker if self.workers else None,
             pin_memory=self.ranks.device.type == "cuda",
             generator=torch.Generator(),  # its workers' seed, else from the global one
         )
-        stream = iter(loader)
-        for step in range(self.first_step, last):
+        for step, micro in zip(steps, loader, strict=True):
             rows = [row for _, row in self.step_pairs(step)]
-            micro = [MicroBatch(*next(stream))]
-            micro += [MicroBatch(*next(stream)) for _ in range(counts.popleft() - 1)]
-            yield StepBatch(step, micro, *self.tokens.count(rows))
+            yield StepBatch(step, [MicroBatch(*one) for one in micro], *self.tokens.count(rows))

@@ -36,9 +36,7 @@ def write(task: Task, split: Split, path: Path) -> dict[str, Any]:
 
 
 def overlaps(files: dict[Split, Path]) -> dict[str, int]:
-    """``test_questions_in_train`` and so on: how many questions two splits share, but for case and
-    spacing; says those that do.
-    """
+    """``test_questions_in_train`` and so on: how many two splits share, but for case and spaces."""
     asked: dict[str, set[str]] = {
         split: {
             " ".join(str(row["meta"].get("question", row["prompt"])).lower().split())

@@ -52,9 +52,7 @@ def content(source: str) -> str:
 
 
 def expand(sources: list[str], key: str) -> list[str]:
-    """Resolves patterns; keeps ``hf://`` sources and pairs of files. Raises UserError where a name
-    matches no file.
-    """
+    """Resolves patterns, but of ``hf://`` and pairs. Raises UserError where one matches no file."""
     files: list[str] = []
     for source in sources:
         gone = [path for path in paths_of(source) if not path.is_file()]
@@ -75,9 +73,7 @@ def absent(path: Path) -> str:
 
 
 def source_labels(files: list[str]) -> list[str]:
-    """Names sources in example ids: the last two parts of the path, more where two files would
-    share them.
-    """
+    """Names sources in example ids: the path's last two parts, more where two would be the same."""
     for parts in range(2, 64):
         labels = [f if f.startswith("hf://") else "/".join(Path(f).parts[-parts:]) for f in files]
         if len(set(labels)) == len(set(files)):
@@ -255,9 +251,7 @@ class BrokenRow:
 
 
 def text_field(row: Any, key: str, required: bool = True) -> str:
-    """``row[key]`` as text; null is missing where it may be. Raises UserError for what is missing,
-    empty, not text or not UTF-8.
-    """
+    """``row[key]`` as text, "" for a null that may be; UserError: missing, empty, not UTF-8."""
     if isinstance(row, BrokenRow):
         raise UserError(row.reason)
     if not isinstance(row, dict):

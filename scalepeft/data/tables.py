@@ -116,9 +116,7 @@ def _batches(file: Path) -> Iterator[Any]:
 
 def builder(source: str) -> tuple[Any, str]:
     """What ``datasets`` knows of a hub set or a local folder before it reads rows, and the split.
-
-    Raises:
-        UserError: there is none such, or a revision is asked for where the hub cannot be reached.
+    Raises UserError: there is none such, or a revision is asked for and no hub can be reached.
     """
     name, revision, config, split = hub_name(source)
     split = split or "train"

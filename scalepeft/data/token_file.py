@@ -131,11 +131,8 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def files(task: Task, tokenizer: Any, vocab_size: int, ends: list[int]) -> dict[Split, Path]:
-    """The files of the training and validation rows.
-
-    Raises:
-        UserError: bad files or rows, nothing left to train on, or token ids beyond the model's
-            vocabulary.
+    """The files of the training and validation rows. Raises UserError: bad files or rows, nothing
+    left to train on, or token ids beyond the model's vocabulary.
     """
     config, found = task.config, dict[Split, Path]()
     splits: tuple[Split, ...] = ("train",)
@@ -162,10 +159,8 @@ def files(task: Task, tokenizer: Any, vocab_size: int, ends: list[int]) -> dict[
 def prepared(
     found: dict[Split, Path], config: TaskConfig, seed: int
 ) -> tuple[TokenSet, TokenSet | None, list[str]]:
-    """Training and validation rows, and what is to be said of them.
-
-    Raises:
-        UserError: ``data.valid_size`` leaves nothing to train on.
+    """Training and validation rows, and what is to be said of them. Raises UserError:
+    ``data.valid_size`` leaves nothing to train on.
     """
     sets, report = dict[str, TokenSet](), list[str]()
     for split, file in found.items():
@@ -181,13 +176,6 @@ def prepared(
     held_out = "" if valid is None else f", {len(valid)} held out"
     report.append(f"data: {len(train)} training rows{held_out}")
     return train, valid, report
-
-
-def prepare(
-    task: Task, tokenizer: Any, vocab_size: int, seed: int, ends: list[int] | None = None
-) -> tuple[TokenSet, TokenSet | None, list[str]]:
-    """Reads and tokenizes, on one rank; see ``files`` and ``prepared``."""
-    return prepared(files(task, tokenizer, vocab_size, ends or []), task.config, seed)
 
 
 def cut_rows(tokens: TokenSet, config: TaskConfig, split: str) -> list[str]:

@@ -103,13 +103,12 @@ def ids_of(raw: Tensor) -> Tensor:
 
 @dataclass
 class Rows:
-    """Tokens of examples, row by row: ``(values as in a TokenSet, label_start)``; counts those that
-    the cut left out.
+    """Tokens of examples, row by row: ``(values as in a TokenSet, label_start)``; counts what the
+    cut left out.
 
     With ``config.tokenize`` ``apart`` training sees the very prompt tokens generation starts from.
-    ``together``, as conversations are in any case, the first label is the first token that reaches
-    into the completion, wherever the tokenizer puts the border. A row ends with one end-of-text, or
-    with another of ``ends``.
+    ``together``, and in conversations, the first label is the first token that reaches into the
+    completion. A row ends with one end-of-text, or with another of ``ends``.
     """
 
     examples: Iterable[Example]
@@ -152,18 +151,6 @@ class Rows:
             yield from (_together if joined else _apart)(list(examples), self.tokenizer)
 
 
-def tokenize(
-    examples: Iterable[Example], tokenizer: Any, config: TaskConfig, ends: Iterable[int] = ()
-) -> TokenSet:
-    """Tokens of examples, in memory; see ``Rows``."""
-    rows = Rows(examples, tokenizer, config, list(ends))
-    made = list(rows)
-    values = np.concatenate([v for v, _ in made]) if made else np.empty(0, dtype=np.int32)
-    offsets = torch.tensor([0, *(len(v) for v, _ in made)]).cumsum(0)
-    starts = torch.tensor([start for _, start in made], dtype=torch.int32)
-    return TokenSet(torch.from_numpy(values), offsets, starts, rows.dropped, rows.cut, rows.lost)
-
-
 Pairs = Iterator[tuple[list[int], int, list[list[int]]]]
 """Of each example: tokens, how many of them are the prompt's, its learned parts in tokens."""
 
@@ -180,18 +167,12 @@ def _together(examples: list[Example], tokenizer: Any) -> Pairs:
     for example, (ids, spans) in zip(examples, encode(texts, tokenizer, where=True), strict=True):
         # A special token has the empty span (0, 0), so BOS is on the prompt's side.
         inside = (i for i, (_, end) in enumerate(spans) if end > len(example.prompt))
-        yield ids, next(inside, len(ids)), _learned(example, spans)
-
-
-def _learned(example: Example, spans: list[tuple[int, int]]) -> list[list[int]]:
-    """The learned parts of a prompt, from characters to tokens."""
-    return [
-        [
-            next(i for i, (_, e) in enumerate(spans) if e > begin),
-            next((i for i, (b, e) in enumerate(spans) if b >= end and e > b), len(spans)),
-        ]
-        for begin, end in example.learned
-    ]
+        learned = []
+        for begin, end in example.learned:  # in characters
+            first = next(i for i, (_, e) in enumerate(spans) if e > begin)
+            after = (i for i, (b, e) in enumerate(spans) if b >= end and e > b)
+            learned.append([first, next(after, len(spans))])
+        yield ids, next(inside, len(ids)), learned
 
 
 def encode(
@@ -227,9 +208,7 @@ def _without_seams(text: str, ids: list[int], spans: list[tuple[int, int]]) -> E
 
 
 def strip_eos(ids: list[int], tokenizer: Any) -> list[int]:
-    """Removes an end-of-text token that some tokenizers put after every text: a prompt must stay
-    open.
-    """
+    """Removes an end-of-text token that some tokenizers put after every text."""
     end = tokenizer.eos_token_id
     alone = ids == [end] and end == getattr(tokenizer, "bos_token_id", None)  # it is the BOS
     return ids[:-1] if ids and ids[-1] == end and not alone else ids

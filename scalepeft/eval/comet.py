@@ -52,12 +52,8 @@ def write(folder: Path, rows: list[Scored]) -> None:
 
 
 def compute(folder: Path, stop: StopFlag | None = None) -> dict[str, Any] | None:
-    """Score the texts in ``folder/comet``; return what ``folder/comet.json`` then holds.
-
-    Returns:
-        ``score`` and ``ci95`` (times 100), ``rows``, ``sources`` (name -> score), ``model``,
-        ``command``; None if ``SCALEPEFT_COMET`` is not set and these texts have not been scored
-        yet.
+    """Score the texts in ``folder/comet``; return what ``folder/comet.json`` then holds (``score``
+    and ``ci95`` times 100), None if ``SCALEPEFT_COMET`` is not set and these texts are not scored.
 
     Raises:
         UserError: no such program, it failed, or its output is not COMET's.

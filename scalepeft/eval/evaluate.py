@@ -134,7 +134,6 @@ def _settings(
 
 
 def _generator(target: EvalTarget, left: list[Example], ranks: Ranks, poll: Any) -> Backend:
-    """The backend that answers, with its model loaded."""
     config = target.config
     if config.evaluate.backend == "vllm":
         found: Backend = vllm.Generator(target, [e.prompt for e in left])

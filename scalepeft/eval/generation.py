@@ -20,9 +20,7 @@ from scalepeft.models.hub import positions
 
 
 class Progress:
-    """Lines with rows a second and the time that is left; the first batch or lot, which warms up
-    and has the longest rows, does not count.
-    """
+    """Lines with rows a second and the time left; the first lot, which warms up, does not count."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done, self.first = total, 0, 0
@@ -48,21 +46,16 @@ class Progress:
 class Backend:
     """Continues prompts; only ``config`` (length limits, beams, stop texts) decides how. Prompts
     get the tokenizer's special tokens (BOS). ``generate`` is the backend's own.
-
-    Attributes:
-        ends: tokens that end an answer; ``Base.ends`` has those of a base.
     """
 
     def __init__(self, tokenizer: Any, config: EvaluateConfig, positions: int | None) -> None:
         self.tokenizer, self.config, self.positions = tokenizer, config, positions or sys.maxsize
+        # Tokens that end an answer; ``Base.ends`` has those of a base.
         self.ends: list[int] = [tokenizer.eos_token_id]
 
     def stream(self, prompts: list[str]) -> Iterator[list[tuple[int, str, bool]]]:
         """Answers, some at once: number of the prompt, its new text alone, and whether the prompt
-        lost its beginning.
-
-        Raises:
-            UserError: as ``encoded``.
+        lost its beginning; raises as ``encoded``.
         """
         ids, limits, cut = self.encoded(prompts)
         pairs = zip(self.generate(ids, limits), limits, strict=True)
@@ -71,10 +64,7 @@ class Backend:
 
     def encoded(self, prompts: list[str]) -> tuple[list[list[int]], list[int], list[bool]]:
         """Tokens of each prompt, the most of its answer, and whether it lost its beginning (all but
-        BOS) to fit in.
-
-        Raises:
-            UserError: a prompt without a token, or no room for one.
+        BOS) to fit in. Raises UserError: a prompt without a token, or no room for one.
         """
         new, all_ = self.config.max_new_tokens, self.config.max_tokens or self.positions
         if self.positions <= new:
@@ -102,10 +92,9 @@ class Backend:
         return [cut_at(text, self.config.stop) for text in self._decoded(new)]
 
     def stopped(self, answers: list[list[int]]) -> list[bool]:
-        """Which of the answers have a stop text in what a last token may have ended.
-
-        It only saves forwards: what an answer is, ``cut_at`` decides on the whole text. (The
-        criterion that transformers has goes through the whole vocabulary for every batch.)
+        """Which of the answers have a stop text in what a last token may have ended. It only saves
+        forwards: ``cut_at`` decides on the whole text. (transformers' own criterion goes through
+        the whole vocabulary for every batch.)
         """
         stop = self.config.stop
         if not stop:
@@ -201,9 +190,7 @@ class Generator(Backend):
 
 
 def check(config: EvaluateConfig) -> None:
-    """Raise UserError for an empty stop text, and a length of prompt and answer that leaves no room
-    or goes with beams; found out before a model is loaded.
-    """
+    """Raise UserError for an empty stop text, or a length without room or beside beams."""
     if "" in config.stop:
         raise UserError("evaluate.stop: an empty text would end every answer before it begins")
     if config.max_tokens == 1:
@@ -220,9 +207,8 @@ def batches(examples: list[Example], lengths: list[int], size: int) -> list[list
     """Rows of like length (in tokens) together, so that little is padded; the longest first, so
     that a lack of memory shows at once.
 
-    They depend on the rows alone: an evaluation that continues generates in the batches of an
-    undisturbed one, for in bf16 a row's neighbours may decide between two tokens that are nearly as
-    likely.
+    They depend on the rows alone, so that an evaluation that continues generates in the batches of
+    an undisturbed one: in bf16 a row's neighbours may decide between two nearly as likely tokens.
     """
     pairs = sorted(zip(lengths, examples, strict=True), key=lambda pair: (-pair[0], pair[1].id))
     rows = [example for _, example in pairs]

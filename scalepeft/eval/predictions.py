@@ -1,6 +1,4 @@
-"""predictions.jsonl of an evaluation: appended by example id, each batch on the disk before the
-next begins.
-"""
+"""predictions.jsonl: appended by example id, each batch on the disk before the next begins."""
 
 import hashlib
 import json
@@ -16,21 +14,16 @@ from scalepeft.core.preemption import tell_job
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.stage import set_aside
 
-KINDS = {"id": str, "asked": str, "prediction": str, "cut": bool}  # what each row has
+KINDS = {"id": str, "asked": str, "prediction": str, "cut": bool}
+"""What each row has; ``asked``: digest of its prompt, ``cut``: which lost its beginning."""
 AGAIN = "make room and run the same command again"
 INFORMATIVE = {"examples", "model", "batch"}
-"""Settings that are recorded but change no prediction that is there: each row knows what it asks,
-and weights are known by their fingerprint."""
+"""Settings that change no prediction: rows know what they ask, and weights their fingerprint."""
 
 
 class Predictions:
-    """The predictions of one evaluation, on every rank; rank 0 alone touches the disk.
-
-    Attributes:
-        path: predictions.jsonl; settings.json beside it says what was evaluated and how.
-        asked: example id -> digest of its prompt, of every row of this evaluation.
-        done: example id -> row with ``id``, ``asked``, ``prediction`` and ``cut`` (the prompt lost
-            its beginning), of rows that still ask the same.
+    """The predictions of one evaluation, on every rank; rank 0 alone touches the disk. Beside
+    predictions.jsonl settings.json says what was evaluated and how.
     """
 
     def __init__(
@@ -43,20 +36,16 @@ class Predictions:
     ) -> None:
         """Continue predictions of the same target and settings; set those of others aside. More
         ``prompts`` (example id -> prompt), fewer or other ones change nothing for those that stay.
-
-        Raises:
-            UserError: the folder cannot be written.
         """
         self.run_dir, self.name, self.settings = run_dir, name, settings
         self.path, self.ranks = run_dir / name / "predictions.jsonl", ranks or Ranks()
         self.asked = {i: hashlib.sha256(p.encode()).hexdigest()[:16] for i, p in prompts.items()}
+        # By example id, of rows that still ask the same.
         self.done: dict[str, dict[str, Any]] = self.ranks.run_on_main(self._open)
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        """Write a batch, a part of it on each rank, through to the disk; a collective.
-
-        Raises:
-            UserError: the disk refuses, or another evaluation has taken the folder.
+        """Write a batch, a part of it on each rank, through to the disk; a collective. Raise
+        UserError if the disk refuses, or another evaluation has taken the folder.
         """
         every = [row for part in self.ranks.gather(rows) for row in part]
         batch = [{**row, "asked": self.asked[row["id"]]} for row in every]

@@ -14,17 +14,8 @@ from scalepeft.core.errors import UserError
 from scalepeft.core.fields import Decides, marks_of
 from scalepeft.core.files import writing
 from scalepeft.core.log import say
+from scalepeft.data import rows as readers
 from scalepeft.data.bitext import lines_of
-from scalepeft.data.rows import (
-    PAIR,
-    BrokenRow,
-    absent,
-    check_utf8,
-    is_rows,
-    one_line,
-    read_rows,
-    read_text,
-)
 from scalepeft.data.tasks.base import Example
 from scalepeft.eval import scores
 from scalepeft.eval.score_options import Options
@@ -77,7 +68,7 @@ def _config(options: Options) -> cfg.RunConfig:
         if marks is not None and Decides.SCORES not in marks:
             raise UserError(f"{setting}: decides nothing in score, which makes no predictions")
     files = (options.sources, options.references)
-    data = {"name": options.task, "test": [PAIR.join(filter(None, files))]}
+    data = {"name": options.task, "test": [readers.PAIR.join(filter(None, files))]}
     # Nothing is trained: what a run needs besides is of no effect.
     values = {"run_dir": "-", "data": data, "train": {"max_steps": 1}}
     return config_files.overlay(values, options.settings)
@@ -95,9 +86,9 @@ class Prediction:
 def read(file: str, key: str | None) -> list[Prediction]:
     """Read predictions. Raise UserError: unreadable, empty, or a row without a text in it."""
     if not Path(file).is_file():
-        raise UserError(f"--predictions {file}: {absent(Path(file))}")
-    text = "" if (rows := is_rows(file)) else read_text(file)
-    listed = read_rows(file) if rows or _is_json(text) else enumerate(lines_of(text), 1)
+        raise UserError(f"--predictions {file}: {readers.absent(Path(file))}")
+    text = "" if (rows := readers.is_rows(file)) else readers.read_text(file)
+    listed = readers.read_rows(file) if rows or _is_json(text) else enumerate(lines_of(text), 1)
     found = []
     for number, row in listed:
         try:
@@ -121,16 +112,17 @@ def _prediction(row: Any, key: str | None, number: int) -> Prediction:
         row, key = {"text": row}, "text"
     elif not isinstance(row, dict):
         wrong = f"must be a text or an object, not {type(row).__name__}"
-        raise UserError(row.reason if isinstance(row, BrokenRow) else wrong)
+        raise UserError(row.reason if isinstance(row, readers.BrokenRow) else wrong)
     used = key or next((k for k in KEYS if k in row), None)
     if used not in row:
+        there = readers.one_line(", ".join(map(str, row)))
         raise UserError(
-            f"no key {used or ', '.join(KEYS)}; it has {one_line(', '.join(map(str, row)))}; name"
-            " the one that holds the text with --key"
+            f"no key {used or ', '.join(KEYS)}; it has {there}; name the one that holds the text"
+            " with --key"
         )
     if not isinstance(row[used], str):
         raise UserError(f"'{used}' must be text, not {type(row[used]).__name__}")
-    check_utf8(row[used], "the text")
+    readers.check_utf8(row[used], "the text")
     return Prediction(row[used], None if row.get("id") is None else str(row["id"]), number)
 
 
@@ -138,11 +130,7 @@ def match(
     predictions: list[Prediction], examples: list[Example], options: Options, skipped: int
 ) -> dict[str, str]:
     """Return example id -> its prediction: by id where ids of the references come, else by order,
-    which ``skipped`` broken references would disturb.
-
-    Raises:
-        UserError: an id twice, no id beside others, rows without a prediction, ids of other
-            references, another number of rows.
+    which ``skipped`` broken references would disturb. Raise UserError where neither tells.
     """
     file, of = options.predictions, options.references
     known = {e.id for e in examples}

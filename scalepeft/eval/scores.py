@@ -21,14 +21,11 @@ def cut_at(text: str, stop: list[str]) -> str:
 def summarize(
     task: Task, examples: list[Example], predictions: dict[str, str]
 ) -> tuple[dict[str, Any], list[Scored]]:
-    """Scores predictions (example id -> generated text) over all rows and for each source.
+    """Scores predictions (example id -> generated text) over all rows and for each of ``sources``;
+    returns scores.json's numbers, and the scored rows.
 
-    Returns:
-        ``headline``, ``count``, ``no_answer_found`` and ``metrics`` (name -> value, ci95, share,
-        signature), the same by source in ``sources``, with several sources ``mean_of_sources``,
-        the unweighted mean of each metric, and for a task whose papers report that mean ``mean``,
-        the headline's with an interval; ``left_out``, broken rows of the test that are in none of
-        these, and ``notes``; and the scored rows.
+    ``mean_of_sources`` has the unweighted mean of each metric, and ``mean``, for a task whose
+    papers report that, the headline's with an interval; broken rows, ``left_out``, are in none.
     """
     rows = [Scored(e, predictions[e.id], task.score(predictions[e.id], e)) for e in examples]
     groups: dict[str, list[Scored]] = {}
@@ -69,9 +66,7 @@ def _summary(task: Task, rows: list[Scored]) -> dict[str, Any]:
 
 
 def first(scores: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The metric that tables show first, with its name: the mean of the sources where the task's
-    papers report that, else the headline over all rows.
-    """
+    """The metric that tables show first, with its name: the sources' mean, or over all rows."""
     if "mean" in scores:
         return f"mean {scores['headline']} of {len(scores['sources'])}", scores["mean"]
     return scores["headline"], scores["metrics"][scores["headline"]]

@@ -181,9 +181,7 @@ def _cache(text: Any) -> Any:
 
 
 def _tensors(cache: Any) -> Iterator[tuple[dict[Any, Tensor], Any, bool]]:
-    """Every tensor (rows, ...) of a cache: what holds it, under which name, and whether it has
-    tokens: (rows, heads, tokens, size).
-    """
+    """A cache's tensors (rows, ...): holder, name, whether it is (rows, heads, tokens, size)."""
     for layer in cache.layers:
         if getattr(layer, "keys", None) is not None:
             yield from ((vars(layer), name, True) for name in ("keys", "values"))

@@ -18,21 +18,14 @@ from scalepeft.run.folder import older_adapter
 
 @dataclass(frozen=True)
 class EvalTarget:
-    """What an evaluation scores.
-
-    Attributes:
-        config: loads it: for a merged checkpoint, with that in the place of the base.
-        fingerprint: of the adapter, or of the base's or merged weights.
-        adapter: what ``injection.read_adapter`` returns; None for a base or a merged checkpoint.
-        step: of the training that the adapter comes from.
-    """
+    """What an evaluation scores."""
 
     kind: Subject
-    config: RunConfig
+    config: RunConfig  # loads it: for a merged checkpoint, with that in the place of the base
     base: Base
-    fingerprint: str
-    adapter: Any = None
-    step: int | None = None
+    fingerprint: str  # of the adapter, or of the base's or merged weights
+    adapter: Any = None  # of ``injection.read_adapter``; None for a base or a merged checkpoint
+    step: int | None = None  # of the training that the adapter comes from
 
     @classmethod
     def find(cls, config: RunConfig, kind: Subject, ranks: Ranks) -> "EvalTarget":

@@ -34,10 +34,7 @@ class Generator(Backend):
 
     def __init__(self, target: EvalTarget, prompts: list[str]) -> None:
         """Starts vLLM for all ``prompts`` that are to come: their length is what it plans its
-        memory for.
-
-        Raises:
-            UserError: the adapter is no LoRA or of too large a rank.
+        memory for. Raises as ``exported``.
         """
         from vllm import LLM
         from vllm.lora.request import LoRARequest
@@ -106,10 +103,8 @@ def check(config: RunConfig, kind: Subject, world_size: int) -> None:
 
 
 def exported(config: RunConfig, sha256: str) -> tuple[Path, int]:
-    """The adapter as a LoRA in ``RUN_DIR/exported-lora``, made if it is not there; and its rank.
-
-    It lies under the ``sha256`` of the adapter's file: an adapter that was trained further must not
-    be measured by the export of an earlier one.
+    """The adapter as a LoRA in ``RUN_DIR/exported-lora``, made if it is not there; and its rank. It
+    lies under the ``sha256`` of the adapter's file, which may be trained further.
 
     Raises:
         UserError: the method is no LoRA, or the rank is more than vLLM takes.

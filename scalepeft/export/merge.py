@@ -12,18 +12,13 @@ import torch
 from torch import Tensor
 
 from scalepeft.adapters import inject as injection
+from scalepeft.adapters import merged_weight
 from scalepeft.adapters.inject import Adapted, AdaptedNorm
-from scalepeft.adapters.merged_weight import (
-    adds_bias,
-    check_mergeable,
-    effective_bias,
-    effective_weight,
-    norm_parameter,
-)
 from scalepeft.config.schema import RunConfig
+from scalepeft.core import safetensors
 from scalepeft.core.errors import UserError
 from scalepeft.core.log import say
-from scalepeft.core.safetensors import SafetensorsFile, Stored, Writer
+from scalepeft.core.safetensors import SafetensorsFile, Stored
 from scalepeft.export.streaming import FinishedRun, Streamed, plain, refuse_existing, whole_folder
 from scalepeft.models import hub as models
 from scalepeft.models import quant, structure
@@ -32,8 +27,6 @@ from scalepeft.models.experts import ExpertLinear
 from scalepeft.models.sources import DTYPES, FLOATS, Source
 from scalepeft.models.tensors import DTYPE_NAMES, as_bytes
 from scalepeft.models.weights import INDEX, PIECE_BYTES, Entry, Weights
-
-__all__ = ["effective_weight", "run"]
 
 TOKENS = 64  # that the merged model is compared over
 COPIED = (
@@ -91,8 +84,7 @@ def run(
             adapter saw in training, every quantized weight replaced by its decoded values.
         dtype: of the written weights: ``base`` (as in the files), ``fp32`` or ``bf16``. Merged
             weights are computed in fp32 and rounded once.
-        key: what decides the result; with it, a merge that was broken off goes on at the shard it
-            was at (see ``whole_folder``).
+        key: as ``whole_folder`` takes it; with one, a merge that was broken off goes on.
         poll: called between tensors; may raise to stop.
 
     Raises:
@@ -141,7 +133,7 @@ def check_method(config: RunConfig, folder: Path) -> None:
     model = structure.build(config.model, folder, config.train.precision)
     injection.inject(model, config.adapter)
     for _, layer in injection.adapted_layers(model):
-        check_mergeable(layer)
+        merged_weight.check_mergeable(layer)
 
 
 def _plan(finished: FinishedRun, model: Streamed, dtype: str) -> tuple[list[str], list[_Shard]]:
@@ -152,8 +144,8 @@ def _plan(finished: FinishedRun, model: Streamed, dtype: str) -> tuple[list[str]
     """
     biases: set[str] = set()
     for name, layer in injection.adapted_layers(model.model):
-        check_mergeable(layer)
-        if layer.bias is None and adds_bias(layer):
+        merged_weight.check_mergeable(layer)
+        if layer.bias is None and merged_weight.adds_bias(layer):
             biases.add(f"{name}.bias")
     method = finished.config.adapter.name
     switches, shapes = _architecture_with(finished.base.folder, biases, method)
@@ -219,12 +211,14 @@ def _shards(
 def _write_shard(model: Streamed, shard: _Shard, folder: Path, poll: Callable[[], None]) -> None:
     """Writes a shard; it has its name once it is whole."""
     header = [(item.name, item.dtype, item.shape, item.size) for item in shard.items]
-    begun = folder / f"{shard.file}.begun"
-    values = _NewValues(model)
-    with Writer(begun, header, shard.source.metadata or {"format": "pt"}) as writer:
+    begun, values = folder / f"{shard.file}.begun", _NewValues(model)
+
+    def pieces() -> Iterator[Any]:
         for item in shard.items:
             poll()
-            writer.write(_pieces(values, shard.source, item))
+            yield from _pieces(values, shard.source, item)
+
+    safetensors.write(begun, header, pieces(), shard.source.metadata or {"format": "pt"})
     begun.rename(folder / shard.file)
 
 
@@ -290,10 +284,12 @@ class _NewValues:
         if not isinstance(module, kinds) or key not in ("weight", "bias"):
             return None
         with self._model.held(module):
+            if isinstance(module, Adapted) and key == "weight":
+                return merged_weight.effective_weight(module)[0]
             if isinstance(module, Adapted):
-                return effective_weight(module)[0] if key == "weight" else effective_bias(module)
+                return merged_weight.effective_bias(module)
             if isinstance(module, AdaptedNorm):
-                return norm_parameter(name, module, key)
+                return merged_weight.norm_parameter(name, module, key)
             if isinstance(module, quant.QuantLinear) and key == "weight":
                 return quant.Frozen(module).weight(torch.float32)
         return None

@@ -104,9 +104,7 @@ def run(run_dir: str, out: str, settings: list[str], format: str) -> None:
 
 
 def _names_of_experts(model: Streamed) -> set[str]:
-    """Last names that HF PEFT takes for experts', which had them in transformers 4 and have them in
-    the files.
-    """
+    """Last names that HF PEFT takes for experts': of transformers 4, and of the files."""
     from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 
     config: Any = model.model.config
@@ -145,9 +143,8 @@ def _refused(format: str, adapter: Adapter, reason: str, other: str = "") -> Use
 
 
 def common_fields(model: nn.Module, fields: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """One config for all layers: equal fields, PEFT's pattern for C3A's block sizes, and targets.
-
-    These are the last part of a name where every such layer of the model is adapted.
+    """One config for all layers: equal fields, PEFT's pattern for C3A's block sizes, and targets:
+    the last part of a name where every such layer of the model is adapted.
     """
     linear = [
         name

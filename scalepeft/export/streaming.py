@@ -1,8 +1,4 @@
-"""A finished run and its base without a whole model in memory: one layer, one tensor at a time.
-
-What merge and export share: reading run, adapter and base together; a layer that is real for a
-moment; a folder that appears whole or not at all.
-"""
+"""A finished run and its base without a whole model in memory: one layer, one tensor at a time."""
 
 import glob
 import os
@@ -21,14 +17,13 @@ from torch import Tensor, nn
 from scalepeft.adapters import inject as injection
 from scalepeft.config import changes
 from scalepeft.config import schema as cfg
-from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import fsync, write_atomically
 from scalepeft.models import structure
 from scalepeft.models.hub import Base, ModelConfig, open_base
 from scalepeft.models.weights import Weights, fill
 from scalepeft.parallel.ranks import Ranks, pick_device
-from scalepeft.run.checkpoint import RunFolder
+from scalepeft.run.checkpoint import steps_of
 from scalepeft.run.folder import load_run, older_adapter
 
 MADE_FROM = "made_from.json"
@@ -36,9 +31,8 @@ MADE_FROM = "made_from.json"
 
 
 class Streamed:
-    """A model on the meta device; a module's own base parameters become real where asked for.
-
-    Adapters and tables (rotary frequencies) are real all the time.
+    """A model on the meta device; a module's own base parameters become real where asked for,
+    adapters and tables (rotary frequencies) are real all the time.
     """
 
     def __init__(self, model: nn.Module, weights: Weights, device: torch.device) -> None:
@@ -95,23 +89,20 @@ class Streamed:
 class FinishedRun:
     """A run's config, its adapter and the files of its base, checked to belong together."""
 
-    config: RunConfig
+    config: cfg.RunConfig
     base: Base
     state: dict[str, Tensor]
     device: torch.device
 
     @classmethod
     def open(cls, run_dir: str, settings: list[str], what: str) -> "FinishedRun":
-        """Reads and compares them.
-
-        Raises:
-            UserError: no run or no adapter; an adapter of other settings than the run's, or of
-                another base than ``model.path`` holds; unreadable files; a setting that cannot be
-                changed for ``what``.
+        """Reads and compares them. Raises UserError: no run or no adapter; an adapter of other
+        settings than the run's, or of another base than ``model.path`` holds; unreadable files; a
+        setting that cannot be changed for ``what``.
         """
         config = load_run(run_dir, settings, changes.for_export(), what)
         where = Path(run_dir) / "adapter"
-        if not where.is_dir() and (steps := RunFolder.steps_in(Path(run_dir) / "checkpoints")):
+        if not where.is_dir() and (steps := steps_of(Path(run_dir))):
             raise UserError(
                 f"{run_dir} has not finished: it is at step {max(steps)} and has no adapter/ yet;"
                 " run its train command again to continue"
@@ -137,9 +128,7 @@ class FinishedRun:
 
     def structure(self, quantized: bool) -> Streamed:
         """The base in fp32 with the adapter; blocks quantized as in training, or as in the files.
-
-        Raises:
-            UserError: the adapter's tensors do not fit, or are not finite.
+        Raises UserError: the adapter's tensors do not fit, or are not finite.
         """
         config = self.config.model
         if not quantized:

@@ -1,1 +1,1 @@
-"""Other systems on a scalepeft run: vLLM generates for an evaluation, lm-eval evaluates a run."""
+"""Other systems on a scalepeft run: lm-eval evaluates it."""

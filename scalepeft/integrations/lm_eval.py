@@ -47,7 +47,7 @@ class ScalepeftLM(HFLM):
 
     Args:
         run_dir: the run.
-        subject: ``adapter``, ``merged`` (the checkpoint in ``RUN_DIR/merged``) or ``base``.
+        subject: ``adapter``, ``merged`` or ``base``.
         device: in place of the run's ``engine.device``; ``cuda:0``, lm-eval's default, leaves that.
         more: settings of the run that ``scalepeft evaluate`` takes too (``model.path=FOLDER``), and
             of lm-eval's own model (``batch_size``, ``max_length``).

@@ -29,19 +29,13 @@ Take = Callable[[str, Source], Tensor]
 
 @dataclass
 class Group:
-    """Tensors of files that become tensors of the model together.
+    """Tensors of files that become tensors of the model together."""
 
-    Attributes:
-        first_target: name of the model's tensor, the first of them for a split.
-        converter: transformers' ``WeightConverter``; None where a tensor is only renamed.
-        model: on the meta device, as its class makes it.
-        sources: pattern of the converter -> (name, tensor) in transformers' order.
-    """
-
-    first_target: str
-    converter: Any
-    model: Any
+    first_target: str  # name of the model's tensor, the first of them for a split
+    converter: Any  # transformers' ``WeightConverter``; None where a tensor is only renamed
+    model: Any  # on the meta device, as its class makes it
     sources: dict[str, list[tuple[str, Source]]] = field(default_factory=lambda: defaultdict(list))
+    """Pattern of the converter -> (name, tensor) in transformers' order."""
 
     @cached_property
     def names(self) -> list[str]:
@@ -64,9 +58,7 @@ class Group:
         )
 
     def convert(self, take: Take, rows: slice = slice(None)) -> dict[str, Tensor]:
-        """The model's tensors, or of a target that is made by rows only these: the operations on
-        what ``take`` gives for each listed tensor.
-        """
+        """The model's tensors (of one made by rows, these) out of what ``take`` gives for each."""
         if self.converter is None:
             ((name, source),) = next(iter(self.sources.values()))
             return {self.first_target: take(name, source)}
@@ -90,10 +82,9 @@ class Group:
         return self.convert(lambda _, s: torch.empty(s.shape, dtype=s.dtype, device="meta"))
 
     def restore(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
-        """Returns a tensor of the files out of values of the model's: the inverse of ``convert``.
-
-        The operations only move numbers, so that the numbers of its places, sent through them with
-        -1 for those of other tensors, tell where its values are now.
+        """Returns a tensor of the files out of values of the model's: the inverse of ``convert``,
+        whose operations only move numbers. The numbers of its places, sent through them with -1 for
+        those of other tensors, tell where its values are now.
 
         Raises:
             UserError: an operation does more than move numbers.
@@ -137,11 +128,6 @@ class _Converted(Source):
 class Layout:
     """The tensors of a folder, bound to a model.
 
-    Attributes:
-        sources: every tensor of the model's ``state_dict`` by its name there.
-        groups: of each used tensor of the files, what it is a part of.
-        untied: names of the model's tensors that its config ties and the files do not.
-
     Raises:
         UserError: names what the model lacks, what it does not use (``unexpected`` ``error``), or
             what cannot be converted.
@@ -150,9 +136,9 @@ class Layout:
     def __init__(
         self, model: Any, entries: dict[str, Source], where: str, stray: list[str], unexpected: str
     ) -> None:
-        self.sources: dict[str, Source] = {}
-        self.groups: dict[str, Group] = {}
-        self.untied: list[str] = []
+        self.sources: dict[str, Source] = {}  # every tensor of the model's ``state_dict``
+        self.groups: dict[str, Group] = {}  # of each used tensor of the files, what it is a part of
+        self.untied: list[str] = []  # tensors of the model that its config ties, and no file does
         left = self._assign(model, entries)
         self._tie(model)
         info = SimpleNamespace(missing_keys=set(), unexpected_keys=set(left))

@@ -19,17 +19,11 @@ ITEM_BYTES = {str(d).removeprefix("torch."): d.itemsize for d in DTYPES.values()
 
 @dataclass(frozen=True)
 class Source:
-    """The base's ``config.json`` and how its weights lie on the disk.
+    """The base's ``config.json`` and how its weights lie on the disk."""
 
-    Attributes:
-        values: of ``config.json``.
-        where: it came from, in words.
-        files: bytes a number of each tensor that the folder's files hold; empty without files.
-    """
-
-    values: dict[str, Any]
-    where: str
-    files: dict[str, int]
+    values: dict[str, Any]  # of ``config.json``
+    where: str  # it came from, in words
+    files: dict[str, int]  # bytes a number of each tensor in the folder's files; empty without
 
     @property
     def layers(self) -> int:
@@ -64,11 +58,7 @@ class Source:
 
 
 def find(config: ModelConfig, network: bool = True) -> Source:
-    """Find the base's dimensions without its weights.
-
-    Args:
-        config: ``model`` of the run.
-        network: whether the hub may be asked.
+    """Find the base's dimensions without its weights; ``network``: the hub may be asked.
 
     Raises:
         UserError: neither a folder with ``config.json`` nor a hub id whose dimensions can be had.

@@ -92,9 +92,8 @@ class Expert(quant.Frozen):
 
 
 class _ExpertsMatMul(torch.autograd.Function):
-    """``W_e x``; W_e is made (from bytes, if need be) in forward and in backward, never saved.
-
-    A slice of a parameter that is saved would keep all of it gathered under ZeRO-3.
+    """``W_e x``; W_e is made (from bytes, if need be) in forward and in backward, never saved: a
+    slice of a parameter that is saved would keep all of it gathered under ZeRO-3.
     """
 
     @staticmethod
@@ -192,11 +191,8 @@ def replace_experts(model: nn.Module) -> list[str]:
     """Makes each fused expert tensor an ``ExpertLinear`` of the same name, in place.
 
     Which modules have them, and how they are laid out, is transformers' own mark
-    (``use_experts_implementation``). Works on the meta device and on real weights.
-
-    Returns:
-        Class names of other modules whose 3-d weights (experts in a layout that is not known) stay
-        as they are: plain and frozen.
+    (``use_experts_implementation``). Works on the meta device and on real weights. Returns class
+    names of other modules whose 3-d weights (of a layout that is not known) stay plain and frozen.
     """
     others: set[str] = set()
     for module in list(model.modules()):

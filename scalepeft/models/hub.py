@@ -60,10 +60,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Base:
-    """A frozen base in ``folder`` on this node, opened once and passed on.
-
-    A part is read when it is first asked for, by this rank alone, and may raise UserError: ranks
-    agree on it with ``Ranks.all_or_raise``.
+    """A frozen base in ``folder`` on this node, opened once and passed on. A part is read when it
+    is first asked for, by this rank alone, and may raise UserError (``Ranks.all_or_raise``).
     """
 
     def __init__(self, config: ModelConfig, folder: Path) -> None:
@@ -145,12 +143,8 @@ class Base:
 
 
 def open_base(config: ModelConfig, ranks: Ranks) -> Base:
-    """Opens the base of a run; a collective. Raises UserError as ``resolve`` does."""
-    return Base(config, resolve(config, ranks))
-
-
-def resolve(config: ModelConfig, ranks: Ranks) -> Path:
-    """Returns the model's local folder: given, built in (made now), or downloaded once a node.
+    """Opens the base of a run in a folder on this node: given, built in (made now), or downloaded
+    once a node. A collective.
 
     Raises:
         UserError: no such folder, nothing to read in it, or a hub id that cannot be had.
@@ -170,7 +164,7 @@ def resolve(config: ModelConfig, ranks: Ranks) -> Path:
     here = ranks.all_or_raise(make)
     # Every rank of a node uses what its local rank 0 found; node paths may differ.
     folders = [folder for folder in ranks.gather(here)[: ranks.rank + 1] if folder is not None]
-    return Path(folders[-1])
+    return Base(config, Path(folders[-1]))
 
 
 def check_place(name: str) -> None:
@@ -247,9 +241,7 @@ def _reason(error: Exception) -> str:
 
 
 def positions(config: Any) -> int | None:
-    """Number of positions a transformers config is for, times what its RoPE is scaled by; None
-    where it does not say.
-    """
+    """Number of positions a transformers config is for, its RoPE's scaling included, or None."""
     text = config.get_text_config()
     known: int | None = getattr(text, "max_position_embeddings", None)
     rope = getattr(text, "rope_parameters", None) or {}

@@ -24,7 +24,9 @@ def shard_digests(paths: list[Path], ranks: Ranks) -> dict[str, str]:
         UserError: a file is not the one that the hub names, or differs between nodes.
     """
     began = time.monotonic()
-    keys = ranks.all_or_raise(lambda: [_identity(path) for path in paths])
+    stats = ranks.all_or_raise(lambda: [path.stat() for path in paths])
+    # They change with the bytes: ctime too, as mtime can be set back.
+    keys = [[s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for s in stats]
     everyone = ranks.gather(dict(zip((path.name for path in paths), keys, strict=True)))
 
     def work() -> dict[str, str]:
@@ -44,15 +46,9 @@ def shard_digests(paths: list[Path], ranks: Ranks) -> dict[str, str]:
                             " give every node the same copy")  # fmt: skip
     seconds = time.monotonic() - began
     if ranks.is_main and seconds > SAY_AFTER:
-        total = size(sum(path.stat().st_size for path in paths))
+        total = size(sum(stat.st_size for stat in stats))
         say(f"sha256 of the base's {len(paths)} files ({total}) in {duration(seconds)}; kept")
     return {p.name: known[json.dumps([p.name, *k])] for p, k in zip(paths, keys, strict=True)}
-
-
-def _identity(path: Path) -> list[int]:
-    """Changes with the bytes: ctime too, as mtime can be set back."""
-    stat = path.stat()
-    return [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def _digest(path: Path, identity: list[int]) -> str:

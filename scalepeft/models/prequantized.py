@@ -48,9 +48,7 @@ def settings_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def keeps(settings: dict[str, Any]) -> Callable[[str], bool]:
-    """Says of a module's name whether it stays plain over this base, as in stock transformers: what
-    bitsandbytes was told to skip.
-    """
+    """Says whether a module stays plain over this base: what bitsandbytes was told to skip."""
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     skipped = settings.get("llm_int8_skip_modules") or []
@@ -88,10 +86,6 @@ def read(settings: dict[str, Any], entries: Sources) -> Sources:
 def _refuse(where: str, what: str) -> NoReturn:
     remedy = "name the folder of the unquantized checkpoint, or of a copy that transformers has"
     raise UserError(f"{where}: {what}; {remedy} dequantized")
-
-
-def _ending(left: Sources, end: str | tuple[str, ...]) -> list[str]:
-    return [name for name in left if name.endswith(end)]
 
 
 def _take(left: Sources, name: str, *shape: int) -> Source:
@@ -211,7 +205,7 @@ def _bitsandbytes(settings: dict[str, Any], left: Sources) -> Made:
     for key in [name for name in left if ".quant_state.bitsandbytes__" in name]:
         state, name = left.pop(key).whole(), key.partition(".quant_state.")[0]
         yield name, _Bnb4(left, name, json.loads(bytes(state.tolist())))
-    for key in _ending(left, ".SCB"):
+    for key in [name for name in left if name.endswith(".SCB")]:
         name, stats = key.removesuffix("SCB") + "weight", left.pop(key)
         left.pop(f"{name}_format", None)
         yield name, _BnbInt8(name, _take(left, name), stats)
@@ -224,7 +218,7 @@ def _scaled(settings: dict[str, Any], left: Sources) -> Made:
         scale = next((left.pop(n) for n in names if n in left), None)
         if scale is not None:
             yield name, _Scaled(name, left.pop(name), scale, settings.get("weight_block_size"))
-    for name in _ending(left, ACTIVATIONS):
+    for name in [name for name in left if name.endswith(ACTIVATIONS)]:
         del left[name]
 
 
@@ -277,7 +271,7 @@ def _grouped(settings: dict[str, Any], left: Sources) -> Made:
     if form not in forms:
         what = f"quant_method={settings['quant_method']} in the form {form} is not read here"
         _refuse("config.json", f"{what} ({', '.join(forms)} are)")
-    for name in _ending(left, ".qweight"):
+    for name in [name for name in left if name.endswith(".qweight")]:
         yield name.removesuffix("qweight") + "weight", _Grouped(left, name, form)
 
 
@@ -300,7 +294,7 @@ class _Mxfp4(Source):
 
 
 def _mxfp4(settings: dict[str, Any], left: Sources) -> Made:
-    for key in _ending(left, "_blocks"):
+    for key in [name for name in left if name.endswith("_blocks")]:
         name = key.removesuffix("_blocks")
         yield name, _Mxfp4(left.pop(key), left, name)
 

@@ -33,11 +33,7 @@ PASSED = "quantized copy passed over ({}); the base is read in its place"
 
 
 class QuantizedCopy:
-    """The copy for one model as this start shards it; to make one, and ``keep``, are collectives.
-
-    Attributes:
-        folder: where it is or will be; None where none is wanted.
-    """
+    """The copy for one model as this start shards it; making one, and ``keep``, are collectives."""
 
     def __init__(self, base: Base, model: nn.Module, engine: Engine) -> None:
         self.ranks, self._engine = engine.ranks, engine
@@ -49,7 +45,7 @@ class QuantizedCopy:
         self._shapes = {name: tuple(full_shape(p)) for name, p in self._parameters.items()}
         self.size = sum(map(math.prod, self._shapes.values()))
         self._reader: Reader | None = None
-        self.folder: Path | None = None
+        self.folder: Path | None = None  # where it is or will be; None where none is wanted
         setting = base.config.quantized_cache
         own_bytes = base.weights.storage.get("quant_method") == "bitsandbytes"  # read as they are
         root = None if setting == "auto" and own_bytes else folder_of(setting, self.size)
@@ -59,7 +55,8 @@ class QuantizedCopy:
             what = [VERSION, fingerprint, base.digests(self.ranks), *storage]
             text = json.dumps([*what, sorted(self._shapes.items())], sort_keys=True)
             self.folder = root / hashlib.sha256(text.encode()).hexdigest()[:24]
-            self._find(self.folder)
+            if self.ranks.any(self.folder.is_dir()):
+                self._find(self.folder)
 
     @property
     def bytes_read(self) -> int:
@@ -68,8 +65,6 @@ class QuantizedCopy:
 
     def _find(self, folder: Path) -> None:
         """Opens the copy that is there, unless a rank finds that it is none."""
-        if not self.ranks.any(folder.is_dir()):
-            return
         try:
             self._reader = self._opened(folder)
             what = f"{size(self.size)}, quantized copy of the base read in its place"

@@ -18,21 +18,13 @@ DTYPES = FLOATS | {
 
 
 class Source:
-    """A tensor of the base that is read by rows.
-
-    Attributes:
-        shape: of the whole tensor.
-        dtype: of the rows.
-        where: it comes from, for messages.
-        by_rows: any rows can be read alone; else each call reads all of it.
-        unit: rows that are read together (those of an expert), from a multiple of it.
-    """
+    """A tensor of the base that is read by rows."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    where: str
-    by_rows: bool = True
-    unit: int = 1
+    where: str  # it comes from, for messages
+    by_rows: bool = True  # any rows can be read alone; else each call reads all of it
+    unit: int = 1  # rows that are read together (those of an expert), from a multiple of it
 
     def rows(self, first: int, last: int) -> Tensor:
         """Return rows ``first..last`` of dimension 0; a 0-d tensor is one row."""

@@ -104,15 +104,10 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     )
 
 
-class _FromPositions(Exception):
-    """The attention mask is made from the positions of the tokens."""
-
-
 def unpacked(model: Any) -> str:
-    """Why rows that lie one behind the other would see each other; empty where they do not.
-
-    Layers must hold no state that passes on, and the mask, which transformers makes before the
-    first layer, must come from the tokens' positions.
+    """Why rows that lie one behind the other would see each other; empty where they do not: layers
+    hold no state that passes on, and the mask, made before the first one, comes from the tokens'
+    positions.
     """
     from transformers import masking_utils
 
@@ -121,11 +116,11 @@ def unpacked(model: Any) -> str:
         return f"{type(model).__name__} has layers that do not begin anew with each row"
     ids = torch.zeros(1, 2, dtype=torch.int64, device="meta")
     asked = "find_packed_sequence_indices"
-    look = mock.patch.object(masking_utils, asked, side_effect=_FromPositions)
+    look = mock.patch.object(masking_utils, asked, side_effect=InterruptedError)  # seen enough
     with suppress(Exception), look:  # what a class without such a mask does on meta is its own
         try:
             model.get_decoder()(input_ids=ids, position_ids=ids, use_cache=False)
-        except _FromPositions:
+        except InterruptedError:
             return ""
     return f"{type(model).__name__} makes its attention mask without the positions of tokens"
 
@@ -197,9 +192,7 @@ def materialize(model: nn.Module, device: torch.device) -> None:
 
 
 def compute_tables(model: Any, device: torch.device) -> None:
-    """Makes meta buffers real there: those of files empty, the others as transformers makes them,
-    by the model's own ``_init_weights``.
-    """
+    """Makes meta buffers real: of files empty, others by the model's own ``_init_weights``."""
     made: set[nn.Module] = set()
     for module in model.modules():
         for name, buffer in module._buffers.items():

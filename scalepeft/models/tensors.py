@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalepeft.core.safetensors import SafetensorsFile, Writer
+from scalepeft.core import safetensors
+from scalepeft.core.safetensors import SafetensorsFile
 from scalepeft.models.sources import DTYPES
 from scalepeft.parallel.base import Part
 
@@ -30,25 +31,21 @@ def write_tensors(
     shapes: dict[str, tuple[int, ...]] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Writes a safetensors file, flushed to the disk; hashes what was to be written.
+    """Writes a safetensors file, flushed to the disk; returns ``bytes`` and ``sha256`` of what was
+    to be written, for the manifest. Raises OSError: the disk refused.
 
     Args:
         file: to be made.
         tensors: by name; ``name[start:stop]`` for elements of a flattened one.
         shapes: whole shapes of the tensors that are written in part.
         check: called every 16 MiB; may raise.
-
-    Returns:
-        ``bytes`` and ``sha256`` for the manifest. Raises OSError: the disk refused.
     """
     # Wide dtypes first: safetensors wants every tensor aligned to its numbers.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
     header = [(n, DTYPE_NAMES[t.dtype], t.shape, t.numel() * t.element_size()) for n, t in ordered]
     metadata = {"shapes": json.dumps(shapes)} if shapes else None
-    with Writer(file, header, metadata, check) as writer:
-        for _, tensor in ordered:
-            writer.write([as_bytes(tensor)] if tensor.numel() else [])
-    return writer.info
+    pieces = (as_bytes(tensor) for _, tensor in ordered if tensor.numel())
+    return safetensors.write(file, header, pieces, metadata, check)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
@@ -73,15 +70,21 @@ class Reader:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._pieces: dict[str, list[_Piece]] = {}
         manifest = json.loads((folder / "manifest.json").read_text())
-        kept = manifest["files"].items()
-        self._files = [self._open(n, info) for n, info in kept if n.endswith(".safetensors")]
+        kept = [name for name in manifest["files"] if name.endswith(".safetensors")]
+        self._files = [SafetensorsFile(folder / name) for name in kept]
         for file in self._files:
-            self._index(file)
+            wholes = json.loads(file.metadata.get("shapes", "{}"))
+            for key, stored in file.tensors.items():
+                match = PIECE.fullmatch(key)
+                name, start = (match[1], int(match[2])) if match else (key, 0)
+                self.shapes[name] = tuple(wholes[name]) if match else stored.shape
+                self.dtypes[name] = DTYPES[stored.dtype]
+                piece = _Piece(file, stored.start, start, start + stored.numel)
+                self._pieces.setdefault(name, []).append(piece)
         for name, pieces in self._pieces.items():
             pieces.sort(key=lambda piece: piece.start)
             ends = [0, *(piece.stop for piece in pieces)]
@@ -89,19 +92,6 @@ class Reader:
                 raise ValueError(f"{name} is not whole: there are {ends[1:]} of {self.numel(name)}")
         if manifest.get("tensors") not in (None, len(self.shapes)):
             raise ValueError(f"there are {len(self.shapes)} tensors of {manifest['tensors']}")
-
-    def _open(self, name: str, info: dict[str, Any]) -> SafetensorsFile:
-        return SafetensorsFile(self.folder / name)
-
-    def _index(self, file: SafetensorsFile) -> None:
-        wholes = json.loads(file.metadata.get("shapes", "{}"))
-        for key, stored in file.tensors.items():
-            match = PIECE.fullmatch(key)
-            name, start = (match[1], int(match[2])) if match else (key, 0)
-            self.shapes[name] = tuple(wholes[name]) if match else stored.shape
-            self.dtypes[name] = DTYPES[stored.dtype]
-            piece = _Piece(file, stored.start, start, start + stored.numel)
-            self._pieces.setdefault(name, []).append(piece)
 
     @property
     def bytes_read(self) -> int:

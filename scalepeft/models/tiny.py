@@ -1,6 +1,4 @@
-"""The built-in base: a tiny LLaMA and a byte-level BPE tokenizer, made on the spot from the toy
-task's own text.
-"""
+"""The built-in base: a tiny LLaMA and a byte-level BPE tokenizer, made of the toy task's text."""
 
 import hashlib
 import json
@@ -29,11 +27,8 @@ RECIPE: dict[str, Any] = {
 
 
 def make(pretrain_steps: int) -> Path:
-    """Returns the built-in model's folder in the cache, made once per architecture and recipe.
-
-    With 0 steps the weights are random. Otherwise the whole model is trained that many steps to
-    predict the next token of the toy world's plain text (facts, lists, and questions with random
-    answers).
+    """Returns the built-in model's folder in the cache, made once per architecture and recipe: of
+    random weights, trained so many steps to predict the next token of the toy world's plain text.
     """
     text = toy.corpus(random.Random(RECIPE["seed"]), RECIPE["lines"])
     recipe = {**SPEC, **RECIPE, "steps": pretrain_steps, "torch": torch.__version__}

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,11 +37,7 @@ class Entry(Source):
         self.where = str(file.path)
 
     def rows(self, first: int, last: int) -> Tensor:
-        """Reads rows ``first..last`` (a 0-d or 1-d tensor's rows are its numbers).
-
-        Raises:
-            UserError: the file ended, or cannot be read any more.
-        """
+        """Reads rows ``first..last`` (a 0-d or 1-d tensor's rows are its numbers)."""
         shape = (last - first, *self.shape[1:]) if self.shape else ()
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
         if not math.prod(shape):
@@ -53,6 +48,7 @@ class Entry(Source):
 
 class _Shard(SafetensorsFile):
     def read(self, start: int, size: int) -> bytearray:
+        """Raises UserError: the file ended, or cannot be read any more."""
         try:
             return super().read(start, size)
         except OSError as error:
@@ -62,24 +58,17 @@ class _Shard(SafetensorsFile):
 class Weights:
     """The tensors of a model folder, read by rows: no memory map, no byte more than asked for.
 
-    Attributes:
-        files: those that transformers reads, in the order of their names.
-        entries: their tensors by name, quantized ones as floats.
-        storage: ``quantization_config`` of config.json, empty without one.
-        layout: which of them make up which tensor of the model, once ``structure.build`` has
-            bound them to one.
-
     Raises:
         UserError: names the shard that is missing, truncated or not safetensors.
     """
 
-    layout: Layout
+    layout: Layout  # what makes up which tensor of the model that ``structure.build`` bound it to
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._listed: dict[str, str] = {}
         self.files = [self._open(path) for path in self._paths()]
-        self.entries: dict[str, Source] = {}
+        self.entries: dict[str, Source] = {}  # by name, quantized ones as floats
         for file in self.files:
             for name, stored in file.tensors.items():
                 if name in self.entries:
@@ -137,28 +126,21 @@ class Weights:
         except DamagedFile as error:
             raise UserError(f"{path}: {error}; copy it again") from None
 
-    @cached_property
-    def stray(self) -> list[str]:
-        """Names of safetensors files in the folder that are not the model's."""
-        ours = {file.path.name for file in self.files}
-        return sorted({path.name for path in self.folder.glob("*.safetensors")} - ours)
-
     @property
     def bytes_read(self) -> int:
         """Of all files, headers apart."""
         return sum(file.bytes_read for file in self.files)
 
     def bind(self, model: Any, unexpected: str = "error") -> None:
-        """Finds out which tensors make up which of the model's, as ``conversion.Layout`` says.
-
-        Raises:
-            UserError: as ``Layout``; a tensor has another shape than the model's.
+        """Finds out which tensors make up which of the model's; raises as ``conversion.Layout``,
+        and UserError for a tensor of another shape than the model's.
         """
         if hasattr(self, "layout"):
             self.layout.untie(model)
             return
-        where = f"model.path={self.folder}"
-        self.layout = Layout(model, self.entries, where, self.stray, unexpected)
+        where, ours = f"model.path={self.folder}", {file.path for file in self.files}
+        stray = sorted(file.name for file in {*self.folder.glob("*.safetensors")} - ours)
+        self.layout = Layout(model, self.entries, where, stray, unexpected)
         for named in (model.named_parameters, model.named_buffers):
             for name, tensor in named(remove_duplicate=False):
                 source = self.layout.sources.get(name)
@@ -169,10 +151,9 @@ class Weights:
                     )
 
     def fingerprint(self) -> str:
-        """Returns the sha256 of what tells one base from another without reading all of a 70B.
-
-        That is config.json (without cosmetic keys), every shard's name, size and header, and 4 KiB
-        at 16 places of each shard.
+        """Returns the sha256 of what tells one base from another without reading all of a 70B:
+        config.json (without cosmetic keys), each shard's name, size and header, and 4 KiB at 16
+        places of it.
         """
         config = json.loads((self.folder / "config.json").read_text())
         decisive = {k: v for k, v in config.items() if k not in COSMETIC}
@@ -190,11 +171,9 @@ def load_weights(
     model: nn.Module, weights: Weights, stored: Callable[..., bool] = lambda *of: False
 ) -> Iterator[None]:
     """Fills this rank's rows of every base parameter, real and possibly sharded, and the buffers
-    that files hold; not adapters.
-
-    A generator that stops after every module that holds some, so that ranks can agree in between;
-    it takes the same number of turns on every rank. ``stored`` may fill a quantized weight and its
-    scale by itself, and says whether it did.
+    that files hold; not adapters. Stops after every module that holds some, as often on every rank,
+    so that ranks can agree in between. ``stored`` may fill a quantized weight and its scale by
+    itself, and says whether it did.
 
     Raises:
         UserError: a tensor has values that are not numbers.
@@ -223,10 +202,7 @@ def load_weights(
 
 def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weights: Weights) -> None:
     """Fills this rank's rows of the base tensor ``name`` of a module from ``full_name`` of the
-    layout, and ``weight_scale`` beside a quantized ``weight``.
-
-    Raises:
-        UserError: as ``load_weights``.
+    layout, and ``weight_scale`` beside a quantized ``weight``; raises as ``load_weights``.
     """
     layer = module if isinstance(module, quant.QuantLinear) and name == "weight" else None
     parts = [local_part(parameter)]
@@ -242,26 +218,18 @@ def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weight
     step = -(-step // source.unit) * source.unit if source.by_rows else max(1, last)
     edges = {first, *range(first // step * step + step, last, step), last}
     for begin, end in pairwise(sorted(edges)):
-        where = f"{source.where}: '{full_name}'" if isinstance(parameter, nn.Parameter) else None
-        rows = _encoded(layer, source, begin, end, parts[0].data.device, where)
+        stored = None if layer is None else source.encoded(layer.fmt, begin, end)
+        rows = stored or (source.rows(begin, end),)
+        if isinstance(parameter, nn.Parameter) and not torch.isfinite(rows[0]).all():
+            raise UserError(
+                f"{source.where}: '{full_name}' has values that are not finite (rows {begin} to"
+                f" {end}): the base is damaged; copy it again"
+            )
+        if layer is not None and stored is None:
+            # Not in one call, which would cast first: a device gets the file's bytes.
+            rows = layer.fmt.encode(rows[0].to(parts[0].data.device).float())
         for part, width, values in zip(parts, widths, rows, strict=True):
             part.put(begin * width, values.reshape(-1))
-
-
-def _encoded(
-    layer: quant.QuantLinear | None, source: Source, first: int, last: int, device: torch.device,
-    where: str | None,
-) -> list[Tensor]:  # fmt: skip
-    """Raises UserError, with ``where`` before it, for a value that is no finite number."""
-    stored = None if layer is None else source.encoded(layer.fmt, first, last)
-    rows = [source.rows(first, last)] if stored is None else list(stored)
-    if where is not None and not torch.isfinite(rows[0]).all():
-        raise UserError(f"{where} has values that are not finite (rows {first} to {last}): the base"
-                        " is damaged; copy it again")  # fmt: skip
-    if layer is None or stored is not None:
-        return rows
-    # Not in one call, which would cast first: a device gets the file's bytes.
-    return list(layer.fmt.encode(rows[0].to(device).float()))
 
 
 def resident_bytes(model: nn.Module) -> int:

@@ -15,8 +15,8 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,41 +67,32 @@ class RunFolder:
         """What verified before -> the signature it had: not hashed again unless it changed."""
         self._told_of_rename = False
         self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
-        try:
+        with writing_in(path):
             path.mkdir(parents=True, exist_ok=True)
             try_to_write(path)
-        except OSError as error:
-            raise unwritable(self.path, error) from None
 
-    def claim(self, seen: int | None = None, announce: Callable[[int], None] | None = None) -> None:
-        """Takes the generation after ``seen``, by default the stored one, which is over.
-
-        An older process of this run stops at its next write. ``announce`` is called with the new
-        generation before it is stored.
+    def claim(self, seen: int, announce: Callable[[int], None] = lambda _: None) -> None:
+        """Takes the generation after ``seen``, which is over: an older process of this run stops at
+        its next write. ``announce`` is called with the new generation before it is stored.
 
         Raises:
             UserError: another start took the folder meanwhile, or the disk refuses.
         """
-        try:
+        with writing_in(self.path):
             # Only an owner makes it: another start that goes takes what is empty with it.
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            seen = stored_generation(self.path) if seen is None else seen
             self.generation = self._next_generation(seen)
             # First the lease, then the number: a start that reads the number finds its owner too.
-            if announce is not None:
-                announce(self.generation)
+            announce(self.generation)
             write_atomically(self.path / "generation", f"{self.generation}\n")
             for mark in self.path.glob(".start-*"):
                 mark.unlink(missing_ok=True)
-        except OSError as error:
-            raise unwritable(self.path, error) from None
         for leftover in self.checkpoints.glob("*.tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def withdraw(self) -> None:
-        """Removes the folders that this object made, if it has not claimed them and all are empty.
-
-        Another start that waits for its own claim makes them anew then.
+        """Removes the folders that this object made, if it has not claimed them and all are empty;
+        a start that waits for its own claim makes them anew then.
         """
         with suppress(OSError):  # something of another start is there
             for folder in self._made if not self.generation else ():
@@ -152,8 +143,7 @@ class RunFolder:
             keep: newest verified checkpoints that are kept.
 
         Raises:
-            OSError: the disk refused; nothing of this checkpoint is left, the older ones are
-                untouched.
+            OSError: the disk refused; nothing of this checkpoint is left, older ones are untouched.
             Superseded: another start owns the folder.
         """
         from scalepeft.models.tensors import Reader
@@ -162,13 +152,12 @@ class RunFolder:
         final = self._folder(step)
         text = json.dumps(state, indent=1).encode()
         try:
-            self._write(temporary / "state.json", text)
+            write_atomically(temporary / "state.json", text)
             sha256 = hashlib.sha256(text).hexdigest()
             files = files | {"state.json": {"bytes": len(text), "sha256": sha256}}
             head = {"schema": SCHEMA, "step": step, "generation": self.generation}
             body = {"tensors": state.get("tensors"), "files": dict(sorted(files.items()))}
-            self._write(temporary / "manifest.json", json.dumps(head | body, indent=1).encode())
-            fsync(temporary)
+            write_atomically(temporary / "manifest.json", json.dumps(head | body, indent=1))
             Reader(temporary)  # is it whole?
             check_fence(self.path, self.generation)
             if final.exists():  # passed over as damaged, or the same step saved before
@@ -183,11 +172,6 @@ class RunFolder:
         self._verified[final.name] = _signature(final)
         self._retain(keep)
         return final
-
-    @staticmethod
-    def _write(file: Path, text: bytes) -> None:
-        file.write_bytes(text)
-        fsync(file)
 
     def _rename(self, temporary: Path, final: Path) -> None:
         try:
@@ -211,16 +195,6 @@ class RunFolder:
     def _folder(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:06d}"
 
-    def steps(self) -> list[int]:
-        """Steps of the committed checkpoints, verified or not, newest first."""
-        return self.steps_in(self.checkpoints)
-
-    @staticmethod
-    def steps_in(checkpoints: Path) -> list[int]:
-        """The same for any ``checkpoints`` folder, without opening the run."""
-        found = (NAME.fullmatch(p.name) for p in checkpoints.glob("step-*"))
-        return sorted((int(m[1]) for m in found if m), reverse=True)
-
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         """Returns the newest checkpoint that verifies, and for each one passed over why.
 
@@ -228,7 +202,7 @@ class RunFolder:
             UserError: there are checkpoints and none can be used: nobody starts over by accident.
         """
         passed_over: list[str] = []
-        for step in self.steps():
+        for step in steps_of(self.path):
             folder = self._folder(step)
             try:
                 self._verify(folder)
@@ -247,7 +221,7 @@ class RunFolder:
 
     def _retain(self, keep: int) -> None:
         kept = 0
-        for folder in map(self._folder, self.steps()):
+        for folder in map(self._folder, steps_of(self.path)):
             if kept >= keep:
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
@@ -262,12 +236,22 @@ class RunFolder:
             self._verified[folder.name] = signature
 
 
-def unwritable(run_dir: Path, error: OSError) -> UserError:
-    """The error for a run folder that this node cannot write."""
-    return UserError(
-        f"run_dir={run_dir}: cannot be written on {socket.gethostname()}: {error.strerror};"
-        " make room or choose another folder"
-    )
+def steps_of(run_dir: Path) -> list[int]:
+    """Steps of the committed checkpoints, verified or not, newest first."""
+    found = (NAME.fullmatch(p.name) for p in run_dir.glob("checkpoints/step-*"))
+    return sorted((int(m[1]) for m in found if m), reverse=True)
+
+
+@contextmanager
+def writing_in(run_dir: Path) -> Iterator[None]:
+    """Raise UserError for an ``OSError`` inside: this node cannot write the run folder."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"run_dir={run_dir}: cannot be written on {socket.gethostname()}: {error.strerror};"
+            " make room or choose another folder"
+        ) from None
 
 
 def _signature(folder: Path) -> list[tuple[str, int, int, int]]:

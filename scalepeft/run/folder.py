@@ -15,17 +15,12 @@ from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import read_mapping, try_to_write
 from scalepeft.parallel.ranks import Ranks
-from scalepeft.run.checkpoint import RunFolder, unwritable
+from scalepeft.run.checkpoint import steps_of, writing_in
 
 
 def load_run(run_dir: str, settings: list[str], allowed: tuple[str, ...], what: str) -> RunConfig:
-    """Reads a run's config and lays settings over it that do not change what was trained.
-
-    Args:
-        run_dir: the folder.
-        settings: ``key=value`` arguments.
-        allowed: keys that may be set; one that ends with a dot stands for its section.
-        what: the purpose, for the message: ``an evaluation``.
+    """Reads a run's config and lays ``key=value`` settings of ``allowed`` keys over it (one that
+    ends with a dot stands for its section). ``what``: the purpose, for messages: ``an evaluation``.
 
     Raises:
         UserError: not a run folder, or a setting that would make it another run.
@@ -46,7 +41,7 @@ def load_run(run_dir: str, settings: list[str], allowed: tuple[str, ...], what: 
 
 def older_adapter(run_dir: Path, step: int | None) -> str | None:
     """Says that the run has gone on since its adapter was written; None where it has not."""
-    newest = max(RunFolder.steps_in(run_dir / "checkpoints"), default=step)
+    newest = max(steps_of(run_dir), default=step)
     if step is None or newest == step:
         return None
     return (
@@ -87,25 +82,21 @@ def check_nodes(run_dir: str, ranks: Ranks) -> None:
     folder = Path(run_dir)
 
     def mark() -> Path:
-        try:
+        with writing_in(folder):
             handle, name = tempfile.mkstemp(prefix=".seen-by-all-nodes-", dir=folder)
-        except OSError as error:
-            raise unwritable(folder, error) from None
         os.close(handle)
         return Path(name)
 
     seen = ranks.run_on_main(mark)
 
     def look() -> None:
-        try:
+        with writing_in(folder):
             if not seen.exists():
                 raise UserError(
                     f"run_dir={folder}: is another folder on {socket.gethostname()} than on rank"
                     " 0's node; it must be on a file system that all nodes share"
                 )
             try_to_write(folder)
-        except OSError as error:
-            raise unwritable(folder, error) from None
 
     try:
         ranks.all_or_raise(lambda: look() if ranks.local_rank == 0 else None)

@@ -14,34 +14,20 @@ NAMES = {"startup": "start-up", "held_out": "held-out", "recomputed": "recompute
 
 @dataclass(frozen=True)
 class Goodput:
-    """Seconds of a run over all its starts; ``wall`` is the sum of all others.
+    """Seconds of a run over all its starts; ``wall`` is the sum of all others."""
 
-    Attributes:
-        wall: from the first launch to the last sign of life, without the time after a planned end.
-        steps: training steps that count.
-        startup: from a process's begin to where its ranks have met.
-        load: data, base model, checkpoint.
-        save: gathering and committing checkpoints; training waits meanwhile.
-        held_out: held-out losses.
-        recomputed: steps that came after the newest checkpoint of a start that died.
-        waiting: from a start's last sign of life to the next launch: the queue, a job script's
-            checks, starts that failed.
-        other: between steps: logging, agreement on a stop, writing the adapter; and what a start
-            did in the last moments before it died.
-    """
-
-    wall: float
-    steps: float
-    startup: float
-    load: float
-    save: float
-    held_out: float
-    recomputed: float
-    waiting: float
+    wall: float  # from the first launch to the last sign of life, less that after a planned end
+    steps: float  # training steps that count
+    startup: float  # from a process's begin to where its ranks have met
+    load: float  # data, base model, checkpoint
+    save: float  # gathering and committing checkpoints; training waits meanwhile
+    held_out: float  # held-out losses
+    recomputed: float  # steps that came after the newest checkpoint of a start that died
+    waiting: float  # from a sign of life to the next launch: queue, job script, failed starts
 
     @property
     def other(self) -> float:
-        """What is left of the wall time."""
+        """Between steps (logs, agreements, writing the adapter); a dying start's last moments."""
         return max(0.0, self.wall - self.steps - sum(getattr(self, key) for key in PARTS))
 
     @property

@@ -1,7 +1,6 @@
-"""Whose a run folder is: the fencing token, and the lease of the start that trains in it.
-
-The fencing token (``generation``, the number of the start) keeps an old writer from doing harm; the
-lease keeps a second launch of the same run from ending the first by mistake.
+"""Whose a run folder is: the fencing token (``generation``, the number of the start), which keeps
+an old writer from doing harm, and the lease of the start that trains in it, which keeps a second
+launch of the same run from ending the first by mistake.
 """
 
 import json
@@ -28,8 +27,7 @@ class Superseded(Exception):
 
 def stored_generation(run_dir: Path) -> int:
     """Number of the start that owns a run folder; 0 where none ever did."""
-    file = run_dir / "generation"
-    text = file.read_bytes().decode(errors="replace").strip() if file.is_file() else ""
+    text = _text(run_dir / "generation").strip()
     return int(text) if text.isdecimal() else 0
 
 
@@ -125,14 +123,11 @@ def _text(file: Path) -> str:
 
 
 def check_free(run_dir: Path) -> None:
-    """Raise UserError if another start is training in the run folder.
+    """Raise UserError, with its host, process and job, if another start trains in the run folder.
 
     What this very Slurm job was before its restart is no other: Slurm has ended it, and should its
     node wake up again, the fence stops it. On this machine the process itself is looked for; of
     another machine's, a sign of life is awaited for 30 s, without comparing clocks.
-
-    Raises:
-        UserError: with host, process and job of the owner.
     """
     owner, (job, restarts) = _read(run_dir / "holder.json"), slurm_start()
     earlier = owner.get("restarts")

@@ -22,8 +22,7 @@ class RowLog:
     """A JSON-lines file of steps, cut back to the resumed one: never a double or torn row.
 
     It is read from its end: what is cut off, and the last MiB of what stays. Only if a row of that
-    is broken, all are read and the good ones kept. A row that the disk refuses waits in memory and
-    is written before the next one.
+    is broken, all are read and the good ones kept. A row that the disk refuses waits in memory.
     """
 
     def __init__(self, path: Path, last_step: int) -> None:

@@ -1,13 +1,13 @@
 """With what something was made: versions, the commit of this code, the device, its memory."""
 
 import platform
-import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from scalepeft import __version__
+from scalepeft.core.slurm import output_of
 
 
 def versions(*libraries: str) -> dict[str, str]:
@@ -30,19 +30,10 @@ def commit() -> str | None:
         return words[0] + ("+changes" if len(words) > 1 else "") if words else None
     if not (root / ".git").exists():  # else it would be that of whatever holds site-packages
         return None
-    head, changed = _git(root, "rev-parse", "HEAD"), _git(root, "status", "--short", "-uno")
-    return head and head + ("+changes" if changed else "")
-
-
-def _git(root: Path, *words: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "--no-optional-locks", "-C", str(root), *words],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    except OSError:  # no git on this machine
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    git = ("git", "--no-optional-locks", "-C", str(root))
+    head = output_of(*git, "rev-parse", "HEAD").strip()
+    changed = output_of(*git, "status", "--short", "-uno").strip()
+    return head + ("+changes" if changed else "") if head else None
 
 
 def device_name(device: torch.device) -> str:
@@ -56,12 +47,9 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory() -> dict[str, int | None]:
-    """The most memory that this process has held, in bytes.
-
-    Returns:
-        ``peak_memory``: of CUDA's allocator, None without CUDA. ``peak_resident``: of the process,
-        since its program began (``VmHWM``; what ``wait4`` tells counts the parent's too); None
-        where /proc does not say.
+    """The most bytes that this process has held: ``peak_memory`` of CUDA's allocator, if it is
+    used; ``peak_resident`` since its program began (``VmHWM``: what ``wait4`` tells counts the
+    parent's too), where /proc says.
     """
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     status = Path("/proc/self/status")

@@ -9,17 +9,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 from scalepeft.config import schema as cfg
-from scalepeft.config.schema import RunConfig
 from scalepeft.core.files import read_mapping, write_atomically
 from scalepeft.core.log import say
 from scalepeft.core.preemption import tell_job
 from scalepeft.core.slurm import slurm_start
 from scalepeft.models.tensors import Reader, write_tensors
 from scalepeft.parallel.ranks import Ranks
-from scalepeft.run.checkpoint import Checkpoint, RunFolder
+from scalepeft.run.checkpoint import Checkpoint, RunFolder, steps_of
 from scalepeft.run.folder import check_same_run
 from scalepeft.run.goodput import lost_since
 from scalepeft.run.lease import Lease, check_fence, check_free, stored_generation
@@ -33,27 +32,16 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "bitsandbytes
 
 @dataclass
 class Save:
-    """A save between its begin and its commit.
+    """A save between its begin and its commit."""
 
-    Attributes:
-        step: steps that are done.
-        folder: from ``begin_save``, for all files.
-        state: position in the data, and what the checkpoint may be continued with.
-        begin: ``time.monotonic()`` when it began.
-        stall: seconds that the training stood still for a save in the background; else 0.
-        files: bytes and checksums of what this rank wrote.
-        error: whether a newer start owns the folder, and what went wrong.
-        thread: writes in the background.
-    """
-
-    step: int
-    folder: Path
-    state: dict[str, Any]
-    begin: float
-    stall: float = 0.0
-    files: dict[str, Any] = field(default_factory=dict)
-    error: tuple[bool, str] | None = None
-    thread: threading.Thread | None = None
+    step: int  # steps that are done
+    folder: Path  # from ``begin_save``, for all files
+    state: dict[str, Any]  # position in the data, and what the checkpoint may be continued with
+    begin: float  # ``time.monotonic()`` then
+    stall: float = 0.0  # seconds that the training stood still for a save in the background; else 0
+    files: dict[str, Any] = field(default_factory=dict)  # size and checksum of what this rank wrote
+    error: tuple[bool, str] | None = None  # whether a newer start owns the folder; what went wrong
+    thread: threading.Thread | None = None  # writes in the background
     cancelled: bool = False
 
     def check(self) -> None:
@@ -62,19 +50,17 @@ class Save:
             raise OSError(errno.ECANCELED, "cancelled for the save of the last step")
 
 
-P = ParamSpec("P")
-T = TypeVar("T")
-Method = Callable[Concatenate["RunRecorder", P], T]
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def on_main(method: Method[P, T]) -> Method[P, T]:
+def on_main(method: Method) -> Method:
     """Make a method a collective: rank 0 runs it, every rank returns its result."""
 
     @functools.wraps(method)
-    def call(self: "RunRecorder", *args: P.args, **kwargs: P.kwargs) -> T:
-        return self.ranks.run_on_main(lambda: method(self, *args, **kwargs))
+    def call(self: "RunRecorder", *args: Any) -> Any:
+        return self.ranks.run_on_main(lambda: method(self, *args))
 
-    return call
+    return cast(Method, call)
 
 
 class RunRecorder:
@@ -82,26 +68,21 @@ class RunRecorder:
 
     ``claim``, ``show`` and what is ``on_main`` are collectives; the others do nothing off rank 0.
 
-    Attributes:
-        resumed: the newest checkpoint that verifies; the same on every rank.
-        generation: number of this start, the fencing token; 0 before ``claim``.
-        evaluated: step of the newest validation loss.
-
     Raises:
         UserError: the folder holds a run of another config, is in use, or cannot be written.
     """
 
-    def __init__(self, config: RunConfig, ranks: Ranks, allow_changes: bool) -> None:
+    def __init__(self, config: cfg.RunConfig, ranks: Ranks, allow_changes: bool) -> None:
         self.config, self.ranks, self.path = config, ranks, Path(config.run_dir)
-        self.generation = self.evaluated = 0
+        self.generation = 0  # number of this start, the fencing token; 0 before ``claim``
+        self.evaluated = 0  # step of the newest validation loss
         self.folder: RunFolder
         self.metrics: RowLog
         self.validation: RowLog
         self._lease: Lease | None = None
-        self._progress: Progress | None = None
-        """On rank 0, from ``show`` on."""
-        self._lost: dict[str, float] = {}
-        """What came between the last sign of life of the run and this start; for the report."""
+        self._progress: Progress | None = None  # on rank 0, from ``show`` on
+        self._lost: dict[str, float] = {}  # as ``lost_since`` says, for the report
+        # The newest that verifies; the same on every rank.
         self.resumed: Checkpoint | None = self._open(allow_changes)
 
     @on_main
@@ -120,10 +101,9 @@ class RunRecorder:
             self.folder.withdraw()
 
     def claim(self, launched: float) -> None:
-        """Makes the run folder this start's own (``launched``: seconds of the epoch).
-
-        An older process of it that was taken for dead stops at its next write; what it saved
-        meanwhile is what resumes here.
+        """Makes the run folder this start's own (``launched``: seconds of the epoch). An older
+        process of it that was taken for dead stops at its next write; what it saved meanwhile is
+        resumed here.
         """
         self.generation, self.resumed, self.evaluated = self._claim(launched)
 
@@ -198,7 +178,7 @@ class RunRecorder:
             self._lease.release()
         if self._progress is not None:
             self._progress.close()
-        path, step = self.path, max(self.folder.steps(), default=0)
+        path, step = self.path, max(steps_of(self.path), default=0)
         if self.generation:
             name = "finished" if finished else "stopped"
             self.event(name, step, planned=planned, **peak_memory())

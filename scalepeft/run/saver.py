@@ -27,10 +27,7 @@ GATHERED_BYTES = 64 << 20  # state up to this size is written by rank 0 alone
 
 
 class Saver:
-    """Saves one run's state from all its ranks; every method is a collective.
-
-    ``saved`` is the step of the newest checkpoint.
-    """
+    """Saves one run's state from all its ranks; every method is a collective."""
 
     def __init__(self, records: RunRecorder, saved: int) -> None:
         self.ranks, self.records, self.saved = records.ranks, records, saved

@@ -21,12 +21,8 @@ SETTINGS = ("config", "data", "evaluate")
 
 
 class Stage:
-    """A named piece of work and its two manifests.
-
-    Args:
-        folder: of the manifests.
-        name: file name of the manifests, without suffix.
-        root: what the outputs' paths are relative to; by default ``folder``'s parent.
+    """A named piece of work and its two manifests in ``folder``, whose outputs are named relative
+    to ``root``, by default the folder's parent.
     """
 
     def __init__(self, folder: Path, name: str, root: Path | None = None) -> None:
@@ -50,13 +46,12 @@ class Stage:
     def is_done(self, inputs: Any) -> bool:
         """True if it was finished for these inputs and every output is as it was written."""
         manifest = self.done()
-        return (
-            isinstance(manifest.get("outputs"), dict)
-            and _counting(manifest.get("inputs"), inputs) == plain(inputs)
-            and all(
-                (path := self.root / name).is_file() and facts(path) == known
-                for name, known in self.outputs().items()
-            )
+        outputs = manifest.get("outputs")
+        if not isinstance(outputs, dict):
+            return False
+        return _counting(manifest.get("inputs"), inputs) == plain(inputs) and all(
+            (path := self.root / name).is_file() and facts(path) == known
+            for name, known in outputs.items()
         )
 
     def is_begun(self, inputs: Any) -> bool:

@@ -7,23 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from scalepeft.core.files import read_lines
-from scalepeft.core.slurm import ACTIVE, ask_all, ask_slurm, state_word
+from scalepeft.core.slurm import ACTIVE, ask_all, state_word
 from scalepeft.core.text import duration
-from scalepeft.run.checkpoint import RunFolder
+from scalepeft.run.checkpoint import steps_of
 from scalepeft.run.goodput import starts_of
 
 RECENT = 20  # steps that speed and ETA are taken from
 
 
 def status(folder: Path) -> dict[str, Any]:
-    """How a run stands.
-
-    Returns:
-        ``state`` (Slurm's word and reason, or what the run's last event says), ``job``, ``nodes``,
-        ``restarts``, ``step``, ``steps``, ``saved``, ``tokens_per_second`` and ``step_seconds``
-        (medians of the last steps), ``stages`` of a pipeline, ``lost_seconds`` (restarts: waiting,
-        start-up, load, recomputed steps), ``eta_seconds`` (without further restarts; None where
-        nothing is to come or known).
+    """How a run stands: ``state`` is Slurm's word and reason, or what the run's last event says;
+    speeds are medians of the last steps; ``lost_seconds`` went to restarts (waiting, start-up,
+    load, recomputed steps); ``eta_seconds`` is without further ones, None where nothing is to come
+    or known.
     """
     starts, last = starts_of(folder)
     keys = ("step", "seconds", "tokens_per_second")
@@ -36,7 +32,7 @@ def status(folder: Path) -> dict[str, Any]:
         for key in ("seconds", "tokens_per_second")
     )
     job = _job(folder, starts)
-    slurm = ask_slurm(job) if job else {}
+    slurm = next(iter(ask_all(job) if job else ()), {})
     losses = ("waited", "startup", "load", "recomputed")
     state = _state(slurm, last, recent[:1], seconds)
     coming = state.split()[0].rstrip(",") in (*ACTIVE, "running")
@@ -48,7 +44,7 @@ def status(folder: Path) -> dict[str, Any]:
         "restarts": max(0, len(starts) - 1),
         "step": step,
         "steps": total,
-        "saved": max(RunFolder.steps_in(folder / "checkpoints"), default=0),
+        "saved": max(steps_of(folder), default=0),
         "tokens_per_second": speed,
         "step_seconds": seconds,
         "lost_seconds": sum(e.get(key, 0.0) for e in starts[1:] for key in losses),

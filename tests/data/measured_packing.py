@@ -88,7 +88,8 @@ def main(shared: Path, folder: Path, steps: int) -> None:
         ])  # fmt: skip
         ranks = Ranks()
         base = open_base(config.model, ranks)
-        rows, _, _ = token_file.prepare(task_of(config), base.tokenizer, base.vocab_size, 0)
+        files = token_file.files(task_of(config), base.tokenizer, base.vocab_size, [])
+        rows, _, _ = token_file.prepared(files, config.data, 0)
         trainer = Trainer(config, ranks, build(config, base, ranks, lambda: None), "")
         injection.train_mode(trainer.built.model)
         measured: list[tuple[int, dict[bool, float]]] = []

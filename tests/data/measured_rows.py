@@ -29,7 +29,7 @@ def ours(shared: Path, file: Path, folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizer/mistral_v1")
     task = Math(MathConfig(train=[str(file)], test_rows="keep", cache=str(folder)), tokenizer)
-    measured(lambda: token_file.prepare(task, tokenizer, 32000, 0, [2]))
+    measured(lambda: token_file.files(task, tokenizer, 32000, [2]))
 
 
 def theirs(shared: Path, file: Path, folder: Path) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from processes import call
+from tokenized import tokenize
 
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as config
 from scalepeft.core.errors import UserError
 from scalepeft.data import token_file
-from scalepeft.data import tokens as data
 from scalepeft.data.tasks.commonsense import Commonsense, CommonsenseConfig
 from scalepeft.eval import score_files as score
 from scalepeft.eval import scores
@@ -105,7 +105,7 @@ def test_the_prompts_end_is_tokenised_as_documented(shared_data: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizer/mistral_v1")
     chosen = task("llm-adapters")
-    trained = data.tokenize([chosen.example(ROW, "f#1", "train")], tokenizer, chosen.config)
+    trained = tokenize([chosen.example(ROW, "f#1", "train")], tokenizer, chosen.config)
     pieces = tokenizer.convert_ids_to_tokens(trained.tokens.tolist())
     assert pieces[0] == "<s>" and pieces[-1] == "</s>" and int(trained.label_start[0]) == 1
     at = len(pieces) - 1 - pieces[::-1].index("▁the")
@@ -115,7 +115,7 @@ def test_the_prompts_end_is_tokenised_as_documented(shared_data: Path) -> None:
     assert tokenizer.convert_ids_to_tokens(asked)[-2:] == ["<0x0A>", "▁" * 16]
     # The clean protocol: the very tokens that generation starts from, the response alone learned.
     chosen = task()
-    trained = data.tokenize([chosen.example(ROW, "f#1", "train")], tokenizer, chosen.config)
+    trained = tokenize([chosen.example(ROW, "f#1", "train")], tokenizer, chosen.config)
     asked = tokenizer(chosen.example(ROW, "f#1", "test").prompt)["input_ids"]
     start = int(trained.label_start[0])
     assert trained.tokens[:start].tolist() == asked
@@ -234,13 +234,13 @@ def test_hellaswag_at_cutoff_256_loses_two_thirds_of_its_responses(shared_data: 
     tokenizer = AutoTokenizer.from_pretrained(shared_data / "tokenizer/mistral_v1")
     chosen = task("llm-adapters", train=[str(file_of(shared_data, "hellaswag"))])
     examples = random.Random(0).sample(chosen.examples("train"), 1000)
-    tokens = data.tokenize(examples, tokenizer, chosen.config)
+    tokens = tokenize(examples, tokenizer, chosen.config)
     assert 620 <= tokens.lost <= 720, "67 % in protocols.md"
     assert tokens.dropped == 0
     (line,) = token_file.cut_rows(tokens, chosen.config, "train")
     assert f"{tokens.lost} of them lost their whole response and teach their prompt alone" in line
     clean = task(train=[str(file_of(shared_data, "hellaswag"))], cutoff=256)
-    tokens = data.tokenize([clean.example(r, "f#1", "train") for r in
+    tokens = tokenize([clean.example(r, "f#1", "train") for r in
                             rows_of(file_of(shared_data, "hellaswag"))[5000:5200]],
                            tokenizer, clean.config)  # fmt: skip
     assert tokens.dropped == tokens.lost > 100, "with no token to learn a row is left out"

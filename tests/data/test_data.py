@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenized import prepare, tokenize
 
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as config
@@ -308,8 +309,8 @@ def row(tokens: data.TokenSet, i: int) -> list[int]:
 
 
 def check_mask(found: list[base.Example], tokenizer: Any) -> None:
-    response = data.tokenize(found, tokenizer, settings().data)
-    everything = data.tokenize(found, tokenizer, settings("data.train_on=all").data)
+    response = tokenize(found, tokenizer, settings().data)
+    everything = tokenize(found, tokenizer, settings("data.train_on=all").data)
     for i, example in enumerate(found):
         ids = row(response, i)
         start = int(response.label_start[i])
@@ -332,7 +333,7 @@ def test_the_mask_begins_with_the_completion_and_ends_with_end_of_text(tokenizer
 
 def test_the_mask_with_a_tokenizer_that_puts_bos_first(bos_tokenizer: Any) -> None:
     check_mask(examples([1, 2, 3]), bos_tokenizer)
-    first = row(data.tokenize(examples([1]), bos_tokenizer, settings().data), 0)[:2]
+    first = row(tokenize(examples([1]), bos_tokenizer, settings().data), 0)[:2]
     assert first[0] == bos_tokenizer.bos_token_id != first[1]
 
 
@@ -350,8 +351,8 @@ def test_an_end_of_text_that_the_tokenizer_appends_is_not_in_the_prompt(tokenize
             ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
             return {"input_ids": [[*i, eos] if add_special_tokens else i for i in ids]}
 
-    plain = data.tokenize(examples([1, 2]), tokenizer, settings().data)
-    closing = data.tokenize(examples([1, 2]), Closing(), settings().data)
+    plain = tokenize(examples([1, 2]), tokenizer, settings().data)
+    closing = tokenize(examples([1, 2]), Closing(), settings().data)
     assert closing.fingerprint() == plain.fingerprint()
 
 
@@ -371,7 +372,7 @@ def test_training_prompts_are_the_tokens_that_generation_starts_from(bos_tokeniz
     evaluate = settings("evaluate.num_beams=2").evaluate
     generate = Generator(Model(), bos_tokenizer, evaluate, torch.device("cpu"), False)
     next(generate.stream([e.prompt for e in found]))
-    tokens = data.tokenize(found, bos_tokenizer, settings().data)
+    tokens = tokenize(found, bos_tokenizer, settings().data)
     for i in range(2):
         generated_from = seen["ids"][i][seen["mask"][i].bool()].tolist()
         assert row(tokens, i)[: int(tokens.label_start[i])] == generated_from
@@ -380,11 +381,11 @@ def test_training_prompts_are_the_tokens_that_generation_starts_from(bos_tokeniz
 @pytest.mark.parametrize("train_on", ["response", "all"])
 def test_the_cut_leaves_every_row_a_label_token_and_counts(tokenizer: Any, train_on: str) -> None:
     found = examples(list(range(1, 9)))
-    whole = data.tokenize(found, tokenizer, settings(f"data.train_on={train_on}").data)
+    whole = tokenize(found, tokenizer, settings(f"data.train_on={train_on}").data)
     lengths = whole.offsets.diff()
     for cutoff in range(8, int(lengths.max()) + 2):
         given = settings(f"data.train_on={train_on}", f"data.cutoff={cutoff}")
-        tokens = data.tokenize(found, tokenizer, given.data)
+        tokens = tokenize(found, tokenizer, given.data)
         kept = (whole.label_start < cutoff).nonzero()[:, 0].tolist()
         assert tokens.cut == int((lengths > cutoff).sum())
         assert tokens.dropped == len(found) - len(kept)
@@ -486,7 +487,7 @@ def test_a_cache_that_cannot_be_written_is_named(tokenizer: Any, tmp_path: Path)
 
 def prepared(file: Path, tokenizer: Any, *given: str, vocabulary: int = 768) -> Any:
     chosen = settings(f"data.train={file}", f"data.cache={file.parent}", *given)
-    return token_file.prepare(Commonsense(chosen.data), tokenizer, vocabulary, chosen.train.seed)
+    return prepare(Commonsense(chosen.data), tokenizer, vocabulary, chosen.train.seed)
 
 
 def test_held_out_rows_are_disjoint_and_a_function_of_the_seed(
@@ -685,7 +686,8 @@ def test_ranks_get_about_as_many_tokens() -> None:
     for mean, spread in ((126, 0.25), (94, 0.6), (234, 0.4)):
         drawn = torch.randn(64, generator=generator) * spread
         lengths = (mean * drawn.exp()).int().clamp(8, 512).tolist()
-        sums = [sum(lengths[i] for i in part) for part in packing.deal(lengths, 8)]
+        dealt = packing.deal(lengths, range(len(lengths)), 8)
+        sums = [sum(lengths[i] for i in part) for part in dealt]
         assert 1 - sum(sums) / 8 / max(sums) < 0.05
 
 

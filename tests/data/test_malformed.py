@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 from processes import call
+from tokenized import tokenize
 
 from scalepeft.build import task_of
 from scalepeft.config import schema as config
 from scalepeft.core.errors import UserError
 from scalepeft.data import token_file
-from scalepeft.data import tokens as data
 from scalepeft.data.tasks.base import Task, prepared_for, to_prepared
 from scalepeft.eval import score_files as score
 from scalepeft.models import hub, tiny
@@ -259,7 +259,7 @@ def test_rows_of_a_megabyte_are_cut_and_counted(tmp_path: Path) -> None:
     file.write_bytes(good("translation", 1) + b"\n" + json.dumps(long).encode())
     made = task("translation", file)
     tokenizer = models.load_tokenizer(hub.ModelConfig(), tiny.make(0))
-    tokens = data.tokenize(made.examples("train"), tokenizer, made.config)
+    tokens = tokenize(made.examples("train"), tokenizer, made.config)
     assert (len(tokens), tokens.cut, tokens.lost) == (2, 1, 0)
     assert tokens.offsets.diff()[1] == made.config.cutoff == 512
     (line,) = token_file.cut_rows(tokens, made.config, "train")

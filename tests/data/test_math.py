@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 from processes import ROOT
+from tokenized import prepare
 
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as config
 from scalepeft.core.errors import UserError
 from scalepeft.core.registry import available
-from scalepeft.data import token_file
 from scalepeft.data.math import answers, contamination, equivalence, hendrycks, whole
 from scalepeft.data.tasks.base import Example
 from scalepeft.data.tasks.math import Math, MathConfig
@@ -691,9 +691,9 @@ def test_training_meets_the_gate_and_says_what_was_left_out(tmp_path: Path) -> N
     tokenizer = models.load_tokenizer(hub.ModelConfig(), tiny.make(0))
     made, _ = config_files.load(None, settings)
     with pytest.raises(UserError, match=r"1 of 21 rows .* \(1 data.test\)"):
-        token_file.prepare(Math(made.data), tokenizer, 1 << 30, 0)
+        prepare(Math(made.data), tokenizer, 1 << 30, 0)
     made, _ = config_files.load(None, [*settings, "data.test_rows=drop"])
-    tokens, _, report = token_file.prepare(Math(made.data), tokenizer, 1 << 30, 0)
+    tokens, _, report = prepare(Math(made.data), tokenizer, 1 << 30, 0)
     assert len(tokens) == 20
     assert report[0] == (
         "data.train: 1 of 21 rows are questions of test sets (1 data.test): left out"

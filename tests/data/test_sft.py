@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenized import tokenize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -97,7 +98,7 @@ def one(
 ) -> tuple[Example, list[int], list[bool]]:
     """(example, tokens, which of them are learned) of a row."""
     example = task.example(row, "f#1", "train")
-    made = data.tokenize([example], task.renderer.tokenizer, task.config, ends)
+    made = tokenize([example], task.renderer.tokenizer, task.config, ends)
     return example, made.row(0).tolist(), (made.labels(0) != data.IGNORED).tolist()
 
 
@@ -359,7 +360,7 @@ def test_equal_rows_of_every_file_format_are_equal(tmp_path: Path) -> None:
     found = []
     for name in ("a.parquet", "a.jsonl", "a.csv"):
         task = sft(tokenizer, train=[str(tmp_path / name)])
-        found.append(data.tokenize(task.stream("train"), tokenizer, task.config).fingerprint())
+        found.append(tokenize(task.stream("train"), tokenizer, task.config).fingerprint())
     assert len(set(found)) == 1
 
 
@@ -528,7 +529,7 @@ def test_a_cut_conversation_that_keeps_an_answer_is_not_lost() -> None:
     last = len(data.encode([example.prompt], tokenizer)[0][0])
     for cutoff, lost in ((last - 1, 0), (10, 1)):
         config = SftConfig(chat_template=CHATML, cutoff=cutoff)
-        made = data.tokenize([example], tokenizer, config)
+        made = tokenize([example], tokenizer, config)
         assert (made.cut, made.lost, made.dropped) == (1, lost, lost)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from processes import ROOT, call
+from tokenized import tokenize
 
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as config
@@ -377,9 +378,9 @@ def test_masks_token_by_token_on_a_real_tokenizer(
     )
     made = task(folder, source_language=source, target_language=target, **PROTOCOLS["alma"].data)
     examples = made.examples("test")[:150]
-    tokens = data.tokenize(examples, tokenizer, made.config)
+    tokens = tokenize(examples, tokenizer, made.config)
     assert len(tokens) == len(examples) and not tokens.dropped and not tokens.cut
-    batch = loader._Rows(tokens, False)[[[(i, i)] for i in range(len(examples))]]
+    (batch,) = loader._Rows(tokens, False)[[[[(i, i)] for i in range(len(examples))]]]
     joined = []
     for example, ids, labels in zip(examples, *batch[:2], strict=True):
         learned = (labels != data.IGNORED).nonzero().flatten().tolist()

@@ -360,9 +360,9 @@ def test_the_fingerprint_is_stable_and_sees_every_shard(shards: list[Path]) -> N
 
 def test_a_folder_that_is_not_there_is_named_without_asking_the_hub(tmp_path: Path) -> None:
     config = ModelConfig(path=str(tmp_path / "gone"))
-    message = error(lambda: models.resolve(config, Ranks()))
+    message = error(lambda: models.open_base(config, Ranks()))
     assert f"model.path={tmp_path}/gone: no such folder" in message
-    assert models.resolve(ModelConfig(path=str(tmp_path)), Ranks()) == tmp_path
+    assert models.open_base(ModelConfig(path=str(tmp_path)), Ranks()).folder == tmp_path
 
 
 def tokenizer_error(folder: Path, **settings: Any) -> str:
@@ -421,7 +421,7 @@ def test_the_tokenizer_of_another_model_is_found_out(
     base = models.open_base(config.model, Ranks())
     assert base.vocab_size == SIZES["vocab_size"]
     task = Commonsense(config.data)
-    message = error(lambda: token_file.prepare(task, base.tokenizer, base.vocab_size, 0))
+    message = error(lambda: token_file.files(task, base.tokenizer, base.vocab_size, []))
     assert all(part in message for part in ("model.tokenizer", "the model has 96 ids (0..95)"))
 
 

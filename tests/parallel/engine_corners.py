@@ -32,9 +32,8 @@ def steps(settings: list[str], engine: str, ranks: Ranks) -> list[float | None]:
     keys = [f"engine.name={name}", *(f"engine.{setting}" for setting in more)]
     config, _ = config_files.load(None, [*settings, *keys, "run_dir=unused"])
     base = open_base(config.model, ranks)
-    rows, held_out, _ = token_file.prepare(
-        task_of(config), base.tokenizer, base.vocab_size, config.train.seed
-    )
+    files = token_file.files(task_of(config), base.tokenizer, base.vocab_size, [])
+    rows, held_out, _ = token_file.prepared(files, config.data, config.train.seed)
     assert held_out is not None
     built = build(config, base, ranks, lambda: None)
     trainer = Trainer(config, ranks, built, "")

@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 from scalepeft.core.errors import UserError
 from scalepeft.models.tensors import Reader, write_tensors
 from scalepeft.parallel.base import Part
-from scalepeft.run.checkpoint import DamagedCheckpoint, RunFolder, verify
-from scalepeft.run.lease import Superseded
+from scalepeft.run.checkpoint import DamagedCheckpoint, RunFolder, steps_of, verify
+from scalepeft.run.lease import Superseded, stored_generation
 from scalepeft.run.logs import RowLog
 
 
 def claimed(path: Path) -> RunFolder:
     folder = RunFolder(path)
-    folder.claim()
+    folder.claim(stored_generation(path))
     return folder
 
 
@@ -184,18 +184,18 @@ def test_retention_counts_verified_ones_only(tmp_path: Path) -> None:
     folder = claimed(tmp_path)
     for step in (1, 2, 3):
         save(folder, step)
-    assert folder.steps() == [3, 2]
+    assert steps_of(folder.path) == [3, 2]
     flip_a_bit(folder.checkpoints / "step-000003")
     again = claimed(tmp_path)
     assert again.newest()[0].step == 2  # type: ignore[union-attr]
     save(again, 4)
-    assert again.steps() == [
+    assert steps_of(again.path) == [
         4,
         3,
         2,
     ], "the only good older one must stay while a damaged one is newer"
     save(again, 5)
-    assert again.steps() == [5, 4]
+    assert steps_of(again.path) == [5, 4]
 
 
 def test_a_killed_save_leaves_nothing_that_resume_would_take(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_an_older_start_cannot_write(tmp_path: Path) -> None:
     new = claimed(tmp_path)
     with pytest.raises(Superseded, match="start 2 of this run owns the folder, this is start 1"):
         save(old, 2)
-    assert new.steps() == [1]
+    assert steps_of(new.path) == [1]
     save(new, 2)
 
 
@@ -373,7 +373,7 @@ def test_a_file_system_without_folder_rename_keeps_the_older_ones(
     folder = claimed(tmp_path)
     for step in (1, 2):
         save(folder, step)
-    assert folder.steps() == [2, 1] and claimed(tmp_path).newest()[0].step == 2  # type: ignore[union-attr]
+    assert steps_of(folder.path) == [2, 1] and claimed(tmp_path).newest()[0].step == 2  # type: ignore[union-attr]
     text = capsys.readouterr()
     said = text.out + text.err
     assert said.count("cannot rename a folder") == 1 and "never an older one" in said
@@ -416,7 +416,7 @@ def test_full_disk_keeps_the_older_checkpoints(small_disk: Path) -> None:
     commit(folder, 1, small)
     with pytest.raises(OSError):
         commit(folder, 2, {"a": torch.zeros(200_000)})
-    assert folder.steps() == [1] and not list(folder.checkpoints.glob("*.tmp-*"))
+    assert steps_of(folder.path) == [1] and not list(folder.checkpoints.glob("*.tmp-*"))
     commit(folder, 3, small)
     assert claimed(small_disk).newest()[0].step == 3  # type: ignore[union-attr]
     # metrics: the rows that do not fit wait and are written once there is room

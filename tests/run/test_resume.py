@@ -402,7 +402,7 @@ def test_a_start_whose_folder_another_one_took_away_makes_it_anew(tmp_path: Path
     first, second = RunFolder(tmp_path / "a/run"), RunFolder(tmp_path / "a/run")
     first.withdraw()
     assert not (tmp_path / "a").exists()
-    second.claim()
+    second.claim(0)
     second.withdraw()
     assert second.checkpoints.is_dir()
     third = RunFolder(tmp_path / "a/run")
@@ -413,7 +413,7 @@ def test_a_start_whose_folder_another_one_took_away_makes_it_anew(tmp_path: Path
 def test_a_start_that_goes_leaves_the_owner_its_folder(tmp_path: Path) -> None:
     owner, other = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
     other._made = owner._made  # both began at once
-    owner.claim()
+    owner.claim(0)
     other.withdraw()
     assert owner.checkpoints.is_dir()
 

@@ -64,7 +64,7 @@ def make_run(
     config = cfg.from_dict(values)
     folder.mkdir()
     (folder / "config.yaml").write_text(cfg.dump(config))
-    base = models.resolve(config.model, Ranks())
+    base = models.open_base(config.model, Ranks()).folder
     structure = structure_.build(config.model, base, "fp32")
     injection.inject(structure, config.adapter)
     for _, part in injection.adapters(structure):
@@ -107,7 +107,7 @@ def adapted(run_dir: Path, quantized: bool = True) -> Any:
     )
     if not quantized:
         config = replace(config, quant="none", double_quant=False)
-    base = models.resolve(config, Ranks())
+    base = models.open_base(config, Ranks()).folder
     model = structure.build(config, base, "fp32", weights := Weights(base))
     injection.inject(model, adapter)
     structure.materialize(model, torch.device("cpu"))

@@ -88,8 +88,9 @@ def run(settings: list[str], out: str | None, repeats: int | None) -> int:
 def _work(config: cfg.RunConfig) -> dict[str, Any]:
     """What the contenders read: config, rows as tokens in their order, HF's words for the rest."""
     base, train, engine = open_base(config.model, Ranks()), config.train, config.engine
-    words = (task_of(config, base.tokenizer), base.tokenizer, base.vocab_size, train.seed)
-    tokens, _, _ = token_file.prepare(*words, base.ends)
+    task = task_of(config, base.tokenizer)
+    rows = token_file.files(task, base.tokenizer, base.vocab_size, base.ends)
+    tokens, _, _ = token_file.prepared(rows, task.config, train.seed)
     order = loader.Order(len(tokens), train.seed)
     taken = [order[i] for i in range((train.max_steps or 0) * train.global_batch)]
     model = inject.inject(shapes.meta_model(str(base.folder)), config.adapter)

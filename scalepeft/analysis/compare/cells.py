@@ -5,7 +5,6 @@ are stages, each done once for its inputs; a cell that was killed resumes at its
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
@@ -14,14 +13,13 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from scalepeft.analysis.compare.design import Design, Method
 from scalepeft.config import changes
 from scalepeft.config import schema as cfg
-from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import Decides
 from scalepeft.core.files import read_lines, write_atomically
@@ -51,9 +49,7 @@ class Cell:
 
 
 def sweep(design: Design) -> list[Cell]:
-    """Return the cells that choose the rates, the lowest rate of all methods first; none where
-    there is one rate.
-    """
+    """The cells that choose the rates, all methods' lowest first; none where there is one."""
     turns = range(len(design.methods[0].rates)) if design.swept else ()
     return [Cell(m.label, m.rates[i], design.sweep_seed) for i in turns for m in design.methods]
 
@@ -81,7 +77,7 @@ def choose(method: Method, swept: dict[float, Result]) -> Result:
     return {"lr": best, "remark": f"best rate is the {edge} of the sweep: widen it" if edge else ""}
 
 
-def cell_inputs(config: RunConfig, files: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def cell_inputs(config: cfg.RunConfig, files: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return stage -> what decides its result: settings, and files by content wherever they lie."""
     training = changes.deciding(config, *changes.LEARNED, Decides.LENGTH)
     if "base" not in files:  # not a folder: the name is all there is to know it by
@@ -100,19 +96,19 @@ class Runner:
     def __init__(self, out: Path, design: Design, stop: StopFlag) -> None:
         self.out, self.design, self.stop = out, design, stop
 
-    def config(self, cell: Cell) -> RunConfig:
+    def config(self, cell: Cell) -> cfg.RunConfig:
         """Return the config of a cell whose rate is known."""
         assert cell.lr is not None
         config = self.design.config(self.design.method(cell.method), cell.lr, cell.seed)
         folder = self.out / "cells" / cell.method / f"lr={cell.lr:g},seed={cell.seed}"
-        return dataclasses.replace(config, run_dir=str(folder))
+        return replace(config, run_dir=str(folder))
 
     def swept(self, method: Method) -> dict[float, Result]:
         """Return rate -> result of the sweep's cell."""
         cells = [c for c in sweep(self.design) if c.method == method.label]
         return {c.lr: self.result(c) for c in cells if c.lr is not None}
 
-    def stages(self, config: RunConfig) -> list[tuple[Stage, dict[str, Any]]]:
+    def stages(self, config: cfg.RunConfig) -> list[tuple[Stage, dict[str, Any]]]:
         """Return the stages of a cell with their inputs."""
         scored = self.design.evaluate and config.train.seed in self.design.seeds
         inputs, folder = cell_inputs(config, self.design.files), Path(config.run_dir)
@@ -132,7 +128,7 @@ class Runner:
             choice = choose(method, self.swept(method))
             if "lr" not in choice:
                 return choice
-            cell = dataclasses.replace(cell, lr=choice["lr"])
+            cell = replace(cell, lr=choice["lr"])
         config = self.config(cell)
         result: Result = {"state": "done", "lr": cell.lr, "wall": 0.0}
         for stage, inputs in self.stages(config):
@@ -153,8 +149,7 @@ class Runner:
             Stopping: a signal came; the state has been saved.
             UserError: the sweep that is to choose a rate lacks cells, or another start holds one.
         """
-        if self.stop.signal is not None:
-            raise Stopping
+        self.stop.check()
         result = self.result(cell)
         if result["state"] in SETTLED:
             return result
@@ -162,13 +157,13 @@ class Runner:
             raise UserError(
                 f"{cell}: {result['reason']}; no rate is chosen without it: run its cells first"
             )
-        config = self.config(dataclasses.replace(cell, lr=result["lr"]))
+        config = self.config(replace(cell, lr=result["lr"]))
         all(self._run_stage(stage, inputs, config) for stage, inputs in self.stages(config))
         result = self.result(cell)
         changed = {"state": "broke", "reason": "its files have changed"}
         return result if result["state"] != "missing" else result | changed
 
-    def _run_stage(self, stage: Stage, inputs: dict[str, Any], config: RunConfig) -> bool:
+    def _run_stage(self, stage: Stage, inputs: dict[str, Any], config: cfg.RunConfig) -> bool:
         """Do what is not done, after a run of other inputs was set aside; return True if it is done
         now. Rank 0 alone keeps the manifests.
         """
@@ -186,8 +181,7 @@ class Runner:
         started = time.time()
         state, reason = self._execute(stage.name, config)
         while rank() and not stage.is_done(inputs) and "state" not in stage.begun():
-            if self.stop.signal is not None:
-                raise Stopping
+            self.stop.check()
             time.sleep(0.2)  # what rank 0 records goes for all, else they would part here
         if rank():
             return stage.is_done(inputs)
@@ -200,7 +194,7 @@ class Runner:
             stage.note(state=state, reason=reason, config=cfg.dump(config))
         return state == "done"
 
-    def _execute(self, name: str, config: RunConfig) -> tuple[str, str]:
+    def _execute(self, name: str, config: cfg.RunConfig) -> tuple[str, str]:
         """Train or evaluate in a child process; return (state, reason)."""
         folder, text, lease = Path(config.run_dir), cfg.dump(config), None
         folder.mkdir(parents=True, exist_ok=True)
@@ -233,10 +227,8 @@ class Runner:
 
 
 def run_child(arguments: list[str], log: Path, stop: StopFlag) -> int:
-    """Run ``python -m scalepeft ARGUMENTS``, hand a stop signal on to it; return its exit code.
-
-    Raises:
-        Stopping: it was told to stop, by us or by somebody else.
+    """Run ``python -m scalepeft ARGUMENTS``, hand a stop signal on to it; return its exit code, or
+    raise Stopping if it was told to stop, by us or by somebody else.
     """
     paths = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
     forwarded = False
@@ -278,14 +270,11 @@ def failure_reason(code: int, log: Path, start: int) -> tuple[str, str]:
     return "broke", f"exit code {code}: {last}"[:300]
 
 
-def read_result(config: RunConfig, name: str) -> tuple[dict[str, Any], list[Path]]:
-    """Read the figures of a finished ``training`` or ``evaluation`` from the run folder.
-
-    Returns:
-        The figures and the files that they are from. Of a training ``loss``: held-out, after the
-        last step (None: not finite), ``seconds``: of the training steps, ``peak_memory``: bytes,
-        ``memory``: ``cuda`` (the allocator's peak of rank 0) or ``resident`` (of the process).
-        Of an evaluation the headline ``metric``, its ``score``, and ``share``: it is one.
+def read_result(config: cfg.RunConfig, name: str) -> tuple[dict[str, Any], list[Path]]:
+    """The figures of a finished ``training`` or ``evaluation``, and the files that they are from.
+    Of a training the held-out ``loss`` after the last step (None: not finite), ``seconds`` of its
+    steps, ``peak_memory`` in bytes, of ``cuda`` (rank 0's allocator) or ``resident``; of an
+    evaluation its headline ``metric``.
     """
     folder = Path(config.run_dir)
     if name == "evaluation":

@@ -1,8 +1,4 @@
-"""Compare methods: the same data, batches, budget and sweep for each, over seeds, with intervals.
-
-A cell is one ordinary training run. The sweep's cells run under one seed and choose each method's
-rate by held-out loss; what is reported comes from fresh seeds at that rate.
-"""
+"""Compare methods: the same data, batches, budget and sweep for each, over seeds."""
 
 import dataclasses
 import json
@@ -28,10 +24,8 @@ FILE = "design.json"
 
 
 def run(options: Options, stop: StopFlag) -> int:
-    """Run what is missing, then print the table and write ``compare.json`` and ``.md``.
-
-    Returns:
-        The exit code: 0, 75 after a signal, or 1 where a cell of the sweep (or --cell's) broke.
+    """Run what is missing, then print the table and write ``compare.json`` and ``.md``; return the
+    exit code: 0, 75 after a signal, or 1 where a cell of the sweep (or --cell's) broke.
 
     Raises:
         UserError: an option, the config or every method is at fault.
@@ -61,10 +55,8 @@ def run(options: Options, stop: StopFlag) -> int:
 
 
 def prepare(options: Options) -> Design:
-    """Return the comparison that the options describe, or without a config that of ``OUT``.
-
-    Raises:
-        UserError: an option, the config, or the data.
+    """Return the comparison that the options describe, or without a config that of ``OUT``. Raise
+    UserError if an option, the config or the data is at fault.
     """
     if not options.settings and options.methods is None:
         unset = Options([], options.out, cell=options.cell, table=options.table)
@@ -104,10 +96,8 @@ def prepare(options: Options) -> Design:
 
 
 def keep(out: Path, design: Design) -> None:
-    """Keep the design in ``OUT``.
-
-    Raises:
-        UserError: ``OUT`` cannot be written, or a cell of another design is running there.
+    """Keep the design in ``OUT``. Raise UserError if that cannot be written, or another design's
+    cell runs there.
     """
     file = out / FILE
     if rank() or (file.is_file() and file.read_text() == design.text()):
@@ -155,11 +145,7 @@ def _run(runner: Runner, cells: list[Cell]) -> list[Cell]:
 
 
 def _finish(runner: Runner) -> None:
-    """Print the table of what there is and write it.
-
-    Raises:
-        UserError: no method has a result.
-    """
+    """Print the table of what there is and write it. Raise UserError if no method has a result."""
     design, out = runner.design, runner.out
     result = table.summarize(runner)
     if not any("loss" in row for row in result["methods"]):

@@ -1,9 +1,8 @@
 """What is compared: the methods at one budget, the rates of each, the seeds; as a file."""
 
-import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from scalepeft.adapters import inject, sizing
 from scalepeft.build import task_of
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as cfg
-from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import digest, read_mapping
 from scalepeft.core.log import say
@@ -61,14 +59,14 @@ class Design:
         """Return the method of this label."""
         return next(m for m in self.methods if m.label == label)
 
-    def config(self, method: Method, lr: float, seed: int) -> RunConfig:
+    def config(self, method: Method, lr: float, seed: int) -> cfg.RunConfig:
         """Return the config of a cell."""
         train = {**self.values["train"], "lr": lr, "seed": seed}
         return cfg.from_dict({**self.values, "adapter": method.adapter, "train": train})
 
     def text(self) -> str:
         """Return what ``read`` reads."""
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        return json.dumps(asdict(self), indent=1) + "\n"
 
     @classmethod
     def read(cls, file: Path) -> "Design":
@@ -105,9 +103,7 @@ def parse_rates(text: str, usual: float) -> list[float]:
 
 def read_method(name: str, shared: dict[str, Any] | None = None, lrs: str = "x1") -> Method:
     """Read a file of configs/adapters, or a YAML file; over it go ``shared`` settings of adapters.
-
-    Raises:
-        UserError: no such file, or one without a method or a rate; or as ``parse_rates``.
+    Raise UserError if there is none, or no method or usable rate in it.
     """
     if name.endswith((".yaml", ".yml")):
         label, values = Path(name).stem, config_files.values_of(name, [], [])
@@ -125,7 +121,6 @@ def read_method(name: str, shared: dict[str, Any] | None = None, lrs: str = "x1"
 
 def fit_method(base: nn.Module, method: Method, target: int | None) -> Method:
     """Return the method at the size nearest to ``target`` (None: as configured), with its count.
-
     What has one size keeps it and says so; what does not fit the model is ``refused``.
     """
     adapter, size = method.adapter, "as configured" if target is None else "its own size"
@@ -136,17 +131,15 @@ def fit_method(base: nn.Module, method: Method, target: int | None) -> Method:
             size = f"{key}={adapter[key]}"
         parameters = sizing.count_parameters(base, adapter)
     except UserError as error:
-        return dataclasses.replace(method, refused=" ".join(str(error).split()))
+        return replace(method, refused=" ".join(str(error).split()))
     if target and adapter is not method.adapter and abs(parameters - target) > 0.1 * target:
         size += ", the nearest there is"
-    return dataclasses.replace(method, adapter=adapter, parameters=parameters, size=size)
+    return replace(method, adapter=adapter, parameters=parameters, size=size)
 
 
 def target_parameters(base: nn.Module, reference: Method, rank: int | None) -> int:
     """Count the reference's parameters at ``rank`` (16), or at its own size where it has none.
-
-    Raises:
-        UserError: ``rank`` for a method that has none, or one that does not fit this model.
+    Raise UserError for a ``rank`` of a method that has none, or of one that does not fit the model.
     """
     adapter = reference.adapter
     if sizing.size_key(inject.adapter_config(adapter)) == "rank":
@@ -192,7 +185,7 @@ def read_settings(settings: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     return values, config_files.values_of(None, shared, [])["adapter"] if shared else {}
 
 
-def read_inputs(config: RunConfig, evaluate: bool) -> dict[str, Any]:
+def read_inputs(config: cfg.RunConfig, evaluate: bool) -> dict[str, Any]:
     """Return what the numbers depend on beside the config, wherever it lies: for each split the
     sha256 of its files (of a data set of the hub its name); ``base``, ``tokenizer`` if folders.
 

@@ -58,9 +58,7 @@ class Options:
     @classmethod
     def parse(cls, words: list[str], settings: list[str], out: str) -> "Options":
         """Read ``methods=hoft,lora``, ``seeds=3``, ``evaluate``: for ``launch/submit --compare``.
-
-        Raises:
-            UserError: no such option, or as ``of``.
+        Raise UserError for any other, or as ``of``.
         """
         values: dict[str, Any] = {"settings": settings, "out": out}
         names = ("methods", "reference", "rank", "budget", "lrs", "seeds")

@@ -68,9 +68,7 @@ def _row(design: Design, method: Method, cells: list[Row], swept: dict[float, An
 
 
 def difference(reference: str, label: str, cells: list[Row]) -> dict[str, Any] | None:
-    """Return held-out loss less the reference's of the same seed: data order and held-out rows are
-    the same, so that what they do to both cancels.
-    """
+    """Held-out loss less the reference's of the same seed, whose data order and rows cancel."""
     losses = {(c["method"], c["seed"]): c["loss"] for c in cells if c["state"] == "done"}
     seeds = [s for m, s in losses if m == label and (reference, s) in losses]
     if label == reference or not seeds:
@@ -103,15 +101,8 @@ def _score(row: Row) -> str:
     return _interval(scale * row["score"], half, ".2f") + unit
 
 
-def _difference(row: Row) -> str:
-    gap = row["difference"]
-    return _interval(gap["mean"], gap["ci"], "+.4f") if gap else ""
-
-
 def body(result: dict[str, Any], reference: str) -> list[list[str]]:
-    """Return the table with its header: the lowest loss first, then what lacks a seed (it may be
-    its worst one), what has no loss at the end.
-    """
+    """The table with its header: the lowest loss first, then what lacks a seed, or has no loss."""
     rows = sorted(
         result["methods"], key=lambda r: (len(r["seeds"]) < r["wanted"], r.get("loss", math.inf))
     )
@@ -121,7 +112,9 @@ def body(result: dict[str, Any], reference: str) -> list[list[str]]:
         "held-out loss": lambda r: _interval(r["loss"], r["loss_ci"]),
     }
     if any(r.get("difference") for r in rows):
-        columns[f"less {reference}'s"] = _difference
+        columns[f"less {reference}'s"] = lambda r: (
+            _interval(gap["mean"], gap["ci"], "+.4f") if (gap := r["difference"]) else ""
+        )
     if metric:
         columns[metric] = _score
     columns |= {

@@ -17,11 +17,8 @@ PLOTS = {name: f"report/{name}.png" for name in ("curves", "lengths")}
 
 
 def run(run_dirs: list[str], out: str | None = None) -> None:
-    """Print a table for each run and write the report; of one run ``RUN_DIR/loss.png`` too.
-
-    Args:
-        run_dirs: the runs.
-        out: folder of the report; by default that of the run, or ``report`` for several.
+    """Print a table for each run and write the report to ``out`` (by default the run's folder, or
+    ``report`` for several); of one run ``RUN_DIR/loss.png`` too.
 
     Raises:
         UserError: one is no run, or something cannot be written.
@@ -38,10 +35,7 @@ def run(run_dirs: list[str], out: str | None = None) -> None:
 
 def write(runs: list[Run], out: Path | None = None) -> list[Path]:
     """Write report.html, report.md and the plots of the latter, as ``run`` does; return the files,
-    report.html last.
-
-    Raises:
-        UserError: a file cannot be written; nothing is written by halves.
+    report.html last. Raise UserError if one cannot be written; none is written by halves.
     """
     from scalepeft.analysis.report import render
 

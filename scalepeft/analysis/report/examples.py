@@ -33,9 +33,7 @@ def choose(folder: Path) -> list[tuple[str, Rows]]:
 
 
 def examples(runs: list[Run]) -> list[tuple[str, Any]]:
-    """Return (heading, [(heading, [(row, the base's row or None)])]) of each run and task, of the
-    tuned model where it was evaluated.
-    """
+    """(heading, [(heading, [(row, the base's row or None)])]) of each run's best model and task."""
     evaluations: list[tuple[str, Any]] = []
     for run in runs:
         for task in dict.fromkeys(e.task for e in run.evaluations):

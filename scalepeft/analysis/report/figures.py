@@ -33,10 +33,8 @@ def png(figure: Callable[[], Figure]) -> bytes:
 
 
 def smooth(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """Average over a fortieth of the values, centered; what is not finite counts for nothing.
-
-    Returns:
-        The means, NaN where a window holds none; and the window, in values.
+    """(averages over a fortieth of the values, centered; that window). What is not finite counts
+    for nothing; NaN where a window holds nothing else.
     """
     width = len(values) // 40 | 1
     finite = np.isfinite(values)
@@ -54,7 +52,6 @@ def label(name: str) -> str:
 
 
 def _line(i: int) -> dict[str, Any]:
-    """Color and line style of the i-th run."""
     return {"color": f"C{i % 6}", "ls": ("-", "--", ":", "-.")[i // 6 % 4]}
 
 

@@ -17,7 +17,7 @@ from scalepeft.core.errors import UserError
 from scalepeft.core.files import digest, read_lines, read_mapping
 from scalepeft.eval import comet, scores
 from scalepeft.run import status
-from scalepeft.run.checkpoint import DamagedCheckpoint, NewerCheckpoint, RunFolder, verify
+from scalepeft.run.checkpoint import DamagedCheckpoint, NewerCheckpoint, steps_of, verify
 from scalepeft.run.goodput import Goodput, goodput
 
 SUBJECTS = {"eval-base": "base", "eval": "tuned", "eval-merged": "merged"}
@@ -28,9 +28,7 @@ MARKS = ("config.yaml", "events.jsonl", "metrics.jsonl")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One scores.json: ``which`` is base, tuned or merged; ``about``, its settings.json, decides
-    what may be compared with it.
-    """
+    """A scores.json: ``which`` is base, tuned or merged; ``about`` its settings.json."""
 
     which: str
     task: str
@@ -53,35 +51,24 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder.
-
-    Attributes:
-        newest: the last row of metrics.jsonl; empty without one.
-        columns: of all its rows, by key, NaN where a row has no number.
-        held_out: step and held-out loss.
-        data: counts of the rows by split, as a pipeline took them.
-        peak: the newest event that tells how much memory was held.
-        checkpoint: manifest and state of the newest one that verifies.
-        unscored: what of the evaluations could not be read, a line each.
-        problems: what could not be read at all, those lines among them.
-    """
+    """A run folder."""
 
     folder: Path
     name: str
     config: dict[str, dict[str, Any]]
-    newest: dict[str, Any]
-    columns: dict[str, np.ndarray]
-    held_out: list[tuple[int, float]]
-    data: dict[str, dict[str, Any]]
+    newest: dict[str, Any]  # the last row of metrics.jsonl; empty without one
+    columns: dict[str, np.ndarray]  # of all its rows, by key, NaN where a row has no number
+    held_out: list[tuple[int, float]]  # step and loss
+    data: dict[str, dict[str, Any]]  # counts of the rows by split, as a pipeline took them
     starts: list[dict[str, Any]]
-    peak: dict[str, Any]
+    peak: dict[str, Any]  # the newest event that tells how much memory was held
     status: dict[str, Any]
     goodput: Goodput | None
     evaluations: list[Evaluation]
-    checkpoint: dict[str, Any]
+    checkpoint: dict[str, Any]  # manifest and state of the newest one that verifies
     adapter: dict[str, Any]
-    unscored: list[str]
-    problems: list[str]
+    unscored: list[str]  # what of the evaluations could not be read, a line each
+    problems: list[str]  # what could not be read at all, those lines among them
 
     def get(self, key: str, default: Any = None) -> Any:
         """A setting by its dotted key."""
@@ -100,11 +87,7 @@ class Run:
 
 
 def read_all(folders: list[Path]) -> list[Run]:
-    """Read runs in the order given, each once.
-
-    Raises:
-        UserError: one of them is no run folder.
-    """
+    """Read runs in the order given, each once. Raise UserError if one is no run folder."""
     unique = {folder.resolve(): folder for folder in folders}
     for folder in unique.values():
         if not any((folder / name).is_file() for name in MARKS):
@@ -218,7 +201,7 @@ def _comet(place: Path, problems: list[str]) -> dict[str, Any] | None:
 
 def _newest(folder: Path, problems: list[str]) -> dict[str, Any]:
     """Manifest and ``state`` of the newest checkpoint that verifies; the folder is not touched."""
-    for step in RunFolder.steps_in(folder / "checkpoints"):
+    for step in steps_of(folder):
         place = folder / "checkpoints" / f"step-{step:06d}"
         try:
             return verify(place) | {"state": json.loads((place / "state.json").read_text())}

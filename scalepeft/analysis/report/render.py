@@ -1,5 +1,4 @@
-"""The report of runs, written as HTML and as Markdown by one template: facts and plots from here,
-words from there.
+"""The report of runs, as HTML and as Markdown by one template.
 
 What the template writes of a text is escaped unless it is marked, and control characters are made
 visible.
@@ -42,9 +41,7 @@ def context(runs: list[Run]) -> dict[str, Any]:
 
 
 def render(context: dict[str, Any], form: str) -> str:
-    """Return the report as one ``html`` file without script and network, or as ``markdown`` with
-    its plots as PNGs beside it.
-    """
+    """The report as one ``html`` file without network, or ``markdown`` with its plots beside it."""
     text = {"html": visible, "markdown": line}[form]
     environment = Environment(
         loader=PackageLoader("scalepeft.analysis.report"),
@@ -56,14 +53,12 @@ def render(context: dict[str, Any], form: str) -> str:
         finalize=lambda value: value if isinstance(value, Markup) else text(str(value)),
     )
     dump = partial(yaml.safe_dump, sort_keys=False, allow_unicode=True)
-    filters = {"fenced": fenced, "base64": _base64, "duration": duration, "yaml": dump}
-    environment.filters.update(filters, shown=shown, between=between)
+    environment.filters |= {
+        "fenced": fenced, "duration": duration, "yaml": dump, "shown": shown, "between": between,
+        "base64": lambda content: base64.b64encode(content).decode(),
+    }  # fmt: skip
     environment.globals.update(scores=scores, provenance=provenance, cells=cells)
     return environment.get_template("report.j2").render(context, form=f"{form}.j2").strip() + "\n"
-
-
-def _base64(content: bytes) -> str:
-    return base64.b64encode(content).decode()
 
 
 def line(value: str) -> Markup:

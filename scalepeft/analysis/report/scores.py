@@ -121,12 +121,9 @@ def verdict(run: Run) -> dict[str, list[str]]:
 
 
 def paired(one: Evaluation, other: Evaluation) -> tuple[float, float, float] | None:
-    """Compare the first metric of two evaluations on the same rows, with a 95 % interval.
-
-    Sources are averaged where the metric is their mean (``stats.paired_difference``).
-
-    Returns:
-        (difference, low, high); None for metrics that are no shares, or without scored rows.
+    """Difference of the first metric of two evaluations on the same rows, with a 95 % interval;
+    sources are averaged where the metric is their mean. None for a metric that is no share, or
+    without scored rows.
     """
     if not one.first[1]["share"]:
         return None

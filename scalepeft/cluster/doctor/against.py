@@ -168,7 +168,6 @@ def _fitting(
 
 
 def _room(device: torch.device) -> int:
-    """Bytes of memory that are free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     lines = Path("/proc/meminfo").read_text().splitlines()

@@ -65,31 +65,19 @@ def compare(context: "Context", values: Values) -> Verdict:
 
 @dataclass
 class Context:
-    """What is looked at, by which ranks, and what was found.
+    """What is looked at, by which ranks, and what was found."""
 
-    Attributes:
-        ranks: this process; its device is set by the check of the devices.
-        timeout: seconds that ranks may take to come, and each check.
-        config: of the run; without one the machine alone is looked at.
-        run_dir: the folder that is looked at.
-        store: where the ranks meet; the main thread's: one client serves one thread at a time.
-        hosts: of the ranks that came.
-        findings: in the order of the checks.
-        facts: rank -> check -> what its probe returned.
-        lost: a rank gave no answer, so nothing more is tried.
-        stuck: for that, or as a thread hangs somewhere, processes must end with ``os._exit``.
-    """
-
-    ranks: Ranks
-    timeout: float
-    config: Any
+    ranks: Ranks  # this process; its device is set by the check of the devices
+    timeout: float  # seconds that ranks may take to come, and each check
+    config: Any  # of the run; without one the machine alone is looked at
     run_dir: Path
-    store: Any = None
-    hosts: dict[int, str] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
+    store: Any = None  # where ranks meet; the main thread's: one client serves one thread at a time
+    hosts: dict[int, str] = field(default_factory=dict)  # of the ranks that came
+    findings: list[Finding] = field(default_factory=list)  # in the order of the checks
     facts: dict[int, dict[str, Any]] = field(default_factory=lambda: defaultdict(dict))
-    lost: bool = False
-    stuck: bool = False
+    """Rank -> check -> what its probe returned."""
+    lost: bool = False  # a rank gave no answer, so nothing more is tried
+    stuck: bool = False  # so, or as a thread hangs, processes must end with ``os._exit``
     _round: int = 0
 
     def exchange(self, value: Any, seconds: float) -> dict[int, Any]:
@@ -120,8 +108,8 @@ class Context:
         Args:
             name: as it is printed.
             probe: returns what a rank sees, of JSON's types; of what it raises, the first line is
-                the finding. May use collectives where ``on`` is ``all``.
-            on: the ranks that probe: ``all``, the first of each node (``nodes``), 0 (``main``).
+                the finding. May use collectives where all ranks probe.
+            on: ``all`` ranks, the first of each node (``nodes``), or 0 (``main``).
             remedy: what to do if a probe raises.
             judge: yields the findings from all ranks' values; ``ok`` beside ``fix`` is left out.
         """

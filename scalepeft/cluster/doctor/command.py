@@ -22,7 +22,7 @@ from scalepeft.run.folder import check_same_run
 from scalepeft.run.lease import check_free
 
 LINKS = "set {}_SOCKET_IFNAME to the interface that the nodes share; open the ports between them"
-PATIENCE = 120.0  # seconds without --timeout
+PATIENCE = 120.0  # seconds for ranks to come, and for each check, without --timeout
 LONGEST = 86400  # seconds that --timeout may ask for
 
 
@@ -33,17 +33,8 @@ def run(
     as_json: bool = False,
     against_transformers: bool = False,
 ) -> int:
-    """Run the checks and print them on rank 0; return 0, or 1 if there is something to fix.
-
-    Args:
-        settings: [CONFIG] [KEY=VALUE ...] of the run; without, the machine alone is looked at.
-        run_dir: folder to look at (default: the config's, or this one).
-        timeout: seconds that ranks may take to come, and each check (default 120).
-        as_json: print one JSON object instead of lines.
-        against_transformers: compare the base alone, as ``against.run`` does.
-
-    Raises:
-        UserError: a mistake in options or config.
+    """Run the checks and print them on rank 0; return 0, or 1 if there is something to fix. Without
+    ``settings``, [CONFIG] [KEY=VALUE ...] of a run, the machine alone is looked at.
     """
     if against_transformers:
         if run_dir is not None or as_json or timeout is not None:

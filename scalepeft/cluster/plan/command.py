@@ -28,11 +28,7 @@ HINTS = (
 
 
 def run(settings: list[str], options: Options, as_json: bool) -> None:
-    """Plan the run of a ``train`` command's arguments and print the plan.
-
-    Raises:
-        UserError: as ``planning.plan``.
-    """
+    """Print the plan of a ``train`` command's arguments; raises as ``planning.plan``."""
     config, notes = config_files.load_partly(settings)
     for note in notes:
         say(note)

@@ -70,6 +70,10 @@ def resident(config: RunConfig, source: Source, world: int, per_node: int) -> St
     held = {name: p for name, p in model.named_parameters() if p.dtype == torch.uint8}
     copy = folder_of(config.model.quantized_cache, sum(p.numel() for p in held.values()))
     plain = sum(size for name, size in read.items() if name not in held)
+    looks = {
+        tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in block.named_parameters())
+        for block in structure.blocks_of(model)
+    }
     return Step(
         rows,
         -(-local_batch // rows),
@@ -81,7 +85,7 @@ def resident(config: RunConfig, source: Source, world: int, per_node: int) -> St
         checkpoint=3 * sum(p.nbytes for p in trained) + 4 * len(trained),
         resident=stays,
         peak=stays,
-        alike=_alike(source, structure.blocks_of(model)),
+        alike=len(looks) == 1 and len(set(source.text.get("layer_types") or ())) <= 1,
     )
 
 
@@ -141,11 +145,3 @@ def measure(config: RunConfig, source: Source, world: int, per_node: int) -> Ste
         value *= times[part]
         step.exchanges[key] = (count + value, size) if unit == "count" else (count, size + value)
     return step
-
-
-def _alike(source: Source, blocks: list[nn.Module]) -> bool:
-    looks = {
-        tuple((n, p.shape, p.dtype, p.requires_grad) for n, p in block.named_parameters())
-        for block in blocks
-    }
-    return len(looks) == 1 and len(set(source.text.get("layer_types") or ())) <= 1

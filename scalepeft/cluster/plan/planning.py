@@ -1,7 +1,4 @@
-"""From a simulated step to a plan: times, the grace period, whether it fits.
-
-What is assumed and not computed stands here by name.
-"""
+"""From a simulated step to a plan: times, the grace period, fit; what is assumed stands here."""
 
 import math
 from contextlib import suppress
@@ -81,11 +78,8 @@ class Plan:
 
 
 def plan(config: RunConfig, options: Options) -> Plan:
-    """Plan a run.
-
-    Raises:
-        UserError: a mistake in the config, or a number of ranks that it cannot take; a base whose
-            dimensions cannot be had; a GPU that is not known.
+    """Plan a run. Raise UserError for a mistake in the config, a number of ranks that it cannot
+    take, a base of unknown dimensions, or a GPU that is not known.
     """
     source = dimensions.find(config.model, options.network)
     step = measure(config, source, options.world, options.gpus_per_node)

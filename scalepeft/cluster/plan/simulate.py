@@ -50,6 +50,8 @@ COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "broadcast")
 Exchange = tuple[str, int, int]
 """A collective's name, the number of ranks in it and of nodes they are on."""
 Work = dict[tuple[str, Exchange | None, str], float]
+"""(part of a step, collective, ``count`` or ``bytes`` of the full tensors) -> number; (part, None,
+``flops``) -> FLOP."""
 
 
 @dataclass
@@ -86,15 +88,10 @@ class Step:
 
 @dataclass
 class Figures:
-    """What one simulated step shows; every number is linear in the number of layers.
-
-    Attributes:
-        moments: moment of the step -> kind -> bytes alive at that moment's own peak.
-        work: (part of the step, collective, ``count`` or ``bytes`` of the full tensors) -> number;
-            (part of the step, None, ``flops``) -> FLOP.
-    """
+    """What one simulated step shows; every number is linear in the number of layers."""
 
     moments: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Moment of the step -> kind -> bytes alive at that moment's own peak."""
     work: Work = field(default_factory=lambda: defaultdict(float))
 
 
@@ -241,9 +238,6 @@ def stretch(a: Figures, b: Figures, lengths: tuple[int, int], layers: int) -> Fi
 def simulate(config: RunConfig, folder: Path, world: int, per_node: int, step: Step) -> Figures:
     """Run one optimizer step of rank 0 on fake tensors; moments are named by the block's number.
     ``folder`` holds the ``config.json`` of a model; two micro-batches stand for more.
-
-    Raises:
-        UserError: a model or target that cannot be.
     """
     assert not dist.is_initialized(), "plan runs in a process of its own"
     tracker, ranks, shares = Tracker(per_node), Ranks(0, world), step.shares

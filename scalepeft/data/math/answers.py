@@ -30,9 +30,7 @@ _ARTICLE = re.compile(r"(?<![A-Za-z'’(])A(?=\s[a-z])")
 
 
 def plain(text: str) -> Fraction | None:
-    """The value of a plain number (1,234.5, -3/4, 2 1/2, $18, 50%: the percent sign is dropped);
-    None for anything else.
-    """
+    """The value of a plain number (1,234.5, -3/4, 2 1/2, $18, 50% without its sign), else None."""
     if not re.fullmatch(r"[-+−\s\\$%0-9.,/]{1,60}", text):
         return None
     value = whole.read(text.replace(",", ""))

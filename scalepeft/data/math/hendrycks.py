@@ -23,11 +23,7 @@ def is_equiv(one: str, other: str) -> bool:
 
 
 def normalize(text: str) -> str:
-    r"""The form that texts are compared in.
-
-    Raises:
-        ValueError, IndexError: broken latex, or units at several places.
-    """
+    r"""The form that texts are compared in. Raises ValueError, IndexError: bad latex, two units."""
     for old, new in _REMOVED:
         text = text.replace(old, new)
     text, *units = text.split("\\text{ ")  # with the space: what follows is a unit
@@ -63,9 +59,7 @@ def _braced(text: str) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{} (or \fbox{}, or after "\boxed "); None: there is none, or
-    it does not end.
-    """
+    r"""What stands in the last \boxed{} (or \fbox{}, or after "\boxed ") that ends; else None."""
     begin = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if begin < 0:
         return None

@@ -18,28 +18,19 @@ from scalepeft.data.tasks.base import Split
 
 @dataclass(frozen=True)
 class Problem:
-    """What a row of any format says.
-
-    Attributes:
-        answer: None where a training row does not tell.
-        original: the question that this one was made from, where a row tells.
-        guessed: the answer is the last number of a text without a mark.
-    """
+    """What a row of any format says."""
 
     question: str
     output: str
-    answer: str | None
+    answer: str | None  # None where a training row does not tell
     kind: Literal["number", "math", "letter"]
-    original: str = ""
-    guessed: bool = False
+    original: str = ""  # the question that this one was made from, where a row tells
+    guessed: bool = False  # the answer is the last number of a text without a mark
 
 
 def read(row: Any, split: Split, ending: str) -> Problem:
     """The problem of a row of any of the formats; ``ending`` is that of ``MathConfig``. Rows of
-    ``test`` may lack a solution, and of LLM-Adapters have one of GPT's.
-
-    Raises:
-        UserError: none of the formats, or a broken row.
+    ``test`` may lack a solution, and of LLM-Adapters have GPT's. UserError for any other row.
     """
     problem = _read(row, split, ending)
     return replace(problem, original=text_field(row, "original_question", required=False))
@@ -126,9 +117,7 @@ def _gsm8k(row: dict[str, Any], ending: str) -> Problem:
 
 
 def _prose(question: str, solution: str) -> Problem:
-    """A solution without ####: the whole answer behind "answer is" or in a box (GAOKAO), else the
-    last number (Orca-Math).
-    """
+    """A solution without ####: the answer is marked or in a box (GAOKAO), else the last number."""
     marked = answers.marked(solution)
     found = marked or answers.find(solution, "number")
     value = whole.read(found) if found else None

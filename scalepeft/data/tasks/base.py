@@ -1,6 +1,4 @@
-"""The task protocol: rows of a file -> prompt and completion to train on -> an answer found and
-scored.
-"""
+"""The task protocol: rows of a file -> prompt and completion -> an answer found and scored."""
 
 import hashlib
 import json
@@ -27,10 +25,8 @@ SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 @plain_dataclass(frozen=True)
 class Protocol:
-    """Settings under which published numbers were made.
-
-    A key that a config leaves out takes the value given here; one that it sets otherwise stands in
-    the scores as a deviation.
+    """Settings under which published numbers were made: what a config leaves out takes its value
+    from here, and what it sets otherwise stands in the scores as a deviation.
     """
 
     about: str  # where it comes from, and its oddities, in a line or two
@@ -106,52 +102,36 @@ class TaskConfig:
 
 @plain_dataclass(frozen=True)
 class Example:
-    """One row, ready to train on or to generate from.
+    """One row, ready to train on or to generate from."""
 
-    Attributes:
-        id: stable: source and row number.
-        learned: parts of the prompt, [begin, end) in characters, that are learned as well.
-        joined: prompt and completion are one text, a conversation, and tokenized so.
-    """
-
-    id: str
+    id: str  # stable: source and row number
     prompt: str
     completion: str
     meta: dict[str, Any] = field(default_factory=dict)
     learned: list[list[int]] = field(default_factory=list)
-    joined: bool = False
+    """Parts of the prompt, [begin, end) in characters, that are learned as well."""
+    joined: bool = False  # prompt and completion are one text, a conversation, and tokenized so
 
 
 @plain_dataclass(frozen=True)
 class Score:
-    """What was found in a prediction (None: nothing that looks like an answer) and how good it is.
+    """What was found in a prediction, and how good it is."""
 
-    Attributes:
-        extracted: the answer, as text.
-        correct: whether it is right; None where a single row has no right or wrong (translation).
-        strict: whether the published protocol's own extraction and comparison call it right, where
-            they differ from ours.
-    """
-
-    extracted: str | None
-    correct: bool | None
+    extracted: str | None  # the answer, as text; None: nothing that looks like one
+    correct: bool | None  # None where a single row has no right or wrong (translation)
     strict: bool | None = None
+    """Whether the published protocol's script calls it right, where that is another than ours."""
 
 
 @plain_dataclass(frozen=True)
 class Metric:
-    """A measured quantity over rows, with its 95 % interval.
-
-    Attributes:
-        value: a share in [0, 1] if ``share``, else points as the library of the metric gives them.
-        signature: what exactly was computed, as published numbers state it (sacreBLEU's).
-    """
+    """A measured quantity over rows, with its 95 % interval."""
 
     value: float
     low: float
     high: float
-    share: bool = True
-    signature: str = ""
+    share: bool = True  # in [0, 1]; else points as the library of the metric gives them
+    signature: str = ""  # what exactly was computed, as published numbers state it (sacreBLEU's)
 
 
 @plain_dataclass(frozen=True)

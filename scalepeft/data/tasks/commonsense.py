@@ -140,7 +140,6 @@ def original(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def _choices(row: dict[str, Any], form: Original) -> tuple[list[str], list[str]]:
-    """Texts of the choices and their labels."""
     key, *others = form.choices.split()
     labels: Any = form.labels.split()
     if others:

@@ -64,11 +64,8 @@ class Math(Task):
         return ("train", "test") if split == "train" else (split,)
 
     def stream(self, split: Split) -> Iterator[Example]:
-        """Reads a split; training rows go through ``max_chars`` and ``test_rows``.
-
-        Raises:
-            UserError: as ``Task.stream``; test questions among the training rows; no math-verify
-                to score a test with.
+        """Reads a split; training rows go through ``max_chars`` and ``test_rows``. Raises UserError
+        also for test questions among these, and without a math-verify to score a test with.
         """
         if split == "test":
             equivalence.check_installed()  # now, and not after hours of generation
@@ -155,9 +152,7 @@ class Math(Task):
         return self.filled(row_id, template, values, told, **meta)
 
     def score(self, prediction: str, example: Example) -> Score:
-        """``correct``: the whole answer, wherever it stands, equals the right one (``whole``);
-        ``strict``: what the script of the protocol says.
-        """
+        """``correct``: the whole answer equals the right one; ``strict``: the protocol's script."""
         right, kind = example.meta["answer"], example.meta["kind"]
         found = answers.find(prediction, kind)
         if found is None or kind == "letter":

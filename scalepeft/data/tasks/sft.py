@@ -57,9 +57,7 @@ class SftConfig(TaskConfig):
 
 
 class Sft(Task):
-    """Instruct data of any form; an answer is right if it is the row's ``answer`` (else its
-    response), but for spacing.
-    """
+    """Instruct data; right is the row's ``answer`` (else its response), but for spacing."""
 
     Config: ClassVar[type[TaskConfig]] = SftConfig
     config: SftConfig

@@ -72,11 +72,7 @@ def make_row(rng: random.Random, things: slice, looks: list[str] = LOOKS) -> dic
 
 
 class Toy(Commonsense):
-    """Rows made on the spot from ``rows_seed``; it reads no files.
-
-    Raises:
-        UserError: ``data.train``, ``valid`` or ``test`` is set, which would have no effect.
-    """
+    """Rows made on the spot from ``rows_seed``; it reads no files, and refuses to be given any."""
 
     Config = ToyConfig
     config: ToyConfig
