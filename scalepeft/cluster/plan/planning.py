@@ -37,10 +37,10 @@ class Plan:
         self.config, self.options, self.source, self.step = config, options, source, step
         target, world, saved = options.target, options.world, step.checkpoint
         comes_and_goes = max(0.0, step.peak_bytes - step.resident_bytes)
-        context, holes, found = CONTEXT_BYTES, FRAGMENTED, options.found
-        if found:
-            context, holes = found["CUDA GiB"] * GIB, found["holes"]
-        self.runtime = context + NCCL_BYTES * (world > 1) + holes * comes_and_goes
+        found = options.found or {}
+        context = found["CUDA GiB"] * GIB if found else CONTEXT_BYTES
+        holes = found.get("holes", FRAGMENTED) * comes_and_goes
+        self.runtime = context + NCCL_BYTES * (world > 1) + holes
         """Bytes of CUDA, NCCL and the allocator."""
         self.need = step.peak_bytes + self.runtime
         self.fits = self.need <= target.gib * GIB if target else None
