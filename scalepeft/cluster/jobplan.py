@@ -56,7 +56,7 @@ def _check_one(plan: planning.Plan, header: dict[str, str]) -> None:
         )
     say(
         f"plan: {plan.config.adapter.name}: {need:.1f} GiB a GPU at the peak, {stop} for a step"
-        f" and a save, grace period {plan.grace} s ({plan.basis}: scalepeft plan)"
+        f" and a save, grace period {plan.grace} s ({plan.basis}; see scalepeft plan)"
     )
     if gpu and not plan.fits:
         say(

@@ -12,7 +12,6 @@ from typing import Any
 from scalepeft.core.errors import UserError, nearest
 
 # Words that say nothing of memory or rate; any other (NVL, a MIG slice) makes it another GPU.
-RESULTS = Path(__file__).resolve().parents[3] / "docs/benchmarks"  # of a checkout
 FILLER = re.compile(r"nvidia|tesla|[hd]gx|sxm\d?|pcie|hbm\d?e?")
 
 
@@ -35,6 +34,7 @@ KNOWN = {
     "h200-141": Gpu("H200", 139.7, 989, 67),
     "b200-180": Gpu("B200", 178.3, 2250, 80),
 }
+RESULTS = Path(__file__).resolve().parents[3] / "docs/benchmarks"  # of a checkout
 COLUMNS = ("TFLOP/s of plan", "CUDA GiB", "holes")  # that bench gpu writes for a plan
 GPUS = {gpu.name.lower(): gpu for gpu in KNOWN.values()}
 

@@ -46,7 +46,8 @@ class Plan:
         self.fits = self.need <= target.gib * GIB if target else None
         rated = target if target and target.tflops else GPUS["a100-80"]  # the slowest one
         bf16 = config.train.precision == "bf16"
-        rate, self.basis = (rated.tflops if bf16 else rated.tflops_fp32) * MFU, "assumed rates"
+        rate = (rated.tflops if bf16 else rated.tflops_fp32) * MFU
+        self.basis = f"assumed: {MFU:.0%} of a GPU's peak"
         if found and bf16:
             rate, self.basis = found["TFLOP/s of plan"], f"measured: {found['file']}"
         self.compute_seconds = step.flops / (rate * 1e12)
