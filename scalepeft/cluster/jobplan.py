@@ -51,17 +51,17 @@ def _check_one(plan: planning.Plan, header: dict[str, str]) -> None:
     late = f"--signal={header.get('--signal')} comes {warning} s before the time limit"
     if warning is not None and warning < plan.stop_seconds:
         raise UserError(
-            f"{late}, a step and a save alone take {stop} (assumed: {planning.MFU:.0%} of a GPU's"
-            f" peak, {rows}); write {signal}, or add --no-plan"
+            f"{late}, a step and a save alone take {stop} ({plan.basis}, {rows}); write"
+            f" {signal}, or add --no-plan"
         )
     say(
         f"plan: {plan.config.adapter.name}: {need:.1f} GiB a GPU at the peak, {stop} for a step"
-        f" and a save, grace period {plan.grace} s (assumed rates: scalepeft plan)"
+        f" and a save, grace period {plan.grace} s ({plan.basis}; see scalepeft plan)"
     )
     if gpu and not plan.fits:
         say(
-            f"plan: tight: {tensors:.1f} GiB of tensors fit {gpu.name} ({gpu.gib:g} GiB), with what"
-            f" is assumed for CUDA, NCCL and the allocator {need:.1f} GiB do not"
+            f"plan: tight: {tensors:.1f} GiB of tensors fit {gpu.name} ({gpu.gib:g} GiB), with"
+            f" CUDA, NCCL and the allocator {need:.1f} GiB do not (scalepeft plan)"
         )
     if warning is not None and warning < plan.grace:
         say(f"plan: {late}; {signal} leaves {planning.SAFETY:g} times what is assumed")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,60 @@ import pytest
 import torch
 from processes import call, zygote
 
+from scalepeft.adapters import householder
 from scalepeft.analysis.bench.gpu import command, exactness, training
 from scalepeft.analysis.bench.gpu.session import Session
+from scalepeft.cluster.plan import gpus
 from scalepeft.core.errors import UserError
 from scalepeft.core.registry import available
 from scalepeft.models import quant
+from scalepeft.models.quantized_copy import QuantizedCopy
+
+
+def check_choices(found: dict[str, Any]) -> None:
+    """Both ways are the same step; each took the way that it is named for."""
+    rows = found["choices"]
+    for one, other in (
+        ("hoft, factors once", "hoft, factors in each forward"),
+        ("goft, factors once", "goft, factors in each forward"),
+        ("hoft, packed", "hoft, padded"),
+    ):
+        for key in ("first loss", "last loss"):
+            assert rows[one][key] == pytest.approx(rows[other][key], rel=2e-3), (one, key)
+    packed, padded = rows["hoft, packed"], rows["hoft, padded"]
+    tokens = [row["tokens/s"] * row["ms"] for row in (packed, padded)]
+    assert tokens[0] == pytest.approx(tokens[1]), "tokens of the rows alone"
+    assert packed["computed"] < padded["computed"]
+    for row in found["sides"].values():
+        assert row["taken"] == "direct" and row["direct ms"] > 0 and row["fused ms"] > 0
+    read = {label: row["read GiB"] for label, row in found["copy"].items()}
+    assert read["read"] < read["kept"] == read["off"]
+
+
+def test_each_way_is_the_one_that_it_is_named_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = Counter[str]()
+
+    def counted(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+        count = staticmethod(lambda *a: calls.update([owner.__name__]) or function(*a))
+        monkeypatch.setattr(owner, name, count)
+
+    session = Session(tmp_path, 100, True)
+    monkeypatch.setattr(session, "milliseconds", lambda work, *_: [work() or 1.0])
+    counted(householder, "core")
+    lengths = torch.full((4,), 16)
+    for how in (training.ONCE, training.EACH):
+        training._choice(session, "hoft", how, lengths)
+        calls[how] = calls.pop(householder.__name__)
+    # Two sides; four shapes, counted, made and differentiated; ten layers in four micro-batches.
+    assert calls == {training.ONCE: 2 * 4 * 3, training.EACH: 2 * (4 + 10 * 4)}
+    calls.clear()
+    counted(householder._Fused, "forward")
+    counted(householder._Rotate, "forward")
+    training._sides(session, 8)
+    assert (calls["_Rotate"], calls["_Fused"]) == (2, 1)
 
 
 @pytest.mark.slow
@@ -34,13 +84,21 @@ def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
     assert set(available("adapters.methods")) <= set(found["exactness"])
     for row in found["exactness"].values():
         assert row["fp32"] < 1e-5 and row["bf16"] < 3e-2
-    rows = {f"{a} {s}": found["training"][f"{a} {s}"]
-            for a in training.ROWS for s in training.STORAGES}  # fmt: skip
-    for label, row in rows.items():
-        assert math.isfinite(row["first loss"]) and math.isfinite(row["last loss"]), label
-        assert row["ms"] > 0 and row["peak GiB"] is None and row["launches"] is None
+    rows = [found["training"][f"{a} {s}"] for a, s in training.CASES]
+    for row in [*rows, *found["choices"].values()]:
+        assert math.isfinite(row["first loss"]) and math.isfinite(row["last loss"])
+        assert row["ms"] > 0 and row["tokens/s"] > 0
+        assert {row[key] for key in training.ON_DEVICE} == {None}
     (planned,) = found["plan"].values()
     assert planned["planned GiB"] > 0 and planned["measured GiB"] is None
+    with pytest.raises(UserError, match=r"expected gpu\.json of a full"):
+        gpus.measured(tmp_path / "new/out/gpu.json")
+    text = (tmp_path / "new/out/gpu.json").read_text().replace("null", "0.5")
+    (tmp_path / "gpu.json").write_text(text)  # as a GPU would have filled it
+    kept = gpus.measured(tmp_path / "gpu.json")
+    assert kept["device"].endswith(" --tiny") and kept["holes"] == kept["CUDA GiB"] == 0.5
+    assert kept["TFLOP/s of plan"] == planned["TFLOP/s of plan"] > 0
+    check_choices(found)
     (resumed,) = found["running"].values()
     assert resumed["bitwise"] and resumed["killed after"] >= 12
     assert set(found["collectives"]) == {"links", "4-bit bytes"}
@@ -141,3 +199,19 @@ def test_a_wrong_number_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert command.has_fault(exactness._bytes(session, quant.NF4(False), torch.float32))
     session.keep("lora", {"fp32": float("nan")})
     assert json.loads((tmp_path / "gpu.json").read_text()) == {"lora": {"fp32": "NaN"}}
+
+
+def test_a_quantized_copy_that_reads_other_bytes_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill = QuantizedCopy.fill
+
+    def other(self: Any, name: str, *parameters: Any) -> bool:
+        if read := fill(self, name, *parameters):
+            parameters[0].data.bitwise_xor_(1)
+        return read
+
+    monkeypatch.setattr(QuantizedCopy, "fill", other)
+    found = training.copy(Session(tmp_path, 100, True))
+    assert [command.has_fault(row) for row in found.values()] == [False, False, True]
+    assert not list(tmp_path.iterdir()), "gigabytes are not left behind"

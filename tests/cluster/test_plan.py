@@ -279,6 +279,87 @@ def test_grace_follows_step_and_save(blocks: list[str]) -> None:
     assert 0 <= beside.grace - (2 * (100 + 2 * save) + 30) < 30, "one under way, and the last one"
 
 
+MEASURED = {
+    "env": {"device": "NVIDIA H200", "tiny": False},
+    "training": {
+        "hoft none": {"ms": 1.0, "CUDA GiB": 0.5}, "lora none": {"ms": 1.0, "CUDA GiB": 0.75},
+        "frozen none": {"ms": 1.0, "CUDA GiB": 9.0}, "goft none": {"fault": "of this test"},
+    },
+    "plan": {
+        "hoft none": {"TFLOP/s of plan": 400.0, "holes": 0.01},
+        "lora none": {"TFLOP/s of plan": 500.0, "holes": 0.02},
+        "goft none": {"skipped": "no time left"},
+    },
+}  # fmt: skip
+
+
+def results(file: Path, **env: Any) -> str:
+    file.write_text(json.dumps({**MEASURED, "env": {**MEASURED["env"], **env}}))
+    return str(file)
+
+
+def test_what_bench_gpu_measured_is_taken_in_place_of_what_is_assumed(
+    blocks: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpus, "RESULTS", tmp_path)
+    words = [*blocks, "engine=single", "train.micro_batch=1", FEW, "train.precision=bf16"]
+    before = planned(words, gpu="H200")
+    assert before.options.found is None and "assumed, not measured" in command.table(before)
+    file = results(tmp_path / "gpu.json")
+    after = planned(words, gpu="NVIDIA H200", measured=file)
+    assert after.compute_seconds == after.step.flops / 450e12
+    changes = after.step.peak_bytes - after.step.resident_bytes
+    assert after.runtime == 0.75 * GIB + 0.02 * changes
+    assert after.basis == f"measured: {file}" and f"as measured: {file}" in command.table(after)
+    assert command.as_dict(after)["measured"]["file"] == file
+    exact = planned([*words, "train.precision=fp32"], gpu="H200", measured=file)
+    assert exact.basis.startswith("assumed: 35%"), "only bf16 was measured"
+    assert exact.compute_seconds == exact.step.flops / (67e12 * planning.MFU)
+
+
+def test_the_newest_result_of_that_gpu_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpus, "RESULTS", tmp_path)
+    results(tmp_path / "2026-12-01-bench-gpu-h200.json")
+    newest = results(tmp_path / "2026-12-02-bench-gpu-h200.json")
+    results(tmp_path / "2026-12-03-bench-gpu-h200-tiny.json", tiny=True)
+    other = results(tmp_path / "2026-12-04-bench-gpu-a.json", device="NVIDIA A100-SXM4-80GB")
+    results(tmp_path / "2026-12-05-methods-h200.json")
+    assert Options(gpu="H200").found["file"] == newest
+    assert Options(gpu="A100-80").found["file"] == other
+    assert Options(gpu="L40S").found is Options().found is Options(memory=140).found is None
+
+
+@pytest.mark.parametrize(
+    ("change", "where", "message"),
+    [
+        ({}, {"gpu": "H100"}, "of 'NVIDIA H200', which --gpu does not name"),
+        ({}, {}, "of 'NVIDIA H200', which --gpu does not name; give both of the same"),
+        ({}, {"memory": 139.7}, "which --gpu does not name"),
+        ({"tiny": True}, {"gpu": "H200"}, "of 'NVIDIA H200 --tiny', which --gpu"),
+        ({"device": None}, {"gpu": "H200"}, "TypeError.* expected gpu.json of a full"),
+        (None, {"gpu": "H200"}, "FileNotFound.* expected gpu.json of a full"),
+        ("[]", {"gpu": "H200"}, "expected gpu.json of a full"),
+        ('{"env": {}', {"gpu": "H200"}, "JSONDecodeError.* expected gpu.json of a full"),
+        (json.dumps({**MEASURED, "plan": {}}), {"gpu": "H200"}, "expected gpu.json of a full"),
+        (json.dumps(MEASURED).replace("0.75", '"NaN"').replace("0.5", '"NaN"'), {"gpu": "H200"},
+         "ValueError.*nan.* expected gpu.json"),
+        (json.dumps(MEASURED).replace("0.02", "null"), {"gpu": "H200"}, "TypeError.* expected"),
+    ],
+)  # fmt: skip
+def test_a_measurement_that_cannot_be_used_is_refused(
+    change: Any, where: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "gpu.json"
+    if isinstance(change, str):
+        file.write_text(change)
+    elif change is not None:
+        results(file, **change)
+    with pytest.raises(UserError, match=message):
+        Options(**where, measured=str(file))
+
+
 @pytest.mark.slow
 def test_table_and_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -53,6 +53,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "peak": {"total": step.peak_bytes, **step.peak},
         "peak_at": step.moment,
         "runtime_assumed": plan.runtime,
+        "measured": options.found,
         "read_at_load": step.load,
         "read_at_restart": step.restart,
         "collectives": [
@@ -87,6 +88,9 @@ def table(plan: Plan) -> str:
     memory.append(["sum", f"{step.resident_bytes / GIB:.3f}", f"{plan.need / GIB:.3f}"])
     quant = c.model.quant + (" twice" if c.model.double_quant else "")
     notes = ["* assumed, not measured on a GPU: docs/plan.md"]
+    if found := plan.options.found:
+        what = f"* CUDA, the allocator and the rate in bf16 as measured: {found['file']}"
+        notes = [f"{what}; the rest is assumed: docs/plan.md"]
     if not step.shares.simulated:
         notes.append(f"engine {c.engine.name}: its own part by arithmetic (an upper bound)")
     return "\n".join([

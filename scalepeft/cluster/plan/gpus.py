@@ -1,8 +1,13 @@
 """GPUs that a plan knows, by our names, nvidia-smi's and Slurm's; and what a plan is asked."""
 
+import json
 import math
 import re
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any
 
 from scalepeft.core.errors import UserError, nearest
 
@@ -29,6 +34,8 @@ KNOWN = {
     "h200-141": Gpu("H200", 139.7, 989, 67),
     "b200-180": Gpu("B200", 178.3, 2250, 80),
 }
+RESULTS = Path(__file__).resolve().parents[3] / "docs/benchmarks"  # of a checkout
+COLUMNS = ("TFLOP/s of plan", "CUDA GiB", "holes")  # that bench gpu writes for a plan
 GPUS = {gpu.name.lower(): gpu for gpu in KNOWN.values()}
 
 
@@ -52,6 +59,25 @@ def find(text: str) -> Gpu:
     return gpu
 
 
+def measured(file: Path) -> dict[str, Any]:
+    """Return ``file``, ``device`` and ``COLUMNS`` of a ``gpu.json``: a plan's FLOP over a step's
+    time in bf16, the median over methods; the most GiB that CUDA holds beside the allocator; the
+    most holes of the allocator over what comes and goes. Raise UserError if they are not there.
+    """
+    try:
+        found = json.loads(file.read_text())
+        device = found["env"]["device"] + " --tiny" * found["env"]["tiny"]  # which names no GPU
+        rows = [found["training"][key] | row for key, row in found["plan"].items()]
+        rates, *most = ([float(row[key]) for row in rows if key in row] for key in COLUMNS)
+        figures = median(rates), *map(max, most)
+        if not all(0 <= figure < math.inf for figure in figures) or not figures[0]:
+            raise ValueError(f"{', '.join(COLUMNS)}: {figures}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        what = f"{file}: {type(error).__name__}: {error}"
+        raise UserError(f"{what}: expected gpu.json of a full `scalepeft bench gpu`") from None
+    return {"file": str(file), "device": device, **dict(zip(COLUMNS, figures, strict=True))}
+
+
 @dataclass(frozen=True)
 class Options:
     """Where the run is to go.
@@ -61,6 +87,7 @@ class Options:
         gpus_per_node: of each node; one rank each
         gpu: A100-40, A100-80, L40S, H100, H200, B200, or nvidia-smi's name of one
         memory: GIB: of a GPU, in place of its name
+        measured: FILE: gpu.json of bench gpu on that GPU, in place of what is assumed
         disk: bytes a second of the run folder's file system
         step_seconds: S: measured, in place of the estimate
         network: whether the hub may be asked for ``config.json``
@@ -70,6 +97,7 @@ class Options:
     gpus_per_node: int = 1
     gpu: str | None = None
     memory: float | None = None
+    measured: str | None = None
     disk: float = 1e9
     step_seconds: float | None = None
     network: bool = True
@@ -82,7 +110,7 @@ class Options:
                 raise UserError(f"{flag} {value:g}: expected a number above 0")
         if self.gpu is not None and self.memory is not None:
             raise UserError("give one of --gpu and --memory, not both")
-        _ = self.target  # a name that is not known is said here
+        _ = self.target, self.found  # a name that is not known is said here
 
     @property
     def world(self) -> int:
@@ -95,3 +123,16 @@ class Options:
         if self.memory is not None:
             return Gpu(f"{self.memory:g} GiB", self.memory, 0, 0)
         return find(self.gpu) if self.gpu is not None else None
+
+    @cached_property
+    def found(self) -> dict[str, Any] | None:
+        """Of the file ``measured``, or of a checkout's newest of this GPU; None without one."""
+        files = sorted(RESULTS.glob("*bench-gpu*.json"), reverse=True) if self.gpu else []
+        for file in [Path(self.measured)] if self.measured is not None else files:
+            found = measured(file)
+            if self.target and named(found["device"]) == self.target:
+                return found
+            if self.measured is not None:
+                what = f"--measured {file}: of '{found['device']}', which --gpu does not name"
+                raise UserError(f"{what}; give both of the same GPU")
+        return None

@@ -15,7 +15,7 @@ from scalepeft.models.dimensions import Source
 from scalepeft.run.saver import GATHERED_BYTES
 
 GIB = 2**30
-# Assumed: never measured by this project on a GPU.
+# Assumed; ``Options.found`` has measured ones in place of the first, third and fourth.
 CONTEXT_BYTES = 0.75 * GIB  # CUDA context, kernels, cuBLAS workspaces of a process
 NCCL_BYTES = 0.75 * GIB  # buffers of the communicators, with more than one rank
 FRAGMENTED = 0.05  # of what comes and goes in a step: holes in the caching allocator
@@ -34,13 +34,20 @@ class Plan:
         self.config, self.options, self.source, self.step = config, options, source, step
         target, world, saved = options.target, options.world, step.checkpoint
         comes_and_goes = max(0.0, step.peak_bytes - step.resident_bytes)
-        self.runtime = CONTEXT_BYTES + NCCL_BYTES * (world > 1) + FRAGMENTED * comes_and_goes
-        """Bytes of CUDA, NCCL and the allocator (assumed)."""
+        found = options.found or {}
+        context = found["CUDA GiB"] * GIB if found else CONTEXT_BYTES
+        holes = found.get("holes", FRAGMENTED) * comes_and_goes
+        self.runtime = context + NCCL_BYTES * (world > 1) + holes
+        """Bytes of CUDA, NCCL and the allocator."""
         self.need = step.peak_bytes + self.runtime
         self.fits = self.need <= target.gib * GIB if target else None
         rated = target if target and target.tflops else GPUS["a100-80"]  # the slowest one
-        self.tflops = rated.tflops if config.train.precision == "bf16" else rated.tflops_fp32
-        self.compute_seconds = step.flops / (self.tflops * MFU * 1e12)
+        bf16 = config.train.precision == "bf16"
+        rate = (rated.tflops if bf16 else rated.tflops_fp32) * MFU
+        self.basis = f"assumed: {MFU:.0%} of a GPU's peak"
+        if found and bf16:
+            rate, self.basis = found["TFLOP/s of plan"], f"measured: {found['file']}"
+        self.compute_seconds = step.flops / (rate * 1e12)
         self.exchange_seconds = sum(
             (2 if name == "all-reduce" else 1) * size * (ranks - 1) / ranks
             / (NODE_BYTES_PER_SECOND if nodes == 1 else NETWORK_BYTES_PER_SECOND)

@@ -24,8 +24,9 @@ from scalepeft.run.provenance import commit, device_name, versions
 def environment(session: Session) -> dict[str, Any]:
     """Versions, commit, device and driver."""
     libraries = ("torch", "transformers", "peft", "pydantic", "bitsandbytes", "deepspeed", "triton")
-    found: dict[str, Any] = {"device": device_name(session.device), "commit": commit()}
-    found |= {"CUDA": torch.version.cuda, "cores": os.cpu_count(), **versions(*libraries)}
+    found: dict[str, Any] = {"device": device_name(session.device), "tiny": session.tiny}
+    found |= {"commit": commit(), "CUDA": torch.version.cuda, "cores": os.cpu_count()}
+    found |= versions(*libraries)
     if session.cuda:
         query = "--query-gpu=driver_version,memory.total,clocks.sm,power.draw"
         words = ["nvidia-smi", query, "--format=csv,noheader"]
@@ -37,7 +38,8 @@ def environment(session: Session) -> dict[str, Any]:
 SECTIONS: dict[str, Callable[[Session], dict[str, Any]]] = {
     "env": environment, "quant": exactness.storage, "exactness": exactness.methods,
     "training": training.training, "plan": training.plan, "running": running.resumed,
-    "collectives": running.one_rank, "generation": training.generation,
+    "choices": training.choices, "sides": training.sides, "generation": training.generation,
+    "copy": training.copy, "collectives": running.one_rank,
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from scalepeft.adapters import inject as injection
 from scalepeft.analysis.bench.gpu.session import Session
-from scalepeft.analysis.bench.methods import STRUCTURES
+from scalepeft.analysis.bench.methods import FORM, STRUCTURES
 from scalepeft.core import registry
 from scalepeft.models import quant
 from scalepeft.models.hub import PRECISIONS
@@ -17,6 +17,7 @@ BOUNDS = {"fp32": 1e-4, "bf16": 3e-2}
 """Relative errors that only a wrong product exceeds: a CPU is below 1e-6 and 6e-3."""
 SETTINGS: dict[str, dict[str, list[Any]]] = {  # tried beside the defaults
     "surm": {"structure": list(STRUCTURES)}, "hut": {"rank": [4]}, "goft": {"scale": [True]},
+    "hoft": {"form": [FORM, "cayley"]}, "shoft": {"form": [FORM]}, "hra": {"form": [FORM]},
 }  # fmt: skip
 
 

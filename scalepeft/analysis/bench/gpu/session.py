@@ -15,6 +15,9 @@ import torch
 from torch.utils.benchmark import timer
 
 from scalepeft.core.files import write_atomically
+from scalepeft.core.launch import world_size
+from scalepeft.parallel.ranks import Ranks
+from scalepeft.parallel.single import Single
 
 SCALEPEFT = [sys.executable, "-m", "scalepeft"]
 LEAST = 20.0  # seconds that a section, or a row of one, needs to begin
@@ -27,8 +30,10 @@ class Session:
         self.out, self.tiny, self.results = out, tiny, dict[str, Any]()
         self.shape = "mini" if tiny else "llama-3.1-8b"
         self.end = time.monotonic() + seconds
-        self.cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", 0) if self.cuda else torch.device("cpu")
+        Single.check(world_size())
+        self.ranks = Ranks.start("auto", False)  # with what a training sets before it allocates
+        self.device = self.ranks.device
+        self.cuda = self.device.type == "cuda"
 
     def keep(self, name: str, value: Any) -> None:
         """Writes ``gpu.json`` anew with this section in it; NaN as text, as JSON has no NaN."""

@@ -1,39 +1,51 @@
 """Speed and memory: an 8B shape with random weights made on the device, our own Trainer.step."""
 
 import json
+import math
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import profile
 
-from scalepeft.adapters import inject
+from scalepeft.adapters import householder, inject
+from scalepeft.adapters.factors import Factors
 from scalepeft.analysis.bench.cases import inject_peft, on_bitsandbytes, random_weights
 from scalepeft.analysis.bench.gpu.session import Session
-from scalepeft.build import Built
+from scalepeft.analysis.bench.methods import FORM
+from scalepeft.build import Built, build
 from scalepeft.config import files as config_files
-from scalepeft.data.loader import MicroBatch
-from scalepeft.data.tokens import label_places
-from scalepeft.models import loss, quant, shapes, structure
-from scalepeft.parallel.ranks import Ranks
+from scalepeft.data.tokens import TokenSet
+from scalepeft.models import attention, loss, quant, shapes, structure
+from scalepeft.models.hub import Base
+from scalepeft.parallel.base import EngineConfig
 from scalepeft.parallel.single import Single
-from scalepeft.trainer import Outcome, Trainer
+from scalepeft.trainer import Outcome, Trainer, batches
 
 FROZEN, PEFT, GIB = "frozen", "peft-lora", 2**30
+ONCE, EACH = "factors once", "factors in each forward"
 ROWS: dict[str, list[str]] = {
-    "hoft": ["adapter.rank=16"], FROZEN: [], PEFT: [],
-    "lora": ["adapter.rank=16", "adapter.alpha=32"], "shoft": ["adapter.rank=16"],
+    "hoft": ["adapter.rank=16", f"adapter.form={FORM}"], FROZEN: [], PEFT: [],
+    "lora": ["adapter.rank=16", "adapter.alpha=32"],
+    "shoft": ["adapter.rank=16", f"adapter.form={FORM}"],
     "goft": [], "surm": [], "hut": [], "hadamard": [],
 }  # fmt: skip
-STORAGES = ("nf4 double", "none")
+NF4, PLAIN = "nf4 double", "none"
+CASES = [(adapter, NF4) for adapter in ROWS] + [(adapter, PLAIN) for adapter in list(ROWS)[:4]]
 BF16 = torch.bfloat16
+ON_DEVICE = ("peak GiB", "holes GiB", "CUDA GiB", "launches", "idle", "host syncs")
+SYNCS = ("cudaStreamSynchronize", "cudaEventSynchronize")
 
 
-def _settings(session: Session, adapter: str, storage: str) -> list[str]:
+def settings(session: Session, adapter: str, storage: str, *more: str) -> list[str]:
     """Of ``scalepeft train`` and ``plan``: a step of the shape in a folder without weights."""
     rows, length = (2, 64) if session.tiny else (4, 2048)
     name, _, double = storage.partition(" ")
@@ -41,17 +53,20 @@ def _settings(session: Session, adapter: str, storage: str) -> list[str]:
         f"model.path={session.out / 'shape'}", f"model.quant={name}",
         f"model.double_quant={bool(double)}".lower(), "data.name=toy", f"data.cutoff={length}",
         "engine.name=single", "train.max_steps=1", "train.precision=bf16",
-        f"train.global_batch={rows}", f"train.micro_batch={rows}", "run_dir=unused",
-        f"adapter.name={'lora' if adapter in (FROZEN, PEFT) else adapter}", *ROWS[adapter],
+        f"train.global_batch={rows}", f"train.micro_batch={rows}", "train.batching=padded",
+        "run_dir=unused", f"adapter.name={'lora' if adapter in (FROZEN, PEFT) else adapter}",
+        *ROWS[adapter], *more,
     ]  # fmt: skip
 
 
-def _trainer(session: Session, adapter: str, storage: str) -> Trainer:
+def trainer(session: Session, adapter: str, storage: str, *more: str) -> Trainer:
     """As ``build.build``, with random weights in place of files."""
     shapes.architecture(session.shape).save_pretrained(session.out / "shape")
-    config, _ = config_files.load(None, _settings(session, adapter, storage))
+    config, _ = config_files.load(None, settings(session, adapter, storage, *more))
     fmt = quant.get_format(config.model.quant, config.model.double_quant)
-    model = random_weights(shapes.meta_model(session.shape).to(BF16), fmt, session.device)
+    model = shapes.meta_model(session.shape).to(BF16)
+    attention.read_rows_alone(model)
+    model = random_weights(model, fmt, session.device)
     if adapter == PEFT:
         targets = config.adapter.target_modules
         fields = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": targets}
@@ -63,10 +78,64 @@ def _trainer(session: Session, adapter: str, storage: str) -> Trainer:
     else:
         inject.inject(model, config.adapter)
     loss.add_token_loss(model)
-    ranks = Ranks(device=str(session.device))
-    engine = Single(config.engine, ranks)
+    engine = Single(config.engine, session.ranks)
     engine.shard(model, structure.blocks_of(model))
-    return Trainer(config, ranks, Built(engine, inject.train_mode(model), {}, 0), "")
+    return Trainer(config, session.ranks, Built(engine, inject.train_mode(model), {}, 0), "")
+
+
+def figures(
+    session: Session, trainer: Trainer, lengths: Tensor, autocast: bool = False
+) -> dict[str, Any]:
+    """Of a step over rows of these ``lengths`` (train.global_batch,); raises if not finite."""
+    ends = nn.functional.pad(lengths.cumsum(0), (1, 0))
+    ids = torch.arange(int(ends[-1])) * 7919 % 512
+    rows = TokenSet(ids.int(), ends, torch.ones_like(lengths, dtype=torch.int32))
+    batch = next(iter(batches(trainer, rows, 0, 1)))
+    steps: list[Outcome] = []
+
+    def step() -> None:
+        with torch.autocast(session.device.type, BF16, enabled=autocast):
+            steps.append(trainer.step(batch.micro, batch.label_tokens, 1e-4))
+
+    if session.cuda:
+        torch.cuda.reset_peak_memory_stats()
+    ms = median(session.milliseconds(step, *((2, 1) if session.tiny else (8, 2))))
+    on_device = _on_device(step, ms) if session.cuda else dict.fromkeys(ON_DEVICE)
+    losses = [step.read()[0] for step in steps]
+    if None in losses:  # a step that was not finite is skipped
+        raise FloatingPointError(f"not finite: loss or gradient of step {losses.index(None) + 1}")
+    return {
+        "ms": ms, "tokens/s": 1e3 * batch.tokens / ms,
+        "computed": sum(micro.input_ids.numel() for micro in batch.micro), **on_device,
+        "first loss": losses[0], "last loss": losses[-1],
+    }  # fmt: skip
+
+
+def _on_device(step: Callable[[], None], ms: float) -> dict[str, Any]:
+    """Memory of the steps so far; of one more launches, host syncs, the longest kernels, and the
+    device's idle share of ``ms``.
+    """
+    peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    free, total = torch.cuda.mem_get_info()
+    outside = total - free - torch.cuda.memory_reserved()
+    memory = [size / GIB for size in (peak, reserved - peak, outside)]
+    with profile() as profiled:
+        step()
+        torch.cuda.synchronize()
+    events = profiled.key_averages()
+    kernels = [
+        e for e in events if e.device_type == DeviceType.CUDA
+        and not e.is_user_annotation and not e.key.startswith("Optimizer.")
+    ]  # fmt: skip
+    waits = [e for e in events if e.key in SYNCS]
+    kernels.sort(key=lambda e: -e.self_device_time_total)
+    times = [e.self_device_time_total / 1e3 for e in kernels]
+    longest = list(zip(kernels, times, strict=True))[:15]
+    launches, syncs = (sum(e.count for e in some) for some in (kernels, waits))
+    return {
+        **dict(zip(ON_DEVICE, (*memory, launches, 1 - sum(times) / ms, syncs), strict=True)),
+        "longest (count, ms)": {e.key[:70]: [e.count, time] for e, time in longest},
+    }
 
 
 def training(session: Session) -> dict[str, Any]:
@@ -77,7 +146,7 @@ def training(session: Session) -> dict[str, Any]:
     linear = [m for m in shapes.meta_model(session.shape).modules() if isinstance(m, nn.Linear)]
     weights = sum(m.weight.numel() for m in linear)
     found: dict[str, Any] = {"bf16 product TFLOP/s": rate}
-    for adapter, storage in [(a, s) for s in STORAGES for a in ROWS]:
+    for adapter, storage in CASES:
         row = session.attempt(_measure, adapter, storage, rate, weights)
         found[f"{adapter} {storage}"] = row
         session.keep("training", found)
@@ -87,54 +156,18 @@ def training(session: Session) -> dict[str, Any]:
 def _measure(
     session: Session, adapter: str, storage: str, ceiling: float, weights: int
 ) -> dict[str, Any]:
-    trainer = _trainer(session, adapter, storage)
-    steps: list[Outcome] = []
-    rows, length = trainer.config.train.micro_batch, trainer.config.data.cutoff
-    ids = torch.arange(rows * length).view(rows, length) * 7919 % 512
-    batch = MicroBatch(ids, ids, torch.arange(rows), label_places(ids))
-
-    def step() -> None:  # under autocast as HF's Trainer runs PEFT
-        with torch.autocast(session.device.type, BF16, enabled=adapter == PEFT):
-            steps.append(trainer.step([batch], rows * (length - 1), 1e-4))
-
-    if session.cuda:
-        torch.cuda.reset_peak_memory_stats()
-    ms = median(session.milliseconds(step, *((2, 1) if session.tiny else (10, 3))))
-    peak = torch.cuda.max_memory_allocated() / GIB if session.cuda else None
-    rate = 4 * weights * rows * length / ms / 1e9
-    losses = [step.read()[0] for step in steps]
-    if None in losses:  # a step that was not finite is skipped
-        raise FloatingPointError(f"not finite: loss or gradient of step {losses.index(None) + 1}")
-    return {
-        "ms": ms, "tokens/s": 1e3 * rows * length / ms, "TFLOP/s": rate, "MFU": rate / ceiling,
-        "peak GiB": peak, "first loss": losses[0], "last loss": losses[-1],
-        **(_profile(step, ms) if session.cuda else {"launches": None, "idle": None}),
-    }  # fmt: skip
-
-
-def _profile(step: Callable[[], None], ms: float) -> dict[str, Any]:
-    """Launches of one more step, the longest kernels, and the device's idle share of ``ms``."""
-    with profile() as found:
-        step()
-        torch.cuda.synchronize()
-    kernels = [
-        e for e in found.key_averages() if e.device_type == DeviceType.CUDA
-        and not e.is_user_annotation and not e.key.startswith("Optimizer.")
-    ]  # fmt: skip
-    kernels.sort(key=lambda e: -e.self_device_time_total)
-    times = [e.self_device_time_total / 1e3 for e in kernels]
-    longest = list(zip(kernels, times, strict=True))[:15]
-    return {
-        "launches": sum(e.count for e in kernels),
-        "idle": 1 - sum(times) / ms,
-        "longest (count, ms)": {e.key[:70]: [e.count, time] for e, time in longest},
-    }
+    made = trainer(session, adapter, storage)
+    lengths = torch.full((made.config.train.global_batch,), made.config.data.cutoff)
+    # Under autocast as HF's Trainer runs PEFT.
+    found = figures(session, made, lengths, autocast=adapter == PEFT)
+    rate = 4e-12 * weights * found["tokens/s"]
+    return found | {"TFLOP/s": rate, "MFU": rate / ceiling}
 
 
 def plan(session: Session) -> dict[str, Any]:
-    """What ``scalepeft plan`` says of the same steps, beside the measured peaks."""
+    """What ``scalepeft plan`` says of the same steps, beside what was measured."""
     measured = session.results.get("training", {})
-    rows = [(a, s) for s in STORAGES for a in ROWS if "ms" in measured.get(f"{a} {s}", {})]
+    rows = [row for row in CASES if "ms" in measured.get(" ".join(row), {})]
     rows = [row for row in rows if row[0] not in (FROZEN, PEFT)][: 1 if session.tiny else None]
     with ThreadPoolExecutor(4) as pool:
         plans = pool.map(lambda row: session.attempt(_planned, *row), rows)
@@ -142,25 +175,79 @@ def plan(session: Session) -> dict[str, Any]:
 
 
 def _planned(session: Session, *row: str) -> dict[str, Any]:
-    said = json.loads(session.call("plan", *_settings(session, *row), "--json"))
-    planned = said["peak"]["total"] / GIB
-    peak = session.results["training"][" ".join(row)]["peak GiB"]
-    ratio = planned / peak if peak else None
-    return {"planned GiB": planned, "measured GiB": peak, "ratio": ratio}
+    said = json.loads(session.call("plan", *settings(session, *row), "--json"))
+    planned, stays = (said[when]["total"] / GIB for when in ("peak", "resident"))
+    step = session.results["training"][" ".join(row)]
+    peak = step["peak GiB"]
+    return {
+        "planned GiB": planned, "measured GiB": peak, "ratio": planned / peak if peak else None,
+        "holes": step["holes GiB"] / (planned - stays) if peak else None,
+        "TFLOP/s of plan": said["flops"] / step["ms"] / 1e9,
+    }  # fmt: skip
+
+
+def choices(session: Session) -> dict[str, Any]:
+    """A step over HOFT one way and the other: factors once or in each forward (four micro-batches
+    of 512 tokens; GOFT too), rows of about 100 tokens packed or padded (16 a micro-batch).
+    """
+    rows, length = (8, 32) if session.tiny else (64, 512)
+    # As questions with their answers are: 95 % have less than twice the median.
+    drawn = torch.empty(rows).log_normal_(4.5, 0.45, generator=torch.Generator().manual_seed(0))
+    drawn, same = drawn.long().clamp(16, 512), torch.full((4,), length)
+    cases = {f"{a}, {how}": (a, how, same) for a in ("hoft", "goft") for how in (ONCE, EACH)}
+    cases |= {f"hoft, {how}": ("hoft", how, drawn) for how in ("packed", "padded")}
+    return {label: session.attempt(_choice, *case) for label, case in cases.items()}
+
+
+def _choice(session: Session, adapter: str, how: str, lengths: Tensor) -> dict[str, Any]:
+    batch = [f"train.global_batch={len(lengths)}", f"train.micro_batch={len(lengths) // 4}"]
+    batch += ["data.cutoff=512", f"train.batching={'packed' if how == 'packed' else 'padded'}"]
+    made = trainer(session, adapter, NF4, *batch)
+    if how == EACH:
+        made.factors.groups = []
+    return figures(session, made, lengths)
+
+
+def sides(session: Session) -> dict[str, Any]:
+    """Forward and backward of one layer: HOFT, one side after the other and fused; LoRA."""
+    counts = (8, 32) if session.tiny else (256, 1024, 2048, 8192)
+    return {f"{tokens} tokens": session.attempt(_sides, tokens) for tokens in counts}
+
+
+def _sides(session: Session, tokens: int) -> dict[str, Any]:
+    size, rounds = (64, 2) if session.tiny else (4096, 50)
+    x = torch.randn(tokens, size, device=session.device, dtype=BF16, requires_grad=True)
+
+    def timed(name: str, **more: Any) -> float:
+        linear = nn.Linear(size, size, bias=False, device=session.device, dtype=BF16)
+        layer = inject.adapt(linear, name, rank=16, **more)
+        with Factors(layer, Single(EngineConfig(name="single"), session.ranks)).of_step():
+            return median(session.milliseconds(lambda: layer(x).backward(x.data), rounds, 5))
+
+    found: dict[str, Any] = {"lora ms": timed("lora")}
+    for way, bound in {"direct": math.inf, "fused": 0}.items():
+        with mock.patch.object(householder, "FUSED_FROM", bound):
+            found[f"{way} ms"] = timed("hoft", form=FORM)
+    fused = tokens >= householder.FUSED_FROM * 16
+    return found | {"taken": "fused" if fused else "direct"}
 
 
 def generation(session: Session) -> dict[str, Any]:
-    """Greedy generation over NF4, HOFT beside the frozen base."""
-    return {adapter: session.attempt(_generate, adapter) for adapter in ("hoft", FROZEN)}
+    """Greedy generation over NF4: HOFT, its factors made once or in each forward; frozen base."""
+    cases = {f"hoft, {how}": ("hoft", how) for how in (ONCE, EACH)} | {FROZEN: (FROZEN, EACH)}
+    return {label: session.attempt(_generate, *case) for label, case in cases.items()}
 
 
-@torch.no_grad()
-def _generate(session: Session, adapter: str) -> dict[str, Any]:
-    model: Any = _trainer(session, adapter, STORAGES[0]).built.model.eval()
+def _generate(session: Session, adapter: str, how: str) -> dict[str, Any]:
+    made = trainer(session, adapter, NF4)
+    if how == ONCE:
+        made.factors.make()
+    model: Any = made.built.model.eval()
     rows, prompt, new = (2, 16, 6) if session.tiny else (32, 256, 32)
     ids = torch.randint(500, (rows, prompt), device=session.device)
     model.generation_config.update(pad_token_id=0, eos_token_id=None, do_sample=False)
 
+    @torch.no_grad()
     def tokens(count: int) -> float:
         more = {"min_new_tokens": count, "max_new_tokens": count}
         call = lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **more)  # noqa: E731
@@ -169,3 +256,27 @@ def _generate(session: Session, adapter: str) -> dict[str, Any]:
     short = tokens(2)
     each = (tokens(new) - short) / (new - 2)
     return {"ms a token": each, "tokens/s": 1e3 * rows / each, "prompt and 2 tokens ms": short}
+
+
+def copy(session: Session) -> dict[str, Any]:
+    """A base of 8 blocks (3.5 GB) quantized, quantized and kept, and read from its copy."""
+    with TemporaryDirectory(dir=session.out) as folder:
+        architecture = shapes.architecture("mini" if session.tiny else "llama-8b-block")
+        architecture.num_hidden_layers = 8
+        architecture.save_pretrained(folder)
+        model = shapes.meta_model(folder).to(BF16)
+        random_weights(model, None, session.device).save_pretrained(folder)
+        found, loaded, kept = dict[str, Any](), list[Any](), f"{folder}/copy"
+        for label, cache in {"off": "off", "kept": kept, "read": kept}.items():
+            more = (f"model.path={folder}", f"model.quantized_cache={cache}")
+            config, _ = config_files.load(None, settings(session, "hoft", NF4, *more))
+            base = Base(config.model, Path(folder))
+            base.digests(session.ranks)  # hashed once for all
+            begin = time.perf_counter()
+            built = build(config, base, session.ranks, lambda: None)
+            found[label] = {"read GiB": built.bytes_read / GIB}
+            loaded.append(list(built.model.parameters()))
+            if not all(map(torch.equal, loaded[-1], loaded[0])):  # waits for the device
+                found[label]["fault"] = "other parameters than without a copy"
+            found[label]["s"] = time.perf_counter() - begin
+        return found
