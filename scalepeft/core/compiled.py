@@ -4,33 +4,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from scalepeft.core.errors import UserError
 
 GRAPHS = 64
-"""Of one function at most; torch's 8 are one for each of: a first block or another, one line or
-several, few tokens or many (HOFT)."""
+"""Of one function at most; torch's 8 are soon used: of the first shape, of all others, of one line
+or several, of few tokens or many (HOFT), each for the first block and for the others."""
 
 
 def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A block's forward (states (lines, length, d), ...), compiled for every length at once.
+    """A block's forward with graphs for its training: of the first shape, then of any length.
 
     Without gradients it is called as it is: each token of a generation would be a new shape.
     """
     fast = torch.compile(forward)
-
-    def call(states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(states, *args, **kwargs)
-        for t in tree_leaves((states, args, kwargs)):
-            for dim, size in enumerate(t.shape) if isinstance(t, Tensor) else ():
-                if size in states.shape[:2]:
-                    torch._dynamo.maybe_mark_dynamic(t, dim)
-        return fast(states, *args, **kwargs)
-
-    return call
+    return lambda *args, **kwargs: (fast if torch.is_grad_enabled() else forward)(*args, **kwargs)
 
 
 def prepare(device: torch.device) -> None:
