@@ -181,7 +181,9 @@ class Dropout(nn.Module):
     def __init__(self, p: float, layer_name: str) -> None:
         super().__init__()
         self.p = p
-        self._salt = int.from_bytes(hashlib.sha256(layer_name.encode()).digest()[:7], "little")
+        salt = int.from_bytes(hashlib.sha256(layer_name.encode()).digest()[:7], "little")
+        # A tensor, so that one compiled graph is that of every layer.
+        self._salt = torch.tensor(salt, device="cpu")
         self.keys: Tensor | None = None
         """int64 (lines,) or (lines, length); the trainer sets those of the micro-batch."""
         self.positions: Tensor | None = None

@@ -72,6 +72,7 @@ def row_mask(**options: Any) -> Rows | Tensor | None:
     return Rows([end - begin for begin, end in pairwise(begins)], masks)
 
 
+@torch.compiler.disable  # the lengths of rows would each be a graph
 def row_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
 ) -> tuple[Tensor, None]:

@@ -133,6 +133,7 @@ def _bounds(ids: Tensor, experts: int) -> list[int]:
 class Experts(nn.Module):
     """Mixin of transformers' experts modules: their forward over ``ExpertLinear`` projections."""
 
+    @torch.compiler.disable  # the numbers of tokens of experts would each be a graph
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``sum over k of weight_k * expert_k(x)``.
 
@@ -168,6 +169,7 @@ class Experts(nn.Module):
 class DenseExperts(nn.Module):
     """Mixin of Llama 4's, which take every token, scaled by its score, for each expert."""
 
+    @torch.compiler.disable
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states (E tokens, hidden), expert by expert."""
         own: Any = self

@@ -202,6 +202,30 @@ def get_format(name: str, double: bool = False) -> Format | None:
     return formats[name]
 
 
+@torch.library.custom_op("scalepeft::decode", mutates_args=())
+def _opaque(
+    weight: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype, name: str, double: bool
+) -> Tensor:
+    fmt = get_format(name, double)
+    assert fmt is not None
+    return fmt.decode(weight, scale, in_features, dtype)
+
+
+@_opaque.register_fake
+def _(weight: Tensor, _: Tensor, in_features: int, dtype: torch.dtype, *__: Any) -> Tensor:
+    return weight.new_empty(len(weight), in_features, dtype=dtype)
+
+
+def _decode(
+    fmt: Format, weight: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """``fmt.decode``, which torch.compile leaves as it is: it cannot view bytes as floats."""
+    if torch.compiler.is_compiling():
+        double = isinstance(fmt, NF4) and fmt.double
+        return _opaque(weight, scale, in_features, dtype, fmt.name, double)
+    return fmt.decode(weight, scale, in_features, dtype)
+
+
 class _QuantMatMul(torch.autograd.Function):
     """``x W^T``, W dequantized in forward and again in backward: no tensor of its size is saved."""
 
@@ -209,13 +233,14 @@ class _QuantMatMul(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, fmt: Format) -> Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.fmt, ctx.in_features = fmt, x.shape[-1]
-        return F.linear(x, fmt.decode(weight, scale, x.shape[-1], x.dtype))
+        return F.linear(x, _decode(fmt, weight, scale, x.shape[-1], x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (grad,) = grads
         weight, scale = ctx.saved_tensors
-        return grad @ ctx.fmt.decode(weight, scale, ctx.in_features, grad.dtype), None, None, None
+        w = _decode(ctx.fmt, weight, scale, ctx.in_features, grad.dtype)
+        return grad @ w, None, None, None
 
 
 class QuantLinear(nn.Linear):
@@ -298,7 +323,7 @@ class Frozen:
         layer, rows = self._layer, self._rows
         if isinstance(layer, QuantLinear):
             weight, scale = layer.weight[rows], layer.weight_scale[rows]
-            return layer.fmt.decode(weight, scale, layer.in_features, dtype)
+            return _decode(layer.fmt, weight, scale, layer.in_features, dtype)
         return layer.weight.detach()[rows].to(dtype)
 
 

@@ -10,10 +10,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
+from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from scalepeft.core.compiled import compiled, prepare
 from scalepeft.core.fields import STRICT, Decides
 from scalepeft.parallel.ranks import Ranks
 
@@ -27,6 +29,8 @@ class EngineConfig:
         device: ``auto`` takes CUDA where there is one.
         activation_checkpointing: keep only each block's input for backward and run the block again
             there.
+        compile: ``blocks``: torch.compile of each block's training; needs a C++ compiler on each
+            node, and minutes at the start.
     """
 
     DECIDES: ClassVar = (Decides.SPEED,)
@@ -34,6 +38,10 @@ class EngineConfig:
     name: str
     device: Annotated[Literal["auto", "cpu", "cuda"], Decides.SPEED, Decides.PLACE] = "auto"
     activation_checkpointing: bool = False
+    # YAML reads a bare off as false.
+    compile: Annotated[
+        Literal["off", "blocks"], BeforeValidator(lambda v: "off" if v is False else v)
+    ] = "off"
 
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -135,9 +143,13 @@ class Engine:
         return Shares()
 
     def shard(self, model: nn.Module, blocks: list[nn.Module]) -> None:
-        """Spreads the model in place, on the meta device: activation checkpointing first, then the
-        wrap.
+        """Spreads the model in place, on the meta device: compilation and activation checkpointing
+        first, then the wrap.
         """
+        if self.config.compile == "blocks":
+            self.ranks.all_or_raise(lambda: prepare(self.ranks.device))
+            for block in blocks:
+                block.forward = compiled(block.forward)
         if self.config.activation_checkpointing:
             for block in blocks:
                 # An instance attribute: parameter names stay, and a wrapper's hooks run outside the

@@ -51,6 +51,11 @@ class ZeroConfig(EngineConfig):
     offload_parameters: bool = False
 
     def __post_init__(self) -> None:
+        if self.compile != "off":
+            raise ValueError(
+                f"compile={self.compile} does not go with DeepSpeed's hooks within blocks; set"
+                " engine.compile=off, or take engine.name=fsdp2 or ddp"
+            )
         if self.offload_parameters and self.stage != 3:
             raise ValueError(
                 f"offload_parameters=true needs stage=3, not stage={self.stage}: only there are"

@@ -41,11 +41,16 @@ class DoRA(LoRA):
         cross = 2 * (w @ a.mT.to(dtype)).to(exact) + b @ (a @ a.mT)
         return square.sqrt(), (square + (b * cross).sum(1)).clamp_min(0).sqrt()
 
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        """``(1 + magnitude) |W| / |W + scaling B A| * (W x + scaling B A dropout(x))``."""
-        before, now = norms = self.made or self._norms(base, x.dtype)
+    @torch.compiler.disable  # else a recomputation, which has them, would save other tensors
+    def _kept_norms(self, base: Base, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        norms = self.made or self._norms(base, dtype)
         if self.made is not None:  # made ahead where W is at hand, which it is here alone
             self.made = norms
+        return norms
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        """``(1 + magnitude) |W| / |W + scaling B A| * (W x + scaling B A dropout(x))``."""
+        before, now = self._kept_norms(base, x.dtype)
         ratio = torch.where(before > 0, before / now, torch.ones_like(now))
         return scale_shift(base(x) + self.delta(x), (1 + self.magnitude) * ratio - 1)
 

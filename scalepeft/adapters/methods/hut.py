@@ -60,6 +60,7 @@ class _WeightFunction(torch.autograd.Function):
         return dx, None, None, *torch.autograd.grad(changed, leaves, d_changed)
 
 
+@torch.compiler.disable  # which traces no gradient inside of a backward
 def weight_product(
     x: Tensor, base: Base, change: Callable[..., Tensor], *parameters: Tensor
 ) -> Tensor:

@@ -9,7 +9,7 @@ import weakref
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -251,7 +251,7 @@ def simulate(config: RunConfig, folder: Path, world: int, per_node: int, step: S
             contexts.enter_context(patch)
         model = empty_model(config, folder)
         kind = engine_class(config) if shares.simulated else Engine
-        engine = kind(config.engine, ranks)
+        engine = kind(replace(config.engine, compile="off"), ranks)
         engine.shard(model, structure.blocks_of(model))
         contexts.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         contexts.enter_context(tracker)
