@@ -285,7 +285,8 @@ class _Stream:
             source = self._model.weights.layout.sources[f"{name}.weight"]
             held = source.encoded(layer.fmt, 0, source.shape[0])
             weight, scale = held or layer.fmt.encode(module.weight)
-        module.weight.copy_(layer.fmt.decode(weight, scale, layer.in_features, torch.float32))
+        made = layer.fmt.decode(weight, scale, layer.in_features, torch.float32)
+        module.weight = nn.Parameter(made.to(module.weight.device), requires_grad=False)
 
     def finish(self) -> None:
         """Writes what the forward did not come by."""
