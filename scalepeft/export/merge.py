@@ -15,7 +15,7 @@ from scalepeft.adapters.inject import Adapted, AdaptedNorm
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.log import say
-from scalepeft.export.shards import Item, Place, Shard
+from scalepeft.export.shards import Item, Shard
 from scalepeft.export.streaming import FinishedRun, Streamed, plain, refuse_existing, whole_folder
 from scalepeft.models import hub as models
 from scalepeft.models import quant, structure
@@ -74,19 +74,16 @@ def run(
     switches, shards = _plan(finished, model, dtype)
     if storage != "none":
         trained = model if base == "dequantized" else finished.structure(quantized=True)
-        trained.stored = QuantizedCopy(
-            finished.base, trained.model, Single(finished.config.engine, Ranks())
-        ).fill
+        engine = Single(finished.config.engine, Ranks())
+        trained.stored = QuantizedCopy(finished.base, trained.model, engine).fill
     with whole_folder(target, key) as folder:
         _copy_small_files(finished, folder, switches, dtype)
-        stream = _Stream(model, trained, poll)
-        stream.begin(shards, folder)
-        ids = _tokens(model.model)
+        todo = [item for shard in shards for item in shard.begin(folder)]
+        stream, ids = _Stream(model, trained, todo, poll), _tokens(model.model)
         wanted = model.logits(ids, stream.visit)
         stream.finish()
         _write_index(folder, shards)
     say(f"merged checkpoint ({base} base) in {out}")
-    del stream
     merged = plain(target, finished.device, finished.config.model)
     say(_difference(wanted, merged.logits(ids)))
     if base == "original" and _rounded(trained):
@@ -168,7 +165,7 @@ def _shards(
     several = len(weights.files) > 1 or (weights.folder / INDEX).is_file()
     shards = []
     for file in weights.files:
-        items = []
+        items: list[Item] = []
         for name, source in weights.entries.items():
             if source.where != str(file.path):
                 continue
@@ -193,40 +190,29 @@ class _Stream:
     ``model`` of other weights than were ``trained`` on it is then rounded to those.
     """
 
-    def __init__(self, model: Streamed, trained: Streamed, poll: Callable[[], None]) -> None:
+    def __init__(
+        self, model: Streamed, trained: Streamed, todo: list[Item], poll: Callable[[], None]
+    ) -> None:
         self._model, self._trained, self._poll = model, trained, poll
-        self._places: dict[str, Place] = {}
+        self._items = {item.name: item for item in todo}
         self._changed: dict[str, tuple[Group | None, str]] = {}
         """Parameter that has not come by -> its group (None: a new bias), its name there."""
-        self._values: dict[int, dict[str, Tensor]] = {}
+        self._values: dict[Group, dict[str, Tensor]] = {}
         """Group of which not all have come by -> those that have."""
-
-    def begin(self, shards: list[Shard], folder: Path) -> None:
-        """Makes the files that are not there."""
-        layout, modules = self._model.weights.layout, self._model.modules
-        todo = [shard for shard in shards if not (folder / shard.file).is_file()]
-        for shard in shards:
-            if shard not in todo:
-                say(f"{shard.file} is there already")
-        seen: dict[int, bool] = {}  # groups, and whether merging changes them
-        for place in [place for shard in todo for place in shard.begin(folder)]:
-            item = place.item
-            self._places[item.name] = place
+        groups = model.weights.layout.groups
+        changes: dict[Group | None, bool] = {None: False}
+        for item in todo:
+            group = groups.get(item.name)
             if item.source is None:
-                weight = layout.groups[item.name.removesuffix("bias") + "weight"].first_target
+                weight = groups[item.name.removesuffix("bias") + "weight"].first_target
                 self._changed[weight.removesuffix("weight") + "bias"] = None, item.name
-                continue
-            group = layout.groups.get(item.name)
-            if group is not None and id(group) not in seen:
-                targets = {}
-                for name in group.shapes():
-                    tall = isinstance(modules.get(name), ExpertLinear)
-                    targets[f"{name}.weight" if tall else name] = group, name
-                seen[id(group)] = any(self._changes(name) for name in targets)
-                if seen[id(group)]:
-                    self._changed |= targets
-            if group is None or not seen[id(group)]:
-                place.follow(item.source)
+            elif group is not None and group not in changes:
+                tall = {n: isinstance(model.modules.get(n), ExpertLinear) for n in group.shapes()}
+                targets = {n + ".weight" * tall[n]: (group, n) for n in tall}
+                changes[group] = any(map(self._changes, targets))
+                self._changed |= targets if changes[group] else {}
+            if item.source is not None and not changes[group]:
+                item.follow(item.source)
 
     def _changes(self, target: str) -> bool:
         """Whether merging makes other values of a parameter."""
@@ -245,17 +231,17 @@ class _Stream:
                 continue
             value: Any = self._new(name, module, key)
             if group is None:
-                place = self._places[target]
-                place.put_new(torch.zeros(place.item.shape) if value is None else value)
+                item = self._items[target]
+                item.put_new(torch.zeros(item.shape) if value is None else value)
                 continue
-            values = self._values.setdefault(id(group), {})
-            values[target] = value = getattr(module, key) if value is None else value
+            values = self._values.setdefault(group, {})
+            values[target] = getattr(module, key) if value is None else value
             if len(values) == len(group.shapes()):
-                for of in group.names:
-                    if of in self._places:
-                        one = group.converter is None
-                        self._places[of].put_new(value if one else group.restore(of, values))
-                del self._values[id(group)]
+                for item in [self._items[name] for name in group.names if name in self._items]:
+                    item.put_new(
+                        group.restore(item.name, values) if group.converter else values[target]
+                    )
+                del self._values[group]
         if self._trained is not self._model:
             self._round(name, module)
 
@@ -294,9 +280,9 @@ class _Stream:
             if any(f"{name}.{key}" in self._changed for key in [*module._parameters, "bias"]):
                 with self._model.held(module):
                     self.visit(name, module)
-        for place in self._places.values():
-            if place.item.source is not None and not place.whole:
-                for _ in place.item.source.pieces(place.step):
+        for item in self._items.values():
+            if item.source is not None and item.written < item.length:
+                for _ in item.source.pieces(item.step):
                     self._poll()
 
 

@@ -2,10 +2,8 @@
 
 import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -18,7 +16,43 @@ from scalepeft.models.tensors import as_bytes, finite
 from scalepeft.models.weights import PIECE_BYTES
 
 
-@dataclass(frozen=True)
+class Shard:
+    """A file to write, in place of the base's ``source``."""
+
+    def __init__(self, file: str, source: SafetensorsFile, items: "list[Item]") -> None:
+        self.file, self.source, self.items = file, source, items
+
+    def begin(self, folder: Path) -> "list[Item]":
+        """Makes the file; returns what is to be written, nothing if it was made before."""
+        if (folder / self.file).is_file():
+            say(f"{self.file} is there already")
+            return []
+        header = [(item.name, item.dtype, item.shape, item.size) for item in self.items]
+        head, self._left = safetensors.header(header, self.source.metadata or {"format": "pt"})
+        self._path, self._begun = folder / self.file, folder / f"{self.file}.begun"
+        self._opened = self._begun.open("wb", buffering=0)
+        self.write(0, head, 0)
+        start = len(head)
+        for item in self.items:
+            item.shard, item.start = self, start
+            start += item.size
+        return self.items
+
+    def write(self, start: int, data: bytes | memoryview, counted: int) -> None:
+        """Writes bytes, ``counted`` of them of tensors; the last ones through to the disk."""
+        self._opened.seek(start)
+        piece = memoryview(data)
+        while piece:
+            piece = piece[self._opened.write(piece) :]
+        self._left -= counted
+        if not self._left:
+            os.fsync(self._opened.fileno())
+            self._opened.close()
+            self._begun.rename(self._path)
+            say(f"{self.file} written")
+
+
+@dataclass(eq=False)
 class Item:
     """A tensor to write; ``source`` is where the base has it, None for a bias that is new."""
 
@@ -26,82 +60,42 @@ class Item:
     dtype: str
     shape: tuple[int, ...]
     source: Source | None
+    written: int = 0  # rows, from the first on
+    start: int = 0  # in the file of ``shard``
+    shard: Shard | None = None
 
     @property
     def size(self) -> int:
         """Bytes."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
-
-@dataclass(frozen=True)
-class Shard:
-    """A file to write, and the base's that it comes from."""
-
-    file: str
-    source: SafetensorsFile
-    items: list[Item]
-
-    def begin(self, folder: Path) -> "Iterator[Place]":
-        """Makes the file at its full size; yields the place of each tensor."""
-        header = [(item.name, item.dtype, item.shape, item.size) for item in self.items]
-        head, size = safetensors.header(header, self.source.metadata or {"format": "pt"})
-        begun, start = _Begun(folder / self.file, size), len(head)
-        begun.write(0, head)
-        for item in self.items:
-            yield Place(item, begun, start)
-            start += item.size
-
-
-class _Begun:
-    def __init__(self, path: Path, size: int) -> None:
-        self._path, self._begun = path, path.with_name(f"{path.name}.begun")
-        self._file = self._begun.open("wb", buffering=0)
-        self._left = size
-
-    def write(self, start: int, data: Any) -> None:
-        """Writes some bytes; once all tensors are there, through to the disk."""
-        self._file.seek(start)
-        piece = memoryview(data)
-        while piece:
-            piece = piece[self._file.write(piece) :]
-        self._left -= len(data) if start else 0  # the header is no tensor
-        if not self._left:
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._begun.rename(self._path)
-            say(f"{self._path.name} written")
-
-
-class Place:
-    """Where a tensor is written, by rows from the first one on."""
-
-    def __init__(self, item: Item, begun: _Begun, start: int) -> None:
-        self.item, self._begun, self._start, self._done = item, begun, start, 0
-        length = item.shape[0] if item.shape else 1
-        self._row = item.size // max(1, length)
-        self.step = max(1, PIECE_BYTES // max(1, self._row))
+    @property
+    def length(self) -> int:
+        """Rows; a 0-d tensor is one."""
+        return self.shape[0] if self.shape else 1
 
     @property
-    def whole(self) -> bool:
-        """Whether all of it is written."""
-        return self._done == (self.item.shape[0] if self.item.shape else 1)
+    def step(self) -> int:
+        """Rows that are rounded at one time."""
+        return max(1, PIECE_BYTES * self.length // max(1, self.size))
 
     def put(self, first: int, rows: Tensor) -> None:
         """Writes those of rows ``first ..`` that are the next; they may come more than once."""
-        last = first + (len(rows) if self.item.shape else 1)
-        if first <= self._done < last:
-            new = rows[self._done - first :] if self.item.shape else rows
-            self._begun.write(
-                self._start + self._done * self._row, as_bytes(new.to(DTYPES[self.item.dtype]))
-            )
-            self._done = last
+        last = first + (len(rows) if self.shape else 1)
+        if first <= self.written < last:
+            assert self.shard is not None
+            new = rows[self.written - first :] if self.shape else rows
+            data = as_bytes(new.to(DTYPES[self.dtype]))
+            at = self.start + self.size * self.written // self.length
+            self.shard.write(at, data, len(data))
+            self.written = last
 
     def put_new(self, value: Tensor) -> None:
         """Writes all of it, rounded once. Raises UserError: too large for the dtype."""
         for number, piece in enumerate(value.split(self.step)):
-            rounded = piece.to(DTYPES[self.item.dtype])
+            rounded = piece.to(DTYPES[self.dtype])
             if not finite(rounded):
-                what = f"{self.item.name}: the merged values do not fit into {self.item.dtype}"
+                what = f"{self.name}: the merged values do not fit into {self.dtype}"
                 raise UserError(f"{what}; merge with --dtype fp32 or bf16")
             self.put(number * self.step, rounded)
 
