@@ -63,8 +63,11 @@ def _maps(layer: Adapted) -> list[Callable[[Tensor], Tensor]]:
     """The layer, or each of its experts, as a function of x (rows, in)."""
     if isinstance(layer, ExpertLinear):
         n = layer.num_experts
-        return [lambda x, e=e: layer(x, [len(x) * (i > e) for i in range(n + 1)]) for e in range(n)]
-    return [layer]
+        return [
+            lambda x, e=e: layer.forward(x, [len(x) * (i > e) for i in range(n + 1)])
+            for e in range(n)
+        ]
+    return [layer.forward]  # no hooks: a stream's would let go of W
 
 
 @torch.no_grad()

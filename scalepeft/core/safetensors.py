@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+Named = tuple[str, str, Sequence[int], int]  # name, safetensors' dtype, shape, bytes
 PIECE_BYTES = 16 << 20  # written and hashed at one time
 
 
@@ -95,9 +96,22 @@ class SafetensorsFile:
             yield self.read(start, min(size, tensor.stop - start))
 
 
+def header(tensors: Iterable[Named], metadata: dict[str, str] | None) -> tuple[bytes, int]:
+    """Return what a file begins with, and the bytes of the tensors behind it."""
+    table: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, dtype, shape, size in tensors:
+        offsets = [end, end + size]
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        end += size
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text, end
+
+
 def write(
     path: Path,
-    tensors: Iterable[tuple[str, str, Sequence[int], int]],
+    tensors: Iterable[Named],
     pieces: Iterable[bytes | bytearray | memoryview],
     metadata: dict[str, str] | None = None,
     check: Callable[[], None] = lambda: None,
@@ -111,15 +125,8 @@ def write(
         metadata: of the file.
         check: called every 16 MiB; may raise.
     """
-    table: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    end = 0
-    for name, dtype, shape, size in tensors:
-        offsets = [end, end + size]
-        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
-        end += size
-    header = json.dumps(table).encode()
-    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8
-    head, digest = len(header).to_bytes(8, "little") + header, hashlib.sha256()
+    head, size = header(tensors, metadata)
+    digest = hashlib.sha256()
     with path.open("wb", buffering=0) as f:
         for data in itertools.chain([head], pieces):
             for start in range(0, len(data), PIECE_BYTES):
@@ -129,5 +136,5 @@ def write(
                 while piece:
                     piece = piece[f.write(piece) :]
         os.fsync(f.fileno())
-        assert f.tell() == len(head) + end, (path, f.tell(), end)  # else it is our own bug
-    return {"bytes": len(head) + end, "sha256": digest.hexdigest()}
+        assert f.tell() == len(head) + size, (path, f.tell(), size)  # else it is our own bug
+    return {"bytes": len(head) + size, "sha256": digest.hexdigest()}

@@ -1,32 +1,32 @@
 """From base and adapter to one checkpoint that stock transformers loads, shard by shard."""
 
 import json
-import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scalepeft.adapters import inject as injection
 from scalepeft.adapters import merged_weight
 from scalepeft.adapters.inject import Adapted, AdaptedNorm
 from scalepeft.config.schema import RunConfig
-from scalepeft.core import safetensors
 from scalepeft.core.errors import UserError
 from scalepeft.core.log import say
-from scalepeft.core.safetensors import SafetensorsFile, Stored
+from scalepeft.export.shards import Item, Shard
 from scalepeft.export.streaming import FinishedRun, Streamed, plain, refuse_existing, whole_folder
 from scalepeft.models import hub as models
 from scalepeft.models import quant, structure
 from scalepeft.models.conversion import Group
 from scalepeft.models.experts import ExpertLinear
-from scalepeft.models.sources import DTYPES, FLOATS, Source
-from scalepeft.models.tensors import DTYPE_NAMES, as_bytes
-from scalepeft.models.weights import INDEX, PIECE_BYTES, Entry, Weights
+from scalepeft.models.quantized_copy import QuantizedCopy
+from scalepeft.models.sources import DTYPES, FLOATS
+from scalepeft.models.tensors import DTYPE_NAMES
+from scalepeft.models.weights import INDEX, Entry, Weights
+from scalepeft.parallel.ranks import Ranks
+from scalepeft.parallel.single import Single
 
 TOKENS = 64  # that the merged model is compared over
 COPIED = (
@@ -36,33 +36,6 @@ COPIED = (
 SWITCHES = ("attention_bias", "mlp_bias")
 """Keys of config.json that give the layers of a block a bias (LLaMA has both)."""
 NAMES = {"fp32": "F32", "bf16": "BF16"}
-
-
-@dataclass(frozen=True)
-class _Item:
-    """A tensor to write; ``source`` is where the base has it, None for a bias that is new."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    source: Source | None
-
-    @property
-    def stored(self) -> Stored | None:
-        """As the base's file has the very bytes to write, if nothing changes the values."""
-        stored = self.source.stored if isinstance(self.source, Entry) else None
-        return stored if stored is not None and stored.dtype == self.dtype else None
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
-
-
-@dataclass(frozen=True)
-class _Shard:
-    file: str
-    source: SafetensorsFile
-    items: list[_Item]
 
 
 def run(
@@ -97,21 +70,23 @@ def run(
     storage = finished.config.model.quant
     if base == "dequantized" and storage == "none":
         raise UserError("--base-weights dequantized: the run has model.quant=none; leave it out")
-    model = finished.structure(quantized=base == "dequantized")
+    model = trained = finished.structure(quantized=base == "dequantized")
     switches, shards = _plan(finished, model, dtype)
+    if storage != "none":
+        trained = model if base == "dequantized" else finished.structure(quantized=True)
+        engine = Single(finished.config.engine, Ranks())
+        trained.stored = QuantizedCopy(finished.base, trained.model, engine).fill
     with whole_folder(target, key) as folder:
         _copy_small_files(finished, folder, switches, dtype)
-        for number, shard in enumerate(shards, 1):
-            if (folder / shard.file).is_file():
-                say(f"{shard.file} is there already, {number} of {len(shards)}")
-                continue
-            _write_shard(model, shard, folder, poll)
-            say(f"{shard.file} written, {number} of {len(shards)}")
+        todo = [item for shard in shards for item in shard.begin(folder)]
+        stream, ids = _Stream(model, trained, todo, poll), _tokens(model.model)
+        wanted = model.logits(ids, stream.visit)
+        stream.finish()
         _write_index(folder, shards)
     say(f"merged checkpoint ({base} base) in {out}")
-    adapted = model if storage == "none" else finished.structure(quantized=True)
-    say(_difference(adapted, plain(target, finished.device, finished.config.model)))
-    if base == "original" and _rounded(adapted):
+    merged = plain(target, finished.device, finished.config.model)
+    say(_difference(wanted, merged.logits(ids)))
+    if base == "original" and _rounded(trained):
         say(
             f"the adapter was trained over the {storage} base, whose rounding this checkpoint does"
             " not have; --base-weights dequantized writes the very model that was trained"
@@ -136,7 +111,7 @@ def check_method(config: RunConfig, folder: Path) -> None:
         merged_weight.check_mergeable(layer)
 
 
-def _plan(finished: FinishedRun, model: Streamed, dtype: str) -> tuple[list[str], list[_Shard]]:
+def _plan(finished: FinishedRun, model: Streamed, dtype: str) -> tuple[list[str], list[Shard]]:
     """Returns the switches to set in config.json, and the shards in the order of the base's files.
 
     Raises:
@@ -183,14 +158,14 @@ def _architecture_with(
 
 def _shards(
     weights: Weights, new: dict[str, tuple[int, ...]], dtype: str, decoded: str
-) -> list[_Shard]:
+) -> list[Shard]:
     """The base's tensors in their files and order, and behind a weight of ``new`` its new bias of
     that shape. ``decoded``: dtype in config.json, of weights that the files hold in codes.
     """
     several = len(weights.files) > 1 or (weights.folder / INDEX).is_file()
     shards = []
     for file in weights.files:
-        items = []
+        items: list[Item] = []
         for name, source in weights.entries.items():
             if source.where != str(file.path):
                 continue
@@ -199,100 +174,116 @@ def _shards(
                 kind = NAMES[dtype]
             elif kind == "F32" and not isinstance(source, Entry):
                 kind = decoded
-            items.append(_Item(name, kind, tuple(source.shape), source))
+            items.append(Item(name, kind, tuple(source.shape), source))
             if (bias := new.get(name)) is not None:
-                items.append(_Item(name.removesuffix("weight") + "bias", kind, bias, None))
+                items.append(Item(name.removesuffix("weight") + "bias", kind, bias, None))
         # transformers finds a single file by its name, and several by their index.
         name = file.path.name if several else "model.safetensors"
-        shards.append(_Shard(name, file, items))
+        shards.append(Shard(name, file, items))
     return shards
 
 
-def _write_shard(model: Streamed, shard: _Shard, folder: Path, poll: Callable[[], None]) -> None:
-    """Writes a shard; it has its name once it is whole."""
-    header = [(item.name, item.dtype, item.shape, item.size) for item in shard.items]
-    begun, values = folder / f"{shard.file}.begun", _NewValues(model)
+class _Stream:
+    """Writes each tensor of the merged model while it is at hand for the adapted model's forward.
 
-    def pieces() -> Iterator[Any]:
-        for item in shard.items:
-            poll()
-            yield from _pieces(values, shard.source, item)
+    What merging does not change is written as it is read, the rest when its module is real; in a
+    ``model`` of other weights than were ``trained`` on it is then rounded to those.
+    """
 
-    safetensors.write(begun, header, pieces(), shard.source.metadata or {"format": "pt"})
-    begun.rename(folder / shard.file)
+    def __init__(
+        self, model: Streamed, trained: Streamed, todo: list[Item], poll: Callable[[], None]
+    ) -> None:
+        self._model, self._trained, self._poll = model, trained, poll
+        self._items = {item.name: item for item in todo}
+        self._changed: dict[str, tuple[Group | None, str]] = {}
+        """Parameter that has not come by -> its group (None: a new bias), its name there."""
+        self._values: dict[Group, dict[str, Tensor]] = {}
+        """Group of which not all have come by -> those that have."""
+        groups = model.weights.layout.groups
+        changes: dict[Group | None, bool] = {None: False}
+        for item in todo:
+            group = groups.get(item.name)
+            if item.source is None:
+                weight = groups[item.name.removesuffix("bias") + "weight"].first_target
+                self._changed[weight.removesuffix("weight") + "bias"] = None, item.name
+            elif group is not None and group not in changes:
+                tall = {n: isinstance(model.modules.get(n), ExpertLinear) for n in group.shapes()}
+                targets = {n + ".weight" * tall[n]: (group, n) for n in tall}
+                changes[group] = any(map(self._changes, targets))
+                self._changed |= targets if changes[group] else {}
+            if item.source is not None and not changes[group]:
+                item.follow(item.source)
 
-
-def _pieces(values: "_NewValues", file: SafetensorsFile, item: _Item) -> Iterator[Any]:
-    """The bytes of a tensor as they are to be written, some rows at a time."""
-    value = values.of(item)
-    source: Any = item.source  # there is one where no value is new
-    if value is None and item.stored is not None:
-        yield from file.pieces(item.stored)
-        return
-    length = item.shape[0] if item.shape else 1
-    rows = max(1, PIECE_BYTES * length // max(1, item.size))
-    for piece in source.pieces(rows) if value is None else value.split(rows):
-        rounded = piece.to(DTYPES[item.dtype]).cpu()
-        if value is not None and not torch.isfinite(rounded).all():
-            what = f"{item.name}: the merged values do not fit into {item.dtype}"
-            raise UserError(f"{what}; merge with --dtype fp32 or bf16")
-        yield as_bytes(rounded)
-
-
-class _NewValues:
-    """What merging changes, under the files' names: fp32 or better."""
-
-    def __init__(self, model: Streamed) -> None:
-        self._model = model
-        self._held: dict[int, dict[str, Tensor]] = {}
-        """Group -> its tensors of the model; those of a block's experts lie beside one another."""
-
-    @torch.no_grad()
-    def of(self, item: _Item) -> Tensor | None:
-        """The new tensor; None where the base's own value stays, zeros where it has none."""
-        layout = self._model.weights.layout
-        if item.source is None:
-            weight = layout.groups[item.name.removesuffix("bias") + "weight"].first_target
-            new = self._tensor(weight.removesuffix("weight") + "bias")
-            return torch.zeros(item.shape) if new is None else new
-        if (group := layout.groups.get(item.name)) is None:
-            return None
-        if group.converter is None:
-            return self._tensor(group.first_target)
-        if id(group) not in self._held:
-            while len(self._held) > 2:
-                del self._held[next(iter(self._held))]
-            self._held[id(group)] = self._converted(group)
-        made = self._held[id(group)]
-        return group.restore(item.name, made) if made else None
-
-    def _converted(self, group: Group) -> dict[str, Tensor]:
-        new = {name: self._tensor(name) for name in group.shapes()}
-        if all(tensor is None for tensor in new.values()):
-            return {}
-        sources = self._model.weights.layout.sources
-        return {n: sources[n].whole() if t is None else t for n, t in new.items()}
-
-    def _tensor(self, target: str) -> Tensor | None:
-        """The new value of a tensor of the model, or None."""
-        if isinstance(experts := self._model.modules.get(target), ExpertLinear):
-            tall = self._tensor(f"{target}.weight")
-            return None if tall is None else experts.fused(tall)
+    def _changes(self, target: str) -> bool:
+        """Whether merging makes other values of a parameter."""
         name, _, key = target.rpartition(".")
         module = self._model.modules.get(name)
-        kinds = (Adapted, AdaptedNorm, quant.QuantLinear)
-        if not isinstance(module, kinds) or key not in ("weight", "bias"):
+        if isinstance(module, quant.QuantLinear) and key == "weight":
+            return True
+        return isinstance(module, Adapted | AdaptedNorm) and key in ("weight", "bias")
+
+    def visit(self, name: str, module: nn.Module) -> None:
+        """Writes what becomes of a module's real parameters."""
+        self._poll()
+        for key in dict.fromkeys([*module._parameters, "bias"]):
+            group, target = self._changed.pop(f"{name}.{key}", (None, ""))
+            if not target:
+                continue
+            value: Any = self._new(name, module, key)
+            if group is None:
+                item = self._items[target]
+                item.put_new(torch.zeros(item.shape) if value is None else value)
+                continue
+            values = self._values.setdefault(group, {})
+            values[target] = getattr(module, key) if value is None else value
+            if len(values) == len(group.shapes()):
+                for item in [self._items[name] for name in group.names if name in self._items]:
+                    item.put_new(
+                        group.restore(item.name, values) if group.converter else values[target]
+                    )
+                del self._values[group]
+        if self._trained is not self._model:
+            self._round(name, module)
+
+    def _new(self, name: str, module: Any, key: str) -> Tensor | None:
+        """The new value of a parameter, fp32 or better; None where it stays."""
+        if not self._changes(f"{name}.{key}"):
             return None
-        with self._model.held(module):
-            if isinstance(module, Adapted) and key == "weight":
-                return merged_weight.effective_weight(module)[0]
-            if isinstance(module, Adapted):
-                return merged_weight.effective_bias(module)
-            if isinstance(module, AdaptedNorm):
-                return merged_weight.norm_parameter(name, module, key)
-            if isinstance(module, quant.QuantLinear) and key == "weight":
-                return quant.Frozen(module).weight(torch.float32)
-        return None
+        if isinstance(module, AdaptedNorm):
+            return merged_weight.norm_parameter(name, module, key)
+        if isinstance(module, Adapted) and key == "bias":
+            return merged_weight.effective_bias(module)
+        if isinstance(module, Adapted):
+            weight = merged_weight.effective_weight(module)[0]
+        else:
+            weight = quant.Frozen(module).weight(torch.float32)
+        return module.fused(weight) if isinstance(module, ExpertLinear) else weight
+
+    def _round(self, name: str, module: Any) -> None:
+        """Makes W of a layer what its quantized bytes decode to."""
+        layer = self._trained.modules[name]
+        if not isinstance(layer, quant.QuantLinear):
+            return
+        weight, scale = (
+            torch.empty_like(p, device="cpu") for p in (layer.weight, layer.weight_scale)
+        )
+        if not self._trained.stored(f"{name}.weight", weight, scale):
+            source = self._model.weights.layout.sources[f"{name}.weight"]
+            held = source.encoded(layer.fmt, 0, source.shape[0])
+            weight, scale = held or layer.fmt.encode(module.weight)
+        made = layer.fmt.decode(weight, scale, layer.in_features, torch.float32)
+        module.weight = nn.Parameter(made.to(module.weight.device), requires_grad=False)
+
+    def finish(self) -> None:
+        """Writes what the forward did not come by."""
+        for name, module in self._model.modules.items():
+            if any(f"{name}.{key}" in self._changed for key in [*module._parameters, "bias"]):
+                with self._model.held(module):
+                    self.visit(name, module)
+        for item in self._items.values():
+            if item.source is not None and item.written < item.length:
+                for _ in item.source.pieces(item.step):
+                    self._poll()
 
 
 def _copy_small_files(
@@ -323,7 +314,7 @@ def _copy_small_files(
     (folder / "config.json").write_text(text, encoding="utf-8")
 
 
-def _write_index(folder: Path, shards: list[_Shard]) -> None:
+def _write_index(folder: Path, shards: list[Shard]) -> None:
     if [shard.file for shard in shards] == ["model.safetensors"]:
         return
     index = {
@@ -333,16 +324,18 @@ def _write_index(folder: Path, shards: list[_Shard]) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _difference(adapted: Streamed, merged: Streamed) -> str:
-    """Says how far the logits of two models lie apart, over seeded random tokens, in fp32."""
-    model: Any = adapted.model
+def _tokens(model: Any) -> Tensor:
+    """Seeded random ids (1, tokens)."""
     config = model.config.get_text_config()
     length = min(TOKENS, getattr(config, "max_position_embeddings", TOKENS))
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.get_text_config().vocab_size, (1, length), generator=generator)
-    want, got = adapted.logits(ids), merged.logits(ids)
+    return torch.randint(config.vocab_size, (1, length), generator=generator)
+
+
+def _difference(want: Tensor, got: Tensor) -> str:
+    """Says how far the logits of two models lie apart."""
     worst, largest = (got - want).abs().max().item(), want.abs().max().item()
-    agree = int((got.argmax(-1) == want.argmax(-1)).sum())
+    agree, length = int((got.argmax(-1) == want.argmax(-1)).sum()), want.shape[1]
     return (
         f"merged: logits differ from the adapted model's by at most {worst:.1e} (relative"
         f" {worst / (largest or 1.0):.1e}) over {length} tokens; the next token agrees at"

@@ -4,7 +4,7 @@ import glob
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +35,9 @@ class Streamed:
     adapters and tables (rotary frequencies) are real all the time.
     """
 
+    stored: Callable[..., bool] = staticmethod(lambda *of: False)
+    """As ``load_weights`` takes it."""
+
     def __init__(self, model: nn.Module, weights: Weights, device: torch.device) -> None:
         structure.compute_tables(model, device)
         self.model, self.weights, self.device = model.eval(), weights, device
@@ -55,20 +58,29 @@ class Streamed:
                 real = torch.empty_like(p, device=self.device)
                 module._parameters[key] = nn.Parameter(real, requires_grad=False)
             for key, p in own.items():
-                if key != "weight_scale":  # comes with its weight
+                if key == "weight_scale":  # comes with its weight
+                    continue
+                real, scale = getattr(module, key), getattr(module, f"{key}_scale", None)
+                if scale is None or not self.stored(self.names[id(p)], real, scale):
                     with torch.no_grad():
-                        fill(module, self.names[id(p)], key, getattr(module, key), self.weights)
+                        fill(module, self.names[id(p)], key, real, self.weights)
             yield
         finally:
             module._parameters.update(own)
 
     @torch.no_grad()
-    def logits(self, ids: Tensor) -> Tensor:
-        """ids (rows, tokens) -> logits (rows, tokens, vocabulary), on the CPU."""
+    def logits(
+        self, ids: Tensor, visit: Callable[[str, nn.Module], None] = lambda *of: None
+    ) -> Tensor:
+        """ids (rows, tokens) -> logits (rows, tokens, vocabulary), on the CPU; ``visit(name,
+        module)`` is called with real parameters before they are used.
+        """
+        names = {module: name for name, module in self.modules.items()}
         held = {module: ExitStack() for module in self.modules.values()}
 
         def before(module: nn.Module, _args: Any) -> None:
             held[module].enter_context(self.held(module))
+            visit(names[module], module)
 
         def after(module: nn.Module, _args: Any, _out: Any) -> None:
             held[module].close()
@@ -78,6 +90,7 @@ class Streamed:
                 if all(p is None or p.dim() < 2 for p in module._parameters.values()):
                     # Vectors, which a block may use past the forward of the module that has them.
                     hooks.enter_context(self.held(module))
+                    visit(names[module], module)
                 elif any(p.is_meta for p in module.parameters(recurse=False)):
                     hooks.enter_context(module.register_forward_pre_hook(before))
                     hooks.enter_context(module.register_forward_hook(after))

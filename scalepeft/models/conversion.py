@@ -27,7 +27,7 @@ ROW_WISE = {"Chunk", "Concatenate", "Transpose", "Interleave"}
 Take = Callable[[str, Source], Tensor]
 
 
-@dataclass
+@dataclass(eq=False)
 class Group:
     """Tensors of files that become tensors of the model together."""
 

@@ -54,6 +54,11 @@ def as_bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat)
 
 
+def finite(tensor: Tensor) -> bool:
+    """Whether all values are numbers: one pass, where ``isfinite`` makes tensors of its own."""
+    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
 @dataclass(frozen=True)
 class _Piece:
     file: SafetensorsFile

@@ -17,6 +17,7 @@ from scalepeft.core.safetensors import DamagedFile, SafetensorsFile, Stored
 from scalepeft.models import prequantized, quant
 from scalepeft.models.conversion import Layout
 from scalepeft.models.sources import DTYPES, Source
+from scalepeft.models.tensors import finite
 from scalepeft.parallel.base import local_part
 
 INDEX = "model.safetensors.index.json"
@@ -220,7 +221,7 @@ def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weight
     for begin, end in pairwise(sorted(edges)):
         stored = None if layer is None else source.encoded(layer.fmt, begin, end)
         rows = stored or (source.rows(begin, end),)
-        if isinstance(parameter, nn.Parameter) and not torch.isfinite(rows[0]).all():
+        if isinstance(parameter, nn.Parameter) and not finite(rows[0]):
             raise UserError(
                 f"{source.where}: '{full_name}' has values that are not finite (rows {begin} to"
                 f" {end}): the base is damaged; copy it again"

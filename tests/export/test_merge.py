@@ -25,7 +25,13 @@ from scalepeft.adapters import inject as injection
 from scalepeft.adapters import merged_weight as effective
 from scalepeft.config import schema as cfg
 from scalepeft.core.errors import UserError
+from scalepeft.core.safetensors import SafetensorsFile
 from scalepeft.export import merge
+from scalepeft.models import hub, quant
+from scalepeft.models.quantized_copy import QuantizedCopy
+from scalepeft.parallel.base import EngineConfig
+from scalepeft.parallel.ranks import Ranks
+from scalepeft.parallel.single import Single
 
 TINY = "builtin:tiny"
 
@@ -517,6 +523,82 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(KeyboardInterrupt):
         run(run_dir, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+class Counted:
+    """What a merge reads of the base's files, and how many numbers it quantizes."""
+
+    def __init__(self, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ranges: list[tuple[str, int, int]] = []
+        self.encoded = 0
+        read, encode = SafetensorsFile.read, quant.NF4.encode
+
+        def counted(file: Any, start: int, size: int) -> bytearray:
+            if file.path.parent == base and size:
+                self.ranges.append((file.path.name, start, start + size))
+            return read(file, start, size)
+
+        def encoded(fmt: Any, rows: torch.Tensor) -> Any:
+            self.encoded += rows.numel() if len(rows) > 8 else 0  # not the self-check's
+            return encode(fmt, rows)
+
+        monkeypatch.setattr(SafetensorsFile, "read", counted)
+        monkeypatch.setattr(quant.NF4, "encode", encoded)
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Mixtral"])
+@pytest.mark.parametrize(
+    ("storage", "base"), [("none", "original"), ("nf4", "original"), ("nf4", "dequantized")]
+)
+def test_each_tensor_is_read_once_and_quantized_once(
+    storage: str, base: str, architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = random_llama(tmp_path / "base", architecture, shard="150KB")
+    settings = {"target_modules": ["q_proj", "v_proj"]}
+    run_dir = make_run(tmp_path / "run", folder, "lora", quant=storage, adapter=settings)
+    counted = Counted(folder, monkeypatch)
+    out = run(run_dir, tmp_path / "out", base=base)
+    monkeypatch.undo()
+    files = {path.name: SafetensorsFile(path) for path in folder.glob("*.safetensors")}
+    assert len(files) > 2
+    ends = {name: [t.start for t in f.tensors.values()][:1] for name, f in files.items()}
+    for name, start, stop in sorted(counted.ranges):
+        assert ends[name][-1] == start, "read twice, or not at all"
+        ends[name].append(stop)
+    assert {name: end[-1] for name, end in ends.items()} == {n: f.size for n, f in files.items()}
+    model = adapted(run_dir)
+    layers = [m for m in model.modules() if isinstance(m, quant.QuantLinear)]
+    assert counted.encoded == sum(2 * m.weight.numel() for m in layers)
+    if base == "dequantized" or storage == "none":
+        wanted = logits(model)
+        assert distance(wanted, logits(stock(out))) < 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("base", ["original", "dequantized"])
+def test_the_quantized_copy_of_the_run_is_taken(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = random_llama(tmp_path / "base")
+    run_dir = make_run(tmp_path / "run", folder, "hoft", quant="nf4")
+    setting = f"model.quantized_cache={tmp_path / 'copies'}"
+    plain = run(run_dir, tmp_path / "plain", base=base)
+    said = re.findall("logits.*", capsys.readouterr().err)
+    config = hub.ModelConfig(
+        path=str(folder), quant="nf4", quantized_cache=str(tmp_path / "copies")
+    )
+    opened, engine = hub.open_base(config, Ranks()), Single(EngineConfig(name="single"), Ranks())
+    QuantizedCopy(opened, adapted(run_dir), engine).keep()
+    counted = Counted(folder, monkeypatch)
+    out = run(run_dir, tmp_path / "out", setting, base=base)
+    printed = capsys.readouterr().err
+    assert "quantized copy of the base read in its place" in printed
+    assert re.findall("logits.*", printed) == said, "the check too sees what training saw"
+    assert counted.encoded == 0
+    file = "model.safetensors"
+    assert (out / file).read_bytes() == (plain / file).read_bytes()
+    if base == "dequantized":
+        read = sum(stop - start for _, start, stop in counted.ranges)
+        assert read < (folder / file).stat().st_size / 2
 
 
 def python(code: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
