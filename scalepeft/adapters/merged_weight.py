@@ -45,6 +45,20 @@ def effective_weight(layer: nn.Module, chunk: int = 1024) -> tuple[Tensor, Tenso
     return weight, zero if has_bias else None
 
 
+@torch.no_grad()
+def merged(layer: Adapted) -> Tensor:
+    """W' of ``effective_weight`` to rounding; where a method is exactly a LoRA, as ``W + B A``: a
+    hundredth of the identity's products with W.
+    """
+    base, wide = quant.Frozen(layer), layer.weight.dtype == torch.float64
+    lora = layer.adapter.to_lora(base)
+    if lora is None:
+        return effective_weight(layer)[0]
+    w = base.weight(torch.float64 if wide else torch.float32)
+    a, b = (factor.to(w.dtype) for factor in lora)
+    return torch.addmm(w, b, a)
+
+
 def check_mergeable(layer: Adapted) -> None:
     """Raises UserError, with the reason, if the layer's method is not affine in x."""
     if reason := layer.adapter.unmergeable_reason:

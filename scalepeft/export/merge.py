@@ -254,7 +254,7 @@ class _Stream:
         if isinstance(module, Adapted) and key == "bias":
             return merged_weight.effective_bias(module)
         if isinstance(module, Adapted):
-            weight = merged_weight.effective_weight(module)[0]
+            weight = merged_weight.merged(module)
         else:
             weight = quant.Frozen(module).weight(torch.float32)
         return module.fused(weight) if isinstance(module, ExpertLinear) else weight

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import scalepeft
 from scalepeft.adapters.base import Adapter
 from scalepeft.adapters.factors import Factors
-from scalepeft.adapters.inject import adapters, trainable
+from scalepeft.adapters.inject import adapted_layers, adapters, trainable
+from scalepeft.adapters.merged_weight import merged
 from scalepeft.models import quant
 from scalepeft.parallel.base import EngineConfig
 from scalepeft.parallel.ranks import Ranks
@@ -76,6 +77,17 @@ def test_gradients_and_outputs_are_those_of_factors_made_in_each_forward(
         with torch.no_grad(), kept.made():
             assert (once(x) - plain(x)).abs().max() <= tolerance * plain(x).abs().max()
         assert all(adapter.made is None for _, adapter in adapters(once))
+
+
+@pytest.mark.parametrize("kind", ["", "nf4"])
+@pytest.mark.parametrize(("name", "variant"), CASES)
+def test_what_a_merge_takes_is_the_effective_weight(name: str, variant: Variant, kind: str) -> None:
+    settings = {k: v for k, v in variant.settings.items() if k != "target_modules"}
+    if not variant.affine:
+        return
+    for _, layer in adapted_layers(adapted(name, settings, torch.float32, kind)):
+        want, _ = scalepeft.effective_weight(layer)
+        assert (merged(layer) - want).abs().max() <= 2e-6 * want.abs().max()
 
 
 class Launches(TorchDispatchMode):
