@@ -269,7 +269,7 @@ def test_each_weight_is_rounded_once(dtype: str, stories: Path, tmp_path: Path) 
 
 
 def scalepeft_weight(layer: nn.Module) -> torch.Tensor:
-    return effective.effective_weight(layer)[0]
+    return effective.merged(layer)
 
 
 def test_values_too_large_for_the_dtype(stories: Path, tmp_path: Path) -> None:
