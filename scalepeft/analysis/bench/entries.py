@@ -28,22 +28,15 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative, of a first 
 
 @dataclass
 class Entry:
-    """One method on a copy of the base that shares its weights, and what was measured of it.
-
-    Attributes:
-        family: ``base``, ``scalepeft`` or ``peft``.
-        autocast: step as HF's Trainer does, with an adapter in fp32 under bf16.
-        reason: why it is not measured; empty where it is.
-        times: seconds of each step.
-    """
+    """One method on a copy of the base that shares its weights, and what was measured of it."""
 
     label: str
-    family: str
+    family: str  # base, scalepeft or peft
     settings: dict[str, Any] = field(default_factory=dict)
-    autocast: bool = False
-    reason: str = ""
+    autocast: bool = False  # step as HF's Trainer does, with an adapter in fp32 under bf16
+    reason: str = ""  # why it is not measured; empty where it is
     parameters: int = 0
-    times: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # seconds of each step
 
     def build(self, case: Case) -> None:
         """Adapt a copy, check that it equals the base, warm up in two steps.
@@ -95,14 +88,10 @@ class Entry:
         self.optimizer.zero_grad()
         case.x.grad = None
 
-    def seconds(self, case: Case) -> float:
-        """Return the time of a step, the device having finished."""
-        return timeit.timeit(partial(self.step, case), gc.enable, timer, number=1)
-
     def ratio(self, other: "Entry | None") -> float | None:
         """Return the median of this entry's time over the other's in the rounds that both ran."""
-        pairs = zip(self.times, other.times if other else [], strict=False)
-        ratios = [mine / its for mine, its in pairs]
+        times = zip(self.times, other.times if other else [], strict=False)
+        ratios = [mine / its for mine, its in times]
         return median(ratios) if ratios else None
 
 
@@ -118,7 +107,8 @@ def measure(case: Case, entries: list[Entry], rounds: int) -> None:
     for turn in range(rounds):
         first = turn % len(running)
         for entry in [*running[first:], *running[:first]]:
-            entry.times.append(entry.seconds(case))
+            step = partial(entry.step, case)
+            entry.times.append(timeit.timeit(step, gc.enable, timer, number=1))
         if turn + 1 == SLOW_ROUNDS:
             running = [e for e in running if (e.ratio(lora) or 0) <= SLOW]
         say(f"{case.title}: round {turn + 1} of {rounds}")

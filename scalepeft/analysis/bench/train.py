@@ -87,7 +87,7 @@ def run(settings: list[str], out: str | None, repeats: int | None) -> int:
 
 def _work(config: cfg.RunConfig) -> dict[str, Any]:
     """What the contenders read: config, rows as tokens in their order, HF's words for the rest."""
-    base, train, engine = open_base(config.model, Ranks()), config.train, config.engine
+    base, train = open_base(config.model, Ranks()), config.train
     task = task_of(config, base.tokenizer)
     rows = token_file.files(task, base.tokenizer, base.vocab_size, base.ends)
     tokens, _, _ = token_file.prepared(rows, task.config, train.seed)
@@ -98,21 +98,15 @@ def _work(config: cfg.RunConfig) -> dict[str, Any]:
     fields = {name: its[0] for name, its in made.items() if its is not None}
     if not fields or len(fields) < len(made):
         raise UserError(f"adapter={config.adapter.name}: HF PEFT has no such method; take lora")
-    attention, cpu = config.model.attention, pick_device(engine.device, 0).type == "cpu"
+    attention = config.model.attention
     return {
-        "config": cfg.to_dict(config), "base": str(base.folder), "cutoff": config.data.cutoff,
-        "tokenizer": config.model.tokenizer or str(base.folder),
-        "global_batch": train.global_batch, "micro_batch": train.micro_batch,
+        "config": cfg.to_dict(config), "base": str(base.folder),
+        "use_cpu": pick_device(config.engine.device, 0).type == "cpu",
         "rows": [{"input_ids": tokens.row(r).tolist(), "labels": tokens.labels(r).tolist()}
                  for r in taken],
         "adapter": {"task_type": "CAUSAL_LM", **common_fields(model, fields)},
         "load": {"dtype": str(PRECISIONS[train.precision])[6:],
                  "attn_implementation": None if attention == "auto" else attention},
-        "arguments": {
-            "learning_rate": train.lr, "max_grad_norm": train.max_grad_norm, "use_cpu": cpu,
-            "bf16": train.precision == "bf16", "seed": train.seed,
-            "gradient_checkpointing": engine.activation_checkpointing,
-        },
     }  # fmt: skip
 
 

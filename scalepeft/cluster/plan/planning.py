@@ -37,8 +37,7 @@ class Plan:
         found = options.found or {}
         context = found["CUDA GiB"] * GIB if found else CONTEXT_BYTES
         holes = found.get("holes", FRAGMENTED) * comes_and_goes
-        self.runtime = context + NCCL_BYTES * (world > 1) + holes
-        """Bytes of CUDA, NCCL and the allocator."""
+        self.runtime = context + NCCL_BYTES * (world > 1) + holes  # bytes
         self.need = step.peak_bytes + self.runtime
         self.fits = self.need <= target.gib * GIB if target else None
         rated = target if target and target.tflops else GPUS["a100-80"]  # the slowest one
@@ -97,7 +96,5 @@ def counts(config: RunConfig, gpus_per_node: int) -> list[tuple[int, int]]:
     """(nodes, GPUs a node) to try, smallest first: 1, 2, 4, ... of a node, then whole nodes."""
     batch = config.train.global_batch
     powers = [2**i for i in range(batch.bit_length())]
-    all_counts = [(1, n) for n in powers if n < gpus_per_node] + [
-        (n, gpus_per_node) for n in powers
-    ]
-    return [count for count in all_counts if batch % math.prod(count) == 0]
+    tried = [(1, n) for n in powers if n < gpus_per_node] + [(n, gpus_per_node) for n in powers]
+    return [count for count in tried if batch % math.prod(count) == 0]
