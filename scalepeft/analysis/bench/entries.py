@@ -88,6 +88,10 @@ class Entry:
         self.optimizer.zero_grad()
         case.x.grad = None
 
+    def seconds(self, case: Case) -> float:
+        """Return the time of a step, the device having finished."""
+        return timeit.timeit(partial(self.step, case), gc.enable, timer, number=1)
+
     def ratio(self, other: "Entry | None") -> float | None:
         """Return the median of this entry's time over the other's in the rounds that both ran."""
         times = zip(self.times, other.times if other else [], strict=False)
@@ -107,8 +111,7 @@ def measure(case: Case, entries: list[Entry], rounds: int) -> None:
     for turn in range(rounds):
         first = turn % len(running)
         for entry in [*running[first:], *running[:first]]:
-            step = partial(entry.step, case)
-            entry.times.append(timeit.timeit(step, gc.enable, timer, number=1))
+            entry.times.append(entry.seconds(case))
         if turn + 1 == SLOW_ROUNDS:
             running = [e for e in running if (e.ratio(lora) or 0) <= SLOW]
         say(f"{case.title}: round {turn + 1} of {rounds}")

@@ -47,25 +47,22 @@ class Plan:
         if found and bf16:
             rate, self.basis = found["TFLOP/s of plan"], f"measured: {found['file']}"
         self.compute_seconds = step.flops / (rate * 1e12)
-        self.exchange_seconds = sum(
+        self.exchange_seconds = sum(  # of a step, not overlapped with compute_seconds
             (2 if name == "all-reduce" else 1) * size * (ranks - 1) / ranks
             / (NODE_BYTES_PER_SECOND if nodes == 1 else NETWORK_BYTES_PER_SECOND)
             for (name, ranks, nodes), (_, size) in step.exchanges.items()
         )  # fmt: skip
-        """Of a step, not overlapped with ``compute_seconds``."""
         self.step_seconds = options.step_seconds or self.compute_seconds + self.exchange_seconds
         mode = config.train.save_mode
         if mode == "auto":
             mode = "async" if saved > GATHERED_BYTES else "gathered"
         hashed = saved / (1 if mode == "gathered" else world)
         self.save_seconds = saved / options.disk + hashed / HASH_BYTES_PER_SECOND
-        self.stop_seconds = self.step_seconds + self.save_seconds
-        """What a stop takes at the assumed rates, without any safety."""
+        self.stop_seconds = self.step_seconds + self.save_seconds  # without any safety
         # What an asynchronous save under way has written still goes to the disk.
         saves = 1 + (mode == "async")
         waits = SAFETY * (self.step_seconds + saves * self.save_seconds) + MARGIN_SECONDS
-        self.grace = max(60, 30 * math.ceil(waits / 30))
-        """Seconds that ``--signal=B:USR1@SECONDS`` needs."""
+        self.grace = max(60, 30 * math.ceil(waits / 30))  # of --signal=B:USR1@SECONDS
 
     @cached_property
     def smallest(self) -> tuple[int, int] | None:

@@ -104,8 +104,7 @@ class Tracker(TorchDispatchMode):
 
     def __init__(self, per_node: int) -> None:
         super().__init__()
-        self.kind: str | None = "activations"
-        """None: what is made now has no memory in a real run."""
+        self.kind: str | None = "activations"  # None: it has no memory in a real run
         self.moment, self.part = "start", "control"
         self.now: Counter[str] = Counter()
         self.figures = Figures()
