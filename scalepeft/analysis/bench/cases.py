@@ -17,20 +17,13 @@ ROW = 512  # tokens of a model's row, at most
 
 @dataclass
 class Case:
-    """What all entries share; the gradient is Gaussian, as a loss would cost all the same.
-
-    Attributes:
-        base: a causal LM.
-        peft_base: the same weights as PEFT can read them.
-        x: input embeddings (rows, length, hidden); takes a gradient.
-        gradient: of the logits (rows, length, vocabulary).
-    """
+    """What all entries share; the gradient is Gaussian, as a loss would cost all the same."""
 
     title: str
-    base: nn.Module
-    peft_base: nn.Module
-    x: Tensor
-    gradient: Tensor
+    base: nn.Module  # a causal LM
+    peft_base: nn.Module  # the same weights as PEFT can read them
+    x: Tensor  # input embeddings (rows, length, hidden); takes a gradient
+    gradient: Tensor  # of the logits (rows, length, vocabulary)
 
 
 def output(module: nn.Module, x: Tensor) -> Any:

@@ -60,13 +60,8 @@ def make_folder(out: str) -> Path:
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Measure, print a table, write ``bench.json`` into ``out``.
-
-    Returns:
-        What ``bench.json`` holds.
-
-    Raises:
-        UserError: an option that makes no sense, an unknown shape or method, PEFT missing.
+    """Measure, print a table, write ``bench.json`` into ``out`` and return what it holds. Raise
+    UserError for an option that makes no sense, an unknown shape or method, or without PEFT.
     """
     check(options)
     bf16, cuda = options.precision == "bf16", torch.cuda.is_available() and options.device != "cpu"
@@ -117,7 +112,7 @@ def _table(case: dict[str, Any]) -> list[str]:
     for r in case["entries"]:
         figures = [(r[key], form) for key, form in COLUMNS.values()]
         cells = ["n/a" if value is None else format(value, form) for value, form in figures]
-        measured = [*cells, str(len(r["times_ms"]))]
-        rows.append([r["label"], *([f"n/a  {r['reason']}"] if r["reason"] else measured)])
+        cells = [f"n/a  {r['reason']}"] if r["reason"] else [*cells, str(len(r["times_ms"]))]
+        rows.append([r["label"], *cells])
     noise = f"noise (interquartile range of base's times) {case['noise']:.1%}"
     return ["", f"{case['title']}; {noise}", *table(rows, indent="")]

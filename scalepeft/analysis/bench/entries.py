@@ -28,22 +28,15 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative, of a first 
 
 @dataclass
 class Entry:
-    """One method on a copy of the base that shares its weights, and what was measured of it.
-
-    Attributes:
-        family: ``base``, ``scalepeft`` or ``peft``.
-        autocast: step as HF's Trainer does, with an adapter in fp32 under bf16.
-        reason: why it is not measured; empty where it is.
-        times: seconds of each step.
-    """
+    """One method on a copy of the base that shares its weights, and what was measured of it."""
 
     label: str
-    family: str
+    family: str  # base, scalepeft or peft
     settings: dict[str, Any] = field(default_factory=dict)
-    autocast: bool = False
-    reason: str = ""
+    autocast: bool = False  # step as HF's Trainer does, with an adapter in fp32 under bf16
+    reason: str = ""  # why it is not measured; empty where it is
     parameters: int = 0
-    times: list[float] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # seconds of each step
 
     def build(self, case: Case) -> None:
         """Adapt a copy, check that it equals the base, warm up in two steps.
@@ -101,8 +94,8 @@ class Entry:
 
     def ratio(self, other: "Entry | None") -> float | None:
         """Return the median of this entry's time over the other's in the rounds that both ran."""
-        pairs = zip(self.times, other.times if other else [], strict=False)
-        ratios = [mine / its for mine, its in pairs]
+        times = zip(self.times, other.times if other else [], strict=False)
+        ratios = [mine / its for mine, its in times]
         return median(ratios) if ratios else None
 
 

@@ -20,19 +20,12 @@ FORM = "mean_difference"  # of hoft, shoft and hra, as in configs/adapters
 
 
 def choose(methods: str, layers: list[Layer], rank: int, bf16: bool) -> list[Entry]:
-    """Return the base, the chosen methods and PEFT's LoRA.
+    """Return the base, PEFT's LoRA and the ``methods``, at the size of LoRA's ``rank`` if they can.
 
-    Under bf16 PEFT's run under autocast, and there is ``peft-lora-bf16``, its cheapest form: an
-    adapter in bf16 without.
-
-    Args:
-        methods: names by comma; ``all``, or ``surm`` and ``hut`` for each form of these. Those of
-            PEFT have ``peft-`` before their name.
-        layers: those that are adapted.
-        rank: of LoRA, whose size the others take where they can.
-
-    Raises:
-        UserError: an unknown method, or an odd rank where reflections come in pairs.
+    Names by comma; ``all``, or ``surm`` and ``hut`` for each form of these; PEFT's begin with
+    ``peft-``. Under bf16 PEFT's run under autocast, and there is ``peft-lora-bf16``, its cheapest
+    form: an adapter in bf16 without. Raise UserError for an unknown method, or for an odd rank
+    where reflections come in pairs.
     """
     ours, theirs = _settings(layers, rank)
     if bf16:
@@ -90,10 +83,10 @@ def _settings(layers: list[Layer], rank: int) -> tuple[dict[str, Any], dict[str,
     block = min(blocks, key=lambda b: abs(stored(b) - target))
     # More factors than one need PEFT's CUDA extension, and cost more.
     twins = {**ours, "boft": {**ours["boft"], "factors": 1, "block_size": block}}
-    return ours, {f"peft-{n}": f for n, s in twins.items() if (f := _peft_fields(s, layers))}
+    return ours, {f"peft-{n}": f for n, s in twins.items() if (f := _twin(s, layers))}
 
 
-def _peft_fields(settings: dict[str, Any], layers: list[Layer]) -> dict[str, Any] | None:
+def _twin(settings: dict[str, Any], layers: list[Layer]) -> dict[str, Any] | None:
     """Return the config of PEFT's form of one of our methods; None where there is none."""
     net = nn.Sequential()
     for name, width, out in layers:
@@ -102,6 +95,11 @@ def _peft_fields(settings: dict[str, Any], layers: list[Layer]) -> dict[str, Any
         inject.inject(net, settings)
     except UserError:
         return None
-    found = {n: m.adapter.to_peft(quant.Frozen(m)) for n, m in inject.adapted_layers(net)}
+    return peft_fields(net)
+
+
+def peft_fields(model: nn.Module) -> dict[str, Any] | None:
+    """Return the config of PEFT's form of the method that is on a model; None without one."""
+    found = {n: m.adapter.to_peft(quant.Frozen(m)) for n, m in inject.adapted_layers(model)}
     fields = {name: twin[0] for name, twin in found.items() if twin is not None}
-    return common_fields(net, fields) if len(fields) == len(found) else None
+    return common_fields(model, fields) if fields and len(fields) == len(found) else None

@@ -21,6 +21,7 @@ import torch
 from scalepeft.adapters import inject
 from scalepeft.analysis.bench.command import make_folder
 from scalepeft.analysis.bench.gpu.command import has_fault, lines_of
+from scalepeft.analysis.bench.methods import peft_fields
 from scalepeft.build import task_of
 from scalepeft.config import files
 from scalepeft.config import schema as cfg
@@ -29,8 +30,7 @@ from scalepeft.core.files import write_atomically
 from scalepeft.core.log import say
 from scalepeft.core.preemption import BROKEN, FINISHED
 from scalepeft.data import loader, token_file
-from scalepeft.export.peft import common_fields
-from scalepeft.models import quant, shapes
+from scalepeft.models import shapes
 from scalepeft.models.hub import PRECISIONS, open_base
 from scalepeft.parallel.ranks import Ranks, pick_device
 from scalepeft.run.provenance import device_name, versions
@@ -45,12 +45,8 @@ FIXED = ["run_dir=unset", "train.epochs=null", "train.lr=1e-8", "train.schedule=
 
 def run(settings: list[str], out: str | None, repeats: int | None) -> int:
     """Measures in ``repeats`` (3) rounds, prints a table; writes train.json and .md into ``out``.
-
-    Returns:
-        The exit code: 1 if a contender failed, or did other work than scalepeft.
-
-    Raises:
-        UserError: settings that cannot be compared.
+    Returns the exit code: 1 if a contender failed, or did other work than scalepeft. Raises
+    UserError for settings that cannot be compared.
     """
     path, own = files.config_first(settings)
     config, _ = files.load(path, ["train.max_steps=12", *own, *FIXED])
@@ -87,32 +83,24 @@ def run(settings: list[str], out: str | None, repeats: int | None) -> int:
 
 def _work(config: cfg.RunConfig) -> dict[str, Any]:
     """What the contenders read: config, rows as tokens in their order, HF's words for the rest."""
-    base, train, engine = open_base(config.model, Ranks()), config.train, config.engine
+    base, train = open_base(config.model, Ranks()), config.train
     task = task_of(config, base.tokenizer)
     rows = token_file.files(task, base.tokenizer, base.vocab_size, base.ends)
     tokens, _, _ = token_file.prepared(rows, task.config, train.seed)
     order = loader.Order(len(tokens), train.seed)
     taken = [order[i] for i in range((train.max_steps or 0) * train.global_batch)]
-    model = inject.inject(shapes.meta_model(str(base.folder)), config.adapter)
-    made = {n: m.adapter.to_peft(quant.Frozen(m)) for n, m in inject.adapted_layers(model)}
-    fields = {name: its[0] for name, its in made.items() if its is not None}
-    if not fields or len(fields) < len(made):
+    fields = peft_fields(inject.inject(shapes.meta_model(str(base.folder)), config.adapter))
+    if fields is None:
         raise UserError(f"adapter={config.adapter.name}: HF PEFT has no such method; take lora")
-    attention, cpu = config.model.attention, pick_device(engine.device, 0).type == "cpu"
+    attention = config.model.attention
     return {
-        "config": cfg.to_dict(config), "base": str(base.folder), "cutoff": config.data.cutoff,
-        "tokenizer": config.model.tokenizer or str(base.folder),
-        "global_batch": train.global_batch, "micro_batch": train.micro_batch,
+        "config": cfg.to_dict(config), "base": str(base.folder),
+        "use_cpu": pick_device(config.engine.device, 0).type == "cpu",
         "rows": [{"input_ids": tokens.row(r).tolist(), "labels": tokens.labels(r).tolist()}
                  for r in taken],
-        "adapter": {"task_type": "CAUSAL_LM", **common_fields(model, fields)},
+        "adapter": {"task_type": "CAUSAL_LM", **fields},
         "load": {"dtype": str(PRECISIONS[train.precision])[6:],
                  "attn_implementation": None if attention == "auto" else attention},
-        "arguments": {
-            "learning_rate": train.lr, "max_grad_norm": train.max_grad_norm, "use_cpu": cpu,
-            "bf16": train.precision == "bf16", "seed": train.seed,
-            "gradient_checkpointing": engine.activation_checkpointing,
-        },
     }  # fmt: skip
 
 

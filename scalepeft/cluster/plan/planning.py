@@ -37,8 +37,7 @@ class Plan:
         found = options.found or {}
         context = found["CUDA GiB"] * GIB if found else CONTEXT_BYTES
         holes = found.get("holes", FRAGMENTED) * comes_and_goes
-        self.runtime = context + NCCL_BYTES * (world > 1) + holes
-        """Bytes of CUDA, NCCL and the allocator."""
+        self.runtime = context + NCCL_BYTES * (world > 1) + holes  # bytes
         self.need = step.peak_bytes + self.runtime
         self.fits = self.need <= target.gib * GIB if target else None
         rated = target if target and target.tflops else GPUS["a100-80"]  # the slowest one
@@ -48,25 +47,22 @@ class Plan:
         if found and bf16:
             rate, self.basis = found["TFLOP/s of plan"], f"measured: {found['file']}"
         self.compute_seconds = step.flops / (rate * 1e12)
-        self.exchange_seconds = sum(
+        self.exchange_seconds = sum(  # of a step, not overlapped with compute_seconds
             (2 if name == "all-reduce" else 1) * size * (ranks - 1) / ranks
             / (NODE_BYTES_PER_SECOND if nodes == 1 else NETWORK_BYTES_PER_SECOND)
             for (name, ranks, nodes), (_, size) in step.exchanges.items()
         )  # fmt: skip
-        """Of a step, not overlapped with ``compute_seconds``."""
         self.step_seconds = options.step_seconds or self.compute_seconds + self.exchange_seconds
         mode = config.train.save_mode
         if mode == "auto":
             mode = "async" if saved > GATHERED_BYTES else "gathered"
         hashed = saved / (1 if mode == "gathered" else world)
         self.save_seconds = saved / options.disk + hashed / HASH_BYTES_PER_SECOND
-        self.stop_seconds = self.step_seconds + self.save_seconds
-        """What a stop takes at the assumed rates, without any safety."""
+        self.stop_seconds = self.step_seconds + self.save_seconds  # without any safety
         # What an asynchronous save under way has written still goes to the disk.
         saves = 1 + (mode == "async")
         waits = SAFETY * (self.step_seconds + saves * self.save_seconds) + MARGIN_SECONDS
-        self.grace = max(60, 30 * math.ceil(waits / 30))
-        """Seconds that ``--signal=B:USR1@SECONDS`` needs."""
+        self.grace = max(60, 30 * math.ceil(waits / 30))  # of --signal=B:USR1@SECONDS
 
     @cached_property
     def smallest(self) -> tuple[int, int] | None:
@@ -97,7 +93,5 @@ def counts(config: RunConfig, gpus_per_node: int) -> list[tuple[int, int]]:
     """(nodes, GPUs a node) to try, smallest first: 1, 2, 4, ... of a node, then whole nodes."""
     batch = config.train.global_batch
     powers = [2**i for i in range(batch.bit_length())]
-    all_counts = [(1, n) for n in powers if n < gpus_per_node] + [
-        (n, gpus_per_node) for n in powers
-    ]
-    return [count for count in all_counts if batch % math.prod(count) == 0]
+    tried = [(1, n) for n in powers if n < gpus_per_node] + [(n, gpus_per_node) for n in powers]
+    return [count for count in tried if batch % math.prod(count) == 0]

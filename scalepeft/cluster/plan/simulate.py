@@ -104,8 +104,7 @@ class Tracker(TorchDispatchMode):
 
     def __init__(self, per_node: int) -> None:
         super().__init__()
-        self.kind: str | None = "activations"
-        """None: what is made now has no memory in a real run."""
+        self.kind: str | None = "activations"  # None: it has no memory in a real run
         self.moment, self.part = "start", "control"
         self.now: Counter[str] = Counter()
         self.figures = Figures()
@@ -160,11 +159,6 @@ class Tracker(TorchDispatchMode):
         self.now[kind] -= size
         return size
 
-    def begin(self) -> None:
-        """Forgets what came before; what is alive stays."""
-        self.figures = Figures()
-        self.at("start")
-
     def at(self, moment: str) -> None:
         """From here on the step is at this moment."""
         self.moment = moment
@@ -186,7 +180,12 @@ class Tracker(TorchDispatchMode):
         name = next((n for n in COLLECTIVES if n.replace("-", "") in called), None)
         if name is None:
             return  # waits and barriers
-        group = _ranks_of(args)
+        if isinstance(args[-1], str):
+            found = dist.distributed_c10d._resolve_process_group(args[-1])  # type: ignore[arg-type]
+        else:  # it comes before the kind of reduction, another such object
+            its = next(value for value in args if isinstance(value, torch.ScriptObject))
+            found = dist.ProcessGroup.unbox(its)
+        group = dist.get_process_group_ranks(found)
         key = name, len(group), len({rank // self._per_node for rank in group})
         sizes = (
             sum(t.nbytes for t in tree_leaves(part) if isinstance(t, Tensor))
@@ -204,15 +203,6 @@ class Tracker(TorchDispatchMode):
         elif func._overloadpacket in flop_registry:
             flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
         self.figures.work[self.part, None, "flops"] += flops
-
-
-def _ranks_of(args: tuple[Any, ...]) -> list[int]:
-    """Ranks of a collective's group: an object among the arguments, or a name as the last one."""
-    if isinstance(args[-1], str):
-        return dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(args[-1]))  # type: ignore[arg-type]
-    # The group comes before the kind of reduction, another such object.
-    group = next(value for value in args if isinstance(value, torch.ScriptObject))
-    return dist.get_process_group_ranks(dist.ProcessGroup.unbox(group))
 
 
 def stretch(a: Figures, b: Figures, lengths: tuple[int, int], layers: int) -> Figures:
@@ -265,8 +255,8 @@ def simulate(config: RunConfig, folder: Path, world: int, per_node: int, step: S
         samples, places = torch.zeros(step.rows).long(), torch.arange(ids[:, 1:].numel())
         batch = MicroBatch(ids, labels, samples, places)
         injection.train_mode(model)
-        tracker.begin()
-        tracker.part = "control"
+        tracker.figures, tracker.part = Figures(), "control"  # what is alive stays
+        tracker.at("start")
         ranks.any(False)  # of the training loop: shall we stop?
         trainer.step([batch] * min(step.micro, 2), 1, config.train.lr)
         return tracker.figures

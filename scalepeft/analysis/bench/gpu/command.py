@@ -44,19 +44,11 @@ SECTIONS: dict[str, Callable[[Session], dict[str, Any]]] = {
 
 
 def run(out: str | None, seconds: float | None, only: str | None, tiny: bool | None) -> int:
-    """Runs the sections; ``gpu.json`` is written after each, ``gpu.md`` at the end, and printed.
+    """Runs the sections (``only``: names by comma) in ``seconds``, by default all of them in 500.
 
-    Args:
-        out: folder of both files, by default ``gpu-bench``.
-        seconds: for all sections together, by default 500.
-        only: names of sections by comma, by default all.
-        tiny: small shapes, for a CPU too.
-
-    Returns:
-        The exit code: 1 if a section, or a row of one, is a fault.
-
-    Raises:
-        UserError: an option that cannot be used.
+    ``gpu.json`` is written into ``out`` (``gpu-bench``) after each, ``gpu.md`` at the end, and
+    printed. ``tiny``: small shapes, for a CPU too. Returns the exit code: 1 if a section, or a row
+    of one, is a fault. Raises UserError for an option that cannot be used.
     """
     names = [name.strip() for name in (only or ",".join(SECTIONS)).split(",")]
     for name in names:

@@ -67,7 +67,6 @@ class Session:
             timeout=max(LEAST, self.end - time.monotonic()),
         )  # fmt: skip
         if done.returncode not in expect:
-            raise RuntimeError(
-                f"scalepeft {words[0]}: exit {done.returncode}: {done.stderr[-400:]}"
-            )
+            said = done.stderr[-400:]
+            raise RuntimeError(f"scalepeft {words[0]}: exit {done.returncode}: {said}")
         return done.stdout

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -118,24 +119,22 @@ def _on_device(step: Callable[[], None], ms: float) -> dict[str, Any]:
     peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     free, total = torch.cuda.mem_get_info()
     outside = total - free - torch.cuda.memory_reserved()
-    memory = [size / GIB for size in (peak, reserved - peak, outside)]
     with profile() as profiled:
         step()
         torch.cuda.synchronize()
     events = profiled.key_averages()
     kernels = [
-        e for e in events if e.device_type == DeviceType.CUDA
+        (e.self_device_time_total / 1e3, e.count, e.key)
+        for e in events if e.device_type == DeviceType.CUDA
         and not e.is_user_annotation and not e.key.startswith("Optimizer.")
     ]  # fmt: skip
-    waits = [e for e in events if e.key in SYNCS]
-    kernels.sort(key=lambda e: -e.self_device_time_total)
-    times = [e.self_device_time_total / 1e3 for e in kernels]
-    longest = list(zip(kernels, times, strict=True))[:15]
-    launches, syncs = (sum(e.count for e in some) for some in (kernels, waits))
     return {
-        **dict(zip(ON_DEVICE, (*memory, launches, 1 - sum(times) / ms, syncs), strict=True)),
-        "longest (count, ms)": {e.key[:70]: [e.count, time] for e, time in longest},
-    }
+        "peak GiB": peak / GIB, "holes GiB": (reserved - peak) / GIB, "CUDA GiB": outside / GIB,
+        "launches": sum(count for _, count, _ in kernels),
+        "idle": 1 - sum(time for time, _, _ in kernels) / ms,
+        "host syncs": sum(e.count for e in events if e.key in SYNCS),
+        "longest (count, ms)": {k[:70]: [n, t] for t, n, k in sorted(kernels, reverse=True)[:15]},
+    }  # fmt: skip
 
 
 def training(session: Session) -> dict[str, Any]:
@@ -147,31 +146,29 @@ def training(session: Session) -> dict[str, Any]:
     weights = sum(m.weight.numel() for m in linear)
     found: dict[str, Any] = {"bf16 product TFLOP/s": rate}
     for adapter, storage in CASES:
-        row = session.attempt(_measure, adapter, storage, rate, weights)
-        found[f"{adapter} {storage}"] = row
+        row = found[f"{adapter} {storage}"] = session.attempt(_measure, adapter, storage)
+        if "ms" in row:
+            row["TFLOP/s"] = 4e-12 * weights * row["tokens/s"]
+            row["MFU"] = row["TFLOP/s"] / rate
         session.keep("training", found)
     return found
 
 
-def _measure(
-    session: Session, adapter: str, storage: str, ceiling: float, weights: int
-) -> dict[str, Any]:
+def _measure(session: Session, adapter: str, storage: str) -> dict[str, Any]:
     made = trainer(session, adapter, storage)
     lengths = torch.full((made.config.train.global_batch,), made.config.data.cutoff)
     # Under autocast as HF's Trainer runs PEFT.
-    found = figures(session, made, lengths, autocast=adapter == PEFT)
-    rate = 4e-12 * weights * found["tokens/s"]
-    return found | {"TFLOP/s": rate, "MFU": rate / ceiling}
+    return figures(session, made, lengths, autocast=adapter == PEFT)
 
 
 def plan(session: Session) -> dict[str, Any]:
     """What ``scalepeft plan`` says of the same steps, beside what was measured."""
     measured = session.results.get("training", {})
-    rows = [row for row in CASES if "ms" in measured.get(" ".join(row), {})]
-    rows = [row for row in rows if row[0] not in (FROZEN, PEFT)][: 1 if session.tiny else None]
+    ours = {" ".join(row): row for row in CASES if row[0] not in (FROZEN, PEFT)}
+    rows = [key for key in ours if "ms" in measured.get(key, {})][: 1 if session.tiny else None]
     with ThreadPoolExecutor(4) as pool:
-        plans = pool.map(lambda row: session.attempt(_planned, *row), rows)
-        return {" ".join(row): value for row, value in zip(rows, plans, strict=True)}
+        plans = pool.map(lambda key: session.attempt(_planned, *ours[key]), rows)
+        return dict(zip(rows, plans, strict=True))
 
 
 def _planned(session: Session, *row: str) -> dict[str, Any]:
@@ -247,14 +244,10 @@ def _generate(session: Session, adapter: str, how: str) -> dict[str, Any]:
     ids = torch.randint(500, (rows, prompt), device=session.device)
     model.generation_config.update(pad_token_id=0, eos_token_id=None, do_sample=False)
 
-    @torch.no_grad()
-    def tokens(count: int) -> float:
-        more = {"min_new_tokens": count, "max_new_tokens": count}
-        call = lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **more)  # noqa: E731
-        return median(session.milliseconds(call, 3, 1))
-
-    short = tokens(2)
-    each = (tokens(new) - short) / (new - 2)
+    generate = partial(model.generate, ids, attention_mask=torch.ones_like(ids))
+    calls = [partial(generate, min_new_tokens=n, max_new_tokens=n) for n in (2, new)]
+    short, long = (median(session.milliseconds(call, 3, 1)) for call in calls)
+    each = (long - short) / (new - 2)
     return {"ms a token": each, "tokens/s": 1e3 * rows / each, "prompt and 2 tokens ms": short}
 
 
