@@ -196,7 +196,7 @@ def summed_loss(call: Callable[..., Tensor], batch: loader.MicroBatch, config: R
     """
     at = {} if batch.positions is None else {"position_ids": batch.positions}
     learned = {"token_labels": batch.labels, "label_places": batch.places}
-    with attention.rows_known(batch.on_host):
+    with attention.rows_known(batch.positions if batch.on_host is None else batch.on_host):
         return call(batch.input_ids, **learned, loss_chunk=config.train.loss_chunk, **at)
 
 

@@ -12,11 +12,11 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT
-from scalepeft.parallel.base import Engine, EngineConfig, Shares, local_part
+from scalepeft.parallel.base import Engine, EngineConfig, Shares
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -119,16 +119,19 @@ class FSDP2(Engine):
             return super().whole(parameters)
         rows = torch.stack([p.to_local() for p in parameters], dim=1).detach()  # type: ignore[attr-defined]
         shape = torch.Size([first.shape[0], len(parameters), *first.shape[1:]])
-        return _like(first, rows, shape).full_tensor().movedim(1, 0).contiguous()
+        laid_out = DTensor.from_local(
+            rows, first.device_mesh, first.placements, shape=shape, stride=_strides(shape)
+        )
+        return laid_out.full_tensor().movedim(1, 0).contiguous()
 
     def add_gradients(self, parameters: list[nn.Parameter], grads: list[Tensor | None]) -> None:
         """Adds this rank's rows of each; of DTensors, theirs."""
         own = list(grads)
         for i, (parameter, grad) in enumerate(zip(parameters, grads, strict=True)):
             if isinstance(parameter, DTensor) and not (grad is None or isinstance(grad, DTensor)):
-                part = local_part(parameter)
-                rows = grad.reshape(-1)[part.start : part.stop].view(parameter.to_local().shape)
-                own[i] = _like(parameter, rows, parameter.shape)
+                mesh = parameter.device_mesh
+                whole = DTensor.from_local(grad, mesh, [Replicate()] * mesh.ndim)
+                own[i] = whole.redistribute(placements=parameter.placements)
         super().add_gradients(parameters, own)
 
     def grad_norm(self, parameters: list[nn.Parameter]) -> Tensor:
@@ -172,9 +175,5 @@ def _group_size(over: int | str, world_size: int, ranks_per_node: int) -> int:
     return {"world": world_size, "node": ranks_per_node}.get(str(over)) or int(over)
 
 
-def _like(parameter: DTensor, local: Tensor, shape: torch.Size) -> DTensor:
-    """A DTensor of ``local``, laid out as ``parameter`` is."""
-    stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(
-        local, parameter.device_mesh, parameter.placements, shape=shape, stride=stride
-    )
+def _strides(shape: torch.Size) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()

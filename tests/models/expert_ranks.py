@@ -53,7 +53,7 @@ def steps(model: nn.Module, name: str, settings: dict[str, object], ranks: Ranks
                 held,
             )
     trained = injection.trainable(model)
-    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2)
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-2, fused=True)
     call = engine.attach(model, optimizer)
     found: list[float] = []
     rows = ROWS[ranks.rank :: ranks.world_size]
@@ -79,8 +79,8 @@ def steps(model: nn.Module, name: str, settings: dict[str, object], ranks: Ranks
             engine.add_gradients(parameters, list(grads))
             found.append(float(value.detach()))
         norm = engine.grad_norm(parameters)
-        engine.update(optimizer, parameters, 0.5, norm)
-        found += [float(ranks.sum(loss.detach().double())), norm]
+        engine.update(optimizer, parameters, 0.5, norm, norm.isfinite())
+        found += [float(ranks.sum(loss.detach().double())), float(norm)]
     for key, part in sorted(engine.state_parts(trained, optimizer).items()):
         if "/" not in key:
             square = part.data.double().square().sum() * (part.mine or name == "zero")
