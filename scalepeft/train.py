@@ -283,10 +283,6 @@ class _Rows:
 def _rows(config: RunConfig, base: Base, ranks: Ranks, stop: StopFlag) -> _Rows:
     """Tokenized rows, and the number of steps; one rank a node tokenizes for all of them."""
 
-    def poll() -> None:
-        if stop.signal is not None:
-            raise Stopping
-
     def make() -> tuple[dict[Split, Path], str] | None:
         if ranks.local_rank != 0:
             return None
@@ -295,7 +291,7 @@ def _rows(config: RunConfig, base: Base, ranks: Ranks, stop: StopFlag) -> _Rows:
             where = f"data.cutoff={cutoff}"
             raise UserError(f"{where} is beyond the model's {limit} positions; lower it")
         task = task_of(config, base.tokenizer)
-        task.poll = poll
+        task.poll = stop.check
         try:
             files = token_file.files(task, base.tokenizer, base.vocab_size, base.ends)
         except Stopping:

@@ -47,7 +47,7 @@ def core(z: Tensor, form: Form, inverse: Inverse = "exact") -> Tensor:
             D^-1.
     """
     gram, r = z.mT @ z, z.shape[-1]
-    eye = torch.eye(r, dtype=z.dtype, device=z.device).expand_as(gram)
+    eye = torch.eye(r, dtype=z.dtype, device=z.device)
     if form == "cayley":
         j = eye.roll(r // 2, dims=-1)
         # Never singular, so that the host need not wait for the device's word on it.
@@ -58,7 +58,7 @@ def core(z: Tensor, form: Form, inverse: Inverse = "exact") -> Tensor:
     strict, half = torch.triu(gram, diagonal=1), torch.diagonal(gram, dim1=-2, dim2=-1) / 2
     if inverse == "exact":
         s = strict + torch.diag_embed(half)
-        k = torch.linalg.solve_triangular(s.mT, -eye, upper=False)
+        k = torch.linalg.solve_triangular(s.mT, -eye.expand_as(s), upper=False)
     else:
         k = (strict / (half[..., :, None] * half[..., None, :]) - torch.diag_embed(1 / half)).mT
     return k if form == "pairs" else c @ k @ c.mT

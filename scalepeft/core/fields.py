@@ -70,8 +70,7 @@ def _build(cls: type, values: dict[str, Any], section: str) -> Any:
         value = f"={first.get('input')!r}: " if first["loc"] else "."
         raise UserError(f"{path}{value}{first['msg'].removeprefix('Value error, ')}") from None
     for key, value in values.items():
-        held = getattr(built, key)
-        if isinstance(value, bool) and held is not value and held != "off":  # true is no 1 here
+        if isinstance(value, bool) and type(getattr(built, key)) in (int, float):  # true is no 1
             raise UserError(
                 f"{section}.{key}={str(value).lower()}: Input should be a number, not true or false"
             )

@@ -119,8 +119,9 @@ class FSDP2(Engine):
             return super().whole(parameters)
         rows = torch.stack([p.to_local() for p in parameters], dim=1).detach()  # type: ignore[attr-defined]
         shape = torch.Size([first.shape[0], len(parameters), *first.shape[1:]])
+        stride = torch.empty(shape, device="meta").stride()
         laid_out = DTensor.from_local(
-            rows, first.device_mesh, first.placements, shape=shape, stride=_strides(shape)
+            rows, first.device_mesh, first.placements, shape=shape, stride=stride
         )
         return laid_out.full_tensor().movedim(1, 0).contiguous()
 
@@ -173,7 +174,3 @@ def _shard(unit: nn.Module, **settings: Any) -> None:
 
 def _group_size(over: int | str, world_size: int, ranks_per_node: int) -> int:
     return {"world": world_size, "node": ranks_per_node}.get(str(over)) or int(over)
-
-
-def _strides(shape: torch.Size) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()

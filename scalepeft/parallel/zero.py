@@ -272,12 +272,11 @@ class Zero(Engine):
         """As DeepSpeed has it; infinite where a gradient is not finite."""
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
-        held, parts = self._optimizer, self.config.stage == 3
-        norm = (
-            combine_grad_norm_groups(held._get_norm_groups())
-            if parts
-            else held.scaled_global_norm()
-        )
+        held = self._optimizer
+        if self.config.stage == 3:
+            norm = combine_grad_norm_groups(held._get_norm_groups())
+        else:
+            norm = held.scaled_global_norm()
         return torch.as_tensor(norm, device=self.ranks.device)
 
     def update(
