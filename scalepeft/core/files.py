@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import socket
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from scalepeft.core.errors import UserError
+from scalepeft.core.text import one_line
+
+RECORD_BYTES = 64 << 20
+"""The largest file of records (manifest, settings, config) that is read as a whole."""
 
 
 def cache_folder() -> Path:
@@ -65,6 +70,33 @@ def digest(file: Path) -> str:
     """sha256 of a file."""
     with file.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def read_text(file: Path, limit: int = RECORD_BYTES) -> str:
+    """The text of a regular file, of a folder that anybody may have filled.
+
+    Raises:
+        OSError: it is missing, or a FIFO or device, at which a read would wait for ever.
+        ValueError: it is larger than ``limit`` bytes, or no UTF-8.
+    """
+    # Without O_NONBLOCK the open itself waits for a FIFO's writer.
+    with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as f:
+        if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
+            raise OSError(f"{file.name} is not a regular file")
+        content = f.read(limit + 1)
+    if len(content) > limit:
+        raise ValueError(f"{file.name} has more than {limit} bytes")
+    return content.decode()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError, of one printable line, and nothing else."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    except ValueError as error:  # no JSON, no UTF-8, a number of more than 4,300 digits
+        raise ValueError(one_line(error)) from None
 
 
 def read_mapping(file: Path, parse: Callable[[str], object], remedy: str) -> dict[str, Any]:

@@ -60,3 +60,9 @@ UNSEEN = {
 def visible(text: str) -> str:
     """Text with its control characters made visible."""
     return text.replace("\r\n", "\n").translate(UNSEEN)
+
+
+def one_line(text: object, limit: int = 300) -> str:
+    """``str(text)`` as one printable line of at most ``limit`` characters."""
+    line = visible(" ".join(str(text)[: 10 * limit].split()))
+    return line if len(line) <= limit else line[: limit - 3] + "..."
