@@ -4,7 +4,7 @@ Letters: W frozen weight (out, in), x (..., in), y (..., out), b the base bias, 
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from scalepeft.core import kernels
 from scalepeft.core.fields import STRICT, Decides, Layers, Targets
 
 
@@ -195,18 +196,60 @@ class Dropout(nn.Module):
             return x
         if self.keys is None:
             return F.dropout(x, self.p)
-        features = x.shape[-1]
-        length = x.numel() // (len(self.keys) * features)
-        at = torch.arange(max(length, features), device=x.device)
-        row = _mix(self.keys.to(x.device) + self._salt).view(len(self.keys), -1)
-        positions = at[:length] if self.positions is None else self.positions
-        # 32 random bits for each (row, position) and for each feature; mixed, for each entry.
-        bits = _mix(row + positions).int()[..., None] ^ _mix(at[:features] - self._salt).int()
-        bits.mul_(0x7FEB352D)
-        bits.bitwise_xor_((bits >> 15) & 0x1FFFF).mul_(-0x7B935975)
-        bits.bitwise_xor_((bits >> 16) & 0xFFFF)
-        dropped = (bits < round(self.p * 2**32) - 2**31).view(x.shape)
-        return x.masked_fill(dropped, 0) / (1 - self.p)
+        args = x, self.keys.to(x.device), self.positions, self._salt, self.p
+        # Inductor makes one pass of the plain form itself.
+        plain = torch.compiler.is_compiling() or x.element_size() > 4
+        kernel = None if plain else kernels.find("drop", x, _compare, x.dtype)
+        return _Dropped.apply(kernel, *args) if kernel else drop(*args)
+
+
+def drop(x: Tensor, keys: Tensor, positions: Tensor | None, salt: Tensor, p: float) -> Tensor:
+    """Keyed dropout of x; the gradient of its output gives that of x. Arguments of ``Dropout``."""
+    features = x.shape[-1]
+    length = x.numel() // (len(keys) * features)
+    at = torch.arange(max(length, features), device=x.device)
+    row = _mix(keys + salt).view(len(keys), -1)
+    # 32 random bits for each (row, position) and for each feature; mixed, for each entry.
+    bits = _mix(row + (at[:length] if positions is None else positions)).int()[..., None]
+    bits = bits ^ _mix(at[:features] - salt).int()
+    bits.mul_(0x7FEB352D)
+    bits.bitwise_xor_((bits >> 15) & 0x1FFFF).mul_(-0x7B935975)
+    bits.bitwise_xor_((bits >> 16) & 0xFFFF)
+    dropped = (bits < round(p * 2**32) - 2**31).view(x.shape)
+    # A product: CUDA would make one of a quotient, and a CPU not.
+    return x.masked_fill(dropped, 0) * (1 / (1 - p))
+
+
+class _Dropped(torch.autograd.Function):
+    """``drop`` by a kernel, in one pass each way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernel: Any, x: Tensor, keys: Tensor, positions: Tensor | None, *rest: Any
+    ) -> Tensor:
+        ctx.save_for_backward(keys, positions)
+        ctx.kernel, ctx.rest = kernel, rest
+        y: Tensor = kernel(x, keys, positions, *rest)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = ctx.kernel(*grads, *ctx.saved_tensors, *ctx.rest)
+        return None, grad, None, None, None, None
+
+
+def _compare(
+    kernel: Callable[..., Tensor], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What the kernel and the plain form make of a line of two rows, and of two lines."""
+    x = torch.arange(2 * 21 * 300, device=device).sin().view(2, 21, 300).to(dtype)
+    keys = torch.arange(42, device=device).view(2, 21) // 8 - 2**62
+    salt = torch.tensor(2**55 + 3)
+    got, want = (
+        torch.cat([form(x, keys, keys % 13, salt, 0.3), form(x, keys[:, 0], None, salt, 0.3)])
+        for form in (kernel, drop)
+    )
+    return got, want
 
 
 def dropout_keys(samples: Tensor, seed: int) -> Tensor:

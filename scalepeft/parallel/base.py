@@ -15,9 +15,12 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from scalepeft.core import kernels
 from scalepeft.core.compiled import compiled, prepare
 from scalepeft.core.fields import STRICT, Decides
 from scalepeft.parallel.ranks import Ranks
+
+OFF = BeforeValidator(lambda value: "off" if value is False else value)  # YAML's bare off
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -31,6 +34,8 @@ class EngineConfig:
             there.
         compile: ``blocks``: torch.compile of each block's training; needs a C++ compiler on each
             node, and minutes at the start.
+        kernels: ``auto``: on CUDA, Triton kernels for NF4 and dropout where they give the plain
+            form's bits (looked at once); ``off``: the plain forms.
     """
 
     DECIDES: ClassVar = (Decides.SPEED,)
@@ -38,10 +43,8 @@ class EngineConfig:
     name: str
     device: Annotated[Literal["auto", "cpu", "cuda"], Decides.SPEED, Decides.PLACE] = "auto"
     activation_checkpointing: bool = False
-    # YAML reads a bare off as false.
-    compile: Annotated[
-        Literal["off", "blocks"], BeforeValidator(lambda v: "off" if v is False else v)
-    ] = "off"
+    compile: Annotated[Literal["off", "blocks"], OFF] = "off"
+    kernels: Annotated[Literal["auto", "off"], OFF] = "auto"
 
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -125,6 +128,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig, ranks: Ranks) -> None:
         self.config, self.ranks = config, ranks
+        kernels.allow(config.kernels == "auto")
 
     @classmethod
     def check(cls, world_size: int) -> None:

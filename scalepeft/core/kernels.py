@@ -1,0 +1,59 @@
+"""Whether a Triton kernel stands in for a plain form: on CUDA, once it gave the same bits."""
+
+import importlib
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scalepeft.core.launch import rank
+from scalepeft.core.log import say
+from scalepeft.core.text import one_line
+
+Compare = Callable[..., tuple[Tensor, Tensor]]
+
+_enabled = True
+
+
+def allow(enabled: bool) -> None:
+    """Sets ``engine.kernels`` for this process."""
+    global _enabled
+    _enabled = enabled
+
+
+def find(name: str, x: Tensor, compare: Compare, *key: Any) -> Callable[..., Tensor] | None:
+    """Returns the function ``name`` of ``triton_kernels`` for such an x, or None: the plain form.
+
+    Args:
+        name: of the function.
+        x: what it is to read. A fake one, or one of another class, has no memory for a kernel.
+        compare: of a module; ``compare(function, device, *key)`` is what the function and the plain
+            form make of one small input. Called once a process for each device and key.
+        key: what compiles to another kernel: dtypes, formats.
+    """
+    usable = _enabled and type(x) in (Tensor, nn.Parameter)
+    if usable and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+        return _compared(name, x.device, compare, *key)
+    return None
+
+
+@cache
+def _compared(
+    name: str, device: torch.device, compare: Compare, *key: Any
+) -> Callable[..., Tensor] | None:
+    try:
+        function: Any = getattr(importlib.import_module("scalepeft.core.triton_kernels"), name)
+        with torch.no_grad():
+            got, want = (made.view(torch.uint8) for made in compare(function, device, *key))
+        if torch.equal(got, want):
+            return function
+        fault = "its values are not those of the plain form"
+    except Exception as error:  # of a compiler that is not ours
+        fault = one_line(f"{type(error).__name__}: {error}", 200)
+    if rank() == 0:
+        what = " ".join(map(str, (name, *key)))
+        say(f"the Triton kernel {what} is not used on {device}, a slower form is: {fault}")
+    return None
