@@ -13,7 +13,7 @@ python=${PYTHON:-python3}
     echo "setup: $("$python" --version 2>&1) found; scalepeft is tested on Python 3.11 and 3.12." \
          "Set PYTHON=python3.12 and run again." >&2; exit 2; }
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-echo "setup: installing into .venv (about a minute, 1.7 GB)"
+echo "setup: installing into .venv (about a minute, 2.7 GB)"
 .venv/bin/python -m pip install -qq --constraint constraints.txt --editable '.[quant,deepspeed,track,eval,lm-eval,dev]'
 echo "$want" > "$stamp"
 .venv/bin/python - <<'PY'

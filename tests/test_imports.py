@@ -116,6 +116,7 @@ def test_a_task_needs_data_alone(name: str) -> None:
     [
         ("bitsandbytes", {"scalepeft.models.quant"}),
         ("deepspeed", {"scalepeft.parallel.zero"}),
+        ("triton", {"scalepeft.core.triton_kernels"}),
         (
             "peft",
             {

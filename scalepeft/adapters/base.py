@@ -196,11 +196,11 @@ class Dropout(nn.Module):
             return x
         if self.keys is None:
             return F.dropout(x, self.p)
-        args = x, self.keys.to(x.device), self.positions, self._salt, self.p
+        args = self.keys.to(x.device), self.positions, self._salt, self.p
         # Inductor makes one pass of the plain form itself.
         plain = torch.compiler.is_compiling() or x.element_size() > 4
         kernel = None if plain else kernels.find("drop", x, _compare, x.dtype)
-        return _Dropped.apply(kernel, *args) if kernel else drop(*args)
+        return _Dropped.apply(x, lambda x: kernel(x, *args)) if kernel else drop(x, *args)
 
 
 def drop(x: Tensor, keys: Tensor, positions: Tensor | None, salt: Tensor, p: float) -> Tensor:
@@ -224,32 +224,21 @@ class _Dropped(torch.autograd.Function):
     """``drop`` by a kernel, in one pass each way."""
 
     @staticmethod
-    def forward(
-        ctx: Any, kernel: Any, x: Tensor, keys: Tensor, positions: Tensor | None, *rest: Any
-    ) -> Tensor:
-        ctx.save_for_backward(keys, positions)
-        ctx.kernel, ctx.rest = kernel, rest
-        y: Tensor = kernel(x, keys, positions, *rest)
-        return y
+    def forward(ctx: Any, x: Tensor, kernel: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.kernel = kernel
+        return kernel(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = ctx.kernel(*grads, *ctx.saved_tensors, *ctx.rest)
-        return None, grad, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.kernel(*grads), None
 
 
-def _compare(
-    kernel: Callable[..., Tensor], device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """What the kernel and the plain form make of a line of two rows, and of two lines."""
+def _compare(kernel: Any, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What the kernel and the plain form make of lines of several rows, and of one row each."""
     x = torch.arange(2 * 21 * 300, device=device).sin().view(2, 21, 300).to(dtype)
-    keys = torch.arange(42, device=device).view(2, 21) // 8 - 2**62
-    salt = torch.tensor(2**55 + 3)
-    got, want = (
-        torch.cat([form(x, keys, keys % 13, salt, 0.3), form(x, keys[:, 0], None, salt, 0.3)])
-        for form in (kernel, drop)
-    )
-    return got, want
+    keys, salt = torch.arange(42, device=device).view(2, 21) // 8 - 2**62, torch.tensor(2**55 + 3)
+    cases = (keys, keys % 13, salt, 0.3), (keys[:, 0], None, salt, 0.05)
+    return tuple(torch.cat([form(x, *case) for case in cases]) for form in (kernel, drop))
 
 
 def dropout_keys(samples: Tensor, seed: int) -> Tensor:

@@ -13,8 +13,6 @@ from scalepeft.core.launch import rank
 from scalepeft.core.log import say
 from scalepeft.core.text import one_line
 
-Compare = Callable[..., tuple[Tensor, Tensor]]
-
 _enabled = True
 
 
@@ -24,14 +22,15 @@ def allow(enabled: bool) -> None:
     _enabled = enabled
 
 
-def find(name: str, x: Tensor, compare: Compare, *key: Any) -> Callable[..., Tensor] | None:
-    """Returns the function ``name`` of ``triton_kernels`` for such an x, or None: the plain form.
+def find(name: str, x: Tensor, compare: Callable[..., Any], *key: Any) -> Any:
+    """Returns the function ``name`` of ``triton_kernels``, or None: the plain form (which fake
+    tensors and the like always take).
 
     Args:
         name: of the function.
-        x: what it is to read. A fake one, or one of another class, has no memory for a kernel.
-        compare: of a module; ``compare(function, device, *key)`` is what the function and the plain
-            form make of one small input. Called once a process for each device and key.
+        x: what it is to read.
+        compare: ``compare(function, device, *key)`` returns what the function and the plain form
+            make of one small input; called once for each device and key.
         key: what compiles to another kernel: dtypes, formats.
     """
     usable = _enabled and type(x) in (Tensor, nn.Parameter)
@@ -41,11 +40,9 @@ def find(name: str, x: Tensor, compare: Compare, *key: Any) -> Callable[..., Ten
 
 
 @cache
-def _compared(
-    name: str, device: torch.device, compare: Compare, *key: Any
-) -> Callable[..., Tensor] | None:
+def _compared(name: str, device: torch.device, compare: Callable[..., Any], *key: Any) -> Any:
     try:
-        function: Any = getattr(importlib.import_module("scalepeft.core.triton_kernels"), name)
+        function = getattr(importlib.import_module("scalepeft.core.triton_kernels"), name)
         with torch.no_grad():
             got, want = (made.view(torch.uint8) for made in compare(function, device, *key))
         if torch.equal(got, want):

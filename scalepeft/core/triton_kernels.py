@@ -39,13 +39,9 @@ def _on(device: torch.device, values: tuple[float, ...]) -> Tensor:
 
 
 def decode(
-    weight: Tensor,
-    scale: Tensor,
-    in_features: int,
-    dtype: torch.dtype,
-    double: bool,
+    weight: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype, double: bool,
     values: tuple[float, ...],
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """``NF4.decode`` in one launch: bytes of rows -> (n, in) in ``dtype``."""
     rows = torch.empty(len(weight), in_features, dtype=dtype, device=weight.device)
     blocks, tile = rows.numel() // 64, 32
@@ -87,9 +83,7 @@ def _drop(
 
 
 def drop(x: Tensor, keys: Tensor, positions: Tensor | None, salt: Tensor, p: float) -> Tensor:
-    """Keyed dropout (``adapters.base.drop``) of x in at most fp32, or its gradient of y, in one
-    launch.
-    """
+    """``adapters.base.drop`` in one launch, of x in at most fp32."""
     features, lines = x.shape[-1], len(keys)
     tokens = x.numel() // features
     length = tokens // lines

@@ -7,7 +7,6 @@ just its own rows.
 
 import importlib
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
@@ -149,15 +148,14 @@ class NF4(Format):
         return torch.cat(parts, dim=1)
 
     def decode(self, weight: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
-        """Dequantizes in one launch or with bitsandbytes' kernel (fp64 by way of fp32)."""
+        """Dequantizes, in one launch where that can be."""
         if decode := kernels.find("decode", weight, _compare, self, dtype):
-            return decode(weight, scale, in_features, dtype, self.double, NF4_VALUES)
-        return self.plain_decode(weight, scale, in_features, dtype)
+            rows: Tensor = decode(weight, scale, in_features, dtype, self.double, NF4_VALUES)
+            return rows
+        return self.plain(weight, scale, in_features, dtype)
 
-    def plain_decode(
-        self, weight: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype
-    ) -> Tensor:
-        """``decode`` where no kernel of ours is used, and what that one must equal."""
+    def plain(self, weight: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
+        """``decode`` with bitsandbytes' kernel (fp64 by way of fp32)."""
         n = weight.shape[0]
         kernel_dtype = torch.float32 if dtype == torch.float64 else dtype
         rows = _kernels().dequantize_4bit(
@@ -177,15 +175,13 @@ class NF4(Format):
         return torch.cat(parts, dim=1)
 
 
-def _compare(
-    decode: Callable[..., Tensor], device: torch.device, fmt: NF4, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """What the kernel and the plain form make of every code, of rows of more than one group."""
+def _compare(decode: Any, device: torch.device, fmt: NF4, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """What the kernel and the plain form make of every code, in rows of more than one group."""
     blocks = GROUP + 3
     absmax = torch.arange(3 * blocks, device=device).view(3, blocks).float().cos().abs()
     weight = (torch.arange(3 * blocks * 32, device=device) * 7).to(torch.uint8).view(3, -1)
     args = weight, fmt.pack_scales(absmax), blocks * BLOCK, dtype
-    return decode(*args, fmt.double, NF4_VALUES), fmt.plain_decode(*args)
+    return decode(*args, fmt.double, NF4_VALUES), fmt.plain(*args)
 
 
 @dataclass(frozen=True)

@@ -338,6 +338,7 @@ MEANING = {
     "train.micro_batch": ("harmless", "", "", ""),
     "engine.activation_checkpointing": ("harmless", "evaluate", "", ""),
     "engine.compile": ("harmless", "evaluate", "", ""),
+    "engine.kernels": ("harmless", "evaluate", "", ""),
     "engine.device": ("harmless", "evaluate merge", "", ""),
     "train.max_steps": ("harmless", "", "train", ""),
     "data.on_error": ("harmless", "evaluate", "train score", "prepare evaluate"),
@@ -372,7 +373,7 @@ OTHER = {  # values that are none of LANGUAGES' config
     "model.path": "/m", "model.revision": "r", "model.tokenizer": "/t", "model.quant": "nf4",
     "train.precision": "fp32", "evaluate.backend": "vllm", "pipeline.merge": "none",
     "train.tensorboard": True, "engine.activation_checkpointing": True, "run_dir": "other",
-    "engine.compile": "blocks",
+    "engine.compile": "blocks", "engine.kernels": "off",
 }  # fmt: skip
 
 

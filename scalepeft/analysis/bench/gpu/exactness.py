@@ -1,6 +1,8 @@
 """Right numbers: stored bytes of the device against the CPU's, every method against fp64."""
 
 import copy
+from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -39,10 +41,14 @@ def _bytes(session: Session, fmt: quant.Format, dtype: torch.dtype) -> dict[str,
         fmt.decode(want[0].to(device), want[1].to(device), 4096, torch.float32).cpu()
         for device in (session.device, "cpu")
     )
-    found = {
+    found: dict[str, Any] = {
         "weight bytes that differ": differ[0], "scale bytes that differ": differ[1],
         "of": sum(t.numel() for t in want), "decoded alike": torch.equal(here, there),
     }  # fmt: skip
+    if isinstance(fmt, quant.NF4):
+        args: Any = *(t.repeat(16, 1) for t in got), 4096, dtype
+        for label, form in {"decode ms": fmt.decode, "plain decode ms": fmt.plain}.items():
+            found[label] = median(session.milliseconds(partial(form, *args), 10, 3))
     right = found["decoded alike"] and not any(differ)
     return found if right else {**found, "fault": "not the CPU's bytes"}
 
