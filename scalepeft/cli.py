@@ -29,7 +29,8 @@ INTERRUPTED = 130  # as the shell reports a death by Ctrl-C
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    atexit.register(gc.freeze)  # the end of a process looks for no garbage
+    # The end of a process looks for no garbage, which Triton, where it is loaded, would list.
+    atexit.register(lambda: None if "triton" in sys.modules else gc.freeze())
     # Before torch is imported: from here on a signal means "stop in order".
     stop = StopFlag()
     stoppable = not arguments.STOPPABLE.isdisjoint(argv[:1])

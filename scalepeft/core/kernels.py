@@ -33,10 +33,10 @@ def find(name: str, x: Tensor, compare: Callable[..., Any], *key: Any) -> Any:
             make of one small input; called once for each device and key.
         key: what compiles to another kernel: dtypes, formats.
     """
-    usable = _enabled and type(x) in (Tensor, nn.Parameter)
-    if usable and (x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
-        return _compared(name, x.device, compare, *key)
-    return None
+    if not _enabled or type(x) not in (Tensor, nn.Parameter):
+        return None
+    interpreted = x.is_cpu and os.environ.get("TRITON_INTERPRET") == "1"
+    return _compared(name, x.device, compare, *key) if x.is_cuda or interpreted else None
 
 
 @cache

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import ROOT
+from processes import ROOT, adapter_bytes
 
 from scalepeft.config import files as config_files
 from scalepeft.core import kernels
@@ -147,3 +147,26 @@ def test_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert kernels._enabled == enabled
     with pytest.raises(UserError, match=r"engine.kernels=.*'auto' or 'off'"):
         config_files.load(None, [*keys, "engine.kernels=true"])
+
+
+@pytest.mark.usefixtures("triton")
+def test_the_end_of_a_command_that_loaded_triton() -> None:
+    """Its binding lists what the interpreter's end leaves, thirty lines of it."""
+    code = "import triton; from scalepeft import cli; cli.main(['status', '/nowhere'])"
+    assert "nanobind" not in python("-c", code).stderr
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("triton")
+def test_a_training_with_kernels_is_one_without(tmp_path: Path) -> None:
+    settings = (
+        "train", "model=tiny", "model.quant=nf4", "model.double_quant=true", "data=toy",
+        "adapter=lora", "adapter.dropout=0.1", "engine=single", "engine.device=cpu",
+        "engine.activation_checkpointing=true", "train.precision=fp32", "train.max_steps=1",
+        "train.global_batch=2", "train.micro_batch=1",
+    )  # fmt: skip
+    for way in ("auto", "off"):
+        more = f"engine.kernels={way}", f"run_dir={tmp_path / way}"
+        done = python("-m", "scalepeft", *settings, *more)
+        assert "nanobind" not in done.stderr
+    assert adapter_bytes(tmp_path / "auto") == adapter_bytes(tmp_path / "off")
