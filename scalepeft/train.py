@@ -32,7 +32,7 @@ from scalepeft.run.checkpoint import Checkpoint
 from scalepeft.run.folder import check_nodes
 from scalepeft.run.provenance import device_name
 from scalepeft.run.records import RunRecorder
-from scalepeft.run.saver import Saver
+from scalepeft.run.saver import NotSaved, Saver
 from scalepeft.trainer import Outcome, Trainer, batches, summed_loss
 
 
@@ -116,7 +116,7 @@ def run_on(
 ) -> int:
     """``run`` on ranks that have met; ``base`` where the caller has opened it already."""
     records = RunRecorder(config, ranks, resume_with_changes)
-    code = FINISHED
+    code, by = FINISHED, "a signal"
     try:
         check_nodes(config.run_dir, ranks)
         base = base or open_base(config.model, ranks)
@@ -125,12 +125,12 @@ def run_on(
             _check_resumed(config, base, rows, ranks, records.resumed)
         else:
             code = _train(config, base, ranks, records, stop)
-    except Stopping:  # before the first step: nothing is trained but what is saved
-        code = STOPPED
+    except Stopping as stopped:  # before the first step, or the disk refuses
+        code, by = STOPPED, str(stopped) or by
     except Exception:
         records.withdraw()
         raise
-    records.close(code == FINISHED, stop.planned)
+    records.close(code == FINISHED, stop.planned, by)
     stop.saved = True
     return code
 
@@ -156,12 +156,15 @@ def _train(
     _announce(trainer, records, rows.total, read_bytes, stop.launched, seconds)
     try:
         _steps(trainer, rows, records, saver, stop, poll)
+    except NotSaved:
+        raise
     except Stopping:
         saver.cancel(trainer.done)
         if saver.saved != trainer.done:
             trainer.save(saver, final=True)
         return STOPPED
-    records.save_adapter(rows.total, trainer.built.base)
+    if reason := records.save_adapter(rows.total, trainer.built.base):
+        raise NotSaved(f"a disk that refuses the adapter ({reason})")
     return FINISHED
 
 
@@ -267,6 +270,8 @@ def _announce(
     more = {"engine": trainer.config.engine.name, "world_size": ranks.world_size}
     more |= {"parameters": count, **seconds}
     records.started(step, launched, steps=total, **more, per_rank=per_rank)
+    # Parameters and both moments in fp32; names, manifest, and the log's rows since the last save.
+    records.keep_room(12 * count + 1000 * len(trainer.trained) + (1 << 16))
     records.show(step, total)
 
 
