@@ -270,8 +270,8 @@ def _announce(
     more = {"engine": trainer.config.engine.name, "world_size": ranks.world_size}
     more |= {"parameters": count, **seconds}
     records.started(step, launched, steps=total, **more, per_rank=per_rank)
-    # Parameters and both moments in fp32; names, manifest, and the log's rows since the last save.
-    records.keep_room(12 * count + 1000 * len(trainer.trained) + (1 << 16))
+    # Parameters and both moments in fp32, headers and manifest.
+    records.keep_room(12 * count + 1000 * len(trainer.trained) + (16 << 10))
     records.show(step, total)
 
 

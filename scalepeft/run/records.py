@@ -83,6 +83,7 @@ class RunRecorder:
         self._lease: Lease | None = None
         self._room = Room(self.path / "checkpoints" / ".room")
         self._progress: Progress | None = None  # on rank 0, from ``show`` on
+        self._complaint: str | None = None  # the disk's, about the newest row
         self._lost: dict[str, float] = {}  # as ``lost_since`` says, for the report
         # The newest that verifies; the same on every rank.
         self.resumed: Checkpoint | None = self._open(allow_changes)
@@ -173,7 +174,7 @@ class RunRecorder:
             lambda: Progress(self.config, first_step, steps) if self.ranks.is_main else None
         )
 
-    def keep_room(self, size: int | None = None) -> None:
+    def keep_room(self, size: int = 0) -> None:
         """Keeps room on the disk for the next save, of ``size`` bytes from the first call on."""
         if self.ranks.is_main:
             self._room.keep(size)
@@ -222,8 +223,9 @@ class RunRecorder:
             reason = log.flush()
         except OSError as error:
             reason = error.strerror or str(error)
-        if reason:
+        if reason and reason != self._complaint:
             say(f"{log.path.name}: {reason}; the rows wait in memory")
+        self._complaint = reason
 
     @on_main
     def begin_save(self, step: int) -> tuple[Path | None, str]:
