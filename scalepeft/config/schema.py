@@ -23,6 +23,7 @@ from scalepeft.core.fields import (
     Seed,
     TextList,
     _build,
+    on_or_off,
     split_commas,
 )
 from scalepeft.data.tasks.base import Task, TaskConfig
@@ -91,7 +92,9 @@ class TrainConfig:
     precision: Annotated[
         Literal["fp32", "bf16"], Decides.TRAINING, Decides.PREDICTIONS, Decides.SPEED
     ] = "bf16"
-    deterministic: Annotated[Literal["auto", "on", "off"], Decides.SPEED] = "auto"
+    deterministic: Annotated[
+        Literal["auto", "on", "off"], BeforeValidator(on_or_off), Decides.SPEED
+    ] = "auto"
     loss_chunk: Annotated[Positive, Decides.SPEED] = 1024
     save_every: Annotated[Positive, Decides.RECORDS] = 100
     save_mode: Annotated[Literal["auto", "gathered", "sharded", "async"], Decides.RECORDS] = "auto"
