@@ -28,8 +28,7 @@ INTERRUPTED = 130  # as the shell reports a death by Ctrl-C
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns the exit code."""
-    if as_process := argv is None:
-        argv = sys.argv[1:]
+    as_process, argv = argv is None, sys.argv[1:] if argv is None else argv
     atexit.register(gc.freeze)  # the end of a process looks for no garbage
     # Before torch is imported: from here on a signal means "stop in order".
     stop = StopFlag()

@@ -125,8 +125,10 @@ def run_on(
             _check_resumed(config, base, rows, ranks, records.resumed)
         else:
             code = _train(config, base, ranks, records, stop)
-    except Stopping as stopped:  # before the first step, or the disk refuses
-        code, by = STOPPED, str(stopped) or by
+    except Stopping:  # before the first step: nothing is trained but what is saved
+        code = STOPPED
+    except NotSaved as error:
+        code, by = STOPPED, str(error)
     except Exception:
         records.withdraw()
         raise
@@ -156,8 +158,6 @@ def _train(
     _announce(trainer, records, rows.total, read_bytes, stop.launched, seconds)
     try:
         _steps(trainer, rows, records, saver, stop, poll)
-    except NotSaved:
-        raise
     except Stopping:
         saver.cancel(trainer.done)
         if saver.saved != trainer.done:

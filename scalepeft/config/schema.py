@@ -23,12 +23,14 @@ from scalepeft.core.fields import (
     Seed,
     TextList,
     _build,
-    on_or_off,
     split_commas,
 )
 from scalepeft.data.tasks.base import Task, TaskConfig
 from scalepeft.models.hub import BUILTIN, ModelConfig
 from scalepeft.parallel.base import Engine, EngineConfig
+
+# YAML reads these words as true and false.
+ON_OFF = BeforeValidator(lambda value: ("off", "on")[value] if isinstance(value, bool) else value)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -92,9 +94,7 @@ class TrainConfig:
     precision: Annotated[
         Literal["fp32", "bf16"], Decides.TRAINING, Decides.PREDICTIONS, Decides.SPEED
     ] = "bf16"
-    deterministic: Annotated[
-        Literal["auto", "on", "off"], BeforeValidator(on_or_off), Decides.SPEED
-    ] = "auto"
+    deterministic: Annotated[Literal["auto", "on", "off"], ON_OFF, Decides.SPEED] = "auto"
     loss_chunk: Annotated[Positive, Decides.SPEED] = 1024
     save_every: Annotated[Positive, Decides.RECORDS] = 100
     save_mode: Annotated[Literal["auto", "gathered", "sharded", "async"], Decides.RECORDS] = "auto"

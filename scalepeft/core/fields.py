@@ -13,11 +13,6 @@ NotNegative = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]  # shifted by 32 bits into torch's 64-bit seed
 
 
-def on_or_off(value: Any) -> Any:
-    """The word that YAML has read as true or false."""
-    return ("off", "on")[value] if isinstance(value, bool) else value
-
-
 class Decides(Enum):
     """What another value of a setting changes. A field carries at least one of these, as
     ``Annotated[int, Decides.TRAINING]`` or by its class's ``DECIDES``; see ``config/changes.py``.

@@ -36,14 +36,12 @@ class _Stream(io.FileIO):
         except OSError as error:
             self._lost += max(1, bytes(data).count(b"\n"))
             self._reason = error.strerror or str(error)
-            raises, self._result = self._result, False  # what is flushed at exit is dropped
-            if raises and isinstance(error, BrokenPipeError):
+            if not self._result:
+                return len(data)
+            self._result = False  # what is flushed at exit is dropped
+            if isinstance(error, BrokenPipeError):
                 raise
-            if raises:
-                raise UserError(
-                    f"standard output: {self._reason}; what it got is not all"
-                ) from None
-            return len(data)
+            raise UserError(f"standard output: {self._reason}; what it got is not all") from None
 
 
 def keep_speaking(result: bool) -> None:
@@ -57,8 +55,5 @@ def keep_speaking(result: bool) -> None:
             os.open(os.devnull, os.O_RDWR)
     for fd, name in ((1, "stdout"), (2, "stderr")):
         old, raw = getattr(sys, name), io.BufferedWriter(_Stream(fd, result and fd == 1))
-        how = {key: getattr(old, key, None) for key in ("encoding", "errors")}
-        lines = fd == 2 or getattr(old, "line_buffering", False)
-        through = getattr(old, "write_through", False)
-        stream = io.TextIOWrapper(raw, **how, line_buffering=lines, write_through=through)
-        setattr(sys, name, stream)
+        how = [getattr(old, key, None) for key in ("encoding", "errors")]
+        setattr(sys, name, io.TextIOWrapper(raw, *how, line_buffering=True))

@@ -14,10 +14,8 @@ from scalepeft.core.text import one_line
 
 
 class Progress:
-    """Reports steps on rank 0. A tracker that fails is left out from there on, which is said.
-
-    Raises:
-        UserError: a tracker that is wanted is not installed.
+    """Reports steps on rank 0. A tracker that fails is left out from there on, which is said; one
+    that is not installed raises UserError.
     """
 
     def __init__(self, config: RunConfig, first_step: int, steps: int) -> None:
@@ -25,7 +23,7 @@ class Progress:
         self._bar: Any = None
         self._trackers: dict[str, Any] = {}
         folder = Path(config.run_dir).resolve()
-        if sys.stderr and sys.stderr.isatty():
+        if sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)

@@ -30,7 +30,7 @@ class Room:
         self.give()
         if not self._told:
             say(f"no room can be kept for the next save: {reason}")
-            self._told = True
+        self._told = True
 
     def give(self) -> None:
         """Removes it."""

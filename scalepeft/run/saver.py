@@ -17,7 +17,6 @@ from torch import Tensor
 
 from scalepeft.core.errors import UserError
 from scalepeft.core.log import say
-from scalepeft.core.preemption import Stopping
 from scalepeft.models.tensors import write_tensors
 from scalepeft.parallel.base import Part
 from scalepeft.parallel.ranks import Ranks
@@ -30,7 +29,7 @@ FAILED_SAVES, PATIENCE_SECONDS = 2, 60.0
 GATHERED_BYTES = 64 << 20  # state up to this size is written by rank 0 alone
 
 
-class NotSaved(Stopping):
+class NotSaved(Exception):
     """The disk refuses, and the run stops at an older checkpoint, which is whole."""
 
 
