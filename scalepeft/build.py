@@ -47,7 +47,8 @@ def task_of(config: RunConfig, tokenizer: Any = None) -> Task:
 def start_ranks(config: RunConfig) -> Ranks:
     """Joins the other ranks; refuses, before it does, a number of them the engine cannot take."""
     engine_class(config).check(world_size())
-    return Ranks.start(config.engine.device, engine_class(config).needs_group)
+    needs_group, order = engine_class(config).needs_group, config.train.deterministic
+    return Ranks.start(config.engine.device, needs_group, order)
 
 
 def build(

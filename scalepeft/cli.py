@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from scalepeft import arguments
 from scalepeft.core.launch import importing, rank
-from scalepeft.core.log import say
+from scalepeft.core.log import keep_speaking, say
 from scalepeft.core.preemption import BROKEN, FINISHED, USER_ERROR, StopFlag
 
 if TYPE_CHECKING:  # its module imports torch
@@ -28,18 +28,23 @@ INTERRUPTED = 130  # as the shell reports a death by Ctrl-C
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command and returns the exit code."""
-    argv = sys.argv[1:] if argv is None else argv
+    as_process, argv = argv is None, sys.argv[1:] if argv is None else argv
     # The end of a process looks for no garbage, which Triton, where it is loaded, would list.
     atexit.register(lambda: None if "triton" in sys.modules else gc.freeze())
     # Before torch is imported: from here on a signal means "stop in order".
     stop = StopFlag()
     stoppable = not arguments.STOPPABLE.isdisjoint(argv[:1])
+    if as_process:
+        keep_speaking(result=not stoppable)
     if stoppable:
         stop.install()
     else:  # TERM as Ctrl-C, so that what is half written goes
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return _run(arguments.parse(argv, __doc__), stop)
+        try:
+            return _run(arguments.parse(argv, __doc__), stop)
+        finally:
+            print(end="", flush=True)
     except KeyboardInterrupt:
         say("interrupted; no partial files left")
         return INTERRUPTED
@@ -130,8 +135,6 @@ def _explain(error: Exception, debug: bool, stoppable: bool) -> int:
         say(f"stopped: {error}")
         return BROKEN
     if isinstance(error, BrokenPipeError) and not stoppable:  # "| head": nobody is there to be told
-        for stream in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         return BROKEN
     if debug or not isinstance(error, UserError):
         traceback.print_exc()

@@ -32,7 +32,7 @@ from scalepeft.run.checkpoint import Checkpoint
 from scalepeft.run.folder import check_nodes
 from scalepeft.run.provenance import device_name
 from scalepeft.run.records import RunRecorder
-from scalepeft.run.saver import Saver
+from scalepeft.run.saver import NotSaved, Saver
 from scalepeft.trainer import Outcome, Trainer, batches, summed_loss
 
 
@@ -116,7 +116,7 @@ def run_on(
 ) -> int:
     """``run`` on ranks that have met; ``base`` where the caller has opened it already."""
     records = RunRecorder(config, ranks, resume_with_changes)
-    code = FINISHED
+    code, by = FINISHED, "a signal"
     try:
         check_nodes(config.run_dir, ranks)
         base = base or open_base(config.model, ranks)
@@ -127,10 +127,12 @@ def run_on(
             code = _train(config, base, ranks, records, stop)
     except Stopping:  # before the first step: nothing is trained but what is saved
         code = STOPPED
+    except NotSaved as error:
+        code, by = STOPPED, str(error)
     except Exception:
         records.withdraw()
         raise
-    records.close(code == FINISHED, stop.planned)
+    records.close(code == FINISHED, stop.planned, by)
     stop.saved = True
     return code
 
@@ -161,7 +163,8 @@ def _train(
         if saver.saved != trainer.done:
             trainer.save(saver, final=True)
         return STOPPED
-    records.save_adapter(rows.total, trainer.built.base)
+    if reason := records.save_adapter(rows.total, trainer.built.base):
+        raise NotSaved(f"a disk that refuses the adapter ({reason})")
     return FINISHED
 
 
@@ -267,6 +270,8 @@ def _announce(
     more = {"engine": trainer.config.engine.name, "world_size": ranks.world_size}
     more |= {"parameters": count, **seconds}
     records.started(step, launched, steps=total, **more, per_rank=per_rank)
+    # Parameters and both moments in fp32, headers and manifest.
+    records.keep_room(12 * count + 1000 * len(trainer.trained) + (16 << 10))
     records.show(step, total)
 
 

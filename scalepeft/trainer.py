@@ -148,7 +148,7 @@ class Trainer:
         return self.done * self.config.train.global_batch
 
     def save(self, saver: Saver, final: bool) -> None:
-        """Saves what is trained so far. Raises OSError: the disk refused a ``final`` save."""
+        """Saves what is trained so far; raises as ``Saver.save``."""
         state = {
             "step": self.done,
             "sample_index": self.sample_index,

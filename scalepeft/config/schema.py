@@ -29,6 +29,9 @@ from scalepeft.data.tasks.base import Task, TaskConfig
 from scalepeft.models.hub import BUILTIN, ModelConfig
 from scalepeft.parallel.base import Engine, EngineConfig
 
+# YAML reads these words as true and false.
+ON_OFF = BeforeValidator(lambda value: ("off", "on")[value] if isinstance(value, bool) else value)
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
@@ -57,6 +60,9 @@ class TrainConfig:
             the run.
         seed: of start values, data order, dropout.
         precision: dtype of base and activations; the adapter and its optimizer stay fp32.
+        deterministic: ``on``: each operation by an algorithm that gives the same bits every time
+            (a slower attention backward on GPUs); one that has none ends the run. ``auto``: on GPUs
+            what costs next to nothing, cuBLAS and cuDNN. CPUs are deterministic without it.
         loss_chunk: tokens whose logits exist at one time.
         save_every: steps between checkpoints.
         save_mode: ``gathered``: rank 0 writes all; ``sharded``: each rank its own part; ``async``:
@@ -88,6 +94,7 @@ class TrainConfig:
     precision: Annotated[
         Literal["fp32", "bf16"], Decides.TRAINING, Decides.PREDICTIONS, Decides.SPEED
     ] = "bf16"
+    deterministic: Annotated[Literal["auto", "on", "off"], ON_OFF, Decides.SPEED] = "auto"
     loss_chunk: Annotated[Positive, Decides.SPEED] = 1024
     save_every: Annotated[Positive, Decides.RECORDS] = 100
     save_mode: Annotated[Literal["auto", "gathered", "sharded", "async"], Decides.RECORDS] = "auto"

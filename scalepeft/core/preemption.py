@@ -7,10 +7,10 @@ signal asked for: an exit code says too little, since a killed peer turns srun's
 
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from scalepeft.core.files import write_atomically
@@ -100,7 +100,8 @@ class StopFlag:
         if self.saved:
             os._exit(STOPPED)
         line = f"scalepeft: second signal ({signal.Signals(number).name}): leaving at once\n"
-        os.write(sys.stderr.fileno(), line.encode())
+        with suppress(OSError):
+            os.write(2, line.encode())
         os._exit(128 + number)  # as the shell reports a death by this signal
 
 
@@ -112,7 +113,12 @@ def tell_job(name: str, text: str) -> None:
     if not folder:
         return
     try:
-        write_atomically(Path(folder, name), f"{text}\n")
+        try:
+            write_atomically(Path(folder, name), f"{text}\n")
+        except OSError:
+            if name == "progress":
+                raise
+            Path(folder, ".writable").replace(Path(folder, name))  # a full disk still renames
     except OSError as error:
         effect = "it will not come back by itself" if name == "stopped" else "it may give up early"
         say(f"{folder}/{name}: {error.strerror}: the job script does not learn of {text}; {effect}")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from scalepeft.core.files import cache_folder
+from scalepeft.core.files import cache_folder, writing
 from scalepeft.core.log import say
 from scalepeft.data.tasks import toy
 
@@ -38,7 +38,8 @@ def make(pretrain_steps: int) -> Path:
     if (folder / "model.safetensors").is_file():
         return folder
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
+    with writing(f"cache {folder.parent}", "set SCALEPEFT_CACHE=FOLDER"):
+        temporary.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(text)
     tokenizer.save_pretrained(temporary)
     with torch.random.fork_rng(devices=[]):

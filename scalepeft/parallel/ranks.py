@@ -41,6 +41,16 @@ def pick_device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", index)
 
 
+def fix_order(deterministic: str, device: torch.device) -> None:
+    """Sets what ``train.deterministic`` (auto, on, off) asks for, before CUDA starts."""
+    if device.type == "cuda" and deterministic != "off":  # which costs nothing to speak of
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    if deterministic == "on":  # flash and memory-efficient attention go by it, cuDNN's is left out
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 class Ranks:
     """This process among ``world_size``; collectives here, but ``sum`` of a GPU's tensor, run on
     the CPU (gloo) and never wait for a GPU.
@@ -54,7 +64,7 @@ class Ranks:
         self.control: dist.ProcessGroup | None = None
 
     @classmethod
-    def start(cls, wanted_device: str, process_group: bool) -> "Ranks":
+    def start(cls, wanted_device: str, process_group: bool, deterministic: str = "auto") -> "Ranks":
         """Reads the launcher's variables and joins the process group (also alone, if
         ``process_group``).
         """
@@ -63,6 +73,7 @@ class Ranks:
         env = launch_variables(os.environ)
         ranks = cls(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]))
         ranks.device = pick_device(wanted_device, ranks.local_rank)
+        fix_order(deterministic, ranks.device)
         if ranks.device.type == "cuda":
             if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
                 # Micro-batches differ in length: memory would be cut into pieces that fit none.

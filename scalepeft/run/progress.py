@@ -3,22 +3,25 @@
 import hashlib
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.log import LINE_SECONDS, say
+from scalepeft.core.text import one_line
 
 
 class Progress:
-    """Reports steps on rank 0. Raises UserError: a tracker that is wanted is not installed."""
+    """Reports steps on rank 0. A tracker that fails is left out from there on, which is said; one
+    that is not installed raises UserError.
+    """
 
     def __init__(self, config: RunConfig, first_step: int, steps: int) -> None:
         self.steps, self._last_line = steps, 0.0
         self._bar: Any = None
-        self._board: Any = None
-        self._wandb: Any = None
+        self._trackers: dict[str, Any] = {}
         folder = Path(config.run_dir).resolve()
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -29,16 +32,25 @@ class Progress:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UserError("train.tensorboard=true: pip install 'scalepeft[track]'") from None
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+            where = str(folder / "tensorboard")
+            self._try("tensorboard", lambda _: SummaryWriter(where, purge_step=first_step + 1))
         if project := config.train.wandb:
             try:
                 import wandb
             except ImportError:
                 raise UserError(f"train.wandb={project}: pip install wandb") from None
-            self._wandb = wandb.init(
+            self._try("wandb", lambda _: wandb.init(
                 project=project, name=folder.name, resume="allow", dir=str(folder),
                 id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
-            )  # fmt: skip
+            ))  # fmt: skip
+
+    def _try(self, name: str, act: Callable[[Any], Any]) -> None:
+        """Has a tracker do something; what it returns of its opening is the tracker."""
+        try:
+            self._trackers[name] = act(self._trackers.get(name)) or self._trackers[name]
+        except Exception as error:  # its disk, its network, whatever it is: the run goes on
+            self._trackers.pop(name, None)
+            self.line(f"train.{name}: {one_line(error)}: it gets no more of this start")
 
     def step(self, row: dict[str, Any]) -> None:
         """Shows one training step."""
@@ -67,16 +79,19 @@ class Progress:
 
     def _track(self, group: str, row: dict[str, Any]) -> None:
         numbers = {k: v for k, v in row.items() if k != "step" and isinstance(v, int | float)}
-        if self._board is not None:
-            for key, value in numbers.items():
-                self._board.add_scalar(f"{group}/{key}", value, row["step"])
-        if self._wandb is not None:
-            self._wandb.log({f"{group}/{k}": v for k, v in numbers.items()}, step=row["step"])
+        named = {f"{group}/{key}": value for key, value in numbers.items()}
+
+        def board(writer: Any) -> None:
+            for key, value in named.items():
+                writer.add_scalar(key, value, row["step"])
+
+        acts = {"tensorboard": board, "wandb": lambda run: run.log(named, step=row["step"])}
+        for name in [*self._trackers]:
+            self._try(name, acts[name])
 
     def close(self) -> None:
         """Flushes the trackers."""
-        for tracker in (self._bar, self._board):
-            if tracker is not None:
-                tracker.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._bar is not None:
+            self._bar.close()
+        for name in [*self._trackers]:
+            self._try(name, lambda tracker: (getattr(tracker, "finish", None) or tracker.close)())

@@ -18,13 +18,14 @@ from scalepeft.core.preemption import tell_job
 from scalepeft.core.slurm import slurm_start
 from scalepeft.models.tensors import Reader, write_tensors
 from scalepeft.parallel.ranks import Ranks
-from scalepeft.run.checkpoint import Checkpoint, RunFolder, steps_of
+from scalepeft.run.checkpoint import Checkpoint, RunFolder, steps_of, writing_in
 from scalepeft.run.folder import check_same_run
 from scalepeft.run.goodput import lost_since
 from scalepeft.run.lease import Lease, check_fence, check_free, stored_generation
 from scalepeft.run.logs import RowLog
 from scalepeft.run.progress import Progress
 from scalepeft.run.provenance import commit, peak_memory, versions
+from scalepeft.run.room import Room
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "bitsandbytes", "deepspeed")
 """Whose versions a start writes down."""
@@ -80,7 +81,9 @@ class RunRecorder:
         self.metrics: RowLog
         self.validation: RowLog
         self._lease: Lease | None = None
+        self._room = Room(self.path / "checkpoints" / ".room")
         self._progress: Progress | None = None  # on rank 0, from ``show`` on
+        self._complaint: str | None = None  # the disk's, about the newest row
         self._lost: dict[str, float] = {}  # as ``lost_since`` says, for the report
         # The newest that verifies; the same on every rank.
         self.resumed: Checkpoint | None = self._open(allow_changes)
@@ -98,6 +101,8 @@ class RunRecorder:
     def withdraw(self) -> None:
         """Leaves no empty folder of a start that came to an end before ``claim``."""
         if self.ranks.is_main:
+            if self.generation:
+                self._room.give()
             self.folder.withdraw()
 
     def claim(self, launched: float) -> None:
@@ -117,12 +122,13 @@ class RunRecorder:
         step = resumed.step if resumed else 0
         if resumed:
             say(f"resuming {path} at step {step}")
-        write_atomically(path / "config.yaml", cfg.dump(self.config))
         self._lost = lost_since(path, step, launched)
         if step:  # a start that saves nothing has gained nothing
             tell_job("progress", f"step {step}")
-        self.metrics = RowLog(path / "metrics.jsonl", step)
-        self.validation = RowLog(path / "validation.jsonl", step)
+        with writing_in(path):
+            write_atomically(path / "config.yaml", cfg.dump(self.config))
+            self.metrics = RowLog(path / "metrics.jsonl", step)
+            self.validation = RowLog(path / "validation.jsonl", step)
         if self.metrics.last_step < step:
             say(f"metrics.jsonl lacks rows: it ends at step {self.metrics.last_step} of {step}")
         return self.folder.generation, resumed, self.validation.last_step
@@ -168,12 +174,19 @@ class RunRecorder:
             lambda: Progress(self.config, first_step, steps) if self.ranks.is_main else None
         )
 
-    def close(self, finished: bool, planned: bool) -> None:
+    def keep_room(self, size: int = 0) -> None:
+        """Keeps room on the disk for the next save, of ``size`` bytes from the first call on."""
+        if self.ranks.is_main:
+            self._room.keep(size)
+
+    def close(self, finished: bool, planned: bool, by: str) -> None:
         """Writes the last event and tells user and job script how the run ended: ``finished``, its
-        adapter written, or ``planned``, at ``train.stop_at``: the job does not come back by itself.
+        adapter written, or stopped ``by`` what; where ``planned``, at ``train.stop_at``, the job
+        does not come back by itself.
         """
         if not self.ranks.is_main:
             return
+        self._room.give()
         if self._lease is not None:
             self._lease.release()
         if self._progress is not None:
@@ -185,7 +198,7 @@ class RunRecorder:
         if finished:
             say(f"finished: adapter in {path}/adapter, loss in {path}/metrics.jsonl")
             return
-        by = "train.stop_at" if planned else "a signal"
+        by = "train.stop_at" if planned else by
         say(f"stopped by {by}, saved at step {step}; the same command continues {path}")
         tell_job("planned" if planned else "stopped", f"step {step}")
 
@@ -210,12 +223,14 @@ class RunRecorder:
             reason = log.flush()
         except OSError as error:
             reason = error.strerror or str(error)
-        if reason:
+        if reason and reason != self._complaint:
             say(f"{log.path.name}: {reason}; the rows wait in memory")
+        self._complaint = reason
 
     @on_main
     def begin_save(self, step: int) -> tuple[Path | None, str]:
         """Returns the folder that the ranks write into, or why the disk refused; logs go first."""
+        self._room.give()
         try:
             self.metrics.sync()
             self.validation.sync()
@@ -233,12 +248,23 @@ class RunRecorder:
         took = time.monotonic() - save.begin
         size = sum(info["bytes"] for info in files.values())
         self.event("saved", save.step, seconds=save.stall or took, written=took, bytes=size)
+        self._room.keep()
         tell_job("progress", f"step {save.step}")
         return None
 
     @on_main
-    def save_adapter(self, step: int, base: dict[str, Any]) -> None:
-        """Writes adapter/ out of the last checkpoint; its ``adapter_config.json`` comes last."""
+    def save_adapter(self, step: int, base: dict[str, Any]) -> str | None:
+        """Writes adapter/ out of the last checkpoint; its ``adapter_config.json`` comes last.
+        Returns why the disk refused, or None.
+        """
+        self._room.give()
+        try:
+            self._write_adapter(step, base)
+        except OSError as error:
+            return error.strerror or str(error)
+        return None
+
+    def _write_adapter(self, step: int, base: dict[str, Any]) -> None:
         check_fence(self.path, self.generation)
         folder = self.path / "adapter"
         folder.mkdir(exist_ok=True)

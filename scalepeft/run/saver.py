@@ -10,11 +10,12 @@ import math
 import shutil
 import threading
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from scalepeft.core.errors import UserError
 from scalepeft.core.log import say
 from scalepeft.models.tensors import write_tensors
 from scalepeft.parallel.base import Part
@@ -23,7 +24,13 @@ from scalepeft.run.lease import Superseded, check_fence
 from scalepeft.run.records import RunRecorder, Save
 
 FINAL_PAUSES = (2.0, 5.0)  # seconds before a last save is tried once more
+FAILED_SAVES, PATIENCE_SECONDS = 2, 60.0
+"""So many periodic saves in a row that fail, over so long at least, end the run."""
 GATHERED_BYTES = 64 << 20  # state up to this size is written by rank 0 alone
+
+
+class NotSaved(Exception):
+    """The disk refuses, and the run stops at an older checkpoint, which is whole."""
 
 
 class Saver:
@@ -33,6 +40,7 @@ class Saver:
         self.ranks, self.records, self.saved = records.ranks, records, saved
         self.mode = records.config.train.save_mode
         self._pending: Save | None = None
+        self._failures: list[tuple[float, str]] = []  # periodic saves in a row: when and why
 
     def save(self, step: int, parts: dict[str, Part], state: dict[str, Any], final: bool) -> None:
         """Saves what the ranks hold after ``step``: ``Engine.state_parts``, and ``state``.
@@ -40,7 +48,8 @@ class Saver:
         After a ``final`` save, which is on the disk when this returns, the process ends.
 
         Raises:
-            OSError: the disk refused a ``final`` save; a periodic one is only reported.
+            NotSaved: the disk refused a ``final`` save, or one periodic save after the other.
+            UserError: the same, and there is no older checkpoint.
         """
         self.wait()
         for pause in FINAL_PAUSES if final else ():
@@ -48,12 +57,10 @@ class Saver:
                 return
             time.sleep(pause)  # a shared file system's hiccup must not cost the last save
         if reason := self._save(step, parts, state, final):
-            if final:
-                where = self.records.path
-                raise OSError(
-                    f"{where}: step {step} could not be saved: {reason}; older ones are whole"
-                )
             self._report(step, reason)
+            if final:
+                self._end()
+            self._end_if_none_comes_through()
 
     def _save(
         self, step: int, parts: dict[str, Part], state: dict[str, Any], final: bool
@@ -88,6 +95,7 @@ class Saver:
             thread = self._pending.thread
             if not self.ranks.any(thread is not None and thread.is_alive()):
                 self.wait()
+                self._end_if_none_comes_through()
 
     def wait(self) -> None:
         """Waits for the save in the background and commits it."""
@@ -154,12 +162,26 @@ class Saver:
         files = {name: info for written, _ in everyone for name, info in written.items()}
         pending.stall += time.monotonic() - begin if pending.thread else 0.0
         if (reason := self.records.commit_save(pending, files)) is None:
-            self.saved = pending.step
+            self.saved, self._failures = pending.step, []
         return reason
 
     def _report(self, step: int, reason: str) -> None:
+        self._failures.append((time.monotonic(), f"step {step} could not be saved: {reason}"))
+        self.records.keep_room()
         if self.ranks.is_main:
-            say(f"step {step} could not be saved: {reason}; the next save tries again")
+            say(self._failures[-1][1])
+
+    def _end_if_none_comes_through(self) -> None:
+        if len(self._failures) >= FAILED_SAVES:
+            waits = time.monotonic() - self._failures[0][0] < PATIENCE_SECONDS
+            if not self.ranks.any(waits):
+                self._end()
+
+    def _end(self) -> NoReturn:
+        if self.saved:
+            raise NotSaved("a disk that refuses to save")
+        reason = self._failures[-1][1]
+        raise UserError(f"run_dir={self.records.path}: {reason}; there is no older: make room")
 
 
 def gather(ranks: Ranks, parts: dict[str, Part]) -> dict[str, Tensor] | None:
