@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import re
 import socket
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +18,9 @@ from scalepeft.core.text import one_line
 
 RECORD_BYTES = 64 << 20
 """The largest file of records (manifest, settings, config) that is read as a whole."""
+
+
+STRAY_SECONDS = 3600.0
 
 
 def cache_folder() -> Path:
@@ -70,6 +75,85 @@ def digest(file: Path) -> str:
     """sha256 of a file."""
     with file.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def kept_digest(file: Path) -> str:
+    """``digest`` of a file that may be large: read once, and again after it was written to. What
+    the disk itself damages changes no time and is not seen here.
+    """
+    real = file.resolve()
+    stat = real.stat()  # ctime too, as mtime can be set back
+    identity = [real.name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    kept = cache_folder() / "digests" / key
+    found = kept.read_text() if kept.is_file() else ""
+    if not re.fullmatch("[0-9a-f]{64}", found):
+        found = digest(file)
+        with suppress(OSError):  # no room for it: computed again next time
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(kept, found)
+    return found
+
+
+def seal(values: dict[str, Any], of: str = "") -> str:
+    """sha256 of a mapping under ``of``: what its own key ``digest`` is to hold."""
+    rest = {key: value for key, value in values.items() if key != "digest"}
+    return hashlib.sha256((of + json.dumps(rest, sort_keys=True)).encode()).hexdigest()
+
+
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """``values``, as JSON has them, and their ``digest``: ``read_sealed`` sees any change."""
+    return values | {"digest": seal(values)}
+
+
+def read_sealed(file: Path) -> dict[str, Any]:
+    """The mapping of a JSON file; older ones have no ``digest``.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: no JSON, no mapping, or not as it was ``sealed``; of one printable line.
+    """
+    values = parse_json(read_text(file))
+    if not isinstance(values, dict):
+        raise ValueError(f"{file.name} holds no keys with values")
+    try:
+        if values.get("digest", "") not in ("", seal(values)):
+            raise ValueError(f"{file.name} has changed since it was written: its digest differs")
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    return values
+
+
+def damage(
+    folder: Path, files: dict[str, Any], hashed: Callable[[Path], str] = digest
+) -> str | None:
+    """Why files are not those of a manifest (name in ``folder`` -> ``bytes`` and, but for merged
+    weights of older runs, ``sha256``); None if they are. Raises OSError.
+    """
+    for name, known in files.items():
+        file = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"{name} lies outside its folder"
+        if not file.is_file():
+            return f"{name} is missing"
+        if (size := file.stat().st_size) != known["bytes"]:
+            return f"{name} has {size} bytes, not {known['bytes']}"
+        if known["sha256"] is not None and hashed(file) != known["sha256"]:
+            return f"{name} has changed: sha256 differs from the manifest"
+    return None
+
+
+def remove_strays(folder: Path, *patterns: str) -> None:
+    """Removes temporaries of ``write_atomically`` whose process is gone: of this machine by its
+    pid, of others after an hour.
+    """
+    for file in (file for pattern in patterns for file in folder.glob(pattern)):
+        name, _, pid = file.name.removesuffix(".tmp").rpartition(".")
+        ours = name.endswith(f".{socket.gethostname()}") and pid.isdecimal()
+        with suppress(OSError):  # another start was faster
+            old = time.time() - file.stat().st_mtime > STRAY_SECONDS
+            if not Path("/proc", pid).exists() if ours else old:
+                file.unlink()
 
 
 def read_text(file: Path, limit: int = RECORD_BYTES) -> str:
