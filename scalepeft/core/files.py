@@ -102,44 +102,52 @@ def seal(values: dict[str, Any], of: str = "") -> str:
 
 
 def sealed(values: dict[str, Any]) -> dict[str, Any]:
-    """``values``, as JSON has them, and their ``digest``: ``read_sealed`` sees any change."""
+    """``values``, as JSON has them, and their ``digest``, by which ``unsealed`` sees any change."""
     return values | {"digest": seal(values)}
 
 
-def read_sealed(file: Path) -> dict[str, Any]:
-    """The mapping of a JSON file; older ones have no ``digest``.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: no JSON, no mapping, or not as it was ``sealed``; of one printable line.
+def unsealed(text: str) -> dict[str, Any]:
+    """The mapping of a JSON text. Raises ValueError, of one printable line: no JSON, no mapping, or
+    not as it was ``sealed``; what is older has no ``digest``.
     """
-    values = parse_json(read_text(file))
-    if not isinstance(values, dict):
-        raise ValueError(f"{file.name} holds no keys with values")
+    values = parse_json(text)
     try:
+        if not isinstance(values, dict):
+            raise ValueError("holds no keys with values")
         if values.get("digest", "") not in ("", seal(values)):
-            raise ValueError(f"{file.name} has changed since it was written: its digest differs")
+            raise ValueError("its digest differs: it has changed since it was written")
     except RecursionError:
         raise ValueError("nested too deep") from None
     return values
 
 
+def read_sealed(file: Path) -> dict[str, Any]:
+    """``unsealed`` of a file. Raises OSError, and ValueError with its name."""
+    try:
+        return unsealed(read_text(file))
+    except ValueError as error:
+        raise ValueError(f"{file.name}: {error}") from None
+
+
 def damage(
     folder: Path, files: dict[str, Any], hashed: Callable[[Path], str] = digest
 ) -> str | None:
-    """Why files are not those of a manifest (name in ``folder`` -> ``bytes`` and, but for merged
-    weights of older runs, ``sha256``); None if they are. Raises OSError.
+    """Why files are not those of a manifest (name in ``folder`` -> ``bytes`` and ``sha256``, which
+    is None of merged weights of older runs), in a printable line; None if they are.
     """
-    for name, known in files.items():
-        file = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            return f"{name} lies outside its folder"
-        if not file.is_file():
-            return f"{name} is missing"
-        if (size := file.stat().st_size) != known["bytes"]:
-            return f"{name} has {size} bytes, not {known['bytes']}"
-        if known["sha256"] is not None and hashed(file) != known["sha256"]:
-            return f"{name} has changed: sha256 differs from the manifest"
+    try:
+        for name, known in files.items():
+            file = folder / name
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                return one_line(f"{name} lies outside its folder")
+            if not file.is_file():
+                return one_line(f"{name} is missing")
+            if (size := file.stat().st_size) != (wanted := known.get("bytes", size)):
+                return one_line(f"{name} has {size} bytes, not {wanted}")
+            if known["sha256"] is not None and hashed(file) != known["sha256"]:
+                return one_line(f"{name} has changed: sha256 differs from the manifest")
+    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        return one_line(f"unreadable: {type(error).__name__}: {error}")
     return None
 
 

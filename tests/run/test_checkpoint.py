@@ -177,7 +177,7 @@ def test_any_edit_of_a_manifest_is_seen(key: str, tmp_path: Path) -> None:
     edit_manifest(path, **{key: files if key == "files" else (manifest[key] or 0) ^ 4})
     found, passed_over = RunFolder(tmp_path).newest()
     assert found is not None and found.step == 10
-    assert "manifest.json has changed since it was written" in passed_over[0]
+    assert "manifest.json: its digest differs" in passed_over[0]
     # One of an older version has no digest, and is read.
     edit_manifest(path, "digest", **manifest)
     found, passed_over = RunFolder(tmp_path).newest()
