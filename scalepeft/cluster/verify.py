@@ -44,7 +44,8 @@ def parts(folder: Path) -> Iterator[Part]:
     """What is in a run folder, in the order in which it is made."""
     base: Any = None
     for stage in _stages(folder):
-        bad, old = stage.damage(), stale(stage)
+        old = stale(stage)
+        bad = None if old else stage.damage()  # it is made again, and may be set aside by now
         if not stage.done():
             bad = "its manifest is broken or has changed since it was written"
         yield _part(str(stage.done_file.relative_to(folder)), bad, old)

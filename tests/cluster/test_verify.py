@@ -1,12 +1,13 @@
-"""scalepeft verify: each part of a pipeline's folder, whole, damaged and stale; who else sees it."""
+"""scalepeft verify: each part of a pipeline's folder, whole, damaged, stale; who else sees it."""
 
 import json
 import shutil
 from pathlib import Path
 
 import pytest
-from processes import call
-from test_base_integrity import BASE, flip
+from processes import ROOT, call, flip
+
+BASE = ROOT / "tests/data/run-2026-11-21/base"
 
 SETTINGS = (
     "data=commonsense adapter=hoft adapter.rank=2 adapter.target_modules=q_proj"
