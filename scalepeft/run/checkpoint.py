@@ -299,7 +299,9 @@ def verify(folder: Path) -> dict[str, Any]:
         manifest = read_sealed(folder / "manifest.json")
         schema, files, step = manifest["schema"], dict(manifest["files"]), manifest["step"]
         kinds = {re.split(r"[-.]", name)[0] for name in files}
-        if isinstance(schema, int) and schema > SCHEMA:
+        if type(schema) is not int or schema < 1:
+            raise DamagedCheckpoint(f"manifest.json has schema {schema}")
+        if schema > SCHEMA:
             raise NewerCheckpoint(f"has schema {schema}, this version reads {SCHEMA}")
         if folder.name != f"step-{step:06d}" or not {"trained", "state"} <= kinds:
             raise DamagedCheckpoint(f"manifest.json is that of step {step}: {', '.join(files)}")

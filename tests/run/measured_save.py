@@ -2,8 +2,8 @@
 
     python tests/run/measured_save.py FOLDER [TURNS] [--dcp]
 
-Takes turns: raw (the same files, one write after the other, fsync each), the save as ``Saver`` makes
-it on one rank, torch DCP. Each from a folder that is gone and a disk that is idle (sync).
+Takes turns: raw (the same files, one write after the other, fsync each), the save as ``Saver``
+makes it on one rank, torch DCP. Each from a folder that is gone and a disk that is idle (sync).
 """
 
 import os

@@ -9,10 +9,12 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import damages
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -365,6 +367,28 @@ def test_no_damage_at_random_is_ever_loaded(writers: int, tmp_path: Path) -> Non
             assert torch.equal(reader.whole(name), tensor), (what, name)
         shutil.rmtree(run)
     assert passed > 95, "nearly every one of these is a damage"
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_no_kind_of_damage_is_silent_or_a_traceback(seed: int, tmp_path: Path) -> None:
+    found = damages.campaign(tmp_path, seed, 2 * len(damages.KINDS))
+    assert found["passed over"] > len(damages.KINDS), "the others hit an older one"
+
+
+def test_temporaries_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
+    save(claimed(tmp_path), 1)
+    (tmp_path / "stages").mkdir()
+    host, dead = socket.gethostname(), subprocess.Popen(["true"])
+    dead.wait()
+    gone = [f".seen-by-all-nodes-x.{host}.{dead.pid}.tmp", f"stages/a.{host}.{dead.pid}.tmp",
+            "generation.elsewhere.1.tmp", ".seen-by-all-nodes-old"]  # fmt: skip
+    stay = [f"other.{host}.{os.getpid()}.tmp", "stages/b.elsewhere.1.tmp", "mine.tmp"]
+    for name in (*gone, *stay):
+        (tmp_path / name).write_text("")
+    for name in gone[2:]:
+        os.utime(tmp_path / name, (1, 1))
+    claimed(tmp_path)
+    assert [name for name in (*gone, *stay) if (tmp_path / name).exists()] == stay
 
 
 def test_a_disk_that_fills_up_in_the_middle_of_any_file(small_disk: Path) -> None:
