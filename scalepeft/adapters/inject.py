@@ -366,13 +366,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         UserError: unreadable folder, or one of another model, method or settings.
     """
     config, state, _ = read_adapter(Path(folder))
-
-    def check(model: nn.Module) -> None:
-        check_state(model, shapes(state), str(folder))
-
     found = [layer.adapter.config for _, layer in adapted_layers(model)]
     if not found:
-        inject(model, config, check=check)
+        inject(model, config, check=lambda made: check_state(made, shapes(state), str(folder)))
     elif any(dataclasses.replace(c, target_modules=config.target_modules) != config for c in found):
         raise UserError(
             f"{folder}: an adapter with settings {config}; the model has one with {found[0]}."

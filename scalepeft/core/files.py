@@ -132,23 +132,26 @@ def read_sealed(file: Path) -> dict[str, Any]:
 def damage(
     folder: Path, files: dict[str, Any], hashed: Callable[[Path], str] = digest
 ) -> str | None:
-    """Why files are not those of a manifest (name in ``folder`` -> ``bytes`` and ``sha256``, which
-    is None of merged weights of older runs), in a printable line; None if they are.
+    """Why files are not those of a manifest (name in ``folder`` -> ``bytes``, ``sha256``; older
+    ones lack that of merged weights), in a printable line; None if they are.
     """
+    reason, name = None, ""
     try:
         for name, known in files.items():
             file = folder / name
             if Path(name).is_absolute() or ".." in Path(name).parts:
-                return one_line(f"{name} lies outside its folder")
-            if not file.is_file():
-                return one_line(f"{name} is missing")
-            if (size := file.stat().st_size) != (wanted := known.get("bytes", size)):
-                return one_line(f"{name} has {size} bytes, not {wanted}")
-            if known["sha256"] is not None and hashed(file) != known["sha256"]:
-                return one_line(f"{name} has changed: sha256 differs from the manifest")
+                reason = "lies outside its folder"
+            elif not file.is_file():
+                reason = "is missing"
+            elif (size := file.stat().st_size) != (wanted := known.get("bytes", size)):
+                reason = f"has {size} bytes, not {wanted}"
+            elif (sha256 := known.get("sha256")) and hashed(file) != sha256:
+                reason = "has changed: sha256 differs from the manifest"
+            if reason:
+                break
     except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
-        return one_line(f"unreadable: {type(error).__name__}: {error}")
-    return None
+        reason = f"unreadable: {type(error).__name__}: {error}"
+    return one_line(f"{name} {reason}") if reason else None
 
 
 def remove_strays(folder: Path, *patterns: str) -> None:

@@ -52,7 +52,8 @@ class Predictions:
         """
         every = [row for part in self.ranks.gather(rows) for row in part]
         batch = [{**row, "asked": self.asked[row["id"]]} for row in every]
-        batch = [row | {"digest": digest_of(row, self.settings)} for row in batch]
+        for row in batch:
+            row["digest"] = digest_of(row, self.settings)
         self.ranks.run_on_main(lambda: self._write(batch))
         self.done.update((row["id"], {key: row[key] for key in KINDS}) for row in batch)
 
@@ -78,8 +79,10 @@ class Predictions:
                 whole += len(line) if line.endswith(b"\n") else 0
                 if row["id"] in self.asked:
                     done[row["id"]] = {key: row[key] for key in KINDS}
-            for remark in remarks(count):
-                say(f"{self.path}: {remark}")
+            if bad := count["damaged"]:
+                say(f"{self.path}: {bad} rows are damaged or were changed: they are answered again")
+            if old := count["old"]:
+                say(f"{self.path}: {old} rows of an older version, without digest, are taken so")
             if self.path.exists() and whole != self.path.stat().st_size:  # a kill left a torn line
                 good = (line.rstrip(b"\n") + b"\n" for line, _ in self._stored(Counter()))
                 write_atomically(self.path, good)
@@ -129,11 +132,3 @@ def stored(
             yield line, row
         elif line.endswith(b"\n"):  # else a kill tore it
             count["damaged"] += 1
-
-
-def remarks(count: Counter[str]) -> Iterator[str]:
-    """What ``stored`` counted, in words."""
-    if bad := count["damaged"]:
-        yield f"{bad} rows are damaged or were changed (their digest differs): answered again"
-    if old := count["old"]:
-        yield f"{old} rows are of an older version, without a digest: taken as they are"

@@ -1,6 +1,7 @@
 """What an evaluation scores: the adapter over its base, a merged checkpoint, or the base alone."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,11 @@ class EvalTarget:
         """Builds the model on this rank, in evaluation mode. Raises UserError: the base is not that
         of the adapter, or what ``build`` refuses.
         """
-        where = f"{self.config.run_dir}/adapter"
-
-        def check(model: Any) -> None:
-            injection.check_state(model, injection.shapes(self.adapter[1]), where)
-
-        adapted = self.adapter is not None
-        built = build(self.config, self.base, ranks, poll, adapted, check)
-        if adapted:
-            injection.load_state(built.model, self.adapter[1], where)
+        where, state = f"{self.config.run_dir}/adapter", self.adapter and self.adapter[1]
+        check = partial(injection.check_state, shapes=injection.shapes(state or {}), where=where)
+        built = build(self.config, self.base, ranks, poll, state is not None, check)
+        if state is not None:
+            injection.load_state(built.model, state, where)
         built.engine.attach(built.model, None)
         Factors(built.model, built.engine).make()
         built.model.eval()

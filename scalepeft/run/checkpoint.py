@@ -305,6 +305,8 @@ def verify(folder: Path) -> dict[str, Any]:
             raise NewerCheckpoint(f"has schema {schema}, this version reads {SCHEMA}")
         if folder.name != f"step-{step:06d}" or not {"trained", "state"} <= kinds:
             raise DamagedCheckpoint(f"manifest.json is that of step {step}: {', '.join(files)}")
+        if lacking := [name for name, known in files.items() if not known["sha256"]]:
+            raise DamagedCheckpoint(f"manifest.json has no sha256 of {lacking[0]}")
         if reason := damage(folder, files):
             raise DamagedCheckpoint(reason)
         Reader(folder)  # is each tensor whole?

@@ -30,8 +30,9 @@ LARGE = 64 << 20  # bytes
 SETTINGS = ("config", "data", "evaluate")
 """Inputs that are settings by key, dotted in ``config``."""
 MADE_OF = {
+    "train": {"rows": "prepare"},
     "merge": {"adapter": "train"},
-    "evaluate": {"adapter": "train", "merged": "merge"},
+    "evaluate": {"rows": "prepare", "adapter": "train", "merged": "merge"},
     "report": {"adapter": "train", "scores": "evaluate"},
 }
 """Stage of a pipeline -> its inputs that are another stage's outputs."""
@@ -59,9 +60,8 @@ class Stage:
 
     def outputs(self) -> dict[str, Any]:
         """Relative path -> facts of each file that the finished work made."""
-        found: Any = self.done().get("outputs")
-        right = isinstance(found, dict) and all(isinstance(v, dict) for v in found.values())
-        return found if right else {}
+        found = self.done().get("outputs")
+        return found if isinstance(found, dict) else {}
 
     def is_done(self, inputs: Any) -> bool:
         """True if it was finished for these inputs and every output is as it was written."""
@@ -70,9 +70,20 @@ class Stage:
 
     def damage(self, hashed: Callable[[Path], str] = digest) -> str | None:
         """Why the outputs are not those that the finished work made; None if they are."""
-        # Merged weights of older versions have no sha256.
-        files = {name: {"sha256": None, **known} for name, known in self.outputs().items()}
-        return damage(self.root, files, hashed)
+        if not isinstance(self.done().get("outputs"), dict):
+            return "its manifest is broken, or has changed since it was written"
+        return damage(self.root, self.outputs(), hashed)
+
+    def stale(self) -> str | None:
+        """Which stages of a pipeline have made something else since this took it; None if none."""
+        inputs: Any = self.done().get("inputs")
+        folder, others = self.done_file.parent, list[str]()
+        for key, name in MADE_OF.get(self.name, {}).items() if isinstance(inputs, dict) else ():
+            made, taken = Stage(folder, name).outputs(), inputs.get(key) or {}
+            if key == "rows":  # of its splits; "data": of a task that reads no files
+                made = taken if "data" in taken else {row: made.get(row) for row in taken}
+            others += [name] if taken != made else []
+        return f"{', '.join(others)} has made something else since" if others else None
 
     def is_begun(self, inputs: Any) -> bool:
         """True if it was begun, but not finished, for these inputs."""
@@ -114,20 +125,6 @@ class Stage:
         manifest = self.done() or self.begun()
         held = _counting(manifest.get("inputs"), inputs)
         return differing(held, plain(inputs)) if manifest else ""
-
-
-def stale(stage: Stage) -> str | None:
-    """Which stages have made something else since a pipeline's stage took it; None if none have."""
-    inputs, folder = stage.done().get("inputs"), stage.done_file.parent
-    if not isinstance(inputs, dict):
-        return None
-    made_of = MADE_OF.get(stage.name, {}).items()
-    made = {of: (inputs.get(key), Stage(folder, of).outputs()) for key, of in made_of}
-    if rows := {k: v for k, v in (inputs.get("rows") or {}).items() if k.startswith("data/")}:
-        now = Stage(folder, "prepare").outputs()
-        made["prepare"] = rows, {key: now.get(key) for key in rows}
-    others = [name for name, (taken, now) in made.items() if taken != now]
-    return f"{', '.join(others)} has made something else since" if others else None
 
 
 def _counting(held: Any, inputs: Any) -> Any:

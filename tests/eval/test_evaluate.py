@@ -397,7 +397,7 @@ def test_replaced_rows_are_answered_again_and_old_ones_taken(
     bare = [{k: v for k, v in one.items() if k != "digest"} for one in held]
     other = {"prediction": "better"}
     for changed, wanted, what in (
-        (bare, 40, "40 rows are of an older version"),
+        (bare, 40, "40 rows of an older version"),
         ([one | other for one in held[:24]] + held[24:], 16, "24 rows are damaged"),
         ([held[0], *(one | other for one in bare[1:24]), *held[24:]], 17, "23 rows are damaged"),
     ):
