@@ -109,6 +109,12 @@ JOB_FILE itself is run as far as slurm/train.sh, to learn its settings: keep slo
 
   launch/submit slurm/hoft_llama70b.sh model.path=DIR --sbatch time=12:00:00
 """
+VERIFY = """\
+Reads every byte of a run's or a pipeline's folder (checkpoints, adapter, merged checkpoint, rows of
+predictions, what each stage made), its cached tokens and its base where they are here, and prints a
+line for each: whole, damaged, or stale (made from what has changed since). Changes nothing; ends
+with 1 if something is damaged or stale. Resume, evaluate and pipeline judge by the same functions.
+"""
 BENCH_FLAGS = "shape methods rank tokens precision quant device repeats".split()
 FLAGS_OF = {"model": BENCH_FLAGS, "gpu": "seconds only tiny".split(), "train": ["repeats"]}
 # Command -> its line in the list of all, and the text above its own arguments.
@@ -128,6 +134,7 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "doctor": ("try what a run needs, here or on every rank", DOCTOR),
     "plan": ("memory, traffic, times and grace period of a training, before it queues", PLAN),
     "submit": ("queue a job file of slurm/ (launch/submit)", SUBMIT),
+    "verify": ("whether a run's folder is whole, every byte of it", VERIFY),
     "status": ("how runs stand (launch/status)", None),
 }
 
@@ -160,9 +167,10 @@ def _written_here(commands: dict[str, Parser]) -> None:
 
     flag: dict[str, Any] = {"action": "store_true"}
     add(" ".join(COMMANDS), "--debug", "show the traceback of a user error too", **flag)
-    add("methods doctor plan status", "--json", "JSON in place of text", **flag)
+    add("methods doctor plan verify status", "--json", "JSON in place of text", **flag)
     add("report status", "run_dirs", "a run, or (status) a sweep", nargs="+", metavar="RUN_DIR")
     add("evaluate merge export", "run_dir", "folder of a finished run")
+    add("verify", "run_dir", "of a run or a pipeline")
     add("merge export", "out", "folder to write; must not exist")
     for names, metavar, help in (
         ("train pipeline config", "[CONFIG] KEY=VALUE", "a YAML file, then settings"),

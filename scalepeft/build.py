@@ -52,9 +52,16 @@ def start_ranks(config: RunConfig) -> Ranks:
 
 
 def build(
-    config: RunConfig, base: Base, ranks: Ranks, poll: Callable[[], None], adapted: bool = True
+    config: RunConfig,
+    base: Base,
+    ranks: Ranks,
+    poll: Callable[[], None],
+    adapted: bool = True,
+    check: Callable[[nn.Module], None] = lambda _: None,
 ) -> Built:
-    """Structure on meta -> adapters -> shard -> each rank's own rows -> start values."""
+    """Structure on meta -> adapters -> shard -> each rank's own rows -> start values. ``check`` may
+    refuse the adapted model before any of it is allocated.
+    """
     poll()
 
     def make() -> Any:
@@ -68,6 +75,7 @@ def build(
         loss.add_token_loss(model)
         if adapted:
             injection.inject(model, config.adapter)
+            check(model)
             head = model.get_output_embeddings() or nn.Identity()
             if any(isinstance(m, Dropout) for m in head.modules()):
                 raise UserError(

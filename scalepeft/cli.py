@@ -96,6 +96,7 @@ CALLS: dict[str, tuple[str, Callable[[Any, argparse.Namespace, StopFlag], Any]]]
         ),
     ),
     "submit": ("cluster.submit", lambda m, a, _: m.run(m.Options(**_values(m, a)))),
+    "verify": ("cluster.verify", lambda m, a, _: m.run(a.run_dir, a.json)),
     "status": ("cluster.status", lambda m, a, _: m.run(a.run_dirs, a.json)),
 }  # fmt: skip
 

@@ -33,11 +33,11 @@ from scalepeft.data.rows import expand, paths_of
 from scalepeft.data.tasks.base import SPLITS, Split, Task
 from scalepeft.eval import comet, evaluate
 from scalepeft.export import merge
-from scalepeft.export.streaming import MADE_FROM
+from scalepeft.export.streaming import MADE_FROM, changed
 from scalepeft.models.hub import open_base
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.lease import Lease, check_free
-from scalepeft.run.stage import Stage, facts, plain, set_aside
+from scalepeft.run.stage import MADE_OF, Stage, facts, plain, set_aside
 
 STAGES = ("prepare", "train", "merge", "evaluate", "report")
 ON_RANKS = ("train", "evaluate")
@@ -116,18 +116,31 @@ class Pipeline:
         return inputs
 
     def _set_aside(self, name: str, forced: bool) -> None:
-        if name == "merge" and (self.folder / "merged").is_dir():
-            say(f"{self.folder}/merged: of the old adapter or settings: removed")
-            shutil.rmtree(self.folder / "merged")
+        if name == "merge":
+            self._drop_merged()
         # Predictions that are still valid stay.
         old = RESULTS.get(name, ()) if name == "train" or forced else ()
         if any((self.folder / entry).exists() for entry in old):
             check_free(self.folder)
             say(f"{name}: results of the old inputs: moved to {set_aside(self.folder, old)}")
 
+    def _drop_merged(self) -> None:
+        folder = self._merged()
+        if (folder / MADE_FROM).is_file():
+            say(f"{folder}: of the old adapter or settings, or damaged: removed")
+            with writing(folder, "remove it"):
+                shutil.rmtree(folder)
+
+    def _merged(self) -> Path:
+        """Where the merged checkpoint lies: a link, to scratch say, stays one."""
+        folder = self.folder / "merged"
+        return folder.resolve() if folder.is_symlink() else folder
+
     def _inputs(self, name: str) -> dict[str, Any]:
         """Everything that decides a stage's outputs, by dotted name."""
-        config, outputs = self.raw, {s: stage.outputs() for s, stage in self.stages.items()}
+        config = self.raw
+        made_of = MADE_OF.get(name, {}).items()
+        made: dict[str, Any] = {key: self.stages[of].outputs() for key, of in made_of}
         if name == "prepare":
             sources = {s: expand(getattr(config.data, s), f"data.{s}") for s in SPLITS}
             form = self.task.renderer and self.task.renderer.chat_template
@@ -148,13 +161,11 @@ class Pipeline:
                 "rows": self._prepared("train", "valid"),
                 "base": self.base_hashes,
             }
-        adapter = {"adapter": outputs["train"]}
         if name == "merge":
             settings = {"base": config.pipeline.merge, "dtype": config.pipeline.dtype}
-            return adapter | {"pipeline": settings}
+            return made | {"pipeline": settings}
         if name == "evaluate":
-            return adapter | {
-                "merged": outputs["merge"],
+            return made | {
                 "rows": self._prepared("test"),
                 "base": self.base_hashes,
                 "evaluate": settings_of(name, config),
@@ -162,7 +173,7 @@ class Pipeline:
                 "task_version": self.task.version,
                 "comet": os.environ.get(comet.VARIABLE) if self.task.translates else None,
             }
-        return adapter | {"scores": outputs["evaluate"], "scalepeft": __version__}
+        return made | {"scalepeft": __version__}
 
     def _prepared(self, *splits: str) -> dict[str, Any]:
         if not self.task.reads_files:  # its rows follow from the config
@@ -218,7 +229,7 @@ class Pipeline:
         return [*files.values(), target]
 
     def _merge(self) -> list[Path]:
-        mode, target = self.config.pipeline.merge, self.folder / "merged"
+        mode, target = self.config.pipeline.merge, self._merged()
         if mode == "none":
             return []
         if self.config.model.quant == "none":
@@ -226,11 +237,12 @@ class Pipeline:
         key = json.dumps(self.stages["merge"].begun()["inputs"])
         made = target / MADE_FROM
         # After a kill between the folder's rename and the manifest it is there, and whole.
-        if not made.is_file() or made.read_text() != key:
+        if not made.is_file() or made.read_text() != key or changed(target):
+            self._drop_merged()
             settings = [f"model.path={self.config.model.path}", "engine.device=auto"]
             dtype = self.config.pipeline.dtype
             merge.run(self.config.run_dir, str(target), settings, mode, dtype, key, self.stop.check)
-        return _files(target)
+        return _files(self.folder / "merged")
 
 
 def _files(folder: Path, pattern: str = "*") -> list[Path]:

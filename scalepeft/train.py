@@ -155,7 +155,7 @@ def _train(
     read_bytes = trainer.restore(records.resumed)
     seconds["load"] = time.monotonic() - began
     saver = Saver(records, saved=trainer.done)
-    _announce(trainer, records, rows.total, read_bytes, stop.launched, seconds)
+    _announce(trainer, records, rows, read_bytes, stop.launched, seconds)
     try:
         _steps(trainer, rows, records, saver, stop, poll)
     except Stopping:
@@ -246,13 +246,14 @@ def _validation_due(config: RunConfig, rows: "_Rows", step: int) -> bool:
 def _announce(
     trainer: Trainer,
     records: RunRecorder,
-    total: int,
+    rows: "_Rows",
     read_bytes: int,
     launched: float,
     seconds: dict[str, float],
 ) -> None:
     """Tells user and events.jsonl what starts, with the bytes that each rank read and holds."""
     built, ranks, step = trainer.built, trainer.ranks, trainer.done
+    total, tokens = rows.total, list(map(str, rows.files.values()))
     here: dict[str, Any] = {"host": socket.gethostname(), "device": device_name(ranks.device)}
     here |= {"bytes_read": built.bytes_read, "bytes_held": resident_bytes(built.model)}
     per_rank = ranks.gather(here | {"checkpoint_bytes_read": read_bytes})
@@ -268,7 +269,7 @@ def _announce(
         if built.unpacked and trainer.config.train.batching == "auto":
             say(f"rows are padded, not packed: {built.unpacked}")
     more = {"engine": trainer.config.engine.name, "world_size": ranks.world_size}
-    more |= {"parameters": count, **seconds}
+    more |= {"parameters": count, "tokens": tokens, **seconds}
     records.started(step, launched, steps=total, **more, per_rank=per_rank)
     # Parameters and both moments in fp32, headers and manifest.
     records.keep_room(12 * count + 1000 * len(trainer.trained) + (16 << 10))
@@ -283,6 +284,8 @@ class _Rows:
     """Of ``train``."""
     total: int
     """Steps of the whole run."""
+    files: dict[Split, Path]
+    """With the tokens, on this node."""
 
 
 def _rows(config: RunConfig, base: Base, ranks: Ranks, stop: StopFlag) -> _Rows:
@@ -320,4 +323,4 @@ def _rows(config: RunConfig, base: Base, ranks: Ranks, stop: StopFlag) -> _Rows:
     if ranks.is_main and config.train.warmup_steps >= total:  # a trial of a few steps
         warmup = f"train.warmup_steps={config.train.warmup_steps}"
         say(f"{warmup} is not shorter than the run of {total} steps: train.lr is never reached")
-    return _Rows(train, valid, fingerprint, total)
+    return _Rows(train, valid, fingerprint, total, files)

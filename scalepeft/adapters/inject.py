@@ -4,7 +4,6 @@ adapter's state.
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from scalepeft.adapters.experts import stack
 from scalepeft.core import errors, registry
 from scalepeft.core.errors import UserError, unknown
 from scalepeft.core.fields import _build
-from scalepeft.core.files import digest, read_mapping
+from scalepeft.core.files import digest, read_mapping, unsealed
+from scalepeft.core.text import one_line
 from scalepeft.models import quant
 from scalepeft.models.experts import ExpertLinear, mix_in, replace_experts
 from scalepeft.parallel.base import copy_rows, full_shape
@@ -64,7 +64,11 @@ def _attach(layer: nn.Module, method: type[Adapter], config: AdapterConfig, name
         raise UserError(f"{type(layer).__name__} cannot be adapted; nn.Linear layers can")
     if isinstance(layer, Adapted):
         raise UserError("the layer already has an adapter; a layer takes one")
-    adapter = method(config, layer.in_features, layer.out_features, name)
+    try:
+        with torch.device("meta"):  # allocated once its shapes are known to be wanted
+            adapter = method(config, layer.in_features, layer.out_features, name)
+    except RuntimeError as error:  # torch's: sizes that no tensor can have
+        raise UserError(f"adapter settings that no layer can take: {one_line(error)}") from None
     if isinstance(layer, ExpertLinear):
         stack(adapter, layer.num_experts)
     _put(layer, AdaptedExperts if isinstance(layer, ExpertLinear) else Adapted, adapter)
@@ -73,7 +77,7 @@ def _attach(layer: nn.Module, method: type[Adapter], config: AdapterConfig, name
 def _put(layer: Any, mixin: type[nn.Module], adapter: Adapter) -> None:
     mix_in(layer, mixin)
     layer.requires_grad_(False)
-    layer.adapter = adapter.to(layer.weight.device).train(layer.training)
+    layer.adapter = adapter.train(layer.training)
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Adapted]]:
@@ -148,7 +152,12 @@ def _in_layers(names: list[str], layers: list[int] | str) -> list[str]:
     return [name for name in names if _block(name) in layers]
 
 
-def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int = 0) -> nn.Module:
+def inject(
+    model: nn.Module,
+    config: AdapterConfig | dict[str, Any],
+    seed: int = 0,
+    check: Callable[[nn.Module], None] = lambda _: None,
+) -> nn.Module:
     """Adapts every layer that ``config.target_modules`` names and freezes everything else, in
     place.
 
@@ -158,6 +167,7 @@ def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int =
             real.
         config: a method's config or the same as a dict with ``name``.
         seed: of the start values.
+        check: called before any adapter is allocated; may raise.
 
     Raises:
         UserError: a target that matches nothing, a setting that the method or a layer cannot take.
@@ -176,6 +186,7 @@ def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int =
     linear = _in_layers(linear, config.layers)
     norms = _matching(model, config.norm_modules(), _is_norm, "adapter.norm", "normalization")
     model.requires_grad_(False)
+    structure_only = any(p.is_meta for p in model.parameters())
     method = registry.find_class("adapters.methods", config.name, "adapter", Adapter)
     for name in linear:
         try:
@@ -192,16 +203,28 @@ def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int =
         if _block(name) in blocks:
             norm: Any = model.get_submodule(name)
             bias = getattr(norm, "bias", None) is not None
-            _put(norm, AdaptedNorm, Scale(config, len(norm.weight), bias))
-    if not any(p.is_meta for p in model.parameters()):
+            with torch.device("meta"):
+                scale = Scale(config, len(norm.weight), bias)
+            _put(norm, AdaptedNorm, scale)
+    check(model)
+    if not structure_only:
+        _allocate(model)
         reset_adapters(model, seed)
     return model
+
+
+def _allocate(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, Adapted | AdaptedNorm):
+            weight: Any = module.weight
+            module.adapter.to_empty(device=weight.device)
 
 
 def adapt(layer: nn.Linear, name: str, *, seed: int = 0, **settings: Any) -> nn.Linear:
     """Adapts one layer in place and returns it: ``adapt(linear, "hoft", rank=8)``."""
     method = registry.find_class("adapters.methods", name, "adapter", Adapter)
     _attach(layer, method, adapter_config({"name": name, **settings}))
+    _allocate(layer)
     reset_adapters(layer, seed)
     return layer
 
@@ -282,6 +305,11 @@ def check_state(model: nn.Module, shapes: dict[str, tuple[int, ...]], where: str
             )
 
 
+def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
 def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Copies an adapter state into the model after checking names, shapes and values.
 
@@ -289,7 +317,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
         UserError: missing, extra, misshapen or non-finite tensors, with their names; the model is
             unchanged.
     """
-    check_state(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, where)
+    check_state(model, shapes(state), where)
     for name, tensor in state.items():
         if not tensor.is_floating_point():
             raise UserError(f"{where}: {name} holds {tensor.dtype}; take an older checkpoint")
@@ -307,7 +335,8 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[s
         UserError: a missing, unreadable or changed file, named.
     """
     remedy = f"{folder} is no readable adapter folder; name the adapter/ of a finished run"
-    description = read_mapping(folder / "adapter_config.json", json.loads, remedy)
+    description = read_mapping(folder / "adapter_config.json", unsealed, remedy)
+    description.pop("digest", None)
     settings = description.pop("adapter", None)
     if not isinstance(settings, dict) or not isinstance(description.get("base_model", {}), dict):
         raise UserError(
@@ -339,7 +368,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     config, state, _ = read_adapter(Path(folder))
     found = [layer.adapter.config for _, layer in adapted_layers(model)]
     if not found:
-        inject(model, config)
+        inject(model, config, check=lambda made: check_state(made, shapes(state), str(folder)))
     elif any(dataclasses.replace(c, target_modules=config.target_modules) != config for c in found):
         raise UserError(
             f"{folder}: an adapter with settings {config}; the model has one with {found[0]}."

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import re
 import socket
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +18,9 @@ from scalepeft.core.text import one_line
 
 RECORD_BYTES = 64 << 20
 """The largest file of records (manifest, settings, config) that is read as a whole."""
+
+
+STRAY_SECONDS = 3600.0
 
 
 def cache_folder() -> Path:
@@ -70,6 +75,96 @@ def digest(file: Path) -> str:
     """sha256 of a file."""
     with file.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def kept_digest(file: Path) -> str:
+    """``digest`` of a file that may be large: read once, and again after it was written to. What
+    the disk itself damages changes no time and is not seen here.
+    """
+    real = file.resolve()
+    stat = real.stat()  # ctime too, as mtime can be set back
+    identity = [real.name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    kept = cache_folder() / "digests" / key
+    found = kept.read_text() if kept.is_file() else ""
+    if not re.fullmatch("[0-9a-f]{64}", found):
+        found = digest(file)
+        with suppress(OSError):  # no room for it: computed again next time
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(kept, found)
+    return found
+
+
+def seal(values: dict[str, Any], of: str = "") -> str:
+    """sha256 of a mapping under ``of``: what its own key ``digest`` is to hold."""
+    rest = {key: value for key, value in values.items() if key != "digest"}
+    return hashlib.sha256((of + json.dumps(rest, sort_keys=True)).encode()).hexdigest()
+
+
+def sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """``values``, as JSON has them, and their ``digest``, by which ``unsealed`` sees any change."""
+    return values | {"digest": seal(values)}
+
+
+def unsealed(text: str) -> dict[str, Any]:
+    """The mapping of a JSON text. Raises ValueError, of one printable line: no JSON, no mapping, or
+    not as it was ``sealed``; what is older has no ``digest``.
+    """
+    values = parse_json(text)
+    try:
+        if not isinstance(values, dict):
+            raise ValueError("holds no keys with values")
+        if values.get("digest", "") not in ("", seal(values)):
+            raise ValueError("its digest differs: it has changed since it was written")
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    return values
+
+
+def read_sealed(file: Path) -> dict[str, Any]:
+    """``unsealed`` of a file. Raises OSError, and ValueError with its name."""
+    try:
+        return unsealed(read_text(file))
+    except ValueError as error:
+        raise ValueError(f"{file.name}: {error}") from None
+
+
+def damage(
+    folder: Path, files: dict[str, Any], hashed: Callable[[Path], str] = digest
+) -> str | None:
+    """Why files are not those of a manifest (name in ``folder`` -> ``bytes``, ``sha256``; older
+    ones lack that of merged weights), in a printable line; None if they are.
+    """
+    reason, name = None, ""
+    try:
+        for name, known in files.items():
+            file = folder / name
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                reason = "lies outside its folder"
+            elif not file.is_file():
+                reason = "is missing"
+            elif (size := file.stat().st_size) != (wanted := known.get("bytes", size)):
+                reason = f"has {size} bytes, not {wanted}"
+            elif (sha256 := known.get("sha256")) and hashed(file) != sha256:
+                reason = "has changed: sha256 differs from the manifest"
+            if reason:
+                break
+    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = f"unreadable: {type(error).__name__}: {error}"
+    return one_line(f"{name} {reason}") if reason else None
+
+
+def remove_strays(folder: Path, *patterns: str) -> None:
+    """Removes temporaries of ``write_atomically`` whose process is gone: of this machine by its
+    pid, of others after an hour.
+    """
+    for file in (file for pattern in patterns for file in folder.glob(pattern)):
+        name, _, pid = file.name.removesuffix(".tmp").rpartition(".")
+        ours = name.endswith(f".{socket.gethostname()}") and pid.isdecimal()
+        with suppress(OSError):  # another start was faster
+            old = time.time() - file.stat().st_mtime > STRAY_SECONDS
+            if not Path("/proc", pid).exists() if ours else old:
+                file.unlink()
 
 
 def read_text(file: Path, limit: int = RECORD_BYTES) -> str:

@@ -12,9 +12,12 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from scalepeft.core.files import parse_json
 
 Named = tuple[str, str, Sequence[int], int]  # name, safetensors' dtype, shape, bytes
 PIECE_BYTES = 16 << 20  # written and hashed at one time
@@ -60,7 +63,7 @@ class SafetensorsFile:
             raise DamagedFile(f"truncated: {self.size} bytes, too short for its header")
         begin = 8 + length
         try:
-            table = json.loads(self.header)
+            table = parse_json(self.header)
             self.metadata: dict[str, str] = table.pop("__metadata__", {})
             stored = [
                 Stored(name, t["dtype"], tuple(t["shape"]), *(begin + i for i in t["data_offsets"]))
@@ -126,15 +129,19 @@ def write(
         check: called every 16 MiB; may raise.
     """
     head, size = header(tensors, metadata)
-    digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as f:
+    digest, hashed = hashlib.sha256(), None
+    with path.open("wb", buffering=0) as f, ThreadPoolExecutor(1) as hasher:
         for data in itertools.chain([head], pieces):
             for start in range(0, len(data), PIECE_BYTES):
                 check()
-                piece = memoryview(data)[start : start + PIECE_BYTES]
-                digest.update(piece)
+                if hashed is not None:
+                    hashed.result()
+                piece, begin = memoryview(data)[start : start + PIECE_BYTES], f.tell()
+                hashed = hasher.submit(digest.update, piece)  # beside its write
                 while piece:
                     piece = piece[f.write(piece) :]
+                # The disk begins with it now, not when fsync asks for all of it.
+                os.posix_fadvise(f.fileno(), begin, f.tell() - begin, os.POSIX_FADV_DONTNEED)
         os.fsync(f.fileno())
         assert f.tell() == len(head) + size, (path, f.tell(), size)  # else it is our own bug
     return {"bytes": len(head) + size, "sha256": digest.hexdigest()}

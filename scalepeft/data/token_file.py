@@ -37,7 +37,7 @@ def split_file(task: Task, split: Split, tokenizer: Any, ends: list[int]) -> Pat
     """
     folder = Path(task.config.cache or cache_folder()) / "tokens"
     file = folder / f"{_key(task, split, tokenizer, ends)}.safetensors"
-    if _whole(file):
+    if whole(file):
         return file
     temporary = file.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
     try:
@@ -93,7 +93,8 @@ def read(file: Path) -> tuple[TokenSet, list[str]]:
     return TokenSet(tokens, offsets, starts, dropped, cut, lost), json.loads(meta["remarks"])
 
 
-def _whole(file: Path) -> bool:
+def whole(file: Path) -> bool:
+    """Whether the tokens are those that were written."""
     try:
         with safe_open(file, "pt") as f:
             recorded = f.metadata()["sha256"]

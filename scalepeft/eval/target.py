@@ -1,6 +1,7 @@
 """What an evaluation scores: the adapter over its base, a merged checkpoint, or the base alone."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from scalepeft.config.schema import RunConfig, Subject
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import digest
 from scalepeft.core.log import say
+from scalepeft.export.streaming import changed
 from scalepeft.models.hub import Base, open_base
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.folder import older_adapter
@@ -53,9 +55,11 @@ class EvalTarget:
         """Builds the model on this rank, in evaluation mode. Raises UserError: the base is not that
         of the adapter, or what ``build`` refuses.
         """
-        built = build(self.config, self.base, ranks, poll, self.adapter is not None)
-        if self.adapter is not None:
-            injection.load_state(built.model, self.adapter[1], f"{self.config.run_dir}/adapter")
+        where, state = f"{self.config.run_dir}/adapter", self.adapter and self.adapter[1]
+        check = partial(injection.check_state, shapes=injection.shapes(state or {}), where=where)
+        built = build(self.config, self.base, ranks, poll, state is not None, check)
+        if state is not None:
+            injection.load_state(built.model, state, where)
         built.engine.attach(built.model, None)
         Factors(built.model, built.engine).make()
         built.model.eval()
@@ -68,5 +72,7 @@ def _with_merged(config: RunConfig) -> RunConfig:
         raise UserError(
             f"{folder}: no merged checkpoint there; scalepeft merge {config.run_dir} {folder}"
         )
+    if reason := changed(folder):
+        raise UserError(f"{folder}: {reason}; remove the folder and merge again")
     model = replace(config.model, path=str(folder), revision=None, quant="none", double_quant=False)
     return replace(config, model=model)

@@ -1,6 +1,7 @@
 """A finished run and its base without a whole model in memory: one layer, one tensor at a time."""
 
 import glob
+import json
 import os
 import shutil
 import socket
@@ -18,16 +19,20 @@ from scalepeft.adapters import inject as injection
 from scalepeft.config import changes
 from scalepeft.config import schema as cfg
 from scalepeft.core.errors import UserError
-from scalepeft.core.files import fsync, write_atomically
+from scalepeft.core.files import damage, fsync, read_sealed, sealed, write_atomically
+from scalepeft.core.text import one_line
 from scalepeft.models import structure
 from scalepeft.models.hub import Base, ModelConfig, open_base
 from scalepeft.models.weights import Weights, fill
 from scalepeft.parallel.ranks import Ranks, pick_device
 from scalepeft.run.checkpoint import steps_of
 from scalepeft.run.folder import load_run, older_adapter
+from scalepeft.run.stage import facts, sha256
 
 MADE_FROM = "made_from.json"
 """In a folder that was filled with a key: that key."""
+MANIFEST = "manifest.json"
+"""In each folder that was filled: ``bytes`` and ``sha256`` of its other files."""
 
 
 class Streamed:
@@ -149,9 +154,11 @@ class FinishedRun:
         weights = self.base.weights
         model = structure.build(config, self.base.folder, "fp32", weights)
         injection.inject(model, self.config.adapter)
+        where = f"{self.config.run_dir}/adapter"
+        injection.check_state(model, injection.shapes(self.state), where)
         for _, adapter in injection.adapters(model):
             adapter.to_empty(device=self.device)
-        injection.load_state(model, self.state, f"{self.config.run_dir}/adapter")
+        injection.load_state(model, self.state, where)
         return Streamed(model, weights, self.device)
 
 
@@ -166,6 +173,16 @@ def refuse_existing(out: Path) -> None:
     """Raises UserError if there is anything at ``out``."""
     if os.path.lexists(out):
         raise UserError(f"OUT={out}: is there already; name a folder that does not exist yet")
+
+
+def changed(folder: Path, hashed: Callable[[Path], str] = sha256) -> str | None:
+    """Why a folder is not as ``whole_folder`` made it; None also of one without a manifest."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    try:
+        return damage(folder, read_sealed(folder / MANIFEST)["files"], hashed)
+    except (OSError, ValueError, LookupError) as error:
+        return one_line(error)
 
 
 @contextmanager
@@ -195,6 +212,8 @@ def whole_folder(out: Path, key: str | None = None) -> Iterator[Path]:
             partial.mkdir(parents=True)
             write_atomically(made_from, key)
         yield partial
+        known = {f.name: facts(f) for f in sorted(partial.iterdir()) if f.name != MANIFEST}
+        write_atomically(partial / MANIFEST, json.dumps(sealed({"files": known}), indent=1))
         for file in partial.iterdir():
             fsync(file)
         fsync(partial)

@@ -1,14 +1,12 @@
 """Whether a base's files are what they were: the sha256 of each, computed once."""
 
-import contextlib
-import hashlib
 import json
 import re
 import time
 from pathlib import Path
 
 from scalepeft.core.errors import UserError
-from scalepeft.core.files import cache_folder, digest, write_atomically
+from scalepeft.core.files import kept_digest
 from scalepeft.core.log import say
 from scalepeft.core.text import duration, size
 from scalepeft.parallel.ranks import Ranks
@@ -34,7 +32,7 @@ def shard_digests(paths: list[Path], ranks: Ranks) -> dict[str, str]:
         for i, (path, key) in enumerate(zip(paths, keys, strict=True)):
             same = [r for r, theirs in enumerate(everyone) if theirs.get(path.name) == key]
             if same[i % len(same)] == ranks.rank:
-                made[json.dumps([path.name, *key])] = _digest(path, key)
+                made[json.dumps([path.name, *key])] = _digest(path)
         return made
 
     known = {k: v for made in ranks.gather(ranks.all_or_raise(work)) for k, v in made.items()}
@@ -51,16 +49,8 @@ def shard_digests(paths: list[Path], ranks: Ranks) -> dict[str, str]:
     return {p.name: known[json.dumps([p.name, *k])] for p, k in zip(paths, keys, strict=True)}
 
 
-def _digest(path: Path, identity: list[int]) -> str:
-    real = path.resolve()
-    key = hashlib.sha256(json.dumps([str(real), *identity]).encode()).hexdigest()[:32]
-    kept = cache_folder() / "digests" / key
-    found = kept.read_text() if kept.is_file() else ""
-    if not re.fullmatch("[0-9a-f]{64}", found):
-        found = digest(path)
-        with contextlib.suppress(OSError):  # no room for it: computed again next time
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(kept, found)
+def _digest(path: Path) -> str:
+    real, found = path.resolve(), kept_digest(path)
     # In the hub's cache the name of a large file is the sha256 that the hub has of it.
     if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name) and (
         real.name != found

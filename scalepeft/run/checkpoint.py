@@ -22,22 +22,41 @@ from pathlib import Path
 from typing import Any
 
 from scalepeft.core.errors import UserError
-from scalepeft.core.files import digest, fsync, try_to_write, write_atomically
+from scalepeft.core.files import (
+    damage,
+    fsync,
+    parse_json,
+    read_sealed,
+    read_text,
+    remove_strays,
+    sealed,
+    try_to_write,
+    write_atomically,
+)
 from scalepeft.core.log import say
+from scalepeft.core.text import one_line
 from scalepeft.run.lease import check_fence, largest_generation, stored_generation
 
 SCHEMA = 2  # 1 had no files in parts
 NAME = re.compile(r"step-(\d{6,})")
 CLAIM_SECONDS = 5.0  # a start that is claiming is given so long to finish
+STRAYS = ("*.tmp", "*/*.tmp", "eval*/*/*.tmp", ".seen-by-all-nodes-*")
 NO_FOLDER_RENAME = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EPERM}
 
 
-class NewerCheckpoint(Exception):
-    """A checkpoint that a later version of scalepeft wrote."""
+STATE = {"base": dict, "data": str, "nonfinite_in_a_row": int}
+"""What a resume takes of state.json."""
 
 
 class DamagedCheckpoint(Exception):
-    """A folder that does not verify; the message says why."""
+    """A folder that does not verify; the message says why, in one printable line."""
+
+    def __init__(self, reason: object) -> None:
+        super().__init__(one_line(reason))
+
+
+class NewerCheckpoint(DamagedCheckpoint):
+    """A checkpoint that a later version of scalepeft wrote."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +83,9 @@ class RunFolder:
         self.generation = 0
         """0 until the folder is claimed."""
         self._verified: dict[str, Any] = {}
-        """What verified before -> the signature it had: not hashed again unless it changed."""
+        """What verified before -> its signature then, and its state: not hashed again unless it
+        changed.
+        """
         self._told_of_rename = False
         self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         with writing_in(path):
@@ -87,6 +108,7 @@ class RunFolder:
             write_atomically(self.path / "generation", f"{self.generation}\n")
             for mark in self.path.glob(".start-*"):
                 mark.unlink(missing_ok=True)
+        remove_strays(self.path, *STRAYS)
         for leftover in self.checkpoints.glob("*.tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -157,7 +179,8 @@ class RunFolder:
             files = files | {"state.json": {"bytes": len(text), "sha256": sha256}}
             head = {"schema": SCHEMA, "step": step, "generation": self.generation}
             body = {"tensors": state.get("tensors"), "files": dict(sorted(files.items()))}
-            write_atomically(temporary / "manifest.json", json.dumps(head | body, indent=1))
+            text = json.dumps(sealed(head | body), indent=1).encode()
+            write_atomically(temporary / "manifest.json", text)
             Reader(temporary)  # is it whole?
             check_fence(self.path, self.generation)
             if final.exists():  # passed over as damaged, or the same step saved before
@@ -169,7 +192,7 @@ class RunFolder:
         except (OSError, ValueError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise error if isinstance(error, OSError) else OSError(str(error)) from error
-        self._verified[final.name] = _signature(final)
+        self._verified[final.name] = _signature(final), state
         self._retain(keep)
         return final
 
@@ -201,17 +224,16 @@ class RunFolder:
         Raises:
             UserError: there are checkpoints and none can be used: nobody starts over by accident.
         """
-        passed_over: list[str] = []
+        passed_over, newer = list[str](), False
         for step in steps_of(self.path):
             folder = self._folder(step)
             try:
-                self._verify(folder)
-                state = json.loads((folder / "state.json").read_text())
-                return Checkpoint(step, folder, state), passed_over
-            except (DamagedCheckpoint, OSError, ValueError) as error:
+                return Checkpoint(step, folder, self._verify(folder)), passed_over
+            except DamagedCheckpoint as error:
                 passed_over.append(f"{folder.name}: {error}")
-            except NewerCheckpoint as error:
-                raise UserError(f"{error}; update scalepeft to resume") from None
+                newer = newer or isinstance(error, NewerCheckpoint)
+        if newer:
+            raise UserError(f"{'; '.join(passed_over)}; update scalepeft to resume")
         if passed_over:
             raise UserError(
                 f"run_dir={self.path}: no checkpoint verifies ({'; '.join(passed_over)}); restore"
@@ -229,11 +251,13 @@ class RunFolder:
                 self._verify(folder)
                 kept += 1
 
-    def _verify(self, folder: Path) -> None:
+    def _verify(self, folder: Path) -> dict[str, Any]:
+        """The state of a checkpoint that verifies. Raises DamagedCheckpoint."""
         signature = _signature(folder)
-        if self._verified.get(folder.name) != signature:
-            verify(folder)
-            self._verified[folder.name] = signature
+        if self._verified.get(folder.name, (None,))[0] != signature:
+            self._verified[folder.name] = signature, verify(folder)["state"]
+        state: dict[str, Any] = self._verified[folder.name][1]
+        return state
 
 
 def steps_of(run_dir: Path) -> list[int]:
@@ -264,7 +288,7 @@ def _signature(folder: Path) -> list[tuple[str, int, int, int]]:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Checks a checkpoint folder against its manifest and returns the manifest.
+    """Checks a checkpoint folder against its manifest; returns the manifest, with the ``state``.
 
     Raises:
         DamagedCheckpoint: the manifest is missing or broken, or a file is missing, cut or changed.
@@ -272,24 +296,25 @@ def verify(folder: Path) -> dict[str, Any]:
     from scalepeft.models.tensors import Reader  # torch, which status does without
 
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = read_sealed(folder / "manifest.json")
         schema, files, step = manifest["schema"], dict(manifest["files"]), manifest["step"]
         kinds = {re.split(r"[-.]", name)[0] for name in files}
-        if isinstance(schema, int) and schema > SCHEMA:
-            raise NewerCheckpoint(f"{folder} has schema {schema}, this version reads {SCHEMA}")
+        if type(schema) is not int or schema < 1:
+            raise DamagedCheckpoint(f"manifest.json has schema {schema}")
+        if schema > SCHEMA:
+            raise NewerCheckpoint(f"has schema {schema}, this version reads {SCHEMA}")
         if folder.name != f"step-{step:06d}" or not {"trained", "state"} <= kinds:
             raise DamagedCheckpoint(f"manifest.json is that of step {step}: {', '.join(files)}")
-        for name, expected in files.items():
-            file = folder / name
-            if not file.is_file():
-                raise DamagedCheckpoint(f"{name} is missing")
-            if (size := file.stat().st_size) != expected["bytes"]:
-                raise DamagedCheckpoint(f"{name} has {size} bytes, not {expected['bytes']}")
-            if digest(file) != expected["sha256"]:
-                raise DamagedCheckpoint(f"{name} has changed: sha256 differs from the manifest")
+        if lacking := [name for name, known in files.items() if not known["sha256"]]:
+            raise DamagedCheckpoint(f"manifest.json has no sha256 of {lacking[0]}")
+        if reason := damage(folder, files):
+            raise DamagedCheckpoint(reason)
         Reader(folder)  # is each tensor whole?
+        state = parse_json(read_text(folder / "state.json"))
+        if wrong := [key for key, kind in STATE.items() if type(state.get(key)) is not kind]:
+            raise DamagedCheckpoint(f"state.json has no usable {wrong[0]}")
     except FileNotFoundError:
         raise DamagedCheckpoint("no manifest.json: never committed, or deleted") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise DamagedCheckpoint(f"unreadable: {type(error).__name__}: {error}") from None
-    return dict(manifest)
+    return manifest | {"state": state}

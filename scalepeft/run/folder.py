@@ -83,7 +83,8 @@ def check_nodes(run_dir: str, ranks: Ranks) -> None:
 
     def mark() -> Path:
         with writing_in(folder):
-            handle, name = tempfile.mkstemp(prefix=".seen-by-all-nodes-", dir=folder)
+            ours = f".{socket.gethostname()}.{os.getpid()}.tmp"  # removed, should this one die
+            handle, name = tempfile.mkstemp(ours, ".seen-by-all-nodes-", folder)
         os.close(handle)
         return Path(name)
 

@@ -36,7 +36,7 @@ def largest_generation(run_dir: Path) -> int:
     manifests = run_dir.glob("checkpoints/*/manifest.json")
     files = [file for file in (run_dir / "events.jsonl", *manifests) if file.is_file()]
     texts = (file.read_text(errors="replace") for file in files)
-    numbers = (n for text in texts for n in re.findall(r'"generation": (\d+)', text))
+    numbers = (n for text in texts for n in re.findall(r'"generation": (\d{1,15})\b', text))
     return max(map(int, numbers), default=0)
 
 

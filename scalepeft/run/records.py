@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from scalepeft.config import schema as cfg
-from scalepeft.core.files import read_mapping, write_atomically
+from scalepeft.core.files import read_mapping, sealed, write_atomically
 from scalepeft.core.log import say
 from scalepeft.core.preemption import tell_job
 from scalepeft.core.slurm import slurm_start
@@ -281,4 +281,5 @@ class RunRecorder:
             "sha256": written["sha256"],
             "length": [self.config.train.max_steps, self.config.train.epochs],
         }
-        write_atomically(folder / "adapter_config.json", json.dumps(description, indent=2) + "\n")
+        text = json.dumps(sealed(description), indent=2) + "\n"
+        write_atomically(folder / "adapter_config.json", text)

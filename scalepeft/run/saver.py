@@ -10,6 +10,7 @@ import math
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
 import torch
@@ -135,13 +136,16 @@ class Saver:
         self, pending: Save, files: dict[str, dict[str, Tensor]], shapes: dict[str, Any]
     ) -> None:
         """Runs on a thread where the training continues meanwhile: no collective in here."""
+
+        def write(name: str) -> dict[str, Any]:
+            check_fence(self.records.path, self.records.generation)
+            names = (key.partition("[")[0] for key in files[name])
+            local = {key: shapes[key] for key in names if key in shapes}
+            return write_tensors(pending.folder / name, files[name], local, pending.check)
+
         try:
-            for name, tensors in files.items():
-                check_fence(self.records.path, self.records.generation)
-                names = (key.partition("[")[0] for key in tensors)
-                local = {key: shapes[key] for key in names if key in shapes}
-                file = pending.folder / name
-                pending.files[name] = write_tensors(file, tensors, local, pending.check)
+            with ThreadPoolExecutor() as pool:
+                pending.files = dict(zip(files, pool.map(write, files), strict=True))
         except Exception as error:  # told to all ranks in the commit, whatever it is
             superseded = isinstance(error, Superseded)
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"

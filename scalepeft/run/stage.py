@@ -7,17 +7,35 @@ after the old results were set aside.
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from scalepeft import __version__
 from scalepeft.config.changes import flatten
 from scalepeft.config.schema import renamed_key
-from scalepeft.core.files import digest, fsync, read_json, write_atomically
+from scalepeft.core.files import (
+    damage,
+    digest,
+    fsync,
+    kept_digest,
+    read_json,
+    read_sealed,
+    sealed,
+    write_atomically,
+)
 
+LARGE = 64 << 20  # bytes
 SETTINGS = ("config", "data", "evaluate")
 """Inputs that are settings by key, dotted in ``config``."""
+MADE_OF = {
+    "train": {"rows": "prepare"},
+    "merge": {"adapter": "train"},
+    "evaluate": {"rows": "prepare", "adapter": "train", "merged": "merge"},
+    "report": {"adapter": "train", "scores": "evaluate"},
+}
+"""Stage of a pipeline -> its inputs that are another stage's outputs."""
 
 
 class Stage:
@@ -32,7 +50,9 @@ class Stage:
 
     def done(self) -> dict[str, Any]:
         """The manifest of the finished work; empty where there is none, or a broken one."""
-        return read_json(self.done_file)
+        with suppress(OSError, ValueError):
+            return read_sealed(self.done_file)
+        return {}
 
     def begun(self) -> dict[str, Any]:
         """The manifest of work in progress; empty likewise."""
@@ -45,14 +65,25 @@ class Stage:
 
     def is_done(self, inputs: Any) -> bool:
         """True if it was finished for these inputs and every output is as it was written."""
-        manifest = self.done()
-        outputs = manifest.get("outputs")
-        if not isinstance(outputs, dict):
-            return False
-        return _counting(manifest.get("inputs"), inputs) == plain(inputs) and all(
-            (path := self.root / name).is_file() and facts(path) == known
-            for name, known in outputs.items()
-        )
+        held = self.done().get("inputs")
+        return _counting(held, inputs) == plain(inputs) and self.damage(sha256) is None
+
+    def damage(self, hashed: Callable[[Path], str] = digest) -> str | None:
+        """Why the outputs are not those that the finished work made; None if they are."""
+        if not isinstance(self.done().get("outputs"), dict):
+            return "its manifest is broken, or has changed since it was written"
+        return damage(self.root, self.outputs(), hashed)
+
+    def stale(self) -> str | None:
+        """Which stages of a pipeline have made something else since this took it; None if none."""
+        inputs: Any = self.done().get("inputs")
+        folder, others = self.done_file.parent, list[str]()
+        for key, name in MADE_OF.get(self.name, {}).items() if isinstance(inputs, dict) else ():
+            made, taken = Stage(folder, name).outputs(), inputs.get(key) or {}
+            if key == "rows":  # of its splits; "data": of a task that reads no files
+                made = taken if "data" in taken else {row: made.get(row) for row in taken}
+            others += [name] if taken != made else []
+        return f"{', '.join(others)} has made something else since" if others else None
 
     def is_begun(self, inputs: Any) -> bool:
         """True if it was begun, but not finished, for these inputs."""
@@ -82,10 +113,10 @@ class Stage:
             "finished": time.time(),
             "seconds": time.time() - started,  # of the start that finished it
             "scalepeft": __version__,
-            **more,
+            **plain(more),
         }
         self.done_file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.done_file, json.dumps(manifest, indent=1))
+        write_atomically(self.done_file, json.dumps(sealed(manifest), indent=1))
         self.begun_file.unlink(missing_ok=True)
         return manifest
 
@@ -116,11 +147,13 @@ def plain(value: Any) -> Any:
 
 
 def facts(path: Path) -> dict[str, Any]:
-    """Size and sha256 of a file; of merged weights, which may be hundreds of GB, the size alone."""
-    known: dict[str, Any] = {"bytes": path.stat().st_size}
-    if path.parent.name != "merged" or path.suffix != ".safetensors":
-        known["sha256"] = digest(path)
-    return known
+    """Size and sha256 of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def sha256(file: Path) -> str:
+    """The digest of a file, of a large one as it is kept: merged weights may be hundreds of GB."""
+    return kept_digest(file) if file.stat().st_size >= LARGE else digest(file)
 
 
 def differing(old: Any, new: dict[str, Any], limit: int = 4) -> str:

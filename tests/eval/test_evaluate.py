@@ -386,6 +386,29 @@ def test_predictions_of_other_settings_never_mix(tmp_path: Path) -> None:
     assert [json.loads(line)["id"] for line in second.path.open()] == ["9"]
 
 
+def test_replaced_rows_are_answered_again_and_old_ones_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = Predictions(tmp_path, "toy", {"a": 1, "batch": 2, "x": None}, ASKED)
+    first.append([row(i) for i in ASKED])
+    held = [json.loads(line) for line in first.path.open()]
+    assert [*held[0]] == ["id", "prediction", "cut", "asked", "digest"]
+    assert not capsys.readouterr().err
+    bare = [{k: v for k, v in one.items() if k != "digest"} for one in held]
+    other = {"prediction": "better"}
+    for changed, wanted, what in (
+        (bare, 40, "40 rows of an older version"),
+        ([one | other for one in held[:24]] + held[24:], 16, "24 rows are damaged"),
+        ([held[0], *(one | other for one in bare[1:24]), *held[24:]], 17, "23 rows are damaged"),
+    ):
+        first.path.write_text("".join(json.dumps(one) + "\n" for one in changed))
+        again = Predictions(tmp_path, "toy", {"a": 1, "batch": 4}, ASKED)
+        assert len(again.done) == wanted and what in capsys.readouterr().err
+    again.append([row(i) for i in ASKED if i not in again.done])
+    assert len(Predictions(tmp_path, "toy", {"a": 1}, ASKED).done) == 40
+    assert not capsys.readouterr().err, "the damaged ones are gone"
+
+
 def test_other_rows_keep_the_predictions_of_those_that_stay(tmp_path: Path) -> None:
     """An eighth task, or evaluate.limit taken away, costs the new rows alone."""
     first = Predictions(tmp_path, "toy", {"a": 1, "examples": "x"}, {"1": "p", "2": "q"})
@@ -405,7 +428,7 @@ def test_a_full_disk_keeps_what_is_there(tmp_path: Path) -> None:
     first.append([row(str(i)) for i in range(20)])
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (first.path.stat().st_size + 100, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (first.path.stat().st_size + 150, hard))
     try:
         with pytest.raises(UserError, match=r"cannot be written: .*; the 20 predictions before"):
             first.append([row(str(i)) for i in range(20, 40)])

@@ -1,6 +1,7 @@
 """scalepeft export: HF PEFT computes what the adapter computed; refusals leave nothing."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,13 @@ import torch
 from finished import adapted, distance, logits, make_run, stock
 from safetensors.torch import load_file, save_file
 from test_merge import DAMAGES, TINY, random_llama
+from torch import nn
 
+from scalepeft.adapters import inject as injection
 from scalepeft.core.errors import UserError
+from scalepeft.core.files import sealed
+from scalepeft.core.preemption import StopFlag
+from scalepeft.eval import evaluate
 from scalepeft.export import peft as export
 
 pytest.importorskip("peft")
@@ -261,3 +267,35 @@ def test_only_the_weights_that_are_needed_are_read(
         reads.clear()
         run(make_run(tmp_path / method, TINY, method), tmp_path / f"{method}-out", "lora")
         assert len(reads) == count
+
+
+@pytest.mark.parametrize(("rank", "says"), [(10**12, "has shape [4, "), (10**18, "no layer can")])
+def test_shapes_of_a_strangers_adapter_are_compared_before_anything_is_allocated(
+    rank: int, says: str, tmp_path: Path
+) -> None:
+    run_dir = make_run(tmp_path / "run", TINY, "lora")
+    for name in ("config.yaml", "adapter/adapter_config.json"):
+        text = (run_dir / name).read_text()
+        (run_dir / name).write_text(re.sub(r'(rank"?: )4\b', rf"\g<1>{rank}", text))
+    assert says in refused(run_dir, tmp_path / "out", "lora")
+    with pytest.raises(UserError, match=re.escape(says)):
+        evaluate.run(str(run_dir), [], "adapter", StopFlag())
+    model = nn.ModuleDict({f"{part}_proj": nn.Linear(64, 64) for part in "qkv"})
+    config = {"name": "lora", "rank": 4, "target_modules": ["q_proj"]}
+    state = {f"q_proj.adapter.{k}": torch.zeros(4, 64) for k in "AB"}
+    (tmp_path / "adapter").mkdir()
+    save_file(state, tmp_path / "adapter/adapter.safetensors")
+    about = {"adapter": {**config, "rank": rank}}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=re.escape(says)):
+        injection.load_adapter(model, tmp_path / "adapter")
+
+
+def test_an_edited_adapter_config_is_seen(tmp_path: Path) -> None:
+    run_dir = make_run(tmp_path / "run", TINY, "lora")
+    file = run_dir / "adapter/adapter_config.json"
+    about = json.loads(file.read_text())
+    file.write_text(json.dumps(sealed(about)))
+    assert run(run_dir, tmp_path / "one", "lora").is_dir()
+    file.write_text(json.dumps({**sealed(about), "step": 2}))
+    assert "its digest differs" in refused(run_dir, tmp_path / "two", "lora")

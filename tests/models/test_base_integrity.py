@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
 import pytest
-from processes import ROOT, Job, call
+from processes import ROOT, Job, call, flip
 
 from scalepeft.core.errors import UserError
 from scalepeft.models import hub, integrity
@@ -25,17 +24,6 @@ SETTINGS = (
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     return Path(shutil.copytree(BASE, tmp_path / "base"))
-
-
-def flip(file: Path, at: int) -> None:
-    """Flips one bit and sets mtime back."""
-    stat = file.stat()
-    with file.open("r+b") as f:
-        f.seek(at)
-        (byte,) = f.read(1)
-        f.seek(at)
-        f.write(bytes([byte ^ 1]))
-    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 @pytest.mark.slow

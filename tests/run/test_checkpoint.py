@@ -9,10 +9,12 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import damages
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,6 +25,8 @@ from scalepeft.parallel.base import Part
 from scalepeft.run.checkpoint import DamagedCheckpoint, RunFolder, steps_of, verify
 from scalepeft.run.lease import Superseded, stored_generation
 from scalepeft.run.logs import RowLog
+
+STATE = {"base": {}, "data": "", "nonfinite_in_a_row": 0}
 
 
 def claimed(path: Path) -> RunFolder:
@@ -43,7 +47,7 @@ def commit(folder: RunFolder, step: int, trained: dict[str, torch.Tensor], keep:
     except OSError:
         shutil.rmtree(temporary)
         raise
-    return folder.commit(temporary, files, {"step": step}, keep)
+    return folder.commit(temporary, files, {"step": step, **STATE}, keep)
 
 
 def save(folder: RunFolder, step: int, keep: int = 2) -> Path:
@@ -143,14 +147,43 @@ def test_nothing_verifies_is_an_error_and_no_fresh_start(tmp_path: Path) -> None
         RunFolder(tmp_path).newest()
 
 
-def test_a_checkpoint_of_a_later_version_is_not_passed_over(tmp_path: Path) -> None:
+def edit_manifest(folder: Path, *without: str, **values: object) -> None:
+    """Writes other values into a manifest, without its digest (``without``) or as it was."""
+    manifest = json.loads((folder / "manifest.json").read_text()) | values
+    left = {key: value for key, value in manifest.items() if key not in without}
+    (folder / "manifest.json").write_text(json.dumps(left))
+
+
+def test_a_later_version_is_passed_over_while_an_older_whole_one_exists(tmp_path: Path) -> None:
+    folder = claimed(tmp_path)
+    edit_manifest(save(folder, 10), "digest", schema=99)
+    with pytest.raises(UserError, match="step-000010: has schema 99, this version reads 2; update"):
+        RunFolder(tmp_path).newest()
+    save(folder, 20)
+    edit_manifest(save(folder, 30, keep=3), "digest", schema=99)
+    found, passed_over = RunFolder(tmp_path).newest()
+    assert found is not None and found.step == 20
+    assert passed_over == ["step-000030: has schema 99, this version reads 2"]
+    for step in (40, 50):  # retention counts none of them, and raises nothing
+        save(folder, step)
+    assert steps_of(tmp_path) == [50, 40]
+
+
+@pytest.mark.parametrize("key", ["schema", "step", "generation", "tensors", "files"])
+def test_any_edit_of_a_manifest_is_seen(key: str, tmp_path: Path) -> None:
     folder = claimed(tmp_path)
     save(folder, 10)
     path = save(folder, 20)
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**manifest, "schema": 99}))
-    with pytest.raises(UserError, match="step-000020 has schema 99, this version reads 2; update"):
-        RunFolder(tmp_path).newest()
+    files = {k: v for k, v in manifest["files"].items() if k != "optimizer.safetensors"}
+    edit_manifest(path, **{key: files if key == "files" else (manifest[key] or 0) ^ 4})
+    found, passed_over = RunFolder(tmp_path).newest()
+    assert found is not None and found.step == 10
+    assert "manifest.json: its digest differs" in passed_over[0]
+    # One of an older version has no digest, and is read.
+    edit_manifest(path, "digest", **manifest)
+    found, passed_over = RunFolder(tmp_path).newest()
+    assert found is not None and found.step == 20 and not passed_over
 
 
 def test_a_checkpoint_of_the_first_version_is_read(tmp_path: Path) -> None:
@@ -163,7 +196,7 @@ def test_a_checkpoint_of_the_first_version_is_read(tmp_path: Path) -> None:
         save_file(load_file(file), file)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": digest}
-    (path / "manifest.json").write_text(json.dumps({**manifest, "schema": 1}))
+    edit_manifest(path, "digest", **{**manifest, "schema": 1})
     found, passed_over = RunFolder(tmp_path).newest()
     assert found is not None and not passed_over
     assert torch.equal(Reader(found.folder).whole("a.adapter.U"), torch.full((4, 2), 20.0))
@@ -262,7 +295,7 @@ def save_in_parts(folder: RunFolder, step: int, writers: int) -> Path:
     except OSError:
         shutil.rmtree(temporary)
         raise
-    return folder.commit(temporary, files, {"step": step}, 3)
+    return folder.commit(temporary, files, {"step": step, **STATE}, 3)
 
 
 def damage_at_random(newest: Path, rng: random.Random) -> str:
@@ -334,6 +367,28 @@ def test_no_damage_at_random_is_ever_loaded(writers: int, tmp_path: Path) -> Non
             assert torch.equal(reader.whole(name), tensor), (what, name)
         shutil.rmtree(run)
     assert passed > 95, "nearly every one of these is a damage"
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_no_kind_of_damage_is_silent_or_a_traceback(seed: int, tmp_path: Path) -> None:
+    found = damages.campaign(tmp_path, seed, 2 * len(damages.KINDS))
+    assert found["passed over"] > len(damages.KINDS), "the others hit an older one"
+
+
+def test_temporaries_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
+    save(claimed(tmp_path), 1)
+    (tmp_path / "stages").mkdir()
+    host, dead = socket.gethostname(), subprocess.Popen(["true"])
+    dead.wait()
+    gone = [f".seen-by-all-nodes-x.{host}.{dead.pid}.tmp", f"stages/a.{host}.{dead.pid}.tmp",
+            "generation.elsewhere.1.tmp", ".seen-by-all-nodes-old"]  # fmt: skip
+    stay = [f"other.{host}.{os.getpid()}.tmp", "stages/b.elsewhere.1.tmp", "mine.tmp"]
+    for name in (*gone, *stay):
+        (tmp_path / name).write_text("")
+    for name in gone[2:]:
+        os.utime(tmp_path / name, (1, 1))
+    claimed(tmp_path)
+    assert [name for name in (*gone, *stay) if (tmp_path / name).exists()] == stay
 
 
 def test_a_disk_that_fills_up_in_the_middle_of_any_file(small_disk: Path) -> None:

@@ -33,7 +33,7 @@ def test_done_once_for_its_inputs(tmp_path: Path) -> None:
     assert stage.begun()["splits"] == 3 and stage.is_begun(other)
 
 
-@pytest.mark.parametrize("damage", ["changed", "gone", "torn", "of another kind"])
+@pytest.mark.parametrize("damage", ["changed", "gone", "torn", "of another kind", "edited"])
 def test_an_output_that_is_not_as_it_was_written_counts_as_none(
     tmp_path: Path, damage: str
 ) -> None:
@@ -42,8 +42,20 @@ def test_an_output_that_is_not_as_it_was_written_counts_as_none(
         made.write_text("abd")
     elif damage == "gone":
         made.unlink()
+    elif damage == "edited":
+        text = stage.done_file.read_text()
+        stage.done_file.write_text(text.replace('"seconds": ', '"seconds": 1'))
     else:
         stage.done_file.write_text("{" if damage == "torn" else "[1]")
+    assert not stage.is_done(INPUTS) and stage.damage()
+
+
+def test_merged_weights_of_older_manifests_have_no_sha256(tmp_path: Path) -> None:
+    stage, made = finished(tmp_path)
+    manifest = {**stage.done(), "outputs": {"out/a.txt": {"bytes": 3}}}
+    stage.done_file.write_text(json.dumps({k: v for k, v in manifest.items() if k != "digest"}))
+    assert stage.is_done(INPUTS)
+    made.write_text("abcd")
     assert not stage.is_done(INPUTS)
 
 

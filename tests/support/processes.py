@@ -137,6 +137,17 @@ def train(ranks: int, run_dir: Path, *settings: str, timeout: float = 120, expec
     return text
 
 
+def flip(file: Path, at: int) -> None:
+    """Flips one bit and sets mtime back."""
+    stat = file.stat()
+    with file.open("r+b") as f:
+        f.seek(at)
+        (byte,) = f.read(1)
+        f.seek(at)
+        f.write(bytes([byte ^ 1]))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
 def rows(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
 
