@@ -16,6 +16,8 @@ from scalepeft.core.text import one_line
 
 RECORD_BYTES = 64 << 20
 """The largest file of records (manifest, settings, config) that is read as a whole."""
+LINE_BYTES = 16 << 20
+"""The longest line that is read as a whole."""
 
 
 def cache_folder() -> Path:
@@ -106,13 +108,11 @@ def read_mapping(file: Path, parse: Callable[[str], object], remedy: str) -> dic
         UserError: it is missing, unreadable, broken or holds something else; ends with ``remedy``.
     """
     try:
-        values = parse(file.read_text(encoding="utf-8"))
+        values = parse(read_text(file))
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; {remedy}") from None
     except Exception as error:  # every parser has its own
-        raise UserError(
-            f"{file}: cannot be read: {' '.join(str(error).split())}; {remedy}"
-        ) from None
+        raise UserError(f"{file}: cannot be read: {one_line(error, 200)}; {remedy}") from None
     if not isinstance(values, dict):
         kind = type(values).__name__
         raise UserError(f"{file}: must hold keys with values, not {kind}; {remedy}")
@@ -122,7 +122,7 @@ def read_mapping(file: Path, parse: Callable[[str], object], remedy: str) -> dic
 def read_json(file: Path) -> dict[str, Any]:
     """The mapping in a JSON file; empty where it is missing, broken or holds something else."""
     try:
-        found = json.loads(file.read_text())
+        found = parse_json(read_text(file))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -135,12 +135,14 @@ NUMBERS = {
 
 
 def lines_of(file: Path, newest_first: bool = False) -> Iterator[bytes]:
-    """Lines of a file, if there is one, with their ends; no more is read than is asked for."""
+    """Lines of a regular file, if there is one, with their ends; no more is read than is asked for,
+    and a line beyond ``LINE_BYTES`` comes in parts.
+    """
     if not file.is_file():
         return
     with file.open("rb") as f:
         if not newest_first:
-            yield from f
+            yield from iter(lambda: f.readline(LINE_BYTES), b"")
             return
         begin, rest, block = f.seek(0, os.SEEK_END), b"", 1 << 16
         while begin:
@@ -148,16 +150,19 @@ def lines_of(file: Path, newest_first: bool = False) -> Iterator[bytes]:
             f.seek(begin)
             lines = (f.read(end - begin) + rest).splitlines(keepends=True)
             rest = lines.pop(0) if begin and lines else b""
+            if len(rest) > LINE_BYTES:
+                lines, rest = [rest, *lines], b""
             yield from reversed(lines)
-            block *= 1 if lines else 2  # a line of any length is read in linear time
+            block *= 1 if lines else 2  # a long line is read in linear time
 
 
 def read_line(line: bytes, *keys: str) -> dict[str, Any] | None:
     """The row in a JSON line; None if it is broken, lacks a key, or a number where one belongs."""
     with suppress(ValueError):
-        row = json.loads(line)
+        row = parse_json(line)
         if isinstance(row, dict) and row.keys() >= {*keys}:
-            numbers = all(type(row[key]) in (int, float) for key in NUMBERS & row.keys())
+            values = (row[key] for key in NUMBERS & row.keys())
+            numbers = all(type(n) in (int, float) and abs(n) < 1e15 for n in values)
             return row if numbers else None
     return None
 

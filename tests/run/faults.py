@@ -1,7 +1,7 @@
 """``python -m scalepeft`` on a machine in trouble: the environment's FAULT says in which.
 
 ``memory``: rank 1 has no room for some of its writes. ``row``, ``save``, ``end``: the file system
-does not answer for a moment when the fence is read, and the generation file is lost before.
+does not answer for a moment when the fence is read, and the holder's file is lost before.
 """
 
 import errno
@@ -43,7 +43,8 @@ def look_at_a_stale_handle(run_dir: Path) -> int:
     if count in AT:
         raise OSError(errno.ESTALE, "Stale file handle")
     if count == AT[0] - 1:
-        (run_dir / "generation").unlink(missing_ok=True)
+        for holder in run_dir.glob("holder*.json"):
+            holder.unlink()
     return look(run_dir)
 
 
