@@ -23,8 +23,10 @@ from scalepeft.core.fields import (
     Seed,
     TextList,
     _build,
+    deciding,
     split_commas,
 )
+from scalepeft.core.text import one_line, plain
 from scalepeft.data.tasks.base import Task, TaskConfig
 from scalepeft.models.hub import BUILTIN, ModelConfig
 from scalepeft.parallel.base import Engine, EngineConfig
@@ -266,8 +268,27 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
         found[section] = {**fixed, **found[section]}
     built = {section: _build(cls, found[section], section) for section, cls in classes.items()}
     config = RunConfig(run_dir=str(run_dir), extensions=extensions, **built)
+    _check_plain(config)
     _check(config)
     return config
+
+
+def _check_plain(config: RunConfig) -> None:
+    """Raise UserError for a control character in what becomes a path, a name or a line: in all but
+    the texts of prompts and answers.
+    """
+    values: dict[str, Any] = {"run_dir": config.run_dir, "extensions": config.extensions}
+    for section in (*PLAIN, *NAMED):
+        of = getattr(config, section)
+        texts = deciding(type(of), Decides.ROWS, Decides.PREDICTIONS, Decides.SCORES)
+        values[section] = {k: v for k, v in to_dict(of).items() if k not in texts}
+    for key, value in flatten(values):
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not plain(text):
+                raise UserError(
+                    f"{key}={one_line(text, 100)}: has control characters, or is not UTF-8; a path,"
+                    " a name or a setting of one line may not"
+                )
 
 
 def protocol_values(task: type[TaskConfig], name: str | None) -> dict[str, dict[str, Any]]:

@@ -25,6 +25,28 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SCALEPEFT_CACHE") or Path.home() / ".cache" / "scalepeft")
 
 
+def share(path: Path) -> None:
+    """Let the group read and write what was made in a cache, a file or a folder with its files,
+    where the folder it lies in is that group's to write.
+    """
+    above, made = path.parent.stat(), path.stat()
+    if above.st_mode & stat.S_IWGRP and above.st_gid == made.st_gid:
+        folder = path.is_dir()
+        path.chmod(made.st_mode & 0o7777 | (0o070 | above.st_mode & 0o3000 if folder else 0o060))
+        for file in path.iterdir() if folder else ():
+            share(file)
+
+
+def shared_folder(path: Path) -> Path:
+    """Make a folder of a cache, as ``share`` says, unless it is there, and return it."""
+    for folder in (*reversed(path.parents), path):
+        with suppress(FileExistsError):
+            if not folder.exists():
+                folder.mkdir()
+                share(folder)
+    return path
+
+
 def fsync(path: Path) -> None:
     """Flushes a file, or a folder's entries, to the disk."""
     fd = os.open(path, os.O_RDONLY)
@@ -112,7 +134,7 @@ def read_mapping(file: Path, parse: Callable[[str], object], remedy: str) -> dic
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; {remedy}") from None
     except Exception as error:  # every parser has its own
-        raise UserError(f"{file}: cannot be read: {one_line(error, 200)}; {remedy}") from None
+        raise UserError(f"{file}: cannot be read: {one_line(error, 120)}; {remedy}") from None
     if not isinstance(values, dict):
         kind = type(values).__name__
         raise UserError(f"{file}: must hold keys with values, not {kind}; {remedy}")

@@ -2,10 +2,12 @@
 
 import sys
 
+from scalepeft.core.text import visible
+
 
 def say(text: str) -> None:
     """One line for the user, on stderr."""
-    print(f"scalepeft: {text}", file=sys.stderr, flush=True)
+    print(f"scalepeft: {visible(text)}", file=sys.stderr, flush=True)
 
 
 LINE_SECONDS = 10.0  # without a terminal: at most one line in so many seconds

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scalepeft.core.files import parse_json
+
 Named = tuple[str, str, Sequence[int], int]  # name, safetensors' dtype, shape, bytes
 PIECE_BYTES = 16 << 20  # written and hashed at one time
 
@@ -60,7 +62,7 @@ class SafetensorsFile:
             raise DamagedFile(f"truncated: {self.size} bytes, too short for its header")
         begin = 8 + length
         try:
-            table = json.loads(self.header)
+            table = parse_json(self.header)
             self.metadata: dict[str, str] = table.pop("__metadata__", {})
             stored = [
                 Stored(name, t["dtype"], tuple(t["shape"]), *(begin + i for i in t["data_offsets"]))

@@ -8,7 +8,14 @@ import time
 from pathlib import Path
 
 from scalepeft.core.errors import UserError
-from scalepeft.core.files import cache_folder, digest, write_atomically
+from scalepeft.core.files import (
+    cache_folder,
+    digest,
+    read_text,
+    share,
+    shared_folder,
+    write_atomically,
+)
 from scalepeft.core.log import say
 from scalepeft.core.text import duration, size
 from scalepeft.parallel.ranks import Ranks
@@ -55,12 +62,15 @@ def _digest(path: Path, identity: list[int]) -> str:
     real = path.resolve()
     key = hashlib.sha256(json.dumps([str(real), *identity]).encode()).hexdigest()[:32]
     kept = cache_folder() / "digests" / key
-    found = kept.read_text() if kept.is_file() else ""
+    found = ""
+    with contextlib.suppress(OSError, ValueError):
+        found = read_text(kept)
     if not re.fullmatch("[0-9a-f]{64}", found):
         found = digest(path)
         with contextlib.suppress(OSError):  # no room for it: computed again next time
-            kept.parent.mkdir(parents=True, exist_ok=True)
+            shared_folder(kept.parent)
             write_atomically(kept, found)
+            share(kept)
     # In the hub's cache the name of a large file is the sha256 that the hub has of it.
     if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name) and (
         real.name != found

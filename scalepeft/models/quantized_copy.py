@@ -18,7 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scalepeft.core.files import cache_folder, fsync, write_atomically
+from scalepeft.core.files import (
+    cache_folder,
+    fsync,
+    parse_json,
+    read_text,
+    share,
+    shared_folder,
+    write_atomically,
+)
 from scalepeft.core.log import say
 from scalepeft.core.text import size
 from scalepeft.models import integrity
@@ -83,7 +91,7 @@ class QuantizedCopy:
             return found
 
         reader = self.ranks.all_or_raise(read)
-        files = json.loads((folder / "manifest.json").read_text())["files"]
+        files = parse_json(read_text(folder / "manifest.json"))["files"]
         found = integrity.shard_digests([folder / name for name in files], self.ranks)
         if damaged := [name for name in files if found[name] != files[name]["sha256"]]:
             raise ValueError(f"{damaged[0]}: damaged: another sha256 than when it was written")
@@ -127,7 +135,7 @@ class QuantizedCopy:
 
     def _begin(self, temporary: Path) -> None:
         root = temporary.parent
-        root.mkdir(parents=True, exist_ok=True)
+        shared_folder(root)
         for old in root.glob("*.tmp-*"):  # of a start that was killed
             if time.time() - old.stat().st_mtime > LEFTOVER_SECONDS:
                 shutil.rmtree(old, ignore_errors=True)
@@ -152,6 +160,7 @@ class QuantizedCopy:
         manifest = {"version": VERSION, "tensors": len(self._shapes), "files": files}
         write_atomically(temporary / "manifest.json", json.dumps(manifest))
         Reader(temporary)  # is it whole: has this node all files?
+        share(temporary)
         shutil.rmtree(self.folder, ignore_errors=True)
         temporary.rename(self.folder)
         fsync(self.folder.parent)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from scalepeft.core import safetensors
+from scalepeft.core.files import parse_json, read_text
 from scalepeft.core.safetensors import SafetensorsFile
 from scalepeft.models.sources import DTYPES
 from scalepeft.parallel.base import Part
@@ -78,11 +79,11 @@ class Reader:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         self._pieces: dict[str, list[_Piece]] = {}
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = parse_json(read_text(folder / "manifest.json"))
         kept = [name for name in manifest["files"] if name.endswith(".safetensors")]
         self._files = [SafetensorsFile(folder / name) for name in kept]
         for file in self._files:
-            wholes = json.loads(file.metadata.get("shapes", "{}"))
+            wholes = parse_json(file.metadata.get("shapes", "{}"))
             for key, stored in file.tensors.items():
                 match = PIECE.fullmatch(key)
                 name, start = (match[1], int(match[2])) if match else (key, 0)

@@ -17,7 +17,7 @@ from scalepeft.run import saver as saving
 FAULT = os.environ["FAULT"]
 
 
-AT = {"row": range(4, 7), "save": range(2, 4), "end": range(12, 14), "memory": range(4, 8)}[FAULT]
+AT = {"row": range(6, 9), "save": range(4, 6), "end": range(14, 16), "memory": range(4, 8)}[FAULT]
 
 
 count = 0
