@@ -5,7 +5,6 @@
 import argparse
 import atexit
 import dataclasses
-import errno
 import gc
 import importlib
 import os
@@ -15,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from errno import EACCES, ELOOP, ENAMETOOLONG, ENOTDIR, EPERM, EROFS
 from typing import TYPE_CHECKING, Any
 
 from scalepeft import arguments
@@ -26,9 +26,7 @@ if TYPE_CHECKING:  # its module imports torch
     from scalepeft.config.schema import RunConfig
 
 INTERRUPTED = 130  # as the shell reports a death by Ctrl-C
-REFUSED = {
-    errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP,
-}  # fmt: skip
+REFUSED = (EACCES, ELOOP, ENAMETOOLONG, ENOTDIR, EPERM, EROFS)
 """What the system says of a name, or of rights, that the user has to mend."""
 
 

@@ -118,7 +118,7 @@ class Pipeline:
     def _set_aside(self, name: str, forced: bool) -> None:
         if name == "merge" and (self.folder / "merged").is_dir():
             say(f"{self.folder}/merged: of the old adapter or settings: removed")
-            shutil.rmtree(self.folder / "merged")
+            shutil.rmtree((self.folder / "merged").resolve())  # a link, say to scratch, stays
         # Predictions that are still valid stay.
         old = RESULTS.get(name, ()) if name == "train" or forced else ()
         if any((self.folder / entry).exists() for entry in old):
@@ -218,7 +218,7 @@ class Pipeline:
         return [*files.values(), target]
 
     def _merge(self) -> list[Path]:
-        mode, target = self.config.pipeline.merge, self.folder / "merged"
+        mode, target = self.config.pipeline.merge, (self.folder / "merged").resolve()
         if mode == "none":
             return []
         if self.config.model.quant == "none":
@@ -230,7 +230,7 @@ class Pipeline:
             settings = [f"model.path={self.config.model.path}", "engine.device=auto"]
             dtype = self.config.pipeline.dtype
             merge.run(self.config.run_dir, str(target), settings, mode, dtype, key, self.stop.check)
-        return _files(target)
+        return _files(self.folder / "merged")
 
 
 def _files(folder: Path, pattern: str = "*") -> list[Path]:

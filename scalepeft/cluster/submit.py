@@ -27,6 +27,7 @@ from scalepeft.run.status import job_of
 
 SNAPSHOT = ("scalepeft", "configs", "slurm", "launch")
 EXTENSIONS = "extensions"  # in the snapshot
+Words = dict[str, str]
 # Variables that Slurm sets in a job: in a setting they would be empty when it is resolved here.
 ON_A_NODE = "@only-in-the-job@"
 NODE_VARIABLES = [
@@ -71,11 +72,7 @@ def run(options: Options) -> None:
     jobs = _jobs(options, configs, folder, design)
     texts, calls = {}, {}
     for name, job in jobs.items():
-        laid_over = _laid_over(name, job, over, folder, options)
-        if not job.gpus:
-            alone = {k: v for k, v in in_file.items() if k not in sbatch.NOT_ALONE}
-            laid_over = alone | laid_over
-        calls[name] = sbatch.arguments(laid_over)
+        calls[name] = sbatch.arguments(_laid_over(name, job, in_file, over, folder, options))
         texts[f"{name}.sh"] = sbatch.render(lines, job, folder)
         texts[f"{name}.args"] = f"{shlex.join(calls[name])}\n"  # for who wonders later
     if options.dry_run:
@@ -114,11 +111,11 @@ def _jobs(
 
 
 def _laid_over(
-    name: str, job: Job, over: dict[str, str], folder: Path, options: Options
+    name: str, job: Job, in_file: Words, over: Words, folder: Path, options: Options
 ) -> dict[str, str]:
     """Options over those of the job file: the command line's, then ours."""
     if not job.gpus:
-        over = {k: v for k, v in over.items() if k not in sbatch.NOT_ALONE}
+        over = {k: v for k, v in (in_file | over).items() if k not in sbatch.NOT_ALONE}
         over |= sbatch.ALONE | sbatch.over(options.cpu_sbatch)
     ours = {"--chdir": str(Path.cwd())}
     if array := bool(options.sweep or (options.compare and job.gpus)):

@@ -133,9 +133,10 @@ def _parsed(path: Path) -> dict[str, Any]:
         )
 
     def parse(text: str) -> object:
+        values = parse_yaml(text)
         if text.startswith(cfg.RESOLVED):
-            return _as_text(parse_yaml(text))
-        return OmegaConf.to_container(OmegaConf.create(_bounded(text)))
+            return _as_text(values)
+        return OmegaConf.to_container(OmegaConf.create(text))
 
     remedy = f"expected {', '.join(cfg.SECTIONS)}, each with its keys; as text ${{ is written \\${{"
     values = read_mapping(path, parse, remedy)
@@ -219,8 +220,10 @@ def _split(override: str) -> tuple[str, str | None, str]:
 
 def parse_yaml(text: str) -> Any:
     """The value of a YAML text, in which a date is text. Raises ValueError and nothing else."""
+    if text.count(":") > MAX_KEYS:  # each takes OmegaConf a millisecond
+        raise ValueError(f"more than {MAX_KEYS} keys")
     try:
-        return yaml.load(_bounded(text), _Plain)
+        return yaml.load(text, _Plain)
     except Exception as error:  # what its constructors stumble over, too
         raise ValueError(one_line(error)) from None
 
@@ -232,12 +235,6 @@ _Plain.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in found if not tag.endswith("timestamp")]
     for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-
-
-def _bounded(text: str) -> str:
-    if text.count(":") > MAX_KEYS:  # each takes OmegaConf a millisecond
-        raise ValueError(f"more than {MAX_KEYS} keys")
-    return text
 
 
 def _value(text: str) -> Any:

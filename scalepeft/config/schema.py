@@ -273,22 +273,23 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
     return config
 
 
+TEXTS = (Decides.ROWS, Decides.PREDICTIONS, Decides.SCORES)
+"""What fields decide that may hold any text."""
+
+
 def _check_plain(config: RunConfig) -> None:
     """Raise UserError for a control character in what becomes a path, a name or a line: in all but
     the texts of prompts and answers.
     """
-    values: dict[str, Any] = {"run_dir": config.run_dir, "extensions": config.extensions}
-    for section in (*PLAIN, *NAMED):
-        of = getattr(config, section)
-        texts = deciding(type(of), Decides.ROWS, Decides.PREDICTIONS, Decides.SCORES)
-        values[section] = {k: v for k, v in to_dict(of).items() if k not in texts}
-    for key, value in flatten(values):
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and not plain(text):
-                raise UserError(
-                    f"{key}={one_line(text, 100)}: has control characters, or is not UTF-8; a path,"
-                    " a name or a setting of one line may not"
-                )
+    for key, value in flatten(to_dict(config)):
+        section, _, name = key.partition(".")
+        texts = value if isinstance(value, list) else [value]
+        wrong = [text for text in texts if isinstance(text, str) and not plain(text)]
+        if wrong and not (name and name in deciding(type(getattr(config, section)), *TEXTS)):
+            raise UserError(
+                f"{key}={one_line(wrong[0], 100)}: has control characters, or is not UTF-8; a path,"
+                " a name or a setting of one line may not"
+            )
 
 
 def protocol_values(task: type[TaskConfig], name: str | None) -> dict[str, dict[str, Any]]:

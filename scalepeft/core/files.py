@@ -39,11 +39,11 @@ def share(path: Path) -> None:
 
 def shared_folder(path: Path) -> Path:
     """Make a folder of a cache, as ``share`` says, unless it is there, and return it."""
-    for folder in (*reversed(path.parents), path):
+    if not path.exists():
+        shared_folder(path.parent)
         with suppress(FileExistsError):
-            if not folder.exists():
-                folder.mkdir()
-                share(folder)
+            path.mkdir()
+            share(path)
     return path
 
 

@@ -8,14 +8,7 @@ import time
 from pathlib import Path
 
 from scalepeft.core.errors import UserError
-from scalepeft.core.files import (
-    cache_folder,
-    digest,
-    read_text,
-    share,
-    shared_folder,
-    write_atomically,
-)
+from scalepeft.core.files import cache_folder, digest, share, shared_folder, write_atomically
 from scalepeft.core.log import say
 from scalepeft.core.text import duration, size
 from scalepeft.parallel.ranks import Ranks
@@ -64,7 +57,7 @@ def _digest(path: Path, identity: list[int]) -> str:
     kept = cache_folder() / "digests" / key
     found = ""
     with contextlib.suppress(OSError, ValueError):
-        found = read_text(kept)
+        found = kept.read_text()
     if not re.fullmatch("[0-9a-f]{64}", found):
         found = digest(path)
         with contextlib.suppress(OSError):  # no room for it: computed again next time

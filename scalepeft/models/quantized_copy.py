@@ -18,15 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scalepeft.core.files import (
-    cache_folder,
-    fsync,
-    parse_json,
-    read_text,
-    share,
-    shared_folder,
-    write_atomically,
-)
+from scalepeft.core.files import cache_folder, fsync, share, shared_folder, write_atomically
 from scalepeft.core.log import say
 from scalepeft.core.text import size
 from scalepeft.models import integrity
@@ -91,7 +83,7 @@ class QuantizedCopy:
             return found
 
         reader = self.ranks.all_or_raise(read)
-        files = parse_json(read_text(folder / "manifest.json"))["files"]
+        files = json.loads((folder / "manifest.json").read_text())["files"]
         found = integrity.shard_digests([folder / name for name in files], self.ranks)
         if damaged := [name for name in files if found[name] != files[name]["sha256"]]:
             raise ValueError(f"{damaged[0]}: damaged: another sha256 than when it was written")

@@ -48,6 +48,8 @@ class RowLog:
             end -= len(line)
             if end < self._end - (1 << 20):
                 break
+        if self._end:
+            self._file = path.open("rb", buffering=0)
         self._replace(self._copied())
 
     def _replace(self, content: Iterator[bytes]) -> None:
@@ -60,12 +62,9 @@ class RowLog:
         write_atomically(self.path, checked())
         self._file = self.path.open("r+b", buffering=0)
 
-    def _copied(self, descriptor: int | None = None) -> Iterator[bytes]:
-        if self._end:
-            with open(self.path if descriptor is None else os.dup(descriptor), "rb") as f:
-                for at in range(0, self._end, 1 << 20):
-                    f.seek(at)
-                    yield f.read(min(1 << 20, self._end - at))
+    def _copied(self) -> Iterator[bytes]:
+        for at in range(0, self._end, 1 << 20):
+            yield os.pread(self._file.fileno(), min(1 << 20, self._end - at), at)
 
     def _mend(self, last_step: int) -> None:
         damaged = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
@@ -91,7 +90,7 @@ class RowLog:
         data = "".join(self._waiting).encode()
         try:
             if not os.fstat(self._file.fileno()).st_nlink:  # somebody removed it
-                self._replace(self._copied(self._file.fileno()))
+                self._replace(self._copied())
             self._file.truncate(self._end)
             self._file.seek(self._end)
             if self._file.write(data) != len(data):
