@@ -134,7 +134,8 @@ def read_mapping(file: Path, parse: Callable[[str], object], remedy: str) -> dic
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; {remedy}") from None
     except Exception as error:  # every parser has its own
-        raise UserError(f"{file}: cannot be read: {one_line(error, 120)}; {remedy}") from None
+        reason = one_line(str(error).replace('in "<unicode string>", ', "at "), 120)  # YAML's
+        raise UserError(f"{file}: cannot be read: {reason}; {remedy}") from None
     if not isinstance(values, dict):
         kind = type(values).__name__
         raise UserError(f"{file}: must hold keys with values, not {kind}; {remedy}")
