@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import itertools
 import sys
 from typing import Any, NoReturn
 
@@ -9,6 +10,7 @@ from scalepeft import __version__
 from scalepeft.core import options
 from scalepeft.core.log import say
 from scalepeft.core.preemption import USER_ERROR
+from scalepeft.core.text import one_line, plain
 
 STAGES = ("prepare", "train", "merge", "evaluate", "report")
 STOPPABLE = {"train", "evaluate", "pipeline", "compare"}
@@ -233,6 +235,10 @@ def parse(argv: list[str], doc: str | None) -> argparse.Namespace:
     _written_here(commands)
     args, left = made.parse_known_args(argv)
     command = commands[args.command]
+    names = [getattr(args, name, None) for name in ("run_dir", "run_dirs", "out", "job_file")]
+    lists = [name if isinstance(name, list) else [name or ""] for name in names]
+    if wrong := [name for name in itertools.chain(*lists) if not plain(name)]:
+        command.error(f"{one_line(wrong[0], 100)}: a name with control characters, or not UTF-8")
     settings = [a for a in left if "=" in a and not a.startswith("-")]
     if len(settings) != len(left) or (settings and not hasattr(args, "settings")):
         command.error(f"unrecognized arguments: {' '.join(left)}")

@@ -8,11 +8,13 @@ import dataclasses
 import gc
 import importlib
 import os
+import re
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from errno import EACCES, ELOOP, ENAMETOOLONG, ENOTDIR, EPERM, EROFS
 from typing import TYPE_CHECKING, Any
 
 from scalepeft import arguments
@@ -24,6 +26,8 @@ if TYPE_CHECKING:  # its module imports torch
     from scalepeft.config.schema import RunConfig
 
 INTERRUPTED = 130  # as the shell reports a death by Ctrl-C
+REFUSED = (EACCES, ELOOP, ENAMETOOLONG, ENOTDIR, EPERM, EROFS)
+"""What the system says of a name, or of rights, that the user has to mend."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,6 +134,7 @@ def _values(module: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 def _explain(error: Exception, debug: bool, stoppable: bool) -> int:
     from scalepeft.core.errors import UserError
+    from scalepeft.core.text import one_line
     from scalepeft.run.lease import Superseded
 
     if isinstance(error, Superseded):
@@ -137,11 +142,16 @@ def _explain(error: Exception, debug: bool, stoppable: bool) -> int:
         return BROKEN
     if isinstance(error, BrokenPipeError) and not stoppable:  # "| head": nobody is there to be told
         return BROKEN
-    if debug or not isinstance(error, UserError):
+    refused = isinstance(error, OSError) and error.filename and error.errno in REFUSED
+    mistake = refused or isinstance(error, UserError)
+    if debug or not mistake:
         traceback.print_exc()
-    if not isinstance(error, UserError):
-        say(f"failed on rank {rank()}: {type(error).__name__}: {error}")
+    text = f"{error.filename}: {error.strerror}" if refused else str(error)  # type: ignore[attr-defined]
+    # A name of thousands of characters: its begin and end.
+    text = one_line(re.sub(r"(\S{80})\S{150,}(\S{20})", r"\1...\2", text), 2000)
+    if not mistake:
+        say(f"failed on rank {rank()}: {type(error).__name__}: {text}")
         return BROKEN
-    if rank() == 0:  # user errors are agreed between the ranks, so one line is enough
-        say(f"error: {' '.join(str(error).split())}")
+    if refused or rank() == 0:  # user errors are agreed between the ranks: one line is enough
+        say(f"error: {text}")
     return USER_ERROR

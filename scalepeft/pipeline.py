@@ -36,7 +36,7 @@ from scalepeft.export import merge
 from scalepeft.export.streaming import MADE_FROM, changed
 from scalepeft.models.hub import open_base
 from scalepeft.parallel.ranks import Ranks
-from scalepeft.run.lease import Lease, check_free
+from scalepeft.run.lease import Lease, check_free, claim
 from scalepeft.run.stage import MADE_OF, Stage, facts, plain, set_aside
 
 STAGES = ("prepare", "train", "merge", "evaluate", "report")
@@ -305,8 +305,7 @@ def _claim(stages: Path) -> Lease:
     """Takes the folder of the manifests for this process alone."""
     with writing(stages):
         stages.mkdir(parents=True, exist_ok=True)
-        check_free(stages)
-        return Lease(stages, 1)
+        return Lease(stages, claim(stages))
 
 
 def check(config: RunConfig) -> Task:

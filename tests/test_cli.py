@@ -274,7 +274,7 @@ def test_evaluation_killed_and_stopped_continues_to_the_same_predictions(
 BROKEN_FILES = {
     "config.yaml": ["[1, 2]", "hello", "\xff\xfe"],
     "adapter/adapter_config.json": ["[]", '{"adapter": 3}', "{}", "\xff\xfe"],
-    "generation": ["\xff\xfe"],
+    "holder-1.json": ["\xff\xfe"],
     "metrics.jsonl": ["junk\n[1]\n"],
     "events.jsonl": ['{"event": "start"}\njunk\n'],
     "eval/toy/scores.json": ["x"],
@@ -302,7 +302,7 @@ def test_broken_files_of_a_run_never_end_in_a_traceback(finished: Path, tmp_path
             shutil.copytree(whole, run)
             (run / name).write_bytes(text.encode("latin-1"))
             commands = [["report", str(run)], ["evaluate", str(run), "evaluate.limit=4"]]
-            if name in ("config.yaml", "adapter/adapter_config.json", "generation"):
+            if name in ("config.yaml", "adapter/adapter_config.json", "holder-1.json"):
                 commands = [["train", *TINY, *settings, f"run_dir={run}"], commands[1]]
             calls += commands if "eval" not in name else commands[::-1]
     # One process for all: a start takes longer than what is tested.

@@ -148,6 +148,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
         "model=tiny", "data=commonsense", "data.cutoff=128", "data.valid_size=4",
         "train.max_steps=2", f"data.train={folder}/train.json", f"data.test={folder}/test.json",
     ]  # fmt: skip
+    (folder / "run").mkdir()
+    (folder / "run/merged").symlink_to(folder / "scratch")  # not there yet
     whole(folder / "run", *settings)
     return folder, settings
 
@@ -219,6 +221,7 @@ def test_what_depends_on_a_change_is_done_again(finished: tuple[Path, list[str]]
     )
     merged = "eval-merged/commonsense/predictions.jsonl"
     assert (run / "replaced-2" / merged).is_file(), "what the old adapter's checkpoint answered"
+    assert (run / "merged").is_symlink() and (folder / "scratch/model.safetensors").is_file()
     # A lost output is made again, and so is what another process wrote into one.
     (run / "merged/model.safetensors").unlink()
     assert said(whole(run, *settings, "evaluate.limit=5"))["merge"] == "done again: outputs changed"

@@ -4,7 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Literal
 
 from scalepeft.cluster.plan import gpus
 from scalepeft.core.errors import UserError
+from scalepeft.core.text import one_line, plain
 
 SIGNAL_SECONDS = 60  # Slurm's, where --signal names none
 GPU_OPTIONS = {"--gres": "gpu:", "--gpus": "", "--gpus-per-node": "", "--gpus-per-task": ""}
@@ -89,6 +90,9 @@ class Options:
         }  # fmt: skip
         if text := next((text for text, is_so in wrong.items() if is_so), None):
             raise UserError(text)
+        for word in (self.job_file, *self.sbatch, *self.cpu_sbatch, *self.sweep):
+            if not plain(word):
+                raise UserError(f"{one_line(word, 100)}: has control characters, or is not UTF-8")
 
 
 @dataclass(frozen=True)
@@ -163,13 +167,12 @@ def header_of(lines: list[str]) -> dict[str, str]:
     return {key: value for line in lines for key, value in _words_in(line).items()}
 
 
-def _line(options: dict[str, str], without: Collection[str] = ()) -> str:
-    words = [
-        key if not value else f'{key}{"=" if key.startswith("--") else " "}"{value}"'
+def arguments(options: dict[str, str]) -> list[str]:
+    """Options as words of sbatch's command line, where no text of a user is read as another."""
+    return [
+        f"{key}={value}" if value and key.startswith("--") else f"{key}{value}"
         for key, value in options.items()
-        if key not in without
     ]
-    return f"#SBATCH {' '.join(words)}" if words else "#"
 
 
 def gpu_of(header: dict[str, str]) -> tuple[gpus.Gpu | None, str]:
@@ -213,21 +216,18 @@ def warning_seconds(header: dict[str, str]) -> int | None:
     return int(seconds) if seconds.isdecimal() else SIGNAL_SECONDS
 
 
-def render(lines: list[str], job: Job, options: dict[str, str], folder: Path) -> str:
-    """The job file with ``options`` as more ``#SBATCH`` lines, its last line replaced by what is
-    resolved: the job's targets, and the code in the submission's ``folder``.
+def render(lines: list[str], job: Job, folder: Path) -> str:
+    """The job file (without its ``#SBATCH`` lines for a job that needs no GPU), its last line
+    replaced by what is resolved, in quotes: the job's targets, and the code in the submission's
+    ``folder``.
     """
-    if not job.gpus:
-        lines = [_line(_words_in(x), NOT_ALONE) if x.startswith("#SBATCH") else x for x in lines]
-    head = lines[: _first_command(lines)]
-    last = max((i for i, line in enumerate(head, 1) if line.startswith("#SBATCH")), default=1)
+    kept = [line for line in lines if job.gpus or not line.startswith("#SBATCH")]
     tail = TAIL.format(
         code=shlex.quote(str(folder / "code")), jobs=shlex.quote(str(folder / "jobs")),
         python=shlex.quote(sys.executable), command=job.command,
         targets=shlex.join(job.targets), flags=shlex.join(job.flags),
     )  # fmt: skip
-    added = [_line({key: value}) for key, value in options.items()]
-    script = "\n".join([*lines[:last], *added, *lines[last:], tail])
+    script = "\n".join([*kept, tail])
     done = call(["bash", "-n"], input=script)
     if done.returncode:
         raise UserError(

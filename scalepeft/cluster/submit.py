@@ -4,6 +4,7 @@ config, data and run folder can refuse is refused here and not after hours in th
 
 import itertools
 import os
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from scalepeft.run.status import job_of
 
 SNAPSHOT = ("scalepeft", "configs", "slurm", "launch")
 EXTENSIONS = "extensions"  # in the snapshot
+Words = dict[str, str]
 # Variables that Slurm sets in a job: in a setting they would be empty when it is resolved here.
 ON_A_NODE = "@only-in-the-job@"
 NODE_VARIABLES = [
@@ -46,7 +48,8 @@ def run(options: Options) -> None:
         raise UserError(f"{root} is not a checkout: launch/submit takes slurm/train.sh from there")
     options.check()
     lines, over = sbatch.read(options.job_file), sbatch.over(options.sbatch)
-    header = {**sbatch.header_of(lines), **over}
+    in_file = sbatch.header_of(lines)
+    header = {**in_file, **over}
     if "--array" in header:
         raise UserError("--array: launch/submit makes the array itself: --sweep KEY=A,B,C")
     job_file = str(Path(options.job_file).resolve())
@@ -67,22 +70,24 @@ def run(options: Options) -> None:
     numbers = [int(p.name) for p in base_dir.glob("submissions/[0-9]*") if p.name.isdecimal()]
     folder = (base_dir / "submissions" / f"{max(numbers, default=0) + 1:03}").absolute()
     jobs = _jobs(options, configs, folder, design)
-    scripts = {}
+    texts, calls = {}, {}
     for name, job in jobs.items():
-        laid_over = _laid_over(name, job, over, folder, options)
-        scripts[f"{name}.sh"] = sbatch.render(lines, job, laid_over, folder)
+        calls[name] = sbatch.arguments(_laid_over(name, job, in_file, over, folder, options))
+        texts[f"{name}.sh"] = sbatch.render(lines, job, folder)
+        texts[f"{name}.args"] = f"{shlex.join(calls[name])}\n"  # for who wonders later
     if options.dry_run:
-        _show(scripts, {compare.FILE: design.text()} if design else _texts(configs, folder))
+        resolved = {compare.FILE: design.text()} if design else _texts(configs, folder)
+        _show({**texts, **resolved}, calls)
         return
     with writing(folder):
         _snapshot(root, folder, configs[0].extensions)
-        for name, text in {**_texts(configs, folder), **scripts}.items():
+        for name, text in {**_texts(configs, folder), **texts}.items():
             write_atomically(folder / name, text)
         if design is not None:
             compare.keep(base_dir, design)  # the jobs read it there
         # A cell that failed is a row of the table and no reason to leave it out.
         after = "afterany" if design else "aftercorr" if options.sweep else "afterok"
-        _queue(folder, jobs, after)
+        _queue(folder, calls, after)
 
 
 def _jobs(
@@ -106,11 +111,11 @@ def _jobs(
 
 
 def _laid_over(
-    name: str, job: Job, over: dict[str, str], folder: Path, options: Options
+    name: str, job: Job, in_file: Words, over: Words, folder: Path, options: Options
 ) -> dict[str, str]:
     """Options over those of the job file: the command line's, then ours."""
     if not job.gpus:
-        over = {k: v for k, v in over.items() if k not in sbatch.NOT_ALONE}
+        over = {k: v for k, v in (in_file | over).items() if k not in sbatch.NOT_ALONE}
         over |= sbatch.ALONE | sbatch.over(options.cpu_sbatch)
     ours = {"--chdir": str(Path.cwd())}
     if array := bool(options.sweep or (options.compare and job.gpus)):
@@ -216,12 +221,12 @@ def _texts(configs: list[RunConfig], folder: Path) -> dict[str, str]:
     }
 
 
-def _show(scripts: dict[str, str], texts: dict[str, str]) -> None:
-    for name, text in {**scripts, **texts}.items():
+def _show(texts: dict[str, str], calls: dict[str, list[str]]) -> None:
+    for name, text in texts.items():
         print(f"# ---- {name}\n{text}")
-    name, script = next(iter(scripts.items()))
+    name, words = next(iter(calls.items()))
     if shutil.which("sbatch"):
-        done = sbatch.call(["sbatch", "--test-only"], input=script)
+        done = sbatch.call(["sbatch", "--test-only", *words], input=texts[f"{name}.sh"])
         last = sbatch.last_line(done.stderr)
         if done.returncode:
             raise UserError(f"sbatch --test-only refuses {name}: {last}")
@@ -247,11 +252,11 @@ def _snapshot(root: Path, folder: Path, extensions: str | None) -> None:
     write_atomically(folder / "code" / "COMMIT", "".join(commit))
 
 
-def _queue(folder: Path, jobs: dict[str, Job], after: str) -> None:
+def _queue(folder: Path, calls: dict[str, list[str]], after: str) -> None:
     parent = ""
-    for name in jobs:
+    for name, options in calls.items():
         chain = [f"--dependency={after}:{parent}", "--kill-on-invalid-dep=yes"] if parent else []
-        words = ["sbatch", "--parsable", *chain, f"{folder}/{name}.sh"]
+        words = ["sbatch", "--parsable", *options, *chain, f"{folder}/{name}.sh"]
         try:
             done = sbatch.call(words)
         except FileNotFoundError:
@@ -262,6 +267,6 @@ def _queue(folder: Path, jobs: dict[str, Job], after: str) -> None:
                 + (f"; job {parent} is queued (scancel {parent} takes it back)" if parent else "")
             )
         parent = done.stdout.strip().split(";")[0]
-        print(f"{name}: job {parent}  {' '.join(words)}", flush=True)
+        print(f"{name}: job {parent}  {shlex.join(words)}", flush=True)
         write_atomically(folder / f"{name}.job", f"{parent}\n")
     print(f"log and job files: {folder}\nlaunch/status {folder.parent.parent}")

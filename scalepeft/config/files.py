@@ -1,6 +1,7 @@
 """YAML files and ``dotted.key=value`` arguments to nested values."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from scalepeft.config import schema as cfg
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError, nearest, unknown
 from scalepeft.core.files import read_mapping
+from scalepeft.core.text import one_line
 
+MAX_KEYS = 2000
 FOLDERS = {"adapter": "adapters", "engine": "engines", "model": "models", "data": "tasks"}
 
 
@@ -93,7 +96,7 @@ def _as_text(values: Any) -> Any:
 
 
 def _first_file(*candidates: Path) -> Path | None:
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path for path in candidates if os.path.isfile(path)), None)
 
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -122,7 +125,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def _parsed(path: Path) -> dict[str, Any]:
     """The settings of one file, alone."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for a long name
         shipped = sorted(file.stem for file in (config_root() / "runs").glob("*.yaml"))
         raise UserError(
             f"no config file {path} (from {Path.cwd()}).{nearest(path.stem, shipped)} The shipped"
@@ -130,8 +133,9 @@ def _parsed(path: Path) -> dict[str, Any]:
         )
 
     def parse(text: str) -> object:
+        values = parse_yaml(text)
         if text.startswith(cfg.RESOLVED):
-            return _as_text(yaml.safe_load(text))
+            return _as_text(values)
         return OmegaConf.to_container(OmegaConf.create(text))
 
     remedy = f"expected {', '.join(cfg.SECTIONS)}, each with its keys; as text ${{ is written \\${{"
@@ -214,11 +218,30 @@ def _split(override: str) -> tuple[str, str | None, str]:
     return section, key[0] if key else None, text
 
 
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text, in which a date is text. Raises ValueError and nothing else."""
+    if text.count(":") > MAX_KEYS:  # each takes OmegaConf a millisecond
+        raise ValueError(f"more than {MAX_KEYS} keys")
+    try:
+        return yaml.load(text, _Plain)
+    except Exception as error:  # what its constructors stumble over, too
+        raise ValueError(one_line(error)) from None
+
+
+class _Plain(yaml.SafeLoader): ...
+
+
+_Plain.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in found if not tag.endswith("timestamp")]
+    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def _value(text: str) -> Any:
     """What a user means who types it: YAML, as far as that keeps the text."""
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = parse_yaml(text)
+    except ValueError:
         return text
     if not isinstance(value, str | bool | list | None) and str(value) != text:
         return text  # {instruction} is no mapping, revision 0123 no octal number

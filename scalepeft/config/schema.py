@@ -23,8 +23,10 @@ from scalepeft.core.fields import (
     Seed,
     TextList,
     _build,
+    deciding,
     split_commas,
 )
+from scalepeft.core.text import one_line, plain
 from scalepeft.data.tasks.base import Task, TaskConfig
 from scalepeft.models.hub import BUILTIN, ModelConfig
 from scalepeft.parallel.base import Engine, EngineConfig
@@ -273,8 +275,28 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
         found[section] = {**fixed, **found[section]}
     built = {section: _build(cls, found[section], section) for section, cls in classes.items()}
     config = RunConfig(run_dir=str(run_dir), extensions=extensions, **built)
+    _check_plain(config)
     _check(config)
     return config
+
+
+TEXTS = (Decides.ROWS, Decides.PREDICTIONS, Decides.SCORES)
+"""What fields decide that may hold any text."""
+
+
+def _check_plain(config: RunConfig) -> None:
+    """Raise UserError for a control character in what becomes a path, a name or a line: in all but
+    the texts of prompts and answers.
+    """
+    for key, value in flatten(to_dict(config)):
+        section, _, name = key.partition(".")
+        texts = value if isinstance(value, list) else [value]
+        wrong = [text for text in texts if isinstance(text, str) and not plain(text)]
+        if wrong and not (name and name in deciding(type(getattr(config, section)), *TEXTS)):
+            raise UserError(
+                f"{key}={one_line(wrong[0], 100)}: has control characters, or is not UTF-8; a path,"
+                " a name or a setting of one line may not"
+            )
 
 
 def protocol_values(task: type[TaskConfig], name: str | None) -> dict[str, dict[str, Any]]:

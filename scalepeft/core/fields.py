@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 
 from scalepeft.core.errors import UserError, nearest
+from scalepeft.core.text import one_line
 
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -67,7 +68,7 @@ def _build(cls: type, values: dict[str, Any], section: str) -> Any:
         first = error.errors()[0]
         path = ".".join(str(p) for p in (section, *first["loc"]))
         # Without a place: a setting that does not go with another, which the text names.
-        value = f"={first.get('input')!r}: " if first["loc"] else "."
+        value = f"={one_line(repr(first.get('input')), 100)}: " if first["loc"] else "."
         raise UserError(f"{path}{value}{first['msg'].removeprefix('Value error, ')}") from None
     for key, value in values.items():
         if isinstance(value, bool) and type(getattr(built, key)) in (int, float):  # true is no 1

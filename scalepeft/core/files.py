@@ -18,14 +18,36 @@ from scalepeft.core.text import one_line
 
 RECORD_BYTES = 64 << 20
 """The largest file of records (manifest, settings, config) that is read as a whole."""
-
-
+LINE_BYTES = 16 << 20
+"""The longest line that is read as a whole."""
 STRAY_SECONDS = 3600.0
 
 
 def cache_folder() -> Path:
     """``$SCALEPEFT_CACHE``, else ``~/.cache/scalepeft``."""
     return Path(os.environ.get("SCALEPEFT_CACHE") or Path.home() / ".cache" / "scalepeft")
+
+
+def share(path: Path) -> None:
+    """Let the group read and write what was made in a cache, a file or a folder with its files,
+    where the folder it lies in is that group's to write.
+    """
+    above, made = path.parent.stat(), path.stat()
+    if above.st_mode & stat.S_IWGRP and above.st_gid == made.st_gid:
+        folder = path.is_dir()
+        path.chmod(made.st_mode & 0o7777 | (0o070 | above.st_mode & 0o3000 if folder else 0o060))
+        for file in path.iterdir() if folder else ():
+            share(file)
+
+
+def shared_folder(path: Path) -> Path:
+    """Make a folder of a cache, as ``share`` says, unless it is there, and return it."""
+    if not path.exists():
+        shared_folder(path.parent)
+        with suppress(FileExistsError):
+            path.mkdir()
+            share(path)
+    return path
 
 
 def fsync(path: Path) -> None:
@@ -82,16 +104,19 @@ def kept_digest(file: Path) -> str:
     the disk itself damages changes no time and is not seen here.
     """
     real = file.resolve()
-    stat = real.stat()  # ctime too, as mtime can be set back
-    identity = [real.name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    now = real.stat()  # ctime too, as mtime can be set back
+    identity = [real.name, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     kept = cache_folder() / "digests" / key
-    found = kept.read_text() if kept.is_file() else ""
+    found = ""
+    with suppress(OSError, ValueError):
+        found = read_text(kept)
     if not re.fullmatch("[0-9a-f]{64}", found):
         found = digest(file)
         with suppress(OSError):  # no room for it: computed again next time
-            kept.parent.mkdir(parents=True, exist_ok=True)
+            shared_folder(kept.parent)
             write_atomically(kept, found)
+            share(kept)
     return found
 
 
@@ -201,13 +226,12 @@ def read_mapping(file: Path, parse: Callable[[str], object], remedy: str) -> dic
         UserError: it is missing, unreadable, broken or holds something else; ends with ``remedy``.
     """
     try:
-        values = parse(file.read_text(encoding="utf-8"))
+        values = parse(read_text(file))
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; {remedy}") from None
     except Exception as error:  # every parser has its own
-        raise UserError(
-            f"{file}: cannot be read: {' '.join(str(error).split())}; {remedy}"
-        ) from None
+        reason = one_line(str(error).replace('in "<unicode string>", ', "at "), 120)  # YAML's
+        raise UserError(f"{file}: cannot be read: {reason}; {remedy}") from None
     if not isinstance(values, dict):
         kind = type(values).__name__
         raise UserError(f"{file}: must hold keys with values, not {kind}; {remedy}")
@@ -217,7 +241,7 @@ def read_mapping(file: Path, parse: Callable[[str], object], remedy: str) -> dic
 def read_json(file: Path) -> dict[str, Any]:
     """The mapping in a JSON file; empty where it is missing, broken or holds something else."""
     try:
-        found = json.loads(file.read_text())
+        found = parse_json(read_text(file))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -230,12 +254,14 @@ NUMBERS = {
 
 
 def lines_of(file: Path, newest_first: bool = False) -> Iterator[bytes]:
-    """Lines of a file, if there is one, with their ends; no more is read than is asked for."""
+    """Lines of a regular file, if there is one, with their ends; no more is read than is asked for,
+    and a line beyond ``LINE_BYTES`` comes in parts.
+    """
     if not file.is_file():
         return
     with file.open("rb") as f:
         if not newest_first:
-            yield from f
+            yield from iter(lambda: f.readline(LINE_BYTES), b"")
             return
         begin, rest, block = f.seek(0, os.SEEK_END), b"", 1 << 16
         while begin:
@@ -243,16 +269,19 @@ def lines_of(file: Path, newest_first: bool = False) -> Iterator[bytes]:
             f.seek(begin)
             lines = (f.read(end - begin) + rest).splitlines(keepends=True)
             rest = lines.pop(0) if begin and lines else b""
+            if len(rest) > LINE_BYTES:
+                lines, rest = [rest, *lines], b""
             yield from reversed(lines)
-            block *= 1 if lines else 2  # a line of any length is read in linear time
+            block *= 1 if lines else 2  # a long line is read in linear time
 
 
 def read_line(line: bytes, *keys: str) -> dict[str, Any] | None:
     """The row in a JSON line; None if it is broken, lacks a key, or a number where one belongs."""
     with suppress(ValueError):
-        row = json.loads(line)
+        row = parse_json(line)
         if isinstance(row, dict) and row.keys() >= {*keys}:
-            numbers = all(type(row[key]) in (int, float) for key in NUMBERS & row.keys())
+            values = (row[key] for key in NUMBERS & row.keys())
+            numbers = all(type(n) in (int, float) and abs(n) < 1e15 for n in values)
             return row if numbers else None
     return None
 

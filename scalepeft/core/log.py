@@ -6,13 +6,14 @@ import sys
 from typing import Any
 
 from scalepeft.core.errors import UserError
+from scalepeft.core.text import visible
 
 LINE_SECONDS = 10.0  # without a terminal: at most one line in so many seconds
 
 
 def say(text: str) -> None:
     """One line for the user, on stderr."""
-    print(f"scalepeft: {text}", file=sys.stderr, flush=True)
+    print(f"scalepeft: {visible(text)}", file=sys.stderr, flush=True)
 
 
 class _Stream(io.FileIO):
@@ -55,5 +56,5 @@ def keep_speaking(result: bool) -> None:
             os.open(os.devnull, os.O_RDWR)
     for fd, name in ((1, "stdout"), (2, "stderr")):
         old, raw = getattr(sys, name), io.BufferedWriter(_Stream(fd, result and fd == 1))
-        how = [getattr(old, key, None) for key in ("encoding", "errors")]
-        setattr(sys, name, io.TextIOWrapper(raw, *how, line_buffering=True))
+        how: Any = {key: getattr(old, key, None) for key in ("encoding", "errors")}
+        setattr(sys, name, io.TextIOWrapper(raw, **how, line_buffering=True))

@@ -62,6 +62,11 @@ def visible(text: str) -> str:
     return text.replace("\r\n", "\n").translate(UNSEEN)
 
 
+def plain(text: str) -> bool:
+    """Whether a text can be a path, a name or a line: no control characters, and UTF-8."""
+    return visible(text) == text and "\n" not in text and "\t" not in text
+
+
 def one_line(text: object, limit: int = 300) -> str:
     """``str(text)`` as one printable line of at most ``limit`` characters."""
     line = visible(" ".join(str(text)[: 10 * limit].split()))

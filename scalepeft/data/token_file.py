@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import Decides, deciding
-from scalepeft.core.files import cache_folder
+from scalepeft.core.files import cache_folder, share, shared_folder
 from scalepeft.data import rows as readers
 from scalepeft.data.tasks.base import Split, Task, TaskConfig
 from scalepeft.data.tokens import Rows, TokenSet, ids_of
@@ -41,12 +41,13 @@ def split_file(task: Task, split: Split, tokenizer: Any, ends: list[int]) -> Pat
         return file
     temporary = file.with_suffix(f".{socket.gethostname()}.{os.getpid()}.tmp")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob("*.tmp"):  # of processes that were killed
-            with contextlib.suppress(FileNotFoundError):
+        shared_folder(folder)
+        for left in folder.glob("*.tmp"):  # of processes that were killed; not all are ours
+            with contextlib.suppress(OSError):
                 if time.time() - left.stat().st_mtime > DAY:
                     left.unlink()
         _write(temporary, task, split, Rows(task.stream(split), tokenizer, task.config, ends))
+        share(temporary)
         temporary.replace(file)
     except OSError as error:
         raise UserError(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scalepeft.core.files import cache_folder, fsync, write_atomically
+from scalepeft.core.files import cache_folder, fsync, share, shared_folder, write_atomically
 from scalepeft.core.log import say
 from scalepeft.core.text import size
 from scalepeft.models import integrity
@@ -127,7 +127,7 @@ class QuantizedCopy:
 
     def _begin(self, temporary: Path) -> None:
         root = temporary.parent
-        root.mkdir(parents=True, exist_ok=True)
+        shared_folder(root)
         for old in root.glob("*.tmp-*"):  # of a start that was killed
             if time.time() - old.stat().st_mtime > LEFTOVER_SECONDS:
                 shutil.rmtree(old, ignore_errors=True)
@@ -152,6 +152,7 @@ class QuantizedCopy:
         manifest = {"version": VERSION, "tensors": len(self._shapes), "files": files}
         write_atomically(temporary / "manifest.json", json.dumps(manifest))
         Reader(temporary)  # is it whole: has this node all files?
+        share(temporary)
         shutil.rmtree(self.folder, ignore_errors=True)
         temporary.rename(self.folder)
         fsync(self.folder.parent)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from scalepeft.core.files import cache_folder, writing
+from scalepeft.core.files import cache_folder, share, shared_folder, writing
 from scalepeft.core.log import say
 from scalepeft.data.tasks import toy
 
@@ -39,7 +39,7 @@ def make(pretrain_steps: int) -> Path:
         return folder
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     with writing(f"cache {folder.parent}", "set SCALEPEFT_CACHE=FOLDER"):
-        temporary.mkdir(parents=True, exist_ok=True)
+        shared_folder(temporary)
     tokenizer = _tokenizer(text)
     tokenizer.save_pretrained(temporary)
     with torch.random.fork_rng(devices=[]):
@@ -48,6 +48,7 @@ def make(pretrain_steps: int) -> Path:
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, temporary / "model.safetensors", {"format": "pt"})
     model.config.save_pretrained(temporary)
+    share(temporary)
     try:
         temporary.rename(folder)
     except OSError:  # another process made it meanwhile

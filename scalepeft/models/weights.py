@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from scalepeft.core.errors import UserError
-from scalepeft.core.files import read_mapping
+from scalepeft.core.files import parse_json, read_mapping, read_text
 from scalepeft.core.safetensors import DamagedFile, SafetensorsFile, Stored
+from scalepeft.core.text import one_line
 from scalepeft.models import prequantized, quant
 from scalepeft.models.conversion import Layout
 from scalepeft.models.sources import DTYPES, Source
@@ -109,12 +110,12 @@ class Weights:
 
     def _indexed(self, index: Path) -> list[Path]:
         try:
-            self._listed = dict(json.loads(index.read_text())["weight_map"])
+            self._listed = dict(parse_json(read_text(index))["weight_map"])
             names = sorted(set(self._listed.values()))
             if outside := [name for name in names if Path(name).name != name]:
                 raise ValueError(f"'{outside[0]}' is no file name")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            reason = one_line(f"{type(error).__name__}: {error}", 120)
             raise UserError(f"{index}: broken index: {reason}; copy it again") from None
         return [self.folder / name for name in names]
 

@@ -10,12 +10,10 @@ engine at any world size reads it.
 import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,19 +26,16 @@ from scalepeft.core.files import (
     parse_json,
     read_sealed,
     read_text,
-    remove_strays,
     sealed,
     try_to_write,
     write_atomically,
 )
 from scalepeft.core.log import say
 from scalepeft.core.text import one_line
-from scalepeft.run.lease import check_fence, largest_generation, stored_generation
+from scalepeft.run.lease import check_fence, claim
 
 SCHEMA = 2  # 1 had no files in parts
 NAME = re.compile(r"step-(\d{6,})")
-CLAIM_SECONDS = 5.0  # a start that is claiming is given so long to finish
-STRAYS = ("*.tmp", "*/*.tmp", "eval*/*/*.tmp", ".seen-by-all-nodes-*")
 NO_FOLDER_RENAME = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EPERM}
 
 
@@ -92,23 +87,16 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             try_to_write(path)
 
-    def claim(self, seen: int, announce: Callable[[int], None] = lambda _: None) -> None:
-        """Takes the generation after ``seen``, which is over: an older process of this run stops at
-        its next write. ``announce`` is called with the new generation before it is stored.
+    def claim(self) -> None:
+        """Takes the next generation: an older process of this run stops at its next write.
 
         Raises:
-            UserError: another start took the folder meanwhile, or the disk refuses.
+            UserError: another start holds the folder, or the disk refuses.
         """
         with writing_in(self.path):
             # Only an owner makes it: another start that goes takes what is empty with it.
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.generation = self._next_generation(seen)
-            # First the lease, then the number: a start that reads the number finds its owner too.
-            announce(self.generation)
-            write_atomically(self.path / "generation", f"{self.generation}\n")
-            for mark in self.path.glob(".start-*"):
-                mark.unlink(missing_ok=True)
-        remove_strays(self.path, *STRAYS)
+            self.generation = claim(self.path)
         for leftover in self.checkpoints.glob("*.tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -119,31 +107,6 @@ class RunFolder:
         with suppress(OSError):  # something of another start is there
             for folder in self._made if not self.generation else ():
                 folder.rmdir()
-
-    def _next_generation(self, seen: int) -> int:
-        """A number that no other start takes: its file is made by one of them alone."""
-        # A generation file that was lost must not let the count begin anew, below that of a frozen
-        # writer.
-        number = max(seen, largest_generation(self.path)) + 1
-        while True:
-            until = time.monotonic() + CLAIM_SECONDS
-            try:
-                os.close(os.open(self.path / f".start-{number}", os.O_CREAT | os.O_EXCL))
-                until = 0.0
-            except FileExistsError:
-                time.sleep(0.1)
-            while True:
-                if (stored := stored_generation(self.path)) != seen:
-                    raise UserError(
-                        f"run_dir={self.path}: start {stored} of this run took it in this very"
-                        " moment; launch a run once"
-                    )
-                if time.monotonic() > until:
-                    break
-                time.sleep(0.1)
-            if not until:
-                return number
-            number += 1  # whoever made that file ended before it could write
 
     def begin(self, step: int) -> Path:
         """Makes the folder that ranks write a checkpoint's tensors into; raises as ``commit``."""

@@ -6,8 +6,6 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
-
 from scalepeft.config import changes
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as cfg
@@ -28,7 +26,7 @@ def load_run(run_dir: str, settings: list[str], allowed: tuple[str, ...], what: 
     file = Path(run_dir) / "config.yaml"
     if not file.is_file():
         raise UserError(f"{run_dir} is not a run directory (no config.yaml); name a run's run_dir")
-    values = read_mapping(file, yaml.safe_load, "restore the config of the run")
+    values = read_mapping(file, config_files.parse_yaml, "restore the config of the run")
     for setting in settings:
         key = cfg.renamed_key(setting.partition("=")[0])
         if not changes.matches_key(key, allowed):
@@ -57,7 +55,7 @@ def check_same_run(config: RunConfig, allow_changes: bool) -> None:
     if not any(file.parent.glob("checkpoints/step-*")):
         return
     remedy = "restore it (the run's config cannot be compared without), or choose another run_dir"
-    held = read_mapping(file, yaml.safe_load, remedy)
+    held = read_mapping(file, config_files.parse_yaml, remedy)
     try:
         held = cfg.to_dict(cfg.from_dict(held))  # keys that are newer than the run: their defaults
     except UserError as error:

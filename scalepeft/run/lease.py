@@ -1,43 +1,116 @@
-"""Whose a run folder is: the fencing token (``generation``, the number of the start), which keeps
-an old writer from doing harm, and the lease of the start that trains in it, which keeps a second
-launch of the same run from ending the first by mistake.
+"""Whose a run folder is. ``holder-N.json`` is start N's: its number is the fencing token, which
+keeps an old writer from doing harm, and its text says who trains in the folder, so that a second
+launch of the same run does not end the first by mistake.
 """
 
+import errno
 import json
 import os
 import re
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from scalepeft.core.errors import UserError
-from scalepeft.core.files import write_atomically
+from scalepeft.core.files import (
+    fsync,
+    lines_of,
+    parse_json,
+    read_text,
+    remove_strays,
+    write_atomically,
+)
 from scalepeft.core.log import say
 from scalepeft.core.slurm import slurm_start
 
 BEAT_SECONDS = 2.0
 WATCH_SECONDS = 30.0  # without a sign of life from another machine, after which it counts as gone
+HOLDER = re.compile(r"holder-?(\d*)\.json")  # without a number: an older version's
+STRAYS = ("*.tmp", ".*.tmp", "*/*.tmp", "eval*/*/*.tmp", ".seen-by-all-nodes-*")
+RECORDS = ("events.jsonl", "heartbeat", "log.txt")
+"""Files that are written where they lie; all others are replaced as a whole."""
+NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
 class Superseded(Exception):
     """A newer start of the same run owns the folder; this process must not write."""
 
 
+def _holders(run_dir: Path) -> dict[int, Path]:
+    """Number of a start -> its file; raises OSError where the folder cannot be listed."""
+    found = ((HOLDER.fullmatch(name), run_dir / name) for name in os.listdir(run_dir))
+    return {int(match[1] or 0): file for match, file in found if match}
+
+
 def stored_generation(run_dir: Path) -> int:
     """Number of the start that owns a run folder; 0 where none ever did."""
-    text = _text(run_dir / "generation").strip()
-    return int(text) if text.isdecimal() else 0
+    return max(_holders(run_dir), default=0)
 
 
-def largest_generation(run_dir: Path) -> int:
+def _largest_generation(run_dir: Path) -> int:
     """The largest generation that the run's events and checkpoints were written under."""
-    manifests = run_dir.glob("checkpoints/*/manifest.json")
-    files = [file for file in (run_dir / "events.jsonl", *manifests) if file.is_file()]
-    texts = (file.read_text(errors="replace") for file in files)
-    numbers = (n for text in texts for n in re.findall(r'"generation": (\d{1,15})\b', text))
+    files = (run_dir / "events.jsonl", *run_dir.glob("checkpoints/*/manifest.json"))
+    lines = (line for file in files for line in lines_of(file))
+    numbers = (n for line in lines for n in re.findall(rb'"generation": (\d{1,17})\b', line))
     return max(map(int, numbers), default=0)
+
+
+def claim(run_dir: Path) -> int:
+    """Make the folder this process's own, as the next start of the run, and return its number.
+
+    The file that says who holds it is written aside and gets its name, the number, in one act that
+    fails where the name is taken (on NFS too): of any number of claims one succeeds.
+
+    Raises:
+        UserError: another start holds the folder, or a record in it is a link.
+        OSError: the folder cannot be written.
+    """
+    for file in (run_dir / name for name in RECORDS):
+        if file.is_symlink() or (file.exists() and not file.is_file()):
+            raise UserError(
+                f"{file}: is a link, or no file: a run writes in its own folder; remove it"
+            )
+    job, restarts = slurm_start()
+    owner = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine()}
+    owner |= {"began": _began(os.getpid()), "job": job, "restarts": restarts}
+    while True:
+        # In this order, else a start that comes meanwhile is not the one that is looked at. The
+        # records count too: were the holders lost, an older start could take itself for the newest.
+        begun = _largest_generation(run_dir)
+        number = max(begun, check_free(run_dir)) + 1
+        file = run_dir / f"holder-{number}.json"
+        if not _make(file, json.dumps({"start": number} | owner) + "\n"):
+            continue  # who was faster is looked at
+        fsync(run_dir)
+        holders = _holders(run_dir)
+        if max(holders) == number:
+            break
+        file.unlink()  # frozen before it was made, for longer than a whole start took
+    for older in holders.keys() - {number}:
+        holders[older].unlink(missing_ok=True)
+    remove_strays(run_dir, *STRAYS)
+    return number
+
+
+def _make(file: Path, text: str) -> bool:
+    """Make a file of this text, at once and whole; False where its name is taken."""
+    temporary = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        write_atomically(temporary, text)
+        with suppress(FileExistsError):  # which NFS also says where its first answer was lost
+            os.link(temporary, file)
+        return temporary.stat().st_nlink > 1
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        with suppress(FileExistsError), file.open("x") as f:
+            return f.write(text) > 0
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_fence(run_dir: Path, generation: int) -> None:
@@ -67,22 +140,13 @@ def _began(pid: int) -> str | None:
 
 
 class Lease:
-    """This process in a run folder, from the claim of start ``generation`` to ``release``."""
+    """This process in a run folder: its sign of life after the ``claim`` of start ``generation``,
+    until ``release``.
+    """
 
     def __init__(self, run_dir: Path, generation: int) -> None:
-        job, restarts = slurm_start()
-        self._file, self._beat = run_dir / "holder.json", run_dir / "heartbeat"
-        self._owner = {
-            "start": generation,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "machine": _machine(),
-            "began": _began(os.getpid()),
-            "job": job,
-            "restarts": restarts,
-        }
+        self._file, self._beat = run_dir / f"holder-{generation}.json", run_dir / "heartbeat"
         self._over = threading.Event()
-        write_atomically(self._file, json.dumps(self._owner) + "\n")
         self._thread = threading.Thread(target=self._live, name="heartbeat", daemon=True)
         self._thread.start()
 
@@ -91,7 +155,7 @@ class Lease:
         while not self._over.wait(BEAT_SECONDS):
             number += 1
             try:
-                self._beat.write_text(f"{self._owner['start']} {number}\n")
+                self._beat.write_text(f"{self._file.stem} {number}\n")
             except OSError as error:
                 if not told:
                     say(f"{self._beat}: {error.strerror}: others cannot see that this run lives")
@@ -102,50 +166,58 @@ class Lease:
         self._over.set()
         self._thread.join()
         try:
-            self._file.unlink(missing_ok=True)
+            if self._file.exists():  # else a newer start has taken over
+                write_atomically(self._file, "{}\n")
         except OSError as error:
             say(f"{self._file}: {error.strerror}; the next start sees that this process is gone")
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """The owner's entry; of a broken file one without a name, whose heartbeat still tells."""
+    """The owner's entry, empty once it is released; of a broken file one without a name, whose
+    heartbeat still tells.
+    """
+    found: Any = None
+    with suppress(OSError, ValueError):
+        found = parse_json(read_text(file))
     unnamed: dict[str, Any] = dict.fromkeys(("start", "host", "pid"), "?")
-    try:
-        return unnamed | json.loads(file.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, TypeError):
-        return unnamed
+    return found and unnamed | found if isinstance(found, dict) else unnamed
 
 
 def _text(file: Path) -> str:
-    return file.read_text(errors="replace") if file.is_file() else ""
+    with suppress(OSError, ValueError):
+        return read_text(file)
+    return ""
 
 
-def check_free(run_dir: Path) -> None:
-    """Raise UserError, with its host, process and job, if another start trains in the run folder.
+def check_free(run_dir: Path) -> int:
+    """Return the number of the run folder's last start, which is over, or 0.
 
     What this very Slurm job was before its restart is no other: Slurm has ended it, and should its
     node wake up again, the fence stops it. On this machine the process itself is looked for; of
     another machine's, a sign of life is awaited for 30 s, without comparing clocks.
+
+    Raises:
+        UserError: another start trains in it: host, process and job.
     """
-    owner, (job, restarts) = _read(run_dir / "holder.json"), slurm_start()
+    holders = _holders(run_dir) if run_dir.is_dir() else {}
+    number = max(holders, default=0)
+    owner, (job, restarts) = _read(holders[number]) if holders else {}, slurm_start()
     earlier = owner.get("restarts")
     same = job is not None and owner.get("job") == job
     if not owner or (same and isinstance(earlier, int) and earlier < restarts):
-        return
+        return number
     name = f"start {owner['start']} on {owner['host']}, pid {owner['pid']}"
     name += f", Slurm job {owner['job']}" if owner.get("job") else ""
     if owner.get("machine") == _machine():
         began = _began(owner["pid"]) if isinstance(owner["pid"], int) else None
         if owner["pid"] == os.getpid() or began is None or began != owner.get("began"):
-            return
+            return number
     else:
         before, since = _text(run_dir / "heartbeat"), time.monotonic()
         while _text(run_dir / "heartbeat") == before:
             if time.monotonic() - since > WATCH_SECONDS:
                 say(f"{run_dir}: no sign of life from {name} for {WATCH_SECONDS:g} s: taken over")
-                return
+                return number
             time.sleep(0.5)
     end = f"scancel {owner['job']}" if owner.get("job") else "end it with SIGTERM"
     raise UserError(

@@ -5,11 +5,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from scalepeft.core.files import fsync, lines_of, read_line, write_atomically
+from scalepeft.core.files import lines_of, read_line, write_atomically
 from scalepeft.core.log import say
 
 
@@ -23,10 +23,16 @@ class RowLog:
 
     It is read from its end: what is cut off, and the last MiB of what stays. Only if a row of that
     is broken, all are read and the good ones kept. A row that the disk refuses waits in memory.
+
+    Each start writes a file of its own, which takes the place of the one before: an older start
+    that froze between its look at the fence (``check``) and its write has that one open, and harms
+    no row of this.
     """
 
-    def __init__(self, path: Path, last_step: int) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, last_step: int, check: Callable[[], None] = lambda: None
+    ) -> None:
+        self.path, self._check = path, check
         self._waiting: list[str] = []
         self.last_step = self._end = 0
         end, following = path.stat().st_size if path.exists() else 0, last_step + 1
@@ -42,14 +48,29 @@ class RowLog:
             end -= len(line)
             if end < self._end - (1 << 20):
                 break
-        if path.exists():
-            os.truncate(path, self._end)
+        if self._end:
+            self._file = path.open("rb", buffering=0)
+        self._replace(self._copied())
+
+    def _replace(self, content: Iterator[bytes]) -> None:
+        def checked() -> Iterator[bytes]:
+            yield from content
+            self._check()  # beside the new file: whoever claims from here on removes it
+
+        for older in self.path.parent.glob(f"{self.path.name}.*.tmp"):
+            older.unlink(missing_ok=True)
+        write_atomically(self.path, checked())
+        self._file = self.path.open("r+b", buffering=0)
+
+    def _copied(self) -> Iterator[bytes]:
+        for at in range(0, self._end, 1 << 20):
+            yield os.pread(self._file.fileno(), min(1 << 20, self._end - at), at)
 
     def _mend(self, last_step: int) -> None:
         damaged = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
         say(f"{self.path} holds broken rows: kept as {damaged.name}")
         shutil.copy(self.path, damaged)
-        write_atomically(self.path, self._good(damaged, last_step))
+        self._replace(self._good(damaged, last_step))
 
     def _good(self, file: Path, last_step: int) -> Iterator[bytes]:
         self.last_step = self._end = 0
@@ -68,11 +89,12 @@ class RowLog:
         """Writes the rows that wait; returns the disk's complaint if they go on waiting."""
         data = "".join(self._waiting).encode()
         try:
-            with self.path.open("r+b" if self.path.exists() else "wb", buffering=0) as f:
-                f.seek(self._end)
-                f.truncate()
-                if f.write(data) != len(data):
-                    return "short write"
+            if not os.fstat(self._file.fileno()).st_nlink:  # somebody removed it
+                self._replace(self._copied())
+            self._file.truncate(self._end)
+            self._file.seek(self._end)
+            if self._file.write(data) != len(data):
+                return "short write"
         except OSError as error:
             return error.strerror or str(error)
         self._end += len(data)
@@ -83,5 +105,4 @@ class RowLog:
         """Puts the rows on the disk, before a commit: no checkpoint knows more than the log."""
         if self._waiting and (complaint := self.flush()):
             raise OSError(errno.EIO, f"{self.path.name} cannot be written: {complaint}")
-        if self.path.exists():
-            fsync(self.path)
+        os.fsync(self._file.fileno())

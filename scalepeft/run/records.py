@@ -21,7 +21,7 @@ from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.checkpoint import Checkpoint, RunFolder, steps_of, writing_in
 from scalepeft.run.folder import check_same_run
 from scalepeft.run.goodput import lost_since
-from scalepeft.run.lease import Lease, check_fence, check_free, stored_generation
+from scalepeft.run.lease import Lease, check_fence, check_free
 from scalepeft.run.logs import RowLog
 from scalepeft.run.progress import Progress
 from scalepeft.run.provenance import commit, peak_memory, versions
@@ -115,9 +115,8 @@ class RunRecorder:
     @on_main
     def _claim(self, launched: float) -> tuple[int, Checkpoint | None, int]:
         path = self.path
-        seen = stored_generation(path)
-        check_free(path)  # once more: loading took its time
-        self.folder.claim(seen, self._take_lease)
+        self.folder.claim()
+        self._lease = Lease(path, self.folder.generation)
         resumed, _ = self.folder.newest()
         step = resumed.step if resumed else 0
         if resumed:
@@ -127,14 +126,12 @@ class RunRecorder:
             tell_job("progress", f"step {step}")
         with writing_in(path):
             write_atomically(path / "config.yaml", cfg.dump(self.config))
-            self.metrics = RowLog(path / "metrics.jsonl", step)
-            self.validation = RowLog(path / "validation.jsonl", step)
+            check = functools.partial(check_fence, path, self.folder.generation)
+            self.metrics = RowLog(path / "metrics.jsonl", step, check)
+            self.validation = RowLog(path / "validation.jsonl", step, check)
         if self.metrics.last_step < step:
             say(f"metrics.jsonl lacks rows: it ends at step {self.metrics.last_step} of {step}")
         return self.folder.generation, resumed, self.validation.last_step
-
-    def _take_lease(self, generation: int) -> None:
-        self._lease = Lease(self.path, generation)
 
     @on_main
     def finished(self) -> bool:
@@ -269,6 +266,7 @@ class RunRecorder:
         folder = self.path / "adapter"
         folder.mkdir(exist_ok=True)
         temporary = folder / "adapter.safetensors.tmp"
+        temporary.unlink(missing_ok=True)  # of a start that was killed, or a link
         reader = Reader(self.folder.checkpoints / f"step-{step:06d}")
         names = [name for name in reader.shapes if "/" not in name]
         written = write_tensors(temporary, {name: reader.whole(name) for name in names})

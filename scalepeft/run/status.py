@@ -56,7 +56,7 @@ def status(folder: Path) -> dict[str, Any]:
 def _stages(folder: Path) -> dict[str, str]:
     """Stage of a pipeline -> done or begun, in the order of time; empty without one."""
     files = sorted((folder / "stages").glob("*.json"), key=lambda p: p.stat().st_mtime)
-    found = (f.stem.partition(".") for f in files if f.stem != "holder")
+    found = (f.stem.partition(".") for f in files if not f.stem.startswith("holder"))
     return {name: end or "done" for name, _, end in found if end in ("", "begun")}
 
 

@@ -407,6 +407,31 @@ def test_submit_queues_the_stages_as_a_chain(runs: Runs, undisturbed: Path) -> N
     assert "sbatch refuses" in submit(runs, file, "--sbatch", "partition=nope", expect=2)
 
 
+def test_no_text_of_a_user_runs_in_a_job(runs: Runs) -> None:
+    """A name with a newline is refused, and any other reaches Slurm as it is."""
+    file, ran = str(runs.job_file()), runs.folder / "ran"
+    for setting in (
+        f'run_dir={runs.folder}/a"\nid > {ran}\n#',
+        "model.path=a\x1bb",
+        "data.cache=\x7f",
+    ):
+        refused = submit(runs, file, setting, expect=2)
+        assert "has control characters" in refused and setting.partition("=")[0] in refused
+        assert len(refused.splitlines()) == 1
+    assert "has control characters" in submit(runs, file, "--sbatch=job-name=a\nb", expect=2)
+    name = f"""a "b' $(touch {ran}) `id` \\ %j; #"""
+    run_dir = runs.folder / """it's "$(touch ran)" --hold"""
+    submit(runs, file, f"run_dir={run_dir}", f"--sbatch=job-name={name}", "--sbatch=hold")
+    (job,) = runs.jobs
+    assert runs.cluster.run("squeue", "-h", "-j", job, "-o", "%j").rstrip("\n") == name
+    shown = runs.cluster.run("scontrol", "show", "job", job)
+    assert f"JobName={name}\n" in shown and "Reason=JobHeldUser" in shown
+    assert f"StdOut={run_dir}/submissions/001/" in shown
+    script = (run_dir / "submissions/001/train.sh").read_text()
+    assert script.count(runs.folder.name) and name not in script
+    assert not ran.exists() and not (runs.folder / "run").exists()
+
+
 @pytest.mark.full
 def test_a_failed_training_cancels_its_evaluation(runs: Runs) -> None:
     """And a submission beside a queued job of the run, or with another config, is refused."""
@@ -426,7 +451,7 @@ def test_a_sweep_is_an_array_with_a_throttle(runs: Runs) -> None:
     file = runs.job_file("train.max_steps=3", "engine=single")
     one = ("--sbatch=--nodes=1", "--sweep", "train.lr=1e-3,2e-3", "--throttle", "1")
     dry = submit(runs, str(file), *one, "--dry-run")
-    assert '#SBATCH --array="0-1%1"' in dry and "lr: 0.002" in dry and not runs.jobs
+    assert "--array=0-1%1" in dry and "lr: 0.002" in dry and not runs.jobs
     assert not (runs.folder / "run").exists()
     submit(runs, str(file), *one)
     (job,) = runs.jobs

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -37,6 +38,15 @@ def job(*settings: str, head: str = HEAD) -> str:
     words = " ".join([*TINY, "engine=fsdp2", "train.max_steps=4", "run_dir=run", *settings])
     Path("job.sh").write_text(f"{head}SETTINGS=({words})\n{SOURCE}")
     return "job.sh"
+
+
+def parts(printed: str) -> dict[str, str]:
+    """What a dry run prints of each job: its script, and its words for sbatch."""
+    found: dict[str, str] = {}
+    pieces = re.split(r"# ---- (\w+)\.(?:sh|args)\n", printed.partition("# ---- configs/")[0])
+    for name, text in zip(pieces[1::2], pieces[2::2], strict=True):
+        found[name] = found.get(name, "") + text
+    return found
 
 
 def call(file: str, *settings: str, **more: object) -> None:
@@ -109,11 +119,12 @@ def test_what_is_rendered(capsys: pytest.CaptureFixture[str]) -> None:
     )
     printed = capsys.readouterr().out
     script = printed.partition("# ---- evaluate.sh")[0]
-    order = ["#SBATCH --time=5", '#SBATCH --time="7"', "module()", "HF_HOME", "targets=(", "source"]
+    order = ["#SBATCH --time=5", "module()", "HF_HOME", "targets=(", "source"]
     assert [script.index(part) for part in order] == sorted(script.index(p) for p in order)
     here = Path.cwd()
-    assert here.name == "sub dir" and f'#SBATCH --chdir="{here}"' in script
-    assert '#SBATCH --array="0-3%1"' in script and '#SBATCH --partition="debug"' in script
+    words = shlex.split(script.split("# ---- train.args\n")[1])
+    assert here.name == "sub dir" and f"--chdir={here}" in words and "--time=7" in words
+    assert "--array=0-3%1" in words and "--partition=debug" in words
     assert printed.count("rank: 2") == 4, "the command line's keys are laid over a swept section"
     assert printed.count("prompt: '{instruction} \"$5\"'") == 4
     assert sorted(p for p in here.iterdir()) == [], "a dry run writes nothing"
@@ -126,13 +137,13 @@ def test_stages_that_need_no_gpu_ask_for_none(capsys: pytest.CaptureFixture[str]
         file, pipeline=True, plan=False, sbatch=["gpus-per-node=4", "time=9"],
         cpu_sbatch=["partition=cpu", "mem=4G"],
     )  # fmt: skip
-    scripts = re.split(r"# ---- (\w+)\.(?:sh|yaml)\n", capsys.readouterr().out)
-    found = dict(zip(scripts[1::2], scripts[2::2], strict=True))
+    found = parts(capsys.readouterr().out)
     assert list(found)[:5] == ["prepare", "train", "merge", "evaluate", "report"]
     for stage in ("prepare", "merge", "report"):
-        assert "--gpus" not in found[stage] and '--time="9"' in found[stage]
+        assert "--gpus" not in found[stage] and "--time=9" in found[stage]
         assert "gres" not in found[stage] and "--mem=0" not in found[stage]
-        assert '--nodes="1"' in found[stage] and '--partition="cpu"' in found[stage]
+        assert "--nodes=1" in found[stage] and "--partition=cpu" in found[stage]
+        assert "#SBATCH" not in found[stage]
     for stage in ("train", "evaluate"):
         assert "#SBATCH --gres=gpu:8" in found[stage] and "--partition" not in found[stage]
         assert f"SETTINGS=(--stage {stage})" in found[stage]
@@ -264,16 +275,15 @@ def test_a_comparison_is_two_arrays_and_a_table(capsys: pytest.CaptureFixture[st
     call(file, compare=words, plan=False, throttle=3, cpu_sbatch=["mem=2G"])
     read = capsys.readouterr()
     assert "adapter.rank=4, train.lr=1e-3: left out, each method brings its own" in read.err
-    scripts = re.split(r"# ---- (\w+)\.(?:sh|yaml)\n", read.out)
-    found = dict(zip(scripts[1::2], scripts[2::2], strict=True))
+    found = parts(read.out)
     assert list(found)[:3] == ["sweep", "seeds", "table"]
     for name, first, last in (("sweep", 0, 5), ("seeds", 6, 11)):
-        assert '#SBATCH --array="0-5%3"' in found[name] and "%A_%a.log" in found[name]
+        assert "--array=0-5%3" in found[name] and "%A_%a.log" in found[name]
         cells = " ".join(f"--cell={i}" for i in range(first, last + 1))
         assert f"targets=({cells})\n" in found[name] and "gpus-per-node" in found[name]
         assert "SCALEPEFT_COMMAND=compare\n" in found[name]
     assert "targets=(--table)\n" in found["table"] and "--array" not in found["table"]
-    assert "gpus-per-node" not in found["table"] and '#SBATCH --mem="2G"' in found["table"]
+    assert "gpus-per-node" not in found["table"] and "--mem=2G" in found["table"]
     assert f"SETTINGS=(--out {Path.cwd()}/run)" in found["table"]
     assert not Path("run").exists(), "a dry run writes nothing"
     assert "# ---- design.json" in read.out and "# ---- configs/0.yaml" not in read.out

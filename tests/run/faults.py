@@ -1,7 +1,7 @@
 """``python -m scalepeft`` on a machine in trouble: the environment's FAULT says in which.
 
 ``memory``: rank 1 has no room for some of its writes. ``row``, ``save``, ``end``: the file system
-does not answer for a moment when the fence is read, and the generation file is lost before.
+does not answer for a moment when the fence is read, and the holder's file is lost before.
 """
 
 import errno
@@ -17,7 +17,7 @@ from scalepeft.run import saver as saving
 FAULT = os.environ["FAULT"]
 
 
-AT = {"row": range(4, 7), "save": range(2, 4), "end": range(12, 14), "memory": range(4, 8)}[FAULT]
+AT = {"row": range(6, 9), "save": range(4, 6), "end": range(14, 16), "memory": range(4, 8)}[FAULT]
 
 
 count = 0
@@ -43,7 +43,8 @@ def look_at_a_stale_handle(run_dir: Path) -> int:
     if count in AT:
         raise OSError(errno.ESTALE, "Stale file handle")
     if count == AT[0] - 1:
-        (run_dir / "generation").unlink(missing_ok=True)
+        for holder in run_dir.glob("holder*.json"):
+            holder.unlink()
     return look(run_dir)
 
 

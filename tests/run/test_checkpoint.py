@@ -23,7 +23,7 @@ from scalepeft.core.errors import UserError
 from scalepeft.models.tensors import Reader, write_tensors
 from scalepeft.parallel.base import Part
 from scalepeft.run.checkpoint import DamagedCheckpoint, RunFolder, steps_of, verify
-from scalepeft.run.lease import Superseded, stored_generation
+from scalepeft.run.lease import Superseded
 from scalepeft.run.logs import RowLog
 
 STATE = {"base": {}, "data": "", "nonfinite_in_a_row": 0}
@@ -31,7 +31,7 @@ STATE = {"base": {}, "data": "", "nonfinite_in_a_row": 0}
 
 def claimed(path: Path) -> RunFolder:
     folder = RunFolder(path)
-    folder.claim(stored_generation(path))
+    folder.claim()
     return folder
 
 
@@ -268,7 +268,7 @@ def test_a_lost_generation_file_does_not_let_an_older_start_write(tmp_path: Path
     for _ in range(3):
         frozen = claimed(tmp_path)
     save(frozen, 1)
-    (tmp_path / "generation").unlink()
+    (tmp_path / "holder-3.json").unlink()
     newer = claimed(tmp_path)
     assert newer.generation == 4, "the checkpoint knows that there were three"
     save(newer, 2)

@@ -21,7 +21,7 @@ from test_checkpoint import delete_a_file, empty, flip_a_bit, truncate
 
 from scalepeft.adapters.inject import read_adapter
 from scalepeft.core.errors import UserError
-from scalepeft.run import checkpoint, lease
+from scalepeft.run import lease
 from scalepeft.run.checkpoint import RunFolder
 
 pytestmark = pytest.mark.slow
@@ -299,8 +299,8 @@ def test_a_start_that_cannot_train_leaves_the_running_one_alone(tmp_path: Path) 
     text = train(1, folder, *settings, expect=2)
     assert f"is in use by start 1 on {socket.gethostname()}, pid {pid}," in text
     # The same from a machine on which the holder's pid means nothing: its heart beats.
-    held = json.loads((folder / "holder.json").read_text())
-    (folder / "holder.json").write_text(json.dumps({**held, "machine": "another", "job": "41"}))
+    held = json.loads((folder / "holder-1.json").read_text())
+    (folder / "holder-1.json").write_text(json.dumps({**held, "machine": "another", "job": "41"}))
     text = train(1, folder, *settings, expect=2)
     assert "Slurm job 41, which is training there; wait for it, or scancel 41" in text
     # Two shells of one allocation have the same job; its restart is the one that may take over.
@@ -326,7 +326,8 @@ def test_a_start_that_cannot_train_leaves_the_running_one_alone(tmp_path: Path) 
     codes, text = second.wait()
     assert codes == [75], text
     assert [r["step"] for r in rows(folder)] == list(range(1, step_of(folder) + 1))
-    assert not (folder / "holder.json").exists(), "a start that ends in order holds nothing"
+    (held,) = folder.glob("holder-*.json")
+    assert (held.name, held.read_text()) == ("holder-2.json", "{}\n"), "nobody holds it"
 
 
 def test_a_holder_without_a_sign_of_life_is_taken_over(
@@ -358,7 +359,7 @@ def test_a_hiccup_of_the_file_system_is_lived_through(moment: str, tmp_path: Pat
     words = ["train", *settings, f"run_dir={tmp_path}/run"]
     codes, text = Job(1, words, {"FAULT": moment}, FAULTS).wait()
     assert codes == [0], text
-    assert int(text.split("looked ")[1].split()[0]) > 13, "all of the trouble came"
+    assert int(text.split("looked ")[1].split()[0]) > 15, "all of the trouble came"
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(tmp_path / "whole")
 
@@ -402,7 +403,7 @@ def test_a_start_whose_folder_another_one_took_away_makes_it_anew(tmp_path: Path
     first, second = RunFolder(tmp_path / "a/run"), RunFolder(tmp_path / "a/run")
     first.withdraw()
     assert not (tmp_path / "a").exists()
-    second.claim(0)
+    second.claim()
     second.withdraw()
     assert second.checkpoints.is_dir()
     third = RunFolder(tmp_path / "a/run")
@@ -413,42 +414,9 @@ def test_a_start_whose_folder_another_one_took_away_makes_it_anew(tmp_path: Path
 def test_a_start_that_goes_leaves_the_owner_its_folder(tmp_path: Path) -> None:
     owner, other = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
     other._made = owner._made  # both began at once
-    owner.claim(0)
+    owner.claim()
     other.withdraw()
     assert owner.checkpoints.is_dir()
-
-
-def test_two_starts_at_once_are_one_run(tmp_path: Path) -> None:
-    settings = ["train.max_steps=4000", "train.save_every=1000"]
-    jobs = [start(1, tmp_path / "run", *settings) for _ in range(3)]
-    while sum(job.ranks[0].poll() is None for job in jobs) > 1 or not step_of(tmp_path / "run"):
-        time.sleep(0.05)
-    (alive,) = (job for job in jobs if job.ranks[0].poll() is None)
-    for job in jobs:
-        if job is not alive:
-            codes, text = job.wait()
-            assert codes == [2], text
-            assert "is in use by start 1" in text or "took it in this very moment" in text
-    alive.kill(signal.SIGTERM)
-    assert alive.wait()[0] == [75]
-    starts = [row for row in events(tmp_path / "run") if row["event"] == "start"]
-    assert len(starts) == 1
-    assert newest_saved(tmp_path / "run") == step_of(tmp_path / "run") > 0
-
-
-def test_a_number_that_is_stored_has_its_owner_beside_it(tmp_path: Path) -> None:
-    """Else a second start finds the first one's number, no owner, and takes the folder from it."""
-    stored = []
-
-    def announce(generation: int) -> None:
-        stored.append(lease.stored_generation(tmp_path))
-        taken.append(lease.Lease(tmp_path, generation))
-
-    taken: list[lease.Lease] = []
-    folder = checkpoint.RunFolder(tmp_path)
-    folder.claim(0, announce)
-    taken[0].release()
-    assert stored == [0] and lease.stored_generation(tmp_path) == folder.generation == 1
 
 
 def test_a_run_that_is_longer_than_asked_for_or_lost_its_config(tmp_path: Path) -> None:

@@ -59,8 +59,9 @@ def incumbent(out: Path, work: dict[str, Any], trl: bool) -> tuple[list[float], 
         "lr_scheduler_type": "constant", "train_sampling_strategy": "sequential",
         "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True,
     }  # fmt: skip
-    model = hf.AutoModelForCausalLM.from_pretrained(work["base"], **work["load"])
-    tokenizer = hf.AutoTokenizer.from_pretrained(config["model"]["tokenizer"] or work["base"])
+    never, named = {"trust_remote_code": False}, config["model"]["tokenizer"] or work["base"]
+    model = hf.AutoModelForCausalLM.from_pretrained(work["base"], **never, **work["load"])
+    tokenizer = hf.AutoTokenizer.from_pretrained(named, **never)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if trl:
         from datasets import Dataset

@@ -27,7 +27,7 @@ from scalepeft.core.launch import rank
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, STOPPED, USER_ERROR, StopFlag, Stopping
 from scalepeft.eval import scores
-from scalepeft.run.lease import Lease, check_free
+from scalepeft.run.lease import Lease, check_free, claim
 from scalepeft.run.stage import Stage, set_aside
 
 SETTLED = ("done", "failed")  # states of a cell that is not run again
@@ -213,7 +213,7 @@ class Runner:
             ]
             command = ["evaluate", str(folder), *words]
             if not rank():  # training takes the lease itself; two evaluations would mix their rows
-                lease = Lease(folder, 0)
+                lease = Lease(folder, claim(folder))
         log = folder / ("log.txt" if not rank() else f"log-{rank()}.txt")
         start = log.stat().st_size if log.is_file() else 0
         try:

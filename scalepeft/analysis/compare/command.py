@@ -102,7 +102,7 @@ def keep(out: Path, design: Design) -> None:
     file = out / FILE
     if rank() or (file.is_file() and file.read_text() == design.text()):
         return
-    for holder in out.glob("cells/*/*/holder.json"):
+    for holder in out.glob("cells/*/*/holder*.json"):
         check_free(holder.parent)
     with writing(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)

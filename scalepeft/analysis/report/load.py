@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from scalepeft.analysis import rows
 from scalepeft.config import changes
+from scalepeft.config.files import parse_yaml
 from scalepeft.config.schema import renamed
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import digest, read_lines, read_mapping
+from scalepeft.core.text import one_line
 from scalepeft.eval import comet, scores
 from scalepeft.run import status
 from scalepeft.run.checkpoint import DamagedCheckpoint, steps_of, verify
@@ -102,7 +103,7 @@ def read_all(folders: list[Path]) -> list[Run]:
 def read(folder: Path, name: str) -> Run:
     """Read one run."""
     problems: list[str] = []
-    config = _mapping(folder / "config.yaml", yaml.safe_load, problems)
+    config = _mapping(folder / "config.yaml", parse_yaml, problems)
     with contextlib.suppress(UserError):  # a key under both spellings: shown as it stands
         config = renamed(config)
     adapter, checkpoint = _adapter(folder / "adapter", problems), _newest(folder, problems)
@@ -142,7 +143,7 @@ def _mapping(file: Path, parse: Callable[[str], object], problems: list[str]) ->
     try:
         return read_mapping(file, parse, "restore it")
     except UserError as error:
-        problems.append(" ".join(str(error).split()))
+        problems.append(one_line(error))
         return {}
 
 
@@ -180,8 +181,8 @@ def evaluations_of(folder: Path) -> tuple[list[Evaluation], list[str]]:
             scores.lines(held)  # all that is shown of it is there
         except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
             said = f"{place / 'scores.json'}: damaged, or of another version"
-            said += f" ({type(error).__name__}: {error}); evaluate again"
-            said = " ".join(str(error).split()) if isinstance(error, UserError) else said
+            said += f" ({type(error).__name__}: {one_line(error, 100)}); evaluate again"
+            said = one_line(error) if isinstance(error, UserError) else said
             count = sum(1 for _ in read_lines(place / "predictions.jsonl"))
             problems.append(said + (f" ({count} predictions there)" if count else ""))
             continue

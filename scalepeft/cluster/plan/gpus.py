@@ -1,6 +1,5 @@
 """GPUs that a plan knows, by our names, nvidia-smi's and Slurm's; and what a plan is asked."""
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from scalepeft.core.errors import UserError, nearest
+from scalepeft.core.files import parse_json, read_text
 
 # Words that say nothing of memory or rate; any other (NVL, a MIG slice) makes it another GPU.
 FILLER = re.compile(r"nvidia|tesla|[hd]gx|sxm\d?|pcie|hbm\d?e?")
@@ -65,7 +65,7 @@ def measured(file: Path) -> dict[str, Any]:
     most holes of the allocator over what comes and goes. Raise UserError if they are not there.
     """
     try:
-        found = json.loads(file.read_text())
+        found = parse_json(read_text(file))
         device = found["env"]["device"] + " --tiny" * found["env"]["tiny"]  # which names no GPU
         rows = [found["training"][key] | row for key, row in found["plan"].items()]
         rates, *most = ([float(row[key]) for row in rows if key in row] for key in COLUMNS)
