@@ -264,10 +264,8 @@ def run(
 
     ``first``: this stage and those after it are done again, though nothing has changed; ``last``:
     the end; ``only``: this stage alone, as a job of a chain does; the ones before it must be done.
-
-    Raises:
-        UserError: a mistake in config or data, a stage whose predecessors are not done, or the
-            folder is another process's.
+    Raises UserError: a mistake in config or data, a stage whose predecessors are not done, or the
+    folder is another process's.
     """
     check(config)
     ranks = Ranks()  # a job without a GPU, whatever engine and device the others are for

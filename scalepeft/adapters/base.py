@@ -84,10 +84,8 @@ class Adapter(nn.Module):
         self.declare()
 
     def declare(self) -> None:
-        """Declares the parameters: ``self.U = self.new_parameter(out, r)``; none by default.
-
-        Raises:
-            UserError: dimensions that the method cannot take.
+        """Declares the parameters: ``self.U = self.new_parameter(out, r)``; none by default. Raises
+        UserError: dimensions that the method cannot take.
         """
 
     @staticmethod

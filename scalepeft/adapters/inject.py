@@ -263,10 +263,8 @@ def penalty(model: nn.Module) -> Tensor | None:
 
 
 def check_state(model: nn.Module, shapes: dict[str, tuple[int, ...]], where: str) -> None:
-    """Compares an adapter state with the model by names and shapes.
-
-    Raises:
-        UserError: missing, extra or misshapen tensors, with their names.
+    """Compares an adapter state with the model by names and shapes. Raises UserError: missing,
+    extra or misshapen tensors, with their names.
     """
     parameters = trainable(model)
     if missing := sorted(parameters.keys() - shapes.keys()):
@@ -283,11 +281,9 @@ def check_state(model: nn.Module, shapes: dict[str, tuple[int, ...]], where: str
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Copies an adapter state into the model after checking names, shapes and values.
-
-    Raises:
-        UserError: missing, extra, misshapen or non-finite tensors, with their names; the model is
-            unchanged.
+    """Copies an adapter state into the model after checking names, shapes and values. Raises
+    UserError: missing, extra, misshapen or non-finite tensors, with their names; the model is
+    unchanged.
     """
     check_state(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, where)
     for name, tensor in state.items():
@@ -301,10 +297,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
 
 
 def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[str, Any]]:
-    """Reads (config, tensors, the rest of ``adapter_config.json``) from an adapter folder.
-
-    Raises:
-        UserError: a missing, unreadable or changed file, named.
+    """Reads (config, tensors, the rest of ``adapter_config.json``) from an adapter folder. Raises
+    UserError: a missing, unreadable or changed file, named.
     """
     remedy = f"{folder} is no readable adapter folder; name the adapter/ of a finished run"
     description = read_mapping(folder / "adapter_config.json", json.loads, remedy)

@@ -19,10 +19,8 @@ WHERE = "adapter.target_modules: "
 def expand(model: nn.Module, config: AdapterConfig) -> list[str]:
     """Return ``config.target_modules`` with full names in the place of presets; and in the place of
     the default, unless the model has a layer for each of its names: what projects to queries, keys
-    and values, into the feed-forward layer and out of it.
-
-    Raises:
-        UserError: a preset that this model has no layer for, or a pattern of everything.
+    and values, into the feed-forward layer and out of it. Raises UserError: a preset that this
+    model has no layer for, or a pattern of everything.
     """
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     routers = {name for name, layer in linear.items() if structure.is_router(name, layer)}

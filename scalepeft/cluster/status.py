@@ -20,10 +20,8 @@ COMPARISON = "design.json"  # what a comparison keeps in its folder
 
 def run(run_dirs: list[str], as_json: bool) -> None:
     """Prints the state of each run; a folder of a sweep stands for the runs in it, one of a
-    comparison for its cells.
-
-    Raises:
-        UserError: a folder that holds neither a run nor a submission, once the others are shown.
+    comparison for its cells. Raises UserError: a folder that holds neither a run nor a submission,
+    once the others are shown.
     """
     runs = {name: _runs(Path(name)) for name in run_dirs}
     stands = [

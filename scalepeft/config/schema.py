@@ -191,10 +191,8 @@ def renamed_key(key: str) -> str:
 
 
 def renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """Settings by section, with every key as it is spelled now.
-
-    Raises:
-        UserError: a key is set under both spellings.
+    """Settings by section, with every key as it is spelled now. Raises UserError: a key is set
+    under both spellings.
     """
     for old, new in ALIASES.items():
         (section, was), now = old.split("."), new.split(".")[1]

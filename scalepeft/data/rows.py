@@ -91,9 +91,7 @@ def read_rows(source: str) -> Iterator[tuple[int, Any]]:
     comes out as a ``BrokenRow``, so does an object with a key twice and a csv record of another
     width than its header; a broken array is an error of the whole file. A file of one object over
     several lines is one row. Cells of csv are texts. The row number of json lines is the line's.
-
-    Raises:
-        UserError: it cannot be read, or is none of these.
+    Raises UserError: it cannot be read, or is none of these.
     """
     if (files := tables.saved(source)) is not None:
         yield from enumerate(chain.from_iterable(map(tables.rows, files)), 1)
@@ -209,9 +207,7 @@ def read_text(source: str, length: int = -1) -> str:
 def open_text(source: str) -> Iterator[TextIO]:
     """Open a file's text, uncompressed, by lines that end with LF. Bytes that are not UTF-8 come
     out as lone surrogates, which ``check_utf8`` finds: a bad row is one bad row and not a bad file.
-
-    Raises:
-        UserError: it cannot be read, or is not text; also later, where it is being read.
+    Raises UserError: it cannot be read, or is not text; also later, where it is being read.
     """
     head = _head(source)
     with tables.explained(source), _binary(source, head) as raw:

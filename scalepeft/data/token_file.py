@@ -30,10 +30,8 @@ PARTS = ("tokens", "lengths", "label_start")
 
 def split_file(task: Task, split: Split, tokenizer: Any, ends: list[int]) -> Path:
     """The file with a split's tokens, made unless it is there and whole. Rows are read, tokenized
-    and written in a stream: memory grows by 8 bytes a row.
-
-    Raises:
-        UserError: rows cannot be read, or the cache's folder cannot be written.
+    and written in a stream: memory grows by 8 bytes a row. Raises UserError: rows cannot be read,
+    or the cache's folder cannot be written.
     """
     folder = Path(task.config.cache or cache_folder()) / "tokens"
     file = folder / f"{_key(task, split, tokenizer, ends)}.safetensors"

@@ -54,10 +54,8 @@ def write(folder: Path, rows: list[Scored]) -> None:
 def compute(folder: Path, stop: StopFlag | None = None) -> dict[str, Any] | None:
     """Score the texts in ``folder/comet``; return what ``folder/comet.json`` then holds (``score``
     and ``ci95`` times 100), None if ``SCALEPEFT_COMET`` is not set and these texts are not scored.
-
-    Raises:
-        UserError: no such program, it failed, or its output is not COMET's.
-        Stopping: a signal came; the program was ended.
+    Raises UserError: no such program, it failed, or its output is not COMET's. Raises Stopping: a
+    signal came; the program was ended.
     """
     inputs, result = folder / "comet", folder / "comet.json"
     digest, (program, model) = digest_of(folder), _program()

@@ -104,10 +104,8 @@ def check(config: RunConfig, kind: Subject, world_size: int) -> None:
 
 def exported(config: RunConfig, sha256: str) -> tuple[Path, int]:
     """The adapter as a LoRA in ``RUN_DIR/exported-lora``, made if it is not there; and its rank. It
-    lies under the ``sha256`` of the adapter's file, which may be trained further.
-
-    Raises:
-        UserError: the method is no LoRA, or the rank is more than vLLM takes.
+    lies under the ``sha256`` of the adapter's file, which may be trained further. Raises UserError:
+    the method is no LoRA, or the rank is more than vLLM takes.
     """
     folder = Path(config.run_dir) / "exported-lora" / sha256[:16]
     if not folder.is_dir():

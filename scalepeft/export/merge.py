@@ -47,7 +47,9 @@ def run(
     key: str | None = None,
     poll: Callable[[], None] = lambda: None,
 ) -> None:
-    """Writes base and adapter of a run as one checkpoint, and prints its output error.
+    """Writes base and adapter of a run as one checkpoint, and prints its output error. Raises
+    UserError: the method or the architecture cannot merge, base and adapter do not belong together,
+    or ``out`` cannot be written; nothing is written then.
 
     Args:
         run_dir: a run with an ``adapter/``.
@@ -59,10 +61,6 @@ def run(
             weights are computed in fp32 and rounded once.
         key: as ``whole_folder`` takes it; with one, a merge that was broken off goes on.
         poll: called between tensors; may raise to stop.
-
-    Raises:
-        UserError: the method or the architecture cannot merge, base and adapter do not belong
-            together, or ``out`` cannot be written; nothing is written then.
     """
     target = Path(out)
     refuse_existing(target)
@@ -113,9 +111,7 @@ def check_method(config: RunConfig, folder: Path) -> None:
 
 def _plan(finished: FinishedRun, model: Streamed, dtype: str) -> tuple[list[str], list[Shard]]:
     """Returns the switches to set in config.json, and the shards in the order of the base's files.
-
-    Raises:
-        UserError: a method that cannot merge, a bias that the architecture has no place for.
+    Raises UserError: a method that cannot merge, a bias that the architecture has no place for.
     """
     biases: set[str] = set()
     for name, layer in injection.adapted_layers(model.model):

@@ -175,10 +175,8 @@ def whole_folder(out: Path, key: str | None = None) -> Iterator[Path]:
     Without a ``key`` it is this process's own, so that two of them never fill the same one; those
     of processes that were killed on this machine are removed. With a key it stays when the filling
     is broken off, and is handed out again, with what is in it, to whoever comes with the same key;
-    the caller sees to it that only one comes at a time.
-
-    Raises:
-        UserError: ``out`` exists, or the disk refuses; nothing is left behind without a key.
+    the caller sees to it that only one comes at a time. Raises UserError: ``out`` exists, or the
+    disk refuses; nothing is left behind without a key.
     """
     refuse_existing(out)
     begin = f"{out.name}.partial-{socket.gethostname()}-"

@@ -43,7 +43,8 @@ class ScalepeftLM(HFLM):
     """A run's adapter, its merged checkpoint or its base, loaded as ``scalepeft evaluate`` does.
 
     In several processes (``torchrun -m scalepeft.integrations.lm_eval ...``) each takes its share
-    of the rows; the engine must hold the whole model in each (``engine=ddp``).
+    of the rows; the engine must hold the whole model in each (``engine=ddp``). Raises UserError:
+    what is given cannot be loaded, or is not known.
 
     Args:
         run_dir: the run.
@@ -51,9 +52,6 @@ class ScalepeftLM(HFLM):
         device: in place of the run's ``engine.device``; ``cuda:0``, lm-eval's default, leaves that.
         more: settings of the run that ``scalepeft evaluate`` takes too (``model.path=FOLDER``), and
             of lm-eval's own model (``batch_size``, ``max_length``).
-
-    Raises:
-        UserError: what is given cannot be loaded, or is not known.
     """
 
     def __init__(

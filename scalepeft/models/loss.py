@@ -211,9 +211,7 @@ def add_token_loss(model: nn.Module) -> None:
     """Swaps in a class with ``forward(input_ids, token_labels=, label_places=, loss_chunk=)``
     -> summed loss.
 
-    The loss is computed inside the model's own forward, where a sharded head is gathered.
-
-    Raises:
-        UserError: the model's logits are not shown to be a function of its decoder's states.
+    The loss is computed inside the model's own forward, where a sharded head is gathered. Raises
+    UserError: the model's logits are not shown to be a function of its decoder's states.
     """
     model.__class__ = _class_with_loss(type(model), _decoder_of(model))  # type: ignore[arg-type]  # mypy: no Hashable

@@ -56,10 +56,8 @@ def keeps(settings: dict[str, Any]) -> Callable[[str], bool]:
 
 
 def read(settings: dict[str, Any], entries: Sources) -> Sources:
-    """Folds those of the files' tensors that belong to a quantized weight into that weight.
-
-    Raises:
-        UserError: a method or packing that is not read here, or a scale that would be ignored.
+    """Folds those of the files' tensors that belong to a quantized weight into that weight. Raises
+    UserError: a method or packing that is not read here, or a scale that would be ignored.
     """
     method, left = settings.get("quant_method"), dict(entries)
     if settings and method not in METHODS:

@@ -27,11 +27,9 @@ def build(
     """Builds the causal LM on the meta device, block layers in the storage of ``model.quant``.
 
     A multimodal model keeps its text decoder and head; what its files hold for images and sound is
-    not read. ``weights`` of the folder are bound to it; without, shapes alone are to be had.
-
-    Raises:
-        UserError: config.json is missing, broken or of an unsupported architecture; the tensors are
-            not those of this architecture.
+    not read. ``weights`` of the folder are bound to it; without, shapes alone are to be had. Raises
+    UserError: config.json is missing, broken or of an unsupported architecture; the tensors are not
+    those of this architecture.
     """
     where, attention, dtype = f"model.path={folder}", config.attention, PRECISIONS[precision]
     options: dict[str, Any] = {"dtype": dtype}

@@ -68,10 +68,8 @@ class _Piece:
 
 
 class Reader:
-    """The tensors of a checkpoint, read by ranges: no byte more than asked for.
-
-    Raises:
-        ValueError: the files do not hold each element of each tensor exactly once.
+    """The tensors of a checkpoint, read by ranges: no byte more than asked for. Raises ValueError:
+    the files do not hold each element of each tensor exactly once.
     """
 
     def __init__(self, folder: Path) -> None:

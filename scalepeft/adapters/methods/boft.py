@@ -45,12 +45,10 @@ def butterfly(d: int, b: int, i: int, device: torch.device) -> Tensor:
 class BOFT(OFT):
     """``W' = diag(s) W R^T``, ``R = F_(m-1) ... F_1 F_0``, ``F_i = P_i D_i P_i^T``.
 
-    D_i is block-diagonal of Cayley rotations as in OFT. ``m in (b - 1) / 2 + out`` parameters: K
-    (m in / b, b (b - 1) / 2) from 0 and s - 1 (out,) from 0. Matches HF PEFT (which needs its CUDA
-    extension for m > 1). Paper: arXiv 2311.06243.
-
-    Raises:
-        UserError: blocks that do not tile the layer's inputs.
+    D_i is block-diagonal of Cayley rotations as in OFT. ``m in (b - 1) / 2 + out`` parameters: K (m
+    in / b, b (b - 1) / 2) from 0 and s - 1 (out,) from 0. Matches HF PEFT (which needs its CUDA
+    extension for m > 1). Paper: arXiv 2311.06243. Raises UserError: blocks that do not tile the
+    layer's inputs.
     """
 
     Config = BOFTConfig

@@ -49,10 +49,8 @@ class HOFT(Reflected):
     rank r.
 
     Every singular value of W is kept. The bias is added after Q_U (the paper is silent): rotating
-    it would make the layer differ from ``W' x + b``. Paper: arXiv 2505.16531.
-
-    Raises:
-        UserError: odd rank, or a rank too large for the layer.
+    it would make the layer differ from ``W' x + b``. Paper: arXiv 2505.16531. Raises UserError: odd
+    rank, or a rank too large for the layer.
     """
 
     Config = HOFTConfig

@@ -32,10 +32,7 @@ class HRA(Reflected):
 
     The paper's order of reflections and its start (pairs of equal Kaiming-uniform columns); its
     penalty on inner products between columns is not offered. Matches HF PEFT. Paper: arXiv
-    2405.17484.
-
-    Raises:
-        UserError: odd rank, or a rank too large for the layer.
+    2405.17484. Raises UserError: odd rank, or a rank too large for the layer.
     """
 
     Config = HRAConfig

@@ -92,10 +92,8 @@ class HUT(Adapter):
     M_A is tiled over r equal groups of columns and M_B over r equal groups of rows: rank 1 is
     ``diag(a) W diag(b)``, the literal reading of the paper (where a larger r would be inert); with
     r > 1 the rank counts. Only secondary descriptions of the formula could be consulted, so this is
-    a choice. Paper: arXiv 2409.13501.
-
-    Raises:
-        UserError: the rank does not divide the layer's dimensions.
+    a choice. Paper: arXiv 2409.13501. Raises UserError: the rank does not divide the layer's
+    dimensions.
     """
 
     Config = HUTConfig

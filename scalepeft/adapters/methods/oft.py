@@ -52,10 +52,8 @@ class OFT(Adapter):
     """``W' = W R^T``, R block-diagonal, ``R = (I - K)(I + K)^-1``; ``in (b - 1) / 2`` parameters.
 
     ``K`` (in / b, b (b - 1) / 2) holds the entries above the diagonals and starts at 0. Matches HF
-    PEFT given the same parameters. Paper: arXiv 2306.07280.
-
-    Raises:
-        UserError: the block size does not divide the layer's inputs.
+    PEFT given the same parameters. Paper: arXiv 2306.07280. Raises UserError: the block size does
+    not divide the layer's inputs.
     """
 
     Config = OFTConfig

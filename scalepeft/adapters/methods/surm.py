@@ -161,10 +161,7 @@ class SURM(Adapter):
 
     Zero at the start are a (circulant, toeplitz, ``t``), A and g. The forms on rectangular layers
     are a choice: the paper has square ones. ``placement: adapter`` adds c (out,) and is not affine.
-    Paper: arXiv 2406.17740.
-
-    Raises:
-        UserError: dimensions that the structure cannot split.
+    Paper: arXiv 2406.17740. Raises UserError: dimensions that the structure cannot split.
     """
 
     Config = SURMConfig

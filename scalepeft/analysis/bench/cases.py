@@ -32,10 +32,8 @@ def output(module: nn.Module, x: Tensor) -> Any:
 
 
 def layers_of(shape: str) -> list[Layer]:
-    """Return the linear layers of a model's blocks, which are all adapted.
-
-    Raises:
-        UserError: no such shape, or an architecture that is not supported.
+    """Return the linear layers of a model's blocks, which are all adapted. Raises UserError: no
+    such shape, or an architecture that is not supported.
     """
     return [
         (name.rsplit(".", 1)[-1], m.in_features, m.out_features)

@@ -143,11 +143,9 @@ class Runner:
         return result
 
     def run(self, cell: Cell) -> Result:
-        """Run a cell if it is missing or broke; return its result.
-
-        Raises:
-            Stopping: a signal came; the state has been saved.
-            UserError: the sweep that is to choose a rate lacks cells, or another start holds one.
+        """Run a cell if it is missing or broke; return its result. Raises Stopping: a signal came;
+        the state has been saved. Raises UserError: the sweep that is to choose a rate lacks cells,
+        or another start holds one.
         """
         self.stop.check()
         result = self.result(cell)

@@ -25,10 +25,8 @@ FILE = "design.json"
 
 def run(options: Options, stop: StopFlag) -> int:
     """Run what is missing, then print the table and write ``compare.json`` and ``.md``; return the
-    exit code: 0, 75 after a signal, or 1 where a cell of the sweep (or --cell's) broke.
-
-    Raises:
-        UserError: an option, the config or every method is at fault.
+    exit code: 0, 75 after a signal, or 1 where a cell of the sweep (or --cell's) broke. Raises
+    UserError: an option, the config or every method is at fault.
     """
     design = prepare(options)
     out = Path(options.out)

@@ -157,10 +157,8 @@ class Context:
 
 
 def meet(context: Context, env: Mapping[str, str]) -> None:
-    """Meet the other ranks at MASTER_ADDR:MASTER_PORT of the launcher's variables.
-
-    Raises:
-        RuntimeError: the store cannot be reached, or ranks did not come: who, and where to look.
+    """Meet the other ranks at MASTER_ADDR:MASTER_PORT of the launcher's variables. Raises
+    RuntimeError: the store cannot be reached, or ranks did not come: who, and where to look.
     """
     rank, world_size, timeout = context.ranks.rank, context.ranks.world_size, context.timeout
     host = socket.gethostname()

@@ -26,11 +26,9 @@ WHEN = {"micro": ("last", "other"), "last": ("last",), "step": ("control",)}  # 
 
 
 def resident(config: RunConfig, source: Source, world: int, per_node: int) -> Step:
-    """The part that needs no simulation; the peak is what stays.
-
-    Raises:
-        UserError: the engine or the global batch cannot be had at this number of ranks; no such
-            target in the model; a sequence beyond the model's positions.
+    """The part that needs no simulation; the peak is what stays. Raises UserError: the engine or
+    the global batch cannot be had at this number of ranks; no such target in the model; a sequence
+    beyond the model's positions.
     """
     engine = engine_class(config)
     engine.check(world)

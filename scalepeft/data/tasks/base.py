@@ -188,10 +188,8 @@ class Task:
         return (split,) if self.reads_files else ()
 
     def stream(self, split: Split) -> Iterator[Example]:
-        """Reads a split, row by row; what ``remarks`` says is whole when all are read.
-
-        Raises:
-            UserError: no files, an unreadable file, or a broken row under ``on_error: stop``.
+        """Reads a split, row by row; what ``remarks`` says is whole when all are read. Raises
+        UserError: no files, an unreadable file, or a broken row under ``on_error: stop``.
         """
         key = f"data.{split}"
         if not (sources := getattr(self.config, split)):
