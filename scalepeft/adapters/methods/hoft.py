@@ -24,11 +24,10 @@ class HOFTConfig(AdapterConfig):
             the identity at the start for rank >= 4 unless the pairs are orthogonal, and loses
             orthogonality in training.
         init_norm: length of a start column, or of R. Only its direction enters a reflection, so the
-            length divides the effective learning rate; in ``cayley`` it multiplies that of P.
+            length divides the effective learning rate.
         form: what is trained of Q. ``pairs``: the columns u1, ..., ur, as in the paper.
             ``mean_difference``: mean R and difference P of each pair, ``u1 = R + P, u2 = R - P``,
-            which Adam moves at rates of their own. ``cayley``: P and R of the Cayley transform of
-            ``(P R^T - R P^T) / 2`` instead of reflections. R learns at four times train.lr.
+            which Adam moves at rates of their own: R learns at four times train.lr.
     """
 
     name: str = "hoft"
