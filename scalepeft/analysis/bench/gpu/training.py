@@ -1,7 +1,6 @@
 """Speed and memory: an 8B shape with random weights made on the device, our own Trainer.step."""
 
 import json
-import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,15 +9,13 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import profile
 
-from scalepeft.adapters import householder, inject
-from scalepeft.adapters.factors import Factors
+from scalepeft.adapters import inject
 from scalepeft.analysis.bench.cases import inject_peft, on_bitsandbytes, random_weights
 from scalepeft.analysis.bench.gpu.session import Session
 from scalepeft.analysis.bench.methods import FORM
@@ -27,7 +24,6 @@ from scalepeft.config import files as config_files
 from scalepeft.data.tokens import TokenSet
 from scalepeft.models import attention, loss, quant, shapes, structure
 from scalepeft.models.hub import Base
-from scalepeft.parallel.base import EngineConfig
 from scalepeft.parallel.single import Single
 from scalepeft.trainer import Outcome, Trainer, batches
 
@@ -203,30 +199,6 @@ def _choice(session: Session, adapter: str, how: str, lengths: Tensor) -> dict[s
     if how == EACH:
         made.factors.groups = []
     return figures(session, made, lengths)
-
-
-def sides(session: Session) -> dict[str, Any]:
-    """Forward and backward of one layer: HOFT, one side after the other and fused; LoRA."""
-    counts = (8, 32) if session.tiny else (256, 1024, 2048, 8192)
-    return {f"{tokens} tokens": session.attempt(_sides, tokens) for tokens in counts}
-
-
-def _sides(session: Session, tokens: int) -> dict[str, Any]:
-    size, rounds = (64, 2) if session.tiny else (4096, 50)
-    x = torch.randn(tokens, size, device=session.device, dtype=BF16, requires_grad=True)
-
-    def timed(name: str, **more: Any) -> float:
-        linear = nn.Linear(size, size, bias=False, device=session.device, dtype=BF16)
-        layer = inject.adapt(linear, name, rank=16, **more)
-        with Factors(layer, Single(EngineConfig(name="single"), session.ranks)).of_step():
-            return median(session.milliseconds(lambda: layer(x).backward(x.data), rounds, 5))
-
-    found: dict[str, Any] = {"lora ms": timed("lora")}
-    for way, bound in {"direct": math.inf, "fused": 0}.items():
-        with mock.patch.object(householder, "FUSED_FROM", bound):
-            found[f"{way} ms"] = timed("hoft", form=FORM)
-    fused = tokens >= householder.FUSED_FROM * 16
-    return found | {"taken": "fused" if fused else "direct"}
 
 
 def generation(session: Session) -> dict[str, Any]:
