@@ -28,9 +28,7 @@ from scalepeft.parallel.base import copy_rows, full_shape
 
 
 class Adapted(nn.Linear):
-    """Mixin of an adapted layer: ``y = adapter(x, W .) + b``. The names of the base parameters do
-    not move.
-    """
+    """Mixin of an adapted layer: ``y = adapter(x, W .) + b``; base parameters keep their names."""
 
     adapter: Adapter
 
@@ -239,9 +237,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def decayed_names(model: nn.Module) -> set[str]:
-    """Returns the names of trained parameters that take weight decay: not rotations, reflections,
-    scales.
-    """
+    """Names of trained parameters that take weight decay: not rotations, reflections, scales."""
     return {
         f"{name}.adapter.{key}"
         for name, adapter in adapters(model)
@@ -263,9 +259,7 @@ def penalty(model: nn.Module) -> Tensor | None:
 
 
 def check_state(model: nn.Module, shapes: dict[str, tuple[int, ...]], where: str) -> None:
-    """Compares an adapter state with the model by names and shapes. Raises UserError: missing,
-    extra or misshapen tensors, with their names.
-    """
+    """Raise UserError if tensors are missing, extra or misshapen in an adapter's state; by name."""
     parameters = trainable(model)
     if missing := sorted(parameters.keys() - shapes.keys()):
         raise UserError(

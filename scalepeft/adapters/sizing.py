@@ -44,17 +44,13 @@ def resize(adapter: dict[str, Any], key: str, size: int) -> dict[str, Any]:
 
 
 def count_parameters(model: nn.Module, adapter: dict[str, Any]) -> int:
-    """Count what a method would train on a model, which is left as it is. Raises UserError: it does
-    not fit the model.
-    """
+    """Count what a method would train on a model, which stays as it is; UserError: no fit."""
     net = inject.inject(copy.deepcopy(model), adapter)
     return sum(p.numel() for _, a in inject.adapters(net) for p in a.parameters())
 
 
 def adapted_shapes(model: nn.Module, adapter: dict[str, Any]) -> Counter[tuple[int, int]]:
-    """Count the layers of a model that the settings adapt, by (in, out). Raises UserError: a target
-    that matches nothing.
-    """
+    """Count the layers that settings adapt, by (in, out). Raise UserError for no match."""
     where = {key: adapter[key] for key in SHARED if key in adapter}
     net = inject.inject(copy.deepcopy(model), {"name": "lora", "rank": 1, **where})
     found: Counter[tuple[int, int]] = Counter()

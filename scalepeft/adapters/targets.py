@@ -49,9 +49,7 @@ def expand(model: nn.Module, config: AdapterConfig) -> list[str]:
 
 
 def check(model: nn.Module, layers: list[str]) -> None:
-    """Raise UserError for a layer that takes no adapter: a router, a head that is the embedding, a
-    weight that is read past its layer.
-    """
+    """Raise UserError for a router, a head that is the embedding, a weight read past its layer."""
     tied = {id(m.weight): n for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
     read_directly = structure.layers_read_directly(model, values=True)
     for name in layers:

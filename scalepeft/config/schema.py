@@ -191,9 +191,7 @@ def renamed_key(key: str) -> str:
 
 
 def renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """Settings by section, with every key as it is spelled now. Raises UserError: a key is set
-    under both spellings.
-    """
+    """Settings with every key as it is spelled now. Raise UserError for both spellings of one."""
     for old, new in ALIASES.items():
         (section, was), now = old.split("."), new.split(".")[1]
         keys = values.get(section)

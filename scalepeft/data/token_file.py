@@ -157,9 +157,7 @@ def files(task: Task, tokenizer: Any, vocab_size: int, ends: list[int]) -> dict[
 def prepared(
     found: dict[Split, Path], config: TaskConfig, seed: int
 ) -> tuple[TokenSet, TokenSet | None, list[str]]:
-    """Training and validation rows, and what is to be said of them. Raises UserError:
-    ``data.valid_size`` leaves nothing to train on.
-    """
+    """Training rows, validation rows, remarks; UserError: ``data.valid_size`` leaves nothing."""
     sets, report = dict[str, TokenSet](), list[str]()
     for split, file in found.items():
         sets[split], remarks = read(file)

@@ -33,9 +33,7 @@ class Generator(Backend):
     """
 
     def __init__(self, target: EvalTarget, prompts: list[str]) -> None:
-        """Starts vLLM for all ``prompts`` that are to come: their length is what it plans its
-        memory for. Raises as ``exported``.
-        """
+        """Starts vLLM for ``prompts``, by whose length it plans memory; raises as ``exported``."""
         from vllm import LLM
         from vllm.lora.request import LoRARequest
 

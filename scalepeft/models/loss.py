@@ -184,9 +184,7 @@ def _class_with_loss(base: type[nn.Module], path: str) -> type[nn.Module]:
 
 
 def _decoder_of(model: Any) -> str:
-    """Name of the submodule whose states, and nothing else, the model makes its logits of; raises
-    UserError if none is shown to be.
-    """
+    """Name of the submodule whose states alone make the logits; UserError if none is shown to."""
     why, head, p = "it has no decoder", model.get_output_embeddings(), next(model.parameters())
     text = model.config.get_text_config()
     size, width = (text.vocab_size, text.hidden_size) if head is None else head.weight.shape

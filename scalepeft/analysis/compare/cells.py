@@ -162,9 +162,7 @@ class Runner:
         return result if result["state"] != "missing" else result | changed
 
     def _run_stage(self, stage: Stage, inputs: dict[str, Any], config: cfg.RunConfig) -> bool:
-        """Do what is not done, after a run of other inputs was set aside; return True if it is done
-        now. Rank 0 alone keeps the manifests.
-        """
+        """Do what is not done; True if done. Other inputs' runs are set aside, by rank 0 alone."""
         if stage.is_done(inputs):
             return True
         if not rank():

@@ -94,9 +94,7 @@ def prepare(options: Options) -> Design:
 
 
 def keep(out: Path, design: Design) -> None:
-    """Keep the design in ``OUT``. Raise UserError if that cannot be written, or another design's
-    cell runs there.
-    """
+    """Keep the design in ``OUT``; UserError: it cannot be written, another's cell runs there."""
     file = out / FILE
     if rank() or (file.is_file() and file.read_text() == design.text()):
         return

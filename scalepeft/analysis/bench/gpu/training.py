@@ -109,9 +109,7 @@ def figures(
 
 
 def _on_device(step: Callable[[], None], ms: float) -> dict[str, Any]:
-    """Memory of the steps so far; of one more launches, host syncs, the longest kernels, and the
-    device's idle share of ``ms``.
-    """
+    """Memory of the steps so far; of one more launches, syncs, kernels, idle share of ``ms``."""
     peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     free, total = torch.cuda.mem_get_info()
     outside = total - free - torch.cuda.memory_reserved()
