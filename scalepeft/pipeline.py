@@ -299,9 +299,8 @@ def check(config: RunConfig) -> Task:
     """Return the config's task; raise UserError for what would else be found after the training."""
     task, wanted, merged = task_of(config), config.pipeline, Path(config.run_dir) / "merged"
     if wanted.merge != "none" and merged.exists() and not (merged / MADE_FROM).is_file():
-        raise UserError(
-            f"{merged}: was not made by this pipeline; move it, or set pipeline.merge=none"
-        )
+        fix = "move it, or set pipeline.merge=none"
+        raise UserError(f"{merged}: was not made by this pipeline; {fix}")
     if "merged" in wanted.evaluate and wanted.merge == "none":
         raise UserError("pipeline.evaluate has merged, but pipeline.merge=none; change one")
     if task.reads_files and not config.data.test:

@@ -136,10 +136,8 @@ def _in_layers(names: list[str], layers: list[int] | str) -> list[str]:
         return names
     there = [block for name in names if (block := _block(name)) is not None]
     if outside := [name for name in names if _block(name) is None]:
-        raise UserError(
-            f"adapter.layers={layers}: {outside[0]} lies in no decoder block; take it out of"
-            " adapter.target_modules, or set adapter.layers=all"
-        )
+        fix = "take it out of adapter.target_modules, or set adapter.layers=all"
+        raise UserError(f"adapter.layers={layers}: {outside[0]} lies in no decoder block; {fix}")
     if missing := [wanted for wanted in layers if wanted not in there]:
         known = f"{min(there)} to {max(there)}"
         raise UserError(f"adapter.layers={layers}: no block {missing[0]}; the targets have {known}")
@@ -182,10 +180,8 @@ def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int =
             raise UserError(f"{name}: {error}") from None
     blocks = {_block(name) for name in linear}
     if norms and not any(_block(name) in blocks for name in norms):
-        raise UserError(
-            f"adapter.norm: {norms[0]} is in none of the adapted blocks; name the layer that"
-            " follows the attention there, or set adapter.train_norm=false"
-        )
+        fix = "name the layer that follows the attention there, or set adapter.train_norm=false"
+        raise UserError(f"adapter.norm: {norms[0]} is in none of the adapted blocks; {fix}")
     for name in norms:
         if _block(name) in blocks:
             norm: Any = model.get_submodule(name)

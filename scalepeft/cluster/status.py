@@ -34,10 +34,8 @@ def run(run_dirs: list[str], as_json: bool) -> None:
     elif stands:
         print("\n\n".join("\n".join(_lines(one)) for one in stands))
     if wrong := [name for name, folders in runs.items() if not folders]:
-        raise UserError(
-            f"{', '.join(wrong)}: no events.jsonl and no submission in it; name the run_dir of a"
-            " training or a comparison"
-        )
+        fix = "name the run_dir of a training or a comparison"
+        raise UserError(f"{', '.join(wrong)}: no events.jsonl and no submission in it; {fix}")
 
 
 def _runs(folder: Path) -> list[Path]:

@@ -42,10 +42,8 @@ def read(source: str, split: Split) -> Numbered:
     elif split == "test":
         yield from ((n, ReferenceLine(line)) for n, line in enumerate(lines_of(texts[0]), 1))
     else:
-        raise UserError(
-            f"{source}: neither JSON nor a tsv with a header; text files come in pairs, as"
-            f" FILE_SOURCE{PAIR}FILE_TARGET"
-        )
+        fix = f"text files come in pairs, as FILE_SOURCE{PAIR}FILE_TARGET"
+        raise UserError(f"{source}: neither JSON nor a tsv with a header; {fix}")
 
 
 def lines_of(text: str) -> list[str]:

@@ -136,10 +136,8 @@ def _json_rows(source: str) -> Iterator[tuple[int, Any]]:
             yield from enumerate(whole if isinstance(whole, list) else [whole], 1)
             return
         if first[:1] == "[":
-            raise UserError(
-                f"{source}: {whole.reason}; an array must parse as a whole (json lines can be"
-                " skipped row by row)"
-            )
+            fix = "an array must parse as a whole (json lines can be skipped row by row)"
+            raise UserError(f"{source}: {whole.reason}; {fix}")
     with open_text(source) as lines:
         for number, line in enumerate(lines, 1):
             line = line.removeprefix("\ufeff").removesuffix("\n")  # BOMs of files put together
@@ -253,9 +251,8 @@ def text_field(row: Any, key: str, required: bool = True) -> str:
     if not isinstance(row, dict):
         raise UserError(f"a row must be an object with keys, not {type(row).__name__}")
     if key not in row and required:
-        raise UserError(
-            f"key '{key}' is missing; the row has {', '.join(map(str, row)) or 'no keys'}"
-        )
+        there = ", ".join(map(str, row)) or "no keys"
+        raise UserError(f"key '{key}' is missing; the row has {there}")
     value = row.get(key)
     if value is None and not required:
         return ""
@@ -268,12 +265,6 @@ def text_field(row: Any, key: str, required: bool = True) -> str:
     if "\0" in value:
         raise UserError(f"'{key}' holds a NUL character")
     return value
-
-
-def one_line(reason: str) -> str:
-    """A reason fit for one line of a terminal or a file, whatever the row put into it."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in reason[:2000])
-    return shown if len(shown) <= 500 else f"{shown[:400]} ... {shown[-80:]}"
 
 
 def check_utf8(value: str, what: str) -> None:

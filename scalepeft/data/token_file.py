@@ -47,9 +47,8 @@ def split_file(task: Task, split: Split, tokenizer: Any, ends: list[int]) -> Pat
         _write(temporary, task, split, Rows(task.stream(split), tokenizer, task.config, ends))
         temporary.replace(file)
     except OSError as error:
-        raise UserError(
-            f"data.cache: {folder} cannot be written: {error}; set data.cache=FOLDER"
-        ) from None
+        fix = "set data.cache=FOLDER"
+        raise UserError(f"data.cache: {folder} cannot be written: {error}; {fix}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -124,10 +124,8 @@ def _program() -> tuple[list[str], str]:
     if not words:
         return [], chosen.model
     if (program := shutil.which(words[0])) is None:
-        raise UserError(
-            f"{VARIABLE}={words[0]}: no such program; it is the path of comet-score in the"
-            " environment where unbabel-comet is installed"
-        )
+        fix = "it is the path of comet-score in the environment where unbabel-comet is installed"
+        raise UserError(f"{VARIABLE}={words[0]}: no such program; {fix}")
     return [os.path.abspath(program), *words[1:]], chosen.model
 
 

@@ -94,10 +94,8 @@ def _examples(task: Task, limit: int | None) -> list[Example]:
     if count > 1:
         raise UserError(f"data.test: {count} rows have the id {id_}; predictions are kept by id")
     if bare := next((e for e in examples if not e.prompt), None):
-        raise UserError(
-            f"data.test: {bare.id} is a reference alone, without what is asked; name"
-            " FILE_SOURCE::FILE_TARGET (scalepeft score takes references alone)"
-        )
+        fix = "name FILE_SOURCE::FILE_TARGET (scalepeft score takes references alone)"
+        raise UserError(f"data.test: {bare.id} is a reference alone, without what is asked; {fix}")
     by_source: dict[str, list[str]] = defaultdict(list)
     for example in examples:
         by_source[str(example.meta.get("source", ""))].append(example.id)

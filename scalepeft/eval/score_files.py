@@ -14,6 +14,7 @@ from scalepeft.core.errors import UserError
 from scalepeft.core.fields import Decides, marks_of
 from scalepeft.core.files import writing
 from scalepeft.core.log import say
+from scalepeft.core.text import one_line
 from scalepeft.data import rows as readers
 from scalepeft.data.bitext import lines_of
 from scalepeft.data.tasks.base import Example
@@ -113,11 +114,9 @@ def _prediction(row: Any, key: str | None, number: int) -> Prediction:
         raise UserError(row.reason if isinstance(row, readers.BrokenRow) else wrong)
     used = key or next((k for k in KEYS if k in row), None)
     if used not in row:
-        there = readers.one_line(", ".join(map(str, row)))
-        raise UserError(
-            f"no key {used or ', '.join(KEYS)}; it has {there}; name the one that holds the text"
-            " with --key"
-        )
+        there = one_line(", ".join(map(str, row)), 500)
+        fix = "name the one that holds the text with --key"
+        raise UserError(f"no key {used or ', '.join(KEYS)}; it has {there}; {fix}")
     if not isinstance(row[used], str):
         raise UserError(f"'{used}' must be text, not {type(row[used]).__name__}")
     readers.check_utf8(row[used], "the text")

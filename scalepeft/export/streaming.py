@@ -206,6 +206,5 @@ def whole_folder(out: Path, key: str | None = None) -> Iterator[Path]:
             raise
         reason = getattr(error, "strerror", None) or error
         state = "nothing of it is left" if key is None else f"{partial} is continued next time"
-        raise UserError(
-            f"OUT={out}: not written: {reason}; {state}: make room, or name another folder"
-        ) from None
+        fix = f"{state}: make room, or name another folder"
+        raise UserError(f"OUT={out}: not written: {reason}; {fix}") from None

@@ -152,9 +152,8 @@ class Runner:
         if result["state"] in SETTLED:
             return result
         if "lr" not in result:
-            raise UserError(
-                f"{cell}: {result['reason']}; no rate is chosen without it: run its cells first"
-            )
+            fix = "no rate is chosen without it: run its cells first"
+            raise UserError(f"{cell}: {result['reason']}; {fix}")
         config = self.config(replace(cell, lr=result["lr"]))
         all(self._run_stage(stage, inputs, config) for stage, inputs in self.stages(config))
         result = self.result(cell)

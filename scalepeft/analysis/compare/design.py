@@ -75,9 +75,8 @@ class Design:
         try:
             return cls(**{**values, "methods": [Method(**m) for m in values["methods"]]})
         except (KeyError, TypeError):
-            raise UserError(
-                f"{file}: of another version of scalepeft; give the config and --methods again"
-            ) from None
+            fix = "give the config and --methods again"
+            raise UserError(f"{file}: of another version of scalepeft; {fix}") from None
 
 
 def parse_rates(text: str, usual: float) -> list[float]:

@@ -68,10 +68,8 @@ class Commonsense(Task):
         answer = text_field(row, "answer")
         kind = next((kind for kind in KINDS if kind.fullmatch(answer)), None)
         if kind is None:
-            raise UserError(
-                f"'answer' is {answer!r}; allowed: true, false, answer1, solution1, ending1,"
-                " option1, ..."
-            )
+            allowed = "true, false, answer1, solution1, ending1, option1, ..."
+            raise UserError(f"'answer' is {answer!r}; allowed: {allowed}")
         found = kind.search(values["output"])
         if found is None or found[0] != answer:
             raise UserError(
