@@ -77,10 +77,8 @@ def check_rank(rank: int, features: int) -> None:
             f" even; take {rank - 1 or 2} or {rank + 1}"
         )
     if rank // 2 > features:
-        raise UserError(
-            f"adapter.rank={rank}: a side of {features} channels has room for rank {2 * features}"
-            " at most"
-        )
+        what = f"a side of {features} channels has room for rank {2 * features} at most"
+        raise UserError(f"adapter.rank={rank}: {what}")
 
 
 class Reflected(Adapter):

@@ -258,16 +258,14 @@ def check_state(model: nn.Module, shapes: dict[str, tuple[int, ...]], where: str
     """Raise UserError if tensors are missing, extra or misshapen in an adapter's state; by name."""
     parameters = trainable(model)
     if missing := sorted(parameters.keys() - shapes.keys()):
-        raise UserError(
-            f"{where}: lacks {len(missing)} of {len(parameters)} tensors, first {missing[0]}"
-        )
+        what = f"lacks {len(missing)} of {len(parameters)} tensors, first {missing[0]}"
+        raise UserError(f"{where}: {what}")
     if extra := sorted(shapes.keys() - parameters.keys()):
         raise UserError(f"{where}: has {len(extra)} tensors this model does not, first {extra[0]}")
     for name, found in shapes.items():
         if tuple(found) != (shape := tuple(full_shape(parameters[name]))):
-            raise UserError(
-                f"{where}: {name} has shape {list(found)}, this model needs {list(shape)}"
-            )
+            what = f"{name} has shape {list(found)}, this model needs {list(shape)}"
+            raise UserError(f"{where}: {what}")
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
@@ -294,9 +292,8 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[s
     description = read_mapping(folder / "adapter_config.json", json.loads, remedy)
     settings = description.pop("adapter", None)
     if not isinstance(settings, dict) or not isinstance(description.get("base_model", {}), dict):
-        raise UserError(
-            f"{folder / 'adapter_config.json'}: has no 'adapter' settings, or of no base; {remedy}"
-        )
+        what = f"has no 'adapter' settings, or of no base; {remedy}"
+        raise UserError(f"{folder / 'adapter_config.json'}: {what}")
     file = folder / "adapter.safetensors"
     try:
         state = load_file(file)

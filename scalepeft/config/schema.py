@@ -234,9 +234,8 @@ def check_sections(values: dict[str, Any], where: str = "") -> None:
             near = nearest(str(section), SECTIONS)
             raise UserError(f"{where}no section '{section}'.{near} Allowed: {', '.join(SECTIONS)}")
         if section not in TOP and not isinstance(value, dict | None):
-            raise UserError(
-                f"{where}{section} is a section, not {value!r}: set keys of it, {section}.KEY=VALUE"
-            )
+            fix = f"set keys of it, {section}.KEY=VALUE"
+            raise UserError(f"{where}{section} is a section, not {value!r}: {fix}")
 
 
 def from_dict(values: dict[str, Any]) -> RunConfig:
@@ -245,9 +244,8 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
     check_sections(values)
     run_dir = values.get("run_dir")
     if not run_dir:
-        raise UserError(
-            "run_dir is not set: add run_dir=runs/NAME, the folder for checkpoints and results"
-        )
+        fix = "add run_dir=runs/NAME, the folder for checkpoints and results"
+        raise UserError(f"run_dir is not set: {fix}")
     if isinstance(run_dir, dict | list):
         raise UserError(f"run_dir={run_dir}: expected the name of one folder")
     extensions = use_extensions(values.get("extensions"))

@@ -61,10 +61,8 @@ def _parallel(files: list[str], texts: list[str], _: Split) -> Numbered:
             )
     first, second = map(lines_of, texts)
     if len(first) != len(second):
-        raise UserError(
-            f"{files[0]} has {len(first)} lines, {files[1]} {len(second)}: they must go together"
-            " line by line"
-        )
+        fix = "they must go together line by line"
+        raise UserError(f"{files[0]} has {len(first)} lines, {files[1]} {len(second)}: {fix}")
     pairs = enumerate(zip(first, second, strict=True), 1)
     yield from ((number, {"source": one, "target": other}) for number, (one, other) in pairs)
 
@@ -109,9 +107,8 @@ def _joined(files: list[str], texts: list[str], split: Split) -> Numbered:
         elif row["split"] in COVOST_SPLITS[split]:
             wanted[row["path"]] = row["translation"]
     if not wanted:
-        raise UserError(
-            f"{files[0]}: no row with split {' or '.join(COVOST_SPLITS[split])} for data.{split}"
-        )
+        what = f"no row with split {' or '.join(COVOST_SPLITS[split])} for data.{split}"
+        raise UserError(f"{files[0]}: {what}")
     for number, row in _table(files[1], texts[1], {"path", "sentence"}):
         # A broken line of other recordings is not ours to judge; a missing one is found below.
         if not isinstance(row, BrokenRow) and row["path"] in wanted:

@@ -267,6 +267,12 @@ def text_field(row: Any, key: str, required: bool = True) -> str:
     return value
 
 
+def one_line(reason: str) -> str:
+    """A reason fit for one line of a terminal or a file, whatever the row put into it."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in reason[:2000])
+    return shown if len(shown) <= 500 else f"{shown[:400]} ... {shown[-80:]}"
+
+
 def check_utf8(value: str, what: str) -> None:
     """Refuses text that was no UTF-8 in its file."""
     try:

@@ -139,10 +139,8 @@ def files(task: Task, tokenizer: Any, vocab_size: int, ends: list[int]) -> dict[
         found[split] = split_file(task, split, tokenizer, ends)
         tokens, _ = read(found[split])
         if not len(tokens):
-            raise UserError(
-                f"data.{split}: no row has a token to learn within data.cutoff={config.cutoff};"
-                " raise it"
-            )
+            what = f"no row has a token to learn within data.cutoff={config.cutoff}; raise it"
+            raise UserError(f"data.{split}: {what}")
         largest = max(int(ids_of(part).max()) for part in tokens.tokens.split(1 << 22))
         if largest >= vocab_size:
             raise UserError(

@@ -149,10 +149,8 @@ def _run(command: list[str], inputs: Path, stop: StopFlag | None) -> None:
         time.sleep(0.05)
     if process.returncode:
         printed = log.read_text(errors="replace").strip().rpartition("\n")[2].strip()
-        raise UserError(
-            f"{command[0]} ended with {process.returncode}: {printed[:300] or 'printed nothing'};"
-            f" log: {log}"
-        )
+        what = f"{printed[:300] or 'printed nothing'}; log: {log}"
+        raise UserError(f"{command[0]} ended with {process.returncode}: {what}")
 
 
 def _segments(file: Path, rows: int) -> list[float]:

@@ -14,7 +14,6 @@ from scalepeft.core.errors import UserError
 from scalepeft.core.fields import Decides, marks_of
 from scalepeft.core.files import writing
 from scalepeft.core.log import say
-from scalepeft.core.text import one_line
 from scalepeft.data import rows as readers
 from scalepeft.data.bitext import lines_of
 from scalepeft.data.tasks.base import Example
@@ -114,7 +113,7 @@ def _prediction(row: Any, key: str | None, number: int) -> Prediction:
         raise UserError(row.reason if isinstance(row, readers.BrokenRow) else wrong)
     used = key or next((k for k in KEYS if k in row), None)
     if used not in row:
-        there = one_line(", ".join(map(str, row)), 500)
+        there = readers.one_line(", ".join(map(str, row)))
         fix = "name the one that holds the text with --key"
         raise UserError(f"no key {used or ', '.join(KEYS)}; it has {there}; {fix}")
     if not isinstance(row[used], str):

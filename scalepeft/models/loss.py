@@ -199,10 +199,8 @@ def _decoder_of(model: Any) -> str:
             why = f"it does not make them of what its {path} returns, token by token"
         except Exception as error:  # whatever a class does with such a decoder
             why = " ".join(f"{type(error).__name__}: {error}".split())
-    raise UserError(
-        f"{type(model).__name__} is not supported: its logits cannot be computed a chunk of tokens"
-        f" at a time ({why})"
-    )
+    what = f"its logits cannot be computed a chunk of tokens at a time ({why})"
+    raise UserError(f"{type(model).__name__} is not supported: {what}")
 
 
 def add_token_loss(model: nn.Module) -> None:

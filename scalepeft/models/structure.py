@@ -96,10 +96,8 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     for module in decoder.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == count > 0:
             return list(module)
-    raise UserError(
-        f"{type(model).__name__} is not supported: its decoder has no list of blocks, as many as"
-        " num_hidden_layers in config.json"
-    )
+    what = "its decoder has no list of blocks, as many as num_hidden_layers in config.json"
+    raise UserError(f"{type(model).__name__} is not supported: {what}")
 
 
 def unpacked(model: Any) -> str:

@@ -43,10 +43,8 @@ def run(options: Options, stop: StopFlag) -> int:
     if number is not None:  # a task of a job array: a crash is its failure too
         return BROKEN if broken else FINISHED
     if broken and broken[0].lr is not None:
-        say(
-            f"stopped: broke: {'; '.join(map(str, broken))}: no rate is chosen without (logs:"
-            f" {out}/cells); the same command tries again"
-        )
+        what = f"no rate is chosen without (logs: {out}/cells); the same command tries again"
+        say(f"stopped: broke: {'; '.join(map(str, broken))}: {what}")
         return BROKEN
     _finish(runner)
     return FINISHED

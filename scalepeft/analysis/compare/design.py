@@ -170,10 +170,8 @@ def read_settings(settings: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     values.pop("adapter", None)  # of the file: each method brings its own
     data, train = values.get("data") or {}, values.get("train") or {}
     if not data.get("valid") and not data.get("valid_size"):
-        raise UserError(
-            "a comparison is by held-out loss: set data.valid=FILES, or data.valid_size=ROWS to"
-            " take them out of data.train"
-        )
+        fix = "set data.valid=FILES, or data.valid_size=ROWS to take them out of data.train"
+        raise UserError(f"a comparison is by held-out loss: {fix}")
     if train.get("stop_at"):
         raise UserError(f"train.stop_at={train['stop_at']}: no cell could finish; remove it")
     values["train"] = {**train, "eval_every": train.get("eval_every") or AT_THE_END}

@@ -16,9 +16,8 @@ from pydantic.dataclasses import dataclass
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, Decides, NameList, deciding
 from scalepeft.core.stats import wilson
-from scalepeft.core.text import one_line
 from scalepeft.data.chat import SEAM, Messages, Renderer
-from scalepeft.data.rows import expand, fill, read_rows, source_labels
+from scalepeft.data.rows import expand, fill, one_line, read_rows, source_labels
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
@@ -211,7 +210,7 @@ class Task:
                     if own and (before := ids.setdefault(_mark(example.id), number)) != number:
                         raise UserError(f"id {example.id} stood in row {before} already")
                 except (UserError, RecursionError) as error:  # nested too deep to be shown
-                    reason = one_line(error, 500)
+                    reason = one_line(str(error))
                     if self.config.name != "sft" and isinstance(row, dict) and "messages" in row:
                         reason += " (data=sft reads conversations)"
                     self._leave_out(f"{source}, row {number}: {reason}", "repair it")

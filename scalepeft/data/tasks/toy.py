@@ -83,10 +83,8 @@ class Toy(Commonsense):
         super().__init__(config, tokenizer)
         for split in SPLITS:
             if files := getattr(config, split):
-                raise UserError(
-                    f"data.{split}={','.join(files)}: data.name=toy makes its own rows; take "
-                    "data=commonsense to read files"
-                )
+                what = "data.name=toy makes its own rows; take data=commonsense to read files"
+                raise UserError(f"data.{split}={','.join(files)}: {what}")
 
     def stream(self, split: Split) -> Iterator[Example]:
         """Makes the rows of a split."""
