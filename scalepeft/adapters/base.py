@@ -170,10 +170,6 @@ class Dropout(nn.Module):
     with its ``positions`` in its row, what happens to an entry is a function of (key,
     layer, position, feature) alone: the same whatever the micro-batch, the padding, the rank and
     the number of ranks, and again in a recomputation. Without, torch's generator decides.
-
-    Args:
-        p: the probability.
-        layer_name: so that layers do not drop the same entries.
     """
 
     def __init__(self, p: float, layer_name: str) -> None:

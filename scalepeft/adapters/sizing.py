@@ -60,14 +60,9 @@ def adapted_shapes(model: nn.Module, adapter: dict[str, Any]) -> Counter[tuple[i
 
 
 def fit(adapter: dict[str, Any], key: str, shapes: Shapes, target: int) -> dict[str, Any]:
-    """Return the settings with that value of ``key`` which trains nearest to ``target`` parameters,
-    the smaller of two. Raises UserError: the method's own, where no value fits these layers.
-
-    Args:
-        adapter: settings of a method.
-        key: ``rank`` or ``block_size``, see ``size_key``.
-        shapes: the layers it adapts.
-        target: parameters over all of them.
+    """Return the settings with that value of ``key`` (see ``size_key``) which trains nearest to
+    ``target`` parameters over the layers of these ``shapes``, the smaller of two. Raises UserError:
+    the method's own, where no value fits these layers.
     """
     name = inject.adapter_config(adapter).name
     make = registry.find_class("adapters.methods", name, "adapter", Adapter)

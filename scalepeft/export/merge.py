@@ -47,13 +47,11 @@ def run(
     key: str | None = None,
     poll: Callable[[], None] = lambda: None,
 ) -> None:
-    """Writes base and adapter of a run as one checkpoint, and prints its output error. Raises
+    """Writes base and adapter of a run to ``out``, a new folder; prints the output error. Raises
     UserError: the method or the architecture cannot merge, base and adapter do not belong together,
     or ``out`` cannot be written; nothing is written then.
 
     Args:
-        run_dir: a run with an ``adapter/``.
-        out: the folder to write; must not exist.
         settings: where the base is now (``model.path=FOLDER``).
         base: ``original``: merge into the weights of the files; ``dequantized``: into what the
             adapter saw in training, every quantized weight replaced by its decoded values.

@@ -64,14 +64,8 @@ class _WeightFunction(torch.autograd.Function):
 def weight_product(
     x: Tensor, base: Base, change: Callable[..., Tensor], *parameters: Tensor
 ) -> Tensor:
-    """``x (..., in) -> change(W, *parameters) x (..., out)``, in the dtype of x.
-
-    Args:
-        x: activations; saved for backward.
-        base: the frozen layer, however stored.
-        change: (W (out, in), parameters) -> W' (out, in), differentiable; called with all of them
-            in the dtype of x.
-        parameters: what it depends on.
+    """``x (..., in) -> change(W, *parameters) x (..., out)``, in the dtype of x. ``change`` makes
+    W' (out, in), differentiable in the parameters; it is called with all in the dtype of x.
     """
     return _WeightFunction.apply(x, base, change, *parameters)
 
