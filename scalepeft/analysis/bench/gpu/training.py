@@ -1,13 +1,10 @@
 """Speed and memory: an 8B shape with random weights made on the device, our own Trainer.step."""
 
 import json
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -19,11 +16,10 @@ from scalepeft.adapters import inject
 from scalepeft.analysis.bench.cases import inject_peft, on_bitsandbytes, random_weights
 from scalepeft.analysis.bench.gpu.session import Session
 from scalepeft.analysis.bench.methods import FORM
-from scalepeft.build import Built, build
+from scalepeft.build import Built
 from scalepeft.config import files as config_files
 from scalepeft.data.tokens import TokenSet
 from scalepeft.models import attention, loss, quant, shapes, structure
-from scalepeft.models.hub import Base
 from scalepeft.parallel.single import Single
 from scalepeft.trainer import Outcome, Trainer, batches
 
@@ -219,27 +215,3 @@ def _generate(session: Session, adapter: str, how: str) -> dict[str, Any]:
     short, long = (median(session.milliseconds(call, 3, 1)) for call in calls)
     each = (long - short) / (new - 2)
     return {"ms a token": each, "tokens/s": 1e3 * rows / each, "prompt and 2 tokens ms": short}
-
-
-def copy(session: Session) -> dict[str, Any]:
-    """A base of 8 blocks (3.5 GB) quantized, quantized and kept, and read from its copy."""
-    with TemporaryDirectory(dir=session.out) as folder:
-        architecture = shapes.architecture("mini" if session.tiny else "llama-8b-block")
-        architecture.num_hidden_layers = 8
-        architecture.save_pretrained(folder)
-        model = shapes.meta_model(folder).to(BF16)
-        random_weights(model, None, session.device).save_pretrained(folder)
-        found, loaded, kept = dict[str, Any](), list[Any](), f"{folder}/copy"
-        for label, cache in {"off": "off", "kept": kept, "read": kept}.items():
-            more = (f"model.path={folder}", f"model.quantized_cache={cache}")
-            config, _ = config_files.load(None, settings(session, "hoft", NF4, *more))
-            base = Base(config.model, Path(folder))
-            base.digests(session.ranks)  # hashed once for all
-            begin = time.perf_counter()
-            built = build(config, base, session.ranks, lambda: None)
-            found[label] = {"read GiB": built.bytes_read / GIB}
-            loaded.append(list(built.model.parameters()))
-            if not all(map(torch.equal, loaded[-1], loaded[0])):  # waits for the device
-                found[label]["fault"] = "other parameters than without a copy"
-            found[label]["s"] = time.perf_counter() - begin
-        return found
