@@ -72,10 +72,8 @@ def start_columns(d: int, rank: int, norm: float, form: Form) -> Tensor:
 def check_rank(rank: int, features: int) -> None:
     """Raise UserError for an odd rank, or where ``features`` holds no ``rank / 2`` pairs."""
     if rank % 2:
-        raise UserError(
-            f"adapter.rank={rank}: the start pairs equal reflections, so the rank must be"
-            f" even; take {rank - 1 or 2} or {rank + 1}"
-        )
+        what = "the start pairs equal reflections, so the rank must be even"
+        raise UserError(f"adapter.rank={rank}: {what}; take {rank - 1 or 2} or {rank + 1}")
     if rank // 2 > features:
         what = f"a side of {features} channels has room for rank {2 * features} at most"
         raise UserError(f"adapter.rank={rank}: {what}")

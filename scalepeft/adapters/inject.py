@@ -118,10 +118,8 @@ def _matching(
             parts = {name: -2 if name in experts else -1 for name in candidates}
             last = sorted({".".join(n.split(".")[at:]) for n, at in parts.items()} - {""})
             near = errors.nearest(pattern, [*last, *targets.PRESETS, *candidates])
-            raise UserError(
-                f"{where}: '{pattern}' matches no {what} layer of this model.{near}"
-                f" There are: {', '.join(last)}"
-            )
+            said = f"{where}: '{pattern}' matches no {what} layer of this model.{near}"
+            raise UserError(f"{said} There are: {', '.join(last)}")
         found.update(matches)
     return [name for name in modules if name in found]
 

@@ -49,10 +49,8 @@ def _check_one(plan: planning.Plan, header: dict[str, str]) -> None:
         )
     late = f"--signal={header.get('--signal')} comes {warning} s before the time limit"
     if warning is not None and warning < plan.stop_seconds:
-        raise UserError(
-            f"{late}, a step and a save alone take {stop} ({plan.basis}, {rows}); write"
-            f" {signal}, or add --no-plan"
-        )
+        what = f"{late}, a step and a save alone take {stop} ({plan.basis}, {rows})"
+        raise UserError(f"{what}; write {signal}, or add --no-plan")
     say(
         f"plan: {plan.config.adapter.name}: {need:.1f} GiB a GPU at the peak, {stop} for a step"
         f" and a save, grace period {plan.grace} s ({plan.basis}; see scalepeft plan)"

@@ -161,8 +161,6 @@ def _segments(file: Path, rows: int) -> list[float]:
         if len(scores) != rows or not all(map(math.isfinite, scores)):
             raise ValueError(f"{len(scores)} scores, not {rows} finite ones")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{file}: is not what comet-score --to_json writes ({error!r:.150}); log:"
-            f" {file.with_name('log.txt')}"
-        ) from None
+        log, what = file.with_name("log.txt"), "is not what comet-score --to_json writes"
+        raise UserError(f"{file}: {what} ({error!r:.150}); log: {log}") from None
     return scores

@@ -196,11 +196,9 @@ def check(config: EvaluateConfig) -> None:
     if config.max_tokens == 1:
         raise UserError("evaluate.max_tokens=1 leaves no room for a prompt and an answer")
     if config.max_tokens is not None and config.num_beams > 1:
-        raise UserError(
-            f"evaluate.max_tokens={config.max_tokens} with evaluate.num_beams={config.num_beams}: a"
-            " beam search has one length for its whole batch; set evaluate.max_new_tokens alone, or"
-            " evaluate.num_beams=1"
-        )
+        what = f"evaluate.max_tokens={config.max_tokens} with evaluate.num_beams={config.num_beams}"
+        fix = "set evaluate.max_new_tokens alone, or evaluate.num_beams=1"
+        raise UserError(f"{what}: a beam search has one length for its whole batch; {fix}")
 
 
 def batches(examples: list[Example], lengths: list[int], size: int) -> list[list[Example]]:

@@ -149,10 +149,8 @@ def match(
         return {e.id: by_id[e.id].text for e in examples}
     # A predictions.jsonl of evaluate is not in the order of the rows.
     if ours := next((p.id for p in predictions if p.id and re.search(r"#\d+$", p.id)), None):
-        raise UserError(
-            f"{file}: its ids ({ours}, ...) are not those of {of} ({examples[0].id}, ...); give"
-            " the file that was predicted for"
-        )
+        what = f"its ids ({ours}, ...) are not those of {of} ({examples[0].id}, ...)"
+        raise UserError(f"{file}: {what}; give the file that was predicted for")
     if skipped:
         raise UserError(
             f"{of}: {skipped} broken rows were left out, so the order no longer tells which"

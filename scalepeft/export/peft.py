@@ -61,10 +61,8 @@ def run(run_dir: str, out: str, settings: list[str], format: str) -> None:
     tensors: dict[str, Tensor] = {}
     for name, layer in injection.adapted_layers(model.model):
         if isinstance(layer, ExpertLinear):
-            raise UserError(
-                f"--format {format}: {name} has an adapter for each expert, which the format has no"
-                " place for; use scalepeft merge, or keep the adapter"
-            )
+            what = f"{name} has an adapter for each expert, which the format has no place for"
+            raise UserError(f"--format {format}: {what}; use scalepeft merge, or keep the adapter")
         fields[name], parts = convert(layer.adapter.double(), layer, _Real(model, layer))
         if name.rsplit(".", 1)[-1] in of_experts and fields[name]["peft_type"] == "LORA":
             raise UserError(

@@ -116,10 +116,8 @@ class FinishedRun:
         config = load_run(run_dir, settings, changes.for_export(), what)
         where = Path(run_dir) / "adapter"
         if not where.is_dir() and (steps := steps_of(Path(run_dir))):
-            raise UserError(
-                f"{run_dir} has not finished: it is at step {max(steps)} and has no adapter/ yet;"
-                " run its train command again to continue"
-            )
+            what = f"{run_dir} has not finished: it is at step {max(steps)} and has no adapter/ yet"
+            raise UserError(f"{what}; run its train command again to continue")
         adapter, state, description = injection.read_adapter(where)
         if word := older_adapter(Path(run_dir), description.get("step")):
             raise UserError(f"{run_dir}: {word}; let it finish (its train command continues it)")

@@ -91,10 +91,8 @@ def read_all(folders: list[Path]) -> list[Run]:
     unique = {folder.resolve(): folder for folder in folders}
     for folder in unique.values():
         if not any((folder / name).is_file() for name in MARKS):
-            raise UserError(
-                f"{folder} is no run folder: no config.yaml, events.jsonl or metrics.jsonl in it;"
-                " name the run_dir of a training"
-            )
+            what = "no config.yaml, events.jsonl or metrics.jsonl in it"
+            raise UserError(f"{folder} is no run folder: {what}; name the run_dir of a training")
     short = len({path.name for path in unique}) == len(unique)
     return [read(folder, path.name if short else str(folder)) for path, folder in unique.items()]
 

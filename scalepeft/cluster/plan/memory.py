@@ -36,10 +36,8 @@ def resident(config: RunConfig, source: Source, world: int, per_node: int) -> St
     with source.folder(source.layers) as folder:
         limit = models.Base(config.model, folder).positions
         if limit is not None and config.data.cutoff > limit:
-            raise UserError(
-                f"data.cutoff={config.data.cutoff} is beyond the model's {limit} positions;"
-                " lower it"
-            )
+            what = f"data.cutoff={config.data.cutoff} is beyond the model's {limit} positions"
+            raise UserError(f"{what}; lower it")
         model = empty_model(config, folder)
     shares = engine.shares(config.engine, model, world, per_node)
     local_batch = config.train.global_batch // world
