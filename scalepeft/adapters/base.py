@@ -60,8 +60,7 @@ class Adapter(nn.Module):
     """``y = transform_output(W transform_input(x) + delta(x)) + b``; x (..., in), y (..., out), W
     (out, in).
 
-    A method declares its parameters and overrides the hooks it needs. It knows nothing of how W is
-    stored or sharded.
+    A method declares its parameters and overrides hooks, and knows not how W is stored or sharded.
     """
 
     Config: ClassVar[type[AdapterConfig]]
@@ -157,9 +156,7 @@ class Adapter(nn.Module):
         return None
 
     def to_lora(self, base: Base) -> tuple[Tensor, Tensor] | None:
-        """``(A (k, in), B (out, k))`` with exactly ``W' = W + B A``; None where W' - W has full
-        rank.
-        """
+        """``(A (k, in), B (out, k))``, exactly ``W' = W + B A``; None: W' - W has full rank."""
         return None
 
 

@@ -42,8 +42,7 @@ def core(z: Tensor, form: Form, inverse: Inverse = "exact") -> Tensor:
         z: what ``form`` stores, (..., d, r), in fp32 or better. ``pairs``: U itself, of any lengths
             > 0. ``mean_difference``: ``U = Z C``, C as in ``columns``, so ``K = C K_U C^T``; Z is
             what rows are multiplied with, as in bf16 ``R + P`` would lose a small P.
-        inverse: ``exact`` by triangular solve, or the paper's ``neumann2``: S^-1 ~ D^-1 - D^-1 A
-            D^-1.
+        inverse: ``exact`` by a solve, or the paper's ``neumann2``: S^-1 ~ D^-1 - D^-1 A D^-1.
     """
     gram, eye = z.mT @ z, torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
     c = columns(eye, form)
@@ -82,8 +81,7 @@ def check_rank(rank: int, features: int) -> None:
 class Reflected(Adapter):
     """What HOFT, SHOFT and HRA share: reflections of the input, and perhaps of the output.
 
-    A subclass sets ``V`` (in, r) and may set ``U`` (out, r), as ``form`` stores them, and ``scale``
-    = m - 1 (out,).
+    A subclass sets ``V`` (in, r), perhaps ``U`` (out, r), as ``form`` has them, ``scale`` = m - 1.
     """
 
     V: nn.Parameter

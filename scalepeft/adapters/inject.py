@@ -1,6 +1,4 @@
-"""Puts adapters into a model: find the layers, swap their class, freeze the rest, name the
-adapter's state.
-"""
+"""Puts adapters into a model: finds layers, swaps their class, freezes the rest, names states."""
 
 import dataclasses
 import hashlib
@@ -143,8 +141,7 @@ def _in_layers(names: list[str], layers: list[int] | str) -> list[str]:
 
 
 def inject(model: nn.Module, config: AdapterConfig | dict[str, Any], seed: int = 0) -> nn.Module:
-    """Adapts every layer that ``config.target_modules`` names and freezes everything else, in
-    place.
+    """Adapts every layer that ``config.target_modules`` names, freezes all else, in place.
 
     Args:
         model: any module with ``nn.Linear`` (or quantized) layers; on the meta device only the
@@ -268,8 +265,7 @@ def check_state(model: nn.Module, shapes: dict[str, tuple[int, ...]], where: str
 
 def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Copies an adapter state into the model after checking names, shapes and values. Raises
-    UserError: missing, extra, misshapen or non-finite tensors, with their names; the model is
-    unchanged.
+    UserError: missing, extra, misshapen or non-finite tensors, by name; the model stays.
     """
     check_state(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, where)
     for name, tensor in state.items():

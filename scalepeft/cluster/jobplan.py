@@ -12,8 +12,7 @@ from scalepeft.models import dimensions
 
 def check(configs: list[RunConfig], header: dict[str, str], name: str | None) -> None:
     """Plan each kind of run once and say whether it fits the GPU ``name``, or that of ``header``.
-    Raises UserError: the tensors alone do not fit, or ``--signal`` leaves less than a step and a
-    save.
+    Raises UserError: the tensors alone do not fit, ``--signal`` leaves less than a step and a save.
     """
     gpu, by = (gpus.find(name), "--gpu") if name else sbatch.gpu_of(header)
     say(

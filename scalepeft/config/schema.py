@@ -47,8 +47,7 @@ class TrainConfig:
         lr: peak learning rate.
         schedule: after warm-up: ``linear`` or ``cosine`` to zero, or ``constant``.
         warmup_steps: linear from zero.
-        weight_decay: AdamW's, on parameters where decay means "towards the base" (never on
-            rotations, scales).
+        weight_decay: AdamW's, where decay means "towards the base" (never on rotations, scales).
         beta1: AdamW.
         beta2: AdamW.
         eps: AdamW.

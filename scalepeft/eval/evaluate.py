@@ -56,8 +56,7 @@ def folder_of(config: RunConfig, kind: Subject) -> Path:
 
 def evaluate(config: RunConfig, kind: Subject, ranks: Ranks, stop: StopFlag) -> None:
     """``run`` among ranks that have met already. Raises UserError: no adapter or merged checkpoint
-    yet, no test rows, or COMET's program fails. Raises Stopping: a signal came; what is done is on
-    the disk.
+    yet, no test rows, or COMET's program fails. Raises Stopping: a signal came; all done is kept.
     """
 
     def poll() -> None:

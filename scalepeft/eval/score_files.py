@@ -29,8 +29,7 @@ KEYS = (
 def run(options: Options) -> None:
     """Print the scores; write them where ``out`` is given. A prediction ends at the first of the
     protocol's stop texts (``evaluate.stop``), as one of ``scalepeft evaluate`` does. Raises
-    UserError: an unknown task, unreadable or broken files, predictions that do not belong to the
-    references.
+    UserError: an unknown task, unreadable or broken files, predictions of other references.
     """
     config = _config(options)
     task = task_of(config)

@@ -60,8 +60,7 @@ def chunked_cross_entropy(
     trained: Sequence[Tensor] = (),
     places: Tensor | None = None,
 ) -> Tensor:
-    """Returns ``sum_t -log softmax(head(hidden_t))[label_{t+1}]`` over positions whose next label
-    is not -100.
+    """``sum_t -log softmax(head(hidden_t))[label_{t+1}]`` where the next label is not -100.
 
     Args:
         hidden: last hidden states (batch, length, d).

@@ -102,8 +102,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 def unpacked(model: Any) -> str:
     """Why rows that lie one behind the other would see each other; empty where they do not: layers
-    hold no state that passes on, and the mask, made before the first one, comes from the tokens'
-    positions.
+    hold no state that passes on, and the mask, made before the first one, is of the positions.
     """
     from transformers import masking_utils
 

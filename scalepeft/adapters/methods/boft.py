@@ -23,8 +23,7 @@ class BOFTConfig(OFTConfig):
 
     Attributes:
         block_size: b, even where factors > 1.
-        factors: m; the blocks of factor i reach over b 2^i channels. Needs in divisible by
-            b 2^(m - 1).
+        factors: m; blocks of factor i reach over b 2^i channels; b 2^(m - 1) must divide in.
     """
 
     name: str = "boft"
@@ -35,8 +34,7 @@ class BOFTConfig(OFTConfig):
 def butterfly(d: int, b: int, i: int, device: torch.device) -> Tensor:
     """Index (d,) of factor i: place j of the permuted vector takes channel ``index[j]``.
 
-    In runs of b 2^i channels, cut into pieces of b / 2, the even pieces come first and then the odd
-    ones.
+    In runs of b 2^i channels, cut into pieces of b / 2, even pieces come first, then the odd ones.
     """
     pieces = torch.arange(d, device=device).view(-1, 2 << i, b // 2)
     return torch.cat([pieces[:, ::2], pieces[:, 1::2]], dim=1).reshape(-1)

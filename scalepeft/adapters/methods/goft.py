@@ -117,8 +117,7 @@ class GOFT(Adapter):
 
     On activations ``x -> (x R) * s``, d = in; p starts at 0, s is absent unless ``scale``. R has
     d - 1 degrees of freedom: it does not reach all of SO(d). The authors' second implementation
-    pairs neighbours in every round and is not orthogonal; this is the definition of the paper,
-    arXiv 2404.04316.
+    pairs neighbours in every round and is not orthogonal; this is that of arXiv 2404.04316.
     """
 
     Config = GOFTConfig

@@ -17,8 +17,7 @@ class HOFTConfig(AdapterConfig):
     """Settings of HOFT.
 
     Attributes:
-        rank: r, the number of reflections on each side; even, because the start pairs equal
-            columns.
+        rank: r, reflections on each side; even, because the start pairs equal columns.
         inverse: ``exact`` solves the triangular system, so Q is orthogonal at every step.
             ``neumann2`` is the paper's two-term series, for parity with its numbers only: it is not
             the identity at the start for rank >= 4 unless the pairs are orthogonal, and loses
@@ -44,8 +43,7 @@ class HOFTConfig(AdapterConfig):
 
 
 class HOFT(Reflected):
-    """``W' = Q_U W Q_V``; U (out, r), V (in, r), r even; ``r (in + out)`` parameters, as LoRA of
-    rank r.
+    """``W' = Q_U W Q_V``; U (out, r), V (in, r), r even; ``r (in + out)`` parameters, as LoRA.
 
     Every singular value of W is kept. The bias is added after Q_U (the paper is silent): rotating
     it would make the layer differ from ``W' x + b``. Paper: arXiv 2505.16531. Raises UserError: odd

@@ -1,5 +1,4 @@
-"""HUT: Hadamard updated transformation (arXiv 2409.13501), and products with a weight made on the
-spot.
+"""HUT: Hadamard updated transformation (arXiv 2409.13501); products with a weight made on the spot.
 
 Letters: r rank, M_A (out, r), M_B (r, in), both start at 1 and are stored as ``a = M_A - 1`` and
 ``b = M_B - 1``; beta (out,) an optional shift.

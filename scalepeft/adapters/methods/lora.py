@@ -1,5 +1,4 @@
-"""LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685). The baseline of all
-others.
+"""LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685), the baseline of all.
 
 Letters: r rank, A (r, in), B (out, r), scaling = alpha / r, or alpha / sqrt(r) (rsLoRA).
 """

@@ -37,8 +37,7 @@ SPARE = 1.2  # times the bytes of weights, for what loading and a forward take b
 def run(settings: list[str]) -> int:
     """Print both losses and the largest difference of logits over one row of tokens; return 0, or 1
     if they differ by more than ``TOLERANCE``. Of [CONFIG] [KEY=VALUE ...] the model, the precision
-    and the device count. Raises UserError: settings or a base that we or transformers refuse, or
-    several processes.
+    and the device count. Raises UserError: settings or a base that is refused, several processes.
     """
     Single.check(world_size())
     path, overrides = files.config_first(settings)

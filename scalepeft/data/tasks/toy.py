@@ -1,5 +1,4 @@
-"""A commonsense-like toy task with its own small world, for the demo and the tests: no download,
-real learning.
+"""A commonsense-like toy task of a small world, for demo and tests: no download, real learning.
 
 Sixty-four things are of four kinds. A question names a thing; the answers are the kinds. Training
 asks about 40 of the things, the test and the held-out rows about the other 24: what those are only
