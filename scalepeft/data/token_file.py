@@ -175,10 +175,8 @@ def cut_rows(tokens: TokenSet, config: TaskConfig, split: str) -> list[str]:
     """What the cutoff did to a split, in a line; none if nothing."""
     if not tokens.cut and not tokens.dropped:
         return []
-    said = (
-        f"data.{split}: {tokens.cut} rows longer than data.cutoff={config.cutoff} were cut;"
-        f" {tokens.lost} of them lost their whole response"
-    )
+    said = f"data.{split}: {tokens.cut} rows longer than data.cutoff={config.cutoff} were cut;"
+    said += f" {tokens.lost} of them lost their whole response"
     if tokens.dropped:
         said += f"; {tokens.dropped} rows had no token left to learn and were dropped"
     elif tokens.lost:

@@ -102,15 +102,10 @@ def digest_of(folder: Path) -> str:
 def line(results: dict[str, Any] | None) -> str:
     """Return what ``compute`` returned as a line, or how to get it."""
     if results is None:
-        return (
-            "COMET: not computed (pip install unbabel-comet in an environment of its own, then"
-            f" {VARIABLE}=ENV/bin/comet-score)"
-        )
-    low, high = results["ci95"]
-    return (
-        f"COMET: {results['score']:.2f}, 95 % interval {low:.2f} to {high:.2f}"
-        f" ({results['model']}, {results['rows']} rows)"
-    )
+        fix = f"in an environment of its own, then {VARIABLE}=ENV/bin/comet-score"
+        return f"COMET: not computed (pip install unbabel-comet {fix})"
+    (low, high), of = results["ci95"], f"({results['model']}, {results['rows']} rows)"
+    return f"COMET: {results['score']:.2f}, 95 % interval {low:.2f} to {high:.2f} {of}"
 
 
 def _program() -> tuple[list[str], str]:

@@ -37,10 +37,8 @@ class Progress:
         elif now - self.last_line > LINE_SECONDS and self.done < self.total:
             self.last_line = now
             rate = (self.done - self.first) / (now - self.begin)
-            say(
-                f"{self.done}/{self.total} rows, {rate:.2f} rows/s, about"
-                f" {duration((self.total - self.done) / rate)} left"
-            )
+            left = duration((self.total - self.done) / rate)
+            say(f"{self.done}/{self.total} rows, {rate:.2f} rows/s, about {left} left")
 
 
 class Backend:

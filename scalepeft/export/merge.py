@@ -83,10 +83,9 @@ def run(
     merged = plain(target, finished.device, finished.config.model)
     say(_difference(wanted, merged.logits(ids)))
     if base == "original" and _rounded(trained):
-        say(
-            f"the adapter was trained over the {storage} base, whose rounding this checkpoint does"
-            " not have; --base-weights dequantized writes the very model that was trained"
-        )
+        fix = "--base-weights dequantized writes the very model that was trained"
+        what = f"the adapter was trained over the {storage} base, whose rounding this checkpoint"
+        say(f"{what} does not have; {fix}")
 
 
 def _rounded(model: Streamed) -> bool:
@@ -330,8 +329,6 @@ def _difference(want: Tensor, got: Tensor) -> str:
     """Says how far the logits of two models lie apart."""
     worst, largest = (got - want).abs().max().item(), want.abs().max().item()
     agree, length = int((got.argmax(-1) == want.argmax(-1)).sum()), want.shape[1]
-    return (
-        f"merged: logits differ from the adapted model's by at most {worst:.1e} (relative"
-        f" {worst / (largest or 1.0):.1e}) over {length} tokens; the next token agrees at"
-        f" {agree} of {length}"
-    )
+    apart = f"at most {worst:.1e} (relative {worst / (largest or 1.0):.1e}) over {length} tokens"
+    same = f"the next token agrees at {agree} of {length}"
+    return f"merged: logits differ from the adapted model's by {apart}; {same}"

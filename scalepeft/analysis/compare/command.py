@@ -155,7 +155,5 @@ def _finish(runner: Runner) -> None:
     spent = duration(sum(c.get("wall", 0.0) for c in cells))
     print(f"{out}: compare.json, compare.md; {spent} in all runs", flush=True)
     if failed := sum(c["state"] == "failed" for c in cells):
-        print(
-            f"{failed} cells failed; what failed for a reason that is gone runs again once its"
-            f" folder in {out}/cells is removed"
-        )
+        fix = f"runs again once its folder in {out}/cells is removed"
+        print(f"{failed} cells failed; what failed for a reason that is gone {fix}")

@@ -57,9 +57,8 @@ def run(settings: list[str]) -> int:
             want = _theirs(model, base, config, ids)
     loss, reference = loss / (TOKENS - 1), F.cross_entropy(want[:-1], ids[0, 1:].cpu()).item()
     off, largest = (got - want).abs().max().item(), want.abs().max().item()
-    print(
-        f"base: loss {loss:.4f}, transformers {reference:.4f}, largest logit difference {off:.1e}"
-    )
+    both = f"loss {loss:.4f}, transformers {reference:.4f}"
+    print(f"base: {both}, largest logit difference {off:.1e}")
     of_loss, of_logits = TOLERANCE[config.train.precision]
     if abs(loss / reference - 1) <= of_loss and off <= of_logits * max(1, largest):
         return FINISHED
