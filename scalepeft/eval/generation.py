@@ -66,9 +66,8 @@ class Backend:
         """
         new, all_ = self.config.max_new_tokens, self.config.max_tokens or self.positions
         if self.positions <= new:
-            raise UserError(
-                f"evaluate.max_new_tokens={new} fills the model's {self.positions} positions"
-            )
+            what = f"fills the model's {self.positions} positions"
+            raise UserError(f"evaluate.max_new_tokens={new} {what}")
         room = min(self.positions - new, all_ - 1)
         found, cut = [], []
         for ids, _ in tokens.encode(prompts, self.tokenizer):

@@ -231,9 +231,8 @@ class _Stream:
             values[target] = getattr(module, key) if value is None else value
             if len(values) == len(group.shapes()):
                 for item in [self._items[name] for name in group.names if name in self._items]:
-                    item.put_new(
-                        group.restore(item.name, values) if group.converter else values[target]
-                    )
+                    moved = group.converter is not None
+                    item.put_new(group.restore(item.name, values) if moved else values[target])
                 del self._values[group]
         if self._trained is not self._model:
             self._round(name, module)
@@ -257,9 +256,8 @@ class _Stream:
         layer = self._trained.modules[name]
         if not isinstance(layer, quant.QuantLinear):
             return
-        weight, scale = (
-            torch.empty_like(p, device="cpu") for p in (layer.weight, layer.weight_scale)
-        )
+        parts = layer.weight, layer.weight_scale
+        weight, scale = (torch.empty_like(p, device="cpu") for p in parts)
         if not self._trained.stored(f"{name}.weight", weight, scale):
             source = self._model.weights.layout.sources[f"{name}.weight"]
             held = source.encoded(layer.fmt, 0, source.shape[0])

@@ -47,11 +47,9 @@ class ScalepeftLM(HFLM):
     what is given cannot be loaded, or is not known.
 
     Args:
-        run_dir: the run.
-        subject: ``adapter``, ``merged`` or ``base``.
+        subject: of ``run_dir``: ``adapter``, ``merged`` or ``base``.
         device: in place of the run's ``engine.device``; ``cuda:0``, lm-eval's default, leaves that.
-        more: settings of the run that ``scalepeft evaluate`` takes too (``model.path=FOLDER``), and
-            of lm-eval's own model (``batch_size``, ``max_length``).
+        more: settings of the run that ``scalepeft evaluate`` takes, and of lm-eval's own model.
     """
 
     def __init__(

@@ -85,11 +85,7 @@ class BOFT(OFT):
     def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's BOFT with the same blocks."""
         b, m = self.config.block_size, self.config.factors
-        fields = {
-            "peft_type": "BOFT",
-            "boft_block_size": b,
-            "boft_block_num": 0,
-            "boft_n_butterfly_factor": m,
-        }
+        fields = {"peft_type": "BOFT", "boft_block_size": b, "boft_block_num": 0}
+        fields["boft_n_butterfly_factor"] = m
         k = skew_symmetric(self.K.detach(), b).view(m, -1, b, b)
         return fields, {"boft_R": k, "boft_s": (1 + self.scale.detach())[:, None]}

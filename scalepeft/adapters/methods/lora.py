@@ -71,13 +71,8 @@ class LoRA(Adapter):
     def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's LoRA with the same A and B."""
         config = self.config
-        fields = {
-            "peft_type": "LORA",
-            "r": config.rank,
-            "lora_alpha": config.alpha,
-            "lora_dropout": config.dropout,
-            "use_rslora": config.rslora,
-        }
+        fields = {"peft_type": "LORA", "r": config.rank, "lora_alpha": config.alpha}
+        fields |= {"lora_dropout": config.dropout, "use_rslora": config.rslora}
         return fields, {"lora_A.weight": self.A.detach(), "lora_B.weight": self.B.detach()}
 
     def to_lora(self, base: Base) -> tuple[Tensor, Tensor] | None:

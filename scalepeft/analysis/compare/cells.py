@@ -201,11 +201,8 @@ class Runner:
             command = ["train", str(file), "--resume-with-changes"]
         else:  # the run may be older than what its evaluation may change
             allowed, values = changes.for_evaluation(), changes.flatten(cfg.to_dict(config))
-            words = [
-                f"{key}={json.dumps(value, ensure_ascii=False)}"
-                for key, value in values
-                if changes.matches_key(key, allowed)
-            ]
+            kept = [(key, value) for key, value in values if changes.matches_key(key, allowed)]
+            words = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in kept]
             command = ["evaluate", str(folder), *words]
             if not rank():  # training takes the lease itself; two evaluations would mix their rows
                 lease = Lease(folder, 0)

@@ -167,9 +167,7 @@ def evaluations_of(folder: Path) -> tuple[list[Evaluation], list[str]]:
     """Return every evaluation of a run, base first, and what of them cannot be used."""
     found: list[Evaluation] = []
     problems: list[str] = []
-    places = [
-        (which, p) for sub, which in SUBJECTS.items() for p in sorted(folder.glob(f"{sub}/*"))
-    ]
+    places = [(w, p) for s, w in SUBJECTS.items() for p in sorted(folder.glob(f"{s}/*"))]
     for which, place in places:
         if not place.is_dir() or ".old-" in place.name:  # of an older adapter, or other settings
             continue

@@ -77,9 +77,8 @@ class Sft(Task):
         if form == "completion" and isinstance(row.get("prompt"), list):
             return self._talk(_messages(row, "prompt") + _messages(row, response), row, row_id)
         chat = self.config.template == "chat"
-        if lost := [
-            k for k in ("history", "system") if row.get(k) and not (chat and k == "system")
-        ]:
+        placeless = ("history",) if chat else ("history", "system")
+        if lost := [key for key in placeless if row.get(key)]:
             fix = "write it as 'messages'"
             raise UserError(f"'{lost[0]}' has no place in a row of the form {form}; {fix}")
         asked, told = _asked(row, form), text_field(row, response)

@@ -62,10 +62,8 @@ class ToyConfig(CommonsenseConfig):
 
 def make_row(rng: random.Random, things: slice, looks: list[str] = LOOKS) -> dict[str, Any]:
     """Draws a question about one of these things of some kind, as ARC has them."""
-    kind = rng.choice(KINDS)
-    question = rng.choice(QUESTIONS).format(
-        look=rng.choice(looks), thing=rng.choice(WORLD[kind][things])
-    )
+    kind, asked, look = rng.choice(KINDS), rng.choice(QUESTIONS), rng.choice(looks)
+    question = asked.format(look=look, thing=rng.choice(WORLD[kind][things]))
     choices = {"text": KINDS, "label": KINDS}
     return {"question": question, "choices": choices, "answerKey": kind}
 
