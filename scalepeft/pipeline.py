@@ -276,10 +276,8 @@ def run(
 
     ``first``: this stage and those after it are done again, though nothing has changed; ``last``:
     the end; ``only``: this stage alone, as a job of a chain does; the ones before it must be done.
-
-    Raises:
-        UserError: a mistake in config or data, a stage whose predecessors are not done, or the
-            folder is another process's.
+    Raises UserError: a mistake in config or data, a stage whose predecessors are not done, or the
+    folder is another process's.
     """
     check(config)
     ranks = Ranks()  # a job without a GPU, whatever engine and device the others are for
@@ -312,9 +310,8 @@ def check(config: RunConfig) -> Task:
     """Return the config's task; raise UserError for what would else be found after the training."""
     task, wanted, merged = task_of(config), config.pipeline, Path(config.run_dir) / "merged"
     if wanted.merge != "none" and merged.exists() and not (merged / MADE_FROM).is_file():
-        raise UserError(
-            f"{merged}: was not made by this pipeline; move it, or set pipeline.merge=none"
-        )
+        fix = "move it, or set pipeline.merge=none"
+        raise UserError(f"{merged}: was not made by this pipeline; {fix}")
     if "merged" in wanted.evaluate and wanted.merge == "none":
         raise UserError("pipeline.evaluate has merged, but pipeline.merge=none; change one")
     if task.reads_files and not config.data.test:

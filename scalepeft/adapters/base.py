@@ -61,8 +61,7 @@ class Adapter(nn.Module):
     """``y = transform_output(W transform_input(x) + delta(x)) + b``; x (..., in), y (..., out), W
     (out, in).
 
-    A method declares its parameters and overrides the hooks it needs. It knows nothing of how W is
-    stored or sharded.
+    A method declares its parameters and overrides hooks, and knows not how W is stored or sharded.
     """
 
     Config: ClassVar[type[AdapterConfig]]
@@ -85,10 +84,8 @@ class Adapter(nn.Module):
         self.declare()
 
     def declare(self) -> None:
-        """Declares the parameters: ``self.U = self.new_parameter(out, r)``; none by default.
-
-        Raises:
-            UserError: dimensions that the method cannot take.
+        """Declares the parameters: ``self.U = self.new_parameter(out, r)``; none by default. Raises
+        UserError: dimensions that the method cannot take.
         """
 
     @staticmethod
@@ -160,9 +157,7 @@ class Adapter(nn.Module):
         return None
 
     def to_lora(self, base: Base) -> tuple[Tensor, Tensor] | None:
-        """``(A (k, in), B (out, k))`` with exactly ``W' = W + B A``; None where W' - W has full
-        rank.
-        """
+        """``(A (k, in), B (out, k))``, exactly ``W' = W + B A``; None: W' - W has full rank."""
         return None
 
 
@@ -173,10 +168,6 @@ class Dropout(nn.Module):
     with its ``positions`` in its row, what happens to an entry is a function of (key,
     layer, position, feature) alone: the same whatever the micro-batch, the padding, the rank and
     the number of ranks, and again in a recomputation. Without, torch's generator decides.
-
-    Args:
-        p: the probability.
-        layer_name: so that layers do not drop the same entries.
     """
 
     def __init__(self, p: float, layer_name: str) -> None:

@@ -15,9 +15,7 @@ from scalepeft.models.experts import mix_in
 
 def stack(adapter: Adapter, experts: int) -> None:
     """Makes one adapter for each expert of it, in place: every parameter (...) is (experts, ...).
-
-    Raises:
-        UserError: a setting that needs to know which row of the batch a token is of.
+    Raises UserError: a setting that needs to know which row of the batch a token is of.
     """
     if any(isinstance(module, Dropout) for module in adapter.modules()):
         raise UserError(
@@ -56,9 +54,7 @@ class Stacked(Adapter):
                 one.reset_parameters()
 
     def forward(self, x: Tensor, base: Any, bounds: Sequence[int] = ()) -> Tensor:
-        """X (rows, in), those of expert e ``bounds[e] .. bounds[e + 1]``, around the
-        ``ExpertLinear`` ``base``.
-        """
+        """X (rows, in), of expert e ``bounds[e] .. bounds[e + 1]``; base: the ``ExpertLinear``."""
         rows = list(x.split([last - first for first, last in pairwise(bounds)]))
         used = [e for e, part in enumerate(rows) if len(part)]
         if not used:  # a gradient all the same: ranks exchange them together

@@ -28,12 +28,7 @@ class Group:
 
 
 class Factors:
-    """The factors of all adapters of a model, but experts'.
-
-    Args:
-        model: sharded, loaded, outside of a forward.
-        engine: the one that sharded it.
-    """
+    """Of all adapters, but experts', of a model that ``engine`` has sharded; outside a forward."""
 
     def __init__(self, model: nn.Module, engine: Engine) -> None:
         self.engine = engine
@@ -52,20 +47,15 @@ class Factors:
         what the engine has summed over the ranks there. A collective.
         """
         groups = [group for group in self.groups if group.fewer or self.engine.takes_idle]
-        with self._made(groups):
+        with self.made(groups):
             for factor in (f for g in groups for adapter in g.adapters for f in adapter.made or ()):
                 factor.requires_grad_()
             yield
             self._backward(groups)
 
     @contextmanager
-    def made(self) -> Iterator[None]:
+    def made(self, groups: list[Group] | None = None) -> Iterator[None]:
         """The factors are there within, where no parameter may change; a collective."""
-        with self._made(self.groups):
-            yield
-
-    @contextmanager
-    def _made(self, groups: list[Group]) -> Iterator[None]:
         try:
             yield self.make(groups)
         finally:
@@ -95,7 +85,8 @@ class Factors:
         grads = []
         for group in groups:
             made = zip(*(adapter.made or () for adapter in group.adapters), strict=True)
-            grads.append([torch.stack([_grad(factor) for factor in each]) for each in made])
+            held = [[torch.zeros_like(f) if f.grad is None else f.grad for f in fs] for fs in made]
+            grads.append([torch.stack(fs) for fs in held])
         sent = [f for group, each in zip(groups, grads, strict=True) if group.fewer for f in each]
         self.engine.sum_gradients(sent)
         late: list[tuple[list[nn.Parameter], Tensor]] = []
@@ -123,7 +114,3 @@ def _group(adapters: list[Adapter]) -> Group:
     on_meta = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     factors = sum(factor.numel() for factor in adapters[0].factors(on_meta))
     return Group(adapters, parameters, factors < sum(map(torch.Size.numel, shapes.values())))
-
-
-def _grad(factor: Tensor) -> Tensor:
-    return torch.zeros_like(factor) if factor.grad is None else factor.grad

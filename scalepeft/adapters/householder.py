@@ -2,7 +2,7 @@
 
 Letters: r rank (even), U (out, r), V (in, r), m (out,), Q = I - U S^-1 U^T with
 S = triu(U^T U), diagonal halved (compact WY). Row form for a batch: y Q^T = y + (y U) K U^T with
-K = -S^-T (r, r). The Cayley transform has another S; any with S + S^T = U^T U will do.
+K = -S^-T (r, r).
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from scalepeft.adapters.base import Adapter, Base, math_dtype
 from scalepeft.core.errors import UserError
 
 Inverse = Literal["exact", "neumann2"]
-Form = Literal["pairs", "mean_difference", "cayley"]
+Form = Literal["pairs", "mean_difference"]
 
 MEAN_RATE = 4.0
 """R is stored divided by it: Adam's steps on R are then those of P times it."""
@@ -41,17 +41,10 @@ def core(z: Tensor, form: Form, inverse: Inverse = "exact") -> Tensor:
     Args:
         z: what ``form`` stores, (..., d, r), in fp32 or better. ``pairs``: U itself, of any lengths
             > 0. ``mean_difference``: ``U = Z C``, C as in ``columns``, so ``K = C K_U C^T``; Z is
-            what rows are multiplied with, as in bf16 ``R + P`` would lose a small P. ``cayley``: P
-            and R / 4 of ``(I - A)^-1 (I + A)``, ``A = (P R^T - R P^T) / 2``.
-        inverse: ``exact`` by triangular solve, or the paper's ``neumann2``: S^-1 ~ D^-1 - D^-1 A
-            D^-1.
+            what rows are multiplied with, as in bf16 ``R + P`` would lose a small P.
+        inverse: ``exact`` by a solve, or the paper's ``neumann2``: S^-1 ~ D^-1 - D^-1 A D^-1.
     """
-    gram, r = z.mT @ z, z.shape[-1]
-    eye = torch.eye(r, dtype=z.dtype, device=z.device)
-    if form == "cayley":
-        j = eye.roll(r // 2, dims=-1)
-        # Never singular, so that the host need not wait for the device's word on it.
-        return torch.linalg.inv_ex((j.triu() - j.tril()) / MEAN_RATE - gram / 2)[0]
+    gram, eye = z.mT @ z, torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
     c = columns(eye, form)
     if form != "pairs":
         gram = c.mT @ gram @ c
@@ -78,22 +71,17 @@ def start_columns(d: int, rank: int, norm: float, form: Form) -> Tensor:
 def check_rank(rank: int, features: int) -> None:
     """Raise UserError for an odd rank, or where ``features`` holds no ``rank / 2`` pairs."""
     if rank % 2:
-        raise UserError(
-            f"adapter.rank={rank}: the start pairs equal reflections, so the rank must be"
-            f" even; take {rank - 1 or 2} or {rank + 1}"
-        )
+        what = "the start pairs equal reflections, so the rank must be even"
+        raise UserError(f"adapter.rank={rank}: {what}; take {rank - 1 or 2} or {rank + 1}")
     if rank // 2 > features:
-        raise UserError(
-            f"adapter.rank={rank}: a side of {features} channels has room for rank {2 * features}"
-            " at most"
-        )
+        what = f"a side of {features} channels has room for rank {2 * features} at most"
+        raise UserError(f"adapter.rank={rank}: {what}")
 
 
 class Reflected(Adapter):
     """What HOFT, SHOFT and HRA share: reflections of the input, and perhaps of the output.
 
-    A subclass sets ``V`` (in, r) and may set ``U`` (out, r), as ``form`` stores them, and ``scale``
-    = m - 1 (out,).
+    A subclass sets ``V`` (in, r), perhaps ``U`` (out, r), as ``form`` has them, ``scale`` = m - 1.
     """
 
     V: nn.Parameter

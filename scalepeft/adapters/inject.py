@@ -1,6 +1,4 @@
-"""Puts adapters into a model: find the layers, swap their class, freeze the rest, name the
-adapter's state.
-"""
+"""Puts adapters into a model: finds layers, swaps their class, freezes the rest, names states."""
 
 import dataclasses
 import hashlib
@@ -28,9 +26,7 @@ from scalepeft.parallel.base import copy_rows, full_shape
 
 
 class Adapted(nn.Linear):
-    """Mixin of an adapted layer: ``y = adapter(x, W .) + b``. The names of the base parameters do
-    not move.
-    """
+    """Mixin of an adapted layer: ``y = adapter(x, W .) + b``; base parameters keep their names."""
 
     adapter: Adapter
 
@@ -124,10 +120,8 @@ def _matching(
             parts = {name: -2 if name in experts else -1 for name in candidates}
             last = sorted({".".join(n.split(".")[at:]) for n, at in parts.items()} - {""})
             near = errors.nearest(pattern, [*last, *targets.PRESETS, *candidates])
-            raise UserError(
-                f"{where}: '{pattern}' matches no {what} layer of this model.{near}"
-                f" There are: {', '.join(last)}"
-            )
+            said = f"{where}: '{pattern}' matches no {what} layer of this model.{near}"
+            raise UserError(f"{said} There are: {', '.join(last)}")
         found.update(matches)
     return [name for name in modules if name in found]
 
@@ -142,10 +136,8 @@ def _in_layers(names: list[str], layers: list[int] | str) -> list[str]:
         return names
     there = [block for name in names if (block := _block(name)) is not None]
     if outside := [name for name in names if _block(name) is None]:
-        raise UserError(
-            f"adapter.layers={layers}: {outside[0]} lies in no decoder block; take it out of"
-            " adapter.target_modules, or set adapter.layers=all"
-        )
+        fix = "take it out of adapter.target_modules, or set adapter.layers=all"
+        raise UserError(f"adapter.layers={layers}: {outside[0]} lies in no decoder block; {fix}")
     if missing := [wanted for wanted in layers if wanted not in there]:
         known = f"{min(there)} to {max(there)}"
         raise UserError(f"adapter.layers={layers}: no block {missing[0]}; the targets have {known}")
@@ -158,8 +150,7 @@ def inject(
     seed: int = 0,
     check: Callable[[nn.Module], None] = lambda _: None,
 ) -> nn.Module:
-    """Adapts every layer that ``config.target_modules`` names and freezes everything else, in
-    place.
+    """Adapts every layer that ``config.target_modules`` names, freezes all else, in place.
 
     Args:
         model: any module with ``nn.Linear`` (or quantized) layers; on the meta device only the
@@ -195,10 +186,8 @@ def inject(
             raise UserError(f"{name}: {error}") from None
     blocks = {_block(name) for name in linear}
     if norms and not any(_block(name) in blocks for name in norms):
-        raise UserError(
-            f"adapter.norm: {norms[0]} is in none of the adapted blocks; name the layer that"
-            " follows the attention there, or set adapter.train_norm=false"
-        )
+        fix = "name the layer that follows the attention there, or set adapter.train_norm=false"
+        raise UserError(f"adapter.norm: {norms[0]} is in none of the adapted blocks; {fix}")
     for name in norms:
         if _block(name) in blocks:
             norm: Any = model.get_submodule(name)
@@ -262,9 +251,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def decayed_names(model: nn.Module) -> set[str]:
-    """Returns the names of trained parameters that take weight decay: not rotations, reflections,
-    scales.
-    """
+    """Names of trained parameters that take weight decay: not rotations, reflections, scales."""
     return {
         f"{name}.adapter.{key}"
         for name, adapter in adapters(model)
@@ -286,23 +273,17 @@ def penalty(model: nn.Module) -> Tensor | None:
 
 
 def check_state(model: nn.Module, shapes: dict[str, tuple[int, ...]], where: str) -> None:
-    """Compares an adapter state with the model by names and shapes.
-
-    Raises:
-        UserError: missing, extra or misshapen tensors, with their names.
-    """
+    """Raise UserError if tensors are missing, extra or misshapen in an adapter's state; by name."""
     parameters = trainable(model)
     if missing := sorted(parameters.keys() - shapes.keys()):
-        raise UserError(
-            f"{where}: lacks {len(missing)} of {len(parameters)} tensors, first {missing[0]}"
-        )
+        what = f"lacks {len(missing)} of {len(parameters)} tensors, first {missing[0]}"
+        raise UserError(f"{where}: {what}")
     if extra := sorted(shapes.keys() - parameters.keys()):
         raise UserError(f"{where}: has {len(extra)} tensors this model does not, first {extra[0]}")
     for name, found in shapes.items():
         if tuple(found) != (shape := tuple(full_shape(parameters[name]))):
-            raise UserError(
-                f"{where}: {name} has shape {list(found)}, this model needs {list(shape)}"
-            )
+            what = f"{name} has shape {list(found)}, this model needs {list(shape)}"
+            raise UserError(f"{where}: {what}")
 
 
 def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -311,11 +292,8 @@ def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Copies an adapter state into the model after checking names, shapes and values.
-
-    Raises:
-        UserError: missing, extra, misshapen or non-finite tensors, with their names; the model is
-            unchanged.
+    """Copies an adapter state into the model after checking names, shapes and values. Raises
+    UserError: missing, extra, misshapen or non-finite tensors, by name; the model stays.
     """
     check_state(model, shapes(state), where)
     for name, tensor in state.items():
@@ -329,19 +307,16 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
 
 
 def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[str, Any]]:
-    """Reads (config, tensors, the rest of ``adapter_config.json``) from an adapter folder.
-
-    Raises:
-        UserError: a missing, unreadable or changed file, named.
+    """Reads (config, tensors, the rest of ``adapter_config.json``) from an adapter folder. Raises
+    UserError: a missing, unreadable or changed file, named.
     """
     remedy = f"{folder} is no readable adapter folder; name the adapter/ of a finished run"
     description = read_mapping(folder / "adapter_config.json", unsealed, remedy)
     description.pop("digest", None)
     settings = description.pop("adapter", None)
     if not isinstance(settings, dict) or not isinstance(description.get("base_model", {}), dict):
-        raise UserError(
-            f"{folder / 'adapter_config.json'}: has no 'adapter' settings, or of no base; {remedy}"
-        )
+        what = f"has no 'adapter' settings, or of no base; {remedy}"
+        raise UserError(f"{folder / 'adapter_config.json'}: {what}")
     file = folder / "adapter.safetensors"
     try:
         state = load_file(file)

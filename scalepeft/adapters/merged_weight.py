@@ -99,15 +99,8 @@ def adds_bias(layer: Adapted) -> bool:
 
 @torch.no_grad()
 def norm_parameter(name: str, norm: AdaptedNorm, key: str) -> Tensor:
-    """``weight (1 + scale)`` or ``bias (1 + scale) + shift`` of a norm with a trained scale.
-
-    Args:
-        name: of the norm, for the message.
-        norm: with real parameters.
-        key: ``weight`` or ``bias``.
-
-    Raises:
-        UserError: the norm does not multiply by its weight (Gemma's multiplies by 1 + weight).
+    """``weight (1 + scale)`` or ``bias (1 + scale) + shift`` of a norm with a trained scale. Raises
+    UserError: the norm does not multiply by its weight (Gemma's multiplies by 1 + weight).
     """
     scale, shift = norm.adapter.scale, norm.adapter.shift
     merged = {k: p * (1 + scale) for k, p in norm.named_parameters(recurse=False)}

@@ -44,21 +44,13 @@ def resize(adapter: dict[str, Any], key: str, size: int) -> dict[str, Any]:
 
 
 def count_parameters(model: nn.Module, adapter: dict[str, Any]) -> int:
-    """Count what a method would train on a model, which is left as it is.
-
-    Raises:
-        UserError: it does not fit the model.
-    """
+    """Count what a method would train on a model, which stays as it is; UserError: no fit."""
     net = inject.inject(copy.deepcopy(model), adapter)
     return sum(p.numel() for _, a in inject.adapters(net) for p in a.parameters())
 
 
 def adapted_shapes(model: nn.Module, adapter: dict[str, Any]) -> Counter[tuple[int, int]]:
-    """Count the layers of a model that the settings adapt, by (in, out).
-
-    Raises:
-        UserError: a target that matches nothing.
-    """
+    """Count the layers that settings adapt, by (in, out). Raise UserError for no match."""
     where = {key: adapter[key] for key in SHARED if key in adapter}
     net = inject.inject(copy.deepcopy(model), {"name": "lora", "rank": 1, **where})
     found: Counter[tuple[int, int]] = Counter()
@@ -68,17 +60,9 @@ def adapted_shapes(model: nn.Module, adapter: dict[str, Any]) -> Counter[tuple[i
 
 
 def fit(adapter: dict[str, Any], key: str, shapes: Shapes, target: int) -> dict[str, Any]:
-    """Return the settings with that value of ``key`` which trains nearest to ``target`` parameters,
-    the smaller of two.
-
-    Args:
-        adapter: settings of a method.
-        key: ``rank`` or ``block_size``, see ``size_key``.
-        shapes: the layers it adapts.
-        target: parameters over all of them.
-
-    Raises:
-        UserError: the method's own, where no value fits these layers.
+    """Return the settings with that value of ``key`` (see ``size_key``) which trains nearest to
+    ``target`` parameters over the layers of these ``shapes``, the smaller of two. Raises UserError:
+    the method's own, where no value fits these layers.
     """
     name = inject.adapter_config(adapter).name
     make = registry.find_class("adapters.methods", name, "adapter", Adapter)

@@ -19,10 +19,8 @@ WHERE = "adapter.target_modules: "
 def expand(model: nn.Module, config: AdapterConfig) -> list[str]:
     """Return ``config.target_modules`` with full names in the place of presets; and in the place of
     the default, unless the model has a layer for each of its names: what projects to queries, keys
-    and values, into the feed-forward layer and out of it.
-
-    Raises:
-        UserError: a preset that this model has no layer for, or a pattern of everything.
+    and values, into the feed-forward layer and out of it. Raises UserError: a preset that this
+    model has no layer for, or a pattern of everything.
     """
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     routers = {name for name, layer in linear.items() if structure.is_router(name, layer)}
@@ -51,9 +49,7 @@ def expand(model: nn.Module, config: AdapterConfig) -> list[str]:
 
 
 def check(model: nn.Module, layers: list[str]) -> None:
-    """Raise UserError for a layer that takes no adapter: a router, a head that is the embedding, a
-    weight that is read past its layer.
-    """
+    """Raise UserError for a router, a head that is the embedding, a weight read past its layer."""
     tied = {id(m.weight): n for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
     read_directly = structure.layers_read_directly(model, values=True)
     for name in layers:

@@ -9,6 +9,7 @@ from scalepeft.adapters import inject
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as cfg
 from scalepeft.core.errors import UserError
+from scalepeft.core.launch import importing
 from scalepeft.core.text import table
 from scalepeft.models import quant, shapes
 
@@ -25,7 +26,8 @@ HEADER = ["adapter", "parameters", "share", "cost", "lr", "merge", "export", "pa
 
 def run(model: str, as_json: bool) -> None:
     """Print a table (or JSON) of configs/adapters on a shape or folder, or raise UserError."""
-    rows = [describe(name, model) for name in config_files.config_names("adapter")]
+    with importing():  # most of it is; of a model for each method nothing is worth a search
+        rows = [describe(name, model) for name in config_files.config_names("adapter")]
     if as_json:
         print(json.dumps({"model": model, "methods": rows}, indent=1))
     else:

@@ -39,8 +39,7 @@ LEARNED, PLAIN = "\x1b[32m", "\x1b[0m"
 
 def run(settings: list[str], show: int) -> None:
     """Reads and tokenizes as a training does, and raises as it does; prints a table of counts, and
-    the first ``show`` rows, decoded, what is learned green on a terminal, between « and »
-    elsewhere.
+    the first ``show`` rows, decoded: what is learned is green on a terminal, else in « and ».
     """
     if show < 0:
         raise UserError(f"--show {show}: expected a number of rows")

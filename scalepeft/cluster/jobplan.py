@@ -12,17 +12,12 @@ from scalepeft.models import dimensions
 
 def check(configs: list[RunConfig], header: dict[str, str], name: str | None) -> None:
     """Plan each kind of run once and say whether it fits the GPU ``name``, or that of ``header``.
-
-    Raises:
-        UserError: the tensors alone do not fit, or ``--signal`` leaves less than a step and a save.
+    Raises UserError: the tensors alone do not fit, ``--signal`` leaves less than a step and a save.
     """
     gpu, by = (gpus.find(name), "--gpu") if name else sbatch.gpu_of(header)
-    say(
-        f"plan: for GPU {gpu.name}, by {by}"
-        if gpu
-        else f"plan: {by or 'the job file'} names no GPU that is known here: whether the run fits"
-        " is not looked at; add --gpu NAME"
-    )
+    fix = "whether the run fits is not looked at; add --gpu NAME"
+    absent = f"{by or 'the job file'} names no GPU that is known here: {fix}"
+    say(f"plan: for GPU {gpu.name}, by {by}" if gpu else f"plan: {absent}")
     nodes, gpu_name = sbatch.nodes_of(header) or 1, gpu.name if gpu else None
     per_node = max(1, (sbatch.ranks_of(header) or 1) // nodes)
     where = gpus.Options(nodes, per_node, gpu_name, network=False)
@@ -50,14 +45,11 @@ def _check_one(plan: planning.Plan, header: dict[str, str]) -> None:
         )
     late = f"--signal={header.get('--signal')} comes {warning} s before the time limit"
     if warning is not None and warning < plan.stop_seconds:
-        raise UserError(
-            f"{late}, a step and a save alone take {stop} ({plan.basis}, {rows}); write"
-            f" {signal}, or add --no-plan"
-        )
-    say(
-        f"plan: {plan.config.adapter.name}: {need:.1f} GiB a GPU at the peak, {stop} for a step"
-        f" and a save, grace period {plan.grace} s ({plan.basis}; see scalepeft plan)"
-    )
+        what = f"{late}, a step and a save alone take {stop} ({plan.basis}, {rows})"
+        raise UserError(f"{what}; write {signal}, or add --no-plan")
+    times = f"{stop} for a step and a save, grace period {plan.grace} s"
+    room = f"{plan.config.adapter.name}: {need:.1f} GiB a GPU at the peak"
+    say(f"plan: {room}, {times} ({plan.basis}; see scalepeft plan)")
     if gpu and not plan.fits:
         say(
             f"plan: tight: {tensors:.1f} GiB of tensors fit {gpu.name} ({gpu.gib:g} GiB), with"

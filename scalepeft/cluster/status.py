@@ -19,10 +19,8 @@ COMPARISON = "design.json"  # what a comparison keeps in its folder
 
 def run(run_dirs: list[str], as_json: bool) -> None:
     """Prints the state of each run; a folder of a sweep stands for the runs in it, one of a
-    comparison for its cells.
-
-    Raises:
-        UserError: a folder that holds neither a run nor a submission, once the others are shown.
+    comparison for its cells. Raises UserError: a folder that holds neither a run nor a submission,
+    once the others are shown.
     """
     runs = {name: _runs(Path(name)) for name in run_dirs}
     stands = [
@@ -35,10 +33,8 @@ def run(run_dirs: list[str], as_json: bool) -> None:
     elif stands:
         print("\n\n".join("\n".join(_lines(one)) for one in stands))
     if wrong := [name for name, folders in runs.items() if not folders]:
-        raise UserError(
-            f"{', '.join(wrong)}: no events.jsonl and no submission in it; name the run_dir of a"
-            " training or a comparison"
-        )
+        fix = "name the run_dir of a training or a comparison"
+        raise UserError(f"{', '.join(wrong)}: no events.jsonl and no submission in it; {fix}")
 
 
 def _runs(folder: Path) -> list[Path]:

@@ -19,9 +19,7 @@ LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveM
 
 
 def run(settings: list[str], reference: str | None = None) -> None:
-    """Print the config of ``[CONFIG] KEY=VALUE ...`` as YAML, or if it is not None the reference of
-    a section, of all if empty.
-    """
+    """Print a config as YAML, or the ``reference`` of a section (empty: of all) if not None."""
     if reference is None:
         print(dump(files.load(*files.config_first(settings))[0]), end="")
     else:

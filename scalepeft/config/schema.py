@@ -52,8 +52,7 @@ class TrainConfig:
         lr: peak learning rate.
         schedule: after warm-up: ``linear`` or ``cosine`` to zero, or ``constant``.
         warmup_steps: linear from zero.
-        weight_decay: AdamW's, on parameters where decay means "towards the base" (never on
-            rotations, scales).
+        weight_decay: AdamW's, where decay means "towards the base" (never on rotations, scales).
         beta1: AdamW.
         beta2: AdamW.
         eps: AdamW.
@@ -200,11 +199,7 @@ def renamed_key(key: str) -> str:
 
 
 def renamed(values: dict[str, Any]) -> dict[str, Any]:
-    """Settings by section, with every key as it is spelled now.
-
-    Raises:
-        UserError: a key is set under both spellings.
-    """
+    """Settings with every key as it is spelled now. Raise UserError for both spellings of one."""
     for old, new in ALIASES.items():
         (section, was), now = old.split("."), new.split(".")[1]
         keys = values.get(section)
@@ -247,9 +242,8 @@ def check_sections(values: dict[str, Any], where: str = "") -> None:
             near = nearest(str(section), SECTIONS)
             raise UserError(f"{where}no section '{section}'.{near} Allowed: {', '.join(SECTIONS)}")
         if section not in TOP and not isinstance(value, dict | None):
-            raise UserError(
-                f"{where}{section} is a section, not {value!r}: set keys of it, {section}.KEY=VALUE"
-            )
+            fix = f"set keys of it, {section}.KEY=VALUE"
+            raise UserError(f"{where}{section} is a section, not {value!r}: {fix}")
 
 
 def from_dict(values: dict[str, Any]) -> RunConfig:
@@ -258,9 +252,8 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
     check_sections(values)
     run_dir = values.get("run_dir")
     if not run_dir:
-        raise UserError(
-            "run_dir is not set: add run_dir=runs/NAME, the folder for checkpoints and results"
-        )
+        fix = "add run_dir=runs/NAME, the folder for checkpoints and results"
+        raise UserError(f"run_dir is not set: {fix}")
     if isinstance(run_dir, dict | list):
         raise UserError(f"run_dir={run_dir}: expected the name of one folder")
     extensions = use_extensions(values.get("extensions"))

@@ -24,11 +24,8 @@ class ReferenceLine:
 def read(source: str, split: Split) -> Numbered:
     """Yields (row number, row) of a source: what ``read_rows`` takes but for a tsv, a tsv's rows by
     line, of ``A::B`` two text files or CoVoST-2's translations and Common Voice's validated.tsv in
-    either order, and of any other file reference lines, for the test alone.
-
-    Raises:
-        UserError: an unreadable file, two files that do not go together, missing columns, a text
-            file alone to train on.
+    either order, and of any other file reference lines, for the test alone. Raises UserError: an
+    unreadable file, files that do not go together, missing columns, a text file alone to train on.
     """
     files = [source] if source.startswith("hf://") else source.split(PAIR)
     if len(files) > 2:
@@ -44,10 +41,8 @@ def read(source: str, split: Split) -> Numbered:
     elif split == "test":
         yield from ((n, ReferenceLine(line)) for n, line in enumerate(lines_of(texts[0]), 1))
     else:
-        raise UserError(
-            f"{source}: neither JSON nor a tsv with a header; text files come in pairs, as"
-            f" FILE_SOURCE{PAIR}FILE_TARGET"
-        )
+        fix = f"text files come in pairs, as FILE_SOURCE{PAIR}FILE_TARGET"
+        raise UserError(f"{source}: neither JSON nor a tsv with a header; {fix}")
 
 
 def lines_of(text: str) -> list[str]:
@@ -65,10 +60,8 @@ def _parallel(files: list[str], texts: list[str], _: Split) -> Numbered:
             )
     first, second = map(lines_of, texts)
     if len(first) != len(second):
-        raise UserError(
-            f"{files[0]} has {len(first)} lines, {files[1]} {len(second)}: they must go together"
-            " line by line"
-        )
+        fix = "they must go together line by line"
+        raise UserError(f"{files[0]} has {len(first)} lines, {files[1]} {len(second)}: {fix}")
     pairs = enumerate(zip(first, second, strict=True), 1)
     yield from ((number, {"source": one, "target": other}) for number, (one, other) in pairs)
 
@@ -113,9 +106,8 @@ def _joined(files: list[str], texts: list[str], split: Split) -> Numbered:
         elif row["split"] in COVOST_SPLITS[split]:
             wanted[row["path"]] = row["translation"]
     if not wanted:
-        raise UserError(
-            f"{files[0]}: no row with split {' or '.join(COVOST_SPLITS[split])} for data.{split}"
-        )
+        what = f"no row with split {' or '.join(COVOST_SPLITS[split])} for data.{split}"
+        raise UserError(f"{files[0]}: {what}")
     for number, row in _table(files[1], texts[1], {"path", "sentence"}):
         # A broken line of other recordings is not ours to judge; a missing one is found below.
         if not isinstance(row, BrokenRow) and row["path"] in wanted:

@@ -98,10 +98,8 @@ class Renderer:
         for keys in UNSAID:
             if said & keys and not any(key in template for key in keys):
                 lost = " or ".join(sorted(said & keys))
-                raise UserError(
-                    f"the chat template does not write the row's {lost}:"
-                    " take it out, or name another data.chat_template"
-                )
+                fix = "take it out, or name another data.chat_template"
+                raise UserError(f"the chat template does not write the row's {lost}: {fix}")
         try:
             text: str = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=ask, **more,

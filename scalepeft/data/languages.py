@@ -31,10 +31,8 @@ def language(code: str) -> str:
 def name_of(code: str, side: str) -> str:
     """The English name. Raises UserError for a code without one in the table."""
     if (found := language(code)) not in NAMES:
-        raise UserError(
-            f"{side}_language={code}: no English name known for this code (de, deu_Latn, zh-CN,"
-            f" ...); set data.{side}_name=NAME"
-        )
+        what = "no English name known for this code (de, deu_Latn, zh-CN, ...)"
+        raise UserError(f"{side}_language={code}: {what}; set data.{side}_name=NAME")
     return NAMES[found]
 
 

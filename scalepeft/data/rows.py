@@ -91,9 +91,7 @@ def read_rows(source: str) -> Iterator[tuple[int, Any]]:
     comes out as a ``BrokenRow``, so does an object with a key twice and a csv record of another
     width than its header; a broken array is an error of the whole file. A file of one object over
     several lines is one row. Cells of csv are texts. The row number of json lines is the line's.
-
-    Raises:
-        UserError: it cannot be read, or is none of these.
+    Raises UserError: it cannot be read, or is none of these.
     """
     if (files := tables.saved(source)) is not None:
         yield from enumerate(chain.from_iterable(map(tables.rows, files)), 1)
@@ -138,10 +136,8 @@ def _json_rows(source: str) -> Iterator[tuple[int, Any]]:
             yield from enumerate(whole if isinstance(whole, list) else [whole], 1)
             return
         if first[:1] == "[":
-            raise UserError(
-                f"{source}: {whole.reason}; an array must parse as a whole (json lines can be"
-                " skipped row by row)"
-            )
+            fix = "an array must parse as a whole (json lines can be skipped row by row)"
+            raise UserError(f"{source}: {whole.reason}; {fix}")
     with open_text(source) as lines:
         for number, line in enumerate(lines, 1):
             line = line.removeprefix("\ufeff").removesuffix("\n")  # BOMs of files put together
@@ -209,9 +205,7 @@ def read_text(source: str, length: int = -1) -> str:
 def open_text(source: str) -> Iterator[TextIO]:
     """Open a file's text, uncompressed, by lines that end with LF. Bytes that are not UTF-8 come
     out as lone surrogates, which ``check_utf8`` finds: a bad row is one bad row and not a bad file.
-
-    Raises:
-        UserError: it cannot be read, or is not text; also later, where it is being read.
+    Raises UserError: it cannot be read, or is not text; also later, where it is being read.
     """
     head = _head(source)
     with tables.explained(source), _binary(source, head) as raw:
@@ -257,9 +251,8 @@ def text_field(row: Any, key: str, required: bool = True) -> str:
     if not isinstance(row, dict):
         raise UserError(f"a row must be an object with keys, not {type(row).__name__}")
     if key not in row and required:
-        raise UserError(
-            f"key '{key}' is missing; the row has {', '.join(map(str, row)) or 'no keys'}"
-        )
+        there = ", ".join(map(str, row)) or "no keys"
+        raise UserError(f"key '{key}' is missing; the row has {there}")
     value = row.get(key)
     if value is None and not required:
         return ""

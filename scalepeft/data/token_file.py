@@ -30,10 +30,8 @@ PARTS = ("tokens", "lengths", "label_start")
 
 def split_file(task: Task, split: Split, tokenizer: Any, ends: list[int]) -> Path:
     """The file with a split's tokens, made unless it is there and whole. Rows are read, tokenized
-    and written in a stream: memory grows by 8 bytes a row.
-
-    Raises:
-        UserError: rows cannot be read, or the cache's folder cannot be written.
+    and written in a stream: memory grows by 8 bytes a row. Raises UserError: rows cannot be read,
+    or the cache's folder cannot be written.
     """
     folder = Path(task.config.cache or cache_folder()) / "tokens"
     file = folder / f"{_key(task, split, tokenizer, ends)}.safetensors"
@@ -50,9 +48,8 @@ def split_file(task: Task, split: Split, tokenizer: Any, ends: list[int]) -> Pat
         share(temporary)
         temporary.replace(file)
     except OSError as error:
-        raise UserError(
-            f"data.cache: {folder} cannot be written: {error}; set data.cache=FOLDER"
-        ) from None
+        fix = "set data.cache=FOLDER"
+        raise UserError(f"data.cache: {folder} cannot be written: {error}; {fix}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -144,10 +141,8 @@ def files(task: Task, tokenizer: Any, vocab_size: int, ends: list[int]) -> dict[
         found[split] = split_file(task, split, tokenizer, ends)
         tokens, _ = read(found[split])
         if not len(tokens):
-            raise UserError(
-                f"data.{split}: no row has a token to learn within data.cutoff={config.cutoff};"
-                " raise it"
-            )
+            what = f"no row has a token to learn within data.cutoff={config.cutoff}; raise it"
+            raise UserError(f"data.{split}: {what}")
         largest = max(int(ids_of(part).max()) for part in tokens.tokens.split(1 << 22))
         if largest >= vocab_size:
             raise UserError(
@@ -161,9 +156,7 @@ def files(task: Task, tokenizer: Any, vocab_size: int, ends: list[int]) -> dict[
 def prepared(
     found: dict[Split, Path], config: TaskConfig, seed: int
 ) -> tuple[TokenSet, TokenSet | None, list[str]]:
-    """Training and validation rows, and what is to be said of them. Raises UserError:
-    ``data.valid_size`` leaves nothing to train on.
-    """
+    """Training rows, validation rows, remarks; UserError: ``data.valid_size`` leaves nothing."""
     sets, report = dict[str, TokenSet](), list[str]()
     for split, file in found.items():
         sets[split], remarks = read(file)
@@ -184,10 +177,8 @@ def cut_rows(tokens: TokenSet, config: TaskConfig, split: str) -> list[str]:
     """What the cutoff did to a split, in a line; none if nothing."""
     if not tokens.cut and not tokens.dropped:
         return []
-    said = (
-        f"data.{split}: {tokens.cut} rows longer than data.cutoff={config.cutoff} were cut;"
-        f" {tokens.lost} of them lost their whole response"
-    )
+    said = f"data.{split}: {tokens.cut} rows longer than data.cutoff={config.cutoff} were cut;"
+    said += f" {tokens.lost} of them lost their whole response"
     if tokens.dropped:
         said += f"; {tokens.dropped} rows had no token left to learn and were dropped"
     elif tokens.lost:

@@ -200,10 +200,8 @@ def encode(
 def _without_seams(text: str, ids: list[int], spans: list[tuple[int, int]]) -> Encoded:
     kept = [(i, (b, e)) for i, (b, e) in zip(ids, spans, strict=True) if text[b:e] != SEAM]
     if any(SEAM in text[b:e] for _, (b, e) in kept):
-        raise UserError(
-            "the text spells a control token, and this tokenizer cannot read it as plain text;"
-            " take it out of the row"
-        )
+        what = "the text spells a control token, and this tokenizer cannot read it as plain text"
+        raise UserError(f"{what}; take it out of the row")
     return [i for i, _ in kept], [span for _, span in kept]
 
 

@@ -54,10 +54,8 @@ def write(folder: Path, rows: list[Scored]) -> None:
 def compute(folder: Path, stop: StopFlag | None = None) -> dict[str, Any] | None:
     """Score the texts in ``folder/comet``; return what ``folder/comet.json`` then holds (``score``
     and ``ci95`` times 100), None if ``SCALEPEFT_COMET`` is not set and these texts are not scored.
-
-    Raises:
-        UserError: no such program, it failed, or its output is not COMET's.
-        Stopping: a signal came; the program was ended.
+    Raises UserError: no such program, it failed, or its output is not COMET's. Raises Stopping: a
+    signal came; the program was ended.
     """
     inputs, result = folder / "comet", folder / "comet.json"
     digest, (program, model) = digest_of(folder), _program()
@@ -104,15 +102,10 @@ def digest_of(folder: Path) -> str:
 def line(results: dict[str, Any] | None) -> str:
     """Return what ``compute`` returned as a line, or how to get it."""
     if results is None:
-        return (
-            "COMET: not computed (pip install unbabel-comet in an environment of its own, then"
-            f" {VARIABLE}=ENV/bin/comet-score)"
-        )
-    low, high = results["ci95"]
-    return (
-        f"COMET: {results['score']:.2f}, 95 % interval {low:.2f} to {high:.2f}"
-        f" ({results['model']}, {results['rows']} rows)"
-    )
+        fix = f"in an environment of its own, then {VARIABLE}=ENV/bin/comet-score"
+        return f"COMET: not computed (pip install unbabel-comet {fix})"
+    (low, high), of = results["ci95"], f"({results['model']}, {results['rows']} rows)"
+    return f"COMET: {results['score']:.2f}, 95 % interval {low:.2f} to {high:.2f} {of}"
 
 
 def _program() -> tuple[list[str], str]:
@@ -126,10 +119,8 @@ def _program() -> tuple[list[str], str]:
     if not words:
         return [], chosen.model
     if (program := shutil.which(words[0])) is None:
-        raise UserError(
-            f"{VARIABLE}={words[0]}: no such program; it is the path of comet-score in the"
-            " environment where unbabel-comet is installed"
-        )
+        fix = "it is the path of comet-score in the environment where unbabel-comet is installed"
+        raise UserError(f"{VARIABLE}={words[0]}: no such program; {fix}")
     return [os.path.abspath(program), *words[1:]], chosen.model
 
 
@@ -153,10 +144,8 @@ def _run(command: list[str], inputs: Path, stop: StopFlag | None) -> None:
         time.sleep(0.05)
     if process.returncode:
         printed = log.read_text(errors="replace").strip().rpartition("\n")[2].strip()
-        raise UserError(
-            f"{command[0]} ended with {process.returncode}: {printed[:300] or 'printed nothing'};"
-            f" log: {log}"
-        )
+        what = f"{printed[:300] or 'printed nothing'}; log: {log}"
+        raise UserError(f"{command[0]} ended with {process.returncode}: {what}")
 
 
 def _segments(file: Path, rows: int) -> list[float]:
@@ -167,8 +156,6 @@ def _segments(file: Path, rows: int) -> list[float]:
         if len(scores) != rows or not all(map(math.isfinite, scores)):
             raise ValueError(f"{len(scores)} scores, not {rows} finite ones")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{file}: is not what comet-score --to_json writes ({error!r:.150}); log:"
-            f" {file.with_name('log.txt')}"
-        ) from None
+        log, what = file.with_name("log.txt"), "is not what comet-score --to_json writes"
+        raise UserError(f"{file}: {what} ({error!r:.150}); log: {log}") from None
     return scores

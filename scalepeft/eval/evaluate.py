@@ -37,9 +37,7 @@ def run(run_dir: str, settings: list[str], kind: Subject, stop: StopFlag) -> int
 
     Writes ``RUN_DIR/eval/TASK/`` (``eval-merged``, ``eval-base``): predictions.jsonl, scored.jsonl
     and scores.json. ``settings`` go over the run's config; ``stop`` is polled between batches.
-
-    Raises:
-        UserError: no run, no adapter or merged checkpoint yet, no test rows.
+    Raises UserError: no run, no adapter or merged checkpoint yet, no test rows.
     """
     config = load_run(run_dir, settings, changes.for_evaluation(), "an evaluation")
     # vLLM starts processes of its own; this one needs no group and no device.
@@ -57,11 +55,8 @@ def folder_of(config: RunConfig, kind: Subject) -> Path:
 
 
 def evaluate(config: RunConfig, kind: Subject, ranks: Ranks, stop: StopFlag) -> None:
-    """``run`` among ranks that have met already.
-
-    Raises:
-        UserError: no adapter or merged checkpoint yet, no test rows, or COMET's program fails.
-        Stopping: a signal came; what is done is on the disk.
+    """``run`` among ranks that have met already. Raises UserError: no adapter or merged checkpoint
+    yet, no test rows, or COMET's program fails. Raises Stopping: a signal came; all done is kept.
     """
 
     def poll() -> None:
@@ -98,10 +93,8 @@ def _examples(task: Task, limit: int | None) -> list[Example]:
     if count > 1:
         raise UserError(f"data.test: {count} rows have the id {id_}; predictions are kept by id")
     if bare := next((e for e in examples if not e.prompt), None):
-        raise UserError(
-            f"data.test: {bare.id} is a reference alone, without what is asked; name"
-            " FILE_SOURCE::FILE_TARGET (scalepeft score takes references alone)"
-        )
+        fix = "name FILE_SOURCE::FILE_TARGET (scalepeft score takes references alone)"
+        raise UserError(f"data.test: {bare.id} is a reference alone, without what is asked; {fix}")
     by_source: dict[str, list[str]] = defaultdict(list)
     for example in examples:
         by_source[str(example.meta.get("source", ""))].append(example.id)

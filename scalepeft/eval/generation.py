@@ -37,10 +37,8 @@ class Progress:
         elif now - self.last_line > LINE_SECONDS and self.done < self.total:
             self.last_line = now
             rate = (self.done - self.first) / (now - self.begin)
-            say(
-                f"{self.done}/{self.total} rows, {rate:.2f} rows/s, about"
-                f" {duration((self.total - self.done) / rate)} left"
-            )
+            left = duration((self.total - self.done) / rate)
+            say(f"{self.done}/{self.total} rows, {rate:.2f} rows/s, about {left} left")
 
 
 class Backend:
@@ -68,9 +66,8 @@ class Backend:
         """
         new, all_ = self.config.max_new_tokens, self.config.max_tokens or self.positions
         if self.positions <= new:
-            raise UserError(
-                f"evaluate.max_new_tokens={new} fills the model's {self.positions} positions"
-            )
+            what = f"fills the model's {self.positions} positions"
+            raise UserError(f"evaluate.max_new_tokens={new} {what}")
         room = min(self.positions - new, all_ - 1)
         found, cut = [], []
         for ids, _ in tokens.encode(prompts, self.tokenizer):
@@ -196,11 +193,9 @@ def check(config: EvaluateConfig) -> None:
     if config.max_tokens == 1:
         raise UserError("evaluate.max_tokens=1 leaves no room for a prompt and an answer")
     if config.max_tokens is not None and config.num_beams > 1:
-        raise UserError(
-            f"evaluate.max_tokens={config.max_tokens} with evaluate.num_beams={config.num_beams}: a"
-            " beam search has one length for its whole batch; set evaluate.max_new_tokens alone, or"
-            " evaluate.num_beams=1"
-        )
+        what = f"evaluate.max_tokens={config.max_tokens} with evaluate.num_beams={config.num_beams}"
+        fix = "set evaluate.max_new_tokens alone, or evaluate.num_beams=1"
+        raise UserError(f"{what}: a beam search has one length for its whole batch; {fix}")
 
 
 def batches(examples: list[Example], lengths: list[int], size: int) -> list[list[Example]]:

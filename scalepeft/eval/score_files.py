@@ -28,11 +28,8 @@ KEYS = (
 
 def run(options: Options) -> None:
     """Print the scores; write them where ``out`` is given. A prediction ends at the first of the
-    protocol's stop texts (``evaluate.stop``), as one of ``scalepeft evaluate`` does.
-
-    Raises:
-        UserError: an unknown task, unreadable or broken files, predictions that do not belong to
-            the references.
+    protocol's stop texts (``evaluate.stop``), as one of ``scalepeft evaluate`` does. Raises
+    UserError: an unknown task, unreadable or broken files, predictions of other references.
     """
     config = _config(options)
     task = task_of(config)
@@ -116,10 +113,8 @@ def _prediction(row: Any, key: str | None, number: int) -> Prediction:
     used = key or next((k for k in KEYS if k in row), None)
     if used not in row:
         there = readers.one_line(", ".join(map(str, row)))
-        raise UserError(
-            f"no key {used or ', '.join(KEYS)}; it has {there}; name the one that holds the text"
-            " with --key"
-        )
+        fix = "name the one that holds the text with --key"
+        raise UserError(f"no key {used or ', '.join(KEYS)}; it has {there}; {fix}")
     if not isinstance(row[used], str):
         raise UserError(f"'{used}' must be text, not {type(row[used]).__name__}")
     readers.check_utf8(row[used], "the text")
@@ -153,10 +148,8 @@ def match(
         return {e.id: by_id[e.id].text for e in examples}
     # A predictions.jsonl of evaluate is not in the order of the rows.
     if ours := next((p.id for p in predictions if p.id and re.search(r"#\d+$", p.id)), None):
-        raise UserError(
-            f"{file}: its ids ({ours}, ...) are not those of {of} ({examples[0].id}, ...); give"
-            " the file that was predicted for"
-        )
+        what = f"its ids ({ours}, ...) are not those of {of} ({examples[0].id}, ...)"
+        raise UserError(f"{file}: {what}; give the file that was predicted for")
     if skipped:
         raise UserError(
             f"{of}: {skipped} broken rows were left out, so the order no longer tells which"

@@ -49,10 +49,8 @@ def obstacle(model: Any, longest: int) -> str:
         if rope.get("rope_type") in ("dynamic", "longrope"):
             short = rope.get("original_max_position_embeddings") or text.max_position_embeddings
             if short < longest:
-                return (
-                    f"the base's RoPE depends on the longest row where that is over {short} tokens"
-                    f" long; evaluate.max_tokens={short} rules that out"
-                )
+                what = "the base's RoPE depends on the longest row where that is over"
+                return f"{what} {short} tokens long; evaluate.max_tokens={short} rules that out"
     return ""
 
 

@@ -69,9 +69,8 @@ class EvalTarget:
 def _with_merged(config: RunConfig) -> RunConfig:
     folder = Path(config.run_dir) / "merged"
     if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder}: no merged checkpoint there; scalepeft merge {config.run_dir} {folder}"
-        )
+        fix = f"scalepeft merge {config.run_dir} {folder}"
+        raise UserError(f"{folder}: no merged checkpoint there; {fix}")
     if reason := changed(folder):
         raise UserError(f"{folder}: {reason}; remove the folder and merge again")
     model = replace(config.model, path=str(folder), revision=None, quant="none", double_quant=False)

@@ -33,9 +33,7 @@ class Generator(Backend):
     """
 
     def __init__(self, target: EvalTarget, prompts: list[str]) -> None:
-        """Starts vLLM for all ``prompts`` that are to come: their length is what it plans its
-        memory for. Raises as ``exported``.
-        """
+        """Starts vLLM for ``prompts``, by whose length it plans memory; raises as ``exported``."""
         from vllm import LLM
         from vllm.lora.request import LoRARequest
 
@@ -104,10 +102,8 @@ def check(config: RunConfig, kind: Subject, world_size: int) -> None:
 
 def exported(config: RunConfig, sha256: str) -> tuple[Path, int]:
     """The adapter as a LoRA in ``RUN_DIR/exported-lora``, made if it is not there; and its rank. It
-    lies under the ``sha256`` of the adapter's file, which may be trained further.
-
-    Raises:
-        UserError: the method is no LoRA, or the rank is more than vLLM takes.
+    lies under the ``sha256`` of the adapter's file, which may be trained further. Raises UserError:
+    the method is no LoRA, or the rank is more than vLLM takes.
     """
     folder = Path(config.run_dir) / "exported-lora" / sha256[:16]
     if not folder.is_dir():

@@ -48,11 +48,11 @@ def run(
     key: str | None = None,
     poll: Callable[[], None] = lambda: None,
 ) -> None:
-    """Writes base and adapter of a run as one checkpoint, and prints its output error.
+    """Writes base and adapter of a run to ``out``, a new folder; prints the output error. Raises
+    UserError: the method or the architecture cannot merge, base and adapter do not belong together,
+    or ``out`` cannot be written; nothing is written then.
 
     Args:
-        run_dir: a run with an ``adapter/``.
-        out: the folder to write; must not exist.
         settings: where the base is now (``model.path=FOLDER``).
         base: ``original``: merge into the weights of the files; ``dequantized``: into what the
             adapter saw in training, every quantized weight replaced by its decoded values.
@@ -60,10 +60,6 @@ def run(
             weights are computed in fp32 and rounded once.
         key: as ``whole_folder`` takes it; with one, a merge that was broken off goes on.
         poll: called between tensors; may raise to stop.
-
-    Raises:
-        UserError: the method or the architecture cannot merge, base and adapter do not belong
-            together, or ``out`` cannot be written; nothing is written then.
     """
     target = Path(out)
     refuse_existing(target)
@@ -88,10 +84,9 @@ def run(
     merged = plain(target, finished.device, finished.config.model)
     say(_difference(wanted, merged.logits(ids)))
     if base == "original" and _rounded(trained):
-        say(
-            f"the adapter was trained over the {storage} base, whose rounding this checkpoint does"
-            " not have; --base-weights dequantized writes the very model that was trained"
-        )
+        fix = "--base-weights dequantized writes the very model that was trained"
+        what = f"the adapter was trained over the {storage} base, whose rounding this checkpoint"
+        say(f"{what} does not have; {fix}")
 
 
 def _rounded(model: Streamed) -> bool:
@@ -114,9 +109,7 @@ def check_method(config: RunConfig, folder: Path) -> None:
 
 def _plan(finished: FinishedRun, model: Streamed, dtype: str) -> tuple[list[str], list[Shard]]:
     """Returns the switches to set in config.json, and the shards in the order of the base's files.
-
-    Raises:
-        UserError: a method that cannot merge, a bias that the architecture has no place for.
+    Raises UserError: a method that cannot merge, a bias that the architecture has no place for.
     """
     biases: set[str] = set()
     for name, layer in injection.adapted_layers(model.model):
@@ -239,9 +232,8 @@ class _Stream:
             values[target] = getattr(module, key) if value is None else value
             if len(values) == len(group.shapes()):
                 for item in [self._items[name] for name in group.names if name in self._items]:
-                    item.put_new(
-                        group.restore(item.name, values) if group.converter else values[target]
-                    )
+                    moved = group.converter is not None
+                    item.put_new(group.restore(item.name, values) if moved else values[target])
                 del self._values[group]
         if self._trained is not self._model:
             self._round(name, module)
@@ -265,9 +257,8 @@ class _Stream:
         layer = self._trained.modules[name]
         if not isinstance(layer, quant.QuantLinear):
             return
-        weight, scale = (
-            torch.empty_like(p, device="cpu") for p in (layer.weight, layer.weight_scale)
-        )
+        parts = layer.weight, layer.weight_scale
+        weight, scale = (torch.empty_like(p, device="cpu") for p in parts)
         if not self._trained.stored(f"{name}.weight", weight, scale):
             source = self._model.weights.layout.sources[f"{name}.weight"]
             held = source.encoded(layer.fmt, 0, source.shape[0])
@@ -337,8 +328,6 @@ def _difference(want: Tensor, got: Tensor) -> str:
     """Says how far the logits of two models lie apart."""
     worst, largest = (got - want).abs().max().item(), want.abs().max().item()
     agree, length = int((got.argmax(-1) == want.argmax(-1)).sum()), want.shape[1]
-    return (
-        f"merged: logits differ from the adapted model's by at most {worst:.1e} (relative"
-        f" {worst / (largest or 1.0):.1e}) over {length} tokens; the next token agrees at"
-        f" {agree} of {length}"
-    )
+    apart = f"at most {worst:.1e} (relative {worst / (largest or 1.0):.1e}) over {length} tokens"
+    same = f"the next token agrees at {agree} of {length}"
+    return f"merged: logits differ from the adapted model's by {apart}; {same}"

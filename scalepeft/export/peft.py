@@ -43,21 +43,13 @@ class _Real:
 
 @torch.no_grad()
 def run(run_dir: str, out: str, settings: list[str], format: str) -> None:
-    """Writes a run's adapter in PEFT's layout.
+    """Writes a run's adapter in PEFT's layout to ``out``, a new folder: ``peft``, the same method
+    there, or ``lora``, one of scaling 1 with ``B A = W' - W``. ``settings``: as a merge's.
 
     Where the result depends on W (the LoRA of HOFT and HRA, DoRA's magnitudes), W is what the
-    adapter saw in training: dequantized where the run's base was quantized.
-
-    Args:
-        run_dir: a run with an ``adapter/``.
-        out: the folder to write; must not exist.
-        settings: where the base is now (``model.path=FOLDER``).
-        format: ``peft``, the same method there; ``lora``, a LoRA of scaling 1 with ``B A = W' -
-            W``.
-
-    Raises:
-        UserError: the format has no place for the method; base and adapter do not belong together;
-            ``out`` cannot be written. Nothing is written then.
+    adapter saw in training: dequantized where the run's base was quantized. Raises UserError: the
+    format has no place for the method; base and adapter do not belong together; ``out`` cannot be
+    written. Nothing is written then.
     """
     target = Path(out)
     refuse_existing(target)
@@ -69,10 +61,8 @@ def run(run_dir: str, out: str, settings: list[str], format: str) -> None:
     tensors: dict[str, Tensor] = {}
     for name, layer in injection.adapted_layers(model.model):
         if isinstance(layer, ExpertLinear):
-            raise UserError(
-                f"--format {format}: {name} has an adapter for each expert, which the format has no"
-                " place for; use scalepeft merge, or keep the adapter"
-            )
+            what = f"{name} has an adapter for each expert, which the format has no place for"
+            raise UserError(f"--format {format}: {what}; use scalepeft merge, or keep the adapter")
         fields[name], parts = convert(layer.adapter.double(), layer, _Real(model, layer))
         if name.rsplit(".", 1)[-1] in of_experts and fields[name]["peft_type"] == "LORA":
             raise UserError(

@@ -121,10 +121,8 @@ class FinishedRun:
         config = load_run(run_dir, settings, changes.for_export(), what)
         where = Path(run_dir) / "adapter"
         if not where.is_dir() and (steps := steps_of(Path(run_dir))):
-            raise UserError(
-                f"{run_dir} has not finished: it is at step {max(steps)} and has no adapter/ yet;"
-                " run its train command again to continue"
-            )
+            what = f"{run_dir} has not finished: it is at step {max(steps)} and has no adapter/ yet"
+            raise UserError(f"{what}; run its train command again to continue")
         adapter, state, description = injection.read_adapter(where)
         if word := older_adapter(Path(run_dir), description.get("step")):
             raise UserError(f"{run_dir}: {word}; let it finish (its train command continues it)")
@@ -192,10 +190,8 @@ def whole_folder(out: Path, key: str | None = None) -> Iterator[Path]:
     Without a ``key`` it is this process's own, so that two of them never fill the same one; those
     of processes that were killed on this machine are removed. With a key it stays when the filling
     is broken off, and is handed out again, with what is in it, to whoever comes with the same key;
-    the caller sees to it that only one comes at a time.
-
-    Raises:
-        UserError: ``out`` exists, or the disk refuses; nothing is left behind without a key.
+    the caller sees to it that only one comes at a time. Raises UserError: ``out`` exists, or the
+    disk refuses; nothing is left behind without a key.
     """
     refuse_existing(out)
     begin = f"{out.name}.partial-{socket.gethostname()}-"
@@ -227,6 +223,5 @@ def whole_folder(out: Path, key: str | None = None) -> Iterator[Path]:
             raise
         reason = getattr(error, "strerror", None) or error
         state = "nothing of it is left" if key is None else f"{partial} is continued next time"
-        raise UserError(
-            f"OUT={out}: not written: {reason}; {state}: make room, or name another folder"
-        ) from None
+        fix = f"{state}: make room, or name another folder"
+        raise UserError(f"OUT={out}: not written: {reason}; {fix}") from None

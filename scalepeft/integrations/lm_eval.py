@@ -43,17 +43,13 @@ class ScalepeftLM(HFLM):
     """A run's adapter, its merged checkpoint or its base, loaded as ``scalepeft evaluate`` does.
 
     In several processes (``torchrun -m scalepeft.integrations.lm_eval ...``) each takes its share
-    of the rows; the engine must hold the whole model in each (``engine=ddp``).
+    of the rows; the engine must hold the whole model in each (``engine=ddp``). Raises UserError:
+    what is given cannot be loaded, or is not known.
 
     Args:
-        run_dir: the run.
-        subject: ``adapter``, ``merged`` or ``base``.
+        subject: of ``run_dir``: ``adapter``, ``merged`` or ``base``.
         device: in place of the run's ``engine.device``; ``cuda:0``, lm-eval's default, leaves that.
-        more: settings of the run that ``scalepeft evaluate`` takes too (``model.path=FOLDER``), and
-            of lm-eval's own model (``batch_size``, ``max_length``).
-
-    Raises:
-        UserError: what is given cannot be loaded, or is not known.
+        more: settings of the run that ``scalepeft evaluate`` takes, and of lm-eval's own model.
     """
 
     def __init__(

@@ -84,10 +84,7 @@ class Group:
     def restore(self, name: str, values: Mapping[str, Tensor]) -> Tensor:
         """Returns a tensor of the files out of values of the model's: the inverse of ``convert``,
         whose operations only move numbers. The numbers of its places, sent through them with -1 for
-        those of other tensors, tell where its values are now.
-
-        Raises:
-            UserError: an operation does more than move numbers.
+        those of other tensors, tell where its values are now. Raises UserError: one does more.
         """
         listed = next(of for of in self.sources.values() if name in dict(of))
         row, shape = [key for key, _ in listed].index(name), dict(listed)[name].shape
@@ -126,11 +123,8 @@ class _Converted(Source):
 
 
 class Layout:
-    """The tensors of a folder, bound to a model.
-
-    Raises:
-        UserError: names what the model lacks, what it does not use (``unexpected`` ``error``), or
-            what cannot be converted.
+    """The tensors of a folder, bound to a model. Raises UserError: names what the model lacks, what
+    it does not use (``unexpected`` ``error``), or what cannot be converted.
     """
 
     def __init__(

@@ -58,10 +58,8 @@ class Source:
 
 
 def find(config: ModelConfig, network: bool = True) -> Source:
-    """Find the base's dimensions without its weights; ``network``: the hub may be asked.
-
-    Raises:
-        UserError: neither a folder with ``config.json`` nor a hub id whose dimensions can be had.
+    """Find the base's dimensions without its weights; ``network``: the hub may be asked. Raises
+    UserError: neither a folder with ``config.json`` nor a hub id whose dimensions can be had.
     """
     folder = Path(config.path)
     if config.path == BUILTIN:

@@ -16,10 +16,8 @@ SAY_AFTER = 10.0  # seconds
 
 def shard_digests(paths: list[Path], ranks: Ranks) -> dict[str, str]:
     """sha256 of each file by name. Ranks that see the same file share the reading, whichever nodes
-    they are on; a file that has not changed since is not read again. A collective.
-
-    Raises:
-        UserError: a file is not the one that the hub names, or differs between nodes.
+    they are on; a file that has not changed since is not read again. A collective. Raises
+    UserError: a file is not the one that the hub names, or differs between nodes.
     """
     began = time.monotonic()
     stats = ranks.all_or_raise(lambda: [path.stat() for path in paths])

@@ -60,8 +60,7 @@ def chunked_cross_entropy(
     trained: Sequence[Tensor] = (),
     places: Tensor | None = None,
 ) -> Tensor:
-    """Returns ``sum_t -log softmax(head(hidden_t))[label_{t+1}]`` over positions whose next label
-    is not -100.
+    """``sum_t -log softmax(head(hidden_t))[label_{t+1}]`` where the next label is not -100.
 
     Args:
         hidden: last hidden states (batch, length, d).
@@ -184,9 +183,7 @@ def _class_with_loss(base: type[nn.Module], path: str) -> type[nn.Module]:
 
 
 def _decoder_of(model: Any) -> str:
-    """Name of the submodule whose states, and nothing else, the model makes its logits of; raises
-    UserError if none is shown to be.
-    """
+    """Name of the submodule whose states alone make the logits; UserError if none is shown to."""
     why, head, p = "it has no decoder", model.get_output_embeddings(), next(model.parameters())
     text = model.config.get_text_config()
     size, width = (text.vocab_size, text.hidden_size) if head is None else head.weight.shape
@@ -201,19 +198,15 @@ def _decoder_of(model: Any) -> str:
             why = f"it does not make them of what its {path} returns, token by token"
         except Exception as error:  # whatever a class does with such a decoder
             why = " ".join(f"{type(error).__name__}: {error}".split())
-    raise UserError(
-        f"{type(model).__name__} is not supported: its logits cannot be computed a chunk of tokens"
-        f" at a time ({why})"
-    )
+    what = f"its logits cannot be computed a chunk of tokens at a time ({why})"
+    raise UserError(f"{type(model).__name__} is not supported: {what}")
 
 
 def add_token_loss(model: nn.Module) -> None:
     """Swaps in a class with ``forward(input_ids, token_labels=, label_places=, loss_chunk=)``
     -> summed loss.
 
-    The loss is computed inside the model's own forward, where a sharded head is gathered.
-
-    Raises:
-        UserError: the model's logits are not shown to be a function of its decoder's states.
+    The loss is computed inside the model's own forward, where a sharded head is gathered. Raises
+    UserError: the model's logits are not shown to be a function of its decoder's states.
     """
     model.__class__ = _class_with_loss(type(model), _decoder_of(model))  # type: ignore[arg-type]  # mypy: no Hashable

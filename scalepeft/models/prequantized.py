@@ -33,9 +33,7 @@ AWQ_SHIFTS = torch.tensor([0, 16, 4, 20, 8, 24, 12, 28])
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:
-    """``quantization_config`` of a config.json or of its text part; empty without one. Raises
-    UserError: it names no method.
-    """
+    """``quantization_config`` of a config.json, or empty. Raise UserError if it names no method."""
     text = config.get("text_config") or {}
     found = config.get("quantization_config") or text.get("quantization_config") or {}
     if isinstance(found, dict) and (found.get("load_in_4bit") or found.get("load_in_8bit")):
@@ -56,10 +54,8 @@ def keeps(settings: dict[str, Any]) -> Callable[[str], bool]:
 
 
 def read(settings: dict[str, Any], entries: Sources) -> Sources:
-    """Folds those of the files' tensors that belong to a quantized weight into that weight.
-
-    Raises:
-        UserError: a method or packing that is not read here, or a scale that would be ignored.
+    """Folds those of the files' tensors that belong to a quantized weight into that weight. Raises
+    UserError: a method or packing that is not read here, or a scale that would be ignored.
     """
     method, left = settings.get("quant_method"), dict(entries)
     if settings and method not in METHODS:

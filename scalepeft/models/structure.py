@@ -27,11 +27,9 @@ def build(
     """Builds the causal LM on the meta device, block layers in the storage of ``model.quant``.
 
     A multimodal model keeps its text decoder and head; what its files hold for images and sound is
-    not read. ``weights`` of the folder are bound to it; without, shapes alone are to be had.
-
-    Raises:
-        UserError: config.json is missing, broken or of an unsupported architecture; the tensors are
-            not those of this architecture.
+    not read. ``weights`` of the folder are bound to it; without, shapes alone are to be had. Raises
+    UserError: config.json is missing, broken or of an unsupported architecture; the tensors are not
+    those of this architecture.
     """
     where, attention, dtype = f"model.path={folder}", config.attention, PRECISIONS[precision]
     options: dict[str, Any] = {"dtype": dtype}
@@ -98,16 +96,13 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     for module in decoder.get_decoder().modules():
         if isinstance(module, nn.ModuleList) and len(module) == count > 0:
             return list(module)
-    raise UserError(
-        f"{type(model).__name__} is not supported: its decoder has no list of blocks, as many as"
-        " num_hidden_layers in config.json"
-    )
+    what = "its decoder has no list of blocks, as many as num_hidden_layers in config.json"
+    raise UserError(f"{type(model).__name__} is not supported: {what}")
 
 
 def unpacked(model: Any) -> str:
     """Why rows that lie one behind the other would see each other; empty where they do not: layers
-    hold no state that passes on, and the mask, made before the first one, comes from the tokens'
-    positions.
+    hold no state that passes on, and the mask, made before the first one, is of the positions.
     """
     from transformers import masking_utils
 

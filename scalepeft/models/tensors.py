@@ -35,11 +35,8 @@ def write_tensors(
     """Writes a safetensors file, flushed to the disk; returns ``bytes`` and ``sha256`` of what was
     to be written, for the manifest. Raises OSError: the disk refused.
 
-    Args:
-        file: to be made.
-        tensors: by name; ``name[start:stop]`` for elements of a flattened one.
-        shapes: whole shapes of the tensors that are written in part.
-        check: called every 16 MiB; may raise.
+    ``tensors`` are by name, ``name[start:stop]`` for elements of a flattened one, whose whole shape
+    is in ``shapes``. ``check`` is called every 16 MiB and may raise.
     """
     # Wide dtypes first: safetensors wants every tensor aligned to its numbers.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
@@ -69,10 +66,8 @@ class _Piece:
 
 
 class Reader:
-    """The tensors of a checkpoint, read by ranges: no byte more than asked for.
-
-    Raises:
-        ValueError: the files do not hold each element of each tensor exactly once.
+    """The tensors of a checkpoint, read by ranges: no byte more than asked for. Raises ValueError:
+    the files do not hold each element of each tensor exactly once.
     """
 
     def __init__(self, folder: Path) -> None:

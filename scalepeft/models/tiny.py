@@ -82,9 +82,8 @@ def _pretrained(text: list[str], tokenizer: Any, steps: int) -> Any:
     length, batch = RECIPE["length"], RECIPE["batch"]
     stream = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RECIPE["lr"], weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, RECIPE["lr"], total_steps=steps, pct_start=0.1
-    )
+    one_cycle = torch.optim.lr_scheduler.OneCycleLR
+    schedule = one_cycle(optimizer, RECIPE["lr"], total_steps=steps, pct_start=0.1)
     model.train()
     for step in range(steps):
         rows = stream[torch.randint(len(stream), (batch,))]

@@ -13,7 +13,7 @@ from scalepeft.adapters.inject import trainable
 from scalepeft.core.errors import UserError
 from scalepeft.models import quant
 
-FORMS = ["pairs", "mean_difference", "cayley"]
+FORMS = ["pairs", "mean_difference"]
 SHAPES = [(64, 64), (192, 64), (64, 192), (16, 64)]
 
 
@@ -249,7 +249,7 @@ def test_each_form_is_its_definition_orthogonal_and_the_identity_at_the_start(
     stored = start_columns(37, rank, 2.0, form).double()
     assert stored.shape == (37, rank)
     u, m = rotation(stored, form)
-    assert (u @ m).abs().max() <= (0 if form == "cayley" else 1e-15)
+    assert (u @ m).abs().max() <= 1e-15
     for size in (1e-3, 0.3, 30):
         u, m = rotation(stored + size * torch.randn_like(stored), form)
         assert (u @ m).abs().max() > 1e-4
@@ -277,18 +277,10 @@ def test_gradients_of_each_form_are_finite_differences(form: str, name: str) -> 
     assert torch.autograd.gradcheck(apply, (x, *leaves))
 
 
-@pytest.mark.parametrize("kind", ["plain", "nf4"])
-def test_cayley_starts_as_the_base_to_the_last_bit(kind: str) -> None:
-    layer = make(kind, "shoft", 128, 64, form="cayley")
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(9, 64, dtype=dtype)
-        assert torch.equal(layer(x), quant.Frozen(layer)(x) + layer.bias.to(dtype))
-
-
-@pytest.mark.parametrize("form", FORMS[1:])
-def test_a_small_difference_acts_in_bf16(form: str) -> None:
+def test_a_small_difference_acts_in_bf16() -> None:
     """Of 1e-4 beside means of length 1: U in bf16 must still know it."""
     torch.manual_seed(0)
+    form = "mean_difference"
     stored = start_columns(256, 8, 1.0, form)
     stored[:, :4] = 1e-4 / 16 * torch.randn(256, 4)
     u, m = (factor.bfloat16().double() for factor in rotation(stored, form))

@@ -39,8 +39,6 @@ def rotation(stored: Tensor, config: Any) -> Tensor:
         return (neumann2 if getattr(config, "inverse", "") == "neumann2" else reflections)(stored)
     half = stored.shape[1] // 2
     p, r = stored[:, :half], 4 * stored[:, half:]
-    if config.form == "cayley":
-        return cayley((r @ p.T - p @ r.T) / 2)
     q = eye(len(p))
     for i in range(half):
         q = q @ reflections(torch.stack([r[:, i] + p[:, i], r[:, i] - p[:, i]], dim=1))

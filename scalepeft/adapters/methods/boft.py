@@ -23,8 +23,7 @@ class BOFTConfig(OFTConfig):
 
     Attributes:
         block_size: b, even where factors > 1.
-        factors: m; the blocks of factor i reach over b 2^i channels. Needs in divisible by
-            b 2^(m - 1).
+        factors: m; blocks of factor i reach over b 2^i channels; b 2^(m - 1) must divide in.
     """
 
     name: str = "boft"
@@ -35,8 +34,7 @@ class BOFTConfig(OFTConfig):
 def butterfly(d: int, b: int, i: int, device: torch.device) -> Tensor:
     """Index (d,) of factor i: place j of the permuted vector takes channel ``index[j]``.
 
-    In runs of b 2^i channels, cut into pieces of b / 2, the even pieces come first and then the odd
-    ones.
+    In runs of b 2^i channels, cut into pieces of b / 2, even pieces come first, then the odd ones.
     """
     pieces = torch.arange(d, device=device).view(-1, 2 << i, b // 2)
     return torch.cat([pieces[:, ::2], pieces[:, 1::2]], dim=1).reshape(-1)
@@ -45,12 +43,10 @@ def butterfly(d: int, b: int, i: int, device: torch.device) -> Tensor:
 class BOFT(OFT):
     """``W' = diag(s) W R^T``, ``R = F_(m-1) ... F_1 F_0``, ``F_i = P_i D_i P_i^T``.
 
-    D_i is block-diagonal of Cayley rotations as in OFT. ``m in (b - 1) / 2 + out`` parameters: K
-    (m in / b, b (b - 1) / 2) from 0 and s - 1 (out,) from 0. Matches HF PEFT (which needs its CUDA
-    extension for m > 1). Paper: arXiv 2311.06243.
-
-    Raises:
-        UserError: blocks that do not tile the layer's inputs.
+    D_i is block-diagonal of Cayley rotations as in OFT. ``m in (b - 1) / 2 + out`` parameters: K (m
+    in / b, b (b - 1) / 2) from 0 and s - 1 (out,) from 0. Matches HF PEFT (which needs its CUDA
+    extension for m > 1). Paper: arXiv 2311.06243. Raises UserError: blocks that do not tile the
+    layer's inputs.
     """
 
     Config = BOFTConfig
@@ -89,11 +85,7 @@ class BOFT(OFT):
     def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's BOFT with the same blocks."""
         b, m = self.config.block_size, self.config.factors
-        fields = {
-            "peft_type": "BOFT",
-            "boft_block_size": b,
-            "boft_block_num": 0,
-            "boft_n_butterfly_factor": m,
-        }
+        fields = {"peft_type": "BOFT", "boft_block_size": b, "boft_block_num": 0}
+        fields["boft_n_butterfly_factor"] = m
         k = skew_symmetric(self.K.detach(), b).view(m, -1, b, b)
         return fields, {"boft_R": k, "boft_s": (1 + self.scale.detach())[:, None]}

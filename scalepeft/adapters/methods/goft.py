@@ -65,9 +65,7 @@ def _tree(levels: list[Tensor]) -> Tensor:
 
 
 def givens_matrices(g: Tensor, d: int) -> tuple[Tensor, Tensor]:
-    """Returns M1 (..., n, 64, 64) and M2 (..., n, n), n = ceil(d / 64), of d - 1 blocks g (..., d -
-    1, 2, 2).
-    """
+    """Blocks g (..., d - 1, 2, 2) -> M1 (..., n, 64, 64), M2 (..., n, n), n = ceil(d / 64)."""
     lead, g = g.shape[:-3], g.reshape(-1, *g.shape[-3:])
     n, layers = -(-d // RUN), len(g)
     short, tall = RUN.bit_length() - 1, (n - 1).bit_length()
@@ -87,10 +85,7 @@ def givens_matrices(g: Tensor, d: int) -> tuple[Tensor, Tensor]:
 
 
 class _GivensProduct(torch.autograd.Function):
-    """``x (tokens, d) -> x R`` with ``M1 - I`` and ``M2 - I``, saving them and x alone.
-
-    Products are taken as ``x + x (M - I)``.
-    """
+    """``x (tokens, d) -> x R`` as ``x + x (M - I)``, saving x, ``M1 - I`` and ``M2 - I`` alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, m1: Tensor, m2: Tensor) -> Tensor:
@@ -122,8 +117,7 @@ class GOFT(Adapter):
 
     On activations ``x -> (x R) * s``, d = in; p starts at 0, s is absent unless ``scale``. R has
     d - 1 degrees of freedom: it does not reach all of SO(d). The authors' second implementation
-    pairs neighbours in every round and is not orthogonal; this is the definition of the paper,
-    arXiv 2404.04316.
+    pairs neighbours in every round and is not orthogonal; this is that of arXiv 2404.04316.
     """
 
     Config = GOFTConfig

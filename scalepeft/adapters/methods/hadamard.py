@@ -32,8 +32,7 @@ class HadamardConfig(AdapterConfig):
 
 
 class Hadamard(IA3):
-    """``A' = w * A + c`` on the output of ``o_proj`` (or on its input); ``2 d`` parameters:
-    ``IA3`` with a shift.
+    """``A' = w * A + c`` on the output of ``o_proj`` (or its input); ``2 d`` parameters.
 
     w starts at 1 (stored as ``scale = w - 1``), c (``shift``) at 0. The normalization layer behind
     it trains as well, ``d`` more. A bias of the layer is added after the adapter. On LLaMA, which

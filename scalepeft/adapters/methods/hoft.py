@@ -17,18 +17,16 @@ class HOFTConfig(AdapterConfig):
     """Settings of HOFT.
 
     Attributes:
-        rank: r, the number of reflections on each side; even, because the start pairs equal
-            columns.
+        rank: r, reflections on each side; even, because the start pairs equal columns.
         inverse: ``exact`` solves the triangular system, so Q is orthogonal at every step.
             ``neumann2`` is the paper's two-term series, for parity with its numbers only: it is not
             the identity at the start for rank >= 4 unless the pairs are orthogonal, and loses
             orthogonality in training.
         init_norm: length of a start column, or of R. Only its direction enters a reflection, so the
-            length divides the effective learning rate; in ``cayley`` it multiplies that of P.
+            length divides the effective learning rate.
         form: what is trained of Q. ``pairs``: the columns u1, ..., ur, as in the paper.
             ``mean_difference``: mean R and difference P of each pair, ``u1 = R + P, u2 = R - P``,
-            which Adam moves at rates of their own. ``cayley``: P and R of the Cayley transform of
-            ``(P R^T - R P^T) / 2`` instead of reflections. R learns at four times train.lr.
+            which Adam moves at rates of their own: R learns at four times train.lr.
     """
 
     name: str = "hoft"
@@ -45,14 +43,11 @@ class HOFTConfig(AdapterConfig):
 
 
 class HOFT(Reflected):
-    """``W' = Q_U W Q_V``; U (out, r), V (in, r), r even; ``r (in + out)`` parameters, as LoRA of
-    rank r.
+    """``W' = Q_U W Q_V``; U (out, r), V (in, r), r even; ``r (in + out)`` parameters, as LoRA.
 
     Every singular value of W is kept. The bias is added after Q_U (the paper is silent): rotating
-    it would make the layer differ from ``W' x + b``. Paper: arXiv 2505.16531.
-
-    Raises:
-        UserError: odd rank, or a rank too large for the layer.
+    it would make the layer differ from ``W' x + b``. Paper: arXiv 2505.16531. Raises UserError: odd
+    rank, or a rank too large for the layer.
     """
 
     Config = HOFTConfig

@@ -19,7 +19,7 @@ class HRAConfig(AdapterConfig):
 
     Attributes:
         rank: r, the number of reflections; even, because the start pairs equal ones.
-        form: what is trained of them, as in HOFT. All but ``pairs`` start from HOFT's columns.
+        form: what is trained of them, as in HOFT, whose columns ``mean_difference`` starts from.
     """
 
     name: str = "hra"
@@ -32,10 +32,7 @@ class HRA(Reflected):
 
     The paper's order of reflections and its start (pairs of equal Kaiming-uniform columns); its
     penalty on inner products between columns is not offered. Matches HF PEFT. Paper: arXiv
-    2405.17484.
-
-    Raises:
-        UserError: odd rank, or a rank too large for the layer.
+    2405.17484. Raises UserError: odd rank, or a rank too large for the layer.
     """
 
     Config = HRAConfig
@@ -58,9 +55,7 @@ class HRA(Reflected):
         with torch.no_grad():
             self.V.copy_(half.repeat_interleave(2, dim=1))
 
-    def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """PEFT's HRA with the same columns; of the Cayley transform there is none."""
-        if self.form == "cayley":
-            return None
+    def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """PEFT's HRA with the same columns."""
         fields = {"peft_type": "HRA", "r": self.config.rank, "apply_GS": False}
         return fields, {"hra_u": columns(self.V.detach(), self.form)}

@@ -1,5 +1,4 @@
-"""HUT: Hadamard updated transformation (arXiv 2409.13501), and products with a weight made on the
-spot.
+"""HUT: Hadamard updated transformation (arXiv 2409.13501); products with a weight made on the spot.
 
 Letters: r rank, M_A (out, r), M_B (r, in), both start at 1 and are stored as ``a = M_A - 1`` and
 ``b = M_B - 1``; beta (out,) an optional shift.
@@ -64,14 +63,8 @@ class _WeightFunction(torch.autograd.Function):
 def weight_product(
     x: Tensor, base: Base, change: Callable[..., Tensor], *parameters: Tensor
 ) -> Tensor:
-    """``x (..., in) -> change(W, *parameters) x (..., out)``, in the dtype of x.
-
-    Args:
-        x: activations; saved for backward.
-        base: the frozen layer, however stored.
-        change: (W (out, in), parameters) -> W' (out, in), differentiable; called with all of them
-            in the dtype of x.
-        parameters: what it depends on.
+    """``x (..., in) -> change(W, *parameters) x (..., out)``, in the dtype of x. ``change`` makes
+    W' (out, in), differentiable in the parameters; it is called with all in the dtype of x.
     """
     return _WeightFunction.apply(x, base, change, *parameters)
 
@@ -92,10 +85,8 @@ class HUT(Adapter):
     M_A is tiled over r equal groups of columns and M_B over r equal groups of rows: rank 1 is
     ``diag(a) W diag(b)``, the literal reading of the paper (where a larger r would be inert); with
     r > 1 the rank counts. Only secondary descriptions of the formula could be consulted, so this is
-    a choice. Paper: arXiv 2409.13501.
-
-    Raises:
-        UserError: the rank does not divide the layer's dimensions.
+    a choice. Paper: arXiv 2409.13501. Raises UserError: the rank does not divide the layer's
+    dimensions.
     """
 
     Config = HUTConfig

@@ -29,10 +29,8 @@ class IA3Config(AdapterConfig):
         """Raise UserError for a feed-forward module that is no target."""
         for name in self.feedforward_modules:
             if name not in self.target_modules and self.feedforward_modules != ["down_proj"]:
-                raise UserError(
-                    f"feedforward_modules: '{name}' is none of the target_modules"
-                    f" ({', '.join(self.target_modules)}); name it as it stands there"
-                )
+                what = f"'{name}' is none of the target_modules ({', '.join(self.target_modules)})"
+                raise UserError(f"feedforward_modules: {what}; name it as it stands there")
 
 
 class IA3(Adapter):

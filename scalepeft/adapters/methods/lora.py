@@ -1,5 +1,4 @@
-"""LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685). The baseline of all
-others.
+"""LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685), the baseline of all.
 
 Letters: r rank, A (r, in), B (out, r), scaling = alpha / r, or alpha / sqrt(r) (rsLoRA).
 """
@@ -72,13 +71,8 @@ class LoRA(Adapter):
     def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's LoRA with the same A and B."""
         config = self.config
-        fields = {
-            "peft_type": "LORA",
-            "r": config.rank,
-            "lora_alpha": config.alpha,
-            "lora_dropout": config.dropout,
-            "use_rslora": config.rslora,
-        }
+        fields = {"peft_type": "LORA", "r": config.rank, "lora_alpha": config.alpha}
+        fields |= {"lora_dropout": config.dropout, "use_rslora": config.rslora}
         return fields, {"lora_A.weight": self.A.detach(), "lora_B.weight": self.B.detach()}
 
     def to_lora(self, base: Base) -> tuple[Tensor, Tensor] | None:

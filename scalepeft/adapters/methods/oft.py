@@ -29,33 +29,12 @@ class OFTConfig(AdapterConfig):
     block_size: Annotated[int, Field(ge=2)] = 32
 
 
-def check_block(block: int, features: int) -> None:
-    """Raise UserError for a block size that does not divide the width of the layer."""
-    if features % block:
-        fits = [b for b in range(2, features + 1) if features % b == 0]
-        near = sorted(sorted(fits, key=lambda b: abs(b - block))[:4])
-        raise UserError(
-            f"adapter.block_size={block} does not divide the layer's {features} inputs; take one of"
-            f" {', '.join(map(str, near))}, or leave the layer out of adapter.target_modules"
-        )
-
-
-def cayley(k: Tensor) -> Tensor:
-    """``(I - K)(I + K)^-1`` by an exact solve: orthogonal for all skew-symmetric K (..., b, b)."""
-    eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
-    # R (I + K) = I - K; transposed, because (I + K)^T = I - K and (I - K)^T = I + K.
-    # Never singular, so that the host need not wait for the device's word on it.
-    return torch.linalg.solve_ex(eye - k, eye + k)[0].mT
-
-
 class OFT(Adapter):
     """``W' = W R^T``, R block-diagonal, ``R = (I - K)(I + K)^-1``; ``in (b - 1) / 2`` parameters.
 
     ``K`` (in / b, b (b - 1) / 2) holds the entries above the diagonals and starts at 0. Matches HF
-    PEFT given the same parameters. Paper: arXiv 2306.07280.
-
-    Raises:
-        UserError: the block size does not divide the layer's inputs.
+    PEFT given the same parameters. Paper: arXiv 2306.07280. Raises UserError: the block size does
+    not divide the layer's inputs.
     """
 
     Config = OFTConfig
@@ -63,13 +42,20 @@ class OFT(Adapter):
 
     def declare(self) -> None:
         """K (in / b, b (b - 1) / 2)."""
-        b = self.config.block_size
-        check_block(b, self.in_features)
-        self.K = self.new_parameter(self.in_features // b, b * (b - 1) // 2)
+        b, inp = self.config.block_size, self.in_features
+        if inp % b:
+            fits = [n for n in range(2, inp + 1) if inp % n == 0]
+            near = ", ".join(map(str, sorted(sorted(fits, key=lambda n: abs(n - b))[:4])))
+            what = f"adapter.block_size={b} does not divide the layer's {inp} inputs; take one of"
+            raise UserError(f"{what} {near}, or leave the layer out of adapter.target_modules")
+        self.K = self.new_parameter(inp // b, b * (b - 1) // 2)
 
     def rotation(self, k: Tensor) -> Tensor:
-        """K (..., b, b) -> R (..., b, b)."""
-        return cayley(k)
+        """K (..., b, b) -> R (..., b, b) by an exact solve: orthogonal for all skew-symmetric K."""
+        eye = torch.eye(k.shape[-1], dtype=k.dtype, device=k.device)
+        # R (I + K) = I - K; transposed, because (I + K)^T = I - K and (I - K)^T = I + K.
+        # Never singular, so that the host need not wait for the device's word on it.
+        return torch.linalg.solve_ex(eye - k, eye + k)[0].mT
 
     def factors(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """``R - I`` (..., in / b, b, b)."""

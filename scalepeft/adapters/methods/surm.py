@@ -30,8 +30,7 @@ class SURMConfig(AdapterConfig):
         placement: ``lora``: ``y = W x + scaling M x``; ``adapter``: ``y = y0 + gelu(scaling M y0) +
             c`` behind the layer (the paper's after o_proj and down_proj), which cannot be merged.
         ldr_rank: r, terms of the sum; for ``structure: ldr``.
-        factors: [rows, columns] of A, for ``structure: kronecker``; by default as balanced as the
-            dimensions allow.
+        factors: [rows, columns] of A, for ``structure: kronecker``; null: as balanced as can be.
         init_std: of the factor that is not zero at the start.
         scaling: of M.
     """
@@ -161,10 +160,7 @@ class SURM(Adapter):
 
     Zero at the start are a (circulant, toeplitz, ``t``), A and g. The forms on rectangular layers
     are a choice: the paper has square ones. ``placement: adapter`` adds c (out,) and is not affine.
-    Paper: arXiv 2406.17740.
-
-    Raises:
-        UserError: dimensions that the structure cannot split.
+    Paper: arXiv 2406.17740. Raises UserError: dimensions that the structure cannot split.
     """
 
     Config = SURMConfig

@@ -32,10 +32,8 @@ def output(module: nn.Module, x: Tensor) -> Any:
 
 
 def layers_of(shape: str) -> list[Layer]:
-    """Return the linear layers of a model's blocks, which are all adapted.
-
-    Raises:
-        UserError: no such shape, or an architecture that is not supported.
+    """Return the linear layers of a model's blocks, which are all adapted. Raises UserError: no
+    such shape, or an architecture that is not supported.
     """
     return [
         (name.rsplit(".", 1)[-1], m.in_features, m.out_features)
@@ -46,10 +44,7 @@ def layers_of(shape: str) -> list[Layer]:
 
 @torch.no_grad()
 def random_weights(model: Any, storage: quant.Format | None, device: torch.device) -> Any:
-    """Make a meta model real and frozen: its blocks in ``storage``, weights N(0, 0.02^2).
-
-    Of vectors, a weight (of a norm) is 1 and a bias 0.
-    """
+    """Make a meta model real and frozen, blocks in ``storage``: N(0, 0.02^2), norms 1, biases 0."""
     blocks = structure.blocks_of(model)
     for name, layer in [pair for block in blocks for pair in block.named_modules()]:
         if storage is not None and isinstance(layer, nn.Linear):

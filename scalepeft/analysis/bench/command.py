@@ -46,10 +46,8 @@ def check(options: Options) -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; take --device cpu")
     if importlib.util.find_spec("peft") is None:
-        raise UserError(
-            "scalepeft bench compares with HF PEFT, which is not installed: pip install"
-            " 'scalepeft[dev]'"
-        )
+        fix = "pip install 'scalepeft[dev]'"
+        raise UserError(f"scalepeft bench compares with HF PEFT, which is not installed: {fix}")
 
 
 def make_folder(out: str) -> Path:

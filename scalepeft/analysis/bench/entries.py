@@ -41,10 +41,8 @@ class Entry:
     def build(self, case: Case) -> None:
         """Adapt a copy, check that it equals the base, warm up in two steps.
 
-        What PEFT cannot do becomes ``reason``, and so does what a method of ours refuses.
-
-        Raises:
-            RuntimeError: one of our own methods differs from its base: a bug.
+        What PEFT cannot do becomes ``reason``, and so does what a method of ours refuses. Raises
+        RuntimeError: one of our own methods differs from its base: a bug.
         """
         try:
             with warnings.catch_warnings(action="ignore"):

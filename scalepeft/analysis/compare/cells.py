@@ -143,20 +143,17 @@ class Runner:
         return result
 
     def run(self, cell: Cell) -> Result:
-        """Run a cell if it is missing or broke; return its result.
-
-        Raises:
-            Stopping: a signal came; the state has been saved.
-            UserError: the sweep that is to choose a rate lacks cells, or another start holds one.
+        """Run a cell if it is missing or broke; return its result. Raises Stopping: a signal came;
+        the state has been saved. Raises UserError: the sweep that is to choose a rate lacks cells,
+        or another start holds one.
         """
         self.stop.check()
         result = self.result(cell)
         if result["state"] in SETTLED:
             return result
         if "lr" not in result:
-            raise UserError(
-                f"{cell}: {result['reason']}; no rate is chosen without it: run its cells first"
-            )
+            fix = "no rate is chosen without it: run its cells first"
+            raise UserError(f"{cell}: {result['reason']}; {fix}")
         config = self.config(replace(cell, lr=result["lr"]))
         all(self._run_stage(stage, inputs, config) for stage, inputs in self.stages(config))
         result = self.result(cell)
@@ -164,9 +161,7 @@ class Runner:
         return result if result["state"] != "missing" else result | changed
 
     def _run_stage(self, stage: Stage, inputs: dict[str, Any], config: cfg.RunConfig) -> bool:
-        """Do what is not done, after a run of other inputs was set aside; return True if it is done
-        now. Rank 0 alone keeps the manifests.
-        """
+        """Do what is not done; True if done. Other inputs' runs are set aside, by rank 0 alone."""
         if stage.is_done(inputs):
             return True
         if not rank():
@@ -206,11 +201,8 @@ class Runner:
             command = ["train", str(file), "--resume-with-changes"]
         else:  # the run may be older than what its evaluation may change
             allowed, values = changes.for_evaluation(), changes.flatten(cfg.to_dict(config))
-            words = [
-                f"{key}={json.dumps(value, ensure_ascii=False)}"
-                for key, value in values
-                if changes.matches_key(key, allowed)
-            ]
+            kept = [(key, value) for key, value in values if changes.matches_key(key, allowed)]
+            words = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in kept]
             command = ["evaluate", str(folder), *words]
             if not rank():  # training takes the lease itself; two evaluations would mix their rows
                 lease = Lease(folder, claim(folder))

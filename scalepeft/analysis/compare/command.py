@@ -25,10 +25,8 @@ FILE = "design.json"
 
 def run(options: Options, stop: StopFlag) -> int:
     """Run what is missing, then print the table and write ``compare.json`` and ``.md``; return the
-    exit code: 0, 75 after a signal, or 1 where a cell of the sweep (or --cell's) broke.
-
-    Raises:
-        UserError: an option, the config or every method is at fault.
+    exit code: 0, 75 after a signal, or 1 where a cell of the sweep (or --cell's) broke. Raises
+    UserError: an option, the config or every method is at fault.
     """
     design = prepare(options)
     out = Path(options.out)
@@ -45,10 +43,8 @@ def run(options: Options, stop: StopFlag) -> int:
     if number is not None:  # a task of a job array: a crash is its failure too
         return BROKEN if broken else FINISHED
     if broken and broken[0].lr is not None:
-        say(
-            f"stopped: broke: {'; '.join(map(str, broken))}: no rate is chosen without (logs:"
-            f" {out}/cells); the same command tries again"
-        )
+        what = f"no rate is chosen without (logs: {out}/cells); the same command tries again"
+        say(f"stopped: broke: {'; '.join(map(str, broken))}: {what}")
         return BROKEN
     _finish(runner)
     return FINISHED
@@ -96,9 +92,7 @@ def prepare(options: Options) -> Design:
 
 
 def keep(out: Path, design: Design) -> None:
-    """Keep the design in ``OUT``. Raise UserError if that cannot be written, or another design's
-    cell runs there.
-    """
+    """Keep the design in ``OUT``; UserError: it cannot be written, another's cell runs there."""
     file = out / FILE
     if rank() or (file.is_file() and file.read_text() == design.text()):
         return
@@ -161,7 +155,5 @@ def _finish(runner: Runner) -> None:
     spent = duration(sum(c.get("wall", 0.0) for c in cells))
     print(f"{out}: compare.json, compare.md; {spent} in all runs", flush=True)
     if failed := sum(c["state"] == "failed" for c in cells):
-        print(
-            f"{failed} cells failed; what failed for a reason that is gone runs again once its"
-            f" folder in {out}/cells is removed"
-        )
+        fix = f"runs again once its folder in {out}/cells is removed"
+        print(f"{failed} cells failed; what failed for a reason that is gone {fix}")

@@ -75,16 +75,13 @@ class Design:
         try:
             return cls(**{**values, "methods": [Method(**m) for m in values["methods"]]})
         except (KeyError, TypeError):
-            raise UserError(
-                f"{file}: of another version of scalepeft; give the config and --methods again"
-            ) from None
+            fix = "give the config and --methods again"
+            raise UserError(f"{file}: of another version of scalepeft; {fix}") from None
 
 
 def parse_rates(text: str, usual: float) -> list[float]:
     """Return ``1e-4,3e-4`` as they are, ``x0.3,x1,x3`` times the method's usual rate; ascending.
-
-    Raises:
-        UserError: no such list, or a rate that appears twice.
+    Raises UserError: no such list, or a rate that appears twice.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
     factors = {part.startswith("x") for part in parts}
@@ -151,10 +148,8 @@ def target_parameters(base: nn.Module, reference: Method, rank: int | None) -> i
 
 def read_settings(settings: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return (config without what each cell sets itself, adapter settings that all methods share)
-    of ``[CONFIG] KEY=VALUE ...``.
-
-    Raises:
-        UserError: a setting that the comparison decides, or one that leaves it nothing to compare.
+    of ``[CONFIG] KEY=VALUE ...``. Raises UserError: a setting that the comparison decides, or one
+    that leaves it nothing to compare.
     """
     decided = {"train.lr": "--lrs", "run_dir": "--out", "adapter": "--methods"}
     names = [f"adapter.{name}" for name in sizing.SHARED]
@@ -175,10 +170,8 @@ def read_settings(settings: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     values.pop("adapter", None)  # of the file: each method brings its own
     data, train = values.get("data") or {}, values.get("train") or {}
     if not data.get("valid") and not data.get("valid_size"):
-        raise UserError(
-            "a comparison is by held-out loss: set data.valid=FILES, or data.valid_size=ROWS to"
-            " take them out of data.train"
-        )
+        fix = "set data.valid=FILES, or data.valid_size=ROWS to take them out of data.train"
+        raise UserError(f"a comparison is by held-out loss: {fix}")
     if train.get("stop_at"):
         raise UserError(f"train.stop_at={train['stop_at']}: no cell could finish; remove it")
     values["train"] = {**train, "eval_every": train.get("eval_every") or AT_THE_END}
@@ -188,9 +181,7 @@ def read_settings(settings: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 def read_inputs(config: cfg.RunConfig, evaluate: bool) -> dict[str, Any]:
     """Return what the numbers depend on beside the config, wherever it lies: for each split the
     sha256 of its files (of a data set of the hub its name); ``base``, ``tokenizer`` if folders.
-
-    Raises:
-        UserError: a file or its rows are at fault.
+    Raises UserError: a file or its rows are at fault.
     """
     inputs: dict[str, Any] = {}
     task, model = task_of(config), config.model

@@ -57,9 +57,7 @@ class Options:
 
     @classmethod
     def parse(cls, words: list[str], settings: list[str], out: str) -> "Options":
-        """Read ``methods=hoft,lora``, ``seeds=3``, ``evaluate``: for ``launch/submit --compare``.
-        Raise UserError for any other, or as ``of``.
-        """
+        """Read ``seeds=3``, ``evaluate``, ... for ``launch/submit --compare``; raises as ``of``."""
         values: dict[str, Any] = {"settings": settings, "out": out}
         names = ("methods", "reference", "rank", "budget", "lrs", "seeds")
         for word in words:

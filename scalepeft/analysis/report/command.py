@@ -18,10 +18,8 @@ PLOTS = {name: f"report/{name}.png" for name in ("curves", "lengths")}
 
 def run(run_dirs: list[str], out: str | None = None) -> None:
     """Print a table for each run and write the report to ``out`` (by default the run's folder, or
-    ``report`` for several); of one run ``RUN_DIR/loss.png`` too.
-
-    Raises:
-        UserError: one is no run, or something cannot be written.
+    ``report`` for several); of one run ``RUN_DIR/loss.png`` too. Raises UserError: one is no run,
+    or something cannot be written.
     """
     runs = read_all([Path(name) for name in run_dirs])
     print("\n\n".join(map(table, runs)) + "\n")

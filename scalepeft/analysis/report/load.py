@@ -92,10 +92,8 @@ def read_all(folders: list[Path]) -> list[Run]:
     unique = {folder.resolve(): folder for folder in folders}
     for folder in unique.values():
         if not any((folder / name).is_file() for name in MARKS):
-            raise UserError(
-                f"{folder} is no run folder: no config.yaml, events.jsonl or metrics.jsonl in it;"
-                " name the run_dir of a training"
-            )
+            what = "no config.yaml, events.jsonl or metrics.jsonl in it"
+            raise UserError(f"{folder} is no run folder: {what}; name the run_dir of a training")
     short = len({path.name for path in unique}) == len(unique)
     return [read(folder, path.name if short else str(folder)) for path, folder in unique.items()]
 
@@ -170,9 +168,7 @@ def evaluations_of(folder: Path) -> tuple[list[Evaluation], list[str]]:
     """Return every evaluation of a run, base first, and what of them cannot be used."""
     found: list[Evaluation] = []
     problems: list[str] = []
-    places = [
-        (which, p) for sub, which in SUBJECTS.items() for p in sorted(folder.glob(f"{sub}/*"))
-    ]
+    places = [(w, p) for s, w in SUBJECTS.items() for p in sorted(folder.glob(f"{s}/*"))]
     for which, place in places:
         if not place.is_dir() or ".old-" in place.name:  # of an older adapter, or other settings
             continue

@@ -1,7 +1,6 @@
 """The report of runs, as HTML and as Markdown by one template.
 
-What the template writes of a text is escaped unless it is marked, and control characters are made
-visible.
+A text is escaped unless it is marked, and its control characters are made visible.
 """
 
 import base64

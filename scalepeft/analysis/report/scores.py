@@ -122,8 +122,7 @@ def verdict(run: Run) -> dict[str, list[str]]:
 
 def paired(one: Evaluation, other: Evaluation) -> tuple[float, float, float] | None:
     """Difference of the first metric of two evaluations on the same rows, with a 95 % interval;
-    sources are averaged where the metric is their mean. None for a metric that is no share, or
-    without scored rows.
+    sources are averaged where the metric is their mean. None if it is no share, or without rows.
     """
     if not one.first[1]["share"]:
         return None

@@ -37,10 +37,7 @@ SPARE = 1.2  # times the bytes of weights, for what loading and a forward take b
 def run(settings: list[str]) -> int:
     """Print both losses and the largest difference of logits over one row of tokens; return 0, or 1
     if they differ by more than ``TOLERANCE``. Of [CONFIG] [KEY=VALUE ...] the model, the precision
-    and the device count.
-
-    Raises:
-        UserError: settings or a base that we or transformers refuse, or several processes.
+    and the device count. Raises UserError: settings or a base that is refused, several processes.
     """
     Single.check(world_size())
     path, overrides = files.config_first(settings)
@@ -60,9 +57,8 @@ def run(settings: list[str]) -> int:
             want = _theirs(model, base, config, ids)
     loss, reference = loss / (TOKENS - 1), F.cross_entropy(want[:-1], ids[0, 1:].cpu()).item()
     off, largest = (got - want).abs().max().item(), want.abs().max().item()
-    print(
-        f"base: loss {loss:.4f}, transformers {reference:.4f}, largest logit difference {off:.1e}"
-    )
+    both = f"loss {loss:.4f}, transformers {reference:.4f}"
+    print(f"base: {both}, largest logit difference {off:.1e}")
     of_loss, of_logits = TOLERANCE[config.train.precision]
     if abs(loss / reference - 1) <= of_loss and off <= of_logits * max(1, largest):
         return FINISHED
@@ -137,10 +133,8 @@ def _theirs(model: Any, base: Base, config: RunConfig, ids: Tensor) -> Tensor:
 def _fitting(
     config: RunConfig, base: Base, device: torch.device
 ) -> Iterator[tuple[RunConfig, Base]]:
-    """Yield config and base, of the first blocks alone where memory does not hold all.
-
-    Raises:
-        UserError: the base is refused, or one block does not fit.
+    """Yield config and base, of the first blocks alone where memory does not hold all. Raises
+    UserError: the base is refused, or one block does not fit.
     """
     kinds = {config.model, replace(config.model, quant="none", double_quant=False)}
     args = base.folder, config.train.precision, base.weights

@@ -107,10 +107,9 @@ class Context:
 
         Args:
             name: as it is printed.
-            probe: returns what a rank sees, of JSON's types; of what it raises, the first line is
-                the finding. May use collectives where all ranks probe.
+            probe: returns what a rank sees, of JSON's types, or raises it (then ``remedy`` is what
+                to do). May use collectives where all ranks probe.
             on: ``all`` ranks, the first of each node (``nodes``), or 0 (``main``).
-            remedy: what to do if a probe raises.
             judge: yields the findings from all ranks' values; ``ok`` beside ``fix`` is left out.
         """
         if self.lost:
@@ -157,10 +156,8 @@ class Context:
 
 
 def meet(context: Context, env: Mapping[str, str]) -> None:
-    """Meet the other ranks at MASTER_ADDR:MASTER_PORT of the launcher's variables.
-
-    Raises:
-        RuntimeError: the store cannot be reached, or ranks did not come: who, and where to look.
+    """Meet the other ranks at MASTER_ADDR:MASTER_PORT of the launcher's variables. Raises
+    RuntimeError: the store cannot be reached, or ranks did not come: who, and where to look.
     """
     rank, world_size, timeout = context.ranks.rank, context.ranks.world_size, context.timeout
     host = socket.gethostname()

@@ -38,10 +38,8 @@ def run(
     """
     if against_transformers:
         if run_dir is not None or as_json or timeout is not None:
-            raise UserError(
-                "--against-transformers takes neither --run-dir nor --json nor --timeout; leave"
-                " them out"
-            )
+            what = "--against-transformers takes neither --run-dir nor --json nor --timeout"
+            raise UserError(f"{what}; leave them out")
         return against.run(settings)
     timeout = PATIENCE if timeout is None else timeout
     if not 0 < timeout <= LONGEST:

@@ -16,9 +16,7 @@ from scalepeft.parallel.ranks import Ranks
 
 def collectives(context: Context, backend: str) -> Any:
     """Join the process group, in place of an earlier one, and run the collectives of training.
-
-    Raises:
-        RuntimeError: one of them fails, or gives wrong numbers.
+    Raises RuntimeError: one of them fails, or gives wrong numbers.
     """
     ranks, n, seconds = context.ranks, context.ranks.world_size, context.timeout
     device = torch.device("cpu") if backend == "gloo" else ranks.device

@@ -38,10 +38,8 @@ WEAK = {
 
 
 def base(context: Context) -> Any:
-    """Look for base and tokenizer without a network; return the fingerprint.
-
-    Raises:
-        UserError: it is here and cannot be used, or it is not and there is no hub.
+    """Look for base and tokenizer without a network; return the fingerprint. Raises UserError: it
+    is here and cannot be used, or it is not and there is no hub.
     """
     model = context.config.model
     folder = Path(model.path)

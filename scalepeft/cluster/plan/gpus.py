@@ -51,11 +51,9 @@ def find(text: str) -> Gpu:
     if (gpu := named(text)) is None:
         names = [gpu.name for gpu in GPUS.values()]
         sizes = [name for name in names if name.startswith(f"{text.upper()}-")]
-        raise UserError(
-            f"no GPU '{text}'.{nearest(text.upper(), sizes or names)} Known:"
-            f" {', '.join(names)}, also as nvidia-smi writes them; for another"
-            " one: scalepeft plan --memory GIB"
-        )
+        near, known = nearest(text.upper(), sizes or names), ", ".join(names)
+        what = f"no GPU '{text}'.{near} Known: {known}, also as nvidia-smi writes them"
+        raise UserError(f"{what}; for another one: scalepeft plan --memory GIB")
     return gpu
 
 

@@ -26,11 +26,9 @@ WHEN = {"micro": ("last", "other"), "last": ("last",), "step": ("control",)}  # 
 
 
 def resident(config: RunConfig, source: Source, world: int, per_node: int) -> Step:
-    """The part that needs no simulation; the peak is what stays.
-
-    Raises:
-        UserError: the engine or the global batch cannot be had at this number of ranks; no such
-            target in the model; a sequence beyond the model's positions.
+    """The part that needs no simulation; the peak is what stays. Raises UserError: the engine or
+    the global batch cannot be had at this number of ranks; no such target in the model; a sequence
+    beyond the model's positions.
     """
     engine = engine_class(config)
     engine.check(world)
@@ -38,10 +36,8 @@ def resident(config: RunConfig, source: Source, world: int, per_node: int) -> St
     with source.folder(source.layers) as folder:
         limit = models.Base(config.model, folder).positions
         if limit is not None and config.data.cutoff > limit:
-            raise UserError(
-                f"data.cutoff={config.data.cutoff} is beyond the model's {limit} positions;"
-                " lower it"
-            )
+            what = f"data.cutoff={config.data.cutoff} is beyond the model's {limit} positions"
+            raise UserError(f"{what}; lower it")
         model = empty_model(config, folder)
     shares = engine.shares(config.engine, model, world, per_node)
     local_batch = config.train.global_batch // world

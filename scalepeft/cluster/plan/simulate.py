@@ -187,10 +187,8 @@ class Tracker(TorchDispatchMode):
             found = dist.ProcessGroup.unbox(its)
         group = dist.get_process_group_ranks(found)
         key = name, len(group), len({rank // self._per_node for rank in group})
-        sizes = (
-            sum(t.nbytes for t in tree_leaves(part) if isinstance(t, Tensor))
-            for part in (*args, out)
-        )
+        parts = (tree_leaves(part) for part in (*args, out))
+        sizes = (sum(t.nbytes for t in part if isinstance(t, Tensor)) for part in parts)
         self.figures.work[self.part, key, "count"] += 1
         self.figures.work[self.part, key, "bytes"] += max(sizes)
 

@@ -28,10 +28,8 @@ MEMORY = 4 << 30
 def check_installed() -> None:
     """Raises UserError where math-verify is missing."""
     if importlib.util.find_spec("math_verify") is None:
-        raise UserError(
-            "data.name=math scores with math-verify, which is not installed: pip install"
-            " 'scalepeft[eval]'"
-        )
+        fix = "pip install 'scalepeft[eval]'"
+        raise UserError(f"data.name=math scores with math-verify, which is not installed: {fix}")
 
 
 class EquivalenceServer:

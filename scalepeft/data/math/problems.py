@@ -127,9 +127,7 @@ def _prose(question: str, solution: str) -> Problem:
 
 
 def _native(row: Any, keys: set[str]) -> tuple[str, str, str] | None:
-    """Question, solution and answer of a row as the set itself is published, of those named in
-    docs/data.md; None for other rows.
-    """
+    """Question, solution, answer of a set's own rows (docs/data.md); None for other rows."""
     if {"question", "options", "correct"} <= keys:  # AQuA, asked as LLM-Adapters does
         options = row["options"] if isinstance(row["options"], list) else [row["options"]]
         choices = " ".join(re.sub(r"^\(?([A-E])\s*[).:]\s*", r"(\1) ", str(o)) for o in options)

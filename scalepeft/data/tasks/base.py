@@ -68,8 +68,7 @@ class TaskConfig:
             tokens generation starts from; ``together``: as one text, as most published scripts do
             and as conversations always are.
         duplicates: ``drop`` leaves out training rows whose prompt and completion came before.
-        cutoff: length in tokens; the end is cut. A row with no token left to learn is dropped and
-            counted.
+        cutoff: length in tokens; the end is cut. Rows with no token to learn are dropped, counted.
         on_error: a broken row stops the run (``stop``) or is left out and counted (``skip``).
         workers: loader processes; 0 pads the batches in the training process.
         cache: folder of tokenized data; default ``$SCALEPEFT_CACHE`` or ``~/.cache/scalepeft``.
@@ -188,10 +187,8 @@ class Task:
         return (split,) if self.reads_files else ()
 
     def stream(self, split: Split) -> Iterator[Example]:
-        """Reads a split, row by row; what ``remarks`` says is whole when all are read.
-
-        Raises:
-            UserError: no files, an unreadable file, or a broken row under ``on_error: stop``.
+        """Reads a split, row by row; what ``remarks`` says is whole when all are read. Raises
+        UserError: no files, an unreadable file, or a broken row under ``on_error: stop``.
         """
         key = f"data.{split}"
         if not (sources := getattr(self.config, split)):

@@ -68,15 +68,11 @@ class Commonsense(Task):
         answer = text_field(row, "answer")
         kind = next((kind for kind in KINDS if kind.fullmatch(answer)), None)
         if kind is None:
-            raise UserError(
-                f"'answer' is {answer!r}; allowed: true, false, answer1, solution1, ending1,"
-                " option1, ..."
-            )
+            allowed = "true, false, answer1, solution1, ending1, option1, ..."
+            raise UserError(f"'answer' is {answer!r}; allowed: {allowed}")
         found = kind.search(values["output"])
-        if found is None or found[0] != answer:
-            raise UserError(
-                f"'output' says {found[0] if found else 'none of the answers'}, 'answer' {answer}"
-            )
+        if (said := found[0] if found else "none of the answers") != answer:
+            raise UserError(f"'output' says {said}, 'answer' {answer}")
         meta = {"answer": answer, "question": instruction}
         return self.filled(row_id, self.template(split), values, {}, **meta)
 
@@ -132,9 +128,8 @@ def original(row: dict[str, Any]) -> tuple[str, str]:
     asked = fill(form.asked, {key: text_field(row, key) for key in fields}, "")
     texts, labels = _choices(row, form)
     answers = [f"{form.word}{i}" for i in range(1, len(texts) + 1)]
-    listed = form.between.join(
-        f"{a.title()}: {text}" for a, text in zip(answers, texts, strict=True)
-    )
+    pairs = zip(answers, texts, strict=True)
+    listed = form.between.join(f"{answer.title()}: {text}" for answer, text in pairs)
     said = f"Please choose the correct {asked}\n\n{listed}{form.form}Answer format: "
     return said + "/".join(answers), answers[_label(row, form.label, labels)]
 

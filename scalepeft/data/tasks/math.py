@@ -24,8 +24,7 @@ class MathConfig(TaskConfig):
             the others are {input}; null: ``prompt`` for all.
         ending: put after the solutions of GSM8K and MATH rows, in a line of its own, so that the
             answer is found; ``{answer}`` is filled in. Empty: nothing.
-        max_chars: training rows whose question and response are longer together are left out and
-            counted; null: none.
+        max_chars: training rows longer than this in question and response are left out; null: none.
         test_rows: training rows that are questions of a public test set (GSM8K, SVAMP, MultiArith,
             SingleEq, AddSub, AQuA, MAWPS), or rephrase one (``original_question``), or are in
             ``data.test``, stop the run (``refuse``), are left out and counted (``drop``), or are

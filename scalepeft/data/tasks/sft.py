@@ -77,12 +77,10 @@ class Sft(Task):
         if form == "completion" and isinstance(row.get("prompt"), list):
             return self._talk(_messages(row, "prompt") + _messages(row, response), row, row_id)
         chat = self.config.template == "chat"
-        if lost := [
-            k for k in ("history", "system") if row.get(k) and not (chat and k == "system")
-        ]:
-            raise UserError(
-                f"'{lost[0]}' has no place in a row of the form {form}; write it as 'messages'"
-            )
+        placeless = ("history",) if chat else ("history", "system")
+        if lost := [key for key in placeless if row.get(key)]:
+            fix = "write it as 'messages'"
+            raise UserError(f"'{lost[0]}' has no place in a row of the form {form}; {fix}")
         asked, told = _asked(row, form), text_field(row, response)
         if chat:
             turns = (("user", "\n\n".join(filter(None, asked))), ("assistant", told))
@@ -185,9 +183,8 @@ def _messages(row: dict[str, Any], key: str) -> Messages:
         said, role = ("value", "from") if "from" in message else ("content", "role")
         name = ROLES.get(str(message.get(role)).lower())
         if name is None:
-            raise UserError(
-                f"{where}: '{role}' is {message.get(role)!r}; allowed: {', '.join(ROLES)}"
-            )
+            allowed = ", ".join(ROLES)
+            raise UserError(f"{where}: '{role}' is {message.get(role)!r}; allowed: {allowed}")
         rest = {k: v for k, v in message.items() if k not in (role, said) and v is not None}
         if calls := rest.get("tool_calls"):
             rest["tool_calls"] = _calls(calls, where)

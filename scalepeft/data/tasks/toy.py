@@ -1,5 +1,4 @@
-"""A commonsense-like toy task with its own small world, for the demo and the tests: no download,
-real learning.
+"""A commonsense-like toy task of a small world, for demo and tests: no download, real learning.
 
 Sixty-four things are of four kinds. A question names a thing; the answers are the kinds. Training
 asks about 40 of the things, the test and the held-out rows about the other 24: what those are only
@@ -63,10 +62,8 @@ class ToyConfig(CommonsenseConfig):
 
 def make_row(rng: random.Random, things: slice, looks: list[str] = LOOKS) -> dict[str, Any]:
     """Draws a question about one of these things of some kind, as ARC has them."""
-    kind = rng.choice(KINDS)
-    question = rng.choice(QUESTIONS).format(
-        look=rng.choice(looks), thing=rng.choice(WORLD[kind][things])
-    )
+    kind, asked, look = rng.choice(KINDS), rng.choice(QUESTIONS), rng.choice(looks)
+    question = asked.format(look=look, thing=rng.choice(WORLD[kind][things]))
     choices = {"text": KINDS, "label": KINDS}
     return {"question": question, "choices": choices, "answerKey": kind}
 
@@ -83,10 +80,8 @@ class Toy(Commonsense):
         super().__init__(config, tokenizer)
         for split in SPLITS:
             if files := getattr(config, split):
-                raise UserError(
-                    f"data.{split}={','.join(files)}: data.name=toy makes its own rows; take "
-                    "data=commonsense to read files"
-                )
+                what = "data.name=toy makes its own rows; take data=commonsense to read files"
+                raise UserError(f"data.{split}={','.join(files)}: {what}")
 
     def stream(self, split: Split) -> Iterator[Example]:
         """Makes the rows of a split."""

@@ -190,10 +190,8 @@ def scorers(tokenizer: str) -> dict[str, Any]:
     try:
         from sacrebleu.metrics import BLEU, CHRF
     except ImportError:
-        raise UserError(
-            "translations are scored by sacreBLEU, which is not installed: pip install"
-            " 'scalepeft[eval]'"
-        ) from None
+        what = "translations are scored by sacreBLEU, which is not installed"
+        raise UserError(f"{what}: pip install 'scalepeft[eval]'") from None
     try:
         return {"BLEU": BLEU(tokenize=tokenizer), "chrF2": CHRF(), "chrF++": CHRF(word_order=2)}
     except (RuntimeError, ImportError, OSError) as error:

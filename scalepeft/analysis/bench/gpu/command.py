@@ -38,8 +38,8 @@ def environment(session: Session) -> dict[str, Any]:
 SECTIONS: dict[str, Callable[[Session], dict[str, Any]]] = {
     "env": environment, "quant": exactness.storage, "exactness": exactness.methods,
     "training": training.training, "plan": training.plan, "running": running.resumed,
-    "choices": training.choices, "sides": training.sides, "generation": training.generation,
-    "copy": training.copy, "collectives": running.one_rank,
+    "choices": training.choices, "generation": training.generation,
+    "collectives": running.one_rank,
 }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ BOUNDS = {"fp32": 1e-4, "bf16": 3e-2}
 """Relative errors that only a wrong product exceeds: a CPU is below 1e-6 and 6e-3."""
 SETTINGS: dict[str, dict[str, list[Any]]] = {  # tried beside the defaults
     "surm": {"structure": list(STRUCTURES)}, "hut": {"rank": [4]}, "goft": {"scale": [True]},
-    "hoft": {"form": [FORM, "cayley"]}, "shoft": {"form": [FORM]}, "hra": {"form": [FORM]},
+    "hoft": {"form": [FORM]}, "shoft": {"form": [FORM]}, "hra": {"form": [FORM]},
 }  # fmt: skip
 
 

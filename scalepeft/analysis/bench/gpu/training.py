@@ -1,33 +1,25 @@
 """Speed and memory: an 8B shape with random weights made on the device, our own Trainer.step."""
 
 import json
-import math
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import profile
 
-from scalepeft.adapters import householder, inject
-from scalepeft.adapters.factors import Factors
+from scalepeft.adapters import inject
 from scalepeft.analysis.bench.cases import inject_peft, on_bitsandbytes, random_weights
 from scalepeft.analysis.bench.gpu.session import Session
 from scalepeft.analysis.bench.methods import FORM
-from scalepeft.build import Built, build
+from scalepeft.build import Built
 from scalepeft.config import files as config_files
 from scalepeft.data.tokens import TokenSet
 from scalepeft.models import attention, loss, quant, shapes, structure
-from scalepeft.models.hub import Base
-from scalepeft.parallel.base import EngineConfig
 from scalepeft.parallel.single import Single
 from scalepeft.trainer import Outcome, Trainer, batches
 
@@ -113,9 +105,7 @@ def figures(
 
 
 def _on_device(step: Callable[[], None], ms: float) -> dict[str, Any]:
-    """Memory of the steps so far; of one more launches, host syncs, the longest kernels, and the
-    device's idle share of ``ms``.
-    """
+    """Memory of the steps so far; of one more launches, syncs, kernels, idle share of ``ms``."""
     peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     free, total = torch.cuda.mem_get_info()
     outside = total - free - torch.cuda.memory_reserved()
@@ -205,30 +195,6 @@ def _choice(session: Session, adapter: str, how: str, lengths: Tensor) -> dict[s
     return figures(session, made, lengths)
 
 
-def sides(session: Session) -> dict[str, Any]:
-    """Forward and backward of one layer: HOFT, one side after the other and fused; LoRA."""
-    counts = (8, 32) if session.tiny else (256, 1024, 2048, 8192)
-    return {f"{tokens} tokens": session.attempt(_sides, tokens) for tokens in counts}
-
-
-def _sides(session: Session, tokens: int) -> dict[str, Any]:
-    size, rounds = (64, 2) if session.tiny else (4096, 50)
-    x = torch.randn(tokens, size, device=session.device, dtype=BF16, requires_grad=True)
-
-    def timed(name: str, **more: Any) -> float:
-        linear = nn.Linear(size, size, bias=False, device=session.device, dtype=BF16)
-        layer = inject.adapt(linear, name, rank=16, **more)
-        with Factors(layer, Single(EngineConfig(name="single"), session.ranks)).of_step():
-            return median(session.milliseconds(lambda: layer(x).backward(x.data), rounds, 5))
-
-    found: dict[str, Any] = {"lora ms": timed("lora")}
-    for way, bound in {"direct": math.inf, "fused": 0}.items():
-        with mock.patch.object(householder, "FUSED_FROM", bound):
-            found[f"{way} ms"] = timed("hoft", form=FORM)
-    fused = tokens >= householder.FUSED_FROM * 16
-    return found | {"taken": "fused" if fused else "direct"}
-
-
 def generation(session: Session) -> dict[str, Any]:
     """Greedy generation over NF4: HOFT, its factors made once or in each forward; frozen base."""
     cases = {f"hoft, {how}": ("hoft", how) for how in (ONCE, EACH)} | {FROZEN: (FROZEN, EACH)}
@@ -249,27 +215,3 @@ def _generate(session: Session, adapter: str, how: str) -> dict[str, Any]:
     short, long = (median(session.milliseconds(call, 3, 1)) for call in calls)
     each = (long - short) / (new - 2)
     return {"ms a token": each, "tokens/s": 1e3 * rows / each, "prompt and 2 tokens ms": short}
-
-
-def copy(session: Session) -> dict[str, Any]:
-    """A base of 8 blocks (3.5 GB) quantized, quantized and kept, and read from its copy."""
-    with TemporaryDirectory(dir=session.out) as folder:
-        architecture = shapes.architecture("mini" if session.tiny else "llama-8b-block")
-        architecture.num_hidden_layers = 8
-        architecture.save_pretrained(folder)
-        model = shapes.meta_model(folder).to(BF16)
-        random_weights(model, None, session.device).save_pretrained(folder)
-        found, loaded, kept = dict[str, Any](), list[Any](), f"{folder}/copy"
-        for label, cache in {"off": "off", "kept": kept, "read": kept}.items():
-            more = (f"model.path={folder}", f"model.quantized_cache={cache}")
-            config, _ = config_files.load(None, settings(session, "hoft", NF4, *more))
-            base = Base(config.model, Path(folder))
-            base.digests(session.ranks)  # hashed once for all
-            begin = time.perf_counter()
-            built = build(config, base, session.ranks, lambda: None)
-            found[label] = {"read GiB": built.bytes_read / GIB}
-            loaded.append(list(built.model.parameters()))
-            if not all(map(torch.equal, loaded[-1], loaded[0])):  # waits for the device
-                found[label]["fault"] = "other parameters than without a copy"
-            found[label]["s"] = time.perf_counter() - begin
-        return found
