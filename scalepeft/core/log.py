@@ -56,5 +56,5 @@ def keep_speaking(result: bool) -> None:
             os.open(os.devnull, os.O_RDWR)
     for fd, name in ((1, "stdout"), (2, "stderr")):
         old, raw = getattr(sys, name), io.BufferedWriter(_Stream(fd, result and fd == 1))
-        how: Any = {key: getattr(old, key, None) for key in ("encoding", "errors")}
-        setattr(sys, name, io.TextIOWrapper(raw, **how, line_buffering=True))
+        encoding, errors = getattr(old, "encoding", None), getattr(old, "errors", None)
+        setattr(sys, name, io.TextIOWrapper(raw, encoding, errors, line_buffering=True))

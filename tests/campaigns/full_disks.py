@@ -52,7 +52,7 @@ def campaign(work: Path, tally: Tally) -> None:
         with small_disk(work / "disk", options) as disk:
             trouble = tally.rng.choice(TROUBLES)
             job, what = _disturbed(kind, trouble, disk, tally)
-            codes, text = job.wait(180)
+            codes, text = tally.ended(job)
             seen = runs.steps(disk / "run")
             subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
             for file in disk.glob("others*"):
@@ -62,7 +62,7 @@ def campaign(work: Path, tally: Tally) -> None:
             allowed = {0, 75} if saved else {0, 2, 75}
             tally.count(set(codes) <= allowed, f"{kind}, {what}: exit codes {codes}", text)
             if set(codes) != {0}:
-                codes, text = runs.start(kind, disk / "run").wait(180)
+                codes, text = tally.ended(runs.start(kind, disk / "run"))
                 if set(codes) != {0}:
                     tally.fault(f"{kind} after {what}: exit codes {codes}\n{text[-3000:]}")
                     continue

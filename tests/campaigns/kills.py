@@ -62,7 +62,7 @@ def campaign(work: Path, tally: Tally) -> None:
                 seen = runs.steps(run)
                 _disturb(job, what, tally)
                 history.append(what)
-            codes, text = job.wait(180)
+            codes, text = tally.ended(job)
             allowed = {0, 75} | (LATE if what == "burst" else set())
             if "KILL" in what or what == "burst":  # gloo ends a survivor with 1
                 allowed |= {-signal.SIGKILL, 1}

@@ -20,8 +20,7 @@ def campaign(work: Path, tally: Tally) -> None:
         for _ in range(many):
             jobs.append(runs.start(kind, run))
             time.sleep(tally.rng.random() * apart)
-        ends = [job.wait(300) for job in jobs]
-        for (code,), text in ends:
+        for (code,), text in [tally.ended(job) for job in jobs]:
             # One that comes when all is done finds it done.
             tally.count(code in (0, 2), f"{many} launches: exit code {code}", text)
         if len(runs.starts(run)) != 1:

@@ -31,7 +31,7 @@ def reference(kind: str, work: Path) -> Path:
     """The same run, undisturbed."""
     ranks, words = KINDS[kind]
     run = work / f"reference {kind}"
-    train(ranks, run, *LONG[len(TINY) :], *words)
+    train(ranks, run, *LONG[len(TINY) :], *words, timeout=600)
     return run
 
 

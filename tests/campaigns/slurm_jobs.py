@@ -40,7 +40,7 @@ def campaign(work: Path, tally: Tally) -> None:
     """Each job is disturbed until the time is over or it has finished, and compared then."""
     if lacking := missing():
         raise SystemExit(f"campaign: no Slurm cluster: {lacking}")
-    train(2, work / "reference", *SETTINGS, *STEPS)
+    train(2, work / "reference", *SETTINGS, *STEPS, timeout=900)
     cluster, number = Cluster(), 0
     try:
         while tally.goes_on():

@@ -9,7 +9,8 @@ from datetime import date
 from pathlib import Path
 from random import Random
 
-from processes import ROOT
+import pytest
+from processes import ROOT, Job
 
 TABLE = ROOT / "docs" / "reliability.md"
 OF_PEERS = re.compile(r"gloo|Connection (closed|reset)|DistNetworkError|RuntimeError: rank \d")
@@ -42,6 +43,13 @@ class Tally:
         self.tracebacks += len(ours)
         if not ok or ours:
             self.fault(f"{what}\n{text[-3000:]}")
+
+    def ended(self, job: Job) -> tuple[list[int], str]:
+        """Exit codes and what was printed; of ranks that hang, codes that nothing allows."""
+        try:
+            return job.wait(600)
+        except pytest.fail.Exception as error:
+            return [99] * len(job.ranks), str(error)
 
     def compare(self, same: bool, what: str) -> None:
         """A result beside the undisturbed one."""
