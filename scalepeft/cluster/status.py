@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from scalepeft.config.files import parse_yaml
+import yaml
+
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import read_mapping
 from scalepeft.core.slurm import ask_all, state_word
@@ -43,7 +44,7 @@ def _runs(folder: Path) -> list[Path]:
         return [folder]
     run_dirs = {p.parent for p in folder.glob("*/events.jsonl")}
     for file in folder.glob("submissions/*/configs/*.yaml"):
-        name = Path(read_mapping(file, parse_yaml, "submit again").get("run_dir", "")).name
+        name = Path(read_mapping(file, yaml.safe_load, "submit again").get("run_dir", "")).name
         run_dirs.add(folder if name == folder.name else folder / name)
     return sorted(run_dirs)
 

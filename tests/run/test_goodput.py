@@ -192,7 +192,8 @@ def test_real_runs_leave_what_the_report_needs(tmp_path: Path) -> None:
     first, second = (e for e in rows(run, "events.jsonl") if e["event"] == "start")
     assert first["job"] == "7" and "idle" in second and "waited" not in second
     job = Job(1, command(tmp_path / "killed", "train.max_steps=500", "train.save_every=100"))
-    while not (tmp_path / "killed/metrics.jsonl").exists():
+    log = tmp_path / "killed/metrics.jsonl"
+    while not log.exists() or not log.stat().st_size:
         time.sleep(0.05)
     time.sleep(0.5)
     job.kill()
