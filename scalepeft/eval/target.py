@@ -50,9 +50,7 @@ class EvalTarget:
         return cls(kind, config, base, fingerprint, adapter, step)
 
     def load(self, ranks: Ranks, poll: Any) -> Built:
-        """Builds the model on this rank, in evaluation mode. Raises UserError: the base is not that
-        of the adapter, or what ``build`` refuses.
-        """
+        """Builds the model, in evaluation mode. Raises UserError: another base, or as ``build``."""
         built = build(self.config, self.base, ranks, poll, self.adapter is not None)
         if self.adapter is not None:
             injection.load_state(built.model, self.adapter[1], f"{self.config.run_dir}/adapter")
