@@ -180,7 +180,7 @@ def test_help_version_and_status_load_no_torch(words: list[str]) -> None:
 
 
 def test_settings_load_torch_alone_and_nf4_no_compiler() -> None:
-    config = ["config", "demo", "model.quant=nf4", "engine=single"]
+    config = ["config", "demo", "model.quant=nf4", "engine=fsdp2"]
     assert loaded(f"from scalepeft import cli; sys.exit(cli.main({config}))") == {"torch"}
     encode = "quant.NF4().encode(torch.ones(1, 64)); quant._kernels()"
     code = f"import torch; before = torch.compile; from scalepeft.models import quant; {encode}"

@@ -47,9 +47,7 @@ def effective_weight(layer: nn.Module, chunk: int = 1024) -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def merged(layer: Adapted) -> Tensor:
-    """W' of ``effective_weight`` to rounding; where a method is exactly a LoRA, as ``W + B A``:
-    products of a few columns with W, not of the whole identity.
-    """
+    """W' of ``effective_weight`` to rounding: as ``W + B A`` where a method is exactly a LoRA."""
     base, wide = quant.Frozen(layer), layer.weight.dtype == torch.float64
     lora = layer.adapter.to_lora(base)
     if lora is None:

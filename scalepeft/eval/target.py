@@ -52,9 +52,7 @@ class EvalTarget:
         return cls(kind, config, base, fingerprint, adapter, step)
 
     def load(self, ranks: Ranks, poll: Any) -> Built:
-        """Builds the model on this rank, in evaluation mode. Raises UserError: the base is not that
-        of the adapter, or what ``build`` refuses.
-        """
+        """Builds the model, in evaluation mode. Raises UserError: another base, or as ``build``."""
         where, state = f"{self.config.run_dir}/adapter", self.adapter and self.adapter[1]
         check = partial(injection.check_state, shapes=injection.shapes(state or {}), where=where)
         built = build(self.config, self.base, ranks, poll, state is not None, check)

@@ -11,8 +11,6 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
 
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT
@@ -49,10 +47,12 @@ class FSDP2(Engine):
     Config = FSDP2Config
     config: FSDP2Config
     sharded = True
-    _units: list[FSDPModule]
+    _units: list[Any]
 
     def wrap(self, model: nn.Module, blocks: list[nn.Module]) -> None:
         """Shards each block, the embedding, and what is left (norm, head) with the model."""
+        from torch.distributed.fsdp import FSDPModule  # 0.7 s, of which settings need nothing
+
         world, group = self.ranks.world_size, self.group_size()
         device = self.ranks.device.type
         if group == world:
@@ -107,13 +107,14 @@ class FSDP2(Engine):
 
     def copies(self, tensor: Tensor) -> tuple[int, int]:
         """A shard has one copy in each group of ranks."""
-        if not isinstance(tensor, DTensor):
+        if (mesh := getattr(tensor, "device_mesh", None)) is None:
             return super().copies(tensor)
-        mesh = tensor.device_mesh
         return (mesh.get_local_rank("replicate"), mesh.size(0)) if mesh.ndim == 2 else (0, 1)
 
     def whole(self, parameters: list[nn.Parameter]) -> Tensor:
         """One all-gather: the parts of all parameters as the part of one tensor."""
+        from torch.distributed.tensor import DTensor
+
         first = parameters[0]
         if not isinstance(first, DTensor):
             return super().whole(parameters)
@@ -127,6 +128,8 @@ class FSDP2(Engine):
 
     def add_gradients(self, parameters: list[nn.Parameter], grads: list[Tensor | None]) -> None:
         """Adds this rank's rows of each; of DTensors, theirs."""
+        from torch.distributed.tensor import DTensor, Replicate
+
         own = list(grads)
         for i, (parameter, grad) in enumerate(zip(parameters, grads, strict=True)):
             if isinstance(parameter, DTensor) and not (grad is None or isinstance(grad, DTensor)):
@@ -137,8 +140,8 @@ class FSDP2(Engine):
 
     def grad_norm(self, parameters: list[nn.Parameter]) -> Tensor:
         """The norm of the parts' norms."""
-        norm = super().grad_norm(parameters)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm: Any = super().grad_norm(parameters)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
@@ -154,11 +157,13 @@ def _shard(unit: nn.Module, **settings: Any) -> None:
     """``fully_shard``. Before torch 2.13 it makes shards that could train, which bytes cannot
     (pytorch PR #177948): for the call they pass for one-byte floats.
     """
+    from torch.distributed.fsdp import fully_shard
+
     stored = [
         (module, name)
         for module in unit.modules()
         for name, p in module.named_parameters(recurse=False)
-        if p.dtype == torch.uint8 and not isinstance(p, DTensor)
+        if p.dtype == torch.uint8 and not hasattr(p, "device_mesh")
     ]
 
     def become(dtype: torch.dtype) -> None:

@@ -81,9 +81,7 @@ class Plan:
 
 
 def plan(config: RunConfig, options: Options) -> Plan:
-    """Plan a run. Raise UserError for a mistake in the config, a number of ranks that it cannot
-    take, a base of unknown dimensions, or a GPU that is not known.
-    """
+    """Plan a run. Raise UserError for a bad config, a number of ranks, an unknown base or GPU."""
     source = dimensions.find(config.model, options.network)
     step = measure(config, source, options.world, options.gpus_per_node)
     return Plan(config, options, source, step)
