@@ -123,6 +123,8 @@ def _values(module: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 def _explain(error: Exception, debug: bool, stoppable: bool) -> int:
     from scalepeft.core.errors import UserError
+    from scalepeft.core.text import one_line
+    from scalepeft.parallel import rendezvous
     from scalepeft.run.lease import Superseded
 
     if isinstance(error, Superseded):
@@ -132,8 +134,15 @@ def _explain(error: Exception, debug: bool, stoppable: bool) -> int:
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         return BROKEN
-    if debug or not isinstance(error, UserError):
+    of_a_rank = rendezvous.of_a_connection(error)
+    gone = rendezvous.who_is_gone() if of_a_rank else None
+    rendezvous.tell(gone or f"{type(error).__name__}: {error}")
+    if debug or not (of_a_rank or isinstance(error, UserError)):
         traceback.print_exc()
+    if of_a_rank:
+        lost = f"lost the connection to another rank, whose lines say why: {one_line(error)}"
+        say(f"failed on rank {rank()}: {gone or lost}")
+        return BROKEN
     if not isinstance(error, UserError):
         say(f"failed on rank {rank()}: {type(error).__name__}: {error}")
         return BROKEN

@@ -81,13 +81,13 @@ def check_nodes(run_dir: str, ranks: Ranks) -> None:
     """
     folder = Path(run_dir)
 
-    def mark() -> Path:
+    def mark() -> str:
         with writing_in(folder):
             handle, name = tempfile.mkstemp(prefix=".seen-by-all-nodes-", dir=folder)
         os.close(handle)
-        return Path(name)
+        return name
 
-    seen = ranks.run_on_main(mark)
+    seen = Path(ranks.run_on_main(mark))
 
     def look() -> None:
         with writing_in(folder):
