@@ -32,7 +32,7 @@ from scalepeft.core.text import one_line
 # collective.
 CONTROL_TIMEOUT = timedelta(hours=2)
 MEETING = timedelta(minutes=30)
-PROOF = timedelta(seconds=60)
+PROOF = timedelta(seconds=20)
 ATTEMPTS = 3  # a stranger may take a rank's place at a port of gloo, which the proof finds out
 POLL, GRACE = 2.0, 20.0  # seconds: between looks; for a rank to end by itself once another is gone
 FINISHED = "finished"
