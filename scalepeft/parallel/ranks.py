@@ -95,6 +95,12 @@ class Ranks:
             say(f"the ranks meet at {where}, open to whoever reaches it (docs/security.md)")
         return rendezvous.open_store(env, "ranks")
 
+    def check_groups(self, groups: list[dist.ProcessGroup]) -> None:
+        """Raises UserError if somebody else took a rank's place in these groups. A collective."""
+        on_cpu = self.device.type == "cpu"
+        if on_cpu and self.any(not all([rendezvous.prove(g, self.secret) for g in groups])):
+            raise UserError("another process answered at a port of these ranks; start once more")
+
     def ranks_a_node(self) -> int:
         """Number of ranks on each node; a collective.
 
