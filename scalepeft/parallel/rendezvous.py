@@ -71,22 +71,17 @@ def open_store(env: Mapping[str, str], name: str, timeout: timedelta = MEETING) 
         return dist.PrefixStore(name, store)
     address, port, listening = env["MASTER_ADDR"], int(env["MASTER_PORT"]), None
     if serves(env):
-        family, *_, at = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-        if str(at[0]).startswith("127.") and not on_one_machine(env):  # as Debian calls a machine
-            at = ("", port)
+        family, *_, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        if str(place[0]).startswith("127.") and not on_one_machine(
+            env
+        ):  # as Debian calls a machine
+            place = ("", port)
         with socket.socket(family, socket.SOCK_STREAM) as bound:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(at)
+            bound.bind(place)
             listening = bound.detach()
-    store = dist.TCPStore(
-        address,
-        port,
-        is_master=listening is not None,
-        timeout=timeout,
-        wait_for_workers=False,
-        master_listen_fd=listening,
-    )
-    return dist.PrefixStore(name, store)
+    at = address, port, None, listening is not None, timeout, False, False, listening
+    return dist.PrefixStore(name, dist.TCPStore(*at))
 
 
 def serves(env: Mapping[str, str]) -> bool:
