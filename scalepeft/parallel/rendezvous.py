@@ -34,6 +34,7 @@ CONTROL_TIMEOUT = timedelta(hours=2)
 MEETING = timedelta(minutes=30)
 PROOF = timedelta(seconds=20)
 ATTEMPTS = 3  # a stranger may take a rank's place at a port of gloo, which the proof finds out
+GLOO = "gloo/transport"  # stands in what it raises
 POLL, GRACE = 2.0, 20.0  # seconds: between looks; for a rank to end by itself once another is gone
 FINISHED = "finished"
 
@@ -72,10 +73,8 @@ def open_store(env: Mapping[str, str], name: str, timeout: timedelta = MEETING) 
     address, port, listening = env["MASTER_ADDR"], int(env["MASTER_PORT"]), None
     if serves(env):
         family, *_, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
-        if str(place[0]).startswith("127.") and not on_one_machine(
-            env
-        ):  # as Debian calls a machine
-            place = ("", port)
+        if str(place[0]).startswith("127.") and not on_one_machine(env):
+            place = ("", port)  # Debian's /etc/hosts: the machine's own name is 127.0.1.1
         with socket.socket(family, socket.SOCK_STREAM) as bound:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(place)
@@ -104,11 +103,11 @@ def join(
     Raises:
         UserError: somebody else took a rank's place, again and again.
     """
-    if rank == 0:
-        store.set("secret", secrets.token_hex(32))
-    secret = store.get("secret")
     for attempt in range(ATTEMPTS):
         meeting, good = dist.PrefixStore(f"{attempt}", store), False
+        if rank == 0:  # another each time: what a stranger was sent proves nothing later
+            meeting.set("secret", secrets.token_hex(32))
+        secret = meeting.get("secret")
         try:
             dist.init_process_group(
                 backend, rank=rank, world_size=world_size, store=meeting, **more
@@ -116,7 +115,7 @@ def join(
             control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
             good = prove(dist.group.WORLD, secret) and prove(control, secret)
         except RuntimeError as error:
-            if not of_a_connection(error):
+            if GLOO not in str(error):
                 raise
         count = meeting.add("good", int(good))
         if meeting.add("all", 1) == world_size:
@@ -150,7 +149,7 @@ def prove(group: Any, secret: bytes) -> bool:
 
 def of_a_connection(error: Exception) -> bool:
     """True of what gloo, NCCL or the store raise when another rank is gone."""
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+    return isinstance(error, dist.DistError) or GLOO in str(error)
 
 
 class Presence:
