@@ -20,7 +20,6 @@ if [ -z "${PYTHON:-}" ]; then
     PYTHON=python3; [ ! -x "$here/.venv/bin/python" ] || PYTHON=$here/.venv/bin/python
 fi
 if [ -z "${OMP_NUM_THREADS:-}" ]; then OMP_NUM_THREADS=$(( $(nproc) / n )); [ "$OMP_NUM_THREADS" -ge 1 ] || OMP_NUM_THREADS=1; fi
-free_port() { "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 
 # The traps only take note; the loop below passes on what came, once a rank has its handlers: before, the signal would
 # kill it unsaved. With two signals, the one that ends the run for good counts.
@@ -40,13 +39,14 @@ takes() {  # takes SIGNAL PID: true once the process handles the signal
 
 # run_ranks ARGUMENTS: one start of the run; sets code.
 run_ranks() {
-    local port rank left still pid ended rc i sent
+    local meet rank left still pid ended rc i sent
     local -A passed=()  # how many of the signals a rank has got
-    port=${MASTER_PORT:-$(free_port)}
+    # The ranks meet in a folder that nobody else may enter, new for each start: docs/security.md.
+    meet=$(mktemp -d) || exit 2
     local pids=()
     set -m  # own process groups: a Ctrl-C comes here alone and is passed on once
     for ((rank = 0; rank < n; rank++)); do
-        RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=$n LOCAL_WORLD_SIZE=$n MASTER_ADDR=127.0.0.1 MASTER_PORT=$port \
+        RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=$n LOCAL_WORLD_SIZE=$n MASTER_ADDR=127.0.0.1 SCALEPEFT_RENDEZVOUS=$meet \
             OMP_NUM_THREADS=$OMP_NUM_THREADS "$PYTHON" -m scalepeft "$@" </dev/null &
         pids+=($!)
     done
@@ -77,6 +77,7 @@ run_ranks() {
         fi
         if [ $rc -ne 0 ] && { [ $code -eq 0 ] || [ $code -eq 75 ]; }; then code=$rc; fi
     done
+    rm -rf "$meet"
 }
 
 if [ -z "$requeue" ]; then run_ranks "$@"; exit "$code"; fi

@@ -144,13 +144,21 @@ def _explain(error: Exception, debug: bool, stoppable: bool) -> int:
         return BROKEN
     refused = isinstance(error, OSError) and error.filename and error.errno in REFUSED
     mistake = refused or isinstance(error, UserError)
-    if debug or not mistake:
-        traceback.print_exc()
     text = f"{error.filename}: {error.strerror}" if refused else str(error)  # type: ignore[attr-defined]
     # A name of thousands of characters: its begin and end.
     text = one_line(re.sub(r"(\S{80})\S{150,}(\S{20})", r"\1...\2", text), 2000)
-    if not mistake:
-        say(f"failed on rank {rank()}: {type(error).__name__}: {text}")
+    lost = None
+    if "torch" in sys.modules:  # else no rank has met another
+        from scalepeft.parallel import rendezvous
+
+        if rendezvous.of_a_connection(error):
+            lost = "lost the connection to another rank, whose lines say why: " + text
+            lost = rendezvous.who_is_gone() or lost
+        rendezvous.tell(lost or f"{type(error).__name__}: {text}")
+    if debug or not (lost or mistake):
+        traceback.print_exc()
+    if lost or not mistake:
+        say(f"failed on rank {rank()}: {lost or f'{type(error).__name__}: {text}'}")
         return BROKEN
     if refused or rank() == 0:  # user errors are agreed between the ranks: one line is enough
         say(f"error: {text}")

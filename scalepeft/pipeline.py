@@ -197,7 +197,7 @@ class Pipeline:
             "merge": self._merge,
             "report": lambda: report.write(read_all([self.folder])),
         }
-        return FINISHED, self.ranks.alone(work[name])
+        return FINISHED, self.ranks.alone(work[name]) or []
 
     def _prepare(self) -> list[Path]:
         """Reads, checks and counts all rows once, and tokenizes those to train on."""

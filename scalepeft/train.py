@@ -291,7 +291,7 @@ class _Rows:
 def _rows(config: RunConfig, base: Base, ranks: Ranks, stop: StopFlag) -> _Rows:
     """Tokenized rows, and the number of steps; one rank a node tokenizes for all of them."""
 
-    def make() -> tuple[dict[Split, Path], str] | None:
+    def make() -> list[Any] | None:
         if ranks.local_rank != 0:
             return None
         cutoff, limit = config.data.cutoff, base.positions
@@ -304,14 +304,17 @@ def _rows(config: RunConfig, base: Base, ranks: Ranks, stop: StopFlag) -> _Rows:
             files = token_file.files(task, base.tokenizer, base.vocab_size, base.ends)
         except Stopping:
             return None
-        return files, token_file.prepared(files, config.data, seed)[0].fingerprint()
+        fingerprint = token_file.prepared(files, config.data, seed)[0].fingerprint()
+        return [{split: str(file) for split, file in files.items()}, fingerprint]
 
     host, seed = socket.gethostname(), config.train.seed
     # Once a node: their folders may differ.
-    made = {name: m for name, m in ranks.gather((host, ranks.all_or_raise(make))) if m is not None}
+    pair: list[Any] = [host, ranks.all_or_raise(make)]
+    made = {name: m for name, m in ranks.gather(pair) if m is not None}
     if ranks.any(stop.signal is not None):
         raise Stopping
-    files, fingerprint = made[host]
+    paths, fingerprint = made[host]
+    files: dict[Split, Path] = {split: Path(file) for split, file in paths.items()}
     train, valid, report = ranks.all_or_raise(lambda: token_file.prepared(files, config.data, seed))
     for line in report if ranks.is_main else ():
         say(line)

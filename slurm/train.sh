@@ -60,6 +60,13 @@ restarts=${SLURM_RESTART_COUNT:-0}
 state=${SCALEPEFT_JOBS:-$PWD/runs/.jobs}/$job
 [ "$restarts" -gt 0 ] || rm -f "$state"/{starts,progress} 2>/dev/null  # another cluster's job of the same number
 begin_start "$state" || exit 2
+# Where the ranks of this start meet (docs/security.md): a folder that its user alone may enter. A lock in it must hold
+# on all nodes; each looks, below, whether it sees this shell's.
+rm -rf "$state"/meet.*
+meet=$(mktemp -d "$state/meet.XXXXXX") || die "cannot make a folder in $state"
+trap 'rm -rf "$meet"' EXIT
+export SCALEPEFT_RENDEZVOUS=$meet
+{ exec 9> "$meet/lock" && flock -n 9; } 2>/dev/null || touch "$meet/unlocked"
 # A restart may get fewer nodes than the job began with; SLURM_NTASKS still tells the old number then.
 nodes=${SLURM_JOB_NUM_NODES:-1}
 ranks=${SLURM_NTASKS:-1}
@@ -78,6 +85,7 @@ fail() { echo "error: node $(hostname): $*"; exit 2; }
 [ -f "$1/slurm/train.sh" ] || fail "no checkout in $1; it must be on a file system that all nodes share"
 [ -s "$2/.writable" ] || fail "$2 is not there; it must be on a file system that all nodes share"
 { echo > "$2/.node-$(hostname)" && rm -f "$2/.node-$(hostname)"; } 2>/dev/null || fail "cannot write $2"
+! flock -n "$SCALEPEFT_RENDEZVOUS/lock" true 2>/dev/null || touch "$SCALEPEFT_RENDEZVOUS/unlocked"
 versions=$("$3" -c 'import importlib.metadata as m, sys
 assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"
 m.version("pydantic"), m.version("safetensors")
@@ -98,6 +106,13 @@ for pause in 10 20 40 0; do
     complain "Slurm did not start a process on each node (srun ended with $fit): asks again in $pause s"
     sleep $pause & wait $!
 done
+
+exec 9>&-
+if [ -e "$meet/unlocked" ]; then
+    unset SCALEPEFT_RENDEZVOUS
+    complain "warning: file locks in $state do not hold between nodes: the ranks meet at a port that other users may reach;" \
+        "point SCALEPEFT_JOBS to a file system with locks (docs/security.md)"
+fi
 
 # A node that went down takes the ranks of the others with it before Slurm has noticed. Slurm requeues the job once it
 # has, and not on that node; so this shell must not end the job first.

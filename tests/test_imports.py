@@ -100,7 +100,9 @@ def test_a_method_needs_the_protocol_and_one_sibling_at_most(name: str) -> None:
     assert all(room(i) in ("core", "adapters") for i in own(name))
 
 
-@pytest.mark.parametrize("name", [m for m in within("parallel") if not m.endswith("ranks")])
+@pytest.mark.parametrize(
+    "name", [m for m in within("parallel") if not m.endswith(("ranks", "rendezvous"))]
+)
 def test_an_engine_needs_the_base_of_engines_alone(name: str) -> None:
     others = {i for i in own(name) if room(i) != "core"}
     assert others <= {"scalepeft.parallel.base", "scalepeft.parallel.ranks"}

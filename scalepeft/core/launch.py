@@ -10,6 +10,8 @@ from contextlib import contextmanager
 
 from scalepeft.core.errors import UserError
 
+FOLDER = "SCALEPEFT_RENDEZVOUS"  # of one start, in which its ranks meet in place of at a port
+
 
 @contextmanager
 def importing() -> Iterator[None]:
@@ -42,7 +44,8 @@ def launch_variables(env: Mapping[str, str]) -> dict[str, str]:
     if "RANK" in env or "WORLD_SIZE" in env:
         if alone := launched.get("WORLD_SIZE") == "1":
             launched.setdefault("LOCAL_RANK", launched.get("RANK", "0"))
-        if missing := [name for name in names[: 3 if alone else 5] if name not in launched]:
+        needed = names[: 3 if alone or env.get(FOLDER) else 5]
+        if missing := [name for name in needed if name not in launched]:
             raise UserError(
                 f"the launcher set {', '.join(sorted(launched))} but not {', '.join(missing)};"
                 " start with torchrun, srun, accelerate launch or launch/local.sh"

@@ -17,7 +17,11 @@ from scalepeft.core.errors import UserError, unknown
 T = TypeVar("T")
 # Folder of scalepeft -> its name in an extension folder and, after "scalepeft.", of its group.
 KINDS = {"adapters.methods": "adapters", "parallel": "engines", "data.tasks": "tasks"}
-NO_ENTRIES = ("base", "ranks")  # modules beside the entries: the protocol and what it is built on
+NO_ENTRIES = (
+    "base",
+    "ranks",
+    "rendezvous",
+)  # modules beside the entries: the protocol and what it is built on
 
 
 def names(pattern: str, layer: str) -> bool:

@@ -88,11 +88,12 @@ class ScalepeftLM(HFLM):
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Every rank's number, in rank order."""
-        return torch.cat([part.reshape(-1) for part in self.ranks.gather(tensor.cpu())])
+        parts = self.ranks.gather(tensor.reshape(-1).tolist())
+        return torch.tensor([number for part in parts for number in part], dtype=tensor.dtype)
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
         """Every rank's object, in rank order, on rank ``dst``."""
-        found = self.ranks.gather(obj)
+        found = [_decoded(value) for value in self.ranks.gather(_encoded(obj))]
         return found if self.ranks.rank == dst else None
 
     def barrier(self) -> None:
@@ -111,6 +112,26 @@ class ScalepeftLM(HFLM):
             "fingerprint": self.target.fingerprint,
             "step": self.target.step,
         }
+
+
+def _encoded(value: Any) -> Any:
+    """``value`` in JSON's types: of lm-eval's dicts some keys are tuples."""
+    if isinstance(value, dict):
+        return {"dict": [[_encoded(k), _encoded(v)] for k, v in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [_encoded(v) for v in value]}
+    if isinstance(value, list):
+        return [_encoded(v) for v in value]
+    value = value.item() if hasattr(value, "item") else value  # numpy's and torch's numbers
+    return value if value is None or type(value) in (str, int, float, bool) else str(value)
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, dict):
+        if "tuple" in value:
+            return tuple(_decoded(v) for v in value["tuple"])
+        return {_decoded(k): _decoded(v) for k, v in value["dict"]}
+    return [_decoded(v) for v in value] if isinstance(value, list) else value
 
 
 def main() -> int:

@@ -111,8 +111,8 @@ class QuantizedCopy:
         file = temporary / f"rank-{self.ranks.rank:05d}.safetensors"
         try:
             self.ranks.run_on_main(lambda: self._begin(temporary))
-            written = self.ranks.all_or_raise(lambda: (file.name, self._write(file)))
-            files = dict(self.ranks.gather(written))
+            written = self.ranks.all_or_raise(lambda: {file.name: self._write(file)})
+            files = {k: v for made in self.ranks.gather(written) for k, v in made.items()}
             self.ranks.run_on_main(lambda: self._commit(temporary, files))
             self._opened(self.folder)  # does every node see it, and the disk return it?
             if self.ranks.is_main:

@@ -60,6 +60,7 @@ class FSDP2(Engine):
         else:
             names = ("replicate", "shard")
             mesh = init_device_mesh(device, (world // group, group), mesh_dim_names=names)
+            self.ranks.check_groups(mesh.get_all_groups())
         for block in blocks:
             _shard(block, mesh=mesh, reshard_after_forward=self.config.reshard_after_forward)
         # Not in the model's unit, which stays gathered all the step. Tied, it is the head too.

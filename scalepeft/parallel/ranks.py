@@ -1,10 +1,10 @@
 """This process among all ranks: its device, collectives on the CPU, and agreement."""
 
 import gc
+import json
 import os
 import socket
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -12,12 +12,11 @@ import torch.distributed as dist
 
 from scalepeft.core.errors import UserError
 from scalepeft.core.launch import launch_variables
+from scalepeft.core.log import say
 from scalepeft.core.preemption import Stopping
+from scalepeft.parallel import rendezvous
 
 T = TypeVar("T")
-# Start-up work on one rank (tokenizing, a first download) keeps the others waiting in a control
-# collective.
-CONTROL_TIMEOUT = timedelta(hours=2)
 
 
 def pick_device(wanted: str, local_rank: int) -> torch.device:
@@ -53,7 +52,7 @@ def fix_order(deterministic: str, device: torch.device) -> None:
 
 class Ranks:
     """This process among ``world_size``; collectives here, but ``sum`` of a GPU's tensor, run on
-    the CPU (gloo) and never wait for a GPU.
+    the CPU (gloo) and never wait for a GPU. What is gathered travels as JSON or bytes: no pickle.
     """
 
     def __init__(
@@ -62,6 +61,8 @@ class Ranks:
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
         self.device = torch.device(device)
         self.control: dist.ProcessGroup | None = None
+        self.presence: rendezvous.Presence | None = None
+        self.secret = b""
 
     @classmethod
     def start(cls, wanted_device: str, process_group: bool, deterministic: str = "auto") -> "Ranks":
@@ -82,15 +83,36 @@ class Ranks:
         if ranks.world_size == 1 and not process_group:
             return ranks
         os.environ.update(env)
-        backend = "gloo" if ranks.device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        kwargs: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
-        if ranks.world_size == 1:
-            kwargs["store"] = dist.HashStore()
-        if ranks.device.type == "cuda":
-            kwargs["device_id"] = ranks.device
-        dist.init_process_group(backend, **kwargs)
-        ranks.control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        on_gpu = ranks.device.type == "cuda"
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        ranks.control, ranks.secret = rendezvous.join(
+            backend,
+            ranks._meet(env),
+            ranks.rank,
+            ranks.world_size,
+            device_id=ranks.device if on_gpu else None,
+        )
         return ranks
+
+    def _meet(self, env: dict[str, str]) -> dist.Store:
+        if rendezvous.on_one_machine(env):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        if self.world_size == 1:
+            return dist.HashStore()
+        if path := rendezvous.folder():
+            self.presence = rendezvous.Presence(path, self.rank, self.world_size)
+        elif self.is_main:
+            where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+            say(f"the ranks meet at {where}, open to whoever reaches it (docs/security.md)")
+        return rendezvous.open_store(env, "ranks")
+
+    def check_groups(self, groups: list[dist.ProcessGroup]) -> None:
+        """Raises UserError if somebody else took a rank's place in these groups. A collective."""
+        if self.device.type == "cuda":  # NCCL's
+            return
+        proven = [rendezvous.prove(group, self.secret) for group in groups]
+        if self.any(not all(proven)):
+            raise UserError("another process answered at a port of these ranks; start once more")
 
     def ranks_a_node(self) -> int:
         """Number of ranks on each node; a collective.
@@ -128,20 +150,30 @@ class Ranks:
         return values
 
     def gather(self, value: T) -> list[T]:
-        """Returns every rank's value, in rank order, on every rank."""
+        """Returns every rank's value, of JSON's types, in rank order, on every rank."""
+        assert _plain(value), f"to other ranks go JSON's types, not {value!r:.200}"
         if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value, group=self.control)
-        return values
+        every = self._gather_bytes(_bytes_of(value), everywhere=True)
+        return [json.loads(part.numpy().tobytes()) for part in every]
 
-    def gather_on_main(self, value: T) -> list[T] | None:
-        """Returns every rank's value, in rank order, on rank 0; None elsewhere."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] | None = [None] * self.world_size if self.is_main else None
-        dist.gather_object(value, values, dst=0, group=self.control)
-        return values
+    def bytes_on_main(self, mine: torch.Tensor) -> list[torch.Tensor] | None:
+        """Returns every rank's uint8 vector, of any length, in rank order on rank 0; else None."""
+        return self._gather_bytes(mine, everywhere=False) if self.world_size > 1 else [mine]
+
+    def _gather_bytes(self, mine: torch.Tensor, everywhere: bool) -> Any:
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([mine.numel()]), group=self.control)
+        longest = int(max(sizes))
+        padded = torch.nn.functional.pad(mine, (0, longest - mine.numel()))
+        if not everywhere and not self.is_main:
+            return dist.gather(padded, dst=0, group=self.control)
+        every = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
+        if everywhere:
+            dist.all_gather(every, padded, group=self.control)
+        else:
+            dist.gather(padded, every, dst=0, group=self.control)
+        return [part[: int(size)] for part, size in zip(every, sizes, strict=True)]
 
     def assert_equal(self, value: str, what: str) -> str:
         """Returns ``value`` if it is equal on every rank, as a node's own copy of a file should be.
@@ -165,35 +197,38 @@ class Ranks:
         try:
             result = work()
         except Exception as error:
-            self.gather((UserError if isinstance(error, UserError) else RuntimeError, str(error)))
+            self.gather([isinstance(error, UserError), str(error)])
             raise
         failures: list[Any] = self.gather(None)
         for rank, failed in enumerate(failures):
             if failed is not None:
-                kind, text = failed
-                raise kind(f"rank {rank}: {text}")
+                raise (UserError if failed[0] else RuntimeError)(f"rank {rank}: {failed[1]}")
         return result
 
     def run_on_main(self, work: Callable[[], T]) -> T:
-        """Runs ``work`` on rank 0, returns its result on every rank; its failure is everyone's."""
-        result = [self.all_or_raise(lambda: work() if self.is_main else None)]
-        if self.world_size > 1:
-            dist.broadcast_object_list(result, src=0, group=self.control)
-        return result[0]  # type: ignore[return-value]
+        """Runs ``work`` on rank 0, returns its result, of JSON's types, on every rank; its failure
+        is everyone's.
+        """
+        made = self.all_or_raise(lambda: work() if self.is_main else None)
+        return self.gather(made)[0]  # type: ignore[return-value]
 
-    def alone(self, work: Callable[[], T]) -> T:
-        """``run_on_main`` for long work that polls for a signal: its Stopping is everyone's."""
+    def alone(self, work: Callable[[], T]) -> T | None:
+        """Runs long work on rank 0, which has its result; its failure, and the Stopping of work
+        that polls for a signal, is everyone's.
+        """
+        result = None
 
-        def guarded() -> tuple[T | None, bool]:
+        def stopped() -> bool:
+            nonlocal result
             try:
-                return work(), False
+                result = work()
             except Stopping:
-                return None, True
+                return True
+            return False
 
-        result, stopped = self.run_on_main(guarded)
-        if stopped:
+        if self.run_on_main(stopped):
             raise Stopping
-        return result  # type: ignore[return-value]
+        return result
 
     def finish(self, *_released: object) -> None:
         """Leaves the process group; call with no engine or model alive (DDP over gloo would hang at
@@ -201,5 +236,20 @@ class Ranks:
         """
         if dist.is_initialized():
             dist.barrier(group=self.control)
+            if self.presence:
+                self.presence.leave()
             gc.collect()
             dist.destroy_process_group()
+
+
+def _plain(value: Any) -> bool:
+    """True if JSON gives back the very same."""
+    if isinstance(value, dict):
+        return all(type(key) is str and _plain(v) for key, v in value.items())
+    if isinstance(value, list):
+        return all(map(_plain, value))
+    return value is None or type(value) in (str, int, float, bool)
+
+
+def _bytes_of(value: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)

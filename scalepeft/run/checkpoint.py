@@ -62,6 +62,15 @@ class Checkpoint:
     folder: Path
     state: dict[str, Any]
 
+    def plain(self) -> list[Any]:
+        """As it goes to the other ranks."""
+        return [self.step, str(self.folder), self.state]
+
+    @classmethod
+    def of(cls, plain: list[Any] | None) -> "Checkpoint | None":
+        """What ``plain`` gave, if anything."""
+        return cls(plain[0], Path(plain[1]), plain[2]) if plain else None
+
 
 class RunFolder:
     """One run's folder on the rank that writes. ``generation`` counts the starts and is the fence.

@@ -79,14 +79,14 @@ def check_nodes(run_dir: str, ranks: Ranks) -> None:
     """
     folder = Path(run_dir)
 
-    def mark() -> Path:
+    def mark() -> str:
         with writing_in(folder):
             ours = f".{socket.gethostname()}.{os.getpid()}.tmp"  # removed, should this one die
             handle, name = tempfile.mkstemp(ours, ".seen-by-all-nodes-", folder)
         os.close(handle)
-        return Path(name)
+        return name
 
-    seen = ranks.run_on_main(mark)
+    seen = Path(ranks.run_on_main(mark))
 
     def look() -> None:
         with writing_in(folder):

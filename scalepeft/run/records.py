@@ -41,7 +41,7 @@ class Save:
     begin: float  # ``time.monotonic()`` then
     stall: float = 0.0  # seconds that the training stood still for a save in the background; else 0
     files: dict[str, Any] = field(default_factory=dict)  # size and checksum of what this rank wrote
-    error: tuple[bool, str] | None = None  # whether a newer start owns the folder; what went wrong
+    error: list[Any] | None = None  # whether a newer start owns the folder; what went wrong
     thread: threading.Thread | None = None  # writes in the background
     cancelled: bool = False
 
@@ -86,17 +86,17 @@ class RunRecorder:
         self._complaint: str | None = None  # the disk's, about the newest row
         self._lost: dict[str, float] = {}  # as ``lost_since`` says, for the report
         # The newest that verifies; the same on every rank.
-        self.resumed: Checkpoint | None = self._open(allow_changes)
+        self.resumed = Checkpoint.of(self._open(allow_changes))
 
     @on_main
-    def _open(self, allow_changes: bool) -> Checkpoint | None:
+    def _open(self, allow_changes: bool) -> list[Any] | None:
         check_same_run(self.config, allow_changes)
         check_free(self.path)
         self.folder = RunFolder(self.path)
         resumed, passed_over = self.folder.newest()
         for reason in passed_over:
             say(f"checkpoint passed over: {reason}")
-        return resumed
+        return resumed.plain() if resumed else None
 
     def withdraw(self) -> None:
         """Leaves no empty folder of a start that came to an end before ``claim``."""
@@ -110,10 +110,11 @@ class RunRecorder:
         process of it that was taken for dead stops at its next write; what it saved meanwhile is
         resumed here.
         """
-        self.generation, self.resumed, self.evaluated = self._claim(launched)
+        self.generation, resumed, self.evaluated = self._claim(launched)
+        self.resumed = Checkpoint.of(resumed)
 
     @on_main
-    def _claim(self, launched: float) -> tuple[int, Checkpoint | None, int]:
+    def _claim(self, launched: float) -> list[Any]:
         path = self.path
         self.folder.claim()
         self._lease = Lease(path, self.folder.generation)
@@ -131,7 +132,8 @@ class RunRecorder:
             self.validation = RowLog(path / "validation.jsonl", step, check)
         if self.metrics.last_step < step:
             say(f"metrics.jsonl lacks rows: it ends at step {self.metrics.last_step} of {step}")
-        return self.folder.generation, resumed, self.validation.last_step
+        checkpoint = resumed.plain() if resumed else None
+        return [self.folder.generation, checkpoint, self.validation.last_step]
 
     @on_main
     def finished(self) -> bool:
@@ -225,15 +227,15 @@ class RunRecorder:
         self._complaint = reason
 
     @on_main
-    def begin_save(self, step: int) -> tuple[Path | None, str]:
+    def begin_save(self, step: int) -> list[str]:
         """Returns the folder that the ranks write into, or why the disk refused; logs go first."""
         self._room.give()
         try:
             self.metrics.sync()
             self.validation.sync()
-            return self.folder.begin(step), ""
+            return [str(self.folder.begin(step)), ""]
         except OSError as error:
-            return None, error.strerror or str(error)
+            return ["", error.strerror or str(error)]
 
     @on_main
     def commit_save(self, save: Save, files: dict[str, Any]) -> str | None:

@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -78,9 +79,9 @@ class Saver:
         else:
             files, shapes = self._local_files(parts, copied=in_background)
         folder, reason = self.records.begin_save(step)
-        if folder is None:
+        if reason:
             return reason
-        pending = Save(step, folder, state | {"tensors": len(parts)}, begin)
+        pending = Save(step, Path(folder), state | {"tensors": len(parts)}, begin)
         if not in_background:
             self._write(pending, files, shapes)
             return self._commit(pending)
@@ -149,12 +150,13 @@ class Saver:
         except Exception as error:  # told to all ranks in the commit, whatever it is
             superseded = isinstance(error, Superseded)
             reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            pending.error = (superseded, str(error) if superseded else reason)
+            pending.error = [superseded, str(error) if superseded else reason]
 
     def _commit(self, pending: Save) -> str | None:
         self._pending = None
         begin = time.monotonic()
-        everyone = self.ranks.gather((pending.files, pending.error))
+        mine: list[Any] = [pending.files, pending.error]
+        everyone = self.ranks.gather(mine)
         errors = [(rank, *error) for rank, (_, error) in enumerate(everyone) if error is not None]
         for _, superseded, text in errors:
             if superseded:
@@ -190,23 +192,27 @@ class Saver:
 
 def gather(ranks: Ranks, parts: dict[str, Part]) -> dict[str, Tensor] | None:
     """Puts the ranks' parts together on rank 0: name -> whole CPU tensor there, None elsewhere."""
-    mine = {
-        name: (part.start, part.data.cpu())
-        for name, part in parts.items()
-        if part.mine and part.data.numel()
-    }
-    everyone = ranks.gather_on_main(mine)
-    if everyone is None:
+    if ranks.world_size == 1:
+        return {n: part.data.to("cpu", copy=True).view(part.shape) for n, part in parts.items()}
+    mine = {n: part for n, part in parts.items() if part.mine and part.data.numel()}
+    data = [part.data.cpu().contiguous().view(-1).view(torch.uint8) for part in mine.values()]
+    here: list[list[Any]] = [[n, part.start, part.data.nbytes] for n, part in mine.items()]
+    held = ranks.gather(here)
+    received = ranks.bytes_on_main(torch.cat([*data, torch.empty(0, dtype=torch.uint8)]))
+    if received is None:
         return None
-    whole = {}
-    for name, part in parts.items():
-        flat = torch.empty(math.prod(part.shape), dtype=part.data.dtype)
-        found = [held[name] for held in everyone if name in held]
-        assert sum(values.numel() for _, values in found) == flat.numel(), name
-        for start, values in found:
-            flat[start : start + values.numel()] = values
-        whole[name] = flat.view(part.shape)
-    return whole
+    whole = {n: torch.empty(math.prod(p.shape), dtype=p.data.dtype) for n, p in parts.items()}
+    missing = sum(flat.nbytes for flat in whole.values())
+    for theirs, values in zip(held, received, strict=True):
+        at = 0
+        for name, start, size in theirs:
+            flat = whole[name].view(torch.uint8)
+            first = start * parts[name].data.itemsize
+            flat[first : first + size] = values[at : at + size]
+            at += size
+        missing -= at
+    assert not missing, f"{missing} bytes of {len(parts)} tensors came from no rank, or twice"
+    return {name: flat.view(parts[name].shape) for name, flat in whole.items()}
 
 
 def _by_kind(tensors: dict[str, Tensor], ranks: str) -> dict[str, dict[str, Tensor]]:

@@ -157,6 +157,7 @@ def test_two_nodes_of_two_ranks_then_zero_3_on_two(runs: Runs) -> None:
     log = runs.log(job)
     assert "start 1 (restarts: 0)" in log and "4 ranks on 2 nodes: node[1-2]" in log
     assert "node node2: no GPU that nvidia-smi sees; python 3" in log
+    assert "file locks" not in log and "open to whoever" not in log, "the ranks met at a port"
     steps[1:] = ["engine=zero", "engine.whole_below=0", "--resume-with-changes"]
     job = runs.submit(str(runs.job_file(ranks=1)), *steps)
     runs.cluster.wait(job, "COMPLETED")

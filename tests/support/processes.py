@@ -1,11 +1,14 @@
 """Real ranks as real processes, tiny runs and what they leave."""
 
+import atexit
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from functools import cache
 from pathlib import Path
@@ -49,7 +52,7 @@ def call(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 class Job:
-    """Ranks of one run as processes, with the variables torchrun would set.
+    """Ranks of one run as processes, with the variables launch/local.sh sets.
 
     ``fresh``: each starts its own Python, for what happens before anything is imported.
     """
@@ -65,6 +68,8 @@ class Job:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
+        self.folder = tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
         self.ranks: list[subprocess.Popen[str] | Forked] = []
         for rank in range(ranks):
             variables = {
@@ -74,6 +79,7 @@ class Job:
                 "WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
+                "SCALEPEFT_RENDEZVOUS": self.folder,
                 "OMP_NUM_THREADS": "1",
                 **(env or {}),
             }

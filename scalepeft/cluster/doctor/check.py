@@ -1,4 +1,4 @@
-"""The form of a check, and the ranks that run it: they meet at a TCPStore and with time limits, so
+"""The form of a check, and the ranks that run it: they meet at a store and with time limits, so
 that a rank that never comes, dies or hangs is a finding and not a hang.
 """
 
@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from scalepeft.core.slurm import output_of
+from scalepeft.parallel import rendezvous
 from scalepeft.parallel.ranks import Ranks
 
 GRACE = 10.0  # seconds that an answer may take beyond the work itself
@@ -156,22 +157,21 @@ class Context:
 
 
 def meet(context: Context, env: Mapping[str, str]) -> None:
-    """Meet the other ranks at MASTER_ADDR:MASTER_PORT of the launcher's variables. Raises
-    RuntimeError: the store cannot be reached, or ranks did not come: who, and where to look.
+    """Meet the other ranks where the launcher's variables say. Raises RuntimeError: the store is out of
+    reach, or ranks did not come: who, and where to look.
     """
     rank, world_size, timeout = context.ranks.rank, context.ranks.world_size, context.timeout
     host = socket.gethostname()
     if world_size == 1:
         context.store, context.hosts = dist.HashStore(), {0: host}
         return
-    address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
-    at, limit = f"{address}:{port}", timedelta(seconds=timeout)
-    # torchrun serves the store itself.
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address, port = env.get("MASTER_ADDR", ""), int(env.get("MASTER_PORT", "0"))
+    folder = rendezvous.folder()
+    at = folder or f"{address}:{port}"
     try:
-        if not serves:
+        if not folder and not rendezvous.serves(env):
             _reach(address, port, timeout)
-        store = dist.TCPStore(address, port, None, serves, limit, wait_for_workers=False)
+        context.store = rendezvous.open_store(env, "doctor", timedelta(seconds=timeout))
     except (OSError, RuntimeError) as failure:
         raise RuntimeError(
             f"rank {rank} on {host} does not reach rank 0 at {at} within {timeout:.0f} s"
@@ -179,9 +179,6 @@ def meet(context: Context, env: Mapping[str, str]) -> None:
             " for the right machine (set MASTER_ADDR), is the port taken (set MASTER_PORT to a free"
             " one), is a firewall in between"
         ) from None
-    # A restart by torchrun meets at the same store, where the keys of the first start still are.
-    prefix = f"doctor {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    context.store = dist.PrefixStore(prefix, store)
     try:
         context.hosts = hosts = context.exchange(host, timeout)
     except RuntimeError as failure:  # rank 0, which came earlier, has given up with the store
