@@ -21,7 +21,6 @@ from scalepeft.core.errors import UserError
 from scalepeft.core.files import sealed
 from scalepeft.models.tensors import Reader, write_tensors
 from scalepeft.run.checkpoint import RunFolder
-from scalepeft.run.lease import stored_generation
 
 STATE = {"base": {}, "data": "", "nonfinite_in_a_row": 0}
 TENSORS = {"a.adapter.U": (6, 50), "b.adapter.U": (40,), "c.adapter.s": ()}
@@ -34,7 +33,7 @@ def expected(step: int) -> dict[str, torch.Tensor]:
 
 def claimed(path: Path) -> RunFolder:
     folder = RunFolder(path)
-    folder.claim(stored_generation(path))
+    folder.claim()
     return folder
 
 

@@ -32,7 +32,7 @@ class Records:
 
     def __init__(self, path: Path) -> None:
         self.ranks, self.path, self.folder = Ranks(), path, RunFolder(path)
-        self.folder.claim(0)
+        self.folder.claim()
         self.generation = self.folder.generation
         self.config = type("C", (), {"train": type("T", (), {"save_mode": "sharded"})})
 

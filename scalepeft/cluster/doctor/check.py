@@ -157,8 +157,8 @@ class Context:
 
 
 def meet(context: Context, env: Mapping[str, str]) -> None:
-    """Meet the other ranks where the launcher's variables say. Raises RuntimeError: the store is out of
-    reach, or ranks did not come: who, and where to look.
+    """Meet the other ranks where the launcher's variables say. Raises RuntimeError: the store is
+    out of reach, or ranks did not come: who, and where to look.
     """
     rank, world_size, timeout = context.ranks.rank, context.ranks.world_size, context.timeout
     host = socket.gethostname()
