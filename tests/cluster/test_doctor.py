@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from processes import ROOT, TINY, Job, train
+from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor
 
 from scalepeft.cluster.doctor import command as doctor
@@ -22,7 +23,7 @@ from scalepeft.config import files as config_files
 from scalepeft.config import schema as config
 from scalepeft.core.errors import UserError
 from scalepeft.models import tiny
-from scalepeft.parallel import fsdp2, zero
+from scalepeft.parallel import zero
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run import lease, provenance
 
@@ -353,13 +354,13 @@ def test_a_changed_byte_is_found() -> None:
 
 def test_a_torch_that_cannot_shard_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before 2.13 ``fully_shard`` raises for them: they pass for floats, and come out as bytes."""
-    shard = fsdp2.fully_shard
+    shard = fsdp.fully_shard
 
     def of_floats(unit: Any, **settings: Any) -> None:
         assert all(p.is_floating_point() for p in unit.parameters() if not isinstance(p, DTensor))
         shard(unit, **settings)
 
-    monkeypatch.setattr(fsdp2, "fully_shard", of_floats)
+    monkeypatch.setattr(fsdp, "fully_shard", of_floats)
     torch.distributed.init_process_group(
         "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
     )
