@@ -77,7 +77,8 @@ def test_three_ranks_in_order(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ranks_that_never_come() -> None:
-    alone = [Job(1, ["doctor", "--timeout", "3"], env={"WORLD_SIZE": "3", "RANK": r}) for r in "02"]
+    env = {"WORLD_SIZE": "3", "SCALEPEFT_RENDEZVOUS": ""}  # as under torchrun
+    alone = [Job(1, ["doctor", "--timeout", "3"], env={**env, "RANK": r}) for r in "02"]
     (first,), text = alone[0].wait(60)
     assert first == 1
     assert "FIX   ranks         ranks 1-2 of 3 did not come to 127.0.0.1:" in text
