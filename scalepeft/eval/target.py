@@ -70,6 +70,8 @@ def _with_merged(config: RunConfig) -> RunConfig:
         fix = f"scalepeft merge {config.run_dir} {folder}"
         raise UserError(f"{folder}: no merged checkpoint there; {fix}")
     if reason := changed(folder):
-        raise UserError(f"{folder}: {reason}; remove the folder and merge again")
+        raise UserError(
+            f"{folder}: {reason}; merge again, or remove its manifest.json to take it so"
+        )
     model = replace(config.model, path=str(folder), revision=None, quant="none", double_quant=False)
     return replace(config, model=model)
