@@ -100,7 +100,7 @@ class Ranks:
         if self.world_size == 1:
             return dist.HashStore()
         if path := rendezvous.folder():
-            self.presence = rendezvous.Presence(path, self.rank, self.world_size)
+            self.presence = rendezvous.Presence(path, self.rank)
         elif self.is_main:
             where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
             say(f"the ranks meet at {where}, open to whoever reaches it (docs/security.md)")

@@ -11,7 +11,6 @@ import hmac
 import os
 import secrets
 import socket
-import threading
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -24,8 +23,6 @@ import torch.distributed as dist
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import read_text, write_atomically
 from scalepeft.core.launch import FOLDER
-from scalepeft.core.log import say
-from scalepeft.core.preemption import BROKEN
 from scalepeft.core.text import one_line
 
 # Start-up work on one rank (tokenizing, a first download) keeps the others waiting in a control
@@ -35,7 +32,6 @@ MEETING = timedelta(minutes=30)
 PROOF = timedelta(seconds=20)
 ATTEMPTS = 3  # a stranger may take a rank's place at a port of gloo, which the proof finds out
 GLOO = "gloo/transport"  # stands in what it raises
-POLL, GRACE = 2.0, 20.0  # seconds: between looks; for a rank to end by itself once another is gone
 FINISHED = "finished"
 
 
@@ -153,34 +149,21 @@ def of_a_connection(error: Exception) -> bool:
 
 
 class Presence:
-    """A rank's file in the start's folder, locked while its process lives, and a look at others:
-    once one of them is gone, a process that does not end by itself ends with a line.
+    """A rank's file in the start's folder, locked while its process lives: by it the others know
+    which of them is gone once a connection broke. Launchers end ranks that wait for one elsewhere.
     """
 
-    def __init__(self, path: Path, rank: int, world_size: int) -> None:
-        self.path, self.rank, self.world_size = path, rank, world_size
-        self._left = threading.Event()
+    def __init__(self, path: Path, rank: int) -> None:
         # A number, as the lock goes with the first descriptor of the file that is closed.
         self._file = os.open(_file(path, rank), os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.lockf(self._file, fcntl.LOCK_EX)
-        os.write(self._file, f"{socket.gethostname()}\n".encode())
+        self._size = os.write(self._file, f"{socket.gethostname()}\n".encode())
         atexit.register(self.leave)
-        threading.Thread(target=self._watch, daemon=True).start()
 
     def leave(self) -> None:
-        """Ends in order: nobody else is to end for it."""
-        if not self._left.is_set():
-            self._left.set()
+        """Says that this rank ends in order, unless why it does not was told."""
+        if os.fstat(self._file).st_size == self._size:
             os.write(self._file, FINISHED.encode())
-
-    def _watch(self) -> None:
-        neighbor = (self.rank + 1) % self.world_size
-        while not (text := _gone(self.path, [neighbor])):
-            if self._left.wait(POLL):
-                return
-        if not self._left.wait(GRACE):
-            say(f"failed on rank {self.rank}: {text}")
-            os._exit(BROKEN)
 
 
 def tell(reason: str) -> None:

@@ -119,22 +119,23 @@ def test_the_others_say_which_rank_was_killed(tmp_path: Path, killed: int) -> No
 
 
 @pytest.mark.multiprocess
-def test_a_rank_that_waits_elsewhere_ends_too(tmp_path: Path) -> None:
-    text = """
-from pathlib import Path
-rendezvous.GRACE = 0.5
+@pytest.mark.parametrize("end", ["os._exit(3)", "sys.exit(3)", ""])
+def test_what_a_rank_said_last_is_what_the_others_say(tmp_path: Path, end: str) -> None:
+    text = f"""
 rank = int(os.environ["RANK"])
-rendezvous.Presence(rendezvous.folder(), rank, 3)
-while rank == 1 and not all(os.path.exists(f"{rendezvous.folder()}/rank-{r}") for r in (0, 2)):
+rendezvous.Presence(rendezvous.folder(), rank)
+while rank == 0 and not os.path.exists(f"{{rendezvous.folder()}}/rank-1"):
     time.sleep(0.01)
-if rank == 1:
+if rank == 1 and {end!r}:
     rendezvous.tell("OSError: no\\nroom")
-    os._exit(3)
-time.sleep(600)
+    {end}
+if rank == 0:
+    print(rendezvous.who_is_gone(10 if {end!r} else 1))
 """
-    codes, printed = Job(3, [], program=program(tmp_path, text)).wait(60)
-    assert codes == [1, 3, 1]
-    assert printed.count(f"rank 1 on {socket.gethostname()} ended: OSError: no room\n") == 2
+    codes, printed = Job(2, [], program=program(tmp_path, text)).wait(60)
+    assert codes == [0, 3 if end else 0]
+    said = f"rank 1 on {socket.gethostname()} ended: OSError: no room"
+    assert (said if end else "None") in printed.splitlines()
 
 
 def test_a_folder_that_others_may_enter_is_refused(
