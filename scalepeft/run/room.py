@@ -1,5 +1,6 @@
 """Disk space that is kept for the next save, so that a disk that others fill does not refuse it."""
 
+import ctypes
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -23,7 +24,7 @@ class Room:
         for more in (ROWS, 0):
             try:
                 with self._file.open("wb") as f:
-                    os.posix_fallocate(f.fileno(), 0, self._bytes + more)
+                    _allocate(f.fileno(), self._bytes + more)
                 return
             except OSError as error:
                 reason = error.strerror
@@ -36,3 +37,10 @@ class Room:
         """Removes it."""
         with suppress(OSError):  # a disk that refuses even this says so at the save
             self._file.unlink(missing_ok=True)
+
+
+def _allocate(fd: int, size: int) -> None:
+    # Not os.posix_fallocate, which writes zeros where a file system (NFS 3) cannot: at every save.
+    libc, size_of = ctypes.CDLL(None, use_errno=True), ctypes.c_int64
+    if libc.fallocate(fd, 0, size_of(0), size_of(size)):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
