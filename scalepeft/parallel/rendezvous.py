@@ -41,10 +41,8 @@ FINISHED = "finished"
 
 
 def folder() -> Path | None:
-    """Return the folder of this start; None where its launcher made none.
-
-    Raises:
-        UserError: it is not there, or not this user's alone.
+    """Return the folder of this start; None where its launcher made none. Raises UserError: it is
+    not there, or not this user's alone.
     """
     if not (name := os.environ.get(FOLDER)):
         return None
@@ -60,10 +58,7 @@ def folder() -> Path | None:
 
 def open_store(env: Mapping[str, str], name: str, timeout: timedelta = MEETING) -> dist.Store:
     """Return the store of ``name`` in which the ranks meet: a file of the start's folder, else at
-    MASTER_ADDR:MASTER_PORT, on the interface of that address alone.
-
-    Raises:
-        OSError, RuntimeError: it cannot be reached, or the port is taken.
+    MASTER_ADDR:MASTER_PORT, on the interface of that address alone. Raises OSError, RuntimeError.
     """
     # A restart by torchrun meets at the same store, where the keys of the first start still are.
     name = f"{name} {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
