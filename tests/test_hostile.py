@@ -17,11 +17,12 @@ from scalepeft.cli import main
 from scalepeft.cluster.plan import gpus
 from scalepeft.core import files
 from scalepeft.core.errors import UserError
+from scalepeft.core.files import kept_digest
 from scalepeft.core.log import say
 from scalepeft.core.text import plain
 from scalepeft.data import token_file
 from scalepeft.data.tasks.toy import Toy, ToyConfig
-from scalepeft.models import integrity, tiny
+from scalepeft.models import tiny
 from scalepeft.models.hub import ModelConfig, load_tokenizer
 from scalepeft.models.weights import Weights
 from scalepeft.run import goodput, lease, status
@@ -124,7 +125,7 @@ def test_a_home_that_cannot_be_written(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert done.stderr.splitlines()[-1].endswith("/home/.cache: Not a directory")
+    assert done.stderr.splitlines()[-1].endswith("Not a directory; set SCALEPEFT_CACHE=FOLDER")
 
 
 RECORDS: dict[str, Callable[[Path], Any]] = {
@@ -209,7 +210,7 @@ def test_a_cache_that_a_group_shares(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def work() -> list[Path]:
         folder = tiny.make(0)
         split = token_file.split_file(Toy(config), "train", tokenizer, [])
-        return [folder, split, integrity._digest(Path("/etc/passwd"), [1])]
+        return [folder, split, kept_digest(Path("/etc/passwd"))]
 
     work()
     with tempfile.TemporaryDirectory() as above:

@@ -42,7 +42,7 @@ def parts(folder: Path) -> Iterator[Part]:
     """What is in a run folder, in the order in which it is made."""
     cell = [folder / f"{name}.json" for name in ("training", "evaluation")]  # of a comparison
     for file in [*sorted(folder.glob("stages/*.json")), *(f for f in cell if f.is_file())]:
-        if "." not in file.stem and file.stem != "holder":
+        if "." not in file.stem and not file.stem.startswith("holder"):
             stage = Stage(file.parent, file.stem, folder)
             # What is stale is made again, and may be set aside by now.
             old = stage.stale()

@@ -198,12 +198,12 @@ def read_text(file: Path, limit: int = RECORD_BYTES) -> str:
     """
     # Without O_NONBLOCK the open itself waits for a FIFO's writer.
     with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as f:
-        if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
+        found = os.fstat(f.fileno())
+        if not stat.S_ISREG(found.st_mode):
             raise OSError(f"{file.name} is not a regular file")
-        content = f.read(limit + 1)
-    if len(content) > limit:
-        raise ValueError(f"{file.name} has more than {limit} bytes")
-    return content.decode()
+        if found.st_size > limit:
+            raise ValueError(f"{file.name} has more than {limit} bytes")
+        return f.read().decode()
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -70,6 +70,7 @@ def _with_merged(config: RunConfig) -> RunConfig:
         fix = f"scalepeft merge {config.run_dir} {folder}"
         raise UserError(f"{folder}: no merged checkpoint there; {fix}")
     if reason := changed(folder):
-        raise UserError(f"{folder}: {reason}; remove the folder and merge again")
+        fix = "merge again, or remove its manifest.json to take it as it is"
+        raise UserError(f"{folder}: {reason}; {fix}")
     model = replace(config.model, path=str(folder), revision=None, quant="none", double_quant=False)
     return replace(config, model=model)

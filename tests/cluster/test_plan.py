@@ -341,7 +341,7 @@ def test_the_newest_result_of_that_gpu_is_found(
         ({"device": None}, {"gpu": "H200"}, "TypeError.* expected gpu.json of a full"),
         (None, {"gpu": "H200"}, "FileNotFound.* expected gpu.json of a full"),
         ("[]", {"gpu": "H200"}, "expected gpu.json of a full"),
-        ('{"env": {}', {"gpu": "H200"}, "JSONDecodeError.* expected gpu.json of a full"),
+        ('{"env": {}', {"gpu": "H200"}, "ValueError.* expected gpu.json of a full"),
         (json.dumps({**MEASURED, "plan": {}}), {"gpu": "H200"}, "expected gpu.json of a full"),
         (json.dumps(MEASURED).replace("0.75", '"NaN"').replace("0.5", '"NaN"'), {"gpu": "H200"},
          "ValueError.*nan.* expected gpu.json"),

@@ -184,6 +184,7 @@ def test_stand_in_for_vllm_on_a_merged_4_bit_run(
     merge.run(str(run_dir), str(run_dir / "merged"), [], "dequantized", "fp32")
     hostile = {"eos_token_id": [2, 511], "temperature": 1.0, "max_new_tokens": 1}
     (run_dir / "merged" / "generation_config.json").write_text(json.dumps(hostile))
+    (run_dir / "merged" / "manifest.json").unlink()  # of the one that was replaced
     wanted = predictions(run_dir, "merged", "evaluate.max_tokens=40")
     assert predictions(run_dir, "merged", VLLM, "evaluate.max_tokens=40") == wanted
     assert len(stand_in) == 1 and any(wanted.values())

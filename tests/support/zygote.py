@@ -185,6 +185,8 @@ def _serve(server: socket.socket) -> dict[str, Any]:
 
 
 def _warm_up() -> None:
+    # bitsandbytes would load Triton, which lists at the end of a process what is frozen below.
+    sys.modules["triton"] = None  # type: ignore[assignment]
     import torch.distributed.checkpoint.state_dict
     import torch.distributed.fsdp  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -205,6 +207,7 @@ def _warm_up() -> None:
     quant._kernels()
     for kind in ("ddp", "fsdp2", "single"):
         registry.find_class("parallel", kind, "engine", Engine)
+    del sys.modules["triton"]
     gc.collect()
     gc.freeze()  # a collection in a child copies no page of what stands here
     threads = len(os.listdir("/proc/self/task"))
