@@ -19,8 +19,10 @@ def _step(line: bytes) -> int:
 
 
 class RowLog:
-    """A JSON-lines file of steps, cut back to the resumed one: never a double or torn row. A row
-    that the disk refuses waits in memory.
+    """A JSON-lines file of steps, cut back to the resumed one: never a double or torn row.
+
+    It is read from its end: what is cut off, and the last MiB of what stays. Only if a row of that
+    is broken, all are read and the good ones kept. A row that the disk refuses waits in memory.
 
     Each start writes a file of its own, which takes the place of the one before: an older start
     that froze between its look at the fence (``check``) and its write has that one open, and harms
@@ -33,7 +35,22 @@ class RowLog:
         self.path, self._check = path, check
         self._waiting: list[str] = []
         self.last_step = self._end = 0
-        self._replace(self._good(last_step))
+        end, following = path.stat().st_size if path.exists() else 0, last_step + 1
+        for line in lines_of(path, newest_first=True):
+            step = _step(line)
+            if 0 < step < following:
+                following = step
+                if not self.last_step:
+                    self.last_step, self._end = step, end
+            elif self.last_step:
+                self._mend(last_step)
+                return
+            end -= len(line)
+            if end < self._end - (1 << 20):
+                break
+        if self._end:
+            self._file = path.open("rb", buffering=0)
+        self._replace(self._copied())
 
     def _replace(self, content: Iterator[bytes]) -> None:
         def checked() -> Iterator[bytes]:
@@ -45,24 +62,23 @@ class RowLog:
         write_atomically(self.path, checked())
         self._file = self.path.open("r+b", buffering=0)
 
-    def _good(self, last_step: int) -> Iterator[bytes]:
-        left_out, broken = False, False
-        for line in lines_of(self.path):
-            step = _step(line)
-            if self.last_step < step <= last_step:
-                self.last_step, self._end = step, self._end + len(line)
-                broken = broken or left_out
-                yield line
-            else:
-                left_out = True  # behind the last good row: what is trained again
-        if broken:
-            damaged = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
-            say(f"{self.path} holds broken rows: kept as {damaged.name}")
-            shutil.copy(self.path, damaged)
-
     def _copied(self) -> Iterator[bytes]:
         for at in range(0, self._end, 1 << 20):
             yield os.pread(self._file.fileno(), min(1 << 20, self._end - at), at)
+
+    def _mend(self, last_step: int) -> None:
+        damaged = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
+        say(f"{self.path} holds broken rows: kept as {damaged.name}")
+        shutil.copy(self.path, damaged)
+        self._replace(self._good(damaged, last_step))
+
+    def _good(self, file: Path, last_step: int) -> Iterator[bytes]:
+        self.last_step = self._end = 0
+        for line in lines_of(file):
+            step = _step(line)
+            if self.last_step < step <= last_step:
+                self.last_step, self._end = step, self._end + len(line)
+                yield line
 
     def keep(self, row: dict[str, Any]) -> None:
         """Takes a row, to be written by the next ``flush``."""
