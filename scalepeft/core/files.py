@@ -76,13 +76,13 @@ def write_atomically(path: Path, content: str | bytes | Iterable[bytes]) -> None
 
 
 @contextmanager
-def writing(what: object, remedy: str = "") -> Iterator[None]:
-    """Raise UserError "WHAT: cannot be written: REASON; REMEDY" for an ``OSError`` inside."""
+def writing(what: object, remedy: str = "", on: str = "") -> Iterator[None]:
+    """Raise UserError "WHAT: cannot be written ON: REASON; REMEDY" for an ``OSError`` inside."""
     try:
         yield
     except OSError as error:
         more = f"; {remedy}" if remedy else ""
-        raise UserError(f"{what}: cannot be written: {error.strerror or error}{more}") from None
+        raise UserError(f"{what}: cannot be written{on}: {error.strerror or error}{more}") from None
 
 
 def try_to_write(folder: Path) -> None:
@@ -108,15 +108,14 @@ def kept_digest(file: Path) -> str:
     identity = [real.name, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     kept = cache_folder() / "digests" / key
-    found = ""
     with suppress(OSError, ValueError):
-        found = read_text(kept)
-    if not re.fullmatch("[0-9a-f]{64}", found):
-        found = digest(file)
-        with suppress(OSError):  # no room for it: computed again next time
-            shared_folder(kept.parent)
-            write_atomically(kept, found)
-            share(kept)
+        if re.fullmatch("[0-9a-f]{64}", found := read_text(kept)):
+            return found
+    found = digest(file)
+    with suppress(OSError):  # no room for it: computed again next time
+        shared_folder(kept.parent)
+        write_atomically(kept, found)
+        share(kept)
     return found
 
 
@@ -193,11 +192,9 @@ def remove_strays(folder: Path, *patterns: str) -> None:
 
 
 def read_text(file: Path, limit: int = RECORD_BYTES) -> str:
-    """The text of a regular file, of a folder that anybody may have filled.
-
-    Raises:
-        OSError: it is missing, or a FIFO or device, at which a read would wait for ever.
-        ValueError: it is larger than ``limit`` bytes, or no UTF-8.
+    """The text of a regular file, of a folder that anybody may have filled. Raises OSError: it is
+    missing, or a FIFO or device, at which a read would wait for ever; ValueError: it is larger than
+    ``limit`` bytes, or no UTF-8.
     """
     # Without O_NONBLOCK the open itself waits for a FIFO's writer.
     with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as f:
@@ -220,10 +217,8 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_mapping(file: Path, parse: Callable[[str], object], remedy: str) -> dict[str, Any]:
-    """Reads a JSON or YAML file that must hold a mapping.
-
-    Raises:
-        UserError: it is missing, unreadable, broken or holds something else; ends with ``remedy``.
+    """Reads a JSON or YAML file that must hold a mapping. Raises UserError, which ends with
+    ``remedy``: it is missing, unreadable, broken or holds something else.
     """
     try:
         values = parse(read_text(file))

@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +72,9 @@ def run(
         trained = model if base == "dequantized" else finished.structure(quantized=True)
         engine = Single(finished.config.engine, Ranks())
         trained.stored = QuantizedCopy(finished.base, trained.model, engine).fill
-    with whole_folder(target, key) as folder, ThreadPoolExecutor(1) as hasher:
+    with whole_folder(target, key) as folder:
         _copy_small_files(finished, folder, switches, dtype)
-        todo = [item for shard in shards for item in shard.begin(folder, hasher)]
+        todo = [item for shard in shards for item in shard.begin(folder)]
         stream, ids = _Stream(model, trained, todo, poll), _tokens(model.model)
         wanted = model.logits(ids, stream.visit)
         stream.finish()

@@ -2,7 +2,6 @@
 
 import math
 import os
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from scalepeft.core.safetensors import SafetensorsFile
 from scalepeft.models.sources import DTYPES, Source
 from scalepeft.models.tensors import as_bytes, finite
 from scalepeft.models.weights import PIECE_BYTES
-from scalepeft.run.stage import sha256
 
 
 class Shard:
@@ -24,11 +22,8 @@ class Shard:
     def __init__(self, file: str, source: SafetensorsFile, items: "list[Item]") -> None:
         self.file, self.source, self.items = file, source, items
 
-    def begin(self, folder: Path, hasher: Executor) -> "list[Item]":
-        """Makes the file; returns what is to be written, nothing if it was made before. Whole, it
-        is hashed by ``hasher`` while the next ones are written.
-        """
-        self._hasher = hasher
+    def begin(self, folder: Path) -> "list[Item]":
+        """Makes the file; returns what is to be written, nothing if it was made before."""
         if (folder / self.file).is_file():
             say(f"{self.file} is there already")
             return []
@@ -54,7 +49,6 @@ class Shard:
             os.fsync(self._opened.fileno())
             self._opened.close()
             self._begun.rename(self._path)
-            self._hasher.submit(sha256, self._path)
             say(f"{self.file} written")
 
 

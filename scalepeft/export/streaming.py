@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -187,11 +188,10 @@ def changed(folder: Path, hashed: Callable[[Path], str] = sha256) -> str | None:
 def whole_folder(out: Path, key: str | None = None) -> Iterator[Path]:
     """Yields a folder to fill; it appears as ``out`` once all is on the disk, or nothing does.
 
-    Without a ``key`` it is this process's own, so that two of them never fill the same one; those
-    of processes that were killed on this machine are removed. With a key it stays when the filling
-    is broken off, and is handed out again, with what is in it, to whoever comes with the same key;
-    the caller sees to it that only one comes at a time. Raises UserError: ``out`` exists, or the
-    disk refuses; nothing is left behind without a key.
+    Without a ``key`` it is this process's own; those of processes that were killed on this machine
+    are removed. With a key it stays when the filling is broken off, and whoever comes with the same
+    key gets it again; the caller sees to it that only one comes at a time. Raises UserError:
+    ``out`` exists, or the disk refuses; nothing is left behind without a key.
     """
     refuse_existing(out)
     begin = f"{out.name}.partial-{socket.gethostname()}-"
@@ -208,7 +208,9 @@ def whole_folder(out: Path, key: str | None = None) -> Iterator[Path]:
             partial.mkdir(parents=True)
             write_atomically(made_from, key)
         yield partial
-        known = {f.name: facts(f) for f in sorted(partial.iterdir()) if f.name != MANIFEST}
+        files = [file for file in sorted(partial.iterdir()) if file.name != MANIFEST]
+        with ThreadPoolExecutor() as pool:
+            known = dict(zip((f.name for f in files), pool.map(facts, files), strict=True))
         write_atomically(partial / MANIFEST, json.dumps(sealed({"files": known}), indent=1))
         for file in partial.iterdir():
             fsync(file)

@@ -115,10 +115,8 @@ class Ranks:
             raise UserError("another process answered at a port of these ranks; start once more")
 
     def ranks_a_node(self) -> int:
-        """Number of ranks on each node; a collective.
-
-        Raises:
-            UserError: nodes have different numbers of ranks, or theirs do not follow each other.
+        """Number of ranks on each node; a collective. Raises UserError: nodes have different
+        numbers of ranks, or theirs do not follow each other.
         """
         local = self.gather(self.local_rank)
         size = max(local) + 1
@@ -177,9 +175,7 @@ class Ranks:
 
     def assert_equal(self, value: str, what: str) -> str:
         """Returns ``value`` if it is equal on every rank, as a node's own copy of a file should be.
-
-        Raises:
-            UserError: it differs; the message begins with ``what`` and names the ranks.
+        Raises UserError, which begins with ``what`` and names the ranks.
         """
         values = self.gather(value)
         if others := [rank for rank, v in enumerate(values) if v != values[0]]:
@@ -189,10 +185,8 @@ class Ranks:
         return value
 
     def all_or_raise(self, work: Callable[[], T]) -> T:
-        """Runs ``work`` (without collectives) here; if it fails on any rank, every rank raises.
-
-        So that a file missing on one node ends the job everywhere, and nobody waits for a dead
-        rank.
+        """Runs ``work`` (without collectives) here; if it fails on any rank, every rank raises, and
+        nobody waits for a dead rank.
         """
         try:
             result = work()

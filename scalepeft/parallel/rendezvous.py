@@ -13,6 +13,7 @@ import secrets
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,8 @@ FINISHED = "finished"
 
 
 def folder() -> Path | None:
-    """Return the folder of this start; None where its launcher made none.
-
-    Raises:
-        UserError: it is not there, or not this user's alone.
+    """Return the folder of this start; None where its launcher made none. Raises UserError: it is
+    not there, or not this user's alone.
     """
     if not (name := os.environ.get(FOLDER)):
         return None
@@ -55,10 +54,7 @@ def folder() -> Path | None:
 
 def open_store(env: Mapping[str, str], name: str, timeout: timedelta = MEETING) -> dist.Store:
     """Return the store of ``name`` in which the ranks meet: a file of the start's folder, else at
-    MASTER_ADDR:MASTER_PORT, on the interface of that address alone.
-
-    Raises:
-        OSError, RuntimeError: it cannot be reached, or the port is taken.
+    MASTER_ADDR:MASTER_PORT, on the interface of that address alone. Raises OSError, RuntimeError.
     """
     # A restart by torchrun meets at the same store, where the keys of the first start still are.
     name = f"{name} {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
@@ -71,10 +67,7 @@ def open_store(env: Mapping[str, str], name: str, timeout: timedelta = MEETING) 
         family, *_, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
         if str(place[0]).startswith("127.") and not on_one_machine(env):
             place = ("", port)  # Debian's /etc/hosts: the machine's own name is 127.0.1.1
-        with socket.socket(family, socket.SOCK_STREAM) as bound:
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            bound.bind(place)
-            listening = bound.detach()
+        listening = socket.create_server(place[:2], family=family).detach()
     at = address, port, None, listening is not None, timeout, False, False, listening
     return dist.PrefixStore(name, dist.TCPStore(*at))
 
@@ -94,10 +87,8 @@ def join(
     backend: str, store: dist.Store, rank: int, world_size: int, **more: Any
 ) -> tuple[dist.ProcessGroup, bytes]:
     """Make the default group and one for control, over gloo, in which every rank has proven to
-    every other that it knows the secret of this start; return the latter, and the secret.
-
-    Raises:
-        UserError: somebody else took a rank's place, again and again.
+    every other that it knows the secret of this start; return the latter, and the secret. Raises
+    UserError: somebody else took a rank's place, again and again.
     """
     for attempt in range(ATTEMPTS):
         meeting, good = dist.PrefixStore(f"{attempt}", store), False
@@ -155,7 +146,7 @@ class Presence:
 
     def __init__(self, path: Path, rank: int) -> None:
         # A number, as the lock goes with the first descriptor of the file that is closed.
-        self._file = os.open(_file(path, rank), os.O_RDWR | os.O_CREAT, 0o600)
+        self._file = os.open(path / f"rank-{rank}", os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.lockf(self._file, fcntl.LOCK_EX)
         self._size = os.write(self._file, f"{socket.gethostname()}\n".encode())
         atexit.register(self.leave)
@@ -168,10 +159,11 @@ class Presence:
 
 def tell(reason: str) -> None:
     """Leaves word in the start's folder why this rank is about to end."""
-    path = folder()
-    if path and (mine := _file(path, int(os.environ["RANK"]))).exists():
-        with mine.open("a") as f:
-            f.write(one_line(reason))
+    mine = Path(os.environ.get(FOLDER, ""), f"rank-{os.environ.get('RANK')}")
+    with suppress(OSError):  # no such start, or a full disk: the others say that it is gone
+        fd = os.open(mine, os.O_WRONLY | os.O_APPEND)
+        os.write(fd, one_line(reason).encode())
+        os.close(fd)
 
 
 def who_is_gone(seconds: float = 5.0) -> str | None:
@@ -185,24 +177,22 @@ def who_is_gone(seconds: float = 5.0) -> str | None:
     return text
 
 
-def _file(path: Path, rank: int) -> Path:
-    return path / f"rank-{rank}"
-
-
 def _gone(path: Path, ranks: list[int]) -> str | None:
     """What was said of the first rank that was gone; if nothing yet, says it of one of these."""
     note = path / "gone"
-    if note.exists():
+    with suppress(OSError, ValueError):
         return read_text(note, 10_000)
     for rank in ranks:
         try:
-            with _file(path, rank).open("r+") as f:
+            with (path / f"rank-{rank}").open("r+") as f:
                 fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 host, _, how = f.read().partition("\n")
-        except OSError:  # it lives, or has not come yet
+        except (OSError, ValueError):  # it lives, or has not come yet
             continue
         if host and how != FINISHED:
             how = how or "without a word: killed (out of memory?), or its node went down"
-            write_atomically(note, f"rank {rank} on {host} ended: {how}")
-            return read_text(note, 10_000)
+            text = f"rank {rank} on {host} ended: {how}"
+            with suppress(OSError):  # a full disk
+                write_atomically(note, text)
+            return text
     return None

@@ -13,8 +13,7 @@ import json
 import re
 import shutil
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from scalepeft.core.files import (
     sealed,
     try_to_write,
     write_atomically,
+    writing,
 )
 from scalepeft.core.log import say
 from scalepeft.core.text import one_line
@@ -37,8 +37,6 @@ from scalepeft.run.lease import check_fence, claim
 SCHEMA = 2  # 1 had no files in parts
 NAME = re.compile(r"step-(\d{6,})")
 NO_FOLDER_RENAME = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EPERM}
-
-
 STATE = {"base": dict, "data": str, "nonfinite_in_a_row": int}
 """What a resume takes of state.json."""
 
@@ -73,23 +71,16 @@ class Checkpoint:
 
 
 class RunFolder:
-    """One run's folder on the rank that writes. ``generation`` counts the starts and is the fence.
-
-    Nothing of a run that is there changes before ``claim``.
-
-    Raises:
-        UserError: the folder cannot be made or written.
+    """One run's folder on the rank that writes. ``generation`` counts the starts and is the fence;
+    nothing changes before ``claim``. Raises UserError: the folder cannot be made or written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.generation = 0
-        """0 until the folder is claimed."""
+        # Name of what verified -> its signature then, and its state: not hashed twice.
         self._verified: dict[str, Any] = {}
-        """What verified before -> its signature then, and its state: not hashed again unless it
-        changed.
-        """
         self._told_of_rename = False
         self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         with writing_in(path):
@@ -97,10 +88,8 @@ class RunFolder:
             try_to_write(path)
 
     def claim(self) -> None:
-        """Takes the next generation: an older process of this run stops at its next write.
-
-        Raises:
-            UserError: another start holds the folder, or the disk refuses.
+        """Takes the next generation: an older process of this run stops at its next write. Raises
+        UserError: another start holds the folder, or the disk refuses.
         """
         with writing_in(self.path):
             # Only an owner makes it: another start that goes takes what is empty with it.
@@ -128,13 +117,9 @@ class RunFolder:
     def commit(
         self, temporary: Path, files: dict[str, Any], state: dict[str, Any], keep: int
     ) -> Path:
-        """Makes ``step-NNNNNN`` of what was written, then drops what retention no longer needs.
-
-        Args:
-            temporary: from ``begin``.
-            files: what ``write_tensors`` said of each file.
-            state: position in the data, and what the checkpoint may be continued with.
-            keep: newest verified checkpoints that are kept.
+        """Makes ``step-NNNNNN`` of what was written into ``temporary``, from ``begin``: ``files``,
+        by name, as ``write_tensors`` said, and the ``state`` of the training. Then drops all but
+        the newest ``keep`` that verify.
 
         Raises:
             OSError: the disk refused; nothing of this checkpoint is left, older ones are untouched.
@@ -191,10 +176,8 @@ class RunFolder:
         return self.checkpoints / f"step-{step:06d}"
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """Returns the newest checkpoint that verifies, and for each one passed over why.
-
-        Raises:
-            UserError: there are checkpoints and none can be used: nobody starts over by accident.
+        """Returns the newest checkpoint that verifies, and for each one passed over why. Raises
+        UserError: there are some and none can be used: nobody starts over by accident.
         """
         passed_over, newer = list[str](), False
         for step in steps_of(self.path):
@@ -228,8 +211,7 @@ class RunFolder:
         signature = _signature(folder)
         if self._verified.get(folder.name, (None,))[0] != signature:
             self._verified[folder.name] = signature, verify(folder)["state"]
-        state: dict[str, Any] = self._verified[folder.name][1]
-        return state
+        return self._verified[folder.name][1]
 
 
 def steps_of(run_dir: Path) -> list[int]:
@@ -238,16 +220,10 @@ def steps_of(run_dir: Path) -> list[int]:
     return sorted((int(m[1]) for m in found if m), reverse=True)
 
 
-@contextmanager
-def writing_in(run_dir: Path) -> Iterator[None]:
+def writing_in(run_dir: Path) -> AbstractContextManager[None]:
     """Raise UserError for an ``OSError`` inside: this node cannot write the run folder."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"run_dir={run_dir}: cannot be written on {socket.gethostname()}: {error.strerror};"
-            " make room or choose another folder"
-        ) from None
+    remedy = "make room or choose another folder"
+    return writing(f"run_dir={run_dir}", remedy, f" on {socket.gethostname()}")
 
 
 def _signature(folder: Path) -> list[tuple[str, int, int, int]]:
@@ -260,10 +236,8 @@ def _signature(folder: Path) -> list[tuple[str, int, int, int]]:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """Checks a checkpoint folder against its manifest; returns the manifest, with the ``state``.
-
-    Raises:
-        DamagedCheckpoint: the manifest is missing or broken, or a file is missing, cut or changed.
+    """The manifest, with the ``state``, of a checkpoint folder that is as it says. Raises
+    DamagedCheckpoint: it is missing or broken, or a file is missing, cut or changed.
     """
     from scalepeft.models.tensors import Reader  # torch, which status does without
 

@@ -60,13 +60,9 @@ def _largest_generation(run_dir: Path) -> int:
 
 def claim(run_dir: Path) -> int:
     """Make the folder this process's own, as the next start of the run, and return its number.
-
     The file that says who holds it is written aside and gets its name, the number, in one act that
-    fails where the name is taken (on NFS too): of any number of claims one succeeds.
-
-    Raises:
-        UserError: another start holds the folder, or a record in it is a link.
-        OSError: the folder cannot be written.
+    fails where the name is taken (on NFS too): of any number of claims one succeeds. Raises OSError
+    and UserError: another start holds the folder, or a record in it is a link.
     """
     for file in (run_dir / name for name in RECORDS):
         if file.is_symlink() or (file.exists() and not file.is_file()):
@@ -177,8 +173,8 @@ def _read(file: Path) -> dict[str, Any]:
     heartbeat still tells.
     """
     found: Any = None
-    with suppress(OSError, ValueError):
-        found = parse_json(read_text(file))
+    with suppress(ValueError):
+        found = parse_json(_text(file))
     unnamed: dict[str, Any] = dict.fromkeys(("start", "host", "pid"), "?")
     return found and unnamed | found if isinstance(found, dict) else unnamed
 
@@ -190,14 +186,12 @@ def _text(file: Path) -> str:
 
 
 def check_free(run_dir: Path) -> int:
-    """Return the number of the run folder's last start, which is over, or 0.
+    """Return the number of the run folder's last start, which is over, or 0. Raises UserError, with
+    host, process and job, if it trains there.
 
     What this very Slurm job was before its restart is no other: Slurm has ended it, and should its
     node wake up again, the fence stops it. On this machine the process itself is looked for; of
     another machine's, a sign of life is awaited for 30 s, without comparing clocks.
-
-    Raises:
-        UserError: another start trains in it: host, process and job.
     """
     holders = _holders(run_dir) if run_dir.is_dir() else {}
     number = max(holders, default=0)

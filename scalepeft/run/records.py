@@ -179,9 +179,8 @@ class RunRecorder:
             self._room.keep(size)
 
     def close(self, finished: bool, planned: bool, by: str) -> None:
-        """Writes the last event and tells user and job script how the run ended: ``finished``, its
-        adapter written, or stopped ``by`` what; where ``planned``, at ``train.stop_at``, the job
-        does not come back by itself.
+        """Writes the last event and tells user and job script how the run ended: ``finished``, or
+        stopped ``by`` what; where ``planned`` (``train.stop_at``) the job does not come back.
         """
         if not self.ranks.is_main:
             return
