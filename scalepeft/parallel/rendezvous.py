@@ -154,7 +154,8 @@ class Presence:
     def leave(self) -> None:
         """Says that this rank ends in order, unless why it does not was told."""
         if os.fstat(self._file).st_size == self._size:
-            os.write(self._file, FINISHED.encode())
+            with suppress(OSError):  # a full disk
+                os.write(self._file, FINISHED.encode())
 
 
 def tell(reason: str) -> None:
