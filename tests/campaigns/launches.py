@@ -7,7 +7,7 @@ from pathlib import Path
 import runs
 from tally import Tally
 
-MANY = 20
+MANY = (20, 100)
 
 
 def campaign(work: Path, tally: Tally) -> None:
@@ -15,7 +15,7 @@ def campaign(work: Path, tally: Tally) -> None:
     number, kind = 0, "single"
     while tally.goes_on():
         run, number = work / f"run-{number}", number + 1
-        jobs, many = [], min(MANY, tally.limit - tally.tried)
+        jobs, many = [], min(tally.rng.choice(MANY), tally.limit - tally.tried)
         apart = tally.rng.choice([0.0, 0.02, 0.1])
         for _ in range(many):
             jobs.append(runs.start(kind, run))
