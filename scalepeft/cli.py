@@ -142,9 +142,10 @@ def _explain(error: Exception, debug: bool, stoppable: bool) -> int:
         return BROKEN
     if isinstance(error, BrokenPipeError) and not stoppable:  # "| head": nobody is there to be told
         return BROKEN
-    refused = isinstance(error, OSError) and error.filename and error.errno in REFUSED
+    refused = error if isinstance(error, OSError) and error.errno in REFUSED else None
+    refused = refused if refused and refused.filename else None
     mistake = refused or isinstance(error, UserError)
-    text = f"{error.filename}: {error.strerror}" if refused else str(error)  # type: ignore[attr-defined]
+    text = f"{refused.filename}: {refused.strerror}" if refused else str(error)
     # A name of thousands of characters: its begin and end.
     text = one_line(re.sub(r"(\S{80})\S{150,}(\S{20})", r"\1...\2", text), 2000)
     lost = None

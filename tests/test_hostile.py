@@ -1,6 +1,7 @@
 """Whatever a file, a name or an argument holds: one printable line, exit code 2, no wait."""
 
 import multiprocessing.synchronize  # noqa: F401  another user could not import it
+import importlib
 import os
 import subprocess
 import sys
@@ -203,7 +204,9 @@ def as_user(user: int, work: Callable[[], Any]) -> str:
 @pytest.mark.skipif(os.getuid() != 0, reason="takes a second user")
 def test_a_cache_that_a_group_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second user reads what the first made, and leaves alone what he may not replace."""
-    shard = tiny.make(0) / "model.safetensors"  # imports, too
+    # As root, whose files the others may not read; a base that is cached already imports nothing.
+    importlib.import_module("transformers.models.llama.modeling_llama")
+    shard = tiny.make(0) / "model.safetensors"
     config = ToyConfig(train_size=20)
     tokenizer = load_tokenizer(ModelConfig(), shard.parent)
 

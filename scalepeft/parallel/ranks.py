@@ -47,6 +47,7 @@ def fix_order(deterministic: str, device: torch.device) -> None:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     if deterministic == "on":  # flash and memory-efficient attention go by it, cuDNN's is left out
         torch.use_deterministic_algorithms(True)
+        # Else each empty tensor is filled, in case somebody reads what nobody wrote.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
