@@ -1,7 +1,7 @@
 """Whatever a file, a name or an argument holds: one printable line, exit code 2, no wait."""
 
-import multiprocessing.synchronize  # noqa: F401  another user could not import it
 import importlib
+import multiprocessing.synchronize  # noqa: F401  another user could not import it
 import os
 import subprocess
 import sys
