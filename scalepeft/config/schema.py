@@ -246,8 +246,8 @@ def check_sections(values: dict[str, Any], where: str = "") -> None:
             raise UserError(f"{where}{section} is a section, not {value!r}: {fix}")
 
 
-def from_dict(values: dict[str, Any]) -> RunConfig:
-    """Build the typed config from nested mappings (``config.yaml``, or merged files)."""
+def from_dict(values: dict[str, Any], saved: bool = False) -> RunConfig:
+    """Build the typed config from nested mappings: merged files, or ``saved`` ones of a run."""
     values = renamed(values)
     check_sections(values)
     run_dir = values.get("run_dir")
@@ -262,6 +262,8 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
     for section, (_, _, default, *_) in NAMED.items():
         found[section].setdefault("name", default)
         classes[section] = config_class(section, str(found[section]["name"]))
+    adapter: type[AdapterConfig] = classes["adapter"]
+    found["adapter"] = {**(adapter.BEFORE if saved else {}), **found["adapter"]}
     task: type[TaskConfig] = classes["data"]
     name = found["data"].get("protocol", getattr(task, "protocol", None))
     for section, fixed in protocol_values(task, name).items():
