@@ -3,7 +3,6 @@
 Letters: W frozen weight (out, in), x (..., in), y (..., out), b the base bias, r rank.
 """
 
-import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
@@ -176,25 +175,19 @@ def apply(adapter: Adapter, x: Tensor, base: Any, *more: Any) -> Tensor:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         y: Tensor = adapter(x, base, *more)
         return y
-    if x.dtype != torch.float64:  # which autocast leaves as it is
+    if x.dtype != torch.float64:  # which it leaves as it is
         x = x.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
         return adapter(x, base, *more)
 
 
-def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Of a Function whose backward has no right derivative: refuses to record one, where torch's
-    ``once_differentiable`` lets a gradient of a sum, or one by x alone, be wrong in silence.
+def first_order(ctx: Any) -> None:
+    """In a backward without a right derivative: refuses to record one, where torch's
+    ``once_differentiable`` is silent about the gradient of a sum, or one by x alone.
     """
-
-    @functools.wraps(backward)
-    def wrapper(ctx: Any, *grads: Tensor) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            what = f"create_graph=True: {type(ctx).__name__} has no second derivative"
-            raise UserError(f"{what}; leave it False, or take another adapter method")
-        return backward(ctx, *grads)
-
-    return wrapper
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        what = f"create_graph=True: {type(ctx).__name__} has no second derivative"
+        raise UserError(f"{what}; leave it False, or take another adapter method")
 
 
 class Dropout(nn.Module):

@@ -105,15 +105,13 @@ class Reflected(Adapter):
         """``Q_V``, W, m and ``Q_U`` one after another, or all in one function.
 
         One keeps ``W Q_V x`` for the gradient of U, the other takes four more products of r columns
-        with W instead: what is cheaper, by the number of tokens alone. A W that trains gets its
-        gradient from the first.
+        with W instead, which gets no gradient: what is cheaper, by the number of tokens alone.
         """
         k, v = self.get_factors(x.dtype), self.V.to(x.dtype)
         if self.U is None:
             return base(_Rotate.apply(x, v, k[0], None))
         u, tokens = self.U.to(x.dtype), x.numel() // max(1, x.shape[-1])
-        many = tokens >= FUSED_FROM * v.shape[1]
-        if self.scale is None and many and not base.trained:
+        if self.scale is None and tokens >= FUSED_FROM * v.shape[1] and not base.trained:
             return _Fused.apply(x, v, k[0], u, k[1], base)
         return _Rotate.apply(base(_Rotate.apply(x, v, k[0], None)), u, k[1], self.scale)
 
@@ -150,8 +148,8 @@ class _Rotate(torch.autograd.Function):
         return torch.addmm(scaled, p @ k, z.mT).view(x.shape)
 
     @staticmethod
-    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        first_order(ctx)
         rows, p, z, k, scale = ctx.saved_tensors
         dy = grads[0].reshape(rows.shape)
         scaled = rows if scale is None else torch.addcmul(rows, rows, scale)
@@ -187,8 +185,8 @@ class _Fused(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        first_order(ctx)
         rows, p, r, n, v, k_v, u, k_u = ctx.saved_tensors
         dy = grads[0].reshape(-1, grads[0].shape[-1])
         weight, rank, q = ctx.base.weight(dy.dtype), u.shape[1], p @ k_v

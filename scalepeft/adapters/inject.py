@@ -358,5 +358,4 @@ def adapter_config(values: dict[str, Any], saved: bool = False) -> AdapterConfig
     if "name" not in values:
         raise unknown("adapter", "", registry.available("adapters.methods"))
     found = registry.find_class("adapters.methods", str(values["name"]), "adapter", Adapter)
-    before = found.Config.BEFORE if saved else {}
-    return _build(found.Config, {**before, **values}, "adapter")
+    return _build(found.Config, {**(found.Config.BEFORE if saved else {}), **values}, "adapter")

@@ -258,12 +258,11 @@ def from_dict(values: dict[str, Any], saved: bool = False) -> RunConfig:
         raise UserError(f"run_dir={run_dir}: expected the name of one folder")
     extensions = use_extensions(values.get("extensions"))
     found = {section: dict(values.get(section) or {}) for section in (*PLAIN, *NAMED)}
-    classes = dict(PLAIN)
+    classes: dict[str, Any] = dict(PLAIN)
     for section, (_, _, default, *_) in NAMED.items():
         found[section].setdefault("name", default)
         classes[section] = config_class(section, str(found[section]["name"]))
-    adapter: type[AdapterConfig] = classes["adapter"]
-    found["adapter"] = {**(adapter.BEFORE if saved else {}), **found["adapter"]}
+    found["adapter"] = {**(classes["adapter"].BEFORE if saved else {}), **found["adapter"]}
     task: type[TaskConfig] = classes["data"]
     name = found["data"].get("protocol", getattr(task, "protocol", None))
     for section, fixed in protocol_values(task, name).items():

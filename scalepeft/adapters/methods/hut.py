@@ -47,8 +47,8 @@ class _WeightFunction(torch.autograd.Function):
         return F.linear(x, change(base.weight(x.dtype), *(p.to(x.dtype) for p in parameters)))
 
     @staticmethod
-    @first_order
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        first_order(ctx)
         (dy,) = grads
         x, *parameters = ctx.saved_tensors
         weight = ctx.base.weight(dy.dtype)

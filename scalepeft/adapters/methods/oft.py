@@ -59,9 +59,8 @@ class OFT(Adapter):
 
     def factors(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """``R - I`` (..., in / b, b, b)."""
-        stored = parameters["K"]
-        k = skew_symmetric(in_fp64(stored), self.config.block_size)
-        return (less_identity(self.rotation(k)).to(stored.dtype),)
+        k = skew_symmetric(in_fp64(parameters["K"]), self.config.block_size)
+        return (less_identity(self.rotation(k)).to(parameters["K"].dtype),)
 
     def transform_input(self, x: Tensor) -> Tensor:
         """``x R``."""
