@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 import scalepeft
 from scalepeft.adapters import inject as injection
 from scalepeft.adapters.base import apply
+from scalepeft.analysis.compare import design
 from scalepeft.config import files as config_files
 from scalepeft.config.schema import config_class
 from scalepeft.core import registry
@@ -290,6 +291,14 @@ def test_factors_take_no_product_that_a_setting_lowers(
     assert not seen.found
 
 
+@pytest.mark.parametrize("size", [0.05, 0.1, 0.2])
+def test_oftv2_drifts_as_its_docstring_says(size: float) -> None:
+    adapter = scalepeft.adapt(nn.Linear(2, 2), "oftv2", block_size=2).adapter.double()
+    r = torch.eye(2) + adapter.factors({"K": torch.full((1, 1), size, dtype=torch.float64)})[0][0]
+    drift = torch.linalg.matrix_norm(r @ r.T - torch.eye(2), 2).item()
+    assert drift == pytest.approx(2 * size**4, rel=0.01)
+
+
 @pytest.mark.parametrize("name", registry.available("adapters.methods"))
 def test_a_methods_defaults_are_those_of_its_file(name: str) -> None:
     file = config_files.config_root() / f"adapters/{name}.yaml"
@@ -309,5 +318,8 @@ def test_saved_settings_without_a_form_are_of_pairs(name: str) -> None:
     assert config_files.overlay(values, []).adapter == old
     assert config_files.overlay(values, ["adapter.rank=2"]).adapter.form == "pairs"
     assert config_files.overlay({**values, "adapter": held}, []).adapter == new
+    method = design.Method(name, {"name": name}, 1e-3, [1e-3])
+    compared = design.Design(values, [method], "x1", 0, [1], "steps", None, name, False, {})
+    assert compared.config(method, 1e-3, 0).adapter == old
     loaded, _ = config_files.load(None, ["run_dir=x", "train.max_steps=1", f"adapter.name={name}"])
     assert loaded.adapter == new
