@@ -319,7 +319,9 @@ def test_a_layout_that_is_not_known_is_said(
 def test_a_model_of_transformers_takes_adapters_of_experts() -> None:
     model = eager("mixtral")
     want = run(model)
-    scalepeft.inject(model, {"name": "lora", "target_modules": ["experts.down_proj"]})
+    scalepeft.inject(
+        model, {"name": "lora", "dropout": 0.0, "target_modules": ["experts.down_proj"]}
+    )
     close(run(model), want)
     assert [n for n, p in model.named_parameters() if p.requires_grad][:2] == [
         f"model.layers.0.mlp.experts.down_proj.adapter.{key}" for key in "AB"
