@@ -120,7 +120,7 @@ def test_int8_runs_peft_on_our_storage() -> None:
 
 def lora_entry() -> tuple[Case, Entry]:
     case = make_case("mini", 4, torch.float32, torch.device("cpu"), "none")
-    settings = {"name": "lora", "rank": 2, "target_modules": ["up_proj"]}
+    settings = {"name": "lora", "rank": 2, "dropout": 0.0, "target_modules": ["up_proj"]}
     return case, Entry("lora", "scalepeft", settings)
 
 

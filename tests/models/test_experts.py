@@ -235,7 +235,8 @@ def test_adapted_experts_equal_a_model_with_their_merged_weights(family: str, me
     for _, module in experts_of(split):
         quant.quantize(module, quant.NF4())
     targets = ["q_proj", "experts.gate_up_proj", "experts.down_proj"]
-    scalepeft.inject(split, {"name": method, "rank": 4, "target_modules": targets})
+    settings = {"lora": {"dropout": 0.0}}.get(method, {})
+    scalepeft.inject(split, {"name": method, "rank": 4, **settings, "target_modules": targets})
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in split.parameters():
