@@ -46,7 +46,13 @@ def test_load_adapter_compares_settings_of_an_adapter_that_is_there(tmp_path) ->
 
     def net(alpha: float) -> nn.Module:
         torch.manual_seed(0)
-        settings = {"name": "lora", "rank": 2, "alpha": alpha, "target_modules": ["0"]}
+        settings = {
+            "name": "lora",
+            "rank": 2,
+            "alpha": alpha,
+            "dropout": 0.0,
+            "target_modules": ["0"],
+        }
         return scalepeft.inject(nn.Sequential(nn.Linear(8, 8)), settings)
 
     trained = net(64)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scalepeft.core import kernels
+from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, Decides, Layers, Targets
 
 
@@ -33,6 +34,8 @@ class AdapterConfig:
     """
 
     DECIDES: ClassVar = (Decides.TRAINING,)
+    BEFORE: ClassVar[dict[str, Any]] = {}
+    """What saved settings without a key mean that is newer than they, if not its default."""
 
     name: str
     target_modules: Targets = Field(
@@ -47,6 +50,9 @@ class AdapterConfig:
 
 class Base(Protocol):
     """The frozen layer without its bias, however W is stored."""
+
+    trained: bool
+    """True where W takes a gradient by way of ``__call__``: that of another adapter inside."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x (..., in) -> W x (..., out)`` in the dtype of x, differentiable in x."""
@@ -161,6 +167,29 @@ class Adapter(nn.Module):
         return None
 
 
+def apply(adapter: Adapter, x: Tensor, base: Any, *more: Any) -> Tensor:
+    """``adapter(x, base, *more)``, under autocast as ``nn.Linear``: over x in autocast's dtype. It
+    is off inside, where it would take Gram matrices, solves and norms out of fp32.
+    """
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        y: Tensor = adapter(x, base, *more)
+        return y
+    if x.dtype != torch.float64:  # which it leaves as it is
+        x = x.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return adapter(x, base, *more)
+
+
+def first_order(ctx: Any) -> None:
+    """In a backward without a right derivative: refuses to record one, where torch's
+    ``once_differentiable`` is silent about the gradient of a sum, or one by x alone.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        what = f"create_graph=True: {type(ctx).__name__} has no second derivative"
+        raise UserError(f"{what}; leave it False, or take another adapter method")
+
+
 class Dropout(nn.Module):
     """Zeroes entries of x with probability p in training and scales the others by 1 / (1 - p).
 
@@ -183,7 +212,7 @@ class Dropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """X (rows, positions, features), or (rows * positions, features) -> the same shape."""
-        if not self.training or not self.p:
+        if not self.training or not self.p or not x.numel():
             return x
         if self.keys is None:
             return F.dropout(x, self.p)
@@ -221,7 +250,7 @@ class _Dropped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.kernel(*grads), None
+        return _Dropped.apply(*grads, ctx.kernel), None
 
 
 def _compare(kernel: Any, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -293,6 +322,11 @@ class _ScaleProduct(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             d_scale = (dy * x).reshape(-1, x.shape[-1]).sum(0, dtype=scale.dtype)
         return dx, d_scale
+
+
+def in_fp64(x: Tensor) -> Tensor:
+    """For small products: no global setting lowers fp64 to TF32 or bf16. MPS has none."""
+    return x if x.device.type == "mps" else x.double()
 
 
 def math_dtype(dtype: torch.dtype) -> torch.dtype:

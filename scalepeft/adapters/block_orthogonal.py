@@ -12,7 +12,7 @@ from torch import Tensor
 
 def runs(x: Tensor, b: int) -> Tensor:
     """(tokens, n b) -> (n, tokens, b), a view."""
-    return x.view(len(x), -1, b).transpose(0, 1)
+    return x.unflatten(1, (-1, b)).transpose(0, 1)
 
 
 def less_identity(m: Tensor) -> Tensor:

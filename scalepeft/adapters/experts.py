@@ -55,14 +55,12 @@ class Stacked(Adapter):
 
     def forward(self, x: Tensor, base: Any, bounds: Sequence[int] = ()) -> Tensor:
         """X (rows, in), of expert e ``bounds[e] .. bounds[e + 1]``; base: the ``ExpertLinear``."""
-        rows = list(x.split([last - first for first, last in pairwise(bounds)]))
-        used = [e for e, part in enumerate(rows) if len(part)]
-        if not used:  # a gradient all the same: ranks exchange them together
-            rows[0], used = x.new_zeros(1, x.shape[1]), [0]
+        rows = x.split([last - first for first, last in pairwise(bounds)])
+        # Of no rows a gradient all the same: ranks exchange them together.
+        used = [e for e, part in enumerate(rows) if len(part)] or [0]
         each = self.each()
         # Not called as modules: what engines hook is the stack.
-        y = [each[e].forward(rows[e], base.expert(e)) for e in used]
-        return torch.cat(y)[: len(x)]
+        return torch.cat([each[e].forward(rows[e], base.expert(e)) for e in used])
 
     def penalty(self) -> Tensor | None:
         """Sum over the experts, each where its parameters lie."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from scalepeft.adapters.base import Adapter, Base, math_dtype
+from scalepeft.adapters.base import Adapter, Base, first_order, in_fp64, math_dtype
 from scalepeft.core.errors import UserError
 
 Inverse = Literal["exact", "neumann2"]
@@ -44,7 +44,8 @@ def core(z: Tensor, form: Form, inverse: Inverse = "exact") -> Tensor:
             what rows are multiplied with, as in bf16 ``R + P`` would lose a small P.
         inverse: ``exact`` by a solve, or the paper's ``neumann2``: S^-1 ~ D^-1 - D^-1 A D^-1.
     """
-    gram, eye = z.mT @ z, torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
+    wide = in_fp64(z)
+    gram, eye = wide.mT @ wide, torch.eye(z.shape[-1], dtype=wide.dtype, device=z.device)
     c = columns(eye, form)
     if form != "pairs":
         gram = c.mT @ gram @ c
@@ -54,7 +55,7 @@ def core(z: Tensor, form: Form, inverse: Inverse = "exact") -> Tensor:
         k = torch.linalg.solve_triangular(s.mT, -eye.expand_as(s), upper=False)
     else:
         k = (strict / (half[..., :, None] * half[..., None, :]) - torch.diag_embed(1 / half)).mT
-    return k if form == "pairs" else c @ k @ c.mT
+    return (k if form == "pairs" else c @ k @ c.mT).to(z.dtype)
 
 
 def start_columns(d: int, rank: int, norm: float, form: Form) -> Tensor:
@@ -104,13 +105,13 @@ class Reflected(Adapter):
         """``Q_V``, W, m and ``Q_U`` one after another, or all in one function.
 
         One keeps ``W Q_V x`` for the gradient of U, the other takes four more products of r columns
-        with W instead: what is cheaper, by the number of tokens alone.
+        with W instead, which gets no gradient: what is cheaper, by the number of tokens alone.
         """
         k, v = self.get_factors(x.dtype), self.V.to(x.dtype)
         if self.U is None:
             return base(_Rotate.apply(x, v, k[0], None))
         u, tokens = self.U.to(x.dtype), x.numel() // max(1, x.shape[-1])
-        if self.scale is None and tokens >= FUSED_FROM * v.shape[1]:
+        if self.scale is None and tokens >= FUSED_FROM * v.shape[1] and not base.trained:
             return _Fused.apply(x, v, k[0], u, k[1], base)
         return _Rotate.apply(base(_Rotate.apply(x, v, k[0], None)), u, k[1], self.scale)
 
@@ -148,6 +149,7 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        first_order(ctx)
         rows, p, z, k, scale = ctx.saved_tensors
         dy = grads[0].reshape(rows.shape)
         scaled = rows if scale is None else torch.addcmul(rows, rows, scale)
@@ -184,6 +186,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        first_order(ctx)
         rows, p, r, n, v, k_v, u, k_u = ctx.saved_tensors
         dy = grads[0].reshape(-1, grads[0].shape[-1])
         weight, rank, q = ctx.base.weight(dy.dtype), u.shape[1], p @ k_v

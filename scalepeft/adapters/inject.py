@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from scalepeft.adapters import targets
-from scalepeft.adapters.base import Adapter, AdapterConfig, Scale
+from scalepeft.adapters.base import Adapter, AdapterConfig, Scale, apply
 from scalepeft.adapters.experts import stack
 from scalepeft.core import errors, registry
 from scalepeft.core.errors import UserError, unknown
@@ -32,7 +32,7 @@ class Adapted(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the adapter around the frozen layer; the base bias is added last."""
-        y = self.adapter(x, quant.Frozen(self))
+        y = apply(self.adapter, x, quant.Frozen(self))
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -41,7 +41,7 @@ class AdaptedExperts(Adapted):
 
     def forward(self, x: Tensor, bounds: list[int]) -> Tensor:  # type: ignore[override]
         """X (rows, in) sorted by expert -> (rows, out)."""
-        return self.adapter(x, self, bounds)
+        return apply(self.adapter, x, self, bounds)
 
 
 class AdaptedNorm(nn.Module):
@@ -331,7 +331,7 @@ def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[s
             f"{file}: has changed since it was written (sha256 differs from adapter_config.json);"
             " copy it again, or remove the folder and start the training's command once more"
         )
-    return adapter_config(settings), state, description
+    return adapter_config(settings, saved=True), state, description
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
@@ -356,9 +356,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     return model
 
 
-def adapter_config(values: dict[str, Any]) -> AdapterConfig:
-    """Builds a method's config from a mapping with ``name``."""
+def adapter_config(values: dict[str, Any], saved: bool = False) -> AdapterConfig:
+    """Builds a method's config from a mapping with ``name``; ``saved`` by this or older code."""
     if "name" not in values:
         raise unknown("adapter", "", registry.available("adapters.methods"))
     found = registry.find_class("adapters.methods", str(values["name"]), "adapter", Adapter)
-    return _build(found.Config, values, "adapter")
+    return _build(found.Config, {**(found.Config.BEFORE if saved else {}), **values}, "adapter")

@@ -52,7 +52,7 @@ def count_parameters(model: nn.Module, adapter: dict[str, Any]) -> int:
 def adapted_shapes(model: nn.Module, adapter: dict[str, Any]) -> Counter[tuple[int, int]]:
     """Count the layers that settings adapt, by (in, out). Raise UserError for no match."""
     where = {key: adapter[key] for key in SHARED if key in adapter}
-    net = inject.inject(copy.deepcopy(model), {"name": "lora", "rank": 1, **where})
+    net = inject.inject(copy.deepcopy(model), {"name": "lora", "rank": 1, "dropout": 0.0, **where})
     found: Counter[tuple[int, int]] = Counter()
     for _, m in inject.adapted_layers(net):
         found[m.in_features, m.out_features] += getattr(m, "num_experts", 1)

@@ -70,8 +70,9 @@ def values_of(path: str | None, overrides: list[str], notes: list[str]) -> dict[
 
 
 def overlay(values: dict[str, Any], overrides: list[str]) -> cfg.RunConfig:
-    """Lay ``key=value`` arguments over a resolved config."""
-    return cfg.from_dict(_merge(_apply(_as_text(cfg.renamed(values)), overrides, []), resolve=True))
+    """Lay ``key=value`` arguments over a run's config."""
+    merged = _merge(_apply(_as_text(cfg.renamed(values)), overrides, []), resolve=True)
+    return cfg.from_dict(merged, saved=True)
 
 
 def _merge(*layers: dict[str, Any], resolve: bool = False) -> dict[str, Any]:

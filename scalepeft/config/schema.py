@@ -246,8 +246,8 @@ def check_sections(values: dict[str, Any], where: str = "") -> None:
             raise UserError(f"{where}{section} is a section, not {value!r}: {fix}")
 
 
-def from_dict(values: dict[str, Any]) -> RunConfig:
-    """Build the typed config from nested mappings (``config.yaml``, or merged files)."""
+def from_dict(values: dict[str, Any], saved: bool = False) -> RunConfig:
+    """Build the typed config from nested mappings: merged files, or ``saved`` ones of a run."""
     values = renamed(values)
     check_sections(values)
     run_dir = values.get("run_dir")
@@ -258,10 +258,11 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
         raise UserError(f"run_dir={run_dir}: expected the name of one folder")
     extensions = use_extensions(values.get("extensions"))
     found = {section: dict(values.get(section) or {}) for section in (*PLAIN, *NAMED)}
-    classes = dict(PLAIN)
+    classes: dict[str, Any] = dict(PLAIN)
     for section, (_, _, default, *_) in NAMED.items():
         found[section].setdefault("name", default)
         classes[section] = config_class(section, str(found[section]["name"]))
+    found["adapter"] = {**(classes["adapter"].BEFORE if saved else {}), **found["adapter"]}
     task: type[TaskConfig] = classes["data"]
     name = found["data"].get("protocol", getattr(task, "protocol", None))
     for section, fixed in protocol_values(task, name).items():

@@ -29,6 +29,8 @@ Exported = tuple[dict[str, Any], dict[str, Tensor]]
 class _Real:
     """The frozen layer as a ``Base`` that reads W when asked, and no longer holds it afterwards."""
 
+    trained = False
+
     def __init__(self, model: Streamed, layer: nn.Linear) -> None:
         self._model, self._layer = model, layer
 

@@ -328,6 +328,8 @@ class Frozen:
     stored.
     """
 
+    trained = False
+
     def __init__(self, layer: nn.Linear, rows: slice = slice(None)) -> None:
         self._layer, self._rows = layer, rows
 

@@ -57,7 +57,7 @@ def check_same_run(config: RunConfig, allow_changes: bool) -> None:
     remedy = "restore it (the run's config cannot be compared without), or choose another run_dir"
     held = read_mapping(file, config_files.parse_yaml, remedy)
     try:
-        held = cfg.to_dict(cfg.from_dict(held))  # keys that are newer than the run: their defaults
+        held = cfg.to_dict(cfg.from_dict(held, saved=True))  # with keys that are newer than the run
     except UserError as error:
         raise UserError(f"{file}: {error}; {remedy}") from None
     changed = changes.differences(held, cfg.to_dict(config))

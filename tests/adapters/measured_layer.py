@@ -21,7 +21,7 @@ from scalepeft.parallel.ranks import Ranks
 from scalepeft.parallel.single import Single
 
 METHODS = {
-    "lora": {"rank": 16},
+    "lora": {"rank": 16, "dropout": 0.0},
     "hoft": {"rank": 16, "form": "mean_difference"},
     "shoft": {"rank": 16, "form": "mean_difference"},
     "goft": {},

@@ -57,7 +57,8 @@ def surm(count: Callable[[int, int], int], **settings: Any) -> Variant:
     return Variant({"init_std": 0.2, **settings}, count)
 
 
-FORMS = ("mean_difference",)
+FORMS = ("mean_difference", "pairs")
+SERIES = {"rank": 4, "inverse": "neumann2", "form": "pairs"}
 
 
 VARIANTS: dict[str, list[Variant]] = {
@@ -71,7 +72,7 @@ VARIANTS: dict[str, list[Variant]] = {
             r"factors=3 .*block_size=4.*16 to divide.*172 inputs; take fewer factors",
         ),
     ],
-    "dora": [Variant({"rank": 4, "alpha": 6}, lambda o, i: 4 * (o + i) + o)],
+    "dora": [Variant({"rank": 4, "alpha": 6, "dropout": 0.0}, lambda o, i: 4 * (o + i) + o)],
     "goft": [
         Variant({}, lambda o, i: i - 1),
         Variant({"scale": True}, lambda o, i: 2 * i - 1),
@@ -82,12 +83,10 @@ VARIANTS: dict[str, list[Variant]] = {
     ],
     "hira": [Variant({"rank": 3}, lambda o, i: 3 * (o + i))],
     "hoft": [
-        Variant({"rank": 6}, lambda o, i: 6 * (o + i)),
-        Variant({"rank": 4, "inverse": "neumann2"}, lambda o, i: 4 * (o + i)),
         *(Variant({"rank": 6, "form": form}, lambda o, i: 6 * (o + i)) for form in FORMS),
+        Variant(SERIES, lambda o, i: 4 * (o + i)),
     ],
     "hra": [
-        Variant({"rank": 6}, lambda o, i: 6 * i),
         *(Variant({"rank": 6, "form": form}, lambda o, i: 6 * i) for form in FORMS),
     ],
     "hut": [
@@ -109,8 +108,8 @@ VARIANTS: dict[str, list[Variant]] = {
         Variant({"target_modules": ["down_proj"]}, lambda o, i: i),
     ],
     "lora": [
-        Variant({"rank": 4, "alpha": 6}, lambda o, i: 4 * (o + i)),
-        Variant({"rank": 4, "alpha": 6, "rslora": True}, lambda o, i: 4 * (o + i)),
+        Variant({"rank": 4, "alpha": 6, "dropout": 0.0}, lambda o, i: 4 * (o + i)),
+        Variant({"rank": 4, "alpha": 6, "dropout": 0.0, "rslora": True}, lambda o, i: 4 * (o + i)),
     ],
     "oft": [
         Variant({"block_size": 4}, lambda o, i: i * 3 // 2),
@@ -124,9 +123,8 @@ VARIANTS: dict[str, list[Variant]] = {
     "oftv2": [Variant({"block_size": 4}, lambda o, i: i * 3 // 2)],
     "qgoft": [Variant({"penalty": 0.1}, lambda o, i: 4 * (i - 1))],
     "shoft": [
-        Variant({"rank": 6}, lambda o, i: 6 * (o + i) + o),
-        Variant({"rank": 4, "inverse": "neumann2"}, lambda o, i: 4 * (o + i) + o),
         *(Variant({"rank": 6, "form": form}, lambda o, i: 6 * (o + i) + o) for form in FORMS),
+        Variant(SERIES, lambda o, i: 4 * (o + i) + o),
     ],
     "surm": [
         surm(lambda o, i: 2 * o * i // math.gcd(o, i), structure="circulant", scaling=0.5),

@@ -185,7 +185,12 @@ def test_experts_are_adapted_only_where_they_are_named() -> None:
         scalepeft.inject(
             block, {"name": "lora", "dropout": 0.1, "target_modules": ["experts.down_proj"]}
         )
-    where = {"name": "lora", "rank": 2, "target_modules": ["experts.down_proj", "down_proj"]}
+    where = {
+        "name": "lora",
+        "rank": 2,
+        "dropout": 0.0,
+        "target_modules": ["experts.down_proj", "down_proj"],
+    }
     block = Block()
     assert sizing.adapted_shapes(block, where) == {(64, 64): 5}
     assert sizing.count_parameters(block, where) == 5 * 2 * 128

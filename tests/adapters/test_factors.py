@@ -112,9 +112,9 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize(
     ("name", "settings", "limit"),
     [
-        ("lora", {}, 20),
+        ("lora", {"dropout": 0.0}, 20),
         ("hoft", {}, 40),
-        ("hoft", {"form": "mean_difference"}, 40),
+        ("hoft", {"form": "pairs"}, 40),
         ("shoft", {}, 48),
         ("hra", {}, 25),
         ("goft", {}, 32),

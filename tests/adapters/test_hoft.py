@@ -46,7 +46,7 @@ def stored(layer: nn.Linear) -> torch.Tensor:
 
 
 def make(
-    kind: str, name: str, out: int, inp: int, rank: int = 6, bias: bool = True, **settings
+    kind: str, name: str, out: int, inp: int, rank: int = 6, bias: bool = True, form="pairs", **more
 ) -> nn.Linear:
     torch.manual_seed(1)
     layer = nn.Linear(inp, out, bias=bias)
@@ -54,7 +54,7 @@ def make(
         layer = layer.double()
     elif kind != "plain":
         quant.quantize(layer, quant.get_format(kind.removesuffix("-dq"), kind.endswith("-dq")))
-    return scalepeft.adapt(layer, name, rank=rank, **settings)
+    return scalepeft.adapt(layer, name, rank=rank, form=form, **more)
 
 
 def scatter(layer: nn.Linear) -> None:

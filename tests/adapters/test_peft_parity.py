@@ -17,14 +17,14 @@ from scalepeft.adapters.inject import trainable
 from scalepeft.models.quant import Frozen
 
 CASES: list[tuple[str, dict[str, Any]]] = [
-    ("lora", {"rank": 4, "alpha": 12}),
-    ("lora", {"rank": 4, "alpha": 12, "rslora": True}),
-    ("dora", {"rank": 4, "alpha": 12}),
+    ("lora", {"rank": 4, "alpha": 12, "dropout": 0.0}),
+    ("lora", {"rank": 4, "alpha": 12, "dropout": 0.0, "rslora": True}),
+    ("dora", {"rank": 4, "alpha": 12, "dropout": 0.0}),
     ("oft", {"block_size": 4}),
     ("oftv2", {"block_size": 8}),
     ("boft", {"block_size": 4, "factors": 1}),
     ("boft", {"block_size": 4, "factors": 3}),
-    ("hra", {"rank": 6}),
+    ("hra", {"rank": 6, "form": "pairs"}),
     ("hra", {"rank": 6, "form": "mean_difference"}),
     ("ia3", {"feedforward_modules": []}),
     ("ia3", {"target_modules": ["down_proj"]}),

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from processes import ROOT
 from torch import nn
 
 from scalepeft.adapters import inject as injection
@@ -122,7 +120,7 @@ def test_int8_runs_peft_on_our_storage() -> None:
 
 def lora_entry() -> tuple[Case, Entry]:
     case = make_case("mini", 4, torch.float32, torch.device("cpu"), "none")
-    settings = {"name": "lora", "rank": 2, "target_modules": ["up_proj"]}
+    settings = {"name": "lora", "rank": 2, "dropout": 0.0, "target_modules": ["up_proj"]}
     return case, Entry("lora", "scalepeft", settings)
 
 
@@ -170,10 +168,8 @@ def test_every_method_has_an_entry_of_equal_size() -> None:
         "circulant", "toeplitz", "kronecker", "ldr", "hut-r1", "hut-r16"
     }  # fmt: skip
     for name in ("hoft", "shoft", "hra"):
-        form = yaml.safe_load((ROOT / f"configs/adapters/{name}.yaml").read_text())["adapter"][
-            "form"
-        ]
-        assert ours[name]["form"] == form != injection.adapter_config({"name": name}).form
+        assert injection.adapter_config(ours[name]).form == "mean_difference"
+    assert ours["lora"]["dropout"] == ours["dora"]["dropout"] == 0
     assert "peft-lora-bf16" not in theirs
     low = next(e for e in choose("hoft", layers, 16, True) if e.label == "peft-lora-bf16")
     assert not low.autocast and low.settings == theirs["peft-lora"]

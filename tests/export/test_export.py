@@ -88,7 +88,8 @@ def test_peft_computes_the_same(method: str, format: str, stories: Path, tmp_pat
     assert config["peft_type"] == (PEFT[method] if format == "peft" else "LORA")
     assert config["task_type"] == "CAUSAL_LM"
     assert config["base_model_name_or_path"] == str(stories)
-    short = {"boft": ["q_proj"], "ia3": ["down_proj", "k_proj", "v_proj"]}
+    short = {"boft": ["q_proj"], "hra": ["q_proj", "v_proj"]}
+    short["ia3"] = ["down_proj", "k_proj", "v_proj"]
     default = ["down_proj", "k_proj", "q_proj", "up_proj", "v_proj"]
     assert config["target_modules"] == short.get(method, default)
 

@@ -51,7 +51,7 @@ def start(base: Path, cache: Path) -> None:
         "run_dir": "unused",
         "model": {"path": str(base), "quant": "nf4", "quantized_cache": str(cache)},
         "engine": {"name": "fsdp2" if several else "single", "device": "cpu"},
-        "adapter": {"name": "lora", "rank": 4},
+        "adapter": {"name": "lora", "rank": 4, "dropout": 0.0},
         "train": {"max_steps": 1, "precision": "bf16"},
     })  # fmt: skip
     ranks = start_ranks(config)

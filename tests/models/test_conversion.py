@@ -246,7 +246,7 @@ def test_a_layer_read_by_a_fused_kernel_takes_no_adapter_and_no_bytes(tmp_path: 
     assert type(mamba.out_proj) is torch.nn.Linear
     assert type(mamba.in_proj) is not torch.nn.Linear
     with pytest.raises(UserError, match=r"mamba.out_proj has a weight that is read by"):
-        inject(model, {"name": "lora", "rank": 2, "target_modules": ["out_proj"]})
+        inject(model, {"name": "lora", "rank": 2, "dropout": 0.0, "target_modules": ["out_proj"]})
 
 
 def test_an_encoder_is_refused_by_name(tmp_path: Path) -> None:

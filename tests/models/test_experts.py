@@ -235,7 +235,8 @@ def test_adapted_experts_equal_a_model_with_their_merged_weights(family: str, me
     for _, module in experts_of(split):
         quant.quantize(module, quant.NF4())
     targets = ["q_proj", "experts.gate_up_proj", "experts.down_proj"]
-    scalepeft.inject(split, {"name": method, "rank": 4, "target_modules": targets})
+    settings = {"lora": {"dropout": 0.0}}.get(method, {})
+    scalepeft.inject(split, {"name": method, "rank": 4, **settings, "target_modules": targets})
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in split.parameters():
@@ -319,7 +320,9 @@ def test_a_layout_that_is_not_known_is_said(
 def test_a_model_of_transformers_takes_adapters_of_experts() -> None:
     model = eager("mixtral")
     want = run(model)
-    scalepeft.inject(model, {"name": "lora", "target_modules": ["experts.down_proj"]})
+    scalepeft.inject(
+        model, {"name": "lora", "dropout": 0.0, "target_modules": ["experts.down_proj"]}
+    )
     close(run(model), want)
     assert [n for n, p in model.named_parameters() if p.requires_grad][:2] == [
         f"model.layers.0.mlp.experts.down_proj.adapter.{key}" for key in "AB"

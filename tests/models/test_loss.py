@@ -69,7 +69,7 @@ def test_an_adapted_head_gets_the_gradient_of_its_adapter() -> None:
     grads = []
     for loss in (plain, lambda h, y, w: in_chunks(h, y, w, 5)):
         hidden, labels, head = sample()
-        head = scalepeft.adapt(head.float(), "lora", rank=2)
+        head = scalepeft.adapt(head.float(), "lora", rank=2, dropout=0)
         with torch.no_grad():
             head.adapter.B.normal_(generator=torch.Generator().manual_seed(2))
         loss(hidden.float(), labels, head).backward()
@@ -174,7 +174,7 @@ def test_loss_and_gradients_are_those_of_the_models_own_logits(
     model = random_model(getattr(transformers, f"{family}Config")(**(SMALL | settings)))
     head = model.get_output_embeddings() or model.lm_head
     names = [n for n, m in model.named_modules() if m is head or n.endswith("q_proj")]
-    injection.inject(model, {"name": "lora", "rank": 2, "target_modules": names})
+    injection.inject(model, {"name": "lora", "rank": 2, "dropout": 0.0, "target_modules": names})
     trained = injection.trainable(model)
     with torch.no_grad():
         for p in trained.values():

@@ -210,7 +210,7 @@ def test_an_adapter_is_not_looked_for_in_the_files(llama: Path) -> None:
     from scalepeft.adapters.inject import inject
 
     weights = weights_io.Weights(llama)
-    model = inject(build(llama, weights=weights), {"name": "lora", "rank": 2})
+    model = inject(build(llama, weights=weights), {"name": "lora", "rank": 2, "dropout": 0.0})
     structure.materialize(model, torch.device("cpu"))
     list(weights_io.load_weights(model, weights))
     assert weights.bytes_read == needed_bytes(llama)

@@ -201,9 +201,7 @@ def test_a_run_goes_on_under_any_engine_at_any_world_size(
     "adapter",
     [
         pytest.param(["adapter.name=shoft"], marks=pytest.mark.full),
-        pytest.param(
-            ["adapter.name=shoft", "adapter.form=mean_difference"], marks=pytest.mark.full
-        ),
+        pytest.param(["adapter.name=shoft", "adapter.form=pairs"], marks=pytest.mark.full),
         pytest.param(["adapter.name=lora"], marks=pytest.mark.full),
         ["adapter=qgoft", "adapter.penalty=1"],
         pytest.param(["adapter=hadamard"], marks=pytest.mark.full),

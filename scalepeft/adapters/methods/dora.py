@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalepeft.adapters.base import Base, math_dtype, scale_shift
+from scalepeft.adapters.base import Base, in_fp64, math_dtype, scale_shift
 from scalepeft.adapters.methods.lora import LoRA
 
 
@@ -34,12 +34,11 @@ class DoRA(LoRA):
 
         ``|w_i + s b_i A|^2 = |w_i|^2 + 2 s b_i (A w_i) + s^2 b_i (A A^T) b_i``.
         """
-        exact = math_dtype(dtype)
-        w = base.weight(dtype)
-        a, b = self.A.to(exact), self.scaling * self.B.to(exact)
-        square = torch.linalg.vector_norm(w, dim=1, dtype=exact).square()
-        cross = 2 * (w @ a.mT.to(dtype)).to(exact) + b @ (a @ a.mT)
-        return square.sqrt(), (square + (b * cross).sum(1)).clamp_min(0).sqrt()
+        wide, w = math_dtype(dtype), base.weight(dtype)
+        a, b = in_fp64(self.A), self.scaling * in_fp64(self.B)
+        square = torch.linalg.vector_norm(w, dim=1, dtype=wide).square()
+        cross = 2 * (w @ a.mT.to(dtype)).to(wide) + b @ (a @ a.mT)
+        return square.sqrt(), (square + (b * cross).sum(1)).clamp_min(0).sqrt().to(wide)
 
     @torch.compiler.disable  # else a recomputation, which has them, would save other tensors
     def _kept_norms(self, base: Base, dtype: torch.dtype) -> tuple[Tensor, ...]:

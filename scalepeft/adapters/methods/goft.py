@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from scalepeft.adapters.base import Adapter, AdapterConfig, scale_shift
 from scalepeft.adapters.block_orthogonal import less_identity, plus_product, runs
 from scalepeft.core.errors import UserError
-from scalepeft.core.fields import STRICT
+from scalepeft.core.fields import STRICT, Targets
 
 RUN = 64
 
@@ -35,6 +36,9 @@ class GOFTConfig(AdapterConfig):
     """
 
     name: str = "goft"
+    target_modules: Targets = Field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"]
+    )
     scale: bool = False
 
 

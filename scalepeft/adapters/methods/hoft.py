@@ -29,11 +29,13 @@ class HOFTConfig(AdapterConfig):
             which Adam moves at rates of their own: R learns at four times train.lr.
     """
 
+    BEFORE: ClassVar = {"form": "pairs"}
+
     name: str = "hoft"
     rank: Annotated[int, Field(ge=2)] = 16
     inverse: Inverse = "exact"
     init_norm: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
-    form: Form = "pairs"
+    form: Form = "mean_difference"
 
     def __post_init__(self) -> None:
         """Raise UserError for the paper's series in another form than the paper's."""

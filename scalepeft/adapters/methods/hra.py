@@ -1,7 +1,7 @@
 """HRA: Householder reflection adaptation (arXiv 2405.17484): HOFT on the input side alone."""
 
 import math
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scalepeft.adapters.base import AdapterConfig, Base
 from scalepeft.adapters.householder import Form, Reflected, check_rank, columns, start_columns
-from scalepeft.core.fields import STRICT
+from scalepeft.core.fields import STRICT, Targets
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -22,9 +22,12 @@ class HRAConfig(AdapterConfig):
         form: what is trained of them, as in HOFT, whose columns ``mean_difference`` starts from.
     """
 
+    BEFORE: ClassVar = {"form": "pairs"}
+
     name: str = "hra"
-    rank: Annotated[int, Field(ge=2)] = 32
-    form: Form = "pairs"
+    target_modules: Targets = Field(default_factory=lambda: ["q_proj", "v_proj"])
+    rank: Annotated[int, Field(ge=2)] = 8
+    form: Form = "mean_difference"
 
 
 class HRA(Reflected):

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from scalepeft.adapters.base import Adapter, AdapterConfig, Base, scale_shift
+from scalepeft.adapters.base import Adapter, AdapterConfig, Base, first_order, scale_shift
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT
 
@@ -48,6 +48,7 @@ class _WeightFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        first_order(ctx)
         (dy,) = grads
         x, *parameters = ctx.saved_tensors
         weight = ctx.base.weight(dy.dtype)
@@ -66,6 +67,10 @@ def weight_product(
     """``x (..., in) -> change(W, *parameters) x (..., out)``, in the dtype of x. ``change`` makes
     W' (out, in), differentiable in the parameters; it is called with all in the dtype of x.
     """
+    if base.trained:  # a map y = W x + c with parameters of its own
+        units = base(F.pad(torch.eye(x.shape[-1], dtype=x.dtype, device=x.device), (0, 0, 0, 1)))
+        changed = change((units[:-1] - units[-1]).mT, *(p.to(x.dtype) for p in parameters))
+        return F.linear(x, changed, units[-1])
     return _WeightFunction.apply(x, base, change, *parameters)
 
 

@@ -27,10 +27,10 @@ class LoRAConfig(AdapterConfig):
     """
 
     name: str = "lora"
-    rank: Annotated[int, Field(ge=1)] = 16
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    rank: Annotated[int, Field(ge=1)] = 32
+    alpha: Annotated[float, Field(gt=0)] = 64.0
     rslora: bool = False
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
 
 
 class LoRA(Adapter):

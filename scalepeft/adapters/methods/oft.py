@@ -11,7 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from scalepeft.adapters.base import Adapter, AdapterConfig, Base
+from scalepeft.adapters.base import Adapter, AdapterConfig, Base, in_fp64
 from scalepeft.adapters.block_orthogonal import block_product, less_identity, skew_symmetric
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT
@@ -59,8 +59,8 @@ class OFT(Adapter):
 
     def factors(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """``R - I`` (..., in / b, b, b)."""
-        k = skew_symmetric(parameters["K"], self.config.block_size)
-        return (less_identity(self.rotation(k)),)
+        k = skew_symmetric(in_fp64(parameters["K"]), self.config.block_size)
+        return (less_identity(self.rotation(k)).to(parameters["K"].dtype),)
 
     def transform_input(self, x: Tensor) -> Tensor:
         """``x R``."""

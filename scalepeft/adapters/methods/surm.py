@@ -93,16 +93,16 @@ class _Spectral(torch.autograd.Function):
         ctx.cuts = cuts
         z = x.to(kernels[0].dtype)
         for (q, keep), kernel in zip(cuts, kernels, strict=True):
-            z = _convolve(z.reshape(len(x), q, -1), kernel, keep)
-        return z.reshape(len(x), -1)
+            z = _convolve(z.flatten(1).unflatten(1, (q, -1)), kernel, keep)
+        return z.flatten(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *kernels = ctx.saved_tensors
-        inputs = [x.to(kernels[0].dtype).reshape(len(x), ctx.cuts[0][0], -1)]
+        inputs = [x.to(kernels[0].dtype).unflatten(1, (ctx.cuts[0][0], -1))]
         for i, kernel in enumerate(kernels[:-1]):
             z = _convolve(inputs[i], kernel, ctx.cuts[i][1])
-            inputs.append(z.reshape(len(x), ctx.cuts[i + 1][0], -1))
+            inputs.append(z.flatten(1).unflatten(1, (ctx.cuts[i + 1][0], -1)))
         (dz,) = grads
         d_kernels: list[Tensor | None] = [None] * len(kernels)
         for i in range(len(kernels))[::-1]:
@@ -117,7 +117,7 @@ class _Spectral(torch.autograd.Function):
             d_kernels[i] = torch.fft.irfft(dk, n)
             if i or ctx.needs_input_grad[0]:
                 back = _mix(dy, torch.fft.rfft(kernel, n).conj().transpose(0, 1))
-                dz = torch.fft.irfft(back, n)[..., : z.shape[-1]].reshape(len(x), -1)
+                dz = torch.fft.irfft(back, n)[..., : z.shape[-1]].flatten(1)
         return dz.to(x.dtype) if ctx.needs_input_grad[0] else None, None, *d_kernels
 
 
@@ -128,7 +128,7 @@ class _Kronecker(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         ctx.save_for_backward(x, a, b)
         z = x.view(len(x), a.shape[1], b.shape[1]) @ b.to(x.dtype).mT
-        return (a.to(x.dtype) @ z).view(len(x), -1)
+        return (a.to(x.dtype) @ z).flatten(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
@@ -142,7 +142,7 @@ class _Kronecker(torch.autograd.Function):
             da += (dy_part @ (x_part @ low_b.mT).mT).sum(0, dtype=a.dtype)
         dz = low_a.mT @ dy
         db = (dz.reshape(-1, len(b)).mT @ x.reshape(-1, b.shape[1])).to(b.dtype)
-        return (dz @ low_b).view(len(x), -1) if ctx.needs_input_grad[0] else None, da, db
+        return (dz @ low_b).flatten(1) if ctx.needs_input_grad[0] else None, da, db
 
 
 class SURM(Adapter):
@@ -246,7 +246,8 @@ class SURM(Adapter):
             cuts, kernels = self._chain(dtype, x.shape[-1])
             # The cast stands outside: inside, torch 2.11 compiles one that changes nothing to zero
             # gradients.
-            y = _Spectral.apply(rows, cuts, *kernels).to(x.dtype)
+            padded = rows if len(rows) else F.pad(rows, (0, 0, 0, 1))  # no FFT takes none
+            y = _Spectral.apply(padded, cuts, *kernels)[: len(rows)].to(x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
 
     def delta(self, x: Tensor) -> Tensor | None:

@@ -16,7 +16,6 @@ from scalepeft.export.peft import common_fields
 from scalepeft.models import quant
 
 STRUCTURES = ("circulant", "toeplitz", "kronecker", "ldr")  # of surm
-FORM = "mean_difference"  # of hoft, shoft and hra, as in configs/adapters
 
 
 def choose(methods: str, layers: list[Layer], rank: int, bf16: bool) -> list[Entry]:
@@ -68,7 +67,7 @@ def _settings(layers: list[Layer], rank: int) -> tuple[dict[str, Any], dict[str,
             ours |= {f"hut-r{r}": {**settings, "rank": r} for r in sorted(ranks)}
         elif key == "rank":
             settings["rank"] = 2 * rank if name == "hra" else rank  # reflections of one side
-            settings |= {"form": FORM} if name in ("hoft", "shoft", "hra") else {}
+            settings |= {"dropout": 0.0} if name in ("lora", "dora") else {}
         elif key == "block_size":
             with suppress(UserError):  # its entry says why none fits
                 settings = sizing.fit(settings, key, shapes, target)

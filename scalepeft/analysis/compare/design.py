@@ -62,7 +62,7 @@ class Design:
     def config(self, method: Method, lr: float, seed: int) -> cfg.RunConfig:
         """Return the config of a cell."""
         train = {**self.values["train"], "lr": lr, "seed": seed}
-        return cfg.from_dict({**self.values, "adapter": method.adapter, "train": train})
+        return cfg.from_dict({**self.values, "adapter": method.adapter, "train": train}, saved=True)
 
     def text(self) -> str:
         """Return what ``read`` reads."""

@@ -53,7 +53,7 @@ def ranks_of(run: Run) -> str:
 def departures(run: Run) -> str:
     """Return where the run departs from its protocol."""
     try:
-        found = cfg.deviations(cfg.from_dict({**run.config, "run_dir": str(run.folder)}))
+        found = cfg.deviations(cfg.from_dict({**run.config, "run_dir": str(run.folder)}, True))
     except ValueError as error:
         return f"cannot be told: config.yaml is not one of this version ({error})"
     if run.evaluations:  # what was generated with stands in the scores, and may be other than here

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scalepeft.adapters import inject as injection
 from scalepeft.analysis.bench.gpu.session import Session
-from scalepeft.analysis.bench.methods import FORM, STRUCTURES
+from scalepeft.analysis.bench.methods import STRUCTURES
 from scalepeft.core import registry
 from scalepeft.models import quant
 from scalepeft.models.hub import PRECISIONS
@@ -19,7 +19,7 @@ BOUNDS = {"fp32": 1e-4, "bf16": 3e-2}
 """Relative errors that only a wrong product exceeds: a CPU is below 1e-6 and 6e-3."""
 SETTINGS: dict[str, dict[str, list[Any]]] = {  # tried beside the defaults
     "surm": {"structure": list(STRUCTURES)}, "hut": {"rank": [4]}, "goft": {"scale": [True]},
-    "hoft": {"form": [FORM]}, "shoft": {"form": [FORM]}, "hra": {"form": [FORM]},
+    "hoft": {"form": ["pairs"]}, "shoft": {"form": ["pairs"]}, "hra": {"form": ["pairs"]},
 }  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def methods(session: Session) -> dict[str, Any]:
 
 def _errors(session: Session, name: str, more: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
-    layer: Any = injection.adapt(nn.Linear(256, 256), name, **more)
+    layer: Any = injection.adapt(nn.Linear(256, 256).eval(), name, **more)
     for p in layer.adapter.parameters():
         p.data += 0.05 * torch.randn_like(p)
     x, dy = torch.randn(2, 64, 256), torch.randn(2, 64, 256)

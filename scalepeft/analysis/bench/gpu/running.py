@@ -10,7 +10,6 @@ from subprocess import DEVNULL, PIPE
 from typing import Any
 
 from scalepeft.analysis.bench.gpu.session import SCALEPEFT, Session
-from scalepeft.analysis.bench.methods import FORM
 from scalepeft.core.preemption import STOPPED
 
 RUN = (
@@ -19,7 +18,7 @@ RUN = (
     "train.micro_batch=4", "train.max_steps=24", "train.save_every=4",
 )  # fmt: skip
 CASES = {
-    "hoft, nf4": ("adapter.name=hoft", f"adapter.form={FORM}", "model.quant=nf4"),
+    "hoft, nf4": ("adapter.name=hoft", "model.quant=nf4"),
     "lora, dropout, int8": ("adapter.name=lora", "adapter.dropout=0.1", "model.quant=int8"),
 }
 

@@ -15,7 +15,6 @@ from torch.profiler import profile
 from scalepeft.adapters import inject
 from scalepeft.analysis.bench.cases import inject_peft, on_bitsandbytes, random_weights
 from scalepeft.analysis.bench.gpu.session import Session
-from scalepeft.analysis.bench.methods import FORM
 from scalepeft.build import Built
 from scalepeft.config import files as config_files
 from scalepeft.data.tokens import TokenSet
@@ -26,9 +25,9 @@ from scalepeft.trainer import Outcome, Trainer, batches
 FROZEN, PEFT, GIB = "frozen", "peft-lora", 2**30
 ONCE, EACH = "factors once", "factors in each forward"
 ROWS: dict[str, list[str]] = {
-    "hoft": ["adapter.rank=16", f"adapter.form={FORM}"], FROZEN: [], PEFT: [],
-    "lora": ["adapter.rank=16", "adapter.alpha=32"],
-    "shoft": ["adapter.rank=16", f"adapter.form={FORM}"],
+    "hoft": ["adapter.rank=16"], FROZEN: [], PEFT: [],
+    "lora": ["adapter.rank=16", "adapter.alpha=32", "adapter.dropout=0"],
+    "shoft": ["adapter.rank=16"],
     "goft": [], "surm": [], "hut": [], "hadamard": [],
 }  # fmt: skip
 NF4, PLAIN = "nf4 double", "none"
