@@ -300,8 +300,8 @@ def _ours(
     for name, tensor in state.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.({inner})", name)
         if match is None:
-            what = f"no tensor of {config.name}, whose names are {PREFIX}LAYER.{inner}"
-            raise UserError(f"{file}: {one_line(name, 100)} is {what}; train without it")
+            what = f"{one_line(name, 100)} is no tensor of {config.name}"
+            raise UserError(f"{file}: {what}; merge the adapter with PEFT, or train one without it")
         key = keys.get(match[2], match[2].rpartition(".")[2])
         found[f"{match[1]}.adapter.{key}"] = tensor
     return found

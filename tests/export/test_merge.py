@@ -461,7 +461,7 @@ DAMAGES: dict[str, tuple[Any, list[str]]] = {
     ),
     "method": (
         lambda f: _description(f, name="shoft"),
-        ["name is shoft there and hoft in", "put the adapter back"],
+        ["adapter_model.safetensors: ", "is no tensor of shoft"],
     ),
     "no-base": (
         lambda f: sealed_again(f, base_model="meta-llama/x"),
