@@ -44,7 +44,8 @@ def card(
     environment.filters["cell"] = lambda value: one_line(value).replace("|", "\\|")
     return environment.get_template("card.j2").render(
         head=yaml.safe_dump(head, sort_keys=False, allow_unicode=True),
-        method=method.__name__, paper=method.paper, settings=settings,
+        method=method.__name__, paper=method.paper, targets=config["target_modules"],
+        settings={k: v for k, v in settings.items() if k not in ("name", "target_modules")},
         base=base if online else Path(base).name,  # no paths of the machine it was made on
         rows=rows or {}, scores=scores, place=place, plugged=":" in config["peft_type"],
     )  # fmt: skip

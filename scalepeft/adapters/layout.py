@@ -111,6 +111,7 @@ def peft_config(
     return {
         "task_type": "CAUSAL_LM" if hasattr(model, "generate") else None,
         "inference_mode": True,
+        "peft_version": "0.21.0",  # whose layout this is
         "base_model_name_or_path": path,
         "revision": revision,
         **common_fields(model, fields),

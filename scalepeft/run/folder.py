@@ -54,7 +54,8 @@ def _of_adapter(folder: Path, settings: list[str]) -> dict[str, Any]:
         raise UserError(f"{folder}: does not name its base; add model.path=FOLDER_OR_HUB_ID")
     keys = [key for key in ("path", "revision", "quant", "double_quant") if base.get(key)]
     model = {key: base[key] for key in keys}
-    return {"model": model, "adapter": cfg.to_dict(config), "train": {"max_steps": 1}}
+    values = {"run_dir": str(folder), "model": model, "adapter": cfg.to_dict(config)}
+    return {**values, "train": {"max_steps": 1}}
 
 
 def adapter_folder(run_dir: str | Path) -> Path:
