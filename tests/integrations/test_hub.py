@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from finished import make_run, older_layout
+from finished import make_run, older_layout, stock
+from processes import ROOT, zygote
 
 import scalepeft
 from scalepeft import cli
@@ -178,3 +180,28 @@ def test_the_card_of_an_adapter_from_python(tmp_path: Path) -> None:
     scalepeft.save_adapter(net, tmp_path / "adapter")
     text = (tmp_path / "adapter" / layout.CARD).read_text()
     assert re.match(r"---\nlibrary_name: peft\n", text) and "# GOFT adapter of BASE" in text
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page(
+    hub: Hub, push: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peft = pytest.importorskip("peft")
+    from test_docs import commands
+
+    from scalepeft.models import tiny
+
+    monkeypatch.chdir(tmp_path)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    peft.get_peft_model(stock(tiny.make(0)), config).save_pretrained("ADAPTER")
+    row = {"instruction": "Is 2 even?", "input": "", "output": "true", "answer": "true"}
+    Path("TEST").write_text(json.dumps([row] * 4))
+    for words in (line.split()[1:] for line in commands(ROOT / "docs/integrations/hub.md")):
+        if words[0] == "push":
+            code, said = push(*words[1:])
+            assert code == 0, said
+        else:
+            done = zygote().run(("-m", "scalepeft"), words, dict(os.environ), 120, tmp_path)
+            assert done.returncode == 0, done.stderr
+    assert b"me/tiny" in hub.files[layout.CONFIG]
+    assert Path("merged/model.safetensors").is_file() and Path("lora").is_dir()
