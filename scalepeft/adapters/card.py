@@ -19,15 +19,8 @@ def card(
     license: str | None = None,
     place: str = "FOLDER",
 ) -> str:
-    """Returns Markdown under YAML for the hub.
-
-    Args:
-        settings: of the method.
-        config: PEFT's.
-        rows: what more to tell, by name.
-        scores: rows in the columns of the template.
-        license: as the hub names it.
-        place: where the adapter is loaded from.
+    """Markdown under YAML for the hub: ``settings`` of the method, ``config`` of PEFT, ``rows``
+    that are told by name, ``scores`` in the template's columns, ``place`` where it loads from.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

@@ -82,26 +82,18 @@ def in_peft(adapter: Adapter) -> tuple[dict[str, Any], dict[str, str]] | None:
     """Fields of PEFT's own type, and parameter -> its name there, where the method is the same with
     every tensor a parameter itself; else None.
     """
-    if isinstance(adapter, Stacked | Scale):
-        return None
     with torch.device("meta"):
         twin = unsharded_copy(adapter)
         any_weight = nn.Linear(adapter.in_features, adapter.out_features, bias=False)
-        exported = twin.to_peft(quant.Frozen(any_weight))
-    fields, tensors = exported or ({}, {})
+        fields, tensors = twin.to_peft(quant.Frozen(any_weight)) or ({}, {})
 
-    def same(a: Tensor, b: Tensor) -> bool:
-        shared = a.untyped_storage()._cdata == b.untyped_storage()._cdata
-        return shared and a.shape == b.shape and a.stride() == b.stride()
+    def itself(tensor: Tensor, p: Tensor) -> bool:
+        storage, held = tensor.untyped_storage(), p.untyped_storage()
+        return tensor.shape == p.shape and storage._cdata == held._cdata
 
-    names = {
-        key: suffix
-        for key, parameter in twin.named_parameters()
-        for suffix, tensor in tensors.items()
-        if same(tensor, parameter)
-    }
-    whole = len(names) == len(tensors) == len(dict(twin.named_parameters()))
-    return (fields, names) if whole else None
+    own = dict(twin.named_parameters())
+    names = {k: end for k, p in own.items() for end, t in tensors.items() if itself(t, p)}
+    return (fields, names) if len(names) == len(tensors) == len(own) else None
 
 
 def peft_config(
@@ -151,21 +143,23 @@ def as_peft(
     """``adapter_config.json``, and our tensors' names -> those in the file: in PEFT's own type
     where that has our parameters, else in the plug-in's.
     """
-    theirs = {name: in_peft(adapter) for name, adapter in adapters.items()}
-    fields: dict[str, dict[str, Any]] = {}
-    names: dict[str, str] = {}
-    for name, adapter in adapters.items():
-        config, found = adapter.config, theirs[name]
-        if found is None or None in theirs.values():
-            box = f"{peft_name(config.name)}_adapter"
-            keys = {key: f"{box}.{key}" for key, _ in adapter.named_parameters()}
-            own = {field: getattr(config, key) for key, field in _fields(config, {}).items()}
-            found = {"peft_type": told(config.name), **own}, keys
-        if not isinstance(adapter, Scale):
-            fields[name] = found[0]
-        names |= {f"{name}.adapter.{k}": f"{PREFIX}{name}.{end}" for k, end in found[1].items()}
-    described = peft_config(model, fields, path, revision)
-    if norms := adapters.keys() - fields.keys():  # those of other blocks stay as they are
+    linear = {name: a for name, a in adapters.items() if not isinstance(a, Scale)}
+    first = next(iter(linear.values()))
+    ours_alone = any(isinstance(a, Stacked | Scale) for a in adapters.values())
+    found = None if ours_alone else in_peft(first)
+    if found is None:
+        method, fields = first.config.name, _fields(first.config, {})
+        own = {field: getattr(first.config, key) for key, field in fields.items()}
+        box = f"{peft_name(method)}_adapter"
+        keys = {key: f"{box}.{key}" for a in adapters.values() for key, _ in a.named_parameters()}
+        found = {"peft_type": told(method), **own}, keys
+    names = {
+        f"{name}.adapter.{key}": f"{PREFIX}{name}.{found[1][key]}"
+        for name, adapter in adapters.items()
+        for key, _ in adapter.named_parameters()
+    }
+    described = peft_config(model, dict.fromkeys(linear, found[0]), path, revision)
+    if norms := adapters.keys() - linear.keys():  # those of other blocks stay as they are
         blocks = {int(part) for name in norms for part in name.split(".") if part.isdigit()}
         described["layers_to_transform"] = sorted(blocks)
     return described, names

@@ -248,3 +248,17 @@ def test_a_changed_file_of_a_saved_adapter_is_named(tmp_path: Path) -> None:
             layout.read_adapter(folder)
     sealed_again(tmp_path / layout.CONFIG)
     assert layout.read_adapter(tmp_path / layout.CONFIG)[0].name == "goft"
+
+
+def test_adapters_of_experts_come_back(tmp_path: Path) -> None:
+    base = random_llama(
+        tmp_path / "base", "Mixtral", num_local_experts=2, num_experts_per_tok=2,
+    )  # fmt: skip
+    settings = {"name": "lora", "rank": 2, "target_modules": ["q_proj", "experts.down_proj"]}
+    model = scalepeft.inject(fresh(base), settings).eval()
+    scatter(model, ".adapter.")
+    scalepeft.save_adapter(model, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / layout.CONFIG).read_text())
+    assert config["peft_type"].startswith("SCALEPEFT_LORA: "), "PEFT's own has no experts"
+    again = scalepeft.load_adapter(fresh(base), tmp_path / "adapter").eval()
+    assert torch.equal(logits(again), logits(model))

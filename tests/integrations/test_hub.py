@@ -183,6 +183,7 @@ def test_the_card_of_an_adapter_from_python(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_the_commands_of_the_page(
     hub: Hub, push: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
