@@ -9,7 +9,7 @@ import pytest
 import torch
 from finished import IDS, METHODS, adapted, logits, make_run, older_layout, sealed_again, stock
 from processes import flip, rows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_merge import random_llama
 from torch import nn
 
@@ -177,6 +177,14 @@ def test_what_is_not_ours_is_refused_by_name(key: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=re.escape(says)) as caught:
         scalepeft.load_adapter(nn.Sequential(nn.Linear(8, 8)), tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_tensors(tmp_path: Path) -> None:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    (tmp_path / layout.CONFIG).write_text(json.dumps(config))
+    save_file({}, tmp_path / layout.WEIGHTS)
+    with pytest.raises(UserError, match="holds no tensor of a linear layer"):
+        layout.read_adapter(tmp_path)
 
 
 def test_a_base_without_a_name_is_asked_for(base: Path, tmp_path: Path) -> None:
