@@ -9,6 +9,7 @@ _PUBLIC = {
     "effective_weight": "scalepeft.adapters.merged_weight",
     "inject": "scalepeft.adapters.inject",
     "load_adapter": "scalepeft.adapters.inject",
+    "save_adapter": "scalepeft.adapters.inject",
 }
 __all__ = ["__version__", *_PUBLIC]
 

@@ -54,6 +54,12 @@ EXPORT = """\
 --format peft   the same method in HF PEFT's layout, for the methods that PEFT has
 --format lora   a LoRA that is exactly the adapter (hoft: of rank 2r), for any LoRA server
 """
+PUSH = """\
+Uploads the adapter in PEFT's layout with a model card of the run: base, method, settings, data,
+steps, scores with intervals, versions. REPO is made where it is not there.
+
+  scalepeft push runs/x ORG/NAME --private --license apache-2.0 --base-model ORG/BASE
+"""
 BENCH = """\
 Times forward, backward and optimizer of every method, of HF PEFT's and of the frozen base alone,
 taking turns in one process.
@@ -129,6 +135,7 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "report": ("scores, curves and examples of one run, or of several compared", REPORT),
     "merge": ("write base and adapter as one checkpoint that stock transformers loads", MERGE),
     "export": ("write the adapter for HF PEFT, or as a plain LoRA", EXPORT),
+    "push": ("put a run's adapter and a model card on the hub", PUSH),
     "methods": ("all methods: size, cost, exports, papers", None),
     "bench": ("methods against HF PEFT, trainings against HF and TRL", BENCH),
     "config": ("print the resolved settings, or every key", None),
@@ -171,7 +178,11 @@ def _written_here(commands: dict[str, Parser]) -> None:
     add(" ".join(COMMANDS), "--debug", "show the traceback of a user error too", **flag)
     add("methods doctor plan verify status", "--json", "JSON in place of text", **flag)
     add("report status", "run_dirs", "a run, or (status) a sweep", nargs="+", metavar="RUN_DIR")
-    add("evaluate merge export", "run_dir", "folder of a finished run")
+    add("evaluate merge export push", "run_dir", "of a finished run, or an adapter's from PEFT")
+    add("push", "repo", "ORG/NAME on the hub")
+    add("push", "--private", "make it so that only you and ORG see it", **flag)
+    add("push", "--license", "for the card, as the hub names it: apache-2.0, llama3.1")
+    add("push", "--base-model", "the base on the hub, where the run's is a folder", dest="base")
     add("verify", "run_dir", "of a run or a pipeline")
     add("merge export", "out", "folder to write; must not exist")
     for names, metavar, help in (

@@ -81,6 +81,9 @@ CALLS: dict[str, tuple[str, Callable[[Any, argparse.Namespace, StopFlag], Any]]]
     "report": ("analysis.report.command", lambda m, a, _: m.run(a.run_dirs, a.out)),
     "merge": ("export.merge", lambda m, a, _: m.run(a.run_dir, a.out, a.settings, a.base, a.dtype)),
     "export": ("export.peft", lambda m, a, _: m.run(a.run_dir, a.out, a.settings, a.format)),
+    "push": (
+        "integrations.hub", lambda m, a, _: m.run(a.run_dir, a.repo, a.private, a.license, a.base)
+    ),
     "methods": ("analysis.methods", lambda m, a, _: m.run(a.model, a.json)),
     "bench": ("analysis.bench.command", lambda m, a, _: m.run(m.Options(**_values(m, a)))),
     "bench gpu": (

@@ -163,7 +163,8 @@ def _train(
         if saver.saved != trainer.done:
             trainer.save(saver, final=True)
         return STOPPED
-    if reason := records.save_adapter(rows.total, trainer.built.base):
+    built = trainer.built
+    if reason := records.save_adapter(rows.total, built.base, base.name, built.model):
         raise NotSaved(f"a disk that refuses the adapter ({reason})")
     return FINISHED
 

@@ -198,7 +198,7 @@ def test_run_folder_holds_what_the_contract_says(finished: Path) -> None:
     ]
     assert all(list(r) == keys for r in found)
     assert (finished / "checkpoints/step-000004/manifest.json").is_file()
-    description = json.loads((finished / "adapter/adapter_config.json").read_text())
+    description = json.loads((finished / "adapter/scalepeft.json").read_text())
     assert description["adapter"]["name"] == "hoft" and description["base_model"]["quant"] == "nf4"
     assert "rank: 4" in (finished / "config.yaml").read_text()
 
@@ -213,7 +213,7 @@ def test_tensorboard_events_hold_the_losses(finished: Path) -> None:
 
 
 def test_a_finished_run_is_not_trained_again(finished: Path) -> None:
-    before = (finished / "adapter/adapter.safetensors").stat().st_mtime_ns
+    before = (finished / "adapter/adapter_model.safetensors").stat().st_mtime_ns
     settings = [
         "model.quant=nf4",
         "train.max_steps=4",
@@ -221,7 +221,7 @@ def test_a_finished_run_is_not_trained_again(finished: Path) -> None:
         "data.test_size=40",
     ]
     train(1, finished, *settings)
-    assert (finished / "adapter/adapter.safetensors").stat().st_mtime_ns == before
+    assert (finished / "adapter/adapter_model.safetensors").stat().st_mtime_ns == before
 
 
 def predictions(folder: Path) -> dict[str, str]:
@@ -273,7 +273,8 @@ def test_evaluation_killed_and_stopped_continues_to_the_same_predictions(
 
 BROKEN_FILES = {
     "config.yaml": ["[1, 2]", "hello", "\xff\xfe"],
-    "adapter/adapter_config.json": ["[]", '{"adapter": 3}', "{}", "\xff\xfe"],
+    "adapter/scalepeft.json": ["[]", '{"adapter": 3}', "{}", "\xff\xfe"],
+    "adapter/adapter_config.json": ["[]", "{}"],
     "holder-1.json": ["\xff\xfe"],
     "metrics.jsonl": ["junk\n[1]\n"],
     "events.jsonl": ['{"event": "start"}\njunk\n'],
@@ -302,7 +303,7 @@ def test_broken_files_of_a_run_never_end_in_a_traceback(finished: Path, tmp_path
             shutil.copytree(whole, run)
             (run / name).write_bytes(text.encode("latin-1"))
             commands = [["report", str(run)], ["evaluate", str(run), "evaluate.limit=4"]]
-            if name in ("config.yaml", "adapter/adapter_config.json", "holder-1.json"):
+            if name in ("config.yaml", "adapter/scalepeft.json", "holder-1.json"):
                 commands = [["train", *TINY, *settings, f"run_dir={run}"], commands[1]]
             calls += commands if "eval" not in name else commands[::-1]
     # One process for all: a start takes longer than what is tested.
@@ -333,7 +334,7 @@ def test_evaluation_refuses_what_would_be_another_run(finished: Path, tmp_path: 
     assert "adapter.rank: cannot be changed" in wrong("evaluate", str(finished), "adapter.rank=8")
     other = tmp_path / "run"
     shutil.copytree(finished, other)
-    (other / "adapter/adapter.safetensors").write_bytes(b"no adapter")
+    (other / "adapter/adapter_model.safetensors").write_bytes(b"no adapter")
     assert "is no readable adapter folder" in wrong("evaluate", str(other))
     shutil.rmtree(other / "adapter")
     assert "is no readable adapter folder" in wrong("evaluate", str(other))

@@ -208,14 +208,14 @@ def test_what_depends_on_a_change_is_done_again(finished: tuple[Path, list[str]]
     # Another row to train on: everything after it, and the old training is kept.
     rows = [question(i) for i in range(25)]
     (folder / "train.json").write_text(json.dumps(rows))
-    before = (run / "adapter/adapter.safetensors").read_bytes()
+    before = (run / "adapter/adapter_model.safetensors").read_bytes()
     base = (run / "eval-base/commonsense/predictions.jsonl").stat().st_mtime_ns
     text = whole(run, *settings, "evaluate.limit=5")
     assert all(words.startswith("done again") for words in said(text).values()), text
     assert f"files.train.{folder}/train.json" in said(text)["prepare"]
-    assert (run / "replaced-1/adapter/adapter.safetensors").read_bytes() == before
+    assert (run / "replaced-1/adapter/adapter_model.safetensors").read_bytes() == before
     assert (run / "replaced-1/checkpoints").is_dir()
-    assert (run / "adapter/adapter.safetensors").read_bytes() != before
+    assert (run / "adapter/adapter_model.safetensors").read_bytes() != before
     assert (run / "eval-base/commonsense/predictions.jsonl").stat().st_mtime_ns == base, (
         "the base has not changed, nor what it is asked"
     )
@@ -230,7 +230,7 @@ def test_what_depends_on_a_change_is_done_again(finished: tuple[Path, list[str]]
     assert said(text) == {
         "prepare": "done already", "train": "done again as asked by --from",
     }  # fmt: skip
-    assert (run / "replaced-3/adapter/adapter.safetensors").is_file()
+    assert (run / "replaced-3/adapter/adapter_model.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -13,9 +13,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scalepeft.core import kernels
-from scalepeft.core.errors import UserError
-from scalepeft.core.fields import STRICT, Decides, Layers, Targets
+from scalepeft.core import kernels, registry
+from scalepeft.core.errors import UserError, unknown
+from scalepeft.core.fields import STRICT, Decides, Layers, Targets, _build
+from scalepeft.parallel.base import full_shape
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -332,3 +333,22 @@ def in_fp64(x: Tensor) -> Tensor:
 def math_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype for Gram matrices, solves, angles and norms: fp32, or fp64 where that came in."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def unsharded_copy(adapter: Adapter) -> Adapter:
+    """A twin with whole parameters, without values."""
+    twin = adapter.__class__.__new__(adapter.__class__)
+    twin.__dict__ = {**adapter.__dict__, "_parameters": {}}
+    for key, parameter in adapter._parameters.items():
+        if parameter is not None:
+            parameter = nn.Parameter(torch.empty(full_shape(parameter), dtype=parameter.dtype))
+        twin._parameters[key] = parameter
+    return twin
+
+
+def adapter_config(values: dict[str, Any], saved: bool = False) -> AdapterConfig:
+    """Builds a method's config from a mapping with ``name``; ``saved`` by this or older code."""
+    if "name" not in values:
+        raise unknown("adapter", "", registry.available("adapters.methods"))
+    found = registry.find_class("adapters.methods", str(values["name"]), "adapter", Adapter)
+    return _build(found.Config, {**(found.Config.BEFORE if saved else {}), **values}, "adapter")

@@ -4,21 +4,29 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from scalepeft.adapters import targets
-from scalepeft.adapters.base import Adapter, AdapterConfig, Scale, apply
+from scalepeft.adapters import layout, targets
+from scalepeft.adapters.base import (
+    Adapter,
+    AdapterConfig,
+    Scale,
+    adapter_config,
+    apply,
+    unsharded_copy,
+)
+from scalepeft.adapters.card import card
 from scalepeft.adapters.experts import stack
+from scalepeft.adapters.layout import read_adapter
 from scalepeft.core import errors, registry
-from scalepeft.core.errors import UserError, unknown
-from scalepeft.core.fields import _build
-from scalepeft.core.files import digest, read_mapping, unsealed
+from scalepeft.core.errors import UserError
+from scalepeft.core.files import writing
+from scalepeft.core.log import say
 from scalepeft.core.text import one_line
 from scalepeft.models import quant
 from scalepeft.models.experts import ExpertLinear, mix_in, replace_experts
@@ -199,7 +207,57 @@ def inject(
     if not structure_only:
         _allocate(model)
         reset_adapters(model, seed)
+    if hasattr(model, "save_pretrained"):  # of transformers: it would write the base too
+        vars(model)["save_pretrained"] = MethodType(_save_pretrained, model)
     return model
+
+
+def _save_pretrained(
+    model: nn.Module,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: dict[str, Tensor] | None = None,
+    **_: Any,
+) -> None:
+    """What transformers' Trainer calls; settings of how a whole model is written do not count."""
+    if is_main_process:
+        save_adapter(model, save_directory, state_dict)
+        say(
+            f"the adapter alone in {save_directory}; checkpoints that Trainer resumes come from"
+            " PEFT's get_peft_model with scalepeft.integrations.peft, or from scalepeft train"
+        )
+
+
+def save_adapter(
+    model: nn.Module, folder: str | Path, state_dict: dict[str, Tensor] | None = None
+) -> None:
+    """Writes the model's adapter to ``folder`` as ``scalepeft train`` does, for ``load_adapter``
+    and PEFT; ``state_dict``: gathered tensors by name, where the model's own are sharded.
+
+    Raises:
+        UserError: no adapter, something else trains too, tensors that are missing or not whole.
+    """
+    found = dict(adapters(model))
+    own = {f"{name}.adapter.{k}": p for name, a in found.items() for k, p in a.named_parameters()}
+    if not own or (more := trainable(model).keys() - own.keys()):
+        what = f"{min(more)} trains too, and is in no adapter" if own else "the model has none"
+        raise UserError(f"{folder}: adapter not saved: {what}; inject one, and freeze all else")
+    state = own if state_dict is None else state_dict
+    for name, parameter in own.items():
+        tensor = state.get(name)
+        whole = tensor is not None and tensor.shape == full_shape(parameter)
+        if tensor is None or not whole or tensor.is_meta or isinstance(tensor, DTensor):
+            raise UserError(
+                f"{folder}: adapter not saved: {name} is not there as a whole; where tensors are"
+                " sharded pass gathered ones, state_dict=accelerator.get_state_dict(model)"
+            )
+    path = getattr(getattr(model, "config", None), "name_or_path", None) or None
+    described, names = layout.as_peft(model, found, path, None)
+    settings = dataclasses.asdict(next(a.config for a in found.values()))
+    about = {"adapter": settings, "base_model": {"path": path}, "step": None, "length": None}
+    with writing(folder):
+        tensors = {name: state[name].detach() for name in own}
+        layout.write(Path(folder), tensors, names, described, about, card(settings, described))
 
 
 def _allocate(model: nn.Module) -> None:
@@ -226,23 +284,13 @@ def reset_adapters(model: nn.Module, seed: int) -> None:
     """
     for name, adapter in adapters(model):
         drawn_from = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        twin = _unsharded_copy(adapter)
+        twin = unsharded_copy(adapter)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(drawn_from[:8], "little") >> 1)
             twin.reset_parameters()
         full = dict(twin.named_parameters())
         for key, parameter in adapter.named_parameters():
             copy_rows(parameter, full[key].detach())
-
-
-def _unsharded_copy(adapter: Adapter) -> Adapter:
-    twin = adapter.__class__.__new__(adapter.__class__)
-    twin.__dict__ = {**adapter.__dict__, "_parameters": {}}
-    for key, parameter in adapter._parameters.items():
-        if parameter is not None:
-            parameter = nn.Parameter(torch.empty(full_shape(parameter), dtype=parameter.dtype))
-        twin._parameters[key] = parameter
-    return twin
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -309,33 +357,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
         copy_rows(parameters[name], tensor)
 
 
-def read_adapter(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor], dict[str, Any]]:
-    """Reads (config, tensors, the rest of ``adapter_config.json``) from an adapter folder. Raises
-    UserError: a missing, unreadable or changed file, named.
-    """
-    remedy = f"{folder} is no readable adapter folder; name the adapter/ of a finished run"
-    description = read_mapping(folder / "adapter_config.json", unsealed, remedy)
-    description.pop("digest", None)
-    settings = description.pop("adapter", None)
-    if not isinstance(settings, dict) or not isinstance(description.get("base_model", {}), dict):
-        what = f"has no 'adapter' settings, or of no base; {remedy}"
-        raise UserError(f"{folder / 'adapter_config.json'}: {what}")
-    file = folder / "adapter.safetensors"
-    try:
-        state = load_file(file)
-        found = digest(file)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{file}: {error}; {remedy}") from None
-    if description.get("sha256", found) != found:
-        raise UserError(
-            f"{file}: has changed since it was written (sha256 differs from adapter_config.json);"
-            " copy it again, or remove the folder and start the training's command once more"
-        )
-    return adapter_config(settings, saved=True), state, description
-
-
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Injects the adapter of ``folder`` (a run's ``adapter/``) into its base model, in place.
+    """Injects the adapter of ``folder`` (a run's ``adapter/``, or of PEFT) into its base model.
 
     Names and shapes must fit; that the base holds the weights the adapter was trained on is the
     caller's to know (``scalepeft evaluate`` compares fingerprints).
@@ -354,11 +377,3 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         )
     load_state(model, state, str(folder))
     return model
-
-
-def adapter_config(values: dict[str, Any], saved: bool = False) -> AdapterConfig:
-    """Builds a method's config from a mapping with ``name``; ``saved`` by this or older code."""
-    if "name" not in values:
-        raise unknown("adapter", "", registry.available("adapters.methods"))
-    found = registry.find_class("adapters.methods", str(values["name"]), "adapter", Adapter)
-    return _build(found.Config, {**(found.Config.BEFORE if saved else {}), **values}, "adapter")

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from scalepeft.adapters.inject import read_adapter
+from scalepeft.adapters.layout import description_file, weights_file
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import damage, digest, read_json, read_lines
 from scalepeft.core.preemption import BROKEN, FINISHED
@@ -18,7 +18,7 @@ from scalepeft.data import token_file
 from scalepeft.eval import predictions
 from scalepeft.export import streaming
 from scalepeft.run.checkpoint import DamagedCheckpoint, steps_of, verify
-from scalepeft.run.folder import older_adapter
+from scalepeft.run.folder import older_adapter, read_run_adapter
 from scalepeft.run.stage import Stage
 
 Part = tuple[str, str, str]
@@ -50,9 +50,9 @@ def parts(folder: Path) -> Iterator[Part]:
     places = [folder / f"checkpoints/step-{step:06d}" for step in steps_of(folder)]
     for place in places:
         yield _part(f"checkpoints/{place.name}", _why(verify, place))
-    about = read_json(folder / "adapter/adapter_config.json")
+    about = read_json(description_file(folder / "adapter") or folder / "adapter")
     if (folder / "adapter").is_dir():
-        reason = _why(read_adapter, folder / "adapter")
+        reason = _why(read_run_adapter, folder)
         yield _part("adapter", reason, older_adapter(folder, about.get("step")))
     if (folder / "merged").is_dir():
         yield _part("merged", streaming.changed(folder / "merged", digest))
@@ -86,7 +86,7 @@ def _why(check: Callable[[Path], object], folder: Path) -> str | None:
 def _predictions(folder: Path, file: Path) -> Part:
     count, settings = Counter[str](), read_json(file.with_name("settings.json"))
     rows = sum(1 for _ in predictions.stored(file, settings, count))
-    bad, adapter, old = count["damaged"], folder / "adapter/adapter.safetensors", None
+    bad, adapter, old = count["damaged"], weights_file(folder / "adapter"), None
     if file.parent.parent.name == "eval" and adapter.is_file():
         old = "of another adapter" if settings.get("subject") != digest(adapter) else None
     reason = f"{bad} of {rows + bad} rows differ from their digest" if bad else None

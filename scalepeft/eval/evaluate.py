@@ -26,7 +26,7 @@ from scalepeft.eval.generation import Backend, Generator, Progress, batches, che
 from scalepeft.eval.predictions import AGAIN, Predictions
 from scalepeft.eval.target import EvalTarget
 from scalepeft.parallel.ranks import Ranks
-from scalepeft.run.folder import load_run
+from scalepeft.run.folder import adapter_folder, load_run
 from scalepeft.run.provenance import versions
 
 FOLDERS: dict[Subject, str] = {"adapter": "eval", "merged": "eval-merged", "base": "eval-base"}
@@ -40,6 +40,10 @@ def run(run_dir: str, settings: list[str], kind: Subject, stop: StopFlag) -> int
     Raises UserError: no run, no adapter or merged checkpoint yet, no test rows.
     """
     config = load_run(run_dir, settings, changes.for_evaluation(), "an evaluation")
+    named = any(setting.startswith(("data=", "data.name=")) for setting in settings)
+    if adapter_folder(run_dir) == Path(run_dir) and not named:
+        what = "is an adapter and no run: name what to score it on"
+        raise UserError(f"{run_dir}: {what}, data=TASK data.test=FILES")
     # vLLM starts processes of its own; this one needs no group and no device.
     without_group = config.evaluate.backend == "vllm" and world_size() == 1
     ranks = Ranks() if without_group else start_ranks(config)

@@ -7,6 +7,7 @@ from typing import Any
 
 from scalepeft.adapters import inject as injection
 from scalepeft.adapters.factors import Factors
+from scalepeft.adapters.layout import weights_file
 from scalepeft.build import Built, build
 from scalepeft.config.schema import RunConfig, Subject
 from scalepeft.core.errors import UserError
@@ -15,7 +16,7 @@ from scalepeft.core.log import say
 from scalepeft.export.streaming import changed
 from scalepeft.models.hub import Base, open_base
 from scalepeft.parallel.ranks import Ranks
-from scalepeft.run.folder import older_adapter
+from scalepeft.run.folder import adapter_folder, check_base, older_adapter, read_run_adapter
 
 
 @dataclass(frozen=True)
@@ -34,13 +35,13 @@ class EvalTarget:
         """Finds it; a collective. Raises UserError: there is none yet."""
         run_dir = Path(config.run_dir)
         adapter: Any = None
-        if kind == "adapter" or (kind == "base" and (run_dir / "adapter").is_dir()):
-            adapter = ranks.all_or_raise(lambda: injection.read_adapter(run_dir / "adapter"))
+        if kind == "adapter" or (kind == "base" and adapter_folder(run_dir).is_dir()):
+            adapter = ranks.all_or_raise(lambda: read_run_adapter(run_dir))
         if kind == "merged":
             config = ranks.all_or_raise(lambda: _with_merged(config))
         base = open_base(config.model, ranks)
         if adapter is not None:  # base and adapter are compared: they must be of one base
-            base.check_same(adapter[2].get("base_model", {}), f"{run_dir}/adapter", ranks)
+            check_base(base, run_dir, adapter[2], ranks)
         # Both read where ranks agree on a failure.
         weights, _ = ranks.all_or_raise(lambda: (base.fingerprint, base.tokenizer_hash))
         if kind != "adapter":
@@ -48,12 +49,12 @@ class EvalTarget:
         step = adapter[2].get("step")
         if ranks.is_main and (outdated := older_adapter(run_dir, step)):
             say(outdated)
-        fingerprint = digest(run_dir / "adapter" / "adapter.safetensors")
+        fingerprint = digest(weights_file(adapter_folder(run_dir)))
         return cls(kind, config, base, fingerprint, adapter, step)
 
     def load(self, ranks: Ranks, poll: Any) -> Built:
         """Builds the model, in evaluation mode. Raises UserError: another base, or as ``build``."""
-        where, state = f"{self.config.run_dir}/adapter", self.adapter and self.adapter[1]
+        where, state = str(adapter_folder(self.config.run_dir)), self.adapter and self.adapter[1]
         check = partial(injection.check_state, shapes=injection.shapes(state or {}), where=where)
         built = build(self.config, self.base, ranks, poll, state is not None, check)
         if state is not None:

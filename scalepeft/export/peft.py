@@ -7,7 +7,6 @@ Both formats are PEFT's: ``adapter_config.json`` and ``adapter_model.safetensors
 import json
 import re
 from pathlib import Path
-from statistics import mode
 from typing import Any
 
 import torch
@@ -15,13 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scalepeft.adapters import inject as injection
+from scalepeft.adapters import layout
 from scalepeft.adapters.base import Adapter, Base
 from scalepeft.core.errors import UserError
 from scalepeft.core.log import say
 from scalepeft.export.streaming import FinishedRun, Streamed, refuse_existing, whole_folder
 from scalepeft.models import quant
 from scalepeft.models.experts import ExpertLinear
-from scalepeft.models.hub import BUILTIN
 
 Exported = tuple[dict[str, Any], dict[str, Tensor]]
 
@@ -72,22 +71,16 @@ def run(run_dir: str, out: str, settings: list[str], format: str) -> None:
                 " same name in the files of this family; use scalepeft merge, or keep the adapter"
             )
         for key, tensor in parts.items():  # computed in fp64, rounded once
-            tensors[f"base_model.model.{name}.{key}"] = tensor.float().cpu().contiguous()
+            tensors[f"{layout.PREFIX}{name}.{key}"] = tensor.float().cpu().contiguous()
     adapters = dict(injection.adapters(model.model))
     assert fields.keys() == adapters.keys(), "no method with trained norms has an export"
-    path = finished.config.model.path
-    description = {
-        "task_type": "CAUSAL_LM",
-        "inference_mode": True,
-        "base_model_name_or_path": str(finished.base.folder) if path == BUILTIN else path,
-        "revision": finished.config.model.revision,
-        **common_fields(model.model, fields),
-    }
+    revision = finished.config.model.revision
+    description = layout.peft_config(model.model, fields, finished.base.name, revision)
     with whole_folder(target) as folder:
-        weights = folder / "adapter_model.safetensors"
+        weights = folder / layout.WEIGHTS
         save_file(tensors, weights, {"format": "pt"})
         text = json.dumps(description, indent=2, sort_keys=True) + "\n"
-        settings_file = folder / "adapter_config.json"
+        settings_file = folder / layout.CONFIG
         settings_file.write_text(text, encoding="utf-8")
         weights.chmod(settings_file.stat().st_mode)  # safetensors makes it for the owner alone
     say(f"{description['peft_type']} adapter of {len(fields)} layers in {out}")
@@ -132,30 +125,3 @@ def _to_lora(adapter: Adapter, layer: nn.Linear, base: Base) -> Exported:
 def _refused(format: str, adapter: Adapter, reason: str, other: str = "") -> UserError:
     instead = "keep the adapter" if adapter.unmergeable_reason else "use scalepeft merge"
     return UserError(f"--format {format}: {type(adapter).__name__} {reason}; {instead}{other}")
-
-
-def common_fields(model: nn.Module, fields: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """One config for all layers: equal fields, PEFT's pattern for C3A's block sizes, and targets:
-    the last part of a name where every such layer of the model is adapted.
-    """
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, ExpertLinear)
-    ]
-
-    def last(name: str) -> str:
-        return name.rsplit(".", 1)[-1]
-
-    short = {last(n) for n in fields} - {last(n) for n in linear if n not in fields}
-    targets = sorted({last(n) if last(n) in short else n for n in fields})
-    common = dict(next(iter(fields.values())))
-    if common["peft_type"] == "C3A":
-        sizes = {name: f.pop("block_size") for name, f in fields.items()}
-        usual = common["block_size"] = mode(sizes.values())
-        common["block_size_pattern"] = {n: size for n, size in sizes.items() if size != usual}
-    if common["peft_type"] == "IA3":  # PEFT wants them in the form of the targets
-        inputs = common["feedforward_modules"]
-        common["feedforward_modules"] = [t for t in targets if last(t) in inputs]
-    assert len({json.dumps(f, sort_keys=True) for f in fields.values()}) == 1, fields
-    return {**common, "target_modules": targets}

@@ -27,7 +27,13 @@ from scalepeft.models.hub import Base, ModelConfig, open_base
 from scalepeft.models.weights import Weights, fill
 from scalepeft.parallel.ranks import Ranks, pick_device
 from scalepeft.run.checkpoint import steps_of
-from scalepeft.run.folder import load_run, older_adapter
+from scalepeft.run.folder import (
+    adapter_folder,
+    check_base,
+    load_run,
+    older_adapter,
+    read_run_adapter,
+)
 from scalepeft.run.stage import facts, sha256
 
 MADE_FROM = "made_from.json"
@@ -120,18 +126,18 @@ class FinishedRun:
         setting that cannot be changed for ``what``.
         """
         config = load_run(run_dir, settings, changes.for_export(), what)
-        where = Path(run_dir) / "adapter"
+        where = adapter_folder(run_dir)
         if not where.is_dir() and (steps := steps_of(Path(run_dir))):
             what = f"{run_dir} has not finished: it is at step {max(steps)} and has no adapter/ yet"
             raise UserError(f"{what}; run its train command again to continue")
-        adapter, state, description = injection.read_adapter(where)
+        adapter, state, description = read_run_adapter(run_dir)
         if word := older_adapter(Path(run_dir), description.get("step")):
             raise UserError(f"{run_dir}: {word}; let it finish (its train command continues it)")
         trained_on = description.get("base_model") or {}
         storage = ("quant", "double_quant")
         held = cfg.to_dict(adapter) | {key: trained_on.get(key) for key in storage}
         wanted = cfg.to_dict(config.adapter) | {key: getattr(config.model, key) for key in storage}
-        for key in sorted(held.keys() | wanted.keys()):
+        for key in sorted(held.keys() | wanted.keys()) if where != Path(run_dir) else ():
             if held.get(key) != wanted.get(key):
                 raise UserError(
                     f"{where} is not this run's adapter: {key} is {held.get(key)} there and"
@@ -140,7 +146,7 @@ class FinishedRun:
         device = pick_device(config.engine.device, 0)
         base = open_base(config.model, Ranks())
         _ = base.architecture  # a config.json that is missing is named first
-        base.check_same(trained_on, f"{run_dir}/adapter", Ranks())
+        check_base(base, run_dir, description, Ranks())
         return cls(config, base, state, device)
 
     def structure(self, quantized: bool) -> Streamed:
@@ -153,7 +159,7 @@ class FinishedRun:
         weights = self.base.weights
         model = structure.build(config, self.base.folder, "fp32", weights)
         injection.inject(model, self.config.adapter)
-        where = f"{self.config.run_dir}/adapter"
+        where = str(adapter_folder(self.config.run_dir))
         injection.check_state(model, injection.shapes(self.state), where)
         for _, adapter in injection.adapters(model):
             adapter.to_empty(device=self.device)

@@ -32,8 +32,8 @@ from peft.utils.quantization_utils import QuantizationBackend, resolve_quantizat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scalepeft.adapters.base import Adapter, AdapterConfig, Base, Scale
-from scalepeft.adapters.inject import adapter_config, block, total
+from scalepeft.adapters.base import Adapter, AdapterConfig, Base, Scale, adapter_config
+from scalepeft.adapters.inject import block, total
 from scalepeft.adapters.merged_weight import affine, merged_norm, without_dropout
 from scalepeft.adapters.peft_names import peft_name, told
 from scalepeft.core import registry

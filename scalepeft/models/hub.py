@@ -68,6 +68,11 @@ class Base:
         self.config, self.folder = config, folder
         self._digests: dict[str, str] | None = None
 
+    @property
+    def name(self) -> str:
+        """What others load it by; of the built-in one the folder in which it was made."""
+        return str(self.folder) if self.config.path == BUILTIN else self.config.path
+
     @cached_property
     def architecture(self) -> Any:
         """The transformers config."""

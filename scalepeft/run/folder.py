@@ -5,13 +5,17 @@ import socket
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from scalepeft.adapters.layout import ABOUT, CONFIG, Adapted, description_file, read_adapter
 from scalepeft.config import changes
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import read_mapping, try_to_write
+from scalepeft.core.log import say
+from scalepeft.models.hub import Base
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.checkpoint import steps_of, writing_in
 
@@ -24,9 +28,14 @@ def load_run(run_dir: str, settings: list[str], allowed: tuple[str, ...], what: 
         UserError: not a run folder, or a setting that would make it another run.
     """
     file = Path(run_dir) / "config.yaml"
-    if not file.is_file():
+    if file.is_file():
+        values = read_mapping(file, config_files.parse_yaml, "restore the config of the run")
+    elif adapter_folder(run_dir).is_dir():
+        values = _of_adapter(Path(run_dir), settings)
+        more = ("data", "data.", "train.precision") if "evaluate." in allowed else ()
+        allowed = (*allowed, "model", "model.", *more)
+    else:
         raise UserError(f"{run_dir} is not a run directory (no config.yaml); name a run's run_dir")
-    values = read_mapping(file, config_files.parse_yaml, "restore the config of the run")
     for setting in settings:
         key = cfg.renamed_key(setting.partition("=")[0])
         if not changes.matches_key(key, allowed):
@@ -35,6 +44,47 @@ def load_run(run_dir: str, settings: list[str], allowed: tuple[str, ...], what: 
                 f" {', '.join(k + 'KEY' if k.endswith('.') else k for k in allowed)}"
             )
     return replace(config_files.overlay(values, settings), run_dir=run_dir)
+
+
+def _of_adapter(folder: Path, settings: list[str]) -> dict[str, Any]:
+    """The config of a run that would have left this adapter: its settings, its base."""
+    config, _, about = read_adapter(folder)
+    base = about.get("base_model") or {}
+    if not base.get("path") and not any(s.startswith(("model=", "model.path=")) for s in settings):
+        raise UserError(f"{folder}: does not name its base; add model.path=FOLDER_OR_HUB_ID")
+    keys = [key for key in ("path", "revision", "quant", "double_quant") if base.get(key)]
+    model = {key: base[key] for key in keys}
+    values = {"run_dir": str(folder), "model": model, "adapter": cfg.to_dict(config)}
+    return {**values, "train": {"max_steps": 1}}
+
+
+def adapter_folder(run_dir: str | Path) -> Path:
+    """Where the adapter of a run is; of what is no run but an adapter's own folder, that itself."""
+    folder = Path(run_dir)
+    alone = (folder / CONFIG).is_file() and not (folder / "config.yaml").is_file()
+    return folder if alone else folder / "adapter"
+
+
+def read_run_adapter(run_dir: str | Path) -> Adapted:
+    """``read_adapter`` of ``adapter_folder``. Raises UserError: the run did not write all of it."""
+    folder = adapter_folder(run_dir)
+    if folder != Path(run_dir) and description_file(folder) is None:
+        fix = f"run the train command of {run_dir} again, which writes it anew"
+        raise UserError(f"{folder / ABOUT}: no such file: it was not written to its end; {fix}")
+    return read_adapter(folder)
+
+
+def check_base(base: Base, run_dir: str | Path, about: dict[str, Any], ranks: Ranks) -> None:
+    """As ``Base.check_same``, of the base that an adapter's description tells; what PEFT writes has
+    its name alone.
+    """
+    known, folder = about.get("base_model") or {}, adapter_folder(run_dir)
+    if folder != Path(run_dir) or "fingerprint" in known:
+        base.check_same(known, str(folder), ranks)
+    elif ranks.is_main:
+        say(
+            f"{folder} tells no checksum of its base: model.path={base.config.path} is taken for it"
+        )
 
 
 def older_adapter(run_dir: Path, step: int | None) -> str | None:

@@ -11,12 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from torch import nn
+
+from scalepeft.adapters import inject as injection
+from scalepeft.adapters import layout
+from scalepeft.adapters.card import card
 from scalepeft.config import schema as cfg
-from scalepeft.core.files import read_mapping, sealed, write_atomically
+from scalepeft.core.files import read_lines, read_mapping, write_atomically
 from scalepeft.core.log import say
 from scalepeft.core.preemption import tell_job
 from scalepeft.core.slurm import slurm_start
-from scalepeft.models.tensors import Reader, write_tensors
+from scalepeft.models.tensors import Reader
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.checkpoint import Checkpoint, RunFolder, steps_of, writing_in
 from scalepeft.run.folder import check_same_run
@@ -138,8 +143,8 @@ class RunRecorder:
     @on_main
     def finished(self) -> bool:
         """True if the adapter of this very config is written and no step is left to do."""
-        file = self.path / "adapter" / "adapter_config.json"
-        if self.resumed is None or not file.is_file():
+        file = layout.description_file(self.path / "adapter")
+        if self.resumed is None or file is None or not file.is_file():
             return False
         done = read_mapping(file, json.loads, f"remove {file.parent} to have it written again")
         wanted = [self.config.train.max_steps, self.config.train.epochs]
@@ -251,34 +256,42 @@ class RunRecorder:
         return None
 
     @on_main
-    def save_adapter(self, step: int, base: dict[str, Any]) -> str | None:
-        """Writes adapter/ out of the last checkpoint; its ``adapter_config.json`` comes last.
-        Returns why the disk refused, or None.
+    def save_adapter(
+        self, step: int, base: dict[str, Any], name: str, model: nn.Module
+    ) -> str | None:
+        """Writes adapter/ out of the last checkpoint, with the adapted layers of ``model`` over the
+        base of this ``name``. Returns why the disk refused, or None.
         """
         self._room.give()
         try:
-            self._write_adapter(step, base)
+            self._write_adapter(step, base, name, model)
         except OSError as error:
             return error.strerror or str(error)
         return None
 
-    def _write_adapter(self, step: int, base: dict[str, Any]) -> None:
+    def _write_adapter(self, step: int, base: dict[str, Any], name: str, model: nn.Module) -> None:
         check_fence(self.path, self.generation)
-        folder = self.path / "adapter"
-        folder.mkdir(exist_ok=True)
-        temporary = folder / "adapter.safetensors.tmp"
-        temporary.unlink(missing_ok=True)  # of a start that was killed, or a link
+        adapters = dict(injection.adapters(model))
+        described, names = layout.as_peft(model, adapters, name, self.config.model.revision)
         reader = Reader(self.folder.checkpoints / f"step-{step:06d}")
-        names = [name for name in reader.shapes if "/" not in name]
-        written = write_tensors(temporary, {name: reader.whole(name) for name in names})
-        temporary.replace(folder / "adapter.safetensors")
-        description = {
-            "format": 1,
-            "adapter": cfg.to_dict(self.config.adapter),
-            "base_model": base,
-            "step": step,
-            "sha256": written["sha256"],
-            "length": [self.config.train.max_steps, self.config.train.epochs],
-        }
-        text = json.dumps(sealed(description), indent=2) + "\n"
-        write_atomically(folder / "adapter_config.json", text)
+        state = {key: reader.whole(key) for key in reader.shapes if "/" not in key}
+        settings = cfg.to_dict(self.config.adapter)
+        length = [self.config.train.max_steps, self.config.train.epochs]
+        about = {"adapter": settings, "base_model": base, "step": step, "length": length}
+        text = card(settings, described, card_rows(self.config, step))
+        layout.write(self.path / "adapter", state, names, described, about, text)
+
+
+def card_rows(config: cfg.RunConfig, step: int) -> dict[str, str]:
+    """What a model card tells of a run, by name."""
+    data, train = config.data, config.train
+    start = read_lines(Path(config.run_dir) / "events.jsonl", "versions", newest_first=True)
+    held = next(start, {}).get("versions") or {}
+    return {
+        "base held as": config.model.quant if config.model.quant != "none" else train.precision,
+        "data": ", ".join([data.name, *(Path(name).name for name in data.train)]),
+        "protocol": data.protocol or "",
+        "training": f"{step} steps of {train.global_batch} rows, AdamW, learning rate {train.lr}"
+        f" ({train.schedule}), seed {train.seed}",
+        "versions": ", ".join(f"{key} {value}" for key, value in held.items()),
+    }

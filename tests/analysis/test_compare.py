@@ -456,7 +456,7 @@ def test_a_comparison_in_which_some_fail(
         held_out = [rows(f, "validation.jsonl")[-1]["loss"] for f in folders]
         assert [c["loss"] for c in own] == held_out
         assert method[label]["loss"] == pytest.approx(sum(held_out) / 2)
-        tensors = load_file(folders[0] / "adapter" / "adapter.safetensors")
+        tensors = load_file(folders[0] / "adapter" / "adapter_model.safetensors")
         assert method[label]["parameters"] == sum(t.numel() for t in tensors.values())
         sweep = {c["lr"]: c["loss"] for c in found["sweep"] if c["method"] == label}
         assert own[0]["lr"] == min(sweep, key=sweep.__getitem__)

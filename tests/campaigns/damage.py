@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from processes import TINY, adapter_bytes, call
+from processes import TINY, call
 from tally import Tally
 from test_checkpoint import claimed, damage_at_random, expected, save_in_parts
 
@@ -89,8 +89,9 @@ def _records(finished: Path, run: Path, tally: Tally) -> None:
 def _adapter(finished: Path, run: Path, tally: Tally) -> None:
     shutil.copytree(finished / "adapter", run)
     what = tally.rng.choice(RECORD)(run, tally.rng)
-    same = [adapter_bytes(finished), (finished / "adapter/adapter_config.json").read_bytes()]
-    now = [(run / name).read_bytes() for name in ("adapter.safetensors", "adapter_config.json")]
+    files = ("adapter_model.safetensors", "adapter_config.json", "scalepeft.json")
+    same = [(finished / "adapter" / name).read_bytes() for name in files]
+    now = [(run / name).read_bytes() for name in files]
     try:
         read = read_adapter(run)
     except Exception as error:

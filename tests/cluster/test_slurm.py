@@ -457,7 +457,7 @@ def test_a_sweep_is_an_array_with_a_throttle(runs: Runs) -> None:
     submit(runs, str(file), *one)
     (job,) = runs.jobs
     most, deadline = 0, time.monotonic() + 90
-    while "2e-3" not in str(list((runs.folder / "run").glob("*/adapter/adapter_config.json"))):
+    while "2e-3" not in str(list((runs.folder / "run").glob("*/adapter/scalepeft.json"))):
         running = runs.cluster.run("squeue", "-h", "-r", "-j", job, "-t", "R", "-o", "%A")
         most = max(most, len(running.split()))
         assert time.monotonic() < deadline

@@ -18,10 +18,11 @@ SETTINGS = (
 PARTS = {  # what is damaged in the test's turn -> what the next pipeline says of it
     "merged/model.safetensors": "merge: done again: outputs changed",
     "eval/commonsense/predictions.jsonl": "rows are damaged or were changed",
-    "adapter/adapter.safetensors": "train: done again: outputs changed",
+    "adapter/adapter_model.safetensors": "train: done again: outputs changed",
     "checkpoints/step-000004/optimizer.safetensors": None,
     "checkpoints/step-000004/manifest.json": None,
     "adapter/adapter_config.json": None,
+    "adapter/scalepeft.json": None,
     "data/test.jsonl": None,
     "stages/merge.json": None,
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from finished import adapted, distance, logits, make_run, stock
+from finished import adapted, distance, logits, make_run, sealed_again, stock
 from safetensors.torch import load_file, save_file
 from test_merge import DAMAGES, TINY, random_llama
 from torch import nn
@@ -275,9 +275,10 @@ def test_shapes_of_a_strangers_adapter_are_compared_before_anything_is_allocated
     rank: int, says: str, tmp_path: Path
 ) -> None:
     run_dir = make_run(tmp_path / "run", TINY, "lora")
-    for name in ("config.yaml", "adapter/adapter_config.json"):
+    for name in ("config.yaml", "adapter/scalepeft.json"):
         text = (run_dir / name).read_text()
         (run_dir / name).write_text(re.sub(r'(rank"?: )4\b', rf"\g<1>{rank}", text))
+    sealed_again(run_dir / "adapter")
     assert says in refused(run_dir, tmp_path / "out", "lora")
     with pytest.raises(UserError, match=re.escape(says)):
         evaluate.run(str(run_dir), [], "adapter", StopFlag())
@@ -294,9 +295,8 @@ def test_shapes_of_a_strangers_adapter_are_compared_before_anything_is_allocated
 
 def test_an_edited_adapter_config_is_seen(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run", TINY, "lora")
-    file = run_dir / "adapter/adapter_config.json"
+    file = run_dir / "adapter/scalepeft.json"
     about = json.loads(file.read_text())
-    file.write_text(json.dumps(sealed(about)))
     assert run(run_dir, tmp_path / "one", "lora").is_dir()
     file.write_text(json.dumps({**sealed(about), "step": 2}))
     assert "its digest differs" in refused(run_dir, tmp_path / "two", "lora")

@@ -15,13 +15,23 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from finished import METHODS, adapted, distance, logits, make_run, stock, write_adapter
-from processes import ROOT
+from finished import (
+    METHODS,
+    adapted,
+    distance,
+    logits,
+    make_run,
+    sealed_again,
+    stock,
+    write_adapter,
+)
+from processes import ROOT, flip
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from scalepeft import cli
 from scalepeft.adapters import inject as injection
+from scalepeft.adapters import layout
 from scalepeft.adapters import merged_weight as effective
 from scalepeft.config import schema as cfg
 from scalepeft.core.errors import UserError
@@ -299,7 +309,7 @@ def test_an_adapter_placed_behind_the_layer_cannot_merge(tmp_path: Path) -> None
     assert "SURM cannot merge" in message
     assert "not affine" in message
     assert "keep the adapter" in message
-    assert (run_dir / "adapter" / "adapter.safetensors").is_file()
+    assert (run_dir / "adapter" / layout.WEIGHTS).is_file()
 
 
 @pytest.mark.parametrize(
@@ -395,38 +405,47 @@ def _no_config(folder: Path) -> None:
 
 
 def _no_tensors(folder: Path) -> None:
-    (folder / "adapter.safetensors").unlink()
+    (folder / layout.WEIGHTS).unlink()
 
 
 def _garbage(folder: Path) -> None:
-    (folder / "adapter.safetensors").write_bytes(b"\x08" * 100)
+    (folder / layout.WEIGHTS).write_bytes(b"\x08" * 100)
 
 
 def _tensors(folder: Path, change: Any) -> None:
-    state = load_file(folder / "adapter.safetensors")
+    state = load_file(folder / layout.WEIGHTS)
     change(state, sorted(state)[0])
-    save_file(state, folder / "adapter.safetensors")
+    save_file(state, folder / layout.WEIGHTS)
+    sealed_again(folder)
 
 
 def _description(folder: Path, **changes: Any) -> None:
-    file = folder / "adapter_config.json"
-    held = json.loads(file.read_text())
-    held["adapter"].update(changes)
-    file.write_text(json.dumps(held))
+    held = json.loads((folder / layout.ABOUT).read_text())["adapter"]
+    sealed_again(folder, adapter=held | changes)
 
 
-def _base_as_text(folder: Path) -> None:
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model": "meta-llama/x"}))
+def _flipped(name: str) -> Any:
+    return lambda folder: flip(folder / name, (folder / name).stat().st_size * 2 // 3)
 
 
 DAMAGES: dict[str, tuple[Any, list[str]]] = {
     "no-config": (_no_config, ["adapter_config.json: no such file", "name the adapter/"]),
-    "no-tensors": (_no_tensors, ["adapter.safetensors", "No such file"]),
-    "garbage": (_garbage, ["adapter.safetensors", "no readable adapter folder"]),
+    "no-tensors": (_no_tensors, ["adapter_model.safetensors", "No such file"]),
+    "no-description": (
+        lambda f: (f / layout.ABOUT).unlink(), ["scalepeft.json: no such file", "again, which"],
+    ),
+    "flipped": (_flipped(layout.WEIGHTS), ["adapter_model.safetensors: has changed", "copy it"]),
+    "flipped-config": (_flipped(layout.CONFIG), ["adapter_config.json: "]),
+    "flipped-description": (_flipped(layout.ABOUT), ["scalepeft.json: "]),
+    "garbage": (_garbage, ["adapter_model.safetensors", "no readable adapter folder"]),
     "missing": (lambda f: _tensors(f, lambda s, k: s.pop(k)), ["lacks 1 of 40 tensors"]),
     "extra": (
-        lambda f: _tensors(f, lambda s, k: s.update(more=torch.ones(1))), ["has 1 tensors", "more"],
+        lambda f: _tensors(f, lambda s, k: s.update(more=torch.ones(1))),
+        ["more is no tensor of hoft"],
+    ),
+    "another-layer": (
+        lambda f: _tensors(f, lambda s, k: s.update({k.replace("layers.0", "layers.9"): s[k] + 1})),
+        ["has 1 tensors this model does not", "layers.9"],
     ),
     "shape": (
         lambda f: _tensors(f, lambda s, k: s.update({k: s[k][:, :2].clone()})),
@@ -442,9 +461,12 @@ DAMAGES: dict[str, tuple[Any, list[str]]] = {
     ),
     "method": (
         lambda f: _description(f, name="shoft"),
-        ["name is shoft there and hoft in", "put the adapter back"],
+        ["adapter_model.safetensors: ", "is no tensor of shoft"],
     ),
-    "no-base": (_base_as_text, ["or of no base", "name the adapter/"]),
+    "no-base": (
+        lambda f: sealed_again(f, base_model="meta-llama/x"),
+        ["or of no base", "name the adapter/"],
+    ),
     "rank": (lambda f: _description(f, rank=8), ["rank is 8 there and 4 in"]),
     "unknown": (lambda f: _description(f, rnak=8), ["adapter.rnak=8", "Did you mean 'rank'?"]),
 }  # fmt: skip
@@ -498,7 +520,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_a_run_that_went_on_or_has_not_finished_is_refused(tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run", TINY, "hoft")
-    step = json.loads((run_dir / "adapter/adapter_config.json").read_text())["step"]
+    step = json.loads((run_dir / "adapter" / layout.ABOUT).read_text())["step"]
     (run_dir / f"checkpoints/step-{step + 5:06d}").mkdir(parents=True)
     assert f"adapter is that of step {step}, the newest" in refused(run_dir, tmp_path / "out")
     shutil.rmtree(run_dir / "adapter")

@@ -33,7 +33,7 @@ def test_a_flipped_bit_is_refused_wherever_the_base_is_used(base: Path, tmp_path
     done = call(*arguments)
     assert done.returncode == 0, done.stderr
     recorded = {SHARD: hashlib.sha256((base / SHARD).read_bytes()).hexdigest()}
-    about = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    about = json.loads((tmp_path / "run/adapter/scalepeft.json").read_text())
     assert about["base_model"]["sha256"] == recorded
     for state in (tmp_path / "run").glob("checkpoints/*/state.json"):
         assert json.loads(state.read_text())["base"]["sha256"] == recorded
@@ -62,7 +62,7 @@ def test_two_ranks_record_what_one_does(base: Path, tmp_path: Path) -> None:
     settings = [*SETTINGS, "engine=fsdp2", f"model.path={base}", f"run_dir={run}"]
     codes, text = Job(2, ["train", *settings]).wait()
     assert codes == [0, 0], text
-    about = json.loads((run / "adapter/adapter_config.json").read_text())
+    about = json.loads((run / "adapter/scalepeft.json").read_text())
     want = hashlib.sha256((base / SHARD).read_bytes()).hexdigest()
     assert about["base_model"]["sha256"] == {SHARD: want}
 

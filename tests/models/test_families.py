@@ -222,7 +222,7 @@ def write_run(config: cfg.RunConfig) -> tuple[Any, Path]:
     injection.load_state(model, state, "here")
     kind = {key: getattr(config.model, key) for key in ("path", "quant", "double_quant")}
     write_adapter(run_dir, state, {
-        "format": 1, "adapter": cfg.to_dict(config.adapter), "step": 2, "length": [2, None],
+        "adapter": cfg.to_dict(config.adapter), "step": 2, "length": [2, None],
         "base_model": {**kind, "revision": None, "fingerprint": base.fingerprint},
     })  # fmt: skip
     return model, run_dir
@@ -243,7 +243,7 @@ def test_two_fsdp2_ranks_train_as_one_process(checkpoint: Any, tmp_path: Path) -
         errors = [f.read_text() for f in tmp_path.glob(f"*/{name}.error")]
         if not errors:
             one, two = tmp_path / "one" / name, tmp_path / "two" / name
-            files = [run / "adapter/adapter.safetensors" for run in (one, two)]
+            files = [run / "adapter/adapter_model.safetensors" for run in (one, two)]
             want, got = map(load_file, files)
             near(torch.tensor(losses(two)), torch.tensor(losses(one)), name)
             # Adam's first steps have the size of lr, however small and noisy a gradient is.

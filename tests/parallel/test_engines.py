@@ -190,7 +190,9 @@ def test_a_run_goes_on_under_any_engine_at_any_world_size(
         if source == target:
             assert adapter_bytes(path) == adapter_bytes(undisturbed), where
             continue
-        got, want = (load_file(p / "adapter/adapter.safetensors") for p in (path, undisturbed))
+        got, want = (
+            load_file(p / "adapter/adapter_model.safetensors") for p in (path, undisturbed)
+        )
         assert got.keys() == want.keys()
         assert max((got[k] - want[k]).abs().max().item() for k in want) < 1e-5, where
 

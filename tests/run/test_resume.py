@@ -227,11 +227,13 @@ def test_ranks_write_what_they_hold_and_read_what_they_need(mode: str, tmp_path:
         assert max(read) <= numbers / ranks * 1.1
     assert adapter_bytes(tmp_path / "on-2") == adapter_bytes(tmp_path / "whole")
     same_checkpoint(tmp_path / "on-2", tmp_path / "whole", 6)
-    file = tmp_path / "on-2/adapter/adapter.safetensors"
+    file = tmp_path / "on-2/adapter/adapter_model.safetensors"
     data = bytearray(file.read_bytes())
     data[-2] ^= 1
     file.write_bytes(data)
-    with pytest.raises(UserError, match=r"adapter.safetensors: has changed since it was written"):
+    with pytest.raises(
+        UserError, match=r"adapter_model.safetensors: has changed since it was written"
+    ):
         read_adapter(file.parent)
     saved = [e for e in events(tmp_path / "whole") if e["event"] == "saved"]
     assert [e["step"] for e in saved] == [2, 4, 6]

@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from scalepeft.adapters import inject as injection
+from scalepeft.adapters import layout
 from scalepeft.config import schema as cfg
+from scalepeft.core.files import digest, sealed
 from scalepeft.models import hub, structure
 from scalepeft.models import hub as models
 from scalepeft.models import structure as structure_
@@ -78,7 +80,6 @@ def make_run(
         for name, p in injection.trainable(structure).items()
     }
     write_adapter(folder, state, {
-        "format": 1,
         "adapter": cfg.to_dict(config.adapter),
         "base_model": {
             "path": str(model),
@@ -94,9 +95,32 @@ def make_run(
 
 
 def write_adapter(folder: Path, state: dict[str, torch.Tensor], description: Any) -> None:
-    (folder / "adapter").mkdir(exist_ok=True)
-    save_file(state, folder / "adapter" / "adapter.safetensors")
-    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(description))
+    config = hub.ModelConfig(path=description["base_model"]["path"], unexpected="ignore")
+    base = models.open_base(config, Ranks())
+    model = structure.build(config, base.folder, "fp32")
+    injection.inject(model, injection.adapter_config(description["adapter"]))
+    described, names = layout.as_peft(model, dict(injection.adapters(model)), base.name, None)
+    about = {key: description[key] for key in ("adapter", "base_model", "step", "length")}
+    layout.write(folder / "adapter", state, names, described, about, "a card")
+
+
+def sealed_again(folder: Path, **changes: Any) -> None:
+    """An adapter's folder after a change to its files, as if it had been written so."""
+    about = json.loads((folder / layout.ABOUT).read_text()) | changes
+    about["sha256"] = digest(folder / layout.WEIGHTS)
+    about["config_sha256"] = digest(folder / layout.CONFIG)
+    (folder / layout.ABOUT).write_text(json.dumps(sealed(about)))
+
+
+def older_layout(folder: Path) -> None:
+    """Makes an adapter's folder one as runs before 2026-11-30 left them."""
+    config, state, about = injection.read_adapter(folder)
+    for file in folder.iterdir():
+        file.unlink()
+    save_file(state, folder / layout.OLD)
+    about |= {"format": 1, "adapter": cfg.to_dict(config), "sha256": digest(folder / layout.OLD)}
+    del about["config_sha256"]
+    (folder / layout.CONFIG).write_text(json.dumps(sealed(about)))
 
 
 def adapted(run_dir: Path, quantized: bool = True) -> Any:

@@ -167,4 +167,4 @@ def losses(run_dir: Path) -> list[float]:
 
 
 def adapter_bytes(run_dir: Path) -> bytes:
-    return (run_dir / "adapter" / "adapter.safetensors").read_bytes()
+    return (run_dir / "adapter" / "adapter_model.safetensors").read_bytes()

@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from scalepeft.adapters import inject, sizing
+from scalepeft.adapters.layout import common_fields
 from scalepeft.analysis.bench.cases import Layer
 from scalepeft.analysis.bench.entries import REFERENCE, Entry
 from scalepeft.core import errors, registry
 from scalepeft.core.errors import UserError
-from scalepeft.export.peft import common_fields
 from scalepeft.models import quant
 
 STRUCTURES = ("circulant", "toeplitz", "kronecker", "ldr")  # of surm

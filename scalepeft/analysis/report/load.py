@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from scalepeft.adapters.layout import description_file, weights_file
 from scalepeft.analysis import rows
 from scalepeft.config import changes
 from scalepeft.config.files import parse_yaml
@@ -208,9 +209,9 @@ def _newest(folder: Path, problems: list[str]) -> dict[str, Any]:
 
 
 def _adapter(folder: Path, problems: list[str]) -> dict[str, Any]:
-    """What adapter_config.json says; nothing before it is written."""
-    told, file = folder / "adapter_config.json", folder / "adapter.safetensors"
-    if not told.is_file():
+    """What describes the adapter; nothing before it is written."""
+    told, file = description_file(folder), weights_file(folder)
+    if told is None or not told.is_file():
         return {}
     held = _mapping(told, json.loads, problems)
     if not file.is_file():

@@ -9,6 +9,7 @@ from pathlib import Path
 from subprocess import DEVNULL, PIPE
 from typing import Any
 
+from scalepeft.adapters.layout import WEIGHTS
 from scalepeft.analysis.bench.gpu.session import SCALEPEFT, Session
 from scalepeft.core.preemption import STOPPED
 
@@ -40,7 +41,7 @@ def _resumed(session: Session, settings: tuple[str, ...]) -> dict[str, Any]:
         found = {"stopped after": 7, "killed after": _kill(session, again, cut / "metrics.jsonl")}
         session.call(*again)
         undisturbed.result()
-    one, other = ((d / "adapter/adapter.safetensors").read_bytes() for d in (whole, cut))
+    one, other = ((d / "adapter" / WEIGHTS).read_bytes() for d in (whole, cut))
     if one != other:
         fault = f"the resumed adapter differs: {whole.parent} is kept"
         return {**found, "bitwise": False, "fault": fault}
