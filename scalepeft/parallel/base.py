@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass as plain_dataclass
-from dataclasses import field
+from dataclasses import field, replace
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -233,6 +233,18 @@ class Engine:
         """Returns (number of this rank's copy of a tensor's part, how many ranks hold the same)."""
         return self.ranks.rank, self.ranks.world_size
 
+    def owner(self, parameter: nn.Parameter) -> Tensor:
+        """The tensor by which the optimizer keeps the state of a parameter."""
+        return parameter
+
+    def part(self, parameter: nn.Parameter, state: Any, kind: str = "", turn: int = 0) -> Part:
+        """This rank's part of a parameter or, of a ``kind``, of the optimizer's ``state`` of it;
+        ``turn`` picks which of the ranks that hold the same writes it.
+        """
+        tensor = state[parameter][kind] if kind else parameter
+        copy, count = self.copies(tensor)
+        return replace(local_part(tensor), mine=turn % count == copy)
+
     def state_parts(
         self, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> dict[str, Part]:
@@ -243,14 +255,9 @@ class Engine:
         """
         found: dict[str, Part] = {}
         for i, (name, parameter) in enumerate(trained.items()):
-            tensors = {name: parameter} | {
-                f"{name}/{kind}": value
-                for kind, value in optimizer.state.get(parameter, {}).items()
-            }
-            for key, tensor in tensors.items():
-                copy, count = self.copies(tensor)
-                part = local_part(tensor)
-                found[key] = Part(part.data, part.start, part.shape, i % count == copy)
+            found[name] = self.part(parameter, optimizer.state, turn=i)
+            for kind in optimizer.state.get(self.owner(parameter), {}):
+                found[f"{name}/{kind}"] = self.part(parameter, optimizer.state, kind, i)
         return found
 
     def load_state_parts(
@@ -260,21 +267,17 @@ class Engine:
         kinds: dict[str, list[str]],
         fill: Callable[[str, Part], None],
     ) -> None:
-        """Restores what ``state_parts`` gave, whatever engine and world size it came from.
-
-        Args:
-            trained: the trained parameters by name.
-            optimizer: over them, without state.
-            kinds: of each parameter, those of ``MOMENTS`` that were saved.
-            fill: writes the saved elements into a part.
+        """Restores what ``state_parts`` gave, whatever engine and world size it came from: ``fill``
+        writes saved elements into a part; of each parameter these ``kinds`` of state were saved.
         """
         for name, parameter in trained.items():
-            fill(name, local_part(parameter))
+            fill(name, self.part(parameter, optimizer.state))
+            owner = self.owner(parameter)
             for kind in kinds.get(name, ()):
-                scalar = torch.zeros((), device=parameter.device)
-                held = scalar if kind == "step" else torch.zeros_like(parameter)
-                optimizer.state[parameter][kind] = held
-                fill(f"{name}/{kind}", local_part(held))
+                scalar = torch.zeros((), device=owner.device)
+                empty = scalar if kind == "step" else torch.zeros_like(owner)
+                optimizer.state[owner].setdefault(kind, empty)
+                fill(f"{name}/{kind}", self.part(parameter, optimizer.state, kind))
 
     def state_loaded(self) -> None:
         """Called on all ranks once each has restored its parts."""

@@ -7,9 +7,8 @@ Letters: N ranks. DeepSpeed divides summed gradients by N; the loss is multiplie
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -312,11 +311,8 @@ class Zero(Engine):
             held.averaged_gradients[i] = held.all_grad_tensors[i] = None
 
     def _flat(self, parameter: nn.Parameter) -> tuple[Tensor, int, int, int]:
-        """Where this rank's elements of a parameter lie in the optimizer's flat fp32 memory.
-
-        Returns:
-            The flat tensor, the offset in it, the number of elements, and the index of the first in
-            the parameter.
+        """Where this rank's elements of a parameter lie in the optimizer's flat fp32 memory:
+        that tensor, the offset in it, their number, and the index of the first in the parameter.
         """
         if self.config.stage == 3:
             group, offset, _ = self._optimizer.grad_position[
@@ -332,43 +328,18 @@ class Zero(Engine):
         place, own = mapping.hp_fragment_address, mapping.lp_fragment_address
         return flat, place.start, place.numel, own.start
 
-    def _part(self, parameter: nn.Parameter, kind: str | None = None) -> Part:
-        """This rank's part of the fp32 parameter, or of one of its moments; the step is whole."""
+    def owner(self, parameter: nn.Parameter) -> Tensor:
+        """The flat tensor that it lies in."""
+        return self._flat(parameter)[0]
+
+    def part(self, parameter: nn.Parameter, state: Any, kind: str = "", turn: int = 0) -> Part:
+        """Of the fp32 parameter, as of its moments; the step is whole on every rank."""
         flat, offset, numel, start = self._flat(parameter)
-        held = flat if kind is None else self._optimizer.optimizer.state[flat][kind]
+        held = state[flat][kind] if kind else flat
         if kind == "step":
-            return Part(held.view(-1), 0, ())
+            return Part(held.view(-1), 0, (), turn % self.ranks.world_size == self.ranks.rank)
         data = held.detach().view(-1)[offset : offset + numel]
         return Part(data, start, tuple(full_shape(parameter)))
-
-    def state_parts(
-        self, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-    ) -> dict[str, Part]:
-        """The parts that the optimizer is split into: of parameters as of moments."""
-        found: dict[str, Part] = {}
-        for i, (name, parameter) in enumerate(trained.items()):
-            found[name] = self._part(parameter)
-            flat, *_ = self._flat(parameter)
-            for kind in optimizer.state.get(flat, {}):
-                mine = kind != "step" or i % self.ranks.world_size == self.ranks.rank
-                found[f"{name}/{kind}"] = replace(self._part(parameter, kind), mine=mine)
-        return found
-
-    def load_state_parts(
-        self,
-        trained: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        kinds: dict[str, list[str]],
-        fill: Callable[[str, Part], None],
-    ) -> None:
-        """Fills the optimizer's parts; a parameter without saved moments begins with zeros."""
-        for name, parameter in trained.items():
-            fill(name, self._part(parameter))
-            flat, *_ = self._flat(parameter)
-            for kind in kinds.get(name, ()):
-                empty = torch.zeros(()) if kind == "step" else torch.zeros_like(flat)
-                optimizer.state[flat].setdefault(kind, empty)
-                fill(f"{name}/{kind}", self._part(parameter, kind))
 
     def state_loaded(self) -> None:
         """Copies the fp32 parts into the parameters of the model."""
@@ -377,7 +348,7 @@ class Zero(Engine):
             return
         for group in self._optimizer.fp16_groups:
             for parameter in group:
-                part = self._part(parameter)
+                part = self.part(parameter, self._optimizer.optimizer.state)
                 local_part(parameter).put(part.start, part.data)
 
 
