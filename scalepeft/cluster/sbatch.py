@@ -217,9 +217,8 @@ def warning_seconds(header: dict[str, str]) -> int | None:
 
 
 def render(lines: list[str], job: Job, folder: Path) -> str:
-    """The job file (without its ``#SBATCH`` lines for a job that needs no GPU), its last line
-    replaced by what is resolved, in quotes: the job's targets, and the code in the submission's
-    ``folder``.
+    """The job file (without its ``#SBATCH`` lines for a job without GPUs), its last line replaced
+    by what is resolved: the job's targets, and the code in the submission's ``folder``.
     """
     kept = [line for line in lines if job.gpus or not line.startswith("#SBATCH")]
     tail = TAIL.format(

@@ -17,9 +17,7 @@ def say(text: str) -> None:
 
 
 class _Stream(io.FileIO):
-    """stdout or stderr. What cannot be written (ENOSPC, EPIPE, EIO) is dropped, and their number
-    said once it can; of a ``result``, which others are to read, the first loss is raised.
-    """
+    """stdout or stderr. What cannot be written is dropped and counted; of a ``result``, raised."""
 
     def __init__(self, fd: int, result: bool) -> None:
         super().__init__(fd, "wb", closefd=False)
@@ -46,9 +44,7 @@ class _Stream(io.FileIO):
 
 
 def keep_speaking(result: bool) -> None:
-    """Has nothing that is printed end this process or change its exit code: a full disk, a reader
-    that went away, a closed stream; but for what is printed on stdout where that is a ``result``.
-    """
+    """Lets no failed print end this process, but that of a ``result`` on stdout."""
     for fd in range(3):
         try:
             os.fstat(fd)

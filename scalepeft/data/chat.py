@@ -24,9 +24,7 @@ Messages = list[dict[str, Any]]
 
 
 class Renderer:
-    """Texts of one tokenizer. ``template``: a chat template, or a file that holds one; None: its
-    own. ``parse``: what spells a control token in a row is one (rows that were rendered before).
-    """
+    """Texts of one tokenizer and ``template`` (None: its own); ``parse``: rows spell its tokens."""
 
     def __init__(self, tokenizer: Any, template: str | None = None, parse: bool = False) -> None:
         self.tokenizer = tokenizer
@@ -80,9 +78,7 @@ class Renderer:
         return self.plain(value) if isinstance(value, str) else value
 
     def render(self, messages: Messages, ask: bool, **more: Any) -> str:
-        """The conversation as text; ``ask``: up to where the assistant is to write. Raises
-        UserError: there is no template, or it refuses these messages.
-        """
+        """The conversation as text, with ``ask`` up to an answer. Raises UserError: refused."""
         if not messages:
             raise UserError(
                 "the conversation begins with an answer, which nothing asks for: take it out, or"
@@ -114,8 +110,8 @@ class Renderer:
         self, messages: Messages, turns: bool, tools: Any = None
     ) -> tuple[str, str, list[list[int]]]:
         """(prompt, completion, learned parts of the prompt as [begin, end)) of a conversation that
-        ends with the assistant's turn. ``turns``: its earlier ones are learned too. Raises
-        UserError: as ``render``, and where the template's text does not tell the turns.
+        ends with an answer; ``turns``: earlier ones are learned too. Raises UserError: it does not
+        tell the turns.
         """
         messages, more = self.shut(messages), {"tools": self.shut(tools)} if tools else {}
         whole = self.render(messages, False, **more).rstrip()

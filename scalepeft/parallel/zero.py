@@ -1,7 +1,5 @@
-"""DeepSpeed's ZeRO: stage 1 splits the optimizer over the ranks, 2 its gradients too, 3 also every
-parameter.
-
-Letters: N ranks. DeepSpeed divides summed gradients by N; the loss is multiplied by N before.
+"""DeepSpeed's ZeRO: stage 1 splits the optimizer over N ranks, 2 its gradients too, 3 every
+parameter. DeepSpeed divides summed gradients by N; the loss is multiplied by N before.
 """
 
 import logging
@@ -90,11 +88,9 @@ def _deepspeed(device_type: str) -> Any:
 
 
 class Zero(Engine):
-    """ZeRO-1, 2 and 3 around the trained parameters, with torch's AdamW.
-
-    Under stage 3 a rank makes the DeepSpeed form of every parameter itself, one tensor at a time,
-    and then reads just its own 1/N from disk: no rank ever holds the model, which DeepSpeed's
-    own ways in (a whole model on each rank, or its download on each) would need.
+    """ZeRO-1, 2 and 3 around the trained parameters, with torch's AdamW. Under stage 3 a rank makes
+    the DeepSpeed form of each parameter itself, one at a time, and reads just its own 1/N from
+    disk: DeepSpeed's own ways in would need the whole model on each rank.
     """
 
     Config = ZeroConfig
@@ -114,9 +110,7 @@ class Zero(Engine):
 
     @classmethod
     def shares(cls, config: Any, model: nn.Module, world_size: int, ranks_per_node: int) -> Shares:
-        """By arithmetic: DeepSpeed does not run on fake tensors. What stage 3 gathers and keeps
-        because it will use it again soon is an upper bound.
-        """
+        """By arithmetic, as it runs on no fake tensors; what stage 3 gathers is an upper bound."""
         stage, n = config.stage, world_size
         parameters = list(model.parameters())
         trained = [p for p in parameters if p.requires_grad]
@@ -170,9 +164,7 @@ class Zero(Engine):
         }
 
     def wrap(self, model: nn.Module, blocks: list[nn.Module]) -> None:
-        """Stage 3: makes every parameter of the meta model a DeepSpeed parameter with an empty part
-        of its own.
-        """
+        """Stage 3: makes every parameter of the meta model DeepSpeed's, with an empty part."""
         # DeepSpeed's word for the number of the device, which is 0 where srun shows each task one.
         device = self.ranks.device.index
         os.environ["LOCAL_RANK"] = str(self.ranks.local_rank if device is None else device)
@@ -221,9 +213,8 @@ class Zero(Engine):
         return self._engine
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
-        """Stage 1 exchanges gradients on the last micro-batch; 2 and 3 on each: they keep parts.
-
-        An adapter on the head stays whole within: the loss differentiates it in its forward.
+        """Stage 1 exchanges gradients on the last micro-batch; 2 and 3 on each: they keep parts. An
+        adapter on the head stays whole within: the loss differentiates it in its forward.
         """
         self._engine.set_gradient_accumulation_boundary(last)
         return self.gathered(self._in_head)
