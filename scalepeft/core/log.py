@@ -17,7 +17,9 @@ def say(text: str) -> None:
 
 
 class _Stream(io.FileIO):
-    """stdout or stderr. What cannot be written is dropped and counted; of a ``result``, raised."""
+    """stdout or stderr. What cannot be written (ENOSPC, EPIPE, EIO) is dropped, and their number
+    said once it can; of a ``result``, which others are to read, the first loss is raised.
+    """
 
     def __init__(self, fd: int, result: bool) -> None:
         super().__init__(fd, "wb", closefd=False)

@@ -24,7 +24,9 @@ Messages = list[dict[str, Any]]
 
 
 class Renderer:
-    """Texts of one tokenizer and ``template`` (None: its own); ``parse``: rows spell its tokens."""
+    """Texts of one tokenizer. ``template``: a chat template, or a file that holds one; None: its
+    own. ``parse``: what spells a control token in a row is one (rows that were rendered before).
+    """
 
     def __init__(self, tokenizer: Any, template: str | None = None, parse: bool = False) -> None:
         self.tokenizer = tokenizer

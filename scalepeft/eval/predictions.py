@@ -43,7 +43,7 @@ class Predictions:
         self.done: dict[str, dict[str, Any]] = self.ranks.run_on_main(self._open)
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        """Write a batch, a part on each rank; a collective. Raises UserError: refused, or taken."""
+        """Write a batch, a part on each rank; a collective. Raises UserError: the disk refuses."""
         every = [row for part in self.ranks.gather(rows) for row in part]
         batch = [{**row, "asked": self.asked[row["id"]]} for row in every]
         for row in batch:

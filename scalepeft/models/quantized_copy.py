@@ -1,4 +1,4 @@
-"""A quantized copy of a base, read in its place: byte ranges by name, a sealed manifest last."""
+"""A quantized copy of a base, read in its place: byte ranges by name, the manifest last."""
 
 import hashlib
 import json

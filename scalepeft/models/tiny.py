@@ -27,7 +27,7 @@ RECIPE: dict[str, Any] = {
 
 
 def make(pretrain_steps: int) -> Path:
-    """The folder of the built-in model in the cache, made once a recipe, and pretrained for it."""
+    """The built-in model's folder in the cache, made once for a recipe and ``pretrain_steps``."""
     text = toy.corpus(random.Random(RECIPE["seed"]), RECIPE["lines"])
     recipe = {**SPEC, **RECIPE, "steps": pretrain_steps, "torch": torch.__version__}
     recipe["text"] = hashlib.sha256("\n".join(text).encode()).hexdigest()

@@ -193,7 +193,7 @@ def load_weights(
 
 
 def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weights: Weights) -> None:
-    """Fills this rank's rows of a base tensor, and a quantized one's scales: ``load_weights``."""
+    """Fills this rank's rows of a tensor, and a quantized one's scales; raises as above."""
     layer = module if isinstance(module, quant.QuantLinear) and name == "weight" else None
     parts = [local_part(parameter)]
     if layer is not None:

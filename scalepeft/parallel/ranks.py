@@ -67,7 +67,7 @@ class Ranks:
 
     @classmethod
     def start(cls, wanted_device: str, process_group: bool, deterministic: str = "auto") -> "Ranks":
-        """Reads the launcher's variables and joins the process group, alone if it has to."""
+        """Reads the launcher's variables, and joins the group if there is or must be one."""
         # In TF32, as a user's program or NVIDIA's containers may have set, rotations are none.
         torch.set_float32_matmul_precision("highest")
         env = launch_variables(os.environ)

@@ -69,7 +69,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
-        self.generation = 0
+        self.generation = 0  # counts the starts: the fence; 0 before ``claim``
         # Name of what verified -> its signature then, and its state: not hashed twice.
         self._verified: dict[str, Any] = {}
         self._told_of_rename = False
@@ -79,7 +79,7 @@ class RunFolder:
             try_to_write(path)
 
     def claim(self) -> None:
-        """Takes the next generation. Raises UserError: another start holds it, or the disk."""
+        """Takes the next generation. Raises UserError: it is in use, or the disk refuses."""
         with writing_in(self.path):
             # Only an owner makes it: another start that goes takes what is empty with it.
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -159,7 +159,9 @@ class RunFolder:
         return self.checkpoints / f"step-{step:06d}"
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest that verifies, and why newer ones do not. Raises UserError: none at all."""
+        """The newest that verifies, and for each one passed over why. Raises UserError: there are
+        some and none can be used: nobody starts over by accident.
+        """
         passed_over, newer = list[str](), False
         for step in steps_of(self.path):
             folder = self._folder(step)

@@ -137,7 +137,7 @@ class Runner:
         return result
 
     def run(self, cell: Cell) -> Result:
-        """Run a cell if it is missing or broke. Raises UserError: no rate is chosen, or held."""
+        """Run a cell if it is missing or broke. Raises UserError: it has no rate, or is in use."""
         self.stop.check()
         result = self.result(cell)
         if result["state"] in SETTLED:

@@ -51,7 +51,7 @@ def run(options: Options, stop: StopFlag) -> int:
 
 
 def prepare(options: Options) -> Design:
-    """The comparison that is asked for, or that of ``OUT``. Raises UserError: it cannot be."""
+    """The comparison that is asked for, or that of ``OUT``. Raises UserError: a mistake in it."""
     if not options.settings and options.methods is None:
         unset = Options([], options.out, cell=options.cell, table=options.table)
         if changed := [f"--{k}" for k, v in vars(unset).items() if getattr(options, k) != v]:

@@ -71,12 +71,10 @@ def table(run: Run) -> str:
         lines += [f"  goodput {spent.share:.1%}: {took} in steps that count"]
         lines += [f"    lost: {spent.losses()}"]
     lines += ["", *text.table(rows.cells(run.data))] if run.data else []
-    row = "  {:<8}{:>6}  {:<14}{:>6}{:>8}{:>18}{:>11}"
-    if run.evaluations:
-        head = ("model", "step", "task", "rows", "right", "95 % interval", "no answer")
-        lines += ["", row.format(*head)]
+    table = [["model", "task", "step", "rows", "right", "95 % interval", "no answer"]]
     for one in run.evaluations:
         s, metric = one.scores, one.first[1]
         told = (s["count"], scores.shown(metric), scores.between(metric), s["no_answer_found"])
-        lines.append(row.format(one.which, s.get("step") or "-", one.task, *told))
+        table.append([one.which, one.task, s.get("step") or "-", *told])
+    lines += ["", *text.table(table, left=2)] if run.evaluations else []
     return "\n".join([*lines, *(f"  not shown: {problem}" for problem in run.unscored)])

@@ -185,7 +185,7 @@ class Task:
         return (split,) if self.reads_files else ()
 
     def stream(self, split: Split) -> Iterator[Example]:
-        """Reads a split, row by row, for ``remarks``. Raises UserError: no files, a bad row."""
+        """Reads a split, row by row. Raises UserError: no files, unreadable ones, a broken row."""
         key = f"data.{split}"
         if not (sources := getattr(self.config, split)):
             raise UserError(f"{key} is empty: name files, e.g. {key}=DIR/{split}.json")
@@ -252,7 +252,7 @@ class Task:
     def filled(
         self, row_id: str, template: str, asked: dict[str, str], told: dict[str, str], **meta: Any
     ) -> Example:
-        """A row's example: prompt of ``asked``, completion of ``told`` too; ``meta``: source."""
+        """A row's example: its prompt filled with ``asked``, its completion with ``told`` too."""
         write = fill
         if self.renderer and self.config.template != "chat":
             write = self.renderer.fill
@@ -269,7 +269,7 @@ class Task:
     def conversation(
         self, row_id: str, messages: Messages, turns: bool, tools: Any = None, **meta: Any
     ) -> Example:
-        """The example of messages that end with an answer; ``turns``: learn all. UserError."""
+        """The example of messages that end with an answer; ``turns``: learn earlier ones too."""
         if self.config.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.config.system}, *messages]
         if self.renderer is None:  # for people
