@@ -59,9 +59,7 @@ def build(
     adapted: bool = True,
     check: Callable[[nn.Module], None] = lambda _: None,
 ) -> Built:
-    """Structure on meta -> adapters -> shard -> each rank's own rows -> start values. ``check`` may
-    refuse the adapted model before any of it is allocated.
-    """
+    """Structure on meta -> adapters -> ``check`` may refuse -> shard -> rows -> start values."""
     poll()
 
     def make() -> Any:

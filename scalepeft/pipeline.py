@@ -1,9 +1,4 @@
-"""``scalepeft pipeline``: prepare -> train -> merge -> evaluate -> report, each done once.
-
-A stage is a ``run.stage.Stage`` in ``RUN_DIR/stages``. The next start passes over what is done,
-continues a stage whose inputs are those it began with, and does again what depends on a changed
-one. Results of old inputs are moved to ``RUN_DIR/replaced-N``, but for a merged checkpoint.
-"""
+"""``scalepeft pipeline``: prepare -> train -> merge -> evaluate -> report, each ``Stage`` once."""
 
 import json
 import os
@@ -272,12 +267,9 @@ def _rows_of(config: RunConfig, *also: Decides) -> dict[str, Any]:
 def run(
     config: RunConfig, stop: StopFlag, first: str | None, last: str | None, only: str | None
 ) -> int:
-    """Runs a config's pipeline in ``config.run_dir``; returns the exit code, 0 or 75.
-
-    ``first``: this stage and those after it are done again, though nothing has changed; ``last``:
-    the end; ``only``: this stage alone, as a job of a chain does; the ones before it must be done.
-    Raises UserError: a mistake in config or data, a stage whose predecessors are not done, or the
-    folder is another process's.
+    """Runs a config's pipeline; returns the exit code, 0 or 75. From ``first`` on all is done
+    again, ``last`` is the end, ``only`` is done alone. Raises UserError: a mistake in config or
+    data, an earlier stage is not done, or the folder is another process's.
     """
     check(config)
     ranks = Ranks()  # a job without a GPU, whatever engine and device the others are for

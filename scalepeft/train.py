@@ -39,11 +39,8 @@ from scalepeft.trainer import Outcome, Trainer, batches, summed_loss
 def _check_resumed(
     config: RunConfig, base: Base, rows: "_Rows", ranks: Ranks, resumed: Checkpoint | None
 ) -> str:
-    """Returns the fingerprint of the training rows, equal on all ranks; a collective.
-
-    Raises:
-        UserError: a checkpoint is of another base, of other rows, or of a longer run than is about
-            to continue, or calls itself finished.
+    """Returns the fingerprint of the training rows, equal on all ranks; a collective. Raises
+    UserError: a checkpoint is of another base, of other rows, or beyond the end of this run.
     """
     fingerprint = ranks.assert_equal(rows.fingerprint, "data.train: training rows differ")
     where = f"run_dir={config.run_dir}"
@@ -94,11 +91,8 @@ def held_out_loss(trainer: Trainer, rows: TokenSet, poll: Callable[[], None]) ->
 
 
 def run(config: RunConfig, stop: StopFlag, resume_with_changes: bool = False) -> int:
-    """Trains or resumes ``config.run_dir``; returns the exit code, 0 or 75.
-
-    Raises:
-        UserError: a mistake in config, data or model, or a run folder of a different config.
-        Superseded: the run was started again elsewhere meanwhile.
+    """Trains or resumes ``config.run_dir``; returns the exit code, 0 or 75. Raises UserError: a
+    mistake in config, data or model, another run's folder; Superseded: it was started elsewhere.
     """
     check_batch(config, world_size())
     ranks = start_ranks(config)

@@ -191,9 +191,7 @@ class Outcome:
 
 
 def summed_loss(call: Callable[..., Tensor], batch: loader.MicroBatch, config: RunConfig) -> Tensor:
-    """Cross-entropy summed over a micro-batch's label tokens; ``call`` is the model, or an engine's
-    wrapper around it.
-    """
+    """Cross-entropy summed over a micro-batch's label tokens, by the model or a wrapper of it."""
     at = {} if batch.positions is None else {"position_ids": batch.positions}
     learned = {"token_labels": batch.labels, "label_places": batch.places}
     with attention.rows_known(batch.positions if batch.on_host is None else batch.on_host):

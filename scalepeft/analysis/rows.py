@@ -38,9 +38,7 @@ LEARNED, PLAIN = "\x1b[32m", "\x1b[0m"
 
 
 def run(settings: list[str], show: int) -> None:
-    """Reads and tokenizes as a training does, and raises as it does; prints a table of counts, and
-    the first ``show`` rows, decoded: what is learned is green on a terminal, else in « and ».
-    """
+    """Print counts of the rows, as a training reads them, and ``show`` of them as text."""
     if show < 0:
         raise UserError(f"--show {show}: expected a number of rows")
     config, notes = files.load_partly(settings)
@@ -74,9 +72,9 @@ def shown(tokens: TokenSet, i: int, tokenizer: Any) -> str:
 
 
 def counts_of(tokens: TokenSet, config: RunConfig) -> dict[str, Any]:
-    """Counts of a token set. ``padded`` and ``packed`` are the shares of real tokens in the first
-    steps of one rank, padded and packed; bin i of ``histogram`` counts the rows of more than
-    ``edges[i]`` and up to ``edges[i + 1]`` tokens.
+    """Counts of a token set. ``padded`` and ``packed`` are shares of real tokens in one rank's
+    first steps; bin i of ``histogram`` counts the rows of ``edges[i]`` < tokens <= ``edges[i +
+    1]``.
     """
     lengths = tokens.lengths()
     ordered = lengths.sort().values

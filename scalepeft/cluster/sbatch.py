@@ -120,19 +120,15 @@ def read(job_file: str) -> list[str]:
             f"{job_file}: not a job file: it must begin with #! and end with"
             ' source "${SCALEPEFT_ROOT:-$SLURM_SUBMIT_DIR}/slurm/train.sh" "$@"'
         )
-    lines = text[: source.start()].splitlines()
+    lines, command = text[: source.start()].splitlines(), False
     for number, line in enumerate(lines, 1):
-        if line.startswith("#SBATCH") and number > _first_command(lines):
+        command = command or bool(line.strip() and not line.startswith("#"))
+        if command and line.startswith("#SBATCH"):
             raise UserError(
                 f"{job_file}, line {number}: Slurm does not read an #SBATCH line below the first"
                 " command; move it up"
             )
     return lines
-
-
-def _first_command(lines: list[str]) -> int:
-    """Index of the first line that is neither empty nor a comment."""
-    return next((i for i, x in enumerate(lines) if x.strip() and not x.startswith("#")), len(lines))
 
 
 def words_of(options: Iterable[str]) -> dict[str, str]:
@@ -153,18 +149,16 @@ def over(options: Iterable[str]) -> dict[str, str]:
     return words_of(o if o.startswith("-") else f"--{o}" for o in options)
 
 
-def _words_in(line: str) -> dict[str, str]:
-    if not line.startswith("#SBATCH"):
-        return {}
-    try:
-        return words_of(shlex.split(line.removeprefix("#SBATCH"), comments=True))
-    except ValueError as error:
-        raise UserError(f"{line}: {error}") from None
-
-
 def header_of(lines: list[str]) -> dict[str, str]:
     """Options of the ``#SBATCH`` lines."""
-    return {key: value for line in lines for key, value in _words_in(line).items()}
+    words: dict[str, str] = {}
+    for line in lines:
+        if line.startswith("#SBATCH"):
+            try:
+                words |= words_of(shlex.split(line.removeprefix("#SBATCH"), comments=True))
+            except ValueError as error:
+                raise UserError(f"{line}: {error}") from None
+    return words
 
 
 def arguments(options: dict[str, str]) -> list[str]:
@@ -217,9 +211,8 @@ def warning_seconds(header: dict[str, str]) -> int | None:
 
 
 def render(lines: list[str], job: Job, folder: Path) -> str:
-    """The job file (without its ``#SBATCH`` lines for a job that needs no GPU), its last line
-    replaced by what is resolved, in quotes: the job's targets, and the code in the submission's
-    ``folder``.
+    """The job file (without its ``#SBATCH`` lines for a job without GPUs), its last line replaced
+    by what is resolved: the job's targets, and the code in the submission's ``folder``.
     """
     kept = [line for line in lines if job.gpus or not line.startswith("#SBATCH")]
     tail = TAIL.format(

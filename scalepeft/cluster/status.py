@@ -19,9 +19,8 @@ COMPARISON = "design.json"  # what a comparison keeps in its folder
 
 
 def run(run_dirs: list[str], as_json: bool) -> None:
-    """Prints the state of each run; a folder of a sweep stands for the runs in it, one of a
-    comparison for its cells. Raises UserError: a folder that holds neither a run nor a submission,
-    once the others are shown.
+    """Prints the state of each run, of those of a sweep, and of a comparison's cells. Raises
+    UserError, once the others are shown: a folder that holds neither a run nor a submission.
     """
     runs = {name: _runs(Path(name)) for name in run_dirs}
     stands = [
@@ -50,10 +49,9 @@ def _runs(folder: Path) -> list[Path]:
 
 
 def comparison(folder: Path) -> dict[str, Any]:
-    """How a comparison stands: of ``cells`` how many are ``done``, ``running`` (their trainer has
-    given a sign of life), ``failed``, ``broke`` (tried again by the next call), ``left``, of
-    ``all``; ``jobs``: step of the newest submission -> its Slurm ``job``, and in ``states`` how
-    many of its tasks are in which.
+    """How a comparison stands: how many of ``all`` its ``cells`` are in which state; of each step
+    of the newest submission the Slurm ``job``, and how many of its tasks are in which of
+    ``states``.
     """
     from scalepeft.analysis.compare.cells import Runner, reported, sweep
     from scalepeft.analysis.compare.design import Design

@@ -12,15 +12,19 @@ from pathlib import Path
 from scalepeft import pipeline
 from scalepeft.analysis.compare import command as compare
 from scalepeft.build import check_batch, engine_class, task_of
-from scalepeft.cluster import jobplan, sbatch
+from scalepeft.cluster import sbatch
+from scalepeft.cluster.plan import gpus, planning
 from scalepeft.cluster.sbatch import Job, Options
+from scalepeft.config import changes
 from scalepeft.config import files as config_files
 from scalepeft.config.schema import RunConfig, dump
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError
+from scalepeft.core.fields import Decides
 from scalepeft.core.files import write_atomically, writing
 from scalepeft.core.log import say
 from scalepeft.data.tasks.base import Split
+from scalepeft.models import dimensions
 from scalepeft.models import hub as models
 from scalepeft.run.folder import check_same_run
 from scalepeft.run.status import job_of
@@ -38,11 +42,7 @@ NODE_VARIABLES = [
 
 
 def run(options: Options) -> None:
-    """Check, snapshot, render and queue; print the job ids.
-
-    Raises:
-        UserError: a mistake in job file, config or data, or sbatch refuses.
-    """
+    """Check, snapshot, render, queue, print the job ids. Raises UserError: a mistake, or sbatch."""
     root = Path(__file__).resolve().parents[2]
     if not (root / "slurm" / "train.sh").is_file():
         raise UserError(f"{root} is not a checkout: launch/submit takes slurm/train.sh from there")
@@ -66,7 +66,7 @@ def run(options: Options) -> None:
         if design is not None:  # each method at its usual rate
             tried = [m for m in design.methods if not m.refused]
             planned = [design.config(m, m.usual_lr, design.seeds[0]) for m in tried]
-        jobplan.check(planned, header, options.gpu)
+        _check_plans(planned, header, options.gpu)
     numbers = [int(p.name) for p in base_dir.glob("submissions/[0-9]*") if p.name.isdecimal()]
     folder = (base_dir / "submissions" / f"{max(numbers, default=0) + 1:03}").absolute()
     jobs = _jobs(options, configs, folder, design)
@@ -210,6 +210,53 @@ def _check(configs: list[RunConfig], header: dict[str, str], options: Options) -
             if key not in read and not any(s.startswith("hf://") for s in sources):
                 task_of(config).examples(split)
             read.add(key)
+
+
+def _check_plans(configs: list[RunConfig], header: dict[str, str], name: str | None) -> None:
+    """Plan each kind of run once, for the GPU ``name`` or ``header``'s; raises as below."""
+    gpu, by = (gpus.find(name), "--gpu") if name else sbatch.gpu_of(header)
+    fix = "whether the run fits is not looked at; add --gpu NAME"
+    absent = f"{by or 'the job file'} names no GPU that is known here: {fix}"
+    say(f"plan: for GPU {gpu.name}, by {by}" if gpu else f"plan: {absent}")
+    nodes, gpu_name = sbatch.nodes_of(header) or 1, gpu.name if gpu else None
+    per_node = max(1, (sbatch.ranks_of(header) or 1) // nodes)
+    where = gpus.Options(nodes, per_node, gpu_name, network=False)
+    kinds = {f"{c.model} {c.adapter} {changes.deciding(c, Decides.SPEED)}": c for c in configs}
+    for config in kinds.values():
+        try:
+            dimensions.find(config.model, network=False)
+        except UserError as error:
+            say(f"not planned: {error}")
+            continue
+        _check_plan(planning.plan(config, where), header)
+
+
+def _check_plan(plan: planning.Plan, header: dict[str, str]) -> None:
+    """Raise UserError for what fails whatever is assumed; what depends on that is only said."""
+    gpu, warning = plan.options.target, sbatch.warning_seconds(header)
+    tensors, need = plan.step.peak_bytes / planning.GIB, plan.need / planning.GIB
+    stop, signal = f"{plan.stop_seconds:.1f} s", f"--signal=B:USR1@{plan.grace}"
+    rows = f"rows of data.cutoff={plan.config.data.cutoff} tokens"
+    if gpu and tensors > gpu.gib:
+        raise UserError(
+            f"the run's tensors alone, with {rows}, need {tensors:.1f} GiB a GPU, {gpu.name} has"
+            f" {gpu.gib:g}: see scalepeft plan ... --gpu {gpu.name} for what to change, or add"
+            " --no-plan"
+        )
+    late = f"--signal={header.get('--signal')} comes {warning} s before the time limit"
+    if warning is not None and warning < plan.stop_seconds:
+        what = f"{late}, a step and a save alone take {stop} ({plan.basis}, {rows})"
+        raise UserError(f"{what}; write {signal}, or add --no-plan")
+    times = f"{stop} for a step and a save, grace period {plan.grace} s"
+    room = f"{plan.config.adapter.name}: {need:.1f} GiB a GPU at the peak"
+    say(f"plan: {room}, {times} ({plan.basis}; see scalepeft plan)")
+    if gpu and not plan.fits:
+        say(
+            f"plan: tight: {tensors:.1f} GiB of tensors fit {gpu.name} ({gpu.gib:g} GiB), with"
+            f" CUDA, NCCL and the allocator {need:.1f} GiB do not (scalepeft plan)"
+        )
+    if warning is not None and warning < plan.grace:
+        say(f"plan: {late}; {signal} leaves {planning.SAFETY:g} times what is assumed")
 
 
 def _texts(configs: list[RunConfig], folder: Path) -> dict[str, str]:

@@ -1,6 +1,4 @@
-"""``scalepeft verify``: is a run folder whole? By the functions that resume, evaluate and pipeline
-trust, but every byte is read, whatever is kept of an earlier reading.
-"""
+"""``scalepeft verify``: is a run folder whole? Every byte is read, by what resume goes by."""
 
 import json
 from collections import Counter
@@ -26,9 +24,7 @@ Part = tuple[str, str, str]
 
 
 def run(run_dir: str, as_json: bool) -> int:
-    """Prints a line for each part of a run's or a pipeline's folder; returns 0, or 1 if something
-    is damaged or stale. Raises UserError: the folder holds nothing of a run.
-    """
+    """Prints a line for each part; returns 1 if one is damaged or stale. Raises UserError: none."""
     found = list(parts(Path(run_dir)))
     if not found:
         raise UserError(f"{run_dir}: nothing of a run is in it; name a run's run_dir")

@@ -35,11 +35,7 @@ def config_root() -> Path:
 
 
 def load(path: str | None, overrides: list[str]) -> tuple[cfg.RunConfig, list[str]]:
-    """Build a run's config; return it with the notes the user should see.
-
-    Raises:
-        UserError: one line with the dotted path, the value, what is allowed, the nearest name.
-    """
+    """A run's config, and the notes the user should see. Raises UserError: one line a mistake."""
     notes: list[str] = []
     return cfg.from_dict(values_of(path, overrides, notes)), notes
 
@@ -55,11 +51,7 @@ def load_partly(settings: list[str]) -> tuple[cfg.RunConfig, list[str]]:
 
 
 def values_of(path: str | None, overrides: list[str], notes: list[str]) -> dict[str, Any]:
-    """The settings of a file and of the command line, by section, before they are checked.
-
-    Raises:
-        UserError: a file that cannot be read, a setting that is none.
-    """
+    """Settings of a file and the command line, not checked yet. Raises UserError: unreadable."""
     # Precedence, weakest first: 1 the dataclass defaults (fill what is absent), 2 the file and its
     # includes (a file over what it includes), 3 the command line, left to right.
     values: dict[str, Any] = {}
@@ -76,9 +68,7 @@ def overlay(values: dict[str, Any], overrides: list[str]) -> cfg.RunConfig:
 
 
 def _merge(*layers: dict[str, Any], resolve: bool = False) -> dict[str, Any]:
-    """Later layers over earlier ones, key by key; an empty section (``train:``) changes nothing.
-    ``resolve`` fills in every ``${...}``: another key of the config, or ``oc.env:NAME``.
-    """
+    """Later layers over earlier ones, but for empty sections; ``resolve`` fills in ``${...}``."""
     filled = [
         {k: v for k, v in d.items() if v is not None or k not in cfg.SECTIONS} for d in layers
     ]
@@ -158,11 +148,7 @@ def config_names(section: str) -> list[str]:
 
 
 def named_file(section: str, name: str) -> dict[str, Any]:
-    """Read the file that ``section=name`` takes; an entry without one has its own defaults.
-
-    Raises:
-        UserError: no such name.
-    """
+    """The file of ``section=name``, or an entry's defaults. Raises UserError: no such name."""
     file = next((file for file in config_files(section) if file.stem == name), None)
     if file is not None:
         return _read(file)
@@ -172,9 +158,7 @@ def named_file(section: str, name: str) -> dict[str, Any]:
 
 
 def _apply(values: dict[str, Any], overrides: list[str], notes: list[str]) -> dict[str, Any]:
-    """Lay ``key=value`` arguments over ``values``: ``adapter=lora`` takes a file and replaces the
-    section, ``adapter.rank=8`` sets a key.
-    """
+    """Lay arguments over ``values``; ``adapter=lora`` replaces the section by a file's."""
     keys: dict[str, Any] = {}
     folders = [o.partition("=")[2] for o in overrides if o.startswith("extensions=")]
     cfg.use_extensions(folders[-1] if folders else values.get("extensions"))

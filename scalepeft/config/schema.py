@@ -279,9 +279,7 @@ TEXTS = (Decides.ROWS, Decides.PREDICTIONS, Decides.SCORES)
 
 
 def _check_plain(config: RunConfig) -> None:
-    """Raise UserError for a control character in what becomes a path, a name or a line: in all but
-    the texts of prompts and answers.
-    """
+    """Raise UserError for a control character in all but the texts of prompts and answers."""
     for key, value in flatten(to_dict(config)):
         section, _, name = key.partition(".")
         texts = value if isinstance(value, list) else [value]

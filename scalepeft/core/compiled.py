@@ -13,10 +13,7 @@ or several, of few tokens or many (HOFT), each for the first block and for the o
 
 
 def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A block's forward with graphs for its training: of the first shape, then of any length.
-
-    Without gradients it is called as it is: each token of a generation would be a new shape.
-    """
+    """A block's forward, compiled for training alone: a generation would bring ever new shapes."""
     fast = torch.compile(forward)
     return lambda *args, **kwargs: (fast if torch.is_grad_enabled() else forward)(*args, **kwargs)
 

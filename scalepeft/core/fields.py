@@ -15,9 +15,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]  # shifted by 32 bits into torch's 
 
 
 class Decides(Enum):
-    """What another value of a setting changes. A field carries at least one of these, as
-    ``Annotated[int, Decides.TRAINING]`` or by its class's ``DECIDES``; see ``config/changes.py``.
-    """
+    """What another value changes: a mark in a field's ``Annotated``, or its class's ``DECIDES``."""
 
     ROWS = "which rows there are, and their text"
     TOKENS = "the tokens and labels of a row"

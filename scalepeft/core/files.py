@@ -29,9 +29,7 @@ def cache_folder() -> Path:
 
 
 def share(path: Path) -> None:
-    """Let the group read and write what was made in a cache, a file or a folder with its files,
-    where the folder it lies in is that group's to write.
-    """
+    """Give the group what was made in a cache, where the folder it lies in is the group's."""
     above, made = path.parent.stat(), path.stat()
     if above.st_mode & stat.S_IWGRP and above.st_gid == made.st_gid:
         folder = path.is_dir()
@@ -100,9 +98,7 @@ def digest(file: Path) -> str:
 
 
 def kept_digest(file: Path) -> str:
-    """``digest`` of a file that may be large: read once, and again after it was written to. What
-    the disk itself damages changes no time and is not seen here.
-    """
+    """``digest``, kept until the file is written to; damage by the disk itself is not seen."""
     real = file.resolve()
     now = real.stat()  # ctime too, as mtime can be set back
     identity = [real.name, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns]
@@ -131,9 +127,7 @@ def sealed(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(text: str) -> dict[str, Any]:
-    """The mapping of a JSON text. Raises ValueError, of one printable line: no JSON, no mapping, or
-    not as it was ``sealed``; what is older has no ``digest``.
-    """
+    """The mapping of a JSON text. Raises ValueError, in one line: not one, or not as ``sealed``."""
     values = parse_json(text)
     try:
         if not isinstance(values, dict):
@@ -156,9 +150,7 @@ def read_sealed(file: Path) -> dict[str, Any]:
 def damage(
     folder: Path, files: dict[str, Any], hashed: Callable[[Path], str] = digest
 ) -> str | None:
-    """Why files are not those of a manifest (name in ``folder`` -> ``bytes``, ``sha256``; older
-    ones lack that of merged weights), in a printable line; None if they are.
-    """
+    """Why files are not those of a manifest (name -> ``bytes``, ``sha256``); None if they are."""
     reason, name = None, ""
     try:
         for name, known in files.items():
@@ -179,9 +171,7 @@ def damage(
 
 
 def remove_strays(folder: Path, *patterns: str) -> None:
-    """Removes temporaries of ``write_atomically`` whose process is gone: of this machine by its
-    pid, of others after an hour.
-    """
+    """Removes temporaries whose process is gone: here by its pid, of other hosts after an hour."""
     for file in (file for pattern in patterns for file in folder.glob(pattern)):
         name, _, pid = file.name.removesuffix(".tmp").rpartition(".")
         ours = name.endswith(f".{socket.gethostname()}") and pid.isdecimal()
@@ -192,9 +182,8 @@ def remove_strays(folder: Path, *patterns: str) -> None:
 
 
 def read_text(file: Path, limit: int = RECORD_BYTES) -> str:
-    """The text of a regular file, of a folder that anybody may have filled. Raises OSError: it is
-    missing, or a FIFO or device, at which a read would wait for ever; ValueError: it is larger than
-    ``limit`` bytes, or no UTF-8.
+    """The text of a regular file. Raises OSError: missing, or a FIFO or device, at which a read
+    could wait for ever; ValueError: larger than ``limit`` bytes, or no UTF-8.
     """
     # Without O_NONBLOCK the open itself waits for a FIFO's writer.
     with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as f:
@@ -217,9 +206,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_mapping(file: Path, parse: Callable[[str], object], remedy: str) -> dict[str, Any]:
-    """Reads a JSON or YAML file that must hold a mapping. Raises UserError, which ends with
-    ``remedy``: it is missing, unreadable, broken or holds something else.
-    """
+    """The mapping in a JSON or YAML file. Raises UserError, with the ``remedy``: there is none."""
     try:
         values = parse(read_text(file))
     except FileNotFoundError:
@@ -249,9 +236,7 @@ NUMBERS = {
 
 
 def lines_of(file: Path, newest_first: bool = False) -> Iterator[bytes]:
-    """Lines of a regular file, if there is one, with their ends; no more is read than is asked for,
-    and a line beyond ``LINE_BYTES`` comes in parts.
-    """
+    """Lines of a file, if there is one, with their ends; one over ``LINE_BYTES`` comes in parts."""
     if not file.is_file():
         return
     with file.open("rb") as f:

@@ -23,15 +23,10 @@ def allow(enabled: bool) -> None:
 
 
 def find(name: str, x: Tensor, compare: Callable[..., Any], *key: Any) -> Any:
-    """Returns the function ``name`` of ``triton_kernels``, or None: the plain form (which fake
-    tensors and the like always take).
+    """Returns the function ``name`` of ``triton_kernels``, or None: the plain form.
 
-    Args:
-        name: of the function.
-        x: what it is to read.
-        compare: ``compare(function, device, *key)`` returns what the function and the plain form
-            make of one small input; called once for each device and key.
-        key: what compiles to another kernel: dtypes, formats.
+    ``compare(function, device, *key)`` returns what it and the plain form make of one small input;
+    called once for each device and ``key`` (dtypes, formats), which compile to another kernel.
     """
     if not _enabled or type(x) not in (Tensor, nn.Parameter):
         return None

@@ -1,6 +1,4 @@
-"""How a process starts: the launcher's environment (ranks from torchrun, srun or accelerate), and
-imports. Needs no torch.
-"""
+"""How a process starts: the launcher's variables, and imports. Needs no torch."""
 
 import gc
 import os
@@ -15,9 +13,7 @@ FOLDER = "SCALEPEFT_RENDEZVOUS"  # of one start, in which its ranks meet in plac
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Context, or decorator of a function, in which large libraries are imported: what they make
-    stays, and looking for garbage among it is a fifth of the time.
-    """
+    """Context or decorator in which imports look for no garbage, a fifth of their time."""
     searched = gc.isenabled()
     gc.disable()
     try:
@@ -33,11 +29,8 @@ def rank() -> int:
 
 
 def launch_variables(env: Mapping[str, str]) -> dict[str, str]:
-    """Return RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT as torchrun sets them; under
-    plain ``srun``, a task a rank, the rendezvous is the first node of the step and ``slurm_port``.
-
-    Raises:
-        UserError: a launcher set only some of the variables.
+    """Return RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT as torchrun sets them, or of a
+    plain ``srun`` with a task a rank. Raises UserError: a launcher set only some of them.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     launched = {name: env[name] for name in names if env.get(name)}
@@ -64,9 +57,7 @@ def launch_variables(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def slurm_port(env: Mapping[str, str]) -> int:
-    """A port below the ephemeral ones, from job, step and restart: neither two jobs on a node meet
-    nor a restarted job and ranks of its earlier start that a hung node kept alive.
-    """
+    """A port below the ephemeral ones for each job, step and restart: none meets another."""
     job, step = int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"])
     return 10000 + (job + 101 * step + 1009 * int(env.get("SLURM_RESTART_COUNT", "0"))) % 22000
 

@@ -46,9 +46,7 @@ class _Stream(io.FileIO):
 
 
 def keep_speaking(result: bool) -> None:
-    """Has nothing that is printed end this process or change its exit code: a full disk, a reader
-    that went away, a closed stream; but for what is printed on stdout where that is a ``result``.
-    """
+    """Lets no failed print end this process, but that of a ``result`` on stdout."""
     for fd in range(3):
         try:
             os.fstat(fd)

@@ -25,9 +25,7 @@ def add_arguments(
     command: argparse.ArgumentParser, cls: type, positional: Container[str] = (),
     without: Container[str] = (),
 ) -> None:  # fmt: skip
-    """Add ``--name-with-dashes`` for each field of a dataclass but those in ``without``. ``NAME: ``
-    before its help is its metavar; ``settings`` are always positional.
-    """
+    """Add ``--field-name`` for each field; ``NAME: `` before its help is its metavar."""
     about, hints = described(cls), typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
         if field.name in without:

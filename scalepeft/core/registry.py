@@ -1,8 +1,4 @@
-"""Names to modules: a registry is a folder, a key is a file name.
-
-Entries of other people come by entry point (a group of ``KINDS``, the value is a module) or from a
-folder with ``adapters/``, ``engines/`` and ``tasks/``, one module each.
-"""
+"""Names to modules: a registry is a folder, a key is a file name; ``extend`` adds others'."""
 
 import fnmatch
 import importlib
@@ -17,11 +13,8 @@ from scalepeft.core.errors import UserError, unknown
 T = TypeVar("T")
 # Folder of scalepeft -> its name in an extension folder and, after "scalepeft.", of its group.
 KINDS = {"adapters.methods": "adapters", "parallel": "engines", "data.tasks": "tasks"}
-NO_ENTRIES = (
-    "base",
-    "ranks",
-    "rendezvous",
-)  # modules beside the entries: the protocol and what it is built on
+# Modules beside the entries: the protocol and what it is built on.
+NO_ENTRIES = ("base", "ranks", "rendezvous")
 
 
 def names(pattern: str, layer: str) -> bool:
@@ -41,13 +34,9 @@ def added(package: str) -> list[str]:
 
 
 def extend(folder: str) -> None:
-    """Add the entries of an extension folder to the registries, for the life of the process.
-
-    Of two folders with the same name the first counts: a run that continues from another copy of
-    its folder (each submission keeps one) also reads the config that names the older copy.
-
-    Raises:
-        UserError: no such folder, nothing in it, or a name of ours or of an installed package.
+    """Add the entries of an extension folder to the registries, for the life of the process; of two
+    of one name the first counts: the config of a resumed run names an older copy. Raises UserError:
+    no such folder, nothing in it, or a name of ours or of an installed package.
     """
     places = {package: str(Path(folder, name).resolve()) for package, name in KINDS.items()}
     if not any(Path(place).is_dir() for place in places.values()):
@@ -70,10 +59,7 @@ def extension_folders() -> list[Path]:
 
 def find_class(package: str, name: str, kind: str, base: type[T]) -> type[T]:
     """Import entry ``name`` of registry ``scalepeft.<package>``; return its subclass of ``base``.
-
-    Raises:
-        UserError: no such entry (the message lists those that exist), or an extension that cannot
-            be imported or defines no subclass.
+    Raises UserError: no such entry, or an extension that cannot be imported or defines no subclass.
     """
     if name not in available(package):
         raise unknown(kind, name, available(package))

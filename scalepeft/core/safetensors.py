@@ -1,8 +1,6 @@
 """safetensors files: a checked header, reads by ranges, and a streamed write that hashes.
 
-The library's own reader maps files into memory, which a shared file system turns into reads of
-whole pages; its writer wants all tensors at one time. Nothing here needs torch: a dtype is the
-name that the format gives it.
+The library's reader maps memory, slow on shared file systems; its writer wants all tensors at once.
 """
 
 import errno
@@ -44,12 +42,8 @@ class Stored:
 
 
 class SafetensorsFile:
-    """A file's header, read and checked; ``tensors`` by name, in the order of their bytes, which
-    are read by ranges with ``pread``.
-
-    Raises:
-        DamagedFile: truncated, longer than its header says, or not safetensors.
-        OSError: it cannot be read.
+    """A file's checked header; ``tensors`` by name, in the order of their bytes. Raises
+    DamagedFile: truncated, longer than its header says, or not safetensors; OSError.
     """
 
     def __init__(self, path: Path) -> None:
@@ -121,12 +115,8 @@ def write(
 ) -> dict[str, Any]:
     """Write a file through to the disk; return ``bytes`` and ``sha256`` of what was to be written.
 
-    Args:
-        path: a file that is there is replaced.
-        tensors: (name, safetensors' dtype, shape, bytes) in the order of their bytes.
-        pieces: these bytes, in pieces of any size.
-        metadata: of the file.
-        check: called every 16 MiB; may raise.
+    ``pieces`` are the bytes of the ``tensors`` in their order, cut anywhere; ``check`` is called
+    every 16 MiB and may raise.
     """
     head, size = header(tensors, metadata)
     digest, hashed = hashlib.sha256(), None

@@ -28,9 +28,7 @@ gib = partial(size, digits=2)
 
 
 def table(rows: Sequence[Sequence[object]], indent: str = "  ", left: int = 1) -> list[str]:
-    """Rows of cells, the header among them, as aligned lines: the first ``left`` columns to the
-    left, the others to the right. A short row keeps its last cell unpadded (a remark).
-    """
+    """Rows as aligned lines, the first ``left`` columns to the left; a short row ends in a note."""
     columns = max((len(row) for row in rows), default=0)
     full = [[str(cell) for cell in row] for row in rows if len(row) == columns]
     widths = [max(map(len, column)) for column in zip(*full, strict=True)]

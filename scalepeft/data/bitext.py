@@ -22,10 +22,9 @@ class ReferenceLine:
 
 
 def read(source: str, split: Split) -> Numbered:
-    """Yields (row number, row) of a source: what ``read_rows`` takes but for a tsv, a tsv's rows by
-    line, of ``A::B`` two text files or CoVoST-2's translations and Common Voice's validated.tsv in
-    either order, and of any other file reference lines, for the test alone. Raises UserError: an
-    unreadable file, files that do not go together, missing columns, a text file alone to train on.
+    """Yields (row number, row) of a source: as ``read_rows``, of a tsv, of ``A::B`` two text files
+    or CoVoST-2's and Common Voice's tsv, of another file reference lines, for the test alone.
+    Raises UserError: unreadable, not a pair, missing columns, a text file alone to train on.
     """
     files = [source] if source.startswith("hf://") else source.split(PAIR)
     if len(files) > 2:

@@ -80,9 +80,7 @@ class Renderer:
         return self.plain(value) if isinstance(value, str) else value
 
     def render(self, messages: Messages, ask: bool, **more: Any) -> str:
-        """The conversation as text; ``ask``: up to where the assistant is to write. Raises
-        UserError: there is no template, or it refuses these messages.
-        """
+        """The conversation as text, with ``ask`` up to an answer. Raises UserError: refused."""
         if not messages:
             raise UserError(
                 "the conversation begins with an answer, which nothing asks for: take it out, or"
@@ -114,8 +112,8 @@ class Renderer:
         self, messages: Messages, turns: bool, tools: Any = None
     ) -> tuple[str, str, list[list[int]]]:
         """(prompt, completion, learned parts of the prompt as [begin, end)) of a conversation that
-        ends with the assistant's turn. ``turns``: its earlier ones are learned too. Raises
-        UserError: as ``render``, and where the template's text does not tell the turns.
+        ends with an answer; ``turns``: earlier ones are learned too. Raises UserError: it does not
+        tell the turns.
         """
         messages, more = self.shut(messages), {"tools": self.shut(tools)} if tools else {}
         whole = self.render(messages, False, **more).rstrip()

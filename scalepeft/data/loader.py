@@ -33,9 +33,7 @@ class Order:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A rank's part of a step: right-padded ``input_ids`` and ``labels`` (lines, length), -100
-    where not learned. A line is one row, or rows one after the other.
-    """
+    """A rank's right-padded ids and labels (lines, length), -100 where not learned."""
 
     input_ids: Tensor
     labels: Tensor

@@ -49,10 +49,8 @@ def lines(lengths: list[int], rows: list[int], width: float) -> tuple[list[list[
 def micro_batches(
     lengths: list[int], ranks: int, tokens: int, width: float
 ) -> list[list[list[list[int]]]]:
-    """Rank -> its micro-batches, as many on each rank -> lines -> positions in ``lengths``.
-
-    A micro-batch has at most ``tokens`` tokens with its padding, or is one row; on a rank that has
-    fewer rows than others have micro-batches some are empty.
+    """Rank -> its micro-batches -> lines -> positions in ``lengths``. One has at most ``tokens``
+    tokens with its padding, or is one row; all ranks have as many, some of them empty.
     """
     parts = deal(lengths, range(len(lengths)), ranks)
     count = max(1, -(-sum(lengths) // (ranks * tokens)))

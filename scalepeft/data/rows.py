@@ -38,9 +38,7 @@ def paths_of(source: str) -> list[Path]:
 
 
 def content(source: str) -> str:
-    """A digest of what a source holds: of the bytes of its files and, where they decide how these
-    are read, their names; of a set of the hub what ``datasets`` knows it by.
-    """
+    """A digest of what a source holds: of its files, or what ``datasets`` knows a hub set by."""
     hub = source.startswith("hf://")
     if files := paths_of(source):
         with tables.explained(source):
@@ -84,14 +82,10 @@ def source_labels(files: list[str]) -> list[str]:
 
 
 def read_rows(source: str) -> Iterator[tuple[int, Any]]:
-    """Yield (row number from 1, row) of a JSON array, json lines, csv, tsv, parquet, arrow, a
-    ``save_to_disk`` folder or a hub data set. Rows are streamed, but for those of an array.
-
-    The content decides, not the file name, but for ``.csv`` and ``.tsv``. A line that is not JSON
-    comes out as a ``BrokenRow``, so does an object with a key twice and a csv record of another
-    width than its header; a broken array is an error of the whole file. A file of one object over
-    several lines is one row. Cells of csv are texts. The row number of json lines is the line's.
-    Raises UserError: it cannot be read, or is none of these.
+    """Yield (row number from 1, row) of a source, streamed but for a JSON array; the content
+    decides, not the file name, but for ``.csv`` and ``.tsv``. A line that is no JSON, an object
+    with a key twice and a csv record of another width are ``BrokenRow``s; of json lines the number
+    is the line's. Raises UserError: it cannot be read, or is of no format.
     """
     if (files := tables.saved(source)) is not None:
         yield from enumerate(chain.from_iterable(map(tables.rows, files)), 1)
@@ -146,9 +140,7 @@ def _json_rows(source: str) -> Iterator[tuple[int, Any]]:
 
 
 def _csv_rows(source: str) -> Iterator[Any]:
-    """Records of a csv by the names in its first one, every cell a text as it stands. What alone of
-    comma, tab, semicolon and bar is in the first line separates, else what the file's name says.
-    """
+    """Records of a csv by their header; what alone of comma, tab, ; and | is in that separates."""
     csv.field_size_limit(CELL)
     with open_text(source) as lines:
         first = next(lines, "")
@@ -203,9 +195,9 @@ def read_text(source: str, length: int = -1) -> str:
 
 @contextmanager
 def open_text(source: str) -> Iterator[TextIO]:
-    """Open a file's text, uncompressed, by lines that end with LF. Bytes that are not UTF-8 come
-    out as lone surrogates, which ``check_utf8`` finds: a bad row is one bad row and not a bad file.
-    Raises UserError: it cannot be read, or is not text; also later, where it is being read.
+    """Open a file's text, uncompressed, by lines that end with LF; bytes that are not UTF-8 come
+    out as lone surrogates, for ``check_utf8``. Raises UserError: unreadable, or no text, also
+    later.
     """
     head = _head(source)
     with tables.explained(source), _binary(source, head) as raw:
@@ -282,9 +274,7 @@ def check_utf8(value: str, what: str) -> None:
 
 
 def fill(template: str, values: dict[str, str], key: str) -> str:
-    """Replaces ``{name}`` for the given names only, so that braces in the data or template stay as
-    they are. Raises UserError: the template names a field that rows do not have.
-    """
+    """Replaces ``{name}`` of these names alone. Raises UserError: a field that rows do not have."""
 
     def value(match: re.Match[str]) -> str:
         if match[1] not in values:

@@ -52,9 +52,7 @@ def hub_name(source: str) -> tuple[str, str, str, str]:
 
 
 def saved(source: str) -> list[Path] | None:
-    """The arrow files of ``FOLDER`` or ``FOLDER:SPLIT`` as ``save_to_disk`` of datasets wrote it;
-    None for other sources. Raises UserError: no such split, or none named; a broken list of files.
-    """
+    """Arrow files of a ``save_to_disk`` FOLDER[:SPLIT], or None. Raises UserError: no split."""
     if source.startswith("hf://"):
         name, _, _, split = hub_name(source)
     else:
@@ -115,9 +113,7 @@ def _batches(file: Path) -> Iterator[Any]:
 
 
 def builder(source: str) -> tuple[Any, str]:
-    """What ``datasets`` knows of a hub set or a local folder before it reads rows, and the split.
-    Raises UserError: there is none such, or a revision is asked for and no hub can be reached.
-    """
+    """What ``datasets`` knows of a set unread, and the split. Raises UserError: none, or no hub."""
     name, revision, config, split = hub_name(source)
     split = split or "train"
     if not name:

@@ -29,9 +29,8 @@ PARTS = ("tokens", "lengths", "label_start")
 
 
 def split_file(task: Task, split: Split, tokenizer: Any, ends: list[int]) -> Path:
-    """The file with a split's tokens, made unless it is there and whole. Rows are read, tokenized
-    and written in a stream: memory grows by 8 bytes a row. Raises UserError: rows cannot be read,
-    or the cache's folder cannot be written.
+    """The file with a split's tokens, made in a stream unless it is there and whole. Raises
+    UserError: rows cannot be read, or the cache's folder cannot be written.
     """
     folder = Path(task.config.cache or cache_folder()) / "tokens"
     file = folder / f"{_key(task, split, tokenizer, ends)}.safetensors"
@@ -130,9 +129,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def files(task: Task, tokenizer: Any, vocab_size: int, ends: list[int]) -> dict[Split, Path]:
-    """The files of the training and validation rows. Raises UserError: bad files or rows, nothing
-    left to train on, or token ids beyond the model's vocabulary.
-    """
+    """The files of training and validation rows. Raises UserError: bad, none left, foreign ids."""
     config, found = task.config, dict[Split, Path]()
     splits: tuple[Split, ...] = ("train",)
     if config.valid or (config.OWN_VALID and not config.valid_size):

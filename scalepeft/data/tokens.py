@@ -103,10 +103,9 @@ def ids_of(raw: Tensor) -> Tensor:
 
 @dataclass
 class Rows:
-    """Tokens of examples, row by row: ``(values as in a TokenSet, label_start)``; counts what the
-    cut left out.
+    """Tokens of examples, row by row: ``(values as in a TokenSet, label_start)``; counts what is
+    cut.
 
-    With ``config.tokenize`` ``apart`` training sees the very prompt tokens generation starts from.
     ``together``, and in conversations, the first label is the first token that reaches into the
     completion. A row ends with one end-of-text, or with another of ``ends``.
     """
@@ -178,9 +177,7 @@ def _together(examples: list[Example], tokenizer: Any) -> Pairs:
 def encode(
     texts: list[str], tokenizer: Any, *, where: bool = False, **options: Any
 ) -> list[Encoded]:
-    """Token ids of each text, with one BOS if any and left open: without the end-of-text that some
-    tokenizers put after every text, and without those of seams. ``where``: with places.
-    """
+    """Token ids of each text behind one BOS, without EOS and seams; ``where``: with places."""
     seamed = [SEAM in text for text in texts]
     if where or any(seamed):
         options["return_offsets_mapping"] = True

@@ -1,13 +1,7 @@
-"""COMET of translations, by ``comet-score`` in its own environment, on files.
+"""COMET of translations, by ``comet-score`` in its own environment, on files (docs/evaluation.md).
 
-unbabel-comet pins older versions of transformers and numpy than this package runs with, so it is
-never imported. ``write`` leaves the texts beside scores.json (``comet/src.txt``, ``mt.txt``,
-``ref.txt``), ``compute`` runs the program that ``SCALEPEFT_COMET`` names on them, once for the same
-texts: the path of comet-score and options for it, if any ("ENV/bin/comet-score --gpus 0").
-
-    python -m venv ENV && ENV/bin/pip install unbabel-comet
-
-Paper: COMET-22 (Rei et al., WMT 2022); the model's scores times 100, averaged over the rows.
+unbabel-comet pins older libraries than this package runs with, so it is never imported. Paper:
+COMET-22 (Rei et al., WMT 2022); the model's scores times 100, averaged over the rows.
 """
 
 import argparse
@@ -52,10 +46,9 @@ def write(folder: Path, rows: list[Scored]) -> None:
 
 
 def compute(folder: Path, stop: StopFlag | None = None) -> dict[str, Any] | None:
-    """Score the texts in ``folder/comet``; return what ``folder/comet.json`` then holds (``score``
-    and ``ci95`` times 100), None if ``SCALEPEFT_COMET`` is not set and these texts are not scored.
-    Raises UserError: no such program, it failed, or its output is not COMET's. Raises Stopping: a
-    signal came; the program was ended.
+    """Score the texts in ``folder/comet``; return what comet.json then holds, None without
+    ``SCALEPEFT_COMET`` and older scores. Raises UserError: no such program, it failed, its output
+    is not COMET's; Stopping: a signal came, the program was ended.
     """
     inputs, result = folder / "comet", folder / "comet.json"
     digest, (program, model) = digest_of(folder), _program()

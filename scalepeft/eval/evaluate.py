@@ -1,9 +1,4 @@
-"""``scalepeft evaluate``: generate, extract, score.
-
-The way of a row: ``Task.examples`` makes it, ``Generator`` answers it, ``Predictions`` keeps the
-answer by the row's id, so that a killed evaluation continues, ``Task.score`` finds what is in it
-and ``scores`` sums up.
-"""
+"""``scalepeft evaluate``: generate, keep answers by the rows' ids, extract, score."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -33,11 +28,9 @@ FOLDERS: dict[Subject, str] = {"adapter": "eval", "merged": "eval-merged", "base
 
 
 def run(run_dir: str, settings: list[str], kind: Subject, stop: StopFlag) -> int:
-    """Evaluates a run on ``data.test``; returns the exit code, 0 or 75.
-
-    Writes ``RUN_DIR/eval/TASK/`` (``eval-merged``, ``eval-base``): predictions.jsonl, scored.jsonl
-    and scores.json. ``settings`` go over the run's config; ``stop`` is polled between batches.
-    Raises UserError: no run, no adapter or merged checkpoint yet, no test rows.
+    """Evaluates a run on ``data.test`` into ``RUN_DIR/eval/TASK/`` (``eval-merged``,
+    ``eval-base``); returns the exit code, 0 or 75. Raises UserError: no run, no adapter or merged
+    checkpoint yet, no test rows.
     """
     config = load_run(run_dir, settings, changes.for_evaluation(), "an evaluation")
     named = any(setting.startswith(("data=", "data.name=")) for setting in settings)
@@ -59,9 +52,7 @@ def folder_of(config: RunConfig, kind: Subject) -> Path:
 
 
 def evaluate(config: RunConfig, kind: Subject, ranks: Ranks, stop: StopFlag) -> None:
-    """``run`` among ranks that have met already. Raises UserError: no adapter or merged checkpoint
-    yet, no test rows, or COMET's program fails. Raises Stopping: a signal came; all done is kept.
-    """
+    """``run`` among ranks that have met; raises as that, for COMET, and Stopping: all is kept."""
 
     def poll() -> None:
         if ranks.any(stop.signal is not None):

@@ -42,9 +42,7 @@ class Progress:
 
 
 class Backend:
-    """Continues prompts; only ``config`` (length limits, beams, stop texts) decides how. Prompts
-    get the tokenizer's special tokens (BOS). ``generate`` is the backend's own.
-    """
+    """Continues prompts, as ``config`` alone says; ``generate`` is the backend's own."""
 
     def __init__(self, tokenizer: Any, config: EvaluateConfig, positions: int | None) -> None:
         self.tokenizer, self.config, self.positions = tokenizer, config, positions or sys.maxsize
@@ -52,18 +50,14 @@ class Backend:
         self.ends: list[int] = [tokenizer.eos_token_id]
 
     def stream(self, prompts: list[str]) -> Iterator[list[tuple[int, str, bool]]]:
-        """Answers, some at once: number of the prompt, its new text alone, and whether the prompt
-        lost its beginning; raises as ``encoded``.
-        """
+        """Some answers at once: number of the prompt, new text alone, whether it was cut."""
         ids, limits, cut = self.encoded(prompts)
         pairs = zip(self.generate(ids, limits), limits, strict=True)
         texts = self.texts([answer[:n] for answer, n in pairs])
         yield [*zip(range(len(texts)), texts, cut, strict=True)]
 
     def encoded(self, prompts: list[str]) -> tuple[list[list[int]], list[int], list[bool]]:
-        """Tokens of each prompt, the most of its answer, and whether it lost its beginning (all but
-        BOS) to fit in. Raises UserError: a prompt without a token, or no room for one.
-        """
+        """Prompts' tokens, answers' limits, what was cut. Raises UserError: no token, no room."""
         new, all_ = self.config.max_new_tokens, self.config.max_tokens or self.positions
         if self.positions <= new:
             what = f"fills the model's {self.positions} positions"
@@ -89,9 +83,8 @@ class Backend:
         return [cut_at(text, self.config.stop) for text in self._decoded(new)]
 
     def stopped(self, answers: list[list[int]]) -> list[bool]:
-        """Which of the answers have a stop text in what a last token may have ended. It only saves
-        forwards: ``cut_at`` decides on the whole text. (transformers' own criterion goes through
-        the whole vocabulary for every batch.)
+        """Which of the answers have a stop text in what a last token may have ended: it only saves
+        forwards. (transformers' own criterion goes through the whole vocabulary for every batch.)
         """
         stop = self.config.stop
         if not stop:
@@ -127,9 +120,9 @@ class Backend:
 
 
 class Generator(Backend):
-    """``evaluate.backend=hf``: the run's own causal LM, on this rank's device. ``synced``: ranks
-    must go through the same number of forwards (sharded parameters). ``whole`` says why a batch is
-    answered as a whole, by ``model.generate``; empty if rows come and go (``Slots``).
+    """``evaluate.backend=hf``: the run's own causal LM. ``synced``: ranks go through as many
+    forwards (sharded parameters). ``whole``: why not in ``Slots`` but by ``model.generate``, or
+    empty.
     """
 
     def __init__(
@@ -199,11 +192,9 @@ def check(config: EvaluateConfig) -> None:
 
 
 def batches(examples: list[Example], lengths: list[int], size: int) -> list[list[Example]]:
-    """Rows of like length (in tokens) together, so that little is padded; the longest first, so
-    that a lack of memory shows at once.
-
-    They depend on the rows alone, so that an evaluation that continues generates in the batches of
-    an undisturbed one: in bf16 a row's neighbours may decide between two nearly as likely tokens.
+    """Rows of like length together, the longest first: a lack of memory shows at once. They depend
+    on the rows alone, as an undisturbed evaluation's: in bf16 a row's neighbours may decide between
+    tokens.
     """
     pairs = sorted(zip(lengths, examples, strict=True), key=lambda pair: (-pair[0], pair[1].id))
     rows = [example for _, example in pairs]

@@ -25,9 +25,7 @@ INFORMATIVE = {"examples", "model", "batch"}
 
 
 class Predictions:
-    """The predictions of one evaluation, on every rank; rank 0 alone touches the disk. Beside
-    predictions.jsonl settings.json says what was evaluated and how.
-    """
+    """The predictions of one evaluation, on every rank; rank 0 alone touches the disk."""
 
     def __init__(
         self,
@@ -37,9 +35,7 @@ class Predictions:
         prompts: dict[str, str],
         ranks: Ranks | None = None,
     ) -> None:
-        """Continue predictions of the same target and settings; set those of others aside. More
-        ``prompts`` (example id -> prompt), fewer or other ones change nothing for those that stay.
-        """
+        """Continue those of the same target and settings; set others aside."""
         self.run_dir, self.name, self.settings = run_dir, name, settings
         self.path, self.ranks = run_dir / name / "predictions.jsonl", ranks or Ranks()
         self.asked = {i: hashlib.sha256(p.encode()).hexdigest()[:16] for i, p in prompts.items()}
@@ -47,9 +43,7 @@ class Predictions:
         self.done: dict[str, dict[str, Any]] = self.ranks.run_on_main(self._open)
 
     def append(self, rows: list[dict[str, Any]]) -> None:
-        """Write a batch, a part of it on each rank, through to the disk; a collective. Raise
-        UserError if the disk refuses, or another evaluation has taken the folder.
-        """
+        """Write a batch, a part on each rank; a collective. Raises UserError: the disk refuses."""
         every = [row for part in self.ranks.gather(rows) for row in part]
         batch = [{**row, "asked": self.asked[row["id"]]} for row in every]
         for row in batch:

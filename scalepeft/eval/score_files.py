@@ -27,9 +27,8 @@ KEYS = (
 
 
 def run(options: Options) -> None:
-    """Print the scores; write them where ``out`` is given. A prediction ends at the first of the
-    protocol's stop texts (``evaluate.stop``), as one of ``scalepeft evaluate`` does. Raises
-    UserError: an unknown task, unreadable or broken files, predictions of other references.
+    """Print the scores; write them where ``out`` is given. Predictions end at the protocol's stop
+    texts. Raises UserError: an unknown task, broken files, predictions of other references.
     """
     config = _config(options)
     task = task_of(config)
@@ -124,9 +123,7 @@ def _prediction(row: Any, key: str | None, number: int) -> Prediction:
 def match(
     predictions: list[Prediction], examples: list[Example], options: Options, skipped: int
 ) -> dict[str, str]:
-    """Return example id -> its prediction: by id where ids of the references come, else by order,
-    which ``skipped`` broken references would disturb. Raise UserError where neither tells.
-    """
+    """Example id -> prediction, by ids that come, else by order. Raises UserError: neither fits."""
     file, of = options.predictions, options.references
     known = {e.id for e in examples}
     by_id = {p.id: p for p in reversed(predictions) if p.id is not None}

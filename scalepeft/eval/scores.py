@@ -21,11 +21,9 @@ def cut_at(text: str, stop: list[str]) -> str:
 def summarize(
     task: Task, examples: list[Example], predictions: dict[str, str]
 ) -> tuple[dict[str, Any], list[Scored]]:
-    """Scores predictions (example id -> generated text) over all rows and for each of ``sources``;
-    returns scores.json's numbers, and the scored rows.
-
-    ``mean_of_sources`` has the unweighted mean of each metric, and ``mean``, for a task whose
-    papers report that, the headline's with an interval; broken rows, ``left_out``, are in none.
+    """Scores predictions (example id -> text) over all rows and each source: scores.json's numbers,
+    and the scored rows. ``mean_of_sources`` is unweighted; ``mean`` the headline's, for a task
+    whose papers report it, with an interval; broken rows, ``left_out``, are in none.
     """
     rows = [Scored(e, predictions[e.id], task.score(predictions[e.id], e)) for e in examples]
     groups: dict[str, list[Scored]] = {}

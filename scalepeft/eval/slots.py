@@ -1,7 +1,5 @@
-"""Greedy search in slots: a row whose answer has ended leaves, and a waiting one takes its place.
-
-The rows share a cache, left-padded to the longest of them. Those that enter are prefilled in a
-cache of their own, which is then put below it.
+"""Greedy search in slots: a row whose answer has ended leaves, and a waiting one takes its place,
+prefilled in a cache of its own, which is then put below the left-padded one of all.
 """
 
 import inspect
@@ -56,9 +54,8 @@ def obstacle(model: Any, longest: int) -> str:
 
 @dataclass
 class Slots:
-    """``size`` rows at once, each answered as if it were alone. ``ends`` are the tokens that end an
-    answer; ``stopped`` tells which answers have come to a stop text. ``synced``: ranks go through
-    the same number of forwards (sharded parameters).
+    """``size`` rows at once, each answered as if it were alone, until a token of ``ends`` or, as
+    ``stopped`` tells, a stop text. ``synced``: ranks make as many forwards (sharded parameters).
     """
 
     model: Any
@@ -74,9 +71,7 @@ class Slots:
 
     @torch.no_grad()
     def run(self, waiting: Iterator[Row]) -> Iterator[list[Row]]:
-        """Answers all rows that are ``waiting``; yields those that are done, some seconds' at once.
-        ``synced``: ranks yield after the same forwards, if need be a lot without a row.
-        """
+        """Answers the rows that are ``waiting``; yields those done, some seconds' at once."""
         done: list[Row] = []
         begin = time.monotonic()
         while True:

@@ -88,9 +88,7 @@ def row_attention(
 
 
 def read_rows_alone(model: Any) -> None:
-    """Has a base of sdpa, on the meta device, read each row of a packed line alone; one that does
-    not bring ``Rows`` from where masks are made to the attention interface masks as before.
-    """
+    """Has an sdpa base read each row of a packed line alone, if ``Rows`` reach its attention."""
     from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
     config, ids = model.config.get_text_config(), torch.zeros(1, 2, device="meta").long()

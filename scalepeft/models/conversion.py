@@ -1,8 +1,4 @@
-"""Which tensors of a model folder make up which tensors of the model, by transformers' own mapping.
-
-transformers renames, fuses and splits tensors on load (experts of a list become one 3-D tensor).
-Its operations are run here, on the rows that are asked for, and never copied.
-"""
+"""Which tensors of a folder make up which of the model's, by transformers' own mapping, by rows."""
 
 import copy
 import math
@@ -123,9 +119,7 @@ class _Converted(Source):
 
 
 class Layout:
-    """The tensors of a folder, bound to a model. Raises UserError: names what the model lacks, what
-    it does not use (``unexpected`` ``error``), or what cannot be converted.
-    """
+    """A folder's tensors, bound to a model. Raises UserError: lacking, unused, not convertible."""
 
     def __init__(
         self, model: Any, entries: dict[str, Source], where: str, stray: list[str], unexpected: str

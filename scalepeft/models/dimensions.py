@@ -58,9 +58,7 @@ class Source:
 
 
 def find(config: ModelConfig, network: bool = True) -> Source:
-    """Find the base's dimensions without its weights; ``network``: the hub may be asked. Raises
-    UserError: neither a folder with ``config.json`` nor a hub id whose dimensions can be had.
-    """
+    """The base's dimensions without weights; ``network``: ask the hub too. Raises UserError."""
     folder = Path(config.path)
     if config.path == BUILTIN:
         from scalepeft.models import tiny

@@ -1,7 +1,5 @@
-"""A mixture's experts: one projection of all of them as one tall frozen layer.
-
-Letters: E experts, W_e (out, in) of expert e; rows of x are sorted by expert, those of expert e are
-``bounds[e] .. bounds[e + 1]``.
+"""A mixture's experts, a projection of all as one tall frozen layer: E experts, W_e (out, in); rows
+of x are sorted by expert, those of expert e are ``bounds[e] .. bounds[e + 1]``.
 """
 
 from functools import cache
@@ -20,10 +18,9 @@ PROJECTIONS = {"gate_up_proj", "up_proj", "down_proj"}
 
 
 class ExpertLinear(nn.Linear):
-    """``y_i = W_e x_i`` for the rows i of expert e; ``weight`` (E out, in) is W_0 over W_1 over ...
-
-    A row is one output of one expert, so that storing, sharding and reading by rows is a layer's.
-    in_features and out_features are one expert's. Biases of experts stay with their parent.
+    """``y_i = W_e x_i`` for the rows i of expert e; ``weight`` (E out, in), so that storing,
+    sharding and reading by rows is a layer's. in_features and out_features are one expert's; biases
+    stay out.
     """
 
     Quantized: ClassVar[type[quant.QuantLinear]]
@@ -135,12 +132,9 @@ class Experts(nn.Module):
 
     @torch.compiler.disable  # the numbers of tokens of experts would each be a graph
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """``sum over k of weight_k * expert_k(x)``.
-
-        Args:
-            hidden_states: (tokens, hidden).
-            top_k_index: (tokens, k) experts of each token; a number past the last is no expert.
-            top_k_weights: (tokens, k).
+        """``sum over k of weight_k * expert_k(x)`` of hidden_states (tokens, hidden), for the
+        experts top_k_index (tokens, k), past the last one none, and their top_k_weights (tokens,
+        k).
         """
         own: Any = self  # the class's marks, gate, activation and norm
         tokens, k = top_k_index.shape
@@ -190,11 +184,9 @@ def mix_in(module: Any, mixin: Any) -> None:
 
 
 def replace_experts(model: nn.Module) -> list[str]:
-    """Makes each fused expert tensor an ``ExpertLinear`` of the same name, in place.
-
-    Which modules have them, and how they are laid out, is transformers' own mark
-    (``use_experts_implementation``). Works on the meta device and on real weights. Returns class
-    names of other modules whose 3-d weights (of a layout that is not known) stay plain and frozen.
+    """Makes each fused expert tensor an ``ExpertLinear`` of its name, in place, by transformers'
+    own marks. Returns class names of modules whose 3-d weights, of another layout, stay plain and
+    frozen.
     """
     others: set[str] = set()
     for module in list(model.modules()):

@@ -1,6 +1,8 @@
 """The base as one object: where its files come from, its architecture, tokenizer and weights."""
 
 import json
+import re
+import time
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,14 +12,16 @@ from pydantic.dataclasses import dataclass
 
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, Decides, NotNegative
-from scalepeft.core.files import read_mapping
+from scalepeft.core.files import kept_digest, read_mapping
 from scalepeft.core.launch import importing
+from scalepeft.core.log import say
+from scalepeft.core.text import duration, size
 from scalepeft.data.token_file import tokenizer_hash
-from scalepeft.models import integrity
 from scalepeft.models.weights import Weights
 from scalepeft.parallel.ranks import Ranks
 
 BUILTIN = "builtin:tiny"
+SAY_AFTER = 10.0  # seconds that the sha256 of a base's files may take in silence
 Attention = Literal[
     "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
 ]
@@ -60,9 +64,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Base:
-    """A frozen base in ``folder`` on this node, opened once and passed on. A part is read when it
-    is first asked for, by this rank alone, and may raise UserError (``Ranks.all_or_raise``).
-    """
+    """A frozen base in ``folder`` on this node; a part is read when first asked for (UserError)."""
 
     def __init__(self, config: ModelConfig, folder: Path) -> None:
         self.config, self.folder = config, folder
@@ -95,9 +97,7 @@ class Base:
 
     @cached_property
     def ends(self) -> list[int]:
-        """Tokens that end a text: the tokenizer's EOS, then those of generation_config.json (or, in
-        its absence, config.json), as an instruct base's end of a turn.
-        """
+        """EOS of the tokenizer, then those of generation_config.json, or else of config.json."""
         config, file = self.architecture.get_text_config(), self.folder / "generation_config.json"
         remedy = "copy it again, or remove it"
         known = read_mapping(file, json.loads, remedy) if file.is_file() else vars(config)
@@ -125,13 +125,11 @@ class Base:
         """sha256 of each shard by name; a collective when it is first asked for."""
         if self._digests is None:
             files = [file.path for file in ranks.all_or_raise(lambda: self.weights).files]
-            self._digests = integrity.shard_digests(files, ranks)
+            self._digests = shard_digests(files, ranks)
         return self._digests
 
     def check_same(self, recorded: dict[str, Any], who: str, ranks: Ranks) -> None:
-        """Raises UserError unless this is the base that ``who`` was trained over, of which
-        ``fingerprint`` and (not in older runs) ``sha256`` by file are ``recorded``; a collective.
-        """
+        """Raises UserError if ``who`` was not trained over this base (``recorded``); collective."""
         where, now = f"model.path={self.config.path}", self.digests(ranks)
         held: Any = recorded.get("sha256")
         known = isinstance(held, dict) and held.keys() == now.keys()  # else fingerprints differ too
@@ -147,12 +145,52 @@ class Base:
             )
 
 
-def open_base(config: ModelConfig, ranks: Ranks) -> Base:
-    """Opens the base of a run in a folder on this node: given, built in (made now), or downloaded
-    once a node. A collective.
+def shard_digests(paths: list[Path], ranks: Ranks) -> dict[str, str]:
+    """sha256 of each file by name, read by one of the ranks that see it, whichever nodes they are
+    on, and kept. A collective. Raises UserError: a file is not the hub's, or differs between nodes.
+    """
+    began = time.monotonic()
+    stats = ranks.all_or_raise(lambda: [path.stat() for path in paths])
+    # They change with the bytes: ctime too, as mtime can be set back.
+    keys = [[s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for s in stats]
+    everyone = ranks.gather(dict(zip((path.name for path in paths), keys, strict=True)))
 
-    Raises:
-        UserError: no such folder, nothing to read in it, or a hub id that cannot be had.
+    def work() -> dict[str, str]:
+        made = {}
+        for i, (path, key) in enumerate(zip(paths, keys, strict=True)):
+            same = [r for r, theirs in enumerate(everyone) if theirs.get(path.name) == key]
+            if same[i % len(same)] == ranks.rank:
+                made[json.dumps([path.name, *key])] = _digest(path)
+        return made
+
+    known = {k: v for made in ranks.gather(ranks.all_or_raise(work)) for k, v in made.items()}
+    for name in everyone[0]:
+        theirs = [known.get(json.dumps([name, *rank[name]])) if name in rank else None
+                  for rank in everyone]  # fmt: skip
+        if others := [rank for rank, value in enumerate(theirs) if value != theirs[0]]:
+            raise UserError(f"{paths[0].parent / name}: differs between rank 0 and ranks {others};"
+                            " give every node the same copy")  # fmt: skip
+    seconds = time.monotonic() - began
+    if ranks.is_main and seconds > SAY_AFTER:
+        total = size(sum(stat.st_size for stat in stats))
+        say(f"sha256 of the base's {len(paths)} files ({total}) in {duration(seconds)}; kept")
+    return {p.name: known[json.dumps([p.name, *k])] for p, k in zip(paths, keys, strict=True)}
+
+
+def _digest(path: Path) -> str:
+    real, found = path.resolve(), kept_digest(path)
+    # In the hub's cache the name of a large file is the sha256 that the hub has of it.
+    if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name) and (
+        real.name != found
+    ):  # fmt: skip
+        raise UserError(f"{path}: damaged: its sha256 is not the hub's ({real.name[:12]}...);"
+                        f" remove {real} and download it again")  # fmt: skip
+    return found
+
+
+def open_base(config: ModelConfig, ranks: Ranks) -> Base:
+    """Opens the base in a folder on this node: given, built in (made now), or downloaded once a
+    node; a collective. Raises UserError: no such folder, nothing to read in it, or no such hub id.
     """
 
     def make() -> str | None:
@@ -198,11 +236,7 @@ def _download(name: str, revision: str | None) -> str:
 
 @importing()
 def load_tokenizer(config: ModelConfig, folder: Path) -> Any:
-    """Loads the model's tokenizer (``tokenizer.json``), checked for an end-of-text token.
-
-    Raises:
-        UserError: no tokenizer, only a SentencePiece file, or no end-of-text token.
-    """
+    """The tokenizer. Raises UserError: none, tokenizer.model alone, or no end-of-text token."""
     from transformers import AutoTokenizer
 
     source = config.tokenizer or str(folder)

@@ -1,6 +1,4 @@
-"""Cross-entropy summed over label tokens, a chunk of tokens at a time: no (tokens, vocabulary)
-tensor. Logits are the model's own: for each chunk its forward runs with a stand-in for its decoder.
-"""
+"""Cross-entropy summed over label tokens, by the model's own head, a chunk of them at a time."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -62,13 +60,9 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """``sum_t -log softmax(head(hidden_t))[label_{t+1}]`` where the next label is not -100.
 
-    Args:
-        hidden: last hidden states (batch, length, d).
-        labels: (batch, length), -100 where there is nothing to learn.
-        head: (rows, d) -> logits (rows, vocabulary).
-        chunk: tokens whose logits exist at one time.
-        trained: what ``head`` trains (an adapter on it).
-        places: ``label_places(labels)``, for which a device would be waited for.
+    Of hidden (batch, length, d) and labels (batch, length); the logits of ``chunk`` tokens exist at
+    one time. ``trained``: what ``head``, (rows, d) -> logits, trains; ``places``: of
+    ``label_places``.
     """
     places = label_places(labels) if places is None else places
     rows = hidden.reshape(-1, hidden.shape[-1])[places - 1]
@@ -203,10 +197,8 @@ def _decoder_of(model: Any) -> str:
 
 
 def add_token_loss(model: nn.Module) -> None:
-    """Swaps in a class with ``forward(input_ids, token_labels=, label_places=, loss_chunk=)``
-    -> summed loss.
-
-    The loss is computed inside the model's own forward, where a sharded head is gathered. Raises
-    UserError: the model's logits are not shown to be a function of its decoder's states.
+    """Swaps in a class with ``forward(input_ids, token_labels=, label_places=, loss_chunk=)`` ->
+    summed loss, inside the model's own forward, where a sharded head is gathered. Raises UserError:
+    logits are not shown to be a function of the decoder's states.
     """
     model.__class__ = _class_with_loss(type(model), _decoder_of(model))  # type: ignore[arg-type]  # mypy: no Hashable

@@ -1,8 +1,4 @@
-"""Pre-quantized bases: a file's packed tensors read as floats, under the plain weight's name.
-
-What a library stores beside a weight (scales, zero points, tables) is folded into it, by rows, in
-that library's arithmetic. A method that is not here is refused by its name.
-"""
+"""Pre-quantized bases: packed tensors with their scales, by rows, as floats of the plain weight."""
 
 import json
 import math
@@ -54,9 +50,7 @@ def keeps(settings: dict[str, Any]) -> Callable[[str], bool]:
 
 
 def read(settings: dict[str, Any], entries: Sources) -> Sources:
-    """Folds those of the files' tensors that belong to a quantized weight into that weight. Raises
-    UserError: a method or packing that is not read here, or a scale that would be ignored.
-    """
+    """Folds what is of a quantized weight into it. Raises UserError: packed in a way not read."""
     method, left = settings.get("quant_method"), dict(entries)
     if settings and method not in METHODS:
         known = f"read are {', '.join(METHODS)}"

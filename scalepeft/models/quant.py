@@ -32,9 +32,7 @@ NF4_VALUES = (
 
 @cache
 def _kernels() -> Any:
-    """Imports bitsandbytes' operators, without its notice about an optional kernel package and
-    without ``torch.compile`` of operators for other devices, which loads all of inductor.
-    """
+    """bitsandbytes' operators, without its notice, nor the inductor that it would load."""
     log = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level, torch_compile = log.level, torch.compile
     log.setLevel(logging.ERROR)
@@ -206,11 +204,7 @@ class Int8(Format):
 
 
 def get_format(name: str, double: bool = False) -> Format | None:
-    """Returns the format for ``model.quant``; None for ``none`` (plain weights).
-
-    Raises:
-        UserError: unknown name, or ``double_quant`` where there is nothing to quantize twice.
-    """
+    """The format of ``model.quant``; None for ``none``. Raises UserError: unknown, or no double."""
     if double and name != "nf4":
         raise UserError(f"model.double_quant=true needs model.quant=nf4, not {name!r}")
     formats = {"none": None, "nf4": NF4(double), "int8": Int8()}
@@ -297,10 +291,8 @@ def quantize(layer: nn.Linear, fmt: Format) -> None:
 
 
 def bnb_linear(layer: nn.Linear) -> nn.Module:
-    """Makes bitsandbytes' own NF4 layer of a plain one: what other libraries build upon.
-
-    For comparisons only: in eval mode on CPUs with avx512_bf16 its forward would repack the weight
-    for good, so that is switched off.
+    """bitsandbytes' own NF4 layer of a plain one, for comparisons: in eval mode its forward would
+    repack the weight for good on CPUs with avx512_bf16, which is switched off.
     """
     _kernels()
     bnb = importlib.import_module("bitsandbytes")
@@ -324,9 +316,7 @@ def matmul(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 class Frozen:
-    """The black box of an adapter: a frozen layer (or rows of one) without its bias, however W is
-    stored.
-    """
+    """The black box of an adapter: a frozen layer, or rows of one, without its bias."""
 
     trained = False
 
@@ -353,14 +343,8 @@ def check_device(device: torch.device, fmt: Format) -> None:
 
 
 def self_check(device: torch.device, fmt: Format) -> None:
-    """Compares the device's kernels with known bytes and an fp32 product.
-
-    The weights are code values times a power of two, so each byte has one right value and decoding
-    is exact.
-
-    Raises:
-        RuntimeError: wrong bytes, wrong values or a wrong product: a broken kernel, build or
-            device.
+    """Compares the device's kernels with known bytes and an fp32 product: code values times powers
+    of two, so that decoding is exact. Raises RuntimeError: a broken kernel, build or device.
     """
     n, in_features = 8, 2 * BLOCK
     index = torch.arange(n * in_features).view(n, in_features) * 7

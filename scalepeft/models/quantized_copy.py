@@ -1,9 +1,4 @@
-"""A quantized copy of a base: what one start quantized is read by the next in the base's place.
-
-A folder with a file of each rank that wrote: byte ranges of the quantized tensors under canonical
-names, so that any engine at any world size reads just its own. The manifest comes last, and has the
-sha256 of every file, which a start compares as it does those of the base (``integrity``).
-"""
+"""A quantized copy of a base, read in its place: byte ranges by name, the manifest last."""
 
 import hashlib
 import json
@@ -21,8 +16,7 @@ from torch import Tensor, nn
 from scalepeft.core.files import cache_folder, fsync, share, shared_folder, write_atomically
 from scalepeft.core.log import say
 from scalepeft.core.text import size
-from scalepeft.models import integrity
-from scalepeft.models.hub import Base
+from scalepeft.models.hub import Base, shard_digests
 from scalepeft.models.tensors import Reader, write_tensors
 from scalepeft.parallel.base import Engine, full_shape, local_part
 
@@ -84,7 +78,7 @@ class QuantizedCopy:
 
         reader = self.ranks.all_or_raise(read)
         files = json.loads((folder / "manifest.json").read_text())["files"]
-        found = integrity.shard_digests([folder / name for name in files], self.ranks)
+        found = shard_digests([folder / name for name in files], self.ranks)
         if damaged := [name for name in files if found[name] != files[name]["sha256"]]:
             raise ValueError(f"{damaged[0]}: damaged: another sha256 than when it was written")
         return reader
@@ -159,9 +153,7 @@ class QuantizedCopy:
 
 
 def folder_of(setting: str | bool, quantized_bytes: int) -> Path | None:
-    """Where copies lie under ``model.quantized_cache``, or None. ``auto`` keeps those from 1 GiB
-    on where ``$SCALEPEFT_CACHE`` says that there is a place for caches: a home may have no room.
-    """
+    """Where copies lie under ``model.quantized_cache``, or None: a home may have no room."""
     if setting == "auto":
         wanted = quantized_bytes >= AUTO_BYTES and os.environ.get("SCALEPEFT_CACHE")
         return cache_folder() / "quantized" if wanted else None

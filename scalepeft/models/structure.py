@@ -24,12 +24,10 @@ from scalepeft.models.weights import Weights
 def build(
     config: ModelConfig, folder: Path, precision: str, weights: Weights | None = None
 ) -> nn.Module:
-    """Builds the causal LM on the meta device, block layers in the storage of ``model.quant``.
-
-    A multimodal model keeps its text decoder and head; what its files hold for images and sound is
-    not read. ``weights`` of the folder are bound to it; without, shapes alone are to be had. Raises
-    UserError: config.json is missing, broken or of an unsupported architecture; the tensors are not
-    those of this architecture.
+    """The causal LM on the meta device, block layers in the storage of ``model.quant``; of a
+    multimodal model decoder and head. ``weights`` of the folder are bound to it. Raises UserError:
+    config.json is missing, broken or not supported, or the tensors are not those of this
+    architecture.
     """
     where, attention, dtype = f"model.path={folder}", config.attention, PRECISIONS[precision]
     options: dict[str, Any] = {"dtype": dtype}
@@ -101,9 +99,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def unpacked(model: Any) -> str:
-    """Why rows that lie one behind the other would see each other; empty where they do not: layers
-    hold no state that passes on, and the mask, made before the first one, is of the positions.
-    """
+    """Why rows in one line would see each other: states, or a mask without positions; or empty."""
     from transformers import masking_utils
 
     kinds = {*(getattr(model.config.get_text_config(), "layer_types", None) or ())}
@@ -139,9 +135,7 @@ def _weights_read_by(kind: type[nn.Module]) -> dict[str, bool]:
 
 
 def layers_read_directly(model: nn.Module, values: bool) -> set[nn.Module]:
-    """Linear layers whose weight the model also reads past the layer's forward (with ``values`` for
-    more than its dtype): an adapter would be passed over there, and bytes taken for numbers.
-    """
+    """Linear layers whose weight is read past their forward; ``values``: more than its dtype."""
     return {
         layer
         for module in model.modules()

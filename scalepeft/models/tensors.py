@@ -1,8 +1,5 @@
-"""The safetensors files of a checkpoint: written with their hash, read by ranges.
-
-A tensor is whole, under its name, or in parts, each in the file of the rank that held it: the key
-``name[start:stop]`` has elements start .. stop of the tensor, row after row, and the file's
-metadata its shape.
+"""A checkpoint's safetensors files: written with their hash, read by ranges. A tensor is whole, or
+in parts: ``name[start:stop]`` has these elements, row after row, the metadata its shape.
 """
 
 import json
@@ -32,11 +29,9 @@ def write_tensors(
     shapes: dict[str, tuple[int, ...]] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Writes a safetensors file, flushed to the disk; returns ``bytes`` and ``sha256`` of what was
-    to be written, for the manifest. Raises OSError: the disk refused.
-
-    ``tensors`` are by name, ``name[start:stop]`` for elements of a flattened one, whose whole shape
-    is in ``shapes``. ``check`` is called every 16 MiB and may raise.
+    """Writes tensors to a safetensors file, ``name[start:stop]`` for elements of one whose shape is
+    in ``shapes``; returns its ``bytes`` and ``sha256``. ``check``, every 16 MiB, may raise.
+    OSError.
     """
     # Wide dtypes first: safetensors wants every tensor aligned to its numbers.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
@@ -66,9 +61,7 @@ class _Piece:
 
 
 class Reader:
-    """The tensors of a checkpoint, read by ranges: no byte more than asked for. Raises ValueError:
-    the files do not hold each element of each tensor exactly once.
-    """
+    """A checkpoint's tensors by ranges. Raises ValueError: an element is missing, or is twice."""
 
     def __init__(self, folder: Path) -> None:
         self.shapes: dict[str, tuple[int, ...]] = {}

@@ -27,9 +27,7 @@ RECIPE: dict[str, Any] = {
 
 
 def make(pretrain_steps: int) -> Path:
-    """Returns the built-in model's folder in the cache, made once per architecture and recipe: of
-    random weights, trained so many steps to predict the next token of the toy world's plain text.
-    """
+    """The built-in model's folder in the cache, made once for a recipe and ``pretrain_steps``."""
     text = toy.corpus(random.Random(RECIPE["seed"]), RECIPE["lines"])
     recipe = {**SPEC, **RECIPE, "steps": pretrain_steps, "torch": torch.__version__}
     recipe["text"] = hashlib.sha256("\n".join(text).encode()).hexdigest()

@@ -58,11 +58,7 @@ class _Shard(SafetensorsFile):
 
 
 class Weights:
-    """The tensors of a model folder, read by rows: no memory map, no byte more than asked for.
-
-    Raises:
-        UserError: names the shard that is missing, truncated or not safetensors.
-    """
+    """A model folder's tensors, by rows. Raises UserError: a shard is missing, cut, or is none."""
 
     layout: Layout  # what makes up which tensor of the model that ``structure.build`` bound it to
 
@@ -134,9 +130,7 @@ class Weights:
         return sum(file.bytes_read for file in self.files)
 
     def bind(self, model: Any, unexpected: str = "error") -> None:
-        """Finds out which tensors make up which of the model's; raises as ``conversion.Layout``,
-        and UserError for a tensor of another shape than the model's.
-        """
+        """Finds which tensors make up the model's; raises as ``Layout``, and for another shape."""
         if hasattr(self, "layout"):
             self.layout.untie(model)
             return
@@ -153,9 +147,8 @@ class Weights:
                     )
 
     def fingerprint(self) -> str:
-        """Returns the sha256 of what tells one base from another without reading all of a 70B:
-        config.json (without cosmetic keys), each shard's name, size and header, and 4 KiB at 16
-        places of it.
+        """sha256 of config.json, without cosmetic keys, and of each shard's name, size and header,
+        and 4 KiB at 16 places: what tells one base from another without reading all of a 70B.
         """
         config = json.loads((self.folder / "config.json").read_text())
         decisive = {k: v for k, v in config.items() if k not in COSMETIC}
@@ -172,13 +165,10 @@ class Weights:
 def load_weights(
     model: nn.Module, weights: Weights, stored: Callable[..., bool] = lambda *of: False
 ) -> Iterator[None]:
-    """Fills this rank's rows of every base parameter, real and possibly sharded, and the buffers
-    that files hold; not adapters. Stops after every module that holds some, as often on every rank,
-    so that ranks can agree in between. ``stored`` may fill a quantized weight and its scale by
-    itself, and says whether it did.
-
-    Raises:
-        UserError: a tensor has values that are not numbers.
+    """Fills this rank's rows of every base parameter and of the buffers that files hold, not
+    adapters; yields after every module, as often on every rank. ``stored`` may fill a quantized
+    weight itself, and says whether it did. Raises UserError: a tensor has values that are not
+    numbers.
     """
     seen: set[int] = set()
     for module_name, module in model.named_modules():
@@ -203,9 +193,7 @@ def load_weights(
 
 
 def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weights: Weights) -> None:
-    """Fills this rank's rows of the base tensor ``name`` of a module from ``full_name`` of the
-    layout, and ``weight_scale`` beside a quantized ``weight``; raises as ``load_weights``.
-    """
+    """Fills this rank's rows of a tensor, and a quantized one's scales; raises as above."""
     layer = module if isinstance(module, quant.QuantLinear) and name == "weight" else None
     parts = [local_part(parameter)]
     if layer is not None:

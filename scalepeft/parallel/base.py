@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass as plain_dataclass
-from dataclasses import field
+from dataclasses import field, replace
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -53,19 +53,12 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 @plain_dataclass(frozen=True)
 class Part:
-    """What one rank holds of a tensor: elements ``start`` .. ``stop`` of it, row after row.
+    """What one rank holds of a tensor: elements ``start`` .. ``stop`` of it, row after row."""
 
-    Attributes:
-        data: those elements, 1-d; the memory that is trained, not a copy.
-        start: index of the first.
-        shape: of the whole tensor.
-        mine: this rank writes it to checkpoints (exactly one of the ranks that hold it does).
-    """
-
-    data: Tensor
+    data: Tensor  # those elements, 1-d; the memory that is trained, not a copy
     start: int
-    shape: tuple[int, ...]
-    mine: bool = True
+    shape: tuple[int, ...]  # of the whole tensor
+    mine: bool = True  # this rank, of those that hold it, writes it to checkpoints
 
     @property
     def stop(self) -> int:
@@ -82,34 +75,21 @@ class Part:
 
 @plain_dataclass(frozen=True)
 class Shares:
-    """How an engine spreads a training, as ``scalepeft plan`` needs to know it.
+    """How an engine spreads a training, as ``scalepeft plan`` needs to know it."""
 
-    Attributes:
-        base: ranks that one copy of the frozen parameters is split among.
-        adapter: the same, of the trained parameters.
-        gradients: of their gradients; above 1 their parts stay between steps.
-        optimizer: of the optimizer's state.
-        by_rows: a part is whole rows of a tensor; else any 1/N of its elements.
-        copies: further copies of the trained parameters beside the optimizer's moments.
-        on_host: kinds that are in the node's memory and not in the GPU's.
-        simulated: the engine's own code runs on fake tensors. False: the step of one process does,
-            and ``transient`` and ``exchanges`` are laid over it.
-        transient: kind -> bytes while a step runs.
-        exchanges: (collective, when, count, bytes of the full tensors), in place of what was
-            simulated; when: every ``micro`` batch, the ``last`` one, or once a ``step``.
-        marks: (module, function, kind): what that function allocates is of that kind.
-    """
-
-    base: int = 1
-    adapter: int = 1
-    gradients: int = 1
-    optimizer: int = 1
-    by_rows: bool = False
-    copies: int = 0
-    on_host: tuple[str, ...] = ()
-    simulated: bool = True
+    base: int = 1  # ranks that one copy of the frozen parameters is split among
+    adapter: int = 1  # the same, of the trained parameters
+    gradients: int = 1  # of their gradients; above 1 their parts stay between steps
+    optimizer: int = 1  # of the optimizer's state
+    by_rows: bool = False  # a part is whole rows of a tensor; else any 1/N of its elements
+    copies: int = 0  # further copies of the trained parameters beside the optimizer's moments
+    on_host: tuple[str, ...] = ()  # kinds that are in the node's memory and not in the GPU's
+    simulated: bool = True  # the engine's own code, on fake tensors; else the step of one process
+    # Laid over it: kind -> bytes while a step runs, and (collective, when, count, bytes of the full
+    # tensors) in place of its own; when: every ``micro`` batch, the ``last`` one, once a ``step``.
     transient: dict[str, float] = field(default_factory=dict)
     exchanges: tuple[tuple[str, str, float, float], ...] = ()
+    # (module, function, kind): what that function allocates is of that kind.
     marks: tuple[tuple[Any, str, str], ...] = ()
 
 
@@ -120,9 +100,7 @@ class Engine:
     needs_group: ClassVar[bool] = True
     """True where the engine needs a process group even for one process."""
     sharded: ClassVar[bool] = False
-    """True where a forward is a collective, so that every rank must make the same number of them.
-    """
-
+    """True where a forward is a collective, of which every rank must make the same number."""
     takes_idle: ClassVar[bool] = True
     """False: every trained parameter must have a gradient after each ``backward``."""
 
@@ -136,20 +114,13 @@ class Engine:
 
     @classmethod
     def shares(cls, config: Any, model: nn.Module, world_size: int, ranks_per_node: int) -> Shares:
-        """Return what a rank holds and exchanges; by default all of it, and what is simulated.
-
-        Args:
-            config: the engine's.
-            model: adapted, on the meta device.
-            world_size: number of ranks.
-            ranks_per_node: how many of them share a node.
+        """Return what a rank holds and exchanges of an adapted ``model`` on the meta device; by
+        default all of it, and what is simulated.
         """
         return Shares()
 
     def shard(self, model: nn.Module, blocks: list[nn.Module]) -> None:
-        """Spreads the model in place, on the meta device: compilation and activation checkpointing
-        first, then the wrap.
-        """
+        """Spreads the model in place, on the meta device; compiled blocks first, then the wrap."""
         if self.config.compile == "blocks":
             self.ranks.all_or_raise(lambda: prepare(self.ranks.device))
             for block in blocks:
@@ -167,18 +138,13 @@ class Engine:
         """Shards or replicates; by default does nothing."""
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> nn.Module:
-        """Called once weights and start values are there; returns the module to call.
-
-        Args:
-            model: sharded and loaded.
-            optimizer: over the trained parameters; None where nothing is to be trained.
+        """Called once weights and start values are there; returns the module to call. Without an
+        ``optimizer`` nothing is to be trained.
         """
         return model
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
-        """Context of a micro-batch's forward and backward: gradients are exchanged on the last one
-        only.
-        """
+        """Context of a micro-batch's forward and backward; the last one exchanges gradients."""
         return nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -233,24 +199,27 @@ class Engine:
         """Returns (number of this rank's copy of a tensor's part, how many ranks hold the same)."""
         return self.ranks.rank, self.ranks.world_size
 
+    def owner(self, parameter: nn.Parameter) -> Tensor:
+        """The tensor by which the optimizer keeps the state of a parameter."""
+        return parameter
+
+    def part(self, parameter: nn.Parameter, state: Any, kind: str = "", turn: int = 0) -> Part:
+        """This rank's part of a parameter or, of a ``kind``, of the optimizer's ``state`` of it;
+        ``turn`` picks which of the ranks that hold the same writes it.
+        """
+        tensor = state[parameter][kind] if kind else parameter
+        copy, count = self.copies(tensor)
+        return replace(local_part(tensor), mine=turn % count == copy)
+
     def state_parts(
         self, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> dict[str, Part]:
-        """This rank's parts of what is trained, under canonical names; the same names everywhere.
-
-        Optimizer names are ``<parameter>/exp_avg``, ``/exp_avg_sq`` and ``/step``; a parameter that
-        never had a gradient has none.
-        """
+        """This rank's parts of what is trained, by name, and of ``MOMENTS`` as ``NAME/exp_avg``."""
         found: dict[str, Part] = {}
         for i, (name, parameter) in enumerate(trained.items()):
-            tensors = {name: parameter} | {
-                f"{name}/{kind}": value
-                for kind, value in optimizer.state.get(parameter, {}).items()
-            }
-            for key, tensor in tensors.items():
-                copy, count = self.copies(tensor)
-                part = local_part(tensor)
-                found[key] = Part(part.data, part.start, part.shape, i % count == copy)
+            found[name] = self.part(parameter, optimizer.state, turn=i)
+            for kind in optimizer.state.get(self.owner(parameter), {}):
+                found[f"{name}/{kind}"] = self.part(parameter, optimizer.state, kind, i)
         return found
 
     def load_state_parts(
@@ -260,21 +229,17 @@ class Engine:
         kinds: dict[str, list[str]],
         fill: Callable[[str, Part], None],
     ) -> None:
-        """Restores what ``state_parts`` gave, whatever engine and world size it came from.
-
-        Args:
-            trained: the trained parameters by name.
-            optimizer: over them, without state.
-            kinds: of each parameter, those of ``MOMENTS`` that were saved.
-            fill: writes the saved elements into a part.
+        """Restores what ``state_parts`` gave, whatever engine and world size it came from: ``fill``
+        writes saved elements into a part; of each parameter these ``kinds`` of state were saved.
         """
         for name, parameter in trained.items():
-            fill(name, local_part(parameter))
+            fill(name, self.part(parameter, optimizer.state))
+            owner = self.owner(parameter)
             for kind in kinds.get(name, ()):
-                scalar = torch.zeros((), device=parameter.device)
-                held = scalar if kind == "step" else torch.zeros_like(parameter)
-                optimizer.state[parameter][kind] = held
-                fill(f"{name}/{kind}", local_part(held))
+                scalar = torch.zeros((), device=owner.device)
+                empty = scalar if kind == "step" else torch.zeros_like(owner)
+                optimizer.state[owner].setdefault(kind, empty)
+                fill(f"{name}/{kind}", self.part(parameter, optimizer.state, kind))
 
     def state_loaded(self) -> None:
         """Called on all ranks once each has restored its parts."""
@@ -309,10 +274,7 @@ def full_shape(parameter: Tensor) -> torch.Size:
 
 
 def local_part(parameter: Tensor) -> Part:
-    """This rank's part of a plain tensor, a DTensor or a parameter that ZeRO-3 partitions.
-
-    A DTensor is sharded on rows or not at all.
-    """
+    """This rank's part of a plain tensor, a DTensor (whole, or rows) or one that ZeRO-3 cuts."""
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 

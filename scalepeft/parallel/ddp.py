@@ -12,18 +12,15 @@ from scalepeft.parallel.base import Engine, Shares
 class DDP(Engine):
     """Data parallel over the trained parameters alone; the frozen base is never communicated.
 
-    Not torch's DistributedDataParallel: its first step sums in another order than the later ones,
-    so that a resumed run would differ in the last bit; and what it hides behind the backward, an
-    exchange of the adapter's gradients, is small beside the frozen base's work.
+    Not torch's DistributedDataParallel, whose first step sums in another order than the later ones:
+    a resumed run would differ in the last bit.
     """
 
     _trained: list[nn.Parameter]
 
     @classmethod
     def shares(cls, config: Any, model: nn.Module, world_size: int, ranks_per_node: int) -> Shares:
-        """A whole copy on each rank; the buckets of the whole model, which are not linear in its
-        blocks.
-        """
+        """A whole copy on each rank, and the buckets of all gradients."""
         trained = [p for p in model.parameters() if p.requires_grad]
         sent = ("all-reduce", "last", len(base.buckets(trained)), sum(p.nbytes for p in trained))
         marks = ((base, "_all_reduce", "gradients"),)

@@ -1,6 +1,4 @@
-"""FSDP2 and HSDP: a rank holds 1/N of the rows of every parameter; a block is gathered while it
-computes.
-"""
+"""FSDP2 and HSDP: a rank holds 1/N of the rows; a block is gathered while it computes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,11 +35,10 @@ class FSDP2Config(EngineConfig):
 
 class FSDP2(Engine):
     """``fully_shard`` on every block and on the model; frozen parameters are gathered, never
-    reduced. With ``shard_over`` less than the world, on a 2-D mesh: HSDP.
+    reduced.
 
-    The adapter shards with the block that holds its layer. There is no mixed-precision policy: the
-    base is stored in the compute dtype (or in bytes), the adapter in fp32, and methods cast for
-    themselves.
+    The adapter shards with its layer's block. There is no mixed-precision policy: the base is
+    stored in the compute dtype (or in bytes), the adapter in fp32, and methods cast for themselves.
     """
 
     Config = FSDP2Config
@@ -79,11 +76,7 @@ class FSDP2(Engine):
             unit.set_force_sum_reduction_for_comms(True)
 
     def group_size(self) -> int:
-        """Number of ranks that hold one copy of the model.
-
-        Raises:
-            UserError: it does not divide the world size.
-        """
+        """Number of ranks that hold one copy. Raises UserError: it does not divide the world."""
         world, over = self.ranks.world_size, self.config.shard_over
         size = _group_size(over, world, self.ranks.ranks_a_node() if over == "node" else world)
         if world % size:
@@ -146,9 +139,7 @@ class FSDP2(Engine):
 
     @contextmanager
     def accumulate(self, last: bool) -> Iterator[None]:
-        """Reduce-scatters on the last micro-batch only; until then each rank keeps unsharded
-        adapter gradients.
-        """
+        """Reduce-scatters on the last micro-batch; until then adapter gradients are whole."""
         for unit in self._units:
             unit.set_requires_gradient_sync(last, recurse=False)
         yield

@@ -67,9 +67,7 @@ class Ranks:
 
     @classmethod
     def start(cls, wanted_device: str, process_group: bool, deterministic: str = "auto") -> "Ranks":
-        """Reads the launcher's variables and joins the process group (also alone, if
-        ``process_group``).
-        """
+        """Reads the launcher's variables, and joins the group if there is or must be one."""
         # In TF32, as a user's program or NVIDIA's containers may have set, rotations are none.
         torch.set_float32_matmul_precision("highest")
         env = launch_variables(os.environ)
@@ -116,9 +114,7 @@ class Ranks:
             raise UserError("another process answered at a port of these ranks; start once more")
 
     def ranks_a_node(self) -> int:
-        """Number of ranks on each node; a collective. Raises UserError: nodes have different
-        numbers of ranks, or theirs do not follow each other.
-        """
+        """Number of ranks on each node; a collective. Raises UserError: it differs."""
         local = self.gather(self.local_rank)
         size = max(local) + 1
         if local != [rank % size for rank in range(self.world_size)]:
@@ -175,9 +171,7 @@ class Ranks:
         return [part[: int(size)] for part, size in zip(every, sizes, strict=True)]
 
     def assert_equal(self, value: str, what: str) -> str:
-        """Returns ``value`` if it is equal on every rank, as a node's own copy of a file should be.
-        Raises UserError, which begins with ``what`` and names the ranks.
-        """
+        """Returns ``value`` if it is equal on every rank. Raises UserError, naming the ranks."""
         values = self.gather(value)
         if others := [rank for rank, v in enumerate(values) if v != values[0]]:
             raise UserError(
@@ -186,9 +180,7 @@ class Ranks:
         return value
 
     def all_or_raise(self, work: Callable[[], T]) -> T:
-        """Runs ``work`` (without collectives) here; if it fails on any rank, every rank raises, and
-        nobody waits for a dead rank.
-        """
+        """Runs ``work`` (no collectives) here; if it fails on any rank, every rank raises."""
         try:
             result = work()
         except Exception as error:
@@ -201,16 +193,12 @@ class Ranks:
         return result
 
     def run_on_main(self, work: Callable[[], T]) -> T:
-        """Runs ``work`` on rank 0, returns its result, of JSON's types, on every rank; its failure
-        is everyone's.
-        """
+        """Runs ``work`` on rank 0; its result, of JSON's types, or failure is everyone's."""
         made = self.all_or_raise(lambda: work() if self.is_main else None)
         return self.gather(made)[0]  # type: ignore[return-value]
 
     def alone(self, work: Callable[[], T]) -> T | None:
-        """Runs long work on rank 0, which has its result; its failure, and the Stopping of work
-        that polls for a signal, is everyone's.
-        """
+        """Runs long work on rank 0; its failure, or Stopping, is everyone's, its result not."""
         result = None
 
         def stopped() -> bool:
@@ -226,9 +214,7 @@ class Ranks:
         return result
 
     def finish(self, *_released: object) -> None:
-        """Leaves the process group; call with no engine or model alive (DDP over gloo would hang at
-        exit).
-        """
+        """Leaves the process group; call with no engine or model alive, which could hang."""
         if dist.is_initialized():
             dist.barrier(group=self.control)
             if self.presence:

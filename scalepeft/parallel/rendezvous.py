@@ -1,9 +1,4 @@
-"""Where the ranks of a start meet, proof that it is they who came, and who of them is gone.
-
-launch/local.sh and the job script make a folder for each start, which its user alone may enter, and
-name it in SCALEPEFT_RENDEZVOUS: there is no store on a port, which anybody could read and write.
-docs/security.md says what a start without the folder leaves open.
-"""
+"""Where ranks meet, proof that it is they who came, and who is gone (docs/security.md)."""
 
 import atexit
 import fcntl
@@ -37,9 +32,7 @@ FINISHED = "finished"
 
 
 def folder() -> Path | None:
-    """Return the folder of this start; None where its launcher made none. Raises UserError: it is
-    not there, or not this user's alone.
-    """
+    """The folder of this start, if it has one. Raises UserError: gone, or not this user's alone."""
     if not (name := os.environ.get(FOLDER)):
         return None
     path = Path(name)
@@ -140,9 +133,7 @@ def of_a_connection(error: Exception) -> bool:
 
 
 class Presence:
-    """A rank's file in the start's folder, locked while its process lives: by it the others know
-    which of them is gone once a connection broke. Launchers end ranks that wait for one elsewhere.
-    """
+    """A rank's file in the start's folder, locked while it lives: others see which one is gone."""
 
     def __init__(self, path: Path, rank: int) -> None:
         # A number, as the lock goes with the first descriptor of the file that is closed.

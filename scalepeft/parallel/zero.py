@@ -1,15 +1,12 @@
-"""DeepSpeed's ZeRO: stage 1 splits the optimizer over the ranks, 2 its gradients too, 3 also every
-parameter.
-
-Letters: N ranks. DeepSpeed divides summed gradients by N; the loss is multiplied by N before.
+"""DeepSpeed's ZeRO: stage 1 splits the optimizer over N ranks, 2 its gradients too, 3 every
+parameter. DeepSpeed divides summed gradients by N; the loss is multiplied by N before.
 """
 
 import logging
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -91,11 +88,9 @@ def _deepspeed(device_type: str) -> Any:
 
 
 class Zero(Engine):
-    """ZeRO-1, 2 and 3 around the trained parameters, with torch's AdamW.
-
-    Under stage 3 a rank makes the DeepSpeed form of every parameter itself, one tensor at a time,
-    and then reads just its own 1/N from disk: no rank ever holds the model, which DeepSpeed's
-    own ways in (a whole model on each rank, or its download on each) would need.
+    """ZeRO-1, 2 and 3 around the trained parameters, with torch's AdamW. Under stage 3 a rank makes
+    the DeepSpeed form of each parameter itself, one at a time, and reads just its own 1/N from
+    disk: DeepSpeed's own ways in would need the whole model on each rank.
     """
 
     Config = ZeroConfig
@@ -115,9 +110,7 @@ class Zero(Engine):
 
     @classmethod
     def shares(cls, config: Any, model: nn.Module, world_size: int, ranks_per_node: int) -> Shares:
-        """By arithmetic: DeepSpeed does not run on fake tensors. What stage 3 gathers and keeps
-        because it will use it again soon is an upper bound.
-        """
+        """By arithmetic, as it runs on no fake tensors; what stage 3 gathers is an upper bound."""
         stage, n = config.stage, world_size
         parameters = list(model.parameters())
         trained = [p for p in parameters if p.requires_grad]
@@ -171,9 +164,7 @@ class Zero(Engine):
         }
 
     def wrap(self, model: nn.Module, blocks: list[nn.Module]) -> None:
-        """Stage 3: makes every parameter of the meta model a DeepSpeed parameter with an empty part
-        of its own.
-        """
+        """Stage 3: makes every parameter of the meta model DeepSpeed's, with an empty part."""
         # DeepSpeed's word for the number of the device, which is 0 where srun shows each task one.
         device = self.ranks.device.index
         os.environ["LOCAL_RANK"] = str(self.ranks.local_rank if device is None else device)
@@ -222,9 +213,8 @@ class Zero(Engine):
         return self._engine
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
-        """Stage 1 exchanges gradients on the last micro-batch; 2 and 3 on each: they keep parts.
-
-        An adapter on the head stays whole within: the loss differentiates it in its forward.
+        """Stage 1 exchanges gradients on the last micro-batch; 2 and 3 on each: they keep parts. An
+        adapter on the head stays whole within: the loss differentiates it in its forward.
         """
         self._engine.set_gradient_accumulation_boundary(last)
         return self.gathered(self._in_head)
@@ -312,11 +302,8 @@ class Zero(Engine):
             held.averaged_gradients[i] = held.all_grad_tensors[i] = None
 
     def _flat(self, parameter: nn.Parameter) -> tuple[Tensor, int, int, int]:
-        """Where this rank's elements of a parameter lie in the optimizer's flat fp32 memory.
-
-        Returns:
-            The flat tensor, the offset in it, the number of elements, and the index of the first in
-            the parameter.
+        """Where this rank's elements of a parameter lie in the optimizer's flat fp32 memory:
+        that tensor, the offset in it, their number, and the index of the first in the parameter.
         """
         if self.config.stage == 3:
             group, offset, _ = self._optimizer.grad_position[
@@ -332,43 +319,18 @@ class Zero(Engine):
         place, own = mapping.hp_fragment_address, mapping.lp_fragment_address
         return flat, place.start, place.numel, own.start
 
-    def _part(self, parameter: nn.Parameter, kind: str | None = None) -> Part:
-        """This rank's part of the fp32 parameter, or of one of its moments; the step is whole."""
+    def owner(self, parameter: nn.Parameter) -> Tensor:
+        """The flat tensor that it lies in."""
+        return self._flat(parameter)[0]
+
+    def part(self, parameter: nn.Parameter, state: Any, kind: str = "", turn: int = 0) -> Part:
+        """Of the fp32 parameter, as of its moments; the step is whole on every rank."""
         flat, offset, numel, start = self._flat(parameter)
-        held = flat if kind is None else self._optimizer.optimizer.state[flat][kind]
+        held = state[flat][kind] if kind else flat
         if kind == "step":
-            return Part(held.view(-1), 0, ())
+            return Part(held.view(-1), 0, (), turn % self.ranks.world_size == self.ranks.rank)
         data = held.detach().view(-1)[offset : offset + numel]
         return Part(data, start, tuple(full_shape(parameter)))
-
-    def state_parts(
-        self, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-    ) -> dict[str, Part]:
-        """The parts that the optimizer is split into: of parameters as of moments."""
-        found: dict[str, Part] = {}
-        for i, (name, parameter) in enumerate(trained.items()):
-            found[name] = self._part(parameter)
-            flat, *_ = self._flat(parameter)
-            for kind in optimizer.state.get(flat, {}):
-                mine = kind != "step" or i % self.ranks.world_size == self.ranks.rank
-                found[f"{name}/{kind}"] = replace(self._part(parameter, kind), mine=mine)
-        return found
-
-    def load_state_parts(
-        self,
-        trained: dict[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
-        kinds: dict[str, list[str]],
-        fill: Callable[[str, Part], None],
-    ) -> None:
-        """Fills the optimizer's parts; a parameter without saved moments begins with zeros."""
-        for name, parameter in trained.items():
-            fill(name, self._part(parameter))
-            flat, *_ = self._flat(parameter)
-            for kind in kinds.get(name, ()):
-                empty = torch.zeros(()) if kind == "step" else torch.zeros_like(flat)
-                optimizer.state[flat].setdefault(kind, empty)
-                fill(f"{name}/{kind}", self._part(parameter, kind))
 
     def state_loaded(self) -> None:
         """Copies the fp32 parts into the parameters of the model."""
@@ -377,7 +339,7 @@ class Zero(Engine):
             return
         for group in self._optimizer.fp16_groups:
             for parameter in group:
-                part = self._part(parameter)
+                part = self.part(parameter, self._optimizer.optimizer.state)
                 local_part(parameter).put(part.start, part.data)
 
 

@@ -1,11 +1,4 @@
-"""Run folder and checkpoints: two-phase commit, checksums, newest verified, retention, fence.
-
-A checkpoint holds what was trained and where training stood, never the base and never a pickle:
-``trained.safetensors``, ``optimizer.safetensors``, ``state.json``, and ``manifest.json``, which is
-written last. A large one has a pair of tensor files for each rank that wrote
-(``trained-00002-of-00016.safetensors``). Names and shapes are those of the whole model, so that any
-engine at any world size reads it.
-"""
+"""Run folder and checkpoints: two-phase commit, checksums, newest verified, retention, fence."""
 
 import errno
 import hashlib
@@ -71,14 +64,12 @@ class Checkpoint:
 
 
 class RunFolder:
-    """One run's folder on the rank that writes. ``generation`` counts the starts and is the fence;
-    nothing changes before ``claim``. Raises UserError: the folder cannot be made or written.
-    """
+    """A run's folder on the rank that writes. Raises UserError: it cannot be made or written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
-        self.generation = 0
+        self.generation = 0  # counts the starts: the fence; 0 before ``claim``
         # Name of what verified -> its signature then, and its state: not hashed twice.
         self._verified: dict[str, Any] = {}
         self._told_of_rename = False
@@ -88,9 +79,7 @@ class RunFolder:
             try_to_write(path)
 
     def claim(self) -> None:
-        """Takes the next generation: an older process of this run stops at its next write. Raises
-        UserError: another start holds the folder, or the disk refuses.
-        """
+        """Takes the next generation. Raises UserError: it is in use, or the disk refuses."""
         with writing_in(self.path):
             # Only an owner makes it: another start that goes takes what is empty with it.
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -99,9 +88,7 @@ class RunFolder:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def withdraw(self) -> None:
-        """Removes the folders that this object made, if it has not claimed them and all are empty;
-        a start that waits for its own claim makes them anew then.
-        """
+        """Removes the folders that this object made and has not claimed, if they are empty."""
         with suppress(OSError):  # something of another start is there
             for folder in self._made if not self.generation else ():
                 folder.rmdir()
@@ -117,13 +104,9 @@ class RunFolder:
     def commit(
         self, temporary: Path, files: dict[str, Any], state: dict[str, Any], keep: int
     ) -> Path:
-        """Makes ``step-NNNNNN`` of what was written into ``temporary``, from ``begin``: ``files``,
-        by name, as ``write_tensors`` said, and the ``state`` of the training. Then drops all but
-        the newest ``keep`` that verify.
-
-        Raises:
-            OSError: the disk refused; nothing of this checkpoint is left, older ones are untouched.
-            Superseded: another start owns the folder.
+        """Makes ``step-NNNNNN`` of ``files`` in ``temporary`` and ``state``; drops all but the
+        newest ``keep`` that verify. Raises OSError: the disk refused, nothing of it is left;
+        Superseded: another start owns the folder.
         """
         from scalepeft.models.tensors import Reader
 
@@ -176,8 +159,8 @@ class RunFolder:
         return self.checkpoints / f"step-{step:06d}"
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """Returns the newest checkpoint that verifies, and for each one passed over why. Raises
-        UserError: there are some and none can be used: nobody starts over by accident.
+        """The newest that verifies, and for each one passed over why. Raises UserError: there are
+        some and none can be used: nobody starts over by accident.
         """
         passed_over, newer = list[str](), False
         for step in steps_of(self.path):
@@ -236,9 +219,7 @@ def _signature(folder: Path) -> list[tuple[str, int, int, int]]:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The manifest, with the ``state``, of a checkpoint folder that is as it says. Raises
-    DamagedCheckpoint: it is missing or broken, or a file is missing, cut or changed.
-    """
+    """A folder's manifest, with its ``state``. Raises DamagedCheckpoint: it is not as it says."""
     from scalepeft.models.tensors import Reader  # torch, which status does without
 
     try:

@@ -21,11 +21,8 @@ from scalepeft.run.checkpoint import steps_of, writing_in
 
 
 def load_run(run_dir: str, settings: list[str], allowed: tuple[str, ...], what: str) -> RunConfig:
-    """Reads a run's config and lays ``key=value`` settings of ``allowed`` keys over it (one that
-    ends with a dot stands for its section). ``what``: the purpose, for messages: ``an evaluation``.
-
-    Raises:
-        UserError: not a run folder, or a setting that would make it another run.
+    """Reads a run's config and lays settings of ``allowed`` keys (``engine.``: a section) over it,
+    for ``what``. Raises UserError: not a run folder, or a setting that would make it another run.
     """
     file = Path(run_dir) / "config.yaml"
     if file.is_file():
@@ -124,9 +121,7 @@ def check_same_run(config: RunConfig, allow_changes: bool) -> None:
 
 
 def check_nodes(run_dir: str, ranks: Ranks) -> None:
-    """Raise UserError for a run folder that is not one folder on all nodes, or that one of them
-    cannot write: any node may hold rank 0 after the next restart.
-    """
+    """Raise UserError unless all nodes see and write the same folder: any may be rank 0's next."""
     folder = Path(run_dir)
 
     def mark() -> str:

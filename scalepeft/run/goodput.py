@@ -51,9 +51,7 @@ def starts_of(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def lost_since(run_dir: Path, step: int, launched: float) -> dict[str, float]:
-    """What came between the last sign of life of a run and a launch that resumes at ``step``:
-    seconds ``waited`` or, after a planned end, ``idle``, and the steps to do again.
-    """
+    """Seconds ``waited`` before a launch (``idle``: its end was planned), and steps to do again."""
     starts, last = starts_of(run_dir)
     if not last:
         return {}

@@ -1,7 +1,4 @@
-"""Whose a run folder is. ``holder-N.json`` is start N's: its number is the fencing token, which
-keeps an old writer from doing harm, and its text says who trains in the folder, so that a second
-launch of the same run does not end the first by mistake.
-"""
+"""Whose a run folder is: ``holder-N.json`` is start N's, and its number the fencing token."""
 
 import errno
 import json
@@ -59,10 +56,9 @@ def _largest_generation(run_dir: Path) -> int:
 
 
 def claim(run_dir: Path) -> int:
-    """Make the folder this process's own, as the next start of the run, and return its number.
-    The file that says who holds it is written aside and gets its name, the number, in one act that
-    fails where the name is taken (on NFS too): of any number of claims one succeeds. Raises OSError
-    and UserError: another start holds the folder, or a record in it is a link.
+    """Make the folder this process's own, and return the number of this start. Its file gets its
+    name in one act that fails where that is taken (on NFS too). Raises OSError, and UserError:
+    another start holds the folder, or a record in it is a link.
     """
     for file in (run_dir / name for name in RECORDS):
         if file.is_symlink() or (file.exists() and not file.is_file()):
@@ -136,9 +132,7 @@ def _began(pid: int) -> str | None:
 
 
 class Lease:
-    """This process in a run folder: its sign of life after the ``claim`` of start ``generation``,
-    until ``release``.
-    """
+    """This process's sign of life in the run folder that it claimed, until ``release``."""
 
     def __init__(self, run_dir: Path, generation: int) -> None:
         self._file, self._beat = run_dir / f"holder-{generation}.json", run_dir / "heartbeat"
@@ -169,9 +163,7 @@ class Lease:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """The owner's entry, empty once it is released; of a broken file one without a name, whose
-    heartbeat still tells.
-    """
+    """The owner's entry, empty once it is released; of a broken file one without a name."""
     found: Any = None
     with suppress(ValueError):
         found = parse_json(_text(file))
@@ -186,12 +178,9 @@ def _text(file: Path) -> str:
 
 
 def check_free(run_dir: Path) -> int:
-    """Return the number of the run folder's last start, which is over, or 0. Raises UserError, with
-    host, process and job, if it trains there.
-
-    What this very Slurm job was before its restart is no other: Slurm has ended it, and should its
-    node wake up again, the fence stops it. On this machine the process itself is looked for; of
-    another machine's, a sign of life is awaited for 30 s, without comparing clocks.
+    """Return the number of the run folder's last start, which is over, or 0. Raises UserError if it
+    trains there. What this Slurm job was before its restart is over; on this machine the process is
+    looked for; another's sign of life is awaited for 30 s, without comparing clocks.
     """
     holders = _holders(run_dir) if run_dir.is_dir() else {}
     number = max(holders, default=0)

@@ -21,12 +21,9 @@ def _step(line: bytes) -> int:
 class RowLog:
     """A JSON-lines file of steps, cut back to the resumed one: never a double or torn row.
 
-    It is read from its end: what is cut off, and the last MiB of what stays. Only if a row of that
-    is broken, all are read and the good ones kept. A row that the disk refuses waits in memory.
-
-    Each start writes a file of its own, which takes the place of the one before: an older start
-    that froze between its look at the fence (``check``) and its write has that one open, and harms
-    no row of this.
+    It is read from its end, the last MiB of what stays; all of it, for the good rows, only if that
+    is broken. A row that the disk refuses waits in memory. Each start writes a file of its own: one
+    that froze between ``check`` and its write has the older file open, and harms no row of this.
     """
 
     def __init__(

@@ -14,9 +14,7 @@ from scalepeft.core.text import one_line
 
 
 class Progress:
-    """Reports steps on rank 0. A tracker that fails is left out from there on, which is said; one
-    that is not installed raises UserError.
-    """
+    """Reports steps on rank 0. A tracker that fails is left out; UserError: it is not installed."""
 
     def __init__(self, config: RunConfig, first_step: int, steps: int) -> None:
         self.steps, self._last_line = steps, 0.0

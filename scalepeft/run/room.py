@@ -17,9 +17,7 @@ class Room:
         self._file, self._bytes, self._told = file, 0, False
 
     def keep(self, size: int = 0) -> None:
-        """Allocates it, of ``size`` bytes from the first call on. Where disk or file system refuse,
-        which is said once, a save takes what there is.
-        """
+        """Allocates it, of ``size`` from the first call on; that a disk refuses is said once."""
         self._bytes = size or self._bytes
         for more in (ROWS, 0):
             try:

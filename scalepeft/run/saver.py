@@ -1,9 +1,7 @@
 """How ranks save together: small state gathered on rank 0, large by each rank, in the background.
 
-A checkpoint is written in three steps: rank 0 makes a folder, ranks write and hash their files, and
-rank 0 commits. Only the middle one takes long; with ``train.save_mode=async`` a thread does it from
-a copy, and the commit follows at the first step boundary at which all ranks have written. No thread
-ever communicates, so nothing can race with the training's collectives.
+Rank 0 makes a folder, ranks write and hash their files, rank 0 commits. With ``async`` a thread
+writes, from a copy; no thread communicates, so nothing can race with the training's collectives.
 """
 
 import math
@@ -45,13 +43,9 @@ class Saver:
         self._failures: list[tuple[float, str]] = []  # periodic saves in a row: when and why
 
     def save(self, step: int, parts: dict[str, Part], state: dict[str, Any], final: bool) -> None:
-        """Saves what the ranks hold after ``step``: ``Engine.state_parts``, and ``state``.
-
-        After a ``final`` save, which is on the disk when this returns, the process ends.
-
-        Raises:
-            NotSaved: the disk refused a ``final`` save, or one periodic save after the other.
-            UserError: the same, and there is no older checkpoint.
+        """Saves what the ranks hold after ``step``; a ``final`` save is on the disk on return.
+        Raises NotSaved: the disk refused that, or periodic saves again and again; UserError: with
+        none older.
         """
         self.wait()
         for pause in FINAL_PAUSES if final else ():

@@ -39,9 +39,7 @@ MADE_OF = {
 
 
 class Stage:
-    """A named piece of work and its two manifests in ``folder``, whose outputs are named relative
-    to ``root``, by default the folder's parent.
-    """
+    """Named work and its manifests in ``folder``; outputs are relative to ``root`` (its parent)."""
 
     def __init__(self, folder: Path, name: str, root: Path | None = None) -> None:
         self.name, self.root = name, root or folder.parent

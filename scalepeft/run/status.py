@@ -16,10 +16,8 @@ RECENT = 20  # steps that speed and ETA are taken from
 
 
 def status(folder: Path) -> dict[str, Any]:
-    """How a run stands: ``state`` is Slurm's word and reason, or what the run's last event says;
-    speeds are medians of the last steps; ``lost_seconds`` went to restarts (waiting, start-up,
-    load, recomputed steps); ``eta_seconds`` is without further ones, None where nothing is to come
-    or known.
+    """How a run stands: ``state`` is Slurm's word and reason, or of the last event; speeds are
+    medians of the last steps; ``lost_seconds`` went to restarts; ``eta_seconds`` is without more.
     """
     starts, last = starts_of(folder)
     keys = ("step", "seconds", "tokens_per_second")

@@ -12,8 +12,15 @@ from torch import nn
 
 from scalepeft.adapters import inject as injection
 from scalepeft.analysis.bench import command as bench
-from scalepeft.analysis.bench.cases import Case, layers_of, make_case, output, shared_copy
-from scalepeft.analysis.bench.entries import Entry, measure
+from scalepeft.analysis.bench.entries import (
+    Case,
+    Entry,
+    layers_of,
+    make_case,
+    measure,
+    output,
+    shared_copy,
+)
 from scalepeft.analysis.bench.methods import choose
 from scalepeft.core.errors import UserError
 from scalepeft.core.registry import available

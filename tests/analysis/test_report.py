@@ -18,7 +18,7 @@ from matplotlib import pyplot as plt
 from processes import ROOT, TINY
 
 from scalepeft.analysis.report import command as report
-from scalepeft.analysis.report import examples, figures, load, render, scores
+from scalepeft.analysis.report import figures, load, render, scores
 from scalepeft.cli import main
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as config
@@ -449,8 +449,8 @@ def test_nothing_is_written_by_halves(finished: Path, tmp_path: Path) -> None:
 
 
 def test_examples_are_the_same_each_time_and_of_every_source(finished: Path) -> None:
-    (_, right), (_, wrong) = first = examples.choose(finished / "eval/toy")
-    assert first == examples.choose(finished / "eval/toy")
+    (_, right), (_, wrong) = first = scores.choose(finished / "eval/toy")
+    assert first == scores.choose(finished / "eval/toy")
     assert [r["correct"] for r in (*right, *wrong)] == [True] * 10 + [False] * 10
     for rows in (right, wrong):
         assert [r["source"] for r in rows] == ["easy", "hard"] * 5

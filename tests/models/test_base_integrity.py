@@ -9,7 +9,7 @@ import pytest
 from processes import ROOT, Job, call, flip
 
 from scalepeft.core.errors import UserError
-from scalepeft.models import hub, integrity
+from scalepeft.models import hub
 from scalepeft.parallel.ranks import Ranks
 
 BASE = ROOT / "tests/data/run-2026-11-21/base"
@@ -69,15 +69,15 @@ def test_two_ranks_record_what_one_does(base: Path, tmp_path: Path) -> None:
 
 def test_a_shard_is_read_once(base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SCALEPEFT_CACHE", str(tmp_path / "cache"))
-    first = integrity.shard_digests([base / SHARD], Ranks())
+    first = hub.shard_digests([base / SHARD], Ranks())
     (kept,) = (tmp_path / "cache/digests").iterdir()
     assert kept.read_text() == first[SHARD]
     kept.write_text("f" * 64)  # what is returned next was not computed
-    assert integrity.shard_digests([base / SHARD], Ranks()) == {SHARD: "f" * 64}
+    assert hub.shard_digests([base / SHARD], Ranks()) == {SHARD: "f" * 64}
     kept.write_text("torn")
-    assert integrity.shard_digests([base / SHARD], Ranks()) == first
+    assert hub.shard_digests([base / SHARD], Ranks()) == first
     flip(base / SHARD, 9000)
-    assert integrity.shard_digests([base / SHARD], Ranks()) != first
+    assert hub.shard_digests([base / SHARD], Ranks()) != first
 
 
 def test_a_cache_that_cannot_be_written_is_no_fault(
@@ -86,7 +86,7 @@ def test_a_cache_that_cannot_be_written_is_no_fault(
     (tmp_path / "cache").write_text("a file")
     monkeypatch.setenv("SCALEPEFT_CACHE", str(tmp_path / "cache"))
     want = hashlib.sha256((base / SHARD).read_bytes()).hexdigest()
-    assert integrity.shard_digests([base / SHARD], Ranks()) == {SHARD: want}
+    assert hub.shard_digests([base / SHARD], Ranks()) == {SHARD: want}
 
 
 def test_the_hub_knows_the_digest(base: Path, tmp_path: Path) -> None:
@@ -96,10 +96,10 @@ def test_the_hub_knows_the_digest(base: Path, tmp_path: Path) -> None:
     (tmp_path / "blobs" / name).write_bytes(data)
     link = tmp_path / SHARD
     link.symlink_to(tmp_path / "blobs" / name)
-    assert integrity.shard_digests([link], Ranks()) == {SHARD: name}
+    assert hub.shard_digests([link], Ranks()) == {SHARD: name}
     flip(tmp_path / "blobs" / name, 9000)
     with pytest.raises(UserError, match=f"{link}: damaged: its sha256 is not the hub's"):
-        integrity.shard_digests([link], Ranks())
+        hub.shard_digests([link], Ranks())
 
 
 def test_code_beside_a_base_is_never_run(base: Path) -> None:

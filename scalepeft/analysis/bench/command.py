@@ -1,10 +1,7 @@
 """``scalepeft bench model``: every method beside HF PEFT's and the frozen base alone.
 
-An entry is one method on a copy of the base; all take turns in one process. A step is forward,
-backward and AdamW. Inputs need a gradient everywhere, as in every block of a model but the first,
-so that all entries push the same gradient through the frozen layers. With nf4 PEFT's stand on
-bitsandbytes' ``Linear4bit``; with int8 on our storage, because bitsandbytes' int8 rounds
-activations too and so computes something else.
+A step is forward, backward and AdamW; inputs need a gradient, as in every block but the first. With
+nf4 PEFT's stand on ``Linear4bit``; with int8 on our storage, as bitsandbytes' rounds activations.
 """
 
 import importlib.util
@@ -18,8 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from scalepeft.analysis.bench.cases import ROW, layers_of, make_case
-from scalepeft.analysis.bench.entries import REFERENCE, Entry, measure
+from scalepeft.analysis.bench.entries import REFERENCE, ROW, Entry, layers_of, make_case, measure
 from scalepeft.analysis.bench.methods import choose
 from scalepeft.analysis.bench.options import Options
 from scalepeft.core.errors import UserError
@@ -58,9 +54,7 @@ def make_folder(out: str) -> Path:
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Measure, print a table, write ``bench.json`` into ``out`` and return what it holds. Raise
-    UserError for an option that makes no sense, an unknown shape or method, or without PEFT.
-    """
+    """Measure, print a table, write bench.json to ``out``; return it. Raises as ``check``."""
     check(options)
     bf16, cuda = options.precision == "bf16", torch.cuda.is_available() and options.device != "cpu"
     entries = choose(options.methods, layers_of(options.shape), options.rank, bf16)

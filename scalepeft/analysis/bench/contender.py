@@ -1,6 +1,4 @@
-"""A contender of ``bench train`` as a process, which imports what its own users do: trains by
-FOLDER/work.json and writes FOLDER/found.json, with the clocks at the end of each step.
-"""
+"""A contender of ``bench train``, as a process: trains by FOLDER/work.json, writes found.json."""
 
 import json
 import sys
@@ -67,7 +65,7 @@ def incumbent(out: Path, work: dict[str, Any], trl: bool) -> tuple[list[float], 
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
-        trainer = SFTTrainer(
+        trainer: Any = SFTTrainer(
             model, SFTConfig(**arguments, max_length=cutoff, packing=True),
             train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=adapter,
         )  # fmt: skip

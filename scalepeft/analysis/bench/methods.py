@@ -9,8 +9,7 @@ from torch import nn
 
 from scalepeft.adapters import inject, sizing
 from scalepeft.adapters.layout import common_fields
-from scalepeft.analysis.bench.cases import Layer
-from scalepeft.analysis.bench.entries import REFERENCE, Entry
+from scalepeft.analysis.bench.entries import REFERENCE, Entry, Layer
 from scalepeft.core import errors, registry
 from scalepeft.core.errors import UserError
 from scalepeft.models import quant
@@ -19,12 +18,10 @@ STRUCTURES = ("circulant", "toeplitz", "kronecker", "ldr")  # of surm
 
 
 def choose(methods: str, layers: list[Layer], rank: int, bf16: bool) -> list[Entry]:
-    """Return the base, PEFT's LoRA and the ``methods``, at the size of LoRA's ``rank`` if they can.
-
-    Names by comma; ``all``, or ``surm`` and ``hut`` for each form of these; PEFT's begin with
-    ``peft-``. Under bf16 PEFT's run under autocast, and there is ``peft-lora-bf16``, its cheapest
-    form: an adapter in bf16 without. Raise UserError for an unknown method, or for an odd rank
-    where reflections come in pairs.
+    """Return the base, PEFT's LoRA and ``methods`` (by comma; ``all``, ``surm``, ``hut``), at the
+    size of LoRA's ``rank`` if they can. Under bf16 PEFT's run under autocast, but for
+    ``peft-lora-bf16``, its cheapest form. Raises UserError: an unknown method, an odd rank where
+    reflections are pairs.
     """
     ours, theirs = _settings(layers, rank)
     if bf16:
@@ -47,10 +44,7 @@ def choose(methods: str, layers: list[Layer], rank: int, bf16: bool) -> list[Ent
 
 
 def _settings(layers: list[Layer], rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return label -> settings for ``inject``, and label -> fields of PEFT's config.
-
-    A new method comes in by its file, and PEFT's form of it by its ``to_peft``.
-    """
+    """Label -> settings for ``inject``, and label -> fields of PEFT's config, by ``to_peft``."""
     targets = list(dict.fromkeys(name for name, _, _ in layers))
     shapes = Counter((width, out) for _, width, out in layers)
     target = sum(rank * (i + o) for _, i, o in layers)

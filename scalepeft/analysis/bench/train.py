@@ -1,7 +1,5 @@
-"""``scalepeft bench train``: a whole run beside HF's Trainer with PEFT, and TRL's SFTTrainer.
-
-Each trains the same base and method on the same rows in a process of its own, in turns. At a rate
-of 1e-8 all stay at the base, so that their losses tell whether they did the same work.
+"""``scalepeft bench train``: a whole run beside HF's Trainer with PEFT, and TRL's SFTTrainer, each
+in a process of its own, in turns; at a rate of 1e-8 the losses tell whether all did the same work.
 """
 
 import json
@@ -44,9 +42,8 @@ FIXED = ["run_dir=unset", "train.epochs=null", "train.lr=1e-8", "train.schedule=
 
 
 def run(settings: list[str], out: str | None, repeats: int | None) -> int:
-    """Measures in ``repeats`` (3) rounds, prints a table; writes train.json and .md into ``out``.
-    Returns the exit code: 1 if a contender failed, or did other work than scalepeft. Raises
-    UserError for settings that cannot be compared.
+    """Measures in ``repeats`` (3) rounds, prints a table, writes train.json and .md into ``out``;
+    returns 1 if one failed, or did other work. Raises UserError: settings that cannot be compared.
     """
     path, own = files.config_first(settings)
     config, _ = files.load(path, ["train.max_steps=12", *own, *FIXED])

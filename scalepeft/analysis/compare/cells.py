@@ -1,8 +1,4 @@
-"""The cells of a comparison: each an ordinary run, trained and evaluated by the ordinary commands.
-
-``OUT/cells/METHOD/lr=R,seed=S`` is the run folder. Its ``training.json`` and ``evaluation.json``
-are stages, each done once for its inputs; a cell that was killed resumes at its checkpoint.
-"""
+"""The cells of a comparison: ordinary runs in OUT/cells, each stage done once for its inputs."""
 
 import contextlib
 import hashlib
@@ -116,10 +112,8 @@ class Runner:
         return [(Stage(folder, name, root=folder), inputs[name]) for name in names]
 
     def result(self, cell: Cell) -> Result:
-        """Return what a cell has come to under these inputs.
-
-        Its ``state`` is ``done``, ``failed`` (a mistake or a divergence, which would come again),
-        ``broke`` (a crash, no memory: the next call tries again) or ``missing``.
+        """What a cell has come to under these inputs: ``done``, ``failed`` (it would come again),
+        ``broke`` (the next call tries again) or ``missing``.
         """
         method = self.design.method(cell.method)
         if method.refused:
@@ -143,10 +137,7 @@ class Runner:
         return result
 
     def run(self, cell: Cell) -> Result:
-        """Run a cell if it is missing or broke; return its result. Raises Stopping: a signal came;
-        the state has been saved. Raises UserError: the sweep that is to choose a rate lacks cells,
-        or another start holds one.
-        """
+        """Run a cell if it is missing or broke. Raises UserError: it has no rate, or is in use."""
         self.stop.check()
         result = self.result(cell)
         if result["state"] in SETTLED:
@@ -219,9 +210,7 @@ class Runner:
 
 
 def run_child(arguments: list[str], log: Path, stop: StopFlag) -> int:
-    """Run ``python -m scalepeft ARGUMENTS``, hand a stop signal on to it; return its exit code, or
-    raise Stopping if it was told to stop, by us or by somebody else.
-    """
+    """The exit code of ``scalepeft ARGUMENTS``. Raises Stopping: it was told to stop."""
     paths = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
     forwarded = False
     with log.open("a") as out:
@@ -245,9 +234,7 @@ def run_child(arguments: list[str], log: Path, stop: StopFlag) -> int:
 
 
 def failure_reason(code: int, log: Path, start: int) -> tuple[str, str]:
-    """Return (state, reason) of a child that ended with ``code``, negative for a signal, and wrote
-    what begins at byte ``start`` of ``log``: ``failed`` would come again, ``broke`` may not.
-    """
+    """(state, reason) of a child that ended so and wrote ``log`` from ``start`` on."""
     if code < 0:
         more = " (out of memory?)" if -code == signal.SIGKILL else ""
         return "broke", f"killed by {signal.Signals(-code).name}{more}"
@@ -263,10 +250,9 @@ def failure_reason(code: int, log: Path, start: int) -> tuple[str, str]:
 
 
 def read_result(config: cfg.RunConfig, name: str) -> tuple[dict[str, Any], list[Path]]:
-    """The figures of a finished ``training`` or ``evaluation``, and the files that they are from.
-    Of a training the held-out ``loss`` after the last step (None: not finite), ``seconds`` of its
-    steps, ``peak_memory`` in bytes, of ``cuda`` (rank 0's allocator) or ``resident``; of an
-    evaluation its headline ``metric``.
+    """The figures of a finished stage, and the files that they are from: of a training the held-out
+    ``loss`` after the last step (None: not finite), ``seconds`` of its steps, ``peak_memory`` in
+    bytes, of ``cuda`` or ``resident``; of an evaluation its headline ``metric``.
     """
     folder = Path(config.run_dir)
     if name == "evaluation":

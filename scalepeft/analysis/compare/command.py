@@ -24,9 +24,9 @@ FILE = "design.json"
 
 
 def run(options: Options, stop: StopFlag) -> int:
-    """Run what is missing, then print the table and write ``compare.json`` and ``.md``; return the
-    exit code: 0, 75 after a signal, or 1 where a cell of the sweep (or --cell's) broke. Raises
-    UserError: an option, the config or every method is at fault.
+    """Run what is missing, print the table, write compare.json and .md; return 0, 75 after a
+    signal, 1 where a cell of the sweep broke. Raises UserError: an option, the config, or every
+    method.
     """
     design = prepare(options)
     out = Path(options.out)
@@ -51,9 +51,7 @@ def run(options: Options, stop: StopFlag) -> int:
 
 
 def prepare(options: Options) -> Design:
-    """Return the comparison that the options describe, or without a config that of ``OUT``. Raise
-    UserError if an option, the config or the data is at fault.
-    """
+    """The comparison that is asked for, or that of ``OUT``. Raises UserError: a mistake in it."""
     if not options.settings and options.methods is None:
         unset = Options([], options.out, cell=options.cell, table=options.table)
         if changed := [f"--{k}" for k, v in vars(unset).items() if getattr(options, k) != v]:
@@ -104,9 +102,7 @@ def keep(out: Path, design: Design) -> None:
 
 
 def arguments(design: Design) -> dict[str, list[str]]:
-    """Return the words for ``scalepeft compare`` of each step of a comparison that is run as jobs,
-    a word a task: ``sweep`` (none where there is one rate), ``seeds`` after it, ``table`` at last.
-    """
+    """Words for ``compare`` of each step as jobs, a word a task: sweep, then seeds, then table."""
     first, then = len(sweep(design)), len(reported(design))
     words = [f"--cell={number}" for number in range(first + then)]
     steps = {"sweep": words[:first], "seeds": words[first:], "table": ["--table"]}
@@ -114,9 +110,7 @@ def arguments(design: Design) -> dict[str, list[str]]:
 
 
 def _run(runner: Runner, cells: list[Cell]) -> list[Cell]:
-    """Run the cells that are left; return those that broke. Of the seeds none is run where one of
-    the sweep broke: no rate is chosen from the others.
-    """
+    """Run the cells left; return those that broke. No seed is run after one of the sweep."""
     left = [cell for cell in cells if runner.result(cell)["state"] not in SETTLED]
     there, walls, broken = len(cells) - len(left), list[float](), list[Cell]()
     if there:

@@ -80,9 +80,7 @@ class Design:
 
 
 def parse_rates(text: str, usual: float) -> list[float]:
-    """Return ``1e-4,3e-4`` as they are, ``x0.3,x1,x3`` times the method's usual rate; ascending.
-    Raises UserError: no such list, or a rate that appears twice.
-    """
+    """Rates, or factors (``x3``) of the usual one, ascending. Raises UserError: no such list."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     factors = {part.startswith("x") for part in parts}
     try:
@@ -99,9 +97,7 @@ def parse_rates(text: str, usual: float) -> list[float]:
 
 
 def read_method(name: str, shared: dict[str, Any] | None = None, lrs: str = "x1") -> Method:
-    """Read a file of configs/adapters, or a YAML file; over it go ``shared`` settings of adapters.
-    Raise UserError if there is none, or no method or usable rate in it.
-    """
+    """A method of configs/adapters, or a YAML file, and ``shared`` settings. Raises UserError."""
     if name.endswith((".yaml", ".yml")):
         label, values = Path(name).stem, config_files.values_of(name, [], [])
     else:
@@ -117,9 +113,7 @@ def read_method(name: str, shared: dict[str, Any] | None = None, lrs: str = "x1"
 
 
 def fit_method(base: nn.Module, method: Method, target: int | None) -> Method:
-    """Return the method at the size nearest to ``target`` (None: as configured), with its count.
-    What has one size keeps it and says so; what does not fit the model is ``refused``.
-    """
+    """The method at the size nearest to ``target``, counted, or ``refused`` by the model."""
     adapter, size = method.adapter, "as configured" if target is None else "its own size"
     try:
         key = sizing.size_key(inject.adapter_config(adapter))
@@ -135,9 +129,7 @@ def fit_method(base: nn.Module, method: Method, target: int | None) -> Method:
 
 
 def target_parameters(base: nn.Module, reference: Method, rank: int | None) -> int:
-    """Count the reference's parameters at ``rank`` (16), or at its own size where it has none.
-    Raise UserError for a ``rank`` of a method that has none, or of one that does not fit the model.
-    """
+    """The reference's parameters at ``rank`` (16), or its own size. Raises UserError: no rank."""
     adapter = reference.adapter
     if sizing.size_key(inject.adapter_config(adapter)) == "rank":
         adapter = sizing.resize(adapter, "rank", rank or 16)
@@ -147,9 +139,8 @@ def target_parameters(base: nn.Module, reference: Method, rank: int | None) -> i
 
 
 def read_settings(settings: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (config without what each cell sets itself, adapter settings that all methods share)
-    of ``[CONFIG] KEY=VALUE ...``. Raises UserError: a setting that the comparison decides, or one
-    that leaves it nothing to compare.
+    """(Config without what each cell sets itself, adapter settings that all share) of ``[CONFIG]
+    KEY=VALUE ...``. Raises UserError: a setting that the comparison decides, or nothing to compare.
     """
     decided = {"train.lr": "--lrs", "run_dir": "--out", "adapter": "--methods"}
     names = [f"adapter.{name}" for name in sizing.SHARED]
@@ -179,9 +170,8 @@ def read_settings(settings: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def read_inputs(config: cfg.RunConfig, evaluate: bool) -> dict[str, Any]:
-    """Return what the numbers depend on beside the config, wherever it lies: for each split the
-    sha256 of its files (of a data set of the hub its name); ``base``, ``tokenizer`` if folders.
-    Raises UserError: a file or its rows are at fault.
+    """What the numbers depend on beside the config: of each split the sha256 of its files (of a hub
+    set its name), of ``base`` and ``tokenizer`` if folders. Raises UserError: a file or its rows.
     """
     inputs: dict[str, Any] = {}
     task, model = task_of(config), config.model

@@ -1,7 +1,5 @@
-"""Runs as a person wants to see them: a table on the terminal, a report as HTML and as Markdown.
-
-Facts are read (load.py), arranged (scores.py, provenance.py, examples.py), drawn (figures.py) and
-written down by templates (render.py).
+"""Runs as a table on the terminal, and as a report in HTML and Markdown: facts are read (load.py),
+arranged (scores.py, provenance.py), drawn (figures.py) and written by templates (render.py).
 """
 
 from pathlib import Path
@@ -17,9 +15,8 @@ PLOTS = {name: f"report/{name}.png" for name in ("curves", "lengths")}
 
 
 def run(run_dirs: list[str], out: str | None = None) -> None:
-    """Print a table for each run and write the report to ``out`` (by default the run's folder, or
-    ``report`` for several); of one run ``RUN_DIR/loss.png`` too. Raises UserError: one is no run,
-    or something cannot be written.
+    """Print a table for each run; write the report to ``out`` (the run's folder, or ``report``), of
+    one run loss.png too. Raises UserError: one is no run, or something cannot be written.
     """
     runs = read_all([Path(name) for name in run_dirs])
     print("\n\n".join(map(table, runs)) + "\n")
@@ -32,9 +29,7 @@ def run(run_dirs: list[str], out: str | None = None) -> None:
 
 
 def write(runs: list[Run], out: Path | None = None) -> list[Path]:
-    """Write report.html, report.md and the plots of the latter, as ``run`` does; return the files,
-    report.html last. Raise UserError if one cannot be written; none is written by halves.
-    """
+    """Write report and plots; return the files, report.html last. Raises UserError: refused."""
     from scalepeft.analysis.report import render
 
     folder = out or (runs[0].folder if len(runs) == 1 else Path("report"))
@@ -76,12 +71,10 @@ def table(run: Run) -> str:
         lines += [f"  goodput {spent.share:.1%}: {took} in steps that count"]
         lines += [f"    lost: {spent.losses()}"]
     lines += ["", *text.table(rows.cells(run.data))] if run.data else []
-    row = "  {:<8}{:>6}  {:<14}{:>6}{:>8}{:>18}{:>11}"
-    if run.evaluations:
-        head = ("model", "step", "task", "rows", "right", "95 % interval", "no answer")
-        lines += ["", row.format(*head)]
+    table = [["model", "task", "step", "rows", "right", "95 % interval", "no answer"]]
     for one in run.evaluations:
         s, metric = one.scores, one.first[1]
         told = (s["count"], scores.shown(metric), scores.between(metric), s["no_answer_found"])
-        lines.append(row.format(one.which, s.get("step") or "-", one.task, *told))
+        table.append([one.which, one.task, s.get("step") or "-", *told])
+    lines += ["", *text.table(table, left=2)] if run.evaluations else []
     return "\n".join([*lines, *(f"  not shown: {problem}" for problem in run.unscored)])

@@ -33,9 +33,7 @@ def png(figure: Callable[[], Figure]) -> bytes:
 
 
 def smooth(values: np.ndarray) -> tuple[np.ndarray, int]:
-    """(averages over a fortieth of the values, centered; that window). What is not finite counts
-    for nothing; NaN where a window holds nothing else.
-    """
+    """(Averages over a fortieth of the values, of finite ones alone, else NaN; that window)."""
     width = len(values) // 40 | 1
     finite = np.isfinite(values)
     columns = (np.where(finite, values, 0.0), finite.astype(float))

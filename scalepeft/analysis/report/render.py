@@ -1,7 +1,4 @@
-"""The report of runs, as HTML and as Markdown by one template.
-
-A text is escaped unless it is marked, and its control characters are made visible.
-"""
+"""The report of runs, as HTML and Markdown by one template; what is not marked is escaped."""
 
 import base64
 import re
@@ -15,7 +12,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from scalepeft.analysis.report import figures, provenance, scores
-from scalepeft.analysis.report.examples import examples
 from scalepeft.analysis.report.load import Run, same_rows
 from scalepeft.analysis.rows import cells
 from scalepeft.core.text import duration, visible
@@ -35,7 +31,7 @@ def context(runs: list[Run]) -> dict[str, Any]:
         "tasks": scores.tasks(runs),
         "same_rows": len(trained) < 2 or same_rows(trained),
         "settings": provenance.settings(runs),
-        "examples": examples(runs),
+        "examples": scores.examples(runs),
     }
 
 

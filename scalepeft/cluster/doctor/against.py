@@ -36,8 +36,8 @@ SPARE = 1.2  # times the bytes of weights, for what loading and a forward take b
 
 def run(settings: list[str]) -> int:
     """Print both losses and the largest difference of logits over one row of tokens; return 0, or 1
-    if they differ by more than ``TOLERANCE``. Of [CONFIG] [KEY=VALUE ...] the model, the precision
-    and the device count. Raises UserError: settings or a base that is refused, several processes.
+    if they differ by more than ``TOLERANCE``. Raises UserError: a base that is refused, several
+    processes.
     """
     Single.check(world_size())
     path, overrides = files.config_first(settings)
@@ -70,9 +70,8 @@ def run(settings: list[str]) -> int:
 
 
 def unpack(reference: Any, dtype: torch.dtype) -> set[str]:
-    """Make layers that bitsandbytes holds in transformers' model plain; return their weights.
-
-    Their own forward is in bf16 on many CPUs, and the rest in the files' dtype, whatever is asked.
+    """Make layers that bitsandbytes holds in transformers' model plain; return their weights. Their
+    own forward is in bf16 on many CPUs, and the rest in the files' dtype, whatever is asked.
     """
     packed = {name for name, p in reference.named_parameters() if not p.is_floating_point()}
     if not packed or getattr(reference, "quantization_method", None) != "bitsandbytes":
@@ -85,9 +84,8 @@ def unpack(reference: Any, dtype: torch.dtype) -> set[str]:
 
 
 def put_stored_values(model: nn.Module, reference: nn.Module, packed: Collection[str] = ()) -> int:
-    """Give transformers' model the values that ours stores quantized; return how many layers. A
-    layer that it holds quantized itself stays; one of ``packed``, unless ours are its values before
-    their rounding.
+    """Give transformers' model the values that ours stores quantized; return how many layers. Not
+    one that it holds quantized, nor one of ``packed``, unless ours are its values before rounding.
     """
     count = 0
     for name, layer in model.named_modules():
@@ -133,9 +131,7 @@ def _theirs(model: Any, base: Base, config: RunConfig, ids: Tensor) -> Tensor:
 def _fitting(
     config: RunConfig, base: Base, device: torch.device
 ) -> Iterator[tuple[RunConfig, Base]]:
-    """Yield config and base, of the first blocks alone where memory does not hold all. Raises
-    UserError: the base is refused, or one block does not fit.
-    """
+    """Yield config and base, of its first blocks if memory is short. Raises UserError: of none."""
     kinds = {config.model, replace(config.model, quant="none", double_quant=False)}
     args = base.folder, config.train.precision, base.weights
     models = [structure.build(kind, *args) for kind in kinds]  # both are held at a time

@@ -1,6 +1,4 @@
-"""The form of a check, and the ranks that run it: they meet at a store and with time limits, so
-that a rank that never comes, dies or hangs is a finding and not a hang.
-"""
+"""The form of a check, and ranks that run it: one that dies or hangs is a finding, not a hang."""
 
 import json
 import os
@@ -27,9 +25,7 @@ GRACE = 10.0  # seconds that an answer may take beyond the work itself
 
 
 class Finding(NamedTuple):
-    """One line: what a check saw, what to do. ``state``: ``ok``; ``info``, nothing to judge;
-    ``warn``, a run works with what the text says; ``fix``, it would fail or go wrong.
-    """
+    """One line: what a check saw and what to do. ``state``: ``ok``, ``info``, ``warn``, ``fix``."""
 
     check: str
     state: str
@@ -106,12 +102,9 @@ class Context:
     ) -> bool:
         """Run a check; return on every rank whether there is nothing to fix.
 
-        Args:
-            name: as it is printed.
-            probe: returns what a rank sees, of JSON's types, or raises it (then ``remedy`` is what
-                to do). May use collectives where all ranks probe.
-            on: ``all`` ranks, the first of each node (``nodes``), or 0 (``main``).
-            judge: yields the findings from all ranks' values; ``ok`` beside ``fix`` is left out.
+        ``probe`` returns what a rank sees, of JSON's types, or raises it (then ``remedy`` is what
+        to do), on ``all`` ranks, the first of ``nodes``, or ``main``; ``judge`` yields findings of
+        these.
         """
         if self.lost:
             return False
@@ -157,9 +150,7 @@ class Context:
 
 
 def meet(context: Context, env: Mapping[str, str]) -> None:
-    """Meet the other ranks where the launcher's variables say. Raises RuntimeError: the store is
-    out of reach, or ranks did not come: who, and where to look.
-    """
+    """Meet the other ranks. Raises RuntimeError: who did not come, and where to look."""
     rank, world_size, timeout = context.ranks.rank, context.ranks.world_size, context.timeout
     host = socket.gethostname()
     if world_size == 1:

@@ -1,7 +1,4 @@
-"""``scalepeft doctor``: can a run be started here? One process, or every rank of a job.
-
-All ranks run the same checks at the same time, each with a limit; rank 0 judges and prints.
-"""
+"""``scalepeft doctor``: can a run start here? All ranks check, with limits; rank 0 judges."""
 
 import json
 import os
@@ -33,9 +30,7 @@ def run(
     as_json: bool = False,
     against_transformers: bool = False,
 ) -> int:
-    """Run the checks and print them on rank 0; return 0, or 1 if there is something to fix. Without
-    ``settings``, [CONFIG] [KEY=VALUE ...] of a run, the machine alone is looked at.
-    """
+    """Run the checks, print them on rank 0; return 0, or 1 if there is something to fix."""
     if against_transformers:
         if run_dir is not None or as_json or timeout is not None:
             what = "--against-transformers takes neither --run-dir nor --json nor --timeout"

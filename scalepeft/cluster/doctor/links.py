@@ -15,9 +15,7 @@ from scalepeft.parallel.ranks import Ranks
 
 
 def collectives(context: Context, backend: str) -> Any:
-    """Join the process group, in place of an earlier one, and run the collectives of training.
-    Raises RuntimeError: one of them fails, or gives wrong numbers.
-    """
+    """Join the group anew, run training's collectives. Raises RuntimeError: failed, or wrong."""
     ranks, n, seconds = context.ranks, context.ranks.world_size, context.timeout
     device = torch.device("cpu") if backend == "gloo" else ranks.device
     if dist.is_initialized():

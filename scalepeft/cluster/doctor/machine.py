@@ -32,9 +32,7 @@ OTHERS_ON_GPU = 2 << 30  # bytes that are more than a CUDA context
 
 
 def versions(context: Context) -> dict[str, str]:
-    """Return the versions of Python, packages and CUDA, and a digest of this source. Raises
-    UserError: a package that the config needs is missing or too old.
-    """
+    """Versions, and a digest of this source. Raises UserError: a package is missing or too old."""
     found, bounds = provenance.versions(*PACKAGES, *EXTRAS, "deepspeed"), {}
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a bare checkout
         lines = importlib.metadata.requires("scalepeft") or []

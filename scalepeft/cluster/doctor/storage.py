@@ -1,6 +1,4 @@
-"""What a run of the config reads, what training refuses before it loads anything, and the file
-system of the run folder: does it hold what a checkpoint relies on, do all nodes see the same?
-"""
+"""What a run reads, what training refuses early, and whether the run folder's disk holds saves."""
 
 import os
 import re
@@ -38,9 +36,7 @@ WEAK = {
 
 
 def base(context: Context) -> Any:
-    """Look for base and tokenizer without a network; return the fingerprint. Raises UserError: it
-    is here and cannot be used, or it is not and there is no hub.
-    """
+    """The base's fingerprint, without a network. Raises UserError: unusable, or not to be had."""
     model = context.config.model
     folder = Path(model.path)
     if model.path == hub.BUILTIN:

@@ -1,9 +1,4 @@
-"""``scalepeft plan``: memory, traffic, times and the grace period of a run, before it queues.
-
-From the config alone, on any machine: models/dimensions.py finds the base's dimensions, simulate.py
-runs a step of a few blocks on fake tensors, memory.py makes a rank's bytes of it, planning.py
-compares them with a GPU. Here the plan becomes one dictionary (the JSON) and a table.
-"""
+"""``scalepeft plan``: memory, traffic, times and grace period of a run, as JSON and as a table."""
 
 import json
 from dataclasses import asdict, fields

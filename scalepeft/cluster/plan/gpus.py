@@ -58,9 +58,9 @@ def find(text: str) -> Gpu:
 
 
 def measured(file: Path) -> dict[str, Any]:
-    """Return ``file``, ``device`` and ``COLUMNS`` of a ``gpu.json``: a plan's FLOP over a step's
-    time in bf16, the median over methods; the most GiB that CUDA holds beside the allocator; the
-    most holes of the allocator over what comes and goes. Raise UserError if they are not there.
+    """Return ``file``, ``device`` and ``COLUMNS`` of a gpu.json: the median of a plan's FLOP over a
+    step's time in bf16; the most GiB beside the allocator; the most holes over what comes and goes.
+    Raises UserError: they are not there.
     """
     try:
         found = parse_json(read_text(file))

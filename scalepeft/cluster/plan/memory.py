@@ -1,7 +1,4 @@
-"""Bytes of a rank: between steps by arithmetic over all parameters, at the peak by simulation.
-
-No engine is known here by name: each says in ``Engine.shares`` what a rank holds and exchanges.
-"""
+"""A rank's bytes: between steps by arithmetic over all parameters, at the peak by simulation."""
 
 import math
 from collections.abc import Iterable
@@ -26,9 +23,8 @@ WHEN = {"micro": ("last", "other"), "last": ("last",), "step": ("control",)}  # 
 
 
 def resident(config: RunConfig, source: Source, world: int, per_node: int) -> Step:
-    """The part that needs no simulation; the peak is what stays. Raises UserError: the engine or
-    the global batch cannot be had at this number of ranks; no such target in the model; a sequence
-    beyond the model's positions.
+    """The part that needs no simulation; the peak is what stays. Raises UserError: no such number
+    of ranks, no such target, or a sequence beyond the model's positions.
     """
     engine = engine_class(config)
     engine.check(world)

@@ -1,8 +1,5 @@
-"""One rank's training step on fake tensors: what is alive by kind, collectives and FLOP.
-
-The model, the engine and the trainer are the real ones; tensors have shapes and no values, and the
-process group talks to nobody. Blocks are alike, so two short models give every figure as
-``a + b * layers``, at each moment where a step can be at its peak.
+"""One rank's step of the real model, engine and trainer on fake tensors: memory by kind,
+collectives, FLOP. Blocks are alike, so two short models give every figure as ``a + b * layers``.
 """
 
 import weakref
@@ -96,10 +93,8 @@ class Figures:
 
 
 class Tracker(TorchDispatchMode):
-    """Follows every storage from the operator that makes it until it is freed, by kind.
-
-    Scratch space inside one operator is not seen. Values that a step reads on the host are made up:
-    a number is 1, and of a mask every place is true (so every token counts as a label).
+    """Follows every storage from the operator that makes it until it is freed, by kind; not scratch
+    inside one. What a step reads on the host is made up: a number is 1, every place of a mask true.
     """
 
     def __init__(self, per_node: int) -> None:
@@ -224,9 +219,7 @@ def stretch(a: Figures, b: Figures, lengths: tuple[int, int], layers: int) -> Fi
 
 
 def simulate(config: RunConfig, folder: Path, world: int, per_node: int, step: Step) -> Figures:
-    """Run one optimizer step of rank 0 on fake tensors; moments are named by the block's number.
-    ``folder`` holds the ``config.json`` of a model; two micro-batches stand for more.
-    """
+    """Run one optimizer step of rank 0 on fake tensors; two micro-batches stand for more."""
     assert not dist.is_initialized(), "plan runs in a process of its own"
     tracker, ranks, shares = Tracker(per_node), Ranks(0, world), step.shares
     with ExitStack() as contexts:

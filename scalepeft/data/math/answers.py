@@ -1,7 +1,6 @@
-r"""Answers found in generated text: by published rules, to the letter, and by a flexible one.
+"""Answers found in generated text: by published rules, to the letter, and by a flexible one.
 
-Three kinds of right answers: ``number`` (GSM8K, SVAMP, ...: a plain number), ``math`` (MATH: latex)
-and ``letter`` (AQuA: A to E).
+Kinds: ``number`` (GSM8K, SVAMP: a plain one), ``math`` (MATH: latex), ``letter`` (AQuA: A to E).
 """
 
 import re

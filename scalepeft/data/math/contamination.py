@@ -1,9 +1,7 @@
 """Test-set contamination: training rows that are questions of public test sets.
 
-``test_questions.json`` holds fingerprints, base64 of 6 bytes each, of the questions of public test
-sets: GSM8K (openai/grade-school-math), SVAMP, MultiArith, SingleEq, AddSub, AQuA and MAWPS (as in
-LLM-Adapters). With 48 bits each, one in about 70 billion other questions has one of them by chance.
-MATH-500 is not among them.
+``test_questions.json``: base64 of 6 bytes a question of GSM8K, SVAMP, MultiArith, SingleEq, AddSub,
+AQuA and MAWPS (as in LLM-Adapters), of 70 billion others one is taken for it; without MATH-500.
 """
 
 import base64
@@ -27,9 +25,7 @@ _DROPPED = str.maketrans("", "", "\"'`´‘’“”$\\")
 
 
 def fingerprint(question: str) -> bytes:
-    """A short hash of a question, whatever its case, spacing, quotes and sentence marks, and
-    without the answer choices that AQuA's have (in another order they are the same question).
-    """
+    """A hash of a question, whatever its case, spacing, marks and order of answer choices."""
     text = unicodedata.normalize("NFKC", question) if not question.isascii() else question
     text = _AROUND.sub("", text.casefold())
     stem = text.partition("answer choices")[0]

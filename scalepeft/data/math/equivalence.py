@@ -1,8 +1,5 @@
-"""Mathematical equivalence of two answers, by math-verify in a process of its own.
-
-A prediction may hold anything: ``10^{10^{10}}`` keeps Python in one C call, where no alarm reaches
-it, and nested text overflows parsers. A process can be killed, its memory limited, and the signals
-of the run stay untouched.
+"""Mathematical equivalence of two answers, by math-verify in a process of its own, which can be
+killed and limited: ``10^{10^{10}}`` keeps Python in one C call, nested text overflows parsers.
 """
 
 import contextlib
@@ -40,9 +37,7 @@ class EquivalenceServer:
         self._end: Any = None
 
     def __call__(self, right: str, prediction: str) -> bool:
-        """True if ``prediction`` is mathematically ``right`` (in this order: math-verify's relation
-        is not symmetric). What takes too long, crashes or does not parse is not.
-        """
+        """True if ``prediction`` is shown to be ``right`` (not symmetric), and in time."""
         if not prediction.strip() or max(len(right), len(prediction)) > whole.LONGEST:
             return False
         for _ in range(2):  # again where the process died: it may have been somebody's signal

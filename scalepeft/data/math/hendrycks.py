@@ -1,8 +1,7 @@
 r"""String equivalence of answers to the MATH data set, and the last \boxed{} of a solution.
 
-The rules are those of Hendrycks et al., "Measuring Mathematical Problem Solving With the MATH
-Dataset" (arXiv 2103.03874), whose comparison all published MATH numbers are made with. They compare
-texts, not values: 1/2 equals \frac12 and 0.5, but 2/4 or 0.50 does not.
+The rules of its paper (arXiv 2103.03874), by which all published MATH numbers are made. They
+compare texts, not values: 1/2 equals \frac12 and 0.5, but 2/4 or 0.50 does not.
 """
 
 import re

@@ -1,8 +1,5 @@
-r"""Rows of math data sets in any of their formats -> question, solution, answer.
-
-Rows are told apart by their keys, as the table of formats in docs/data.md has them. GSM8K's
-calculator marks (<<48/2=24>>) are taken out: no protocol here has a calculator, and MetaMathQA is
-without them.
+"""Rows of math data sets in any of the formats of docs/data.md -> question, solution, answer.
+GSM8K's calculator marks (<<48/2=24>>) are taken out: MetaMathQA is without them.
 """
 
 import re
@@ -29,9 +26,7 @@ class Problem:
 
 
 def read(row: Any, split: Split, ending: str) -> Problem:
-    """The problem of a row of any of the formats; ``ending`` is that of ``MathConfig``. Rows of
-    ``test`` may lack a solution, and of LLM-Adapters have GPT's. UserError for any other row.
-    """
+    """The problem of a row of any format; of ``test`` also without solution. Raises UserError."""
     problem = _read(row, split, ending)
     return replace(problem, original=text_field(row, "original_question", required=False))
 

@@ -25,9 +25,7 @@ SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 
 @plain_dataclass(frozen=True)
 class Protocol:
-    """Settings under which published numbers were made: what a config leaves out takes its value
-    from here, and what it sets otherwise stands in the scores as a deviation.
-    """
+    """Settings of published numbers: defaults of a config, and what it then deviates from."""
 
     about: str  # where it comes from, and its oddities, in a line or two
     data: dict[str, Any] = field(default_factory=dict)
@@ -187,9 +185,7 @@ class Task:
         return (split,) if self.reads_files else ()
 
     def stream(self, split: Split) -> Iterator[Example]:
-        """Reads a split, row by row; what ``remarks`` says is whole when all are read. Raises
-        UserError: no files, an unreadable file, or a broken row under ``on_error: stop``.
-        """
+        """Reads a split, row by row. Raises UserError: no files, unreadable ones, a broken row."""
         key = f"data.{split}"
         if not (sources := getattr(self.config, split)):
             raise UserError(f"{key} is empty: name files, e.g. {key}=DIR/{split}.json")
@@ -256,9 +252,7 @@ class Task:
     def filled(
         self, row_id: str, template: str, asked: dict[str, str], told: dict[str, str], **meta: Any
     ) -> Example:
-        """The example of a row: ``template``, the prompt's, is filled with ``asked``, that of the
-        completion with ``told`` as well; ``meta`` gets the row's source.
-        """
+        """A row's example: its prompt filled with ``asked``, its completion with ``told`` too."""
         write = fill
         if self.renderer and self.config.template != "chat":
             write = self.renderer.fill
@@ -275,9 +269,7 @@ class Task:
     def conversation(
         self, row_id: str, messages: Messages, turns: bool, tools: Any = None, **meta: Any
     ) -> Example:
-        """The example of messages that end with an answer, through the chat template; ``turns``:
-        earlier answers are learned too. Raises UserError: the template refuses them.
-        """
+        """The example of messages that end with an answer; ``turns``: learn earlier ones too."""
         if self.config.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.config.system}, *messages]
         if self.renderer is None:  # for people

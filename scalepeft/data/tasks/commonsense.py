@@ -1,8 +1,7 @@
 """Commonsense multiple choice: BoolQ, PIQA, SIQA, HellaSwag, WinoGrande, ARC-e, ARC-c, OBQA.
 
-A row is that of LLM-Adapters (arXiv 2304.01933), ``{instruction, input, output, answer}`` with
-``output`` "the correct answer is answer2" and ``answer`` the label, or a row of one of the original
-data sets (``ORIGINALS``, and BoolQ's question, passage, label), of which the same text is made.
+Rows are those of LLM-Adapters (arXiv 2304.01933), or of the original sets (``ORIGINALS``, BoolQ's),
+of which the same text is made.
 """
 
 import re

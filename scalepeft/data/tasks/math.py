@@ -63,9 +63,7 @@ class Math(Task):
         return ("train", "test") if split == "train" else (split,)
 
     def stream(self, split: Split) -> Iterator[Example]:
-        """Reads a split; training rows go through ``max_chars`` and ``test_rows``. Raises UserError
-        also for test questions among these, and without a math-verify to score a test with.
-        """
+        """Training rows go through ``max_chars`` and ``test_rows``, which raise UserError too."""
         if split == "test":
             equivalence.check_installed()  # now, and not after hours of generation
         rows = super().stream(split)

@@ -1,7 +1,5 @@
-"""Plain instruct data: alpaca rows, prompts with completions, conversations, text.
-
-The form of a row is told by its keys (docs/data.md). Conversations go through the chat template;
-the prompt of alpaca rows is that of Stanford Alpaca (https://github.com/tatsu-lab/stanford_alpaca).
+"""Plain instruct data by the keys of its rows (docs/data.md): conversations, texts, completions,
+and alpaca rows with the prompt of https://github.com/tatsu-lab/stanford_alpaca.
 """
 
 import json

@@ -1,8 +1,7 @@
 """A commonsense-like toy task of a small world, for demo and tests: no download, real learning.
 
-Sixty-four things are of four kinds. A question names a thing; the answers are the kinds. Training
-asks about 40 of the things, the test and the held-out rows about the other 24: what those are only
-the base knows, from its plain text. The rows have the LLM-Adapters format of ``commonsense``.
+Training asks for the kinds of 40 of 64 things, the test and held-out rows for those of the other
+24, which only the base knows, from its plain text. Rows have the format of ``commonsense``.
 """
 
 import random
@@ -94,9 +93,7 @@ class Toy(Commonsense):
 
 
 def corpus(rng: random.Random, lines: int) -> list[str]:
-    """Plain text of the toy world to pretrain the built-in model on: facts, and questions whose
-    random answers teach the form of an answer alone, so that the base scores chance.
-    """
+    """Plain text to pretrain the built-in model on: facts, and questions with random answers."""
     text = []
     for _ in range(lines):
         if rng.random() < 0.6:

@@ -1,7 +1,5 @@
-"""Translation between any two languages, scored by sacreBLEU.
-
-Rows hold a pair in one of the forms that docs/data.md lists; files: ``bitext``. Papers: CoVoST-2
-(arXiv 2007.10310), ALMA (arXiv 2309.11674), sacreBLEU (Post 2018).
+"""Translation between any two languages, scored by sacreBLEU (Post 2018), of rows as in
+docs/data.md. Papers: CoVoST-2 (arXiv 2007.10310), ALMA (arXiv 2309.11674).
 """
 
 import json

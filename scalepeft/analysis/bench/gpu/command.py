@@ -44,11 +44,8 @@ SECTIONS: dict[str, Callable[[Session], dict[str, Any]]] = {
 
 
 def run(out: str | None, seconds: float | None, only: str | None, tiny: bool | None) -> int:
-    """Runs the sections (``only``: names by comma) in ``seconds``, by default all of them in 500.
-
-    ``gpu.json`` is written into ``out`` (``gpu-bench``) after each, ``gpu.md`` at the end, and
-    printed. ``tiny``: small shapes, for a CPU too. Returns the exit code: 1 if a section, or a row
-    of one, is a fault. Raises UserError for an option that cannot be used.
+    """Runs the sections (``only``: names by comma) in ``seconds`` (500), writes gpu.json after each
+    and gpu.md into ``out``; returns 1 if one is a fault. Raises UserError: an option.
     """
     names = [name.strip() for name in (only or ",".join(SECTIONS)).split(",")]
     for name in names:

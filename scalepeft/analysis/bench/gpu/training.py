@@ -13,7 +13,7 @@ from torch.autograd import DeviceType
 from torch.profiler import profile
 
 from scalepeft.adapters import inject
-from scalepeft.analysis.bench.cases import inject_peft, on_bitsandbytes, random_weights
+from scalepeft.analysis.bench.entries import inject_peft, on_bitsandbytes, random_weights
 from scalepeft.analysis.bench.gpu.session import Session
 from scalepeft.build import Built
 from scalepeft.config import files as config_files
@@ -173,9 +173,7 @@ def _planned(session: Session, *row: str) -> dict[str, Any]:
 
 
 def choices(session: Session) -> dict[str, Any]:
-    """A step over HOFT one way and the other: factors once or in each forward (four micro-batches
-    of 512 tokens; GOFT too), rows of about 100 tokens packed or padded (16 a micro-batch).
-    """
+    """A step one way and the other: factors once or in each forward, rows packed or padded."""
     rows, length = (8, 32) if session.tiny else (64, 512)
     # As questions with their answers are: 95 % have less than twice the median.
     drawn = torch.empty(rows).log_normal_(4.5, 0.45, generator=torch.Generator().manual_seed(0))
