@@ -1,4 +1,4 @@
-"""vLLM itself, on the CPU, answers as transformers does: every method that merges, and HOFT as LoRA.
+"""vLLM itself, on the CPU, answers as transformers does: every method that merges, HOFT as a LoRA.
 
 It lies in an environment of its own (launch/vllm.sh), in which scripts and commands are started.
 """
@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ pytestmark = [
 
 
 NO_MERGE = {"surm_adapter"}  # not affine
-SHIFTED = {"hut": ["adapter.shift=true"]}
+SETTINGS = {"hut": ["adapter.shift=true"], "hoft": ["adapter.rank=4"]}
 
 
 METHODS = sorted({file.stem for file in (ROOT / "configs/adapters").glob("*.yaml")} - NO_MERGE)
@@ -65,7 +64,7 @@ def random_model(folder: Path, architecture: str = "Llama", tokenizer: Path | No
     config = kind(
         hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=64, vocab_size=32000 if tokenizer else 768,
-        max_position_embeddings=256, tie_word_embeddings=False, initializer_range=0.1,
+        max_position_embeddings=1024, tie_word_embeddings=False, initializer_range=0.1,
         bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -76,7 +75,8 @@ def random_model(folder: Path, architecture: str = "Llama", tokenizer: Path | No
 
 def trained(folder: Path, model: Path, method: str, *settings: str) -> Path:
     done = call(
-        "train", f"model.path={model}", "data=toy", f"adapter={method}", "adapter.rank=4",
+        "train", f"model.path={model}", "data=toy", f"adapter={method}",
+        *SETTINGS.get(method, []),
         "data.train_size=60", "data.valid_size=4", "data.test_size=12", "train.precision=fp32",
         "train.epochs=null", "train.max_steps=8", "train.warmup_steps=0", "train.lr=1e-2",
         "train.global_batch=8", "train.micro_batch=4", f"run_dir={folder}", *settings,
@@ -87,17 +87,109 @@ def trained(folder: Path, model: Path, method: str, *settings: str) -> Path:
 
 @torch.no_grad()
 def tokens(model: Any) -> list[list[int]]:
-    """16 greedy tokens of each prompt by transformers."""
-    found = []
+    """16 greedy tokens of each prompt by transformers; </s> is a token like others."""
+    from transformers import GenerationConfig
+
+    found, greedy = [], GenerationConfig(max_new_tokens=16, do_sample=False, pad_token_id=0)
+    model.generation_config = greedy
     for ids in PROMPTS:
-        out = model.generate(
-            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False,
-            max_new_tokens=16, min_new_tokens=16, pad_token_id=0,
-        )  # fmt: skip
+        out = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)))
         found.append(out[0, len(ids) :].tolist())
+        assert len(found[-1]) == 16
     return found
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_model(tmp_path_factory.mktemp("vllm") / "base")
+
+
+@pytest.fixture(scope="module")
+def hoft(base: Path) -> Path:
+    return trained(base.parent / "hoft", base, "hoft")
+
+
+@pytest.fixture(scope="module")
+def served(base: Path, hoft: Path) -> dict[str, list[list[list[int]]]]:
+    """Name -> the tokens of transformers, and of vLLM; and those of vLLM's own Qwen3."""
+    peft = pytest.importorskip("peft")
+    folder = base.parent
+    wanted = {"base": tokens(stock(base))}
+    jobs: dict[str, Any] = {"base": {"model": str(base)}}
+    runs = {
+        name: hoft if name == "hoft" else trained(folder / name, base, name) for name in METHODS
+    }
+    qwen = random_model(folder / "qwen3-base", "Qwen3")
+    runs["qwen3"] = trained(folder / "qwen3", qwen, "hadamard")
+    for name, run_dir in runs.items():
+        merge.run(str(run_dir), str(run_dir / "merged"), [], "original", "base")
+        wanted[name] = tokens(stock(run_dir / "merged"))
+        jobs[name] = {"model": str(run_dir / "merged")}
+    wanted["qwen3 by vLLM's own class"] = wanted["qwen3"]
+    jobs["qwen3 by vLLM's own class"] = jobs["qwen3"]
+    jobs["qwen3"] = {**jobs["qwen3"], "model_impl": "transformers"}
+    some = ["adapter.target_modules=[q_proj,down_proj]", "adapter.layers=[1]"]
+    for name, run_dir in (("lora of hoft", hoft), ("lora of some layers", folder / "some")):
+        if run_dir != hoft:
+            trained(run_dir, base, "hoft", *some)
+        export.run(str(run_dir), str(run_dir / "lora"), [], "lora")
+        wanted[name] = tokens(peft.PeftModel.from_pretrained(stock(base), run_dir / "lora").eval())
+        jobs[name] = {"model": str(base), "lora": str(run_dir / "lora")}
+    for file, value in (("jobs", jobs), ("prompts", PROMPTS)):
+        (folder / f"{file}.json").write_text(json.dumps(value))
+    files = (folder / f"{name}.json" for name in ("jobs", "prompts", "out"))
+    in_vllm(str(ROOT / "tests/integrations/vllm_tokens.py"), *map(str, files))
+    told = json.loads((folder / "out.json").read_text())
+    return {name: [wanted[name], told[name]] for name in jobs}
+
+
+LORAS = ["lora of hoft", "lora of some layers"]
+
+
+@pytest.mark.parametrize("name", ["base", *METHODS, "qwen3", *LORAS])
+def test_vllm_tells_the_tokens_of_transformers(
+    name: str, served: dict[str, list[list[list[int]]]]
+) -> None:
+    wanted, told = served[name]
+    assert told == wanted
+    assert name == "base" or wanted != served["base"][0], "the adapter must show"
+
+
+def test_hoft_as_lora_tells_what_it_tells_merged(
+    served: dict[str, list[list[list[int]]]],
+) -> None:
+    assert served["lora of hoft"][1] == served["hoft"][1]
+
+
+def test_biases_that_vllms_own_class_leaves_out(
+    served: dict[str, list[list[list[int]]]],
+) -> None:
+    """The reason for merge's line and for ``model_impl``: it loads, and says something else."""
+    wanted, told = served["qwen3 by vLLM's own class"]
+    assert told != wanted
+
+
+def predictions(run_dir: Path, folder: str) -> dict[str, str]:
+    file = f"{folder}/toy/predictions.jsonl"
+    return {row["id"]: row["prediction"] for row in rows(run_dir, file)}
+
+
+@pytest.mark.parametrize("processes", ["0", "1"], ids=["engine inside", "engine's own process"])
+@pytest.mark.parametrize("subject", ["adapter", "merged"])
+def test_evaluate_with_vllm_is_evaluate(
+    subject: str, processes: str, hoft: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(hoft, run_dir)
+    shutil.rmtree(run_dir / "merged", ignore_errors=True)
+    merge.run(str(run_dir), str(run_dir / "merged"), [], "original", "base")
+    command = ["evaluate", str(run_dir), "evaluate.max_new_tokens=12"]
+    command += ["--merged"] * (subject == "merged")
+    folder = {"adapter": "eval", "merged": "eval-merged"}[subject]
+    assert call(*command).returncode == 0
+    wanted = predictions(run_dir, folder)
+    shutil.rmtree(run_dir / folder)
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": processes}
+    in_vllm("-m", "scalepeft", *command, "evaluate.backend=vllm", **variables)
+    assert predictions(run_dir, folder) == wanted
+    assert len(wanted) == 12 and len(set(wanted.values())) > 1

@@ -21,9 +21,7 @@ if __name__ == "__main__":
     for name, keywords in jobs.items():
         lora = keywords.pop("lora", None)
         more = {"enable_lora": True, "max_lora_rank": 8} if lora else {}
-        llm = LLM(
-            dtype="float32", max_model_len=64, enforce_eager=True, seed=0, **keywords, **more
-        )
+        llm = LLM(dtype="float32", max_model_len=64, enforce_eager=True, seed=0, **keywords, **more)
         found = llm.generate(
             [TokensPrompt(prompt_token_ids=ids) for ids in prompts],
             greedy,
