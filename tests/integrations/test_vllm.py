@@ -5,8 +5,16 @@ It lies in an environment of its own (launch/vllm.sh), in which scripts and comm
 
 import json
 import os
+import shlex
 import shutil
+import signal
+import socket
 import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +22,8 @@ import pytest
 import torch
 from finished import stock
 from processes import ROOT, call, rows
+from test_docs import SHORT, commands, desk  # noqa: F401
+from transformers import AutoTokenizer
 
 from scalepeft.export import merge
 from scalepeft.export import peft as export
@@ -59,7 +69,9 @@ def random_model(folder: Path, architecture: str = "Llama", tokenizer: Path | No
     """Two layers with heads of 64, of which vLLM takes no fewer than 32, and tiny's tokenizer."""
     import transformers
 
-    shutil.copytree(tokenizer or tiny.make(0), folder)
+    folder.mkdir()
+    for file in (tokenizer or tiny.make(0)).glob("tokenizer*"):
+        shutil.copyfile(file, folder / file.name)
     kind = getattr(transformers, f"{architecture}Config")
     config = kind(
         hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
@@ -193,3 +205,104 @@ def test_evaluate_with_vllm_is_evaluate(
     in_vllm("-m", "scalepeft", *command, "evaluate.backend=vllm", **variables)
     assert predictions(run_dir, folder) == wanted
     assert len(wanted) == 12 and len(set(wanted.values())) > 1
+
+
+def page_commands(name: str) -> list[str]:
+    return commands(ROOT / f"docs/integrations/{name}.md")
+
+
+def shell(folder: Path, *lines: str) -> str:
+    """What the lines print, run in ``folder`` as a page's reader would."""
+    variables = {
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-ec", "\n".join(lines)], cwd=folder, env=variables, capture_output=True,
+        text=True, timeout=900, check=False, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@contextmanager
+def server(folder: Path, command: str, port: int) -> Iterator[None]:
+    """``vllm serve`` from when it answers to the end of the block."""
+    log = (folder / "serve.log").open("w")
+    process = subprocess.Popen(
+        ["bash", "-c", f"exec {command}"], cwd=folder, stdout=log, stderr=subprocess.STDOUT,
+        start_new_session=True, stdin=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 600
+        while True:
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
+                break
+            printed = (folder / "serve.log").read_text()
+            assert process.poll() is None and time.monotonic() < deadline, printed
+            time.sleep(1)
+        yield
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="no curl here")
+def test_the_commands_of_the_page(desk: Path) -> None:  # noqa: F811
+    """The served LoRA's text is the merged checkpoint's in transformers."""
+    (desk / ".venv-vllm").symlink_to(PYTHON.parents[1])
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    *lines, serve, ask = [c.replace("8000", str(port)) for c in page_commands("vllm")]
+    short = " ".join(map(shlex.quote, [*SHORT, "evaluate.limit=4", "train.lr=1e-2"]))
+    shell(desk, *(f"{line} {short}" if " train " in line else line for line in lines))
+    run_dir = desk / "runs/commonsense_hoft"
+    for folder in ("eval", "eval-merged"):
+        assert len(rows(run_dir, f"{folder}/commonsense/predictions.jsonl")) == 4
+    with server(desk, serve, port):
+        answer = json.loads(shell(desk, ask))
+    model, tokenizer = stock(run_dir / "merged"), AutoTokenizer.from_pretrained(desk / "MODEL")
+    prompt = tokenizer("Is 4 even?", return_tensors="pt").input_ids
+    ids = model.generate(prompt, max_new_tokens=16, do_sample=False)[0, prompt.shape[1] :]
+    assert answer["model"] == "tuned"
+    assert answer["choices"][0]["text"] == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+LLAMA_CPP = ROOT / ".venv-vllm/llama.cpp"
+"""Its source, with the converter."""
+
+
+READ = """
+import json, sys, llama_cpp
+llama = llama_cpp.Llama(sys.argv[1], n_ctx=64, logits_all=True, verbose=False, type_k=0, type_v=0)
+for prompt in json.loads(sys.argv[2]):
+    told = []
+    for token in llama.generate(prompt, temp=0.0, repeat_penalty=1.0):
+        told.append(token)
+        if len(told) == 16:
+            break
+    print(json.dumps(told))
+"""  # keys and values in fp32: by default they are rounded to fp16
+
+
+@pytest.mark.skipif(not LLAMA_CPP.exists(), reason="no llama.cpp: launch/llama-cpp.sh builds it")
+@pytest.mark.parametrize("method", ["hoft", "goft", "hut", "hadamard"])
+def test_llama_cpp_tells_the_tokens_of_transformers(
+    method: str, shared_data: Path, tmp_path: Path
+) -> None:
+    """By the commands of its page; of a shift the biases, too."""
+    base = random_model(tmp_path / "base", tokenizer=shared_data / "tokenizer/mistral_v1")
+    trained(tmp_path / "RUN", base, method)
+    (tmp_path / ".venv-vllm").symlink_to(PYTHON.parents[1])
+    assert shell(tmp_path, *page_commands("llama-cpp")).strip()
+    wanted = tokens(stock(tmp_path / "merged"))
+    assert wanted != tokens(stock(base)), "the adapter must show"
+    told = in_vllm("-c", READ, str(tmp_path / "merged.gguf"), json.dumps(PROMPTS))
+    lines = [line for line in told.splitlines() if line.startswith("[") and line.endswith("]")]
+    assert [json.loads(line) for line in lines] == wanted
