@@ -18,7 +18,11 @@ import pytest
 from processes import ROOT, zygote
 
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    README,
+    *sorted([*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/integrations").glob("*.md")]),
+]
+SERVING = ("vllm", "llama-cpp")  # test_vllm.py runs these pages, where it has what they need
 SLURM = ("sbatch", "srun", "launch/submit")  # test_slurm.py runs these
 DONE_ELSEWHERE = ("bash launch/demo.sh", "bash launch/test.sh", ".venv/bin/python -m pytest")
 
@@ -76,6 +80,14 @@ def desk(tmp_path: Path) -> Path:
         (tmp_path / name).write_text(json.dumps(rows))
     (tmp_path / "OUTPUTS").write_text("".join(row["output"] + "\n" for row in rows))
     shutil.copytree(tiny.make(0), tmp_path / "MODEL")
+    task = {
+        "task": "choose_local", "output_type": "multiple_choice", "dataset_path": "json",
+        "doc_to_text": "{{instruction}}", "doc_to_target": "answer",
+        "doc_to_choice": ["true", "false"],
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "TEST")}}, "test_split": "test",
+    }  # fmt: skip
+    (tmp_path / "TASKS").mkdir()
+    (tmp_path / "TASKS/choose_local.yaml").write_text(json.dumps(task))  # JSON is YAML
     for name in ("configs", "launch", "slurm"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
@@ -87,7 +99,7 @@ def page_cases() -> list[Any]:
     return [
         pytest.param(page, id=page.stem, marks=[] if page.stem in always else [pytest.mark.full])
         for page in PAGES
-        if commands(page)
+        if commands(page) and page.stem not in SERVING
     ]
 
 

@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -139,16 +140,16 @@ def _generate(
     """Answers what is left; all ranks write and poll together."""
     ranks, done = predictions.ranks, set(predictions.done)
     left = [e for e in examples if e.id not in done]
-    generator = _generator(target, left, ranks, poll)
-    size = target.config.evaluate.batch_size * ranks.world_size
-    todo = batches(examples, generator.lengths([e.prompt for e in examples]), size)
-    lots = _lots(generator, todo, done, ranks)
-    progress = Progress(len(left))
-    while (before := len(predictions.done)) < len(examples):  # the same on every rank
-        poll()
-        predictions.append([row for row in next(lots, []) if row["id"] not in done])
-        if ranks.is_main:
-            progress.add(len(predictions.done) - before)
+    with closing(_generator(target, left, ranks, poll)) as generator:
+        size = target.config.evaluate.batch_size * ranks.world_size
+        todo = batches(examples, generator.lengths([e.prompt for e in examples]), size)
+        lots = _lots(generator, todo, done, ranks)
+        progress = Progress(len(left))
+        while (before := len(predictions.done)) < len(examples):  # the same on every rank
+            poll()
+            predictions.append([row for row in next(lots, []) if row["id"] not in done])
+            if ranks.is_main:
+                progress.add(len(predictions.done) - before)
 
 
 def _lots(

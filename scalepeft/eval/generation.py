@@ -114,6 +114,9 @@ class Backend:
         """The new tokens of each prompt; those past its limit, or a stop text, do not count."""
         raise NotImplementedError
 
+    def close(self) -> None:
+        """Frees what goes on without this object."""
+
     def lengths(self, prompts: list[str]) -> list[int]:
         """Tokens of each prompt, before any of it is cut."""
         return [len(ids) for ids, _ in tokens.encode(prompts, self.tokenizer)]

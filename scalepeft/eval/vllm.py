@@ -1,7 +1,6 @@
 """vLLM generates (``evaluate.backend=vllm``): merged checkpoints, bases, adapters that are a LoRA.
 
-Written against the interface of vLLM 0.33 (``LLM.generate``, ``LLM.beam_search``, ``LoRARequest``)
-as its source shows it, and tested against a stand-in of the same calls, NOT with vLLM itself.
+Tested with vLLM 0.32 on a CPU (launch/vllm.sh), beams against a stand-in of its calls alone.
 
 Greedy answers are those of ``hf`` up to ties that other kernels decide otherwise. The beam search
 is vLLM's own: it ranks hypotheses by the same score, and ends its search by another rule.
@@ -22,6 +21,7 @@ from scalepeft.core.files import read_mapping
 from scalepeft.core.log import say
 from scalepeft.eval.generation import Backend
 from scalepeft.eval.target import EvalTarget
+from scalepeft.export import merge
 from scalepeft.export import peft as export
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
@@ -54,6 +54,8 @@ class Generator(Backend):
             self.lora = LoRARequest("adapter", 1, str(path))
         if self.config.num_beams > 1:  # a beam step looks at so many tokens
             settings["max_logprobs"] = 2 * self.config.num_beams
+        if target.kind == "merged" and merge.vllm_may_drop_biases(base.architecture):
+            settings["model_impl"] = "transformers"
         self.llm = LLM(**settings)
 
     def generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
@@ -75,6 +77,10 @@ class Generator(Backend):
         greedy = [SamplingParams(temperature=0.0, max_tokens=limit, **end) for limit in limits]
         found = self.llm.generate(prompts, greedy, use_tqdm=False, lora_request=self.lora)
         return [list(request.outputs[0].token_ids) for request in found]
+
+    def close(self) -> None:
+        """Ends the engine: at exit the group it leaves would be gone, by ``Ranks.finish``."""
+        self.llm.llm_engine.engine_core.shutdown()
 
 
 def check(config: RunConfig, kind: Subject, world_size: int) -> None:

@@ -80,6 +80,9 @@ def run(
         stream.finish()
         _write_index(folder, shards)
     say(f"merged checkpoint ({base} base) in {out}")
+    if switches and vllm_may_drop_biases(models.architecture(target)):
+        what = "it has biases now, of which vLLM's own class may leave some out without a word"
+        say(f"{what}: serve it with vllm serve --model-impl transformers")
     merged = plain(target, finished.device, finished.config.model)
     say(_difference(wanted, merged.logits(ids)))
     if base == "original" and _rounded(trained):
@@ -104,6 +107,14 @@ def check_method(config: RunConfig, folder: Path) -> None:
     injection.inject(model, config.adapter)
     for _, layer in injection.adapted_layers(model):
         merged_weight.check_mergeable(layer)
+
+
+def vllm_may_drop_biases(architecture: Any) -> bool:
+    """Whether a switch is on in another family than LLaMA's, whose class in vLLM takes all biases;
+    it has no place for those of Gemma's layers and Qwen3's o_proj, and loads the rest.
+    """
+    on = any(getattr(architecture, switch, False) for switch in SWITCHES)
+    return on and architecture.model_type != "llama"
 
 
 def _plan(finished: FinishedRun, model: Streamed, dtype: str) -> tuple[list[str], list[Shard]]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from finished import adapted, make_run, stock
 from processes import Job, rows
+from test_merge import random_llama
 
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as cfg
@@ -77,14 +78,19 @@ class LLM:
     def __init__(
         self, *, model: str, tokenizer: str, dtype: str, max_model_len: int, seed: int,
         tensor_parallel_size: int, enable_lora: bool = False, max_lora_rank: int = 16,
-        max_logprobs: int = 20,
+        max_logprobs: int = 20, model_impl: str = "auto",
     ) -> None:  # fmt: skip
         assert dtype == "float32" and tensor_parallel_size == 1 and seed == 0
         assert max_lora_rank in (1, 8, 16, 32, 64, 128, 256, 320, 512)
         self.model, self.folder, self.lora = stock(Path(model)), Path(model), None
         self.tokenizer = models.load_tokenizer(hub.ModelConfig(), Path(tokenizer))
         self.limits = (max_model_len, max_logprobs, max_lora_rank if enable_lora else 0)
+        self.model_impl, self.ended = model_impl, 0
+        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=self._end))
         LLM.made.append(self)
+
+    def _end(self) -> None:
+        self.ended += 1
 
     def _with(self, lora: LoRARequest | None) -> Any:
         if lora is None:
@@ -170,6 +176,7 @@ def test_stand_in_for_vllm_answers_as_our_own_generator(
     wanted = predictions(run_dir, "adapter", *more)
     assert predictions(run_dir, "adapter", VLLM, *more) == wanted
     assert len(stand_in) == 1 and stand_in[0].limits[2] == 8, "HOFT of rank 4: a LoRA of rank 8"
+    assert stand_in[0].ended == 1, "before COMET or the exit, with the GPU's memory"
     (export,) = (run_dir / "exported-lora").iterdir()
     before = (export / "adapter_config.json").stat().st_mtime_ns
     assert predictions(run_dir, "base", VLLM, *more) == predictions(run_dir, "base", *more)
@@ -188,6 +195,28 @@ def test_stand_in_for_vllm_on_a_merged_4_bit_run(
     wanted = predictions(run_dir, "merged", "evaluate.max_tokens=40")
     assert predictions(run_dir, "merged", VLLM, "evaluate.max_tokens=40") == wanted
     assert len(stand_in) == 1 and any(wanted.values())
+
+
+@pytest.mark.parametrize(("architecture", "used"), [("Qwen3", "transformers"), ("Llama", "auto")])
+def test_biases_that_vllm_may_leave_out(
+    architecture: str,
+    used: str,
+    stand_in: list[LLM],
+    stories: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """test_vllm.py shows that vLLM's own Qwen3 does, and its Llama does not."""
+    base = random_llama(tmp_path / "base", architecture)
+    run_dir = run_of(tmp_path / "run", base, "hadamard-after", tokenizer=str(stories))
+    merge.run(str(run_dir), str(run_dir / "merged"), [], "original", "fp32")
+    said = "vllm serve --model-impl transformers" in capsys.readouterr().err
+    assert said == (used == "transformers")
+    predictions(run_dir, "merged", VLLM)
+    assert [llm.model_impl for llm in stand_in] == [used]
+    hoft = run_of(tmp_path / "hoft", base, "hoft", tokenizer=str(stories))
+    merge.run(str(hoft), str(hoft / "merged"), [], "original", "fp32")
+    assert "model-impl" not in capsys.readouterr().err
 
 
 def test_where_vllm_does_not_apply(
