@@ -126,7 +126,7 @@ def _matching(
     return [name for name in modules if name in found]
 
 
-def _block(name: str) -> int | None:
+def block(name: str) -> int | None:
     """Number of the decoder block that a layer lies in: 3 for ``model.layers.3.mlp.up_proj``."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
@@ -134,14 +134,14 @@ def _block(name: str) -> int | None:
 def _in_layers(names: list[str], layers: list[int] | str) -> list[str]:
     if isinstance(layers, str):
         return names
-    there = [block for name in names if (block := _block(name)) is not None]
-    if outside := [name for name in names if _block(name) is None]:
+    there = [at for name in names if (at := block(name)) is not None]
+    if outside := [name for name in names if block(name) is None]:
         fix = "take it out of adapter.target_modules, or set adapter.layers=all"
         raise UserError(f"adapter.layers={layers}: {outside[0]} lies in no decoder block; {fix}")
     if missing := [wanted for wanted in layers if wanted not in there]:
         known = f"{min(there)} to {max(there)}"
         raise UserError(f"adapter.layers={layers}: no block {missing[0]}; the targets have {known}")
-    return [name for name in names if _block(name) in layers]
+    return [name for name in names if block(name) in layers]
 
 
 def inject(
@@ -184,12 +184,12 @@ def inject(
             _attach(model.get_submodule(name), method, config, name)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-    blocks = {_block(name) for name in linear}
-    if norms and not any(_block(name) in blocks for name in norms):
+    blocks = {block(name) for name in linear}
+    if norms and not any(block(name) in blocks for name in norms):
         fix = "name the layer that follows the attention there, or set adapter.train_norm=false"
         raise UserError(f"adapter.norm: {norms[0]} is in none of the adapted blocks; {fix}")
     for name in norms:
-        if _block(name) in blocks:
+        if block(name) in blocks:
             norm: Any = model.get_submodule(name)
             bias = getattr(norm, "bias", None) is not None
             with torch.device("meta"):
@@ -266,10 +266,13 @@ def penalty(model: nn.Module) -> Tensor | None:
     With sharded parameters it is the whole sum too: each is computed where its rows lie.
     """
     found = [p for _, adapter in adapters(model) if (p := adapter.penalty()) is not None]
-    if not found:
-        return None
-    total = sum(found[1:], found[0])  # of sharded parameters: still one part a rank
-    return total.full_tensor() if isinstance(total, DTensor) else total
+    return total(found) if found else None
+
+
+def total(penalties: list[Tensor]) -> Tensor:
+    """Their sum; of sharded parameters the whole sum."""
+    added = sum(penalties[1:], penalties[0])  # of sharded parameters: still one part a rank
+    return added.full_tensor() if isinstance(added, DTensor) else added
 
 
 def check_state(model: nn.Module, shapes: dict[str, tuple[int, ...]], where: str) -> None:

@@ -1,10 +1,12 @@
 """What an adapted layer amounts to: its weight and bias, measured and not derived."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from scalepeft.adapters.base import Scale
 from scalepeft.adapters.experts import Stacked
 from scalepeft.adapters.inject import Adapted, AdaptedNorm
 from scalepeft.core.errors import UserError
@@ -27,34 +29,55 @@ def effective_weight(layer: nn.Module, chunk: int = 1024) -> tuple[Tensor, Tenso
     if not isinstance(layer, Adapted):
         raise UserError(f"{type(layer).__name__} has no adapter; call adapt() or inject() first")
     check_mergeable(layer)
-    was_training = layer.adapter.training  # and not the base's: that stays as it is
-    layer.adapter.eval()
-    zero = effective_bias(layer)
-    weight = zero.new_empty(len(zero), layer.in_features)
-    parts = zip(
-        _maps(layer), zero.split(layer.out_features), weight.split(layer.out_features), strict=True
-    )
-    for apply, bias, w in parts:
-        for first in range(0, layer.in_features, chunk):
-            rows = min(chunk, layer.in_features - first)
-            x = zero.new_zeros(rows, layer.in_features)
-            x[torch.arange(rows), first + torch.arange(rows)] = 1
-            w[:, first : first + rows] = (apply(x) - bias).T
-    layer.adapter.train(was_training)
-    has_bias = layer.bias is not None or bool(zero.any())
-    return weight, zero if has_bias else None
+    with without_dropout([layer.adapter]):
+        like = torch.empty(0, layer.in_features, dtype=_dtype(layer), device=layer.weight.device)
+        parts = [affine(apply, like, chunk) for apply in _maps(layer)]
+    weight, bias = (torch.cat(part) for part in zip(*parts, strict=True))
+    has_bias = layer.bias is not None or bool(bias.any())
+    return weight, bias if has_bias else None
+
+
+@contextmanager
+def without_dropout(adapters: Sequence[nn.Module]) -> Iterator[None]:
+    """The adapters in eval mode, and not their base: that stays as it is."""
+    were = [adapter.training for adapter in adapters]
+    for adapter in adapters:
+        adapter.eval()
+    yield
+    for adapter, training in zip(adapters, were, strict=True):
+        adapter.train(training)
+
+
+def affine(
+    apply: Callable[[Tensor], Tensor], like: Tensor, chunk: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """``(W', b')`` of ``apply(x) = W' x + b'`` over rows x (..., in), ``like`` (0, in) in dtype and
+    device: the image of zero, and those of the identity, ``chunk`` rows at a time.
+    """
+    zero = apply(like.new_zeros(1, like.shape[1]))[0]
+    weight = zero.new_empty(len(zero), like.shape[1])
+    for first in range(0, like.shape[1], chunk):
+        rows = min(chunk, like.shape[1] - first)
+        x = like.new_zeros(rows, like.shape[1])
+        x[torch.arange(rows), first + torch.arange(rows)] = 1
+        weight[:, first : first + rows] = (apply(x) - zero).T
+    return weight, zero
 
 
 @torch.no_grad()
 def merged(layer: Adapted) -> Tensor:
     """W' of ``effective_weight`` to rounding: as ``W + B A`` where a method is exactly a LoRA."""
-    base, wide = quant.Frozen(layer), layer.weight.dtype == torch.float64
+    base = quant.Frozen(layer)
     lora = layer.adapter.to_lora(base)
     if lora is None:
         return effective_weight(layer)[0]
-    w = base.weight(torch.float64 if wide else torch.float32)
+    w = base.weight(_dtype(layer))
     a, b = (factor.to(w.dtype) for factor in lora)
     return torch.addmm(w, b, a)
+
+
+def _dtype(layer: nn.Linear) -> torch.dtype:
+    return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
 
 
 def check_mergeable(layer: Adapted) -> None:
@@ -66,8 +89,7 @@ def check_mergeable(layer: Adapted) -> None:
 @torch.no_grad()
 def effective_bias(layer: Adapted) -> Tensor:
     """What the layer makes of zero, (out,); of experts (E out,)."""
-    dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
-    x = torch.zeros(1, layer.in_features, dtype=dtype, device=layer.weight.device)
+    x = torch.zeros(1, layer.in_features, dtype=_dtype(layer), device=layer.weight.device)
     return torch.cat([apply(x)[0] for apply in _maps(layer)])
 
 
@@ -95,23 +117,35 @@ def adds_bias(layer: Adapted) -> bool:
         return any(bool(adapter.forward(x, base).any()) for adapter in ones)
 
 
-@torch.no_grad()
 def norm_parameter(name: str, norm: AdaptedNorm, key: str) -> Tensor:
-    """``weight (1 + scale)`` or ``bias (1 + scale) + shift`` of a norm with a trained scale. Raises
-    UserError: the norm does not multiply by its weight (Gemma's multiplies by 1 + weight).
+    """``weight`` or ``bias`` of a norm with a trained scale; as ``merged_norm``."""
+    without = super(AdaptedNorm, norm).forward  # the norm without its adapter
+    return merged_norm(name, norm, [norm.adapter], without)[key]
+
+
+@torch.no_grad()
+def merged_norm(
+    name: str, norm: nn.Module, scales: Sequence[Scale], forward: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """``weight (1 + scale)`` and ``bias (1 + scale) + shift`` of a norm (its bare ``forward``) and
+    the scales behind it. Raises UserError: the norm does not multiply by its weight (Gemma's
+    multiplies by 1 + weight).
     """
-    scale, shift = norm.adapter.scale, norm.adapter.shift
-    merged = {k: p * (1 + scale) for k, p in norm.named_parameters(recurse=False)}
-    if shift is not None:
-        merged["bias"] = merged["bias"] + shift
-    x = torch.linspace(-3, 3, scale.numel(), device=scale.device)[None]
-    wanted, original = norm(x), dict(norm._parameters)
+    original = dict(norm._parameters)
+    merged = {k: p.to(scales[0].scale.dtype) for k, p in original.items() if p is not None}
+    x = torch.linspace(-3, 3, scales[0].scale.numel(), device=scales[0].scale.device)[None]
+    wanted = forward(x)
+    for adapter in scales:
+        merged = {k: p * (1 + adapter.scale) for k, p in merged.items()}
+        if adapter.shift is not None:
+            merged["bias"] = merged["bias"] + adapter.shift
+        wanted = adapter.transform_output(wanted)
     norm._parameters.update({k: nn.Parameter(p, requires_grad=False) for k, p in merged.items()})
-    got = super(AdaptedNorm, norm).forward(x)  # the norm without its adapter
+    got = forward(x)
     norm._parameters.update(original)
     if (got - wanted).abs().max() > 1e-5 * wanted.abs().max():
         raise UserError(
-            f"{name}: {type(norm).__mro__[2].__name__} does not multiply by its weight, so that a"
-            " trained scale cannot merge; keep the adapter"
+            f"{name}: {forward.__qualname__.partition('.')[0]} does not multiply by its weight, so"
+            " that a trained scale cannot merge; keep the adapter"
         )
-    return merged[key]
+    return merged
