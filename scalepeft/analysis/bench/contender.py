@@ -67,7 +67,7 @@ def incumbent(out: Path, work: dict[str, Any], trl: bool) -> tuple[list[float], 
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
-        trainer = SFTTrainer(
+        trainer: Any = SFTTrainer(
             model, SFTConfig(**arguments, max_length=cutoff, packing=True),
             train_dataset=Dataset.from_list(rows), processing_class=tokenizer, peft_config=adapter,
         )  # fmt: skip
