@@ -56,18 +56,22 @@ def base(folder: str, load: str) -> Any:
     return model
 
 
+def config_class(method: str) -> Any:
+    return PEFT_TYPE_TO_CONFIG_MAPPING[method.upper()]
+
+
 def settings(method: str, **more: Any) -> Any:
     if method == "lora":
         return peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.1, target_modules=TARGETS, **more)
     rank = {"r": 4} if method in ("hoft", "shoft") else {}
-    config = PEFT_TYPE_TO_CONFIG_MAPPING[method.upper()]
-    return config(task_type="CAUSAL_LM", **rank, target_modules=TARGETS, **more)
+    words = {"task_type": "CAUSAL_LM", **rank, "target_modules": TARGETS, **more}
+    return config_class(method)(**words)
 
 
 def rows(count: int = 24) -> list[dict[str, Any]]:
     made = torch.Generator().manual_seed(1)
     lengths = torch.randint(8, 20, (count,), generator=made).tolist()
-    ids = [torch.randint(5, 700, (length,), generator=made).tolist() for length in lengths]
+    ids = [torch.randint(5, 12, (length,), generator=made).tolist() for length in lengths]
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
@@ -126,6 +130,13 @@ def run(
         Path(out, "losses.json").write_text(json.dumps(losses))
         Path(out, "held.json").write_text(json.dumps(held(trainer.model_wrapped)))
     return losses
+
+
+@torch.no_grad()
+def loaded_logits(folder: str, adapter: Path) -> torch.Tensor:
+    """Of a saved adapter, as a user loads it."""
+    model = peft.PeftModel.from_pretrained(base(folder, "fp32"), adapter).eval()
+    return model(torch.arange(5, 37)[None]).logits
 
 
 if __name__ == "__main__":
