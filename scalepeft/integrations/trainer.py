@@ -96,7 +96,8 @@ def main() -> None:
         sys.path.insert(0, str(Path(args.training_script).parent))
         runpy.run_path(args.training_script, run_name="__main__")
 
-    with mock.patch("torch.distributed.run.run", run_here):
+    in_place = mock.patch.object(launch, "simple_launcher", run_here)
+    with mock.patch("torch.distributed.run.run", run_here), in_place:
         launch.launch_command(launch.launch_command_parser().parse_args())
 
 

@@ -5,6 +5,7 @@
 Each run leaves ``losses.json`` and ``held.json`` (what the ranks held) in its folder, and the
 adapter in ``final/``.
 """
+# ruff: noqa: E402  (accelerate is told about the ranks before anything asks it)
 
 import json
 import os
@@ -62,7 +63,9 @@ def config_class(method: str) -> Any:
 
 def settings(method: str, **more: Any) -> Any:
     if method == "lora":
-        return peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.1, target_modules=TARGETS, **more)
+        return peft.LoraConfig(
+            task_type="CAUSAL_LM", r=4, lora_dropout=0.1, target_modules=TARGETS, **more
+        )
     rank = {"r": 4} if method in ("hoft", "shoft") else {}
     words = {"task_type": "CAUSAL_LM", **rank, "target_modules": TARGETS, **more}
     return config_class(method)(**words)
