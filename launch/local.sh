@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The same run with N processes on this machine: launch/local.sh [--requeue] N COMMAND [arguments of scalepeft COMMAND]
 #   launch/local.sh 2 train configs/runs/demo.yaml engine.name=fsdp2 run_dir=runs/demo
+#   launch/local.sh 2 accelerate --config_file configs/accelerate/ddp.yaml SCRIPT ...   (your own, with PreemptionCallback)
 # Signals (Ctrl-C, TERM, USR1) reach every rank; the exit code is that of the ranks: 0 finished, 75 stopped and saved.
 # A rank that fails takes the others with it. PYTHON picks the interpreter (default: .venv's, else python3).
 #   --requeue   as under Slurm: USR1 is a preemption, after which the run comes back by itself (until
@@ -16,6 +17,8 @@ case ${1:-} in
 '' | *[!0-9]* | 0) echo "usage: launch/local.sh [--requeue] N COMMAND [ARGUMENTS]   (N: number of processes, got '${1:-}')" >&2; exit 2 ;;
 esac
 n=$((10#$1)); shift
+module=scalepeft
+if [ "${1:-}" = accelerate ]; then module=scalepeft.integrations.trainer; shift; fi
 if [ -z "${PYTHON:-}" ]; then
     PYTHON=python3; [ ! -x "$here/.venv/bin/python" ] || PYTHON=$here/.venv/bin/python
 fi
@@ -47,7 +50,7 @@ run_ranks() {
     set -m  # own process groups: a Ctrl-C comes here alone and is passed on once
     for ((rank = 0; rank < n; rank++)); do
         RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=$n LOCAL_WORLD_SIZE=$n MASTER_ADDR=127.0.0.1 SCALEPEFT_RENDEZVOUS=$meet \
-            OMP_NUM_THREADS=$OMP_NUM_THREADS "$PYTHON" -m scalepeft "$@" </dev/null &
+            OMP_NUM_THREADS=$OMP_NUM_THREADS "$PYTHON" -m $module "$@" </dev/null &
         pids+=($!)
     done
     set +m

@@ -5,6 +5,9 @@
 # All nodes must share: the checkout with its environment, the data and the run folder; and see the base model. A shared
 # home is not needed: point SCALEPEFT_CACHE and HF_HOME to places that every node has (node-local is fine for both).
 #
+# SCALEPEFT_COMMAND=accelerate runs a script of yours with PreemptionCallback instead: SETTINGS are the words that
+# `accelerate launch` would get, e.g. --config_file configs/accelerate/fsdp2.yaml SCRIPT (docs/integrations/trainer.md).
+#
 # Environment, all optional:
 #   SCALEPEFT_ROOT          the checkout (default: the folder that sbatch was called in)
 #   PYTHON                  interpreter (default: the checkout's .venv, else python3)
@@ -145,10 +148,12 @@ else
     # Slurm counts steps from 0 at every start, and when a frozen node thaws, its old srun ends "step 1" of the job, which
     # by then would be the ranks of this start. So the ranks of successive starts are steps 1, 2, 3, 1, ...
     for ((i = 0; i < restarts % 3; i++)); do srun --nodes=1 --ntasks=1 true; done
+    module=scalepeft
+    [ "$command" != accelerate ] || { module=scalepeft.integrations.trainer; words=("${words[@]:1}"); }
     # Until python has its handlers, a signal must not kill it: it inherits "ignore" from the shell that starts it.
     # shellcheck disable=SC2016
     srun --nodes="$nodes" --ntasks="$ranks" --kill-on-bad-exit=1 "${srun_options[@]}" "${in_container[@]}" \
-        bash -c 'trap "" USR1 TERM; exec "$@"' _ "$PYTHON" -P -m scalepeft "${words[@]}" &
+        bash -c 'trap "" USR1 TERM; exec "$@"' _ "$PYTHON" -P -m $module "${words[@]}" &
     srun_pid=$!
     told=
     while kill -0 $srun_pid 2>/dev/null; do

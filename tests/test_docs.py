@@ -79,6 +79,8 @@ def desk(tmp_path: Path) -> Path:
     for name in ("TRAIN", "TEST"):
         (tmp_path / name).write_text(json.dumps(rows))
     (tmp_path / "OUTPUTS").write_text("".join(row["output"] + "\n" for row in rows))
+    pairs = [{"prompt": row["instruction"] + "\n", "completion": row["output"]} for row in rows]
+    (tmp_path / "PAIRS").write_text(json.dumps(pairs))
     shutil.copytree(tiny.make(0), tmp_path / "MODEL")
     task = {
         "task": "choose_local", "output_type": "multiple_choice", "dataset_path": "json",
@@ -88,7 +90,7 @@ def desk(tmp_path: Path) -> Path:
     }  # fmt: skip
     (tmp_path / "TASKS").mkdir()
     (tmp_path / "TASKS/choose_local.yaml").write_text(json.dumps(task))  # JSON is YAML
-    for name in ("configs", "launch", "slurm"):
+    for name in ("configs", "examples", "launch", "slurm"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path
 
@@ -118,6 +120,8 @@ def test_the_commands_of_a_page(page: Path, desk: Path) -> None:
             words += SHORT
         if "compare" in words:
             words = [{"x0.3,x1,x3": "x1", "3": "1"}.get(word, word) for word in words]
+        if any(word.startswith("examples/") for word in words):
+            words += ["--steps", "2", "--cpu"]
         if words[0] == "torchrun":
             words[1:1] = ["--standalone"]
         run(words, desk)

@@ -48,11 +48,10 @@ class StopFlag:
 
     def install(self) -> "StopFlag":
         """Takes over the three signals. Main thread only."""
-        read_end, write_end = os.pipe()
-        os.set_blocking(write_end, False)
-        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-        for number in SIGNALS:
-            signal.signal(number, lambda *_: None)
+        read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        self._fd_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         threading.Thread(target=self._watch, args=(read_end,), daemon=True).start()
         return self
 
@@ -60,6 +59,13 @@ class StopFlag:
         """Ignore the signals from here on: a late one must not change the exit code."""
         for number in SIGNALS:  # with handlers, Python restores the deadly default at shutdown
             signal.signal(number, signal.SIG_IGN)
+
+    def give_back(self) -> None:
+        """Hand the signals back to who had them before ``install``: the work is done."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._fd_before)
+        os.close(self._write_end)
 
     def request(self, number: int) -> None:
         """What a signal does; ``train.stop_at`` uses it too."""
@@ -91,10 +97,11 @@ class StopFlag:
         return code
 
     def _watch(self, read_end: int) -> None:
-        while True:
-            for number in os.read(read_end, 64):
+        while numbers := os.read(read_end, 64):
+            for number in numbers:
                 if number in SIGNALS:
                     self.request(number)
+        os.close(read_end)
 
     def _leave(self, number: int) -> None:
         if self.saved:

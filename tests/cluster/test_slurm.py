@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from processes import FULL, ROOT, TINY, adapter_bytes, call, losses, rows, train
+from processes import FULL, ROOT, TINY, Job, adapter_bytes, call, losses, rows, train
 from slurm_cluster import ENDS, PATH, Cluster, missing
 from test_docs import COMMANDS
 
@@ -621,3 +621,34 @@ def test_a_comparison_runs_as_arrays_and_ends_in_a_table(runs: Runs) -> None:
     assert cell["lr"] == min(held_out, key=held_out.__getitem__) and cell["ranks"] == 2
     start = rows(runs.folder / f"run/cells/lora/lr={cell['lr']:g},seed=1", "events.jsonl")[0]
     assert start["job"] == f"{seeds}_0" and len({r["host"] for r in start["per_rank"]}) == 2
+
+
+@pytest.mark.full
+def test_a_script_with_trainer_is_preempted_and_comes_back(runs: Runs, tmp_path: Path) -> None:
+    """With PreemptionCallback, a rank on each of two nodes; ends as if nothing had happened."""
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    program = str(ROOT / "tests/integrations/trainer_runs.py")
+    run = {"folder": str(tiny.make(0)), "per_device_train_batch_size": 1, "max_steps": 12}
+    alone = Job(2, [json.dumps([{**run, "out": str(whole)}])], {}, (program,))
+    assert alone.wait()[0] == [0, 0]
+    config = str(ROOT / "configs/accelerate/ddp.yaml")
+    words = ["--config_file", config, "--mixed_precision", "no", program]
+    words.append(json.dumps([{**run, "out": str(out), "slow": 0.5}]))
+    file = tmp_path / "job.sh"
+    text = JOB.format(folder=tmp_path, ranks=1, settings=shlex.join(words))
+    file.write_text(text.replace("SETTINGS=", "SCALEPEFT_COMMAND=accelerate\nSETTINGS="))
+    job = runs.submit(str(file))
+    for count, begun in enumerate((3, 7), 1):
+        deadline = time.monotonic() + 120
+        while not (out / f"rank-1-step-{begun}").exists():
+            assert time.monotonic() < deadline, runs.log(job)
+            time.sleep(0.05)
+        if count == 1:
+            runs.cluster.run("scancel", "-b", "-s", "USR1", job)  # as the time limit's warning
+        else:
+            preempt(runs, "node2")
+        runs.cluster.restart(job, count)
+    runs.cluster.wait(job, "COMPLETED")
+    assert runs.log(job).count("requeues itself") == 2
+    found = [json.loads((folder / "losses.json").read_text()) for folder in (whole, out)]
+    assert found[0] == found[1] and len(found[0]) == 12
