@@ -41,31 +41,23 @@ from scalepeft.core.errors import UserError
 from scalepeft.models import quant
 
 
-class _Product(torch.autograd.Function):
-    """``x W^T``, W dequantized in forward and again in backward: no tensor of its size is saved."""
+class _Foreign:
+    """The frozen layer of a library that PEFT knows (bitsandbytes), as an adapter's ``Base``.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, base: "_Dequantized") -> Tensor:
-        ctx.base = base
-        return F.linear(x, base.weight(x.dtype))
+    ``exact``: with the weight as it is stored, for merges; else the layer's own kernel computes,
+    which may round x too (LLM.int8).
+    """
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (dy,) = grads
-        return dy @ ctx.base.weight(dy.dtype), None
+    trained = True  # no fused form, which would not round as the layer does
 
-
-class _Dequantized:
-    """The frozen layer of a library that PEFT knows, as an adapter's ``Base``."""
-
-    trained = False
-
-    def __init__(self, layer: "Layer") -> None:
-        self.layer = layer
+    def __init__(self, layer: "Layer", exact: bool) -> None:
+        self.layer, self.exact = layer, exact
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _Product.apply(x, self)
+        if self.exact:
+            return F.linear(x, self.weight(x.dtype))
+        bare: Any = self.layer.get_base_layer()
+        return bare(x) if bare.bias is None else bare(x) - bare.bias.to(x.dtype)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         return self.layer.get_base_weight().detach().to(dtype)
@@ -205,11 +197,11 @@ class Layer(nn.Module, BaseTunerLayer):
             y = y if bare.bias is None else y + bare.bias.to(y.dtype)
         return y if autocast else y.to(dtype)
 
-    def stack(self, adapters: list[Adapter]) -> _Stacked:
+    def stack(self, adapters: list[Adapter], exact: bool = False) -> _Stacked:
         """The adapters around each other, and around the layer without its bias."""
         foreign = self.quantization_backend and not isinstance(self.quantization_backend, _OwnBytes)
         bare: Any = self.get_base_layer()
-        base: Any = _Dequantized(self) if foreign else quant.Frozen(bare)
+        base: Any = _Foreign(self, exact) if foreign else quant.Frozen(bare)
         for i, adapter in enumerate(adapters):
             below = any(p.requires_grad for a in adapters[:i] for p in a.parameters())
             if below and adapter.needs_weight and torch.is_grad_enabled():
@@ -249,7 +241,7 @@ class Layer(nn.Module, BaseTunerLayer):
                     raise UserError(f"{self.method} cannot merge: {a.unmergeable_reason}")
             like = torch.empty(0, self.in_features, device=next(adapters[0].parameters()).device)
             with without_dropout(adapters):
-                weight, shift = affine(self.stack(adapters), like)
+                weight, shift = affine(self.stack(adapters, exact=True), like)
             if bare.bias is None and shift.any():
                 raise UserError(
                     f"{self.key}: {self.method} adds a bias and the layer has none, so it cannot"
@@ -331,9 +323,10 @@ class Config(PeftConfig):
 
 
 class Tuner(BaseTuner):
-    """Puts layers in, and adds the methods' penalties to the model's own loss in training."""
+    """Puts the layers of a method into a model."""
 
     tuner_layer_cls: type[Any]
+    _adds_penalty = False
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     @staticmethod
@@ -362,33 +355,11 @@ class Tuner(BaseTuner):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward; in training its loss has the penalties (of qGOFT) in it."""
-        out = self.model(*args, **kwargs)
-        if not self.training:
-            return out
-        layers = [m for m in self.modules() if isinstance(m, Layer) and not m.disable_adapters]
-        terms = [p for m in layers for a in m.active() if (p := a.penalty()) is not None]
-        if not terms:
-            return out
-        if any(p.numel() == 0 for m in layers for a in m.active() for p in a.parameters()):
-            raise UserError(
-                f"{layers[0].method}: its penalty needs whole parameters, and ZeRO-3 has taken them"
-                " apart; take ZeRO-2, FSDP2 or scalepeft's own trainer, or a method without one"
-            )
-        if getattr(out, "loss", None) is None:
-            method = layers[0].method
-            warnings.warn(
-                f"{method}: the model made no loss, so its penalty is in none", stacklevel=2
-            )
-            return out
-        share, items, labels = 1.0, kwargs.get("num_items_in_batch"), kwargs.get("labels")
-        if (
-            items is not None and labels is not None
-        ):  # Trainer sums micro-batches, no mean over them
-            share = (labels[..., 1:] != -100).sum() / items
-        out.loss = out.loss + (share * total(terms)).to(out.loss.device)
-        return out
+    def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+        has_penalty = registry.find_class("adapters.methods", config.method, "adapter", Adapter)
+        if has_penalty.penalty is not Adapter.penalty and not self._adds_penalty:
+            self._adds_penalty = True
+            model.register_forward_hook(_add_penalty, with_kwargs=True)
 
     @classmethod
     def _get_adapter_state_dict(  # type: ignore[override]
@@ -430,6 +401,30 @@ class Tuner(BaseTuner):
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _add_penalty(model: nn.Module, _: Any, kwargs: dict[str, Any], out: Any) -> Any:
+    """In training the model's own loss has the penalties (of qGOFT) in it, for any trainer."""
+    if not model.training:
+        return out
+    layers = [m for m in model.modules() if isinstance(m, Layer) and not m.disable_adapters]
+    terms = [p for m in layers for a in m.active() if (p := a.penalty()) is not None]
+    if not terms:
+        return out
+    if any(p.numel() == 0 for m in layers for a in m.active() for p in a.parameters()):
+        raise UserError(
+            f"{layers[0].method}: its penalty needs whole parameters, and ZeRO-3 has taken them"
+            " apart; take ZeRO-2, FSDP2 or scalepeft's own trainer, or a method without one"
+        )
+    if getattr(out, "loss", None) is None:
+        what = "the model made no loss (no labels), so the penalty is in none"
+        warnings.warn(f"{layers[0].method}: {what}", stacklevel=2)
+        return out
+    share, items, labels = 1.0, kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    if items is not None and labels is not None:  # Trainer sums micro-batches, no mean over them
+        share = (labels[..., 1:] != -100).sum() / items
+    out.loss = out.loss + (share * total(terms)).to(out.loss.device)
+    return out
 
 
 def _is_norm(config: Any, key: str) -> bool:
