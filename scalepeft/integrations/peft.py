@@ -331,7 +331,8 @@ class Tuner(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
-        return BaseTuner._check_target_module_exists(peft_config, key) or _is_norm(peft_config, key)
+        found = BaseTuner._check_target_module_exists(peft_config, key)
+        return _is_norm(peft_config, key) or found  # PEFT tells false answers by their type
 
     def _create_and_replace(
         self,
