@@ -326,6 +326,7 @@ class Tuner(BaseTuner):
     """Puts the layers of a method into a model."""
 
     tuner_layer_cls: type[Any]
+    norm_layer_cls: type[Any]
     _adds_penalty = False
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
@@ -351,7 +352,8 @@ class Tuner(BaseTuner):
         if not isinstance(bare, nn.Linear) and not _is_norm(peft_config, current_key):
             what = f"{type(bare).__name__}, and {peft_config.method} adapts nn.Linear"
             raise TypeError(f"Target module {current_key} is not supported: it is {what}")
-        layer = self.tuner_layer_cls(target, adapter_name, peft_config, current_key)
+        cls = self.tuner_layer_cls if isinstance(bare, nn.Linear) else self.norm_layer_cls
+        layer = cls(target, adapter_name, peft_config, current_key)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -464,15 +466,16 @@ def _register(method: str) -> None:
     )
     config.__doc__ = adapter.Config.__doc__
     parts = {"method": method, "box": box, "adapter_layer_names": (box,)}
-    layer = type(f"{title}Layer", (Layer,), {**parts, **here})
-    tuner = type(
-        f"{title}Model", (Tuner,), {"prefix": f"{name}_", "tuner_layer_cls": layer, **here}
-    )
+    # By the word Linear in it "all-linear" of a second adapter finds what the first has wrapped.
+    layer = type(f"{title}Linear", (Layer,), {**parts, **here})
+    norm = type(f"{title}Norm", (layer,), here)
+    classes = {"tuner_layer_cls": layer, "norm_layer_cls": norm}
+    tuner = type(f"{title}Model", (Tuner,), {"prefix": f"{name}_", **classes, **here})
     register_peft_method(name=name, config_cls=config, model_cls=tuner)
     mappings: tuple[dict[Any, Any], ...] = PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     for mapping in mappings:
         mapping[told(method)] = mapping[name.upper()]
-    globals().update({made.__name__: made for made in (config, layer, tuner)})
+    globals().update({made.__name__: made for made in (config, layer, norm, tuner)})
 
 
 for _method in registry.available("adapters.methods"):
