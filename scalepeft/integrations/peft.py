@@ -24,6 +24,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
     PeftType,
     register_peft_method,
 )
@@ -387,7 +388,7 @@ class Tuner(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
         modules: Iterable[Any] = self.modules() if names else ()
-        layers = [m for m in modules if isinstance(m, self.tuner_layer_cls)]
+        layers: list[Any] = [m for m in modules if isinstance(m, self.tuner_layer_cls)]
         if names and self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         known = {"__base__"}.union(*(m.adapters for m in layers))
@@ -398,6 +399,9 @@ class Tuner(BaseTuner):
         def add(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             return args, {**kwargs, "adapter_names": names}
 
+        if names:  # beams are rows; what modules_to_save has copied is mixed by PEFT
+            names = [n for n in names for _ in range(kwargs.get("num_beams") or 1)]
+            layers += [m for m in self.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
         hooks = [m.register_forward_pre_hook(add, with_kwargs=True) for m in layers]
         try:
             yield
