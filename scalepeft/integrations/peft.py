@@ -252,7 +252,8 @@ class Layer(nn.Module, BaseTunerLayer):
             if bare.bias is not None:
                 changed["bias"] = bare.bias.float() + shift
         if safe_merge and not all(t.isfinite().all() for t in changed.values()):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names} is broken")
+            what = f"The adapter {', '.join(names)} seems to be broken"
+            raise ValueError(f"NaNs detected in the merged weights. {what}")
         self.originals = dict(bare.named_parameters(recurse=False))
         if hasattr(bare, "state"):  # of bitsandbytes' 8 bits: scales that the weight has given away
             self.originals["state"] = copy.copy(bare.state)
