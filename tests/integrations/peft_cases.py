@@ -30,6 +30,7 @@ CONFIGS: dict[str, Any] = {
 ALL = tuple(CONFIGS.values())
 RANKED = ("hoft", "shoft", "hut")
 SMALL: dict[str, dict[str, Any]] = {name: {"r": 2} for name in RANKED}  # divides 10, 20 and 2
+START: dict[str, dict[str, Any]] = {**SMALL, "hut": {"r": 1}}  # for layers of any size
 MLP_CASES: dict[str, dict[str, Any]] = {
     "1": {"target_modules": "lin0"},
     "2": {"target_modules": ["lin0"]},
@@ -42,7 +43,7 @@ OTHER_SETTINGS: dict[str, dict[str, Any]] = {
     "shoft": {"r": 4, "form": "mean_difference"},
     "goft": {"scale": True},
     "qgoft": {"penalty": 0.0},
-    "surm": {"structure": "ldr", "ldr_rank": 2},
+    "surm": {"structure": "kronecker", "scaling": 0.5},
     "hut": {"r": 1},
     "hadamard": {"position": "before"},
 }
@@ -97,9 +98,11 @@ class LoraConfig:
         settings["init_weights"] = settings.pop("init_lora_weights", True)
         if "rank_pattern" in settings and LoraConfig.method not in RANKED:
             del settings["rank_pattern"]
-        alien = {"lora_alpha", "lora_dropout", "alpha_pattern", "r"} - {f.name for f in fields(ours)}
+        alien = {"lora_alpha", "lora_dropout", "alpha_pattern", "r"} - {
+            f.name for f in fields(ours)
+        }
         kept = {key: value for key, value in settings.items() if key not in alien}
-        return ours(**{**SMALL.get(LoraConfig.method, {}), **kept})
+        return ours(**{**START.get(LoraConfig.method, {}), **kept})
 
 
 def _ours(value: Any) -> Any:
@@ -136,11 +139,11 @@ def names(model: torch.nn.Module, expected: tuple[str, ...]) -> set[str]:
 
 def layer_type() -> str:
     """What PEFT's status calls a layer of ours."""
-    return f"{LoraConfig.method}.{type_name('Layer')}"
+    return f"{LoraConfig.method}.{type_name('Linear')}"
 
 
 def type_name(end: str) -> str:
-    """The plug-in's class of the method, Layer or Model."""
+    """The plug-in's class of the method, Linear or Model."""
     return CONFIGS[LoraConfig.method].__name__.removesuffix("Config") + end
 
 
