@@ -18,7 +18,11 @@ import pytest
 from processes import ROOT, zygote
 
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    README,
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted(ROOT.glob("docs/integrations/*.md")),
+]
 SLURM = ("sbatch", "srun", "launch/submit")  # test_slurm.py runs these
 DONE_ELSEWHERE = ("bash launch/demo.sh", "bash launch/test.sh", ".venv/bin/python -m pytest")
 

@@ -35,14 +35,13 @@ FILES = (
 LEFT_OUT: list[tuple[str, str]] = [
     # test_custom_models
     (
-        "trainable_token|trainble_token|_embedding_layer|resized_embedding|embedding_layers|conv1d_emb|"
-        "lora_embed",
+        "trainable_token|trainble_token|to_embedding_layer|resized_embedding|conv1d_emb|lora_embed",
         "embeddings are not ours",
     ),
     ("conv[123]d|[Cc]onv[123]d|_mha_|multihead", "convolutions and attention modules are not ours"),
     ("weighted_adapter|merging_adapters", "weighted adapters are LoRA's and IA3's"),
     ("dora|gralora|monteclora|pvera|_vera_|lokr|vblora|_ia3_|osf", "another method's own test"),
-    (r"test_requires_grad_(?!lora|modules|follows)", "another method's own test"),
+    (r"test_requires_grad_(?!lora|modules|follows|small|large)", "another method's own test"),
     ("TestDynamicDispatch|TestLayerRepr", "LoRA's own layer classes"),
     ("test_mixed_adapter_batches_lora_opt_timing", "a measurement of time"),
     ("lora_bias|non_finite_bias", "an argument of LoRA's own"),
@@ -82,7 +81,7 @@ LEFT_OUT: list[tuple[str, str]] = [
     (r"_bnb\[", "needs a GPU"),
     ("tiny-random-gpt2-causal-all-linear", "Conv1D is not ours"),
     ("test_transformers_model$|test_transformers_model\\[", "a LoRA on the hub"),
-    ("nb_params|status_with_modules_to_save|injected_layers", "counts LoRA's parameters"),
+    ("nb_params|status_with_modules_to_save|test_model_with_injected", "counts LoRA's parameters"),
     ("test_(model_)?requires_grad_(model_)?irregular", "LoRA's tensors for embeddings"),
     ("test_prefixes_select_correct_state_dict_keys", "the names of LoRA's tensors"),
 ]
