@@ -164,6 +164,7 @@ def _custom(text: Text) -> None:
                  'LoraConfig(target_modules=["lin0"], r=10, init_lora_weights=False)')  # fmt: skip
     text.replace("            r=8,\n            lora_alpha=8,", "            r=2,", 2)
     text.replace('rank_pattern={"lin0": 4}', 'rank_pattern={"lin0": 10}')
+    text.replace("r = 4\n        lora_alpha = 8", "r = 2\n        lora_alpha = 8")
     text.replace("rank = 64 // (i + 1)", "rank = (2, 10)[i % 2]")
     text.replace(
         'model.lin0.lora_A["second"].weight.shape[0]', 'peft_cases.rank(model.lin0, "second")'
@@ -185,7 +186,7 @@ def _decoder(text: Text) -> None:
     text.replace(
         "        if config_cls != LoraConfig:\n"
         '            pytest.skip("Mixed adapter batches not supported for this config.")\n',
-        "",
+        "        _skip_if_not_conv1d_supported(model_id, config_cls)\n",
         2,
     )
 
@@ -226,7 +227,7 @@ def _tuners(text: Text) -> None:
     text.pattern(r"assert isinstance\(proj.lora_[AB].*\n", 'assert "other" in proj.adapters\n', 4)
     text.pattern(r'"([\w.]*\blora_[AB]\b[\w.]*)"', r'peft_cases.named("\1")', 10)
     # ranks by pattern, on layers that have room for them
-    text.replace("nn.Linear(1, 1)", "nn.Linear(48, 48)", 6)
+    text.replace("nn.Linear(1, 1)", "nn.Linear(96, 96)", 6)
     text.pattern(r' *assert .*scaling\["default"\] == .*\n', "", 84)
     text.pattern(r'assert ([\w.]+)\.r\["default"\]', r"assert peft_cases.rank(\1)", 84)
     text.pattern(r'LoraConfig\((\s*)target_modules="all-linear",(?=\s*rank)',
