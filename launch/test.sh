@@ -3,6 +3,7 @@
 #   launch/test.sh                  what every change must pass
 #   launch/test.sh -m "not slow"    the fast part; other pytest arguments too (-n 0: one process)
 #   launch/test.sh --full           whole products of methods, storages, shapes and engines, more kills
+# HF PEFT's own tests run on our methods: those of the installed version are fetched once into .venv.
 # The Slurm tests start a cluster of their own: Slurm is installed here where this is root and apt is there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -17,8 +18,19 @@ if [ -n "$(lacking)" ] && [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; 
         slurmctld slurmd slurm-client munge shellcheck util-linux procps; } > .venv/slurm-packages.log 2>&1 ||
         tail -n 5 .venv/slurm-packages.log >&2
 fi
+peft=$(.venv/bin/python -c 'import importlib.metadata as m; print(m.version("peft"))')
+pefts_tests=${SCALEPEFT_PEFT_TESTS:-.venv/peft-tests-$peft}
+if [ ! -d "$pefts_tests" ]; then
+    fetched=$(mktemp -d .venv/peft-tests.XXXXXX)
+    .venv/bin/python -m pip download -qq --no-deps --no-binary peft --dest "$fetched" "peft==$peft" 2>&1 | tail -n 3 >&2 || true
+    if tar -xzf "$fetched/peft-$peft.tar.gz" -C "$fetched" --strip-components=1 "peft-$peft/tests" 2> /dev/null; then
+        mv "$fetched/tests" "$pefts_tests"
+    fi
+    rm -rf "$fetched"
+fi
 skipped=$(lacking)
-warn() { [ -z "$skipped" ] || echo "test: WARNING: no $skipped here and no root with apt: the tests that need them ARE SKIPPED" >&2; }
+[ -d "$pefts_tests" ] || skipped+="tests of peft $peft "
+warn() { [ -z "$skipped" ] || echo "test: WARNING: no $skipped here, and they could not be fetched (Slurm: needs root and apt; PEFT's tests: its source distribution): the tests that need them ARE SKIPPED" >&2; }
 warn
 [ -z "$skipped" ] || [ -z "${CI:-}" ] || { echo "test: with CI set that is a failure" >&2; exit 1; }
 

@@ -24,6 +24,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
     PeftType,
     register_peft_method,
 )
@@ -251,7 +252,8 @@ class Layer(nn.Module, BaseTunerLayer):
             if bare.bias is not None:
                 changed["bias"] = bare.bias.float() + shift
         if safe_merge and not all(t.isfinite().all() for t in changed.values()):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names} is broken")
+            what = f"The adapter {', '.join(names)} seems to be broken"
+            raise ValueError(f"NaNs detected in the merged weights. {what}")
         self.originals = dict(bare.named_parameters(recurse=False))
         if hasattr(bare, "state"):  # of bitsandbytes' 8 bits: scales that the weight has given away
             self.originals["state"] = copy.copy(bare.state)
@@ -326,12 +328,14 @@ class Tuner(BaseTuner):
     """Puts the layers of a method into a model."""
 
     tuner_layer_cls: type[Any]
+    norm_layer_cls: type[Any]
     _adds_penalty = False
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
-        return BaseTuner._check_target_module_exists(peft_config, key) or _is_norm(peft_config, key)
+        found = BaseTuner._check_target_module_exists(peft_config, key)
+        return _is_norm(peft_config, key) or found  # PEFT tells false answers by their type
 
     def _create_and_replace(
         self,
@@ -350,7 +354,8 @@ class Tuner(BaseTuner):
         if not isinstance(bare, nn.Linear) and not _is_norm(peft_config, current_key):
             what = f"{type(bare).__name__}, and {peft_config.method} adapts nn.Linear"
             raise TypeError(f"Target module {current_key} is not supported: it is {what}")
-        layer = self.tuner_layer_cls(target, adapter_name, peft_config, current_key)
+        cls = self.tuner_layer_cls if isinstance(bare, nn.Linear) else self.norm_layer_cls
+        layer = cls(target, adapter_name, peft_config, current_key)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -384,7 +389,7 @@ class Tuner(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         names = kwargs.pop("adapter_names", None)
         modules: Iterable[Any] = self.modules() if names else ()
-        layers = [m for m in modules if isinstance(m, self.tuner_layer_cls)]
+        layers: list[Any] = [m for m in modules if isinstance(m, self.tuner_layer_cls)]
         if names and self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         known = {"__base__"}.union(*(m.adapters for m in layers))
@@ -395,6 +400,9 @@ class Tuner(BaseTuner):
         def add(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             return args, {**kwargs, "adapter_names": names}
 
+        if names:  # beams are rows; what modules_to_save has copied is mixed by PEFT
+            names = [n for n in names for _ in range(kwargs.get("num_beams") or 1)]
+            layers += [m for m in self.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
         hooks = [m.register_forward_pre_hook(add, with_kwargs=True) for m in layers]
         try:
             yield
@@ -463,15 +471,16 @@ def _register(method: str) -> None:
     )
     config.__doc__ = adapter.Config.__doc__
     parts = {"method": method, "box": box, "adapter_layer_names": (box,)}
-    layer = type(f"{title}Layer", (Layer,), {**parts, **here})
-    tuner = type(
-        f"{title}Model", (Tuner,), {"prefix": f"{name}_", "tuner_layer_cls": layer, **here}
-    )
+    # By the word Linear in it "all-linear" of a second adapter finds what the first has wrapped.
+    layer = type(f"{title}Linear", (Layer,), {**parts, **here})
+    norm = type(f"{title}Norm", (layer,), here)
+    classes = {"tuner_layer_cls": layer, "norm_layer_cls": norm}
+    tuner = type(f"{title}Model", (Tuner,), {"prefix": f"{name}_", **classes, **here})
     register_peft_method(name=name, config_cls=config, model_cls=tuner)
     mappings: tuple[dict[Any, Any], ...] = PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     for mapping in mappings:
         mapping[told(method)] = mapping[name.upper()]
-    globals().update({made.__name__: made for made in (config, layer, tuner)})
+    globals().update({made.__name__: made for made in (config, layer, norm, tuner)})
 
 
 for _method in registry.available("adapters.methods"):

@@ -292,3 +292,31 @@ def test_compiled(method: str) -> None:
     shake(model)
     want = model(IDS).logits
     assert (torch.compile(model, backend="aot_eager")(IDS).logits - want).abs().max() < 1e-4
+
+
+def test_a_mixed_batch_has_each_rows_own_modules_to_save() -> None:
+    """And a second adapter over all-linear takes the layers that the first one wrapped."""
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model = peft.get_peft_model(net, config("goft", target_modules=["0"], modules_to_save=["1"]))
+    model.add_adapter("b", config("goft", target_modules=["0"], modules_to_save=["1"]))
+    model.set_requires_grad(["default", "b"])
+    shake(model)
+    model.eval()
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        mixed = model(x, adapter_names=["default", "b", "b", "default"])
+        for name, rows in (("default", [0, 3]), ("b", [1, 2])):
+            model.set_adapter(name)
+            torch.testing.assert_close(mixed[rows], model(x)[rows])
+    two = peft.get_peft_model(toy(), config("goft", target_modules="all-linear"))
+    two.add_adapter("b", config("goft", target_modules="all-linear"))
+    layers = [m for m in two.modules() if isinstance(m, ours.Layer)]
+    assert layers and all(set(m.adapters) == {"default", "b"} for m in layers)
+
+
+def test_excluded_and_missing_targets_are_told_apart() -> None:
+    names = ["0", "1", "2"]
+    with pytest.raises(ValueError, match="All modules were excluded"):
+        peft.get_peft_model(toy(), config("goft", target_modules=names, exclude_modules=names))
+    with pytest.raises(ValueError, match="not found in the base model"):
+        peft.get_peft_model(toy(), config("goft", target_modules=["absent"]))
