@@ -123,7 +123,12 @@ def test_a_task_needs_data_alone(name: str) -> None:
             "peft",
             {
                 f"scalepeft.{m}"
-                for m in ("analysis.bench.entries", "analysis.bench.contender", "integrations.peft")
+                for m in (
+                    "analysis.bench.entries",
+                    "analysis.bench.contender",
+                    "integrations.peft",
+                    "integrations.peft_layer",
+                )
             },
         ),
         ("trl", {"scalepeft.analysis.bench.contender"}),

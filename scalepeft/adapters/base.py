@@ -168,18 +168,17 @@ class Adapter(nn.Module):
         return None
 
 
-def apply(adapter: Adapter, x: Tensor, base: Any, *more: Any) -> Tensor:
-    """``adapter(x, base, *more)``, under autocast as ``nn.Linear``: over x in autocast's dtype. It
-    is off inside, where it would take Gram matrices, solves and norms out of fp32.
+def apply(adapter: Callable[..., Tensor], x: Tensor, *more: Any) -> Tensor:
+    """``adapter(x, *more)``, under autocast as ``nn.Linear``: over x in autocast's dtype. It is off
+    inside, where it would take Gram matrices, solves and norms out of fp32.
     """
     device = x.device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        y: Tensor = adapter(x, base, *more)
-        return y
+        return adapter(x, *more)
     if x.dtype != torch.float64:  # which it leaves as it is
         x = x.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        return adapter(x, base, *more)
+        return adapter(x, *more)
 
 
 def first_order(ctx: Any) -> None:

@@ -10,18 +10,17 @@ active: ``y = A2(A1(x)) + b``. A shift of A1 is a part of what A2 sees, so A2's 
 layer's own bias b is added last. A merge makes one weight and one bias of the whole stack.
 """
 
-import copy
 import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -29,250 +28,14 @@ from peft.utils import (
     register_peft_method,
 )
 from peft.utils.other import get_pattern_key
-from peft.utils.quantization_utils import QuantizationBackend, resolve_quantization_backend
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from scalepeft.adapters.base import Adapter, AdapterConfig, Base, Scale, adapter_config
+from scalepeft.adapters.base import Adapter, AdapterConfig, adapter_config
 from scalepeft.adapters.inject import block, total
-from scalepeft.adapters.merged_weight import affine, merged_norm, without_dropout
 from scalepeft.adapters.peft_names import peft_name, told
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError
-from scalepeft.models import quant
-
-
-class _Foreign:
-    """The frozen layer of a library that PEFT knows (bitsandbytes), as an adapter's ``Base``.
-
-    ``exact``: with the weight as it is stored, for merges; else the layer's own kernel computes,
-    which may round x too (LLM.int8).
-    """
-
-    trained = True  # no fused form, which would not round as the layer does
-
-    def __init__(self, layer: "Layer", exact: bool) -> None:
-        self.layer, self.exact = layer, exact
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self.exact:
-            return F.linear(x, self.weight(x.dtype))
-        bare: Any = self.layer.get_base_layer()
-        return bare(x) if bare.bias is None else bare(x) - bare.bias.to(x.dtype)
-
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        return self.layer.get_base_weight().detach().to(dtype)
-
-
-class _Stacked:
-    """An adapter and what lies below it, as the ``Base`` of the adapter around it."""
-
-    trained = True  # for a fused form W would have to be probed, even where it does not train
-
-    def __init__(self, adapter: Adapter, base: Base) -> None:
-        self.adapter, self.base = adapter, base
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = self.adapter(x, self.base)
-        return y
-
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        p = next(self.adapter.parameters())
-        like = torch.empty(0, self.adapter.in_features, device=p.device)
-        with without_dropout([self.adapter]):
-            return affine(self, like)[0].to(dtype)
-
-
-class _OwnBytes(QuantizationBackend):
-    """Our ``QuantLinear`` as PEFT sees a quantized layer."""
-
-    supports_merge, backend_name, layer_type = True, "scalepeft", "linear"
-
-    def get_base_weight(self, base_layer: Any) -> Tensor:
-        return quant.Frozen(base_layer).weight(torch.float32)
-
-    def set_base_weight(self, peft_layer: Any, weight_data: Tensor) -> None:
-        layer = peft_layer.get_base_layer()
-        made = layer.fmt.encode(weight_data)
-        layer.weight, layer.weight_scale = (nn.Parameter(t, requires_grad=False) for t in made)
-
-
-class Layer(nn.Module, BaseTunerLayer):
-    """A layer with adapters by name; ``base_layer`` is linear, or a norm whose scale trains."""
-
-    method: ClassVar[str]
-    box: ClassVar[str]
-
-    def __init__(self, base_layer: nn.Module, name: str, settings: Any, key: str) -> None:
-        super().__init__()
-        self.base_layer, self.key = base_layer, key
-        bare: Any = self.get_base_layer()
-        self.is_norm = not isinstance(bare, nn.Linear)
-        if isinstance(bare, nn.Linear):
-            self.in_features, self.out_features = bare.in_features, bare.out_features
-            own = isinstance(bare, quant.QuantLinear)
-            self.quantization_backend = _OwnBytes() if own else resolve_quantization_backend(bare)
-        setattr(self, self.box, nn.ModuleDict())
-        self.merged_adapters: list[str] = []
-        self.originals: dict[str, Any] = {}
-        self._disable_adapters, self.cast_input_dtype_enabled = False, True
-        self._active_adapter = name
-        self.update_layer(name, settings)
-
-    @property
-    def adapters(self) -> Any:
-        """Adapter by name."""
-        return getattr(self, self.box)
-
-    def blank(self, settings: Any) -> Adapter:
-        """An adapter for this layer, without values."""
-        config = settings.method_config(self.key)
-        if self.is_norm:
-            bare: Any = self.get_base_layer()
-            return Scale(config, len(bare.weight), getattr(bare, "bias", None) is not None)
-        method = registry.find_class("adapters.methods", self.method, "adapter", Adapter)
-        return method(config, self.in_features, self.out_features, self.key)
-
-    def update_layer(self, name: str, settings: Any, **_: Any) -> None:
-        """Adds the adapter ``name``."""
-        adapter = self.blank(settings)
-        if not any(p.is_meta for p in adapter.parameters()):
-            adapter.reset_parameters()
-            if not settings.init_weights:
-                for p in adapter.parameters():
-                    p.data.add_(0.1 * torch.randn_like(p))
-        self.adapters[name] = adapter.train(self.training)
-        self._move_adapter_to_device_of_base_layer(name)
-        self.set_adapter(self.active_adapters, inference_mode=settings.inference_mode)
-
-    def active(self) -> list[Adapter]:
-        """The active adapters, the innermost first."""
-        return [self.adapters[n] for n in self.active_adapters if n in self.adapters]
-
-    def forward(
-        self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
-    ) -> Tensor:
-        """The layer with its active adapters; with ``adapter_names`` each row with its own."""
-        if adapter_names is not None and len(adapter_names) != len(x):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got"
-                f" {len(adapter_names)} and {len(x)} respectively."
-            )
-        if adapter_names is not None and self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call"
-                " `unmerge_adapter` first."
-            )
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if self.disable_adapters or self.merged:
-            return self.base_layer(x, *args, **kwargs)
-        if adapter_names is None:
-            return self.adapted(x, self.active())
-        y: Tensor | None = None
-        for name in dict.fromkeys(adapter_names):
-            rows = [i for i, n in enumerate(adapter_names) if n == name]
-            part = self.adapted(x[rows], [self.adapters[name]] if name in self.adapters else [])
-            y = part.new_empty(len(x), *part.shape[1:]) if y is None else y
-            y[rows] = part
-        assert y is not None
-        return y
-
-    def adapted(self, x: Tensor, adapters: list[Adapter]) -> Tensor:
-        """The layer with these adapters around it."""
-        bare: Any = self.get_base_layer()
-        if self.is_norm or not adapters:
-            y = self.base_layer(x)
-            for a in adapters:
-                y = a.transform_output(y)
-            return y
-        device, dtype = x.device.type, x.dtype
-        autocast = torch.is_autocast_enabled(device)
-        if autocast:
-            x = x.to(torch.get_autocast_dtype(device))
-        else:
-            x = self._cast_input_dtype(x, self.compute_dtype(x))
-        # Gram matrices and solves stay what the method makes them.
-        with torch.autocast(device, enabled=False) if autocast else nullcontext():
-            y = self.stack(adapters)(x)
-            y = y if bare.bias is None else y + bare.bias.to(y.dtype)
-        return y if autocast else y.to(dtype)
-
-    def stack(self, adapters: list[Adapter], exact: bool = False) -> _Stacked:
-        """The adapters around each other, and around the layer without its bias."""
-        foreign = self.quantization_backend and not isinstance(self.quantization_backend, _OwnBytes)
-        bare: Any = self.get_base_layer()
-        base: Any = _Foreign(self, exact) if foreign else quant.Frozen(bare)
-        for i, adapter in enumerate(adapters):
-            below = any(p.requires_grad for a in adapters[:i] for p in a.parameters())
-            if below and adapter.needs_weight and torch.is_grad_enabled():
-                raise UserError(
-                    f"{self.key}: {self.method} takes the weight below it for a constant, so two"
-                    " active adapters cannot train at once; freeze the inner one with"
-                    " set_requires_grad(name, False), or merge it"
-                )
-            base = _Stacked(adapter, base)
-        return base
-
-    def compute_dtype(self, x: Tensor) -> torch.dtype:
-        """In which the layer computes, as far as its weight tells; else that of x."""
-        dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
-        return dtype if dtype is not None and dtype.is_floating_point else x.dtype
-
-    @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Replaces weight and bias by those of the stack of what was merged before and
-        ``adapter_names``; ``unmerge`` puts the originals back.
-
-        Raises:
-            UserError: the method is not affine, or it adds a bias and the layer has none.
-        """
-        found = check_adapters_to_merge(self, adapter_names)
-        if not (names := [name for name in found if name in self.adapters]):
-            return
-        names = self.merged_adapters + names
-        self.unmerge()
-        bare: Any = self.get_base_layer()
-        adapters = [self.adapters[name] for name in names]
-        if self.is_norm:
-            changed = merged_norm(self.key, bare, adapters, bare.forward)
-        else:
-            for a in adapters:
-                if a.unmergeable_reason:
-                    raise UserError(f"{self.method} cannot merge: {a.unmergeable_reason}")
-            like = torch.empty(0, self.in_features, device=next(adapters[0].parameters()).device)
-            with without_dropout(adapters):
-                weight, shift = affine(self.stack(adapters, exact=True), like)
-            if bare.bias is None and shift.any():
-                raise UserError(
-                    f"{self.key}: {self.method} adds a bias and the layer has none, so it cannot"
-                    " merge; keep the adapter, or train it with shift=False"
-                )
-            changed = {"weight": weight}
-            if bare.bias is not None:
-                changed["bias"] = bare.bias.float() + shift
-        if safe_merge and not all(t.isfinite().all() for t in changed.values()):
-            what = f"The adapter {', '.join(names)} seems to be broken"
-            raise ValueError(f"NaNs detected in the merged weights. {what}")
-        self.originals = dict(bare.named_parameters(recurse=False))
-        if hasattr(bare, "state"):  # of bitsandbytes' 8 bits: scales that the weight has given away
-            self.originals["state"] = copy.copy(bare.state)
-        for key, value in changed.items():
-            value = value.to(self.compute_dtype(value) if key == "weight" else bare.bias.dtype)
-            if key == "weight" and self.quantization_backend is not None:
-                self.set_base_weight(value)
-            else:
-                setattr(bare, key, nn.Parameter(value.contiguous(), requires_grad=False))
-        self.merged_adapters = names
-
-    def unmerge(self) -> None:
-        """Puts weight and bias back as they were, to the bit."""
-        for key, parameter in self.originals.items():
-            setattr(self.get_base_layer(), key, parameter)
-        self.originals, self.merged_adapters = {}, []
-
-    def __repr__(self) -> str:
-        return f"{self.method}." + super().__repr__()
+from scalepeft.integrations.peft_layer import Layer
 
 
 @dataclasses.dataclass

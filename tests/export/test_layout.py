@@ -262,7 +262,12 @@ def test_adapters_of_experts_come_back(tmp_path: Path) -> None:
     base = random_llama(
         tmp_path / "base", "Mixtral", num_local_experts=2, num_experts_per_tok=2,
     )  # fmt: skip
-    settings = {"name": "lora", "rank": 2, "target_modules": ["q_proj", "experts.down_proj"]}
+    settings = {
+        "name": "lora",
+        "rank": 2,
+        "dropout": 0,
+        "target_modules": ["q_proj", "experts.down_proj"],
+    }
     model = scalepeft.inject(fresh(base), settings).eval()
     scatter(model, ".adapter.")
     scalepeft.save_adapter(model, tmp_path / "adapter")

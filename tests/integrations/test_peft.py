@@ -159,7 +159,7 @@ def toy(bias: bool = True) -> nn.Sequential:
 
 @pytest.mark.parametrize("method", SEVEN)
 def test_two_active_adapters_in_training(method: str) -> None:
-    """Both learn: each gradient is that of the stack, by differences in fp64; or one line."""
+    """Both learn: each gradient is that of the stack, by differences in fp64."""
     settings = {"r": 2} if method in ("hut",) else {}
     model = peft.get_peft_model(toy(), config(method, target_modules=["0", "2"], **settings), "a")
     model.add_adapter("b", config(method, target_modules=["0", "2"], **settings))
@@ -167,10 +167,6 @@ def test_two_active_adapters_in_training(method: str) -> None:
     model.double()
     shake(model)
     x = torch.randn(500, 16, dtype=torch.float64)  # enough tokens for HOFT's fused form
-    if method == "hut":
-        with pytest.raises(UserError, match="two active adapters cannot train at once"):
-            model(x)
-        model.base_model.set_requires_grad("a", False)
     model(x).square().mean().backward()
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -274,7 +270,7 @@ def test_penalty_once_a_step_under_accumulation() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_autocast(method: str, dtype: torch.dtype) -> None:
     sizes = {"block_size": 2} if method in ("oft", "oftv2", "boft") else {}
-    model = peft.get_peft_model(toy(), config(method, target_modules=["0", "2"], **sizes))
+    model = peft.get_peft_model(toy(), config(method, target_modules=["0", "2"], **sizes)).eval()
     shake(model)
     x = torch.randn(6, 16)
     with torch.autocast("cpu", dtype):
