@@ -93,9 +93,9 @@ def main() -> None:
     for family, adapter, storage in (  # two of them, or all
         ("mixtral", {"name": "hoft", "rank": 4}, "nf4"),
         ("mixtral", {"name": "qgoft", "penalty": 0.1}, "nf4"),
-        ("qwen3_moe", {"name": "lora", "rank": 4, "dropout": 0.0}, "nf4"),
+        ("qwen3_moe", {"name": "lora", "rank": 4, "alpha": 32, "dropout": 0.0}, "nf4"),
         ("gpt_oss", {"name": "hoft", "rank": 4}, "none"),
-        ("gpt_oss", {"name": "lora", "rank": 4, "dropout": 0.0}, "nf4"),
+        ("gpt_oss", {"name": "lora", "rank": 4, "alpha": 32, "dropout": 0.0}, "nf4"),
         ("llama4_text", {"name": "hoft", "rank": 4}, "int8"),
     )[:: 1 if "all" in sys.argv else 4]:
         model = build(family, adapter, storage)

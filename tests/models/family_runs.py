@@ -24,7 +24,7 @@ def settings(run_dir: Path, folder: Path, quant: str = "nf4") -> cfg.RunConfig:
         "run_dir": str(run_dir),
         "model": {"path": str(folder), "quant": quant},
         "data": {"name": "toy", "train_size": 40, "valid_size": 4, "cutoff": 256},
-        "adapter": {"name": "lora", "rank": 4, "dropout": 0.0},
+        "adapter": {"name": "lora", "rank": 4, "alpha": 32, "dropout": 0.0},
         "engine": {"name": "single" if world_size() == 1 else "fsdp2", "device": "cpu"},
         "train": {"max_steps": 2, "precision": "fp32", "lr": 1e-2, "global_batch": 4,
                   "micro_batch": 2, "loss_chunk": 64, "eval_every": 2},
