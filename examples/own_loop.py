@@ -2,7 +2,8 @@
 
     python examples/own_loop.py MODEL ROWS.json OUT
 
-ROWS.json is a list of {"instruction": ..., "output": ...}. Saves the adapter's tensors, by name.
+ROWS.json is a list of {"instruction": ..., "output": ...}. Saves the adapter for
+``scalepeft.load_adapter``, ``scalepeft merge`` and PEFT.
 """
 
 import argparse
@@ -10,7 +11,6 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import scalepeft
@@ -45,8 +45,7 @@ for step in range(options.steps):
     optimizer.zero_grad()
     print(f"step {step + 1} loss {loss.item():.4f}")
 
-options.out.mkdir(parents=True, exist_ok=True)
-save_file(trained, options.out / "adapter.safetensors")
+scalepeft.save_adapter(model, options.out)
 layer = model.model.layers[0].self_attn.q_proj
 weight, _ = scalepeft.effective_weight(layer)  # W' of layer(x) = W' x
 print(f"moved q_proj of block 0 by {(weight - layer.weight).norm() / weight.norm():.2%}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Adds llama.cpp to .venv-vllm: its Python package, compiled here (a C++ compiler, 10 minutes on two cores), and the source it
+# Adds llama.cpp to .venv-vllm: its Python package, compiled here (a C++ compiler, half an hour on two cores), and the source it
 # comes with, of which convert_hf_to_gguf.py makes GGUF files of checkpoints. For docs/integrations/llama-cpp.md and its test.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,6 +14,6 @@ echo "llama-cpp: compiling llama-cpp-python $version"
 $python -m pip download -qq --no-deps --no-binary llama-cpp-python --dest "$parts" "llama-cpp-python==$version"
 tar -xzf "$parts"/*.tar.gz -C "$parts"
 source=$parts/llama_cpp_python-$version
-CMAKE_ARGS="-DLLAVA_BUILD=OFF ${CMAKE_ARGS:-}" $python -m pip install -qq --constraint .venv-vllm/constraints.txt "$source"
+$python -m pip install -qq --constraint .venv-vllm/constraints.txt "$source"
 mv "$source/vendor/llama.cpp" .venv-vllm/llama.cpp
 echo "llama-cpp: llama-cpp-python $version in .venv-vllm, its source in .venv-vllm/llama.cpp"

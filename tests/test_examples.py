@@ -37,6 +37,6 @@ def test_an_example(
     runpy.run_path(str(script), run_name="__main__")
     losses = [float(loss) for loss in re.findall(r"loss'?:? '?([0-9.]+)", capsys.readouterr().out)]
     assert len(losses) >= 3 and 0 < losses[2] < 10
-    names = ("adapter.safetensors", "adapter/adapter_model.safetensors")
+    names = ("adapter_model.safetensors", "adapter/adapter_model.safetensors")
     (file,) = [path for name in names if (path := tmp_path / "out" / name).exists()]
     assert all(value.isfinite().all() for value in load_file(file).values())

@@ -4,7 +4,7 @@
         --model_args run_dir=RUN,subject=adapter --tasks arc_easy,hellaswag --batch_size 16
 
 What follows the module's name is lm-eval's own command line; it looks for no plug-ins, so a plain
-``lm-eval`` does not know the model. docs/integrations/lm-eval.md: how its numbers differ from ours.
+``lm-eval`` does not know the model: docs/integrations/lm-eval.md.
 """
 
 import gc

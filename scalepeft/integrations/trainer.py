@@ -31,8 +31,8 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     """The newest whole ``checkpoint-N``, if any. transformers' ``get_last_checkpoint`` also takes
     what a kill cut short: without a readable ``trainer_state.json``, which is written last.
     """
-    found = Path(output_dir).glob("checkpoint-*")
-    for folder in sorted(found, key=lambda f: int(f.name.split("-")[1]), reverse=True):
+    found = (f for f in Path(output_dir).glob("checkpoint-*") if f.name[11:].isdecimal())
+    for folder in sorted(found, key=lambda f: int(f.name[11:]), reverse=True):
         try:
             json.loads((folder / "trainer_state.json").read_text())
             return str(folder)

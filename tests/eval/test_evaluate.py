@@ -469,6 +469,9 @@ def test_an_evaluation_broken_off_ends_as_an_undisturbed_one(
     left = [10**9]
 
     class Fake:
+        def close(self) -> None:
+            pass
+
         def lengths(self, prompts: list[str]) -> list[int]:
             return list(map(len, prompts))
 
