@@ -278,7 +278,8 @@ def _of_peft(config: dict[str, Any], state: dict[str, Tensor], folder: Path) -> 
 def _form(config: AdapterConfig) -> tuple[dict[str, Any], dict[str, str]]:
     """``in_peft`` of a method, whatever the layer."""
     method = registry.find_class("adapters.methods", config.name, "adapter", Adapter)
-    width: int = getattr(config, "block_size", 0) or getattr(config, "rank", 1)
+    # On the meta device, but two sides of a rank that no layer has would overflow even there.
+    width: int = getattr(config, "block_size", 0) or min(getattr(config, "rank", 1), 2**20)
     try:
         with torch.device("meta"):
             return in_peft(method(config, width, width)) or ({}, {})

@@ -105,7 +105,11 @@ def test_a_stopped_evaluation_keeps_what_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An adapter's predictions are those of one row at a time, however often it is stopped."""
-    settings = ("data.test_size=40", "evaluate.max_new_tokens=12", "evaluate.stop=[e, '3']")
+    settings = (
+        "data.test_size=40",
+        "evaluate.max_new_tokens=12",
+        "evaluate.stop=[werwerwerwer, small]",
+    )
     one = toy_run(tmp_path / "one", *settings, "evaluate.batch_size=1")
     some = toy_run(tmp_path / "some", *settings, "evaluate.batch_size=7")
     assert evaluate.run(str(one), [], "adapter", StopFlag()) == 0
