@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scalepeft.core import kernels, registry
-from scalepeft.core.errors import UserError, unknown
+from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, Decides, Layers, Targets, _build
+from scalepeft.core.text import one_line
 from scalepeft.parallel.base import full_shape
 
 
@@ -345,9 +346,21 @@ def unsharded_copy(adapter: Adapter) -> Adapter:
     return twin
 
 
+def find_method(name: str) -> type[Adapter]:
+    """The method of that name. Raises UserError: there is none."""
+    return registry.find_class("adapters.methods", name, "adapter", Adapter)
+
+
 def adapter_config(values: dict[str, Any], saved: bool = False) -> AdapterConfig:
     """Builds a method's config from a mapping with ``name``; ``saved`` by this or older code."""
-    if "name" not in values:
-        raise unknown("adapter", "", registry.available("adapters.methods"))
-    found = registry.find_class("adapters.methods", str(values["name"]), "adapter", Adapter)
-    return _build(found.Config, {**(found.Config.BEFORE if saved else {}), **values}, "adapter")
+    found = find_method(str(values.get("name", ""))).Config
+    return _build(found, {**(found.BEFORE if saved else {}), **values}, "adapter")
+
+
+def on_meta(config: AdapterConfig, in_features: int, out_features: int, name: str = "") -> Adapter:
+    """A layer's adapter without memory. Raises UserError: settings that it or no layer can take."""
+    try:
+        with torch.device("meta"):
+            return find_method(config.name)(config, in_features, out_features, name)
+    except RuntimeError as error:  # torch's: sizes that no tensor can have
+        raise UserError(f"adapter settings that no layer can take: {one_line(error)}") from None

@@ -6,8 +6,7 @@ from typing import Any
 
 import yaml
 
-from scalepeft.adapters.base import Adapter
-from scalepeft.core import registry
+from scalepeft.adapters.base import find_method
 from scalepeft.core.text import one_line
 
 
@@ -24,7 +23,7 @@ def card(
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    method = registry.find_class("adapters.methods", settings["name"], "adapter", Adapter)
+    method = find_method(settings["name"])
     base = str(config["base_model_name_or_path"] or "BASE")
     online = base.count("/") == 1 and not Path(base).exists()
     head: dict[str, Any] = {"base_model": base} if online else {}

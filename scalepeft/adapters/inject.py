@@ -18,16 +18,15 @@ from scalepeft.adapters.base import (
     Scale,
     adapter_config,
     apply,
+    on_meta,
     unsharded_copy,
 )
-from scalepeft.adapters.card import card
 from scalepeft.adapters.experts import stack
 from scalepeft.adapters.layout import read_adapter
 from scalepeft.core import errors, registry
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import writing
 from scalepeft.core.log import say
-from scalepeft.core.text import one_line
 from scalepeft.models import quant
 from scalepeft.models.experts import ExpertLinear, mix_in, replace_experts
 from scalepeft.parallel.base import copy_rows, full_shape
@@ -63,16 +62,13 @@ class AdaptedNorm(nn.Module):
         return self.adapter.transform_output(y)
 
 
-def _attach(layer: nn.Module, method: type[Adapter], config: AdapterConfig, name: str = "") -> None:
+def _attach(layer: nn.Module, config: AdapterConfig, name: str = "") -> None:
     if not isinstance(layer, nn.Linear):
         raise UserError(f"{type(layer).__name__} cannot be adapted; nn.Linear layers can")
     if isinstance(layer, Adapted):
         raise UserError("the layer already has an adapter; a layer takes one")
-    try:
-        with torch.device("meta"):  # allocated once its shapes are known to be wanted
-            adapter = method(config, layer.in_features, layer.out_features, name)
-    except RuntimeError as error:  # torch's: sizes that no tensor can have
-        raise UserError(f"adapter settings that no layer can take: {one_line(error)}") from None
+    # Allocated once its shapes are known to be wanted.
+    adapter = on_meta(config, layer.in_features, layer.out_features, name)
     if isinstance(layer, ExpertLinear):
         stack(adapter, layer.num_experts)
     _put(layer, AdaptedExperts if isinstance(layer, ExpertLinear) else Adapted, adapter)
@@ -186,10 +182,9 @@ def inject(
     norms = _matching(model, config.norm_modules(), _is_norm, "adapter.norm", "normalization")
     model.requires_grad_(False)
     structure_only = any(p.is_meta for p in model.parameters())
-    method = registry.find_class("adapters.methods", config.name, "adapter", Adapter)
     for name in linear:
         try:
-            _attach(model.get_submodule(name), method, config, name)
+            _attach(model.get_submodule(name), config, name)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
     blocks = {block(name) for name in linear}
@@ -252,12 +247,10 @@ def save_adapter(
                 " sharded pass gathered ones, state_dict=accelerator.get_state_dict(model)"
             )
     path = getattr(getattr(model, "config", None), "name_or_path", None) or None
-    described, names = layout.as_peft(model, found, path, None)
-    settings = dataclasses.asdict(next(a.config for a in found.values()))
-    about = {"adapter": settings, "base_model": {"path": path}, "step": None, "length": None}
+    about = {"base_model": {"path": path}, "step": None, "length": None}
     with writing(folder):
         tensors = {name: state[name].detach() for name in own}
-        layout.write(Path(folder), tensors, names, described, about, card(settings, described))
+        layout.write(Path(folder), model, found, tensors, about, path)
 
 
 def _allocate(model: nn.Module) -> None:
@@ -269,8 +262,7 @@ def _allocate(model: nn.Module) -> None:
 
 def adapt(layer: nn.Linear, name: str, *, seed: int = 0, **settings: Any) -> nn.Linear:
     """Adapts one layer in place and returns it: ``adapt(linear, "hoft", rank=8)``."""
-    method = registry.find_class("adapters.methods", name, "adapter", Adapter)
-    _attach(layer, method, adapter_config({"name": name, **settings}))
+    _attach(layer, adapter_config({"name": name, **settings}))
     _allocate(layer)
     reset_adapters(layer, seed)
     return layer

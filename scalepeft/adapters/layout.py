@@ -18,9 +18,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from scalepeft.adapters.base import Adapter, AdapterConfig, Scale, adapter_config, unsharded_copy
+from scalepeft.adapters.base import (
+    Adapter,
+    AdapterConfig,
+    Scale,
+    adapter_config,
+    on_meta,
+    unsharded_copy,
+)
+from scalepeft.adapters.card import card
 from scalepeft.adapters.experts import Stacked
-from scalepeft.adapters.peft_names import method_of, peft_name, told
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError
 from scalepeft.core.files import (
@@ -45,6 +52,8 @@ PREFIX = "base_model.model."
 Adapted = tuple[AdapterConfig, dict[str, Tensor], dict[str, Any]]
 """Settings, tensors by our names, the rest of the description."""
 
+TAKEN = frozenset({"boft", "hira", "hra", "ia3", "lora", "oft"})
+"""Methods of which PEFT has one of that name, with settings and tensors of its own."""
 THEIRS: dict[str, tuple[dict[str, str], ...]] = {
     "LORA": ({"name": "lora"},),
     "HIRA": ({"name": "hira"},),
@@ -64,6 +73,22 @@ IDLE = frozenset({
 """Fields that change nothing of a layer's map, or nothing without another that is refused."""
 START = ("none", True, "gaussian")
 """Of ``bias`` and ``init_weights``; others, as pissa, change the base."""
+
+
+def peft_name(method: str) -> str:
+    """Name of the method in PEFT, in lower case; ``<name>_adapter`` holds a layer's tensors."""
+    return f"scalepeft_{method}" if method in TAKEN else method
+
+
+def told(method: str) -> str:
+    """``peft_type`` in a file: without the plug-in PEFT ends with it as a KeyError, which helps."""
+    name = peft_name(method).upper()
+    return f"{name}: pip install scalepeft, then import scalepeft.integrations.peft"
+
+
+def method_of(peft_type: str) -> str:
+    """The method that a file's ``peft_type`` (``HOFT``, or ``told``) names."""
+    return peft_type.partition(":")[0].lower().removeprefix("scalepeft_")
 
 
 def description_file(folder: Path) -> Path | None:
@@ -174,32 +199,49 @@ def _fields(config: AdapterConfig, named: dict[str, str]) -> dict[str, str]:
 
 def write(
     folder: Path,
+    model: nn.Module,
+    adapters: dict[str, Adapter],
     state: dict[str, Tensor],
-    names: dict[str, str],
-    config: dict[str, Any],
     about: dict[str, Any],
-    card: str,
+    name: str | None,
+    rows: dict[str, str] | None = None,
 ) -> None:
-    """Writes an adapter's folder; ``scalepeft.json`` comes last.
-
-    ``state``: whole tensors by our names; ``names``: theirs in the file; ``config``: PEFT's;
-    ``about``: ours. Raises OSError: the disk refused.
+    """Writes the folder of a model's ``adapters``, ``scalepeft.json`` last. ``state``: whole
+    tensors by our names; ``about``: the base, step and length; ``name``: of the base for others;
+    ``rows``: of the card. Raises OSError: the disk refused.
     """
+    config, names = as_peft(model, adapters, name, about["base_model"].get("revision"))
+    settings = dataclasses.asdict(next(a.config for a in adapters.values()))
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{WEIGHTS}.tmp"
     temporary.unlink(missing_ok=True)  # of a start that was killed, or a link
-    written = write_tensors(temporary, {names[name]: tensor for name, tensor in state.items()})
+    written = write_tensors(temporary, {names[key]: tensor for key, tensor in state.items()})
     temporary.replace(folder / WEIGHTS)
+    about = {"format": 2, "adapter": settings, **about, "sha256": written["sha256"]}
+    describe(folder, config, settings, about, rows)
+    (folder / OLD).unlink(missing_ok=True)
+
+
+def describe(
+    folder: Path,
+    config: dict[str, Any],
+    settings: dict[str, Any],
+    about: dict[str, Any] | None,
+    *shown: Any,
+) -> None:
+    """Writes what lies beside the tensors; ``about`` None: PEFT's alone; ``shown``: in ``card``."""
+    config_digest = write_config(folder, config)
+    write_atomically(folder / CARD, card(settings, config, *shown))
+    if about is not None:
+        text = json.dumps(sealed({**about, "config_sha256": config_digest}), indent=2)
+        write_atomically(folder / ABOUT, f"{text}\n")
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> str:
+    """Writes ``adapter_config.json``; returns its sha256."""
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_atomically(folder / CONFIG, text)
-    write_atomically(folder / CARD, card)
-    seals = {
-        "sha256": written["sha256"],
-        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
-    }
-    described = sealed({"format": 2, **about, **seals})
-    write_atomically(folder / ABOUT, json.dumps(described, indent=2) + "\n")
-    (folder / OLD).unlink(missing_ok=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_adapter(folder: Path) -> Adapted:
@@ -277,14 +319,9 @@ def _of_peft(config: dict[str, Any], state: dict[str, Tensor], folder: Path) -> 
 
 def _form(config: AdapterConfig) -> tuple[dict[str, Any], dict[str, str]]:
     """``in_peft`` of a method, whatever the layer."""
-    method = registry.find_class("adapters.methods", config.name, "adapter", Adapter)
     # On the meta device, but two sides of a rank that no layer has would overflow even there.
     width: int = getattr(config, "block_size", 0) or min(getattr(config, "rank", 1), 2**20)
-    try:
-        with torch.device("meta"):
-            return in_peft(method(config, width, width)) or ({}, {})
-    except RuntimeError as error:  # torch's: sizes that no tensor can have
-        raise UserError(f"adapter settings that no layer can take: {one_line(error)}") from None
+    return in_peft(on_meta(config, width, width)) or ({}, {})
 
 
 def _ours(

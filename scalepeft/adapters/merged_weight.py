@@ -1,7 +1,6 @@
 """What an adapted layer amounts to: its weight and bias, measured and not derived."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,43 +16,32 @@ from scalepeft.models.experts import ExpertLinear
 @torch.no_grad()
 def effective_weight(layer: nn.Module, chunk: int = 1024) -> tuple[Tensor, Tensor | None]:
     """Returns ``(W', b')`` in fp32 (fp64 for an fp64 layer), so that the layer equals ``W' x +
-    b'``; of experts all of them, (E out, in) and (E out,).
-
-    One rule for every method: push zero through the layer for b', then the identity, ``chunk`` rows
-    at a time, for the columns of W'. b' is None where the layer has no bias and the method adds
-    none.
-
-    Raises:
-        UserError: the layer has no adapter, or its method is not affine in x.
+    b'``; of experts all of them, (E out, in) and (E out,). b' is None where the layer has no bias
+    and the method adds none. Raises UserError: no adapter, or its method is not affine in x.
     """
     if not isinstance(layer, Adapted):
         raise UserError(f"{type(layer).__name__} has no adapter; call adapt() or inject() first")
     check_mergeable(layer)
-    with without_dropout([layer.adapter]):
-        like = torch.empty(0, layer.in_features, dtype=_dtype(layer), device=layer.weight.device)
-        parts = [affine(apply, like, chunk) for apply in _maps(layer)]
+    like = torch.empty(0, layer.in_features, dtype=_dtype(layer), device=layer.weight.device)
+    parts = [affine(apply, like, [layer.adapter], chunk) for apply in _maps(layer)]
     weight, bias = (torch.cat(part) for part in zip(*parts, strict=True))
     has_bias = layer.bias is not None or bool(bias.any())
     return weight, bias if has_bias else None
 
 
-@contextmanager
-def without_dropout(adapters: Sequence[nn.Module]) -> Iterator[None]:
-    """The adapters in eval mode, and not their base: that stays as it is."""
+def affine(
+    apply: Callable[[Tensor], Tensor],
+    like: Tensor,
+    adapters: Sequence[nn.Module],
+    chunk: int = 1024,
+) -> tuple[Tensor, Tensor]:
+    """``(W', b')`` of ``apply(x) = W' x + b'`` over rows x (..., in), ``like`` (0, in) in dtype and
+    device: the image of zero, and those of the identity, ``chunk`` rows at a time. The ``adapters``
+    are in eval mode for it, without dropout, and not their base: that stays as it is.
+    """
     were = [adapter.training for adapter in adapters]
     for adapter in adapters:
         adapter.eval()
-    yield
-    for adapter, training in zip(adapters, were, strict=True):
-        adapter.train(training)
-
-
-def affine(
-    apply: Callable[[Tensor], Tensor], like: Tensor, chunk: int = 1024
-) -> tuple[Tensor, Tensor]:
-    """``(W', b')`` of ``apply(x) = W' x + b'`` over rows x (..., in), ``like`` (0, in) in dtype and
-    device: the image of zero, and those of the identity, ``chunk`` rows at a time.
-    """
     zero = apply(like.new_zeros(1, like.shape[1]))[0]
     weight = zero.new_empty(len(zero), like.shape[1])
     for first in range(0, like.shape[1], chunk):
@@ -61,6 +49,8 @@ def affine(
         x = like.new_zeros(rows, like.shape[1])
         x[torch.arange(rows), first + torch.arange(rows)] = 1
         weight[:, first : first + rows] = (apply(x) - zero).T
+    for adapter, training in zip(adapters, were, strict=True):
+        adapter.train(training)
     return weight, zero
 
 

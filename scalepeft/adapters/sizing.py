@@ -10,12 +10,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from scalepeft.adapters import inject
-from scalepeft.adapters.base import Adapter, AdapterConfig
-from scalepeft.core import registry
+from scalepeft.adapters.base import AdapterConfig, on_meta
 from scalepeft.core.errors import UserError
 
 SHARED = tuple(f.name for f in dataclasses.fields(AdapterConfig) if f.name != "name")
@@ -64,15 +62,12 @@ def fit(adapter: dict[str, Any], key: str, shapes: Shapes, target: int) -> dict[
     ``target`` parameters over the layers of these ``shapes``, the smaller of two. Raises UserError:
     the method's own, where no value fits these layers.
     """
-    name = inject.adapter_config(adapter).name
-    make = registry.find_class("adapters.methods", name, "adapter", Adapter)
     distances: dict[int, int] = {}
     refusals: list[UserError] = []
     for size in range(1, 2 * max(map(max, shapes)) + 1):
         try:
             config = inject.adapter_config(resize(adapter, key, size))
-            with torch.device("meta"):
-                layers = {shape: make(config, *shape).parameters() for shape in shapes}
+            layers = {shape: on_meta(config, *shape).parameters() for shape in shapes}
         except UserError as error:
             refusals.append(error)
             continue

@@ -4,7 +4,6 @@ Both formats are PEFT's: ``adapter_config.json`` and ``adapter_model.safetensors
 ``base_model.model.<layer>.<tensor>``.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -79,10 +78,9 @@ def run(run_dir: str, out: str, settings: list[str], format: str) -> None:
     with whole_folder(target) as folder:
         weights = folder / layout.WEIGHTS
         save_file(tensors, weights, {"format": "pt"})
-        text = json.dumps(description, indent=2, sort_keys=True) + "\n"
-        settings_file = folder / layout.CONFIG
-        settings_file.write_text(text, encoding="utf-8")
-        weights.chmod(settings_file.stat().st_mode)  # safetensors makes it for the owner alone
+        layout.write_config(folder, description)
+        # safetensors makes it for the owner alone
+        weights.chmod((folder / layout.CONFIG).stat().st_mode)
     say(f"{description['peft_type']} adapter of {len(fields)} layers in {out}")
     if description.get("boft_n_butterfly_factor", 1) > 1:
         say("HF PEFT loads more than one butterfly factor only with its CUDA extension")

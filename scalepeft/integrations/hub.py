@@ -1,15 +1,13 @@
 """``scalepeft push``: a run's adapter on the Hugging Face hub, under a model card of the run."""
 
-import json
 import tempfile
 from pathlib import Path
 
-from scalepeft.adapters.card import card
-from scalepeft.adapters.layout import ABOUT, CARD, CONFIG, OLD, WEIGHTS, weights_file
+from scalepeft.adapters.layout import ABOUT, CONFIG, OLD, WEIGHTS, describe, weights_file
 from scalepeft.analysis.report.load import Evaluation, evaluations_of
 from scalepeft.config import schema as cfg
 from scalepeft.core.errors import UserError
-from scalepeft.core.files import digest, read_json, sealed
+from scalepeft.core.files import digest, read_json
 from scalepeft.core.log import say
 from scalepeft.core.text import one_line
 from scalepeft.eval.scores import between, shown
@@ -41,15 +39,12 @@ def run(run_dir: str, repo: str, private: bool, license: str | None, base: str |
          str(e.scores["count"]))
         for e in found for name, metric in (e.first,)
     ]  # fmt: skip
-    text = card(cfg.to_dict(settings), config, rows, scores, license, repo)
+    made = cfg.to_dict(settings)
+    ours = {**about, "adapter": made} if (folder / ABOUT).is_file() else None
     with tempfile.TemporaryDirectory() as place:
         here = Path(place)
         (here / WEIGHTS).symlink_to((folder / WEIGHTS).resolve())
-        (here / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        (here / CARD).write_text(text, encoding="utf-8")
-        if (folder / ABOUT).is_file():
-            about |= {"adapter": cfg.to_dict(settings), "config_sha256": digest(here / CONFIG)}
-            (here / ABOUT).write_text(json.dumps(sealed(about), indent=2) + "\n")
+        describe(here, config, made, ours, rows, scores, license, repo)
         say(f"in {repo}: {_upload(here, repo, private)}")
 
 

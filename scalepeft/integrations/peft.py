@@ -30,9 +30,9 @@ from peft.utils import (
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from scalepeft.adapters.base import Adapter, AdapterConfig, adapter_config
+from scalepeft.adapters.base import Adapter, AdapterConfig, adapter_config, find_method
 from scalepeft.adapters.inject import block, total
-from scalepeft.adapters.peft_names import peft_name, told
+from scalepeft.adapters.layout import peft_name, told
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError
 from scalepeft.integrations.peft_layer import Layer
@@ -124,8 +124,8 @@ class Tuner(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        has_penalty = registry.find_class("adapters.methods", config.method, "adapter", Adapter)
-        if has_penalty.penalty is not Adapter.penalty and not self._adds_penalty:
+        without = find_method(config.method).penalty is Adapter.penalty
+        if not without and not self._adds_penalty:
             self._adds_penalty = True
             model.register_forward_hook(_add_penalty, with_kwargs=True)
 
@@ -208,10 +208,7 @@ def _is_norm(config: Any, key: str) -> bool:
 
 def _register(method: str) -> None:
     """Makes and registers config, layer and tuner of a method."""
-    name, adapter = (
-        peft_name(method),
-        registry.find_class("adapters.methods", method, "adapter", Adapter),
-    )
+    name, adapter = peft_name(method), find_method(method)
     if name.upper() not in PeftType.__members__:  # an enum is closed; its maps are dicts
         member: Any = str.__new__(PeftType, name.upper())
         member._name_ = member._value_ = name.upper()

@@ -9,9 +9,8 @@ from peft.utils.quantization_utils import QuantizationBackend, resolve_quantizat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scalepeft.adapters.base import Adapter, Base, Scale, apply
-from scalepeft.adapters.merged_weight import affine, merged_norm, without_dropout
-from scalepeft.core import registry
+from scalepeft.adapters.base import Adapter, Base, Scale, apply, find_method
+from scalepeft.adapters.merged_weight import affine, merged_norm
 from scalepeft.core.errors import UserError
 from scalepeft.models import quant
 
@@ -52,8 +51,7 @@ class _Stacked:
     def weight(self, dtype: torch.dtype) -> Tensor:
         p = next(self.adapter.parameters())
         like = torch.empty(0, self.adapter.in_features, device=p.device)
-        with without_dropout([self.adapter]):
-            return affine(self, like)[0].to(dtype)
+        return affine(self, like, [self.adapter])[0].to(dtype)
 
 
 class _OwnBytes(QuantizationBackend):
@@ -103,8 +101,7 @@ class Layer(nn.Module, BaseTunerLayer):
         if self.is_norm:
             bare: Any = self.get_base_layer()
             return Scale(config, len(bare.weight), getattr(bare, "bias", None) is not None)
-        method = registry.find_class("adapters.methods", self.method, "adapter", Adapter)
-        return method(config, self.in_features, self.out_features, self.key)
+        return find_method(self.method)(config, self.in_features, self.out_features, self.key)
 
     def update_layer(self, name: str, settings: Any, **_: Any) -> None:
         """Adds the adapter ``name``."""
@@ -202,8 +199,7 @@ class Layer(nn.Module, BaseTunerLayer):
                 if a.unmergeable_reason:
                     raise UserError(f"{self.method} cannot merge: {a.unmergeable_reason}")
             like = torch.empty(0, self.in_features, device=next(adapters[0].parameters()).device)
-            with without_dropout(adapters):
-                weight, shift = affine(self.stack(adapters, exact=True), like)
+            weight, shift = affine(self.stack(adapters, exact=True), like, adapters)
             if bare.bias is None and shift.any():
                 raise UserError(
                     f"{self.key}: {self.method} adds a bias and the layer has none, so it cannot"

@@ -15,7 +15,6 @@ from torch import nn
 
 from scalepeft.adapters import inject as injection
 from scalepeft.adapters import layout
-from scalepeft.adapters.card import card
 from scalepeft.config import schema as cfg
 from scalepeft.core.files import read_lines, read_mapping, write_atomically
 from scalepeft.core.log import say
@@ -262,24 +261,18 @@ class RunRecorder:
         """Writes adapter/ out of the last checkpoint, with the adapted layers of ``model`` over the
         base of this ``name``. Returns why the disk refused, or None.
         """
+        length = [self.config.train.max_steps, self.config.train.epochs]
+        about = {"base_model": base, "step": step, "length": length}
+        folder, rows = self.path / "adapter", card_rows(self.config, step)
         self._room.give()
         try:
-            self._write_adapter(step, base, name, model)
+            check_fence(self.path, self.generation)
+            reader = Reader(self.folder.checkpoints / f"step-{step:06d}")
+            state = {key: reader.whole(key) for key in reader.shapes if "/" not in key}
+            layout.write(folder, model, dict(injection.adapters(model)), state, about, name, rows)
         except OSError as error:
             return error.strerror or str(error)
         return None
-
-    def _write_adapter(self, step: int, base: dict[str, Any], name: str, model: nn.Module) -> None:
-        check_fence(self.path, self.generation)
-        adapters = dict(injection.adapters(model))
-        described, names = layout.as_peft(model, adapters, name, self.config.model.revision)
-        reader = Reader(self.folder.checkpoints / f"step-{step:06d}")
-        state = {key: reader.whole(key) for key in reader.shapes if "/" not in key}
-        settings = cfg.to_dict(self.config.adapter)
-        length = [self.config.train.max_steps, self.config.train.epochs]
-        about = {"adapter": settings, "base_model": base, "step": step, "length": length}
-        text = card(settings, described, card_rows(self.config, step))
-        layout.write(self.path / "adapter", state, names, described, about, text)
 
 
 def card_rows(config: cfg.RunConfig, step: int) -> dict[str, str]:

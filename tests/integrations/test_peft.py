@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import scalepeft
 import scalepeft.integrations.peft as ours
 from scalepeft.adapters import inject as injection
+from scalepeft.adapters.layout import TAKEN, method_of, peft_name
 from scalepeft.adapters.merged_weight import affine
-from scalepeft.adapters.peft_names import TAKEN, method_of, peft_name
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError
 from scalepeft.models import quant
@@ -138,7 +138,7 @@ def test_storages(method: str, storage: str, tmp_path: Path) -> None:
                 again.merge_adapter()
             return
         stacks = {
-            m: affine(m.stack(m.active(), exact=True), torch.empty(0, m.in_features))[0]
+            m: affine(m.stack(m.active(), exact=True), torch.empty(0, m.in_features), [])[0]
             for m in again.modules()
             if isinstance(m, ours.Layer)
         }

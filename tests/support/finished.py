@@ -99,9 +99,9 @@ def write_adapter(folder: Path, state: dict[str, torch.Tensor], description: Any
     base = models.open_base(config, Ranks())
     model = structure.build(config, base.folder, "fp32")
     injection.inject(model, injection.adapter_config(description["adapter"]))
-    described, names = layout.as_peft(model, dict(injection.adapters(model)), base.name, None)
-    about = {key: description[key] for key in ("adapter", "base_model", "step", "length")}
-    layout.write(folder / "adapter", state, names, described, about, "a card")
+    about = {key: description[key] for key in ("base_model", "step", "length")}
+    adapters = dict(injection.adapters(model))
+    layout.write(folder / "adapter", model, adapters, state, about, base.name)
 
 
 def sealed_again(folder: Path, **changes: Any) -> None:
