@@ -60,17 +60,11 @@ class Base(Protocol):
         """``x (..., in) -> W x (..., out)`` in the dtype of x, differentiable in x."""
 
     def weight(self, dtype: torch.dtype) -> Tensor:
-        """W (out, in) for the moment, in a fused method alone: made where it is asked for (from
-        bytes, if need be), and not to be kept. Most methods never ask.
-        """
+        """W (out, in) for the moment, made where it is asked for (from bytes); not to be kept."""
 
 
 class Adapter(nn.Module):
-    """``y = transform_output(W transform_input(x) + delta(x)) + b``; x (..., in), y (..., out), W
-    (out, in).
-
-    A method declares its parameters and overrides hooks, and knows not how W is stored or sharded.
-    """
+    """``y = transform_output(W transform_input(x) + delta(x)) + b``: docs/contributing.md."""
 
     Config: ClassVar[type[AdapterConfig]]
     unmergeable_reason: str = ""
@@ -92,9 +86,7 @@ class Adapter(nn.Module):
         self.declare()
 
     def declare(self) -> None:
-        """Declares the parameters: ``self.U = self.new_parameter(out, r)``; none by default. Raises
-        UserError: dimensions that the method cannot take.
-        """
+        """``self.U = self.new_parameter(out, r)``. Raises UserError: dimensions it cannot take."""
 
     @staticmethod
     def new_parameter(*shape: int) -> nn.Parameter:
@@ -102,10 +94,8 @@ class Adapter(nn.Module):
         return nn.Parameter(torch.empty(shape, dtype=torch.float32))
 
     def reset_parameters(self) -> None:
-        """Draws the start values, zeros by default; the adapted layer then equals its base layer.
-
-        Called on an unsharded copy on the CPU under a seed of (run seed, layer name), so that the
-        start values do not depend on device, engine or world size.
+        """Draws the start values, with which the layer equals its base; called on an unsharded copy
+        on the CPU under a seed of (run seed, layer name), whatever device, engine or world size.
         """
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
@@ -114,11 +104,8 @@ class Adapter(nn.Module):
     """The factors, where ``adapters.factors`` keeps them over a step; else None."""
 
     def factors(self, parameters: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """Returns what the map takes of its parameters alone (rotations, inverses), differentiable
-        in them; nothing by default.
-
-        A training makes it once a step for all layers of a shape: every tensor may have more
-        dimensions in front, in ``parameters`` and in what is returned. In fp32 or better.
+        """What the map takes of its parameters alone (rotations, inverses), differentiable in them,
+        in fp32 or better. Tensors may have more dimensions in front, for all layers of a shape.
         """
         return ()
 
@@ -157,10 +144,8 @@ class Adapter(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define flops")
 
     def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """The same map for HF PEFT: (fields of its config, tensors by their PEFT name), or None.
-
-        A tensor's name is what follows the layer's: ``lora_A.weight``, ``hra_u``. The layer is on
-        one device and whole; ``base.weight`` may be read.
+        """The same map for HF PEFT, of a whole layer: (fields of its config, tensors by what
+        follows the layer's name, as ``lora_A.weight``), or None.
         """
         return None
 
@@ -183,9 +168,7 @@ def apply(adapter: Callable[..., Tensor], x: Tensor, *more: Any) -> Tensor:
 
 
 def first_order(ctx: Any) -> None:
-    """In a backward without a right derivative: refuses to record one, where torch's
-    ``once_differentiable`` is silent about the gradient of a sum, or one by x alone.
-    """
+    """Refuses a second derivative; ``once_differentiable`` is silent on that of a sum, or by x."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         what = f"create_graph=True: {type(ctx).__name__} has no second derivative"
         raise UserError(f"{what}; leave it False, or take another adapter method")
@@ -194,10 +177,8 @@ def first_order(ctx: Any) -> None:
 class Dropout(nn.Module):
     """Zeroes entries of x with probability p in training and scales the others by 1 / (1 - p).
 
-    With ``keys``, one for each row of the batch or, where lines hold several rows, for each token
-    with its ``positions`` in its row, what happens to an entry is a function of (key,
-    layer, position, feature) alone: the same whatever the micro-batch, the padding, the rank and
-    the number of ranks, and again in a recomputation. Without, torch's generator decides.
+    With ``keys`` an entry's fate is a function of (key, layer, position, feature) alone: the same
+    whatever micro-batch, padding and ranks, and again in a recomputation. Else torch's generator's.
     """
 
     def __init__(self, p: float, layer_name: str) -> None:
@@ -207,9 +188,9 @@ class Dropout(nn.Module):
         # A tensor, so that one compiled graph is that of every layer.
         self._salt = torch.tensor(salt, device="cpu")
         self.keys: Tensor | None = None
-        """int64 (lines,) or (lines, length); the trainer sets those of the micro-batch."""
+        """int64 (lines,) of rows, or (lines, length) of tokens where a line holds several rows."""
         self.positions: Tensor | None = None
-        """(lines, length); None: each line is one row."""
+        """(lines, length), of tokens in their rows; None: each line is one row."""
 
     def forward(self, x: Tensor) -> Tensor:
         """X (rows, positions, features), or (rows * positions, features) -> the same shape."""
@@ -276,10 +257,7 @@ def _mix(n: Tensor) -> Tensor:
 
 
 class Scale(Adapter):
-    """``y = (1 + scale) * y0 + shift`` behind a normalization layer: trains its weight (and bias).
-
-    Shift only where the layer has a bias, so that the family of maps is exactly that of the layer.
-    """
+    """``y = (1 + scale) * y0 + shift`` behind a norm: trains its weight, and its bias if any."""
 
     def __init__(self, config: Any, features: int, bias: bool) -> None:
         super().__init__(config, features, features)
@@ -296,10 +274,8 @@ class Scale(Adapter):
 
 
 def scale_shift(x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
-    """``x + scale * x + shift`` over the last dimension, in the dtype of x.
-
-    The factor 1 + scale is never formed: in bf16 it would be rounded to steps of 0.8 % near 1. Only
-    the result is (an activation in bf16 has steps of 0.4 to 0.8 % itself).
+    """``x + scale * x + shift`` over the last dimension, in the dtype of x; 1 + scale is never
+    formed: in bf16 it would be rounded to steps of 0.8 % near 1.
     """
     y: Tensor = _ScaleProduct.apply(x, scale)
     return y if shift is None else y + shift.to(x.dtype)

@@ -18,8 +18,8 @@ def card(
     license: str | None = None,
     place: str = "FOLDER",
 ) -> str:
-    """Markdown under YAML for the hub: ``settings`` of the method, ``config`` of PEFT, ``rows``
-    that are told by name, ``scores`` in the template's columns, ``place`` where it loads from.
+    """Markdown under YAML: ``config`` of PEFT, ``rows`` by name, ``scores`` in the template's
+    columns, ``place`` where it loads from.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

@@ -14,9 +14,7 @@ from scalepeft.models.experts import mix_in
 
 
 def stack(adapter: Adapter, experts: int) -> None:
-    """Makes one adapter for each expert of it, in place: every parameter (...) is (experts, ...).
-    Raises UserError: a setting that needs to know which row of the batch a token is of.
-    """
+    """Makes every parameter (...) of it (experts, ...), in place. Raises UserError: dropout."""
     if any(isinstance(module, Dropout) for module in adapter.modules()):
         raise UserError(
             "an expert sees tokens of all rows of a batch, and dropout is drawn by row; set"

@@ -1,8 +1,4 @@
-"""What depends on an adapter's parameters alone, made once a step for all layers of a shape.
-
-Letters: n layers of one shape. A rotation takes many small operations to make, and every
-micro-batch, its recomputation and every generated token need the same one.
-"""
+"""What depends on an adapter's parameters alone, made once a step for all n layers of a shape."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +14,11 @@ from scalepeft.parallel.base import Engine, full_shape
 
 @dataclass
 class Group:
-    """Adapters of one shape, and their parameters by name; ``fewer``: a layer's factors are fewer
-    numbers than its parameters, so that these must be used elsewhere too.
-    """
+    """Adapters of one shape."""
 
     adapters: list[Adapter]
     parameters: dict[str, list[nn.Parameter]]
+    # A layer's factors are fewer numbers than its parameters, which must be used elsewhere too.
     fewer: bool
 
 
@@ -43,9 +38,7 @@ class Factors:
 
     @contextmanager
     def of_step(self) -> Iterator[None]:
-        """Around a step's micro-batches: their gradients go on to the parameters at the end, beside
-        what the engine has summed over the ranks there. A collective.
-        """
+        """Around micro-batches, whose gradients reach the parameters at the end; a collective."""
         groups = [group for group in self.groups if group.fewer or self.engine.takes_idle]
         with self.made(groups):
             for factor in (f for g in groups for adapter in g.adapters for f in adapter.made or ()):
@@ -79,8 +72,8 @@ class Factors:
         return {key: self.engine.whole(each) for key, each in group.parameters.items()}
 
     def _backward(self, groups: list[Group]) -> None:
-        """Each group's gradient: where the factors are fewer numbers than the parameters, they are
-        what is summed over the ranks, else the parameters' gradients are.
+        """Sums over the ranks the factors' gradients where these are ``fewer``, else those of the
+        parameters.
         """
         grads = []
         for group in groups:

@@ -26,9 +26,7 @@ the frozen layer, and a kept (tokens, out) would be too much."""
 
 
 def columns(stored: Tensor, form: Form) -> Tensor:
-    """Returns u1, ..., ur (..., d, r) of what is stored: themselves, or P (..., d, r / 2) and R / 4
-    side by side, of which the pairs are ``R + P, R - P``.
-    """
+    """u1, ..., ur (..., d, r) of what is stored: they, or P (..., d, r / 2) and R / 4 beside it."""
     if form == "pairs":
         return stored
     p, r = stored.chunk(2, dim=-1)
@@ -36,13 +34,11 @@ def columns(stored: Tensor, form: Form) -> Tensor:
 
 
 def core(z: Tensor, form: Form, inverse: Inverse = "exact") -> Tensor:
-    """Returns K (..., r, r) of ``Q: y -> y + (y Z) K Z^T`` over rows.
+    """K (..., r, r) of ``Q: y -> y + (y Z) K Z^T`` over rows, of z (..., d, r) in fp32 or better.
 
-    Args:
-        z: what ``form`` stores, (..., d, r), in fp32 or better. ``pairs``: U itself, of any lengths
-            > 0. ``mean_difference``: ``U = Z C``, C as in ``columns``, so ``K = C K_U C^T``; Z is
-            what rows are multiplied with, as in bf16 ``R + P`` would lose a small P.
-        inverse: ``exact`` by a solve, or the paper's ``neumann2``: S^-1 ~ D^-1 - D^-1 A D^-1.
+    ``pairs``: Z is U itself, of any lengths > 0. ``mean_difference``: ``U = Z C``, C as in
+    ``columns``, so ``K = C K_U C^T``; Z is what rows are multiplied with, as in bf16 ``R + P``
+    would lose a small P. Inverse by a solve, or ``neumann2``: S^-1 ~ D^-1 - D^-1 A D^-1.
     """
     wide = in_fp64(z)
     gram, eye = wide.mT @ wide, torch.eye(z.shape[-1], dtype=wide.dtype, device=z.device)
@@ -59,8 +55,8 @@ def core(z: Tensor, form: Form, inverse: Inverse = "exact") -> Tensor:
 
 
 def start_columns(d: int, rank: int, norm: float, form: Form) -> Tensor:
-    """Draws orthonormal u1, u2, ... from the QR of a Gaussian, times ``norm``, and returns what
-    ``form`` stores of them, (d, rank), with Q = I: (u1|u1|u2|u2|...), or P = 0 and R / 4.
+    """What ``form`` stores, (d, rank), of orthonormal u1, u2, ... (a Gaussian's QR) times ``norm``:
+    (u1|u1|u2|u2|...), or P = 0 and R / 4, so that Q = I.
     """
     q, _ = torch.linalg.qr(torch.randn(d, rank // 2, dtype=torch.float64))
     mean = (norm * q).to(torch.float32)
@@ -80,9 +76,8 @@ def check_rank(rank: int, features: int) -> None:
 
 
 class Reflected(Adapter):
-    """What HOFT, SHOFT and HRA share: reflections of the input, and perhaps of the output.
-
-    A subclass sets ``V`` (in, r), perhaps ``U`` (out, r), as ``form`` has them, ``scale`` = m - 1.
+    """Reflections of the input by ``V`` (in, r), perhaps of the output by ``U`` (out, r), both as
+    ``form`` has them; perhaps a ``scale`` (out,) = m - 1.
     """
 
     V: nn.Parameter

@@ -95,9 +95,7 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, Adapter]]:
 
 
 def train_mode(model: nn.Module) -> nn.Module:
-    """Puts adapters in training mode, and the frozen base in that of inference: without dropout and
-    router noise of its own its loss is the same whatever the micro-batch.
-    """
+    """Adapters in training mode; the frozen base in that of inference, without its own dropout."""
     model.eval()
     for _, adapter in adapters(model):
         adapter.train()
@@ -157,9 +155,8 @@ def inject(
     """Adapts every layer that ``config.target_modules`` names, freezes all else, in place.
 
     Args:
-        model: any module with ``nn.Linear`` (or quantized) layers; on the meta device only the
-            structure is made, and ``reset_adapters`` draws the start values once the parameters are
-            real.
+        model: with ``nn.Linear`` (or quantized) layers; on the meta device only the structure is
+            made, and ``reset_adapters`` draws the start values once the parameters are real.
         config: a method's config or the same as a dict with ``name``.
         seed: of the start values.
         check: called before any adapter is allocated; may raise.
@@ -226,11 +223,9 @@ def _save_pretrained(
 def save_adapter(
     model: nn.Module, folder: str | Path, state_dict: dict[str, Tensor] | None = None
 ) -> None:
-    """Writes the model's adapter to ``folder`` as ``scalepeft train`` does, for ``load_adapter``
-    and PEFT; ``state_dict``: gathered tensors by name, where the model's own are sharded.
-
-    Raises:
-        UserError: no adapter, something else trains too, tensors that are missing or not whole.
+    """Writes the adapter to ``folder`` as ``scalepeft train`` does; ``state_dict``: its gathered
+    tensors, where the model's are sharded. Raises UserError: no adapter, something else trains too,
+    tensors that are missing or not whole.
     """
     found = dict(adapters(model))
     own = {f"{name}.adapter.{k}": p for name, a in found.items() for k, p in a.named_parameters()}
@@ -269,11 +264,7 @@ def adapt(layer: nn.Linear, name: str, *, seed: int = 0, **settings: Any) -> nn.
 
 
 def reset_adapters(model: nn.Module, seed: int) -> None:
-    """Draws every adapter's start values as a function of (seed, layer name) alone.
-
-    The values are drawn on an unsharded copy on the CPU and each rank takes its rows, so a method
-    needs no word about sharding and any engine, device and world size starts from the same adapter.
-    """
+    """Draws all start values by (seed, layer name) alone; each rank takes its rows of them."""
     for name, adapter in adapters(model):
         drawn_from = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         twin = unsharded_copy(adapter)
@@ -301,10 +292,7 @@ def decayed_names(model: nn.Module) -> set[str]:
 
 
 def penalty(model: nn.Module) -> Tensor | None:
-    """Sum of the adapters' regularisers (qGOFT), to be added to the loss once; None without any.
-
-    With sharded parameters it is the whole sum too: each is computed where its rows lie.
-    """
+    """Sum of the adapters' penalties, whole on every rank, for the loss once; None without any."""
     found = [p for _, adapter in adapters(model) if (p := adapter.penalty()) is not None]
     return total(found) if found else None
 
@@ -335,9 +323,7 @@ def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Copies an adapter state into the model after checking names, shapes and values. Raises
-    UserError: missing, extra, misshapen or non-finite tensors, by name; the model stays.
-    """
+    """Copies a state into the model. Raises UserError: not all there, or not finite, by name."""
     check_state(model, shapes(state), where)
     for name, tensor in state.items():
         if not tensor.is_floating_point():
@@ -352,11 +338,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Injects the adapter of ``folder`` (a run's ``adapter/``, or of PEFT) into its base model.
 
-    Names and shapes must fit; that the base holds the weights the adapter was trained on is the
-    caller's to know (``scalepeft evaluate`` compares fingerprints).
-
-    Raises:
-        UserError: unreadable folder, or one of another model, method or settings.
+    That this holds the weights it was trained on is the caller's to know. Raises UserError:
+    unreadable folder, or one of another model, method or settings.
     """
     config, state, _ = read_adapter(Path(folder))
     found = [layer.adapter.config for _, layer in adapted_layers(model)]

@@ -1,9 +1,4 @@
-"""The folder of an adapter, in HF PEFT's layout; peft is not needed.
-
-``adapter_model.safetensors`` holds ``base_model.model.<layer>.<tensor>``, ``adapter_config.json``
-PEFT's own keys, and ``scalepeft.json``, written last, our settings, the base and what the other two
-must be. Without it the folder is one of PEFT, Trainer or TRL; older runs have another (``OLD``).
-"""
+"""The folder of an adapter, in HF PEFT's layout (docs/integrations/hub.md); peft is not needed."""
 
 import dataclasses
 import hashlib
@@ -165,9 +160,7 @@ def common_fields(model: nn.Module, fields: dict[str, dict[str, Any]]) -> dict[s
 def as_peft(
     model: nn.Module, adapters: dict[str, Adapter], path: str | None, revision: str | None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """``adapter_config.json``, and our tensors' names -> those in the file: in PEFT's own type
-    where that has our parameters, else in the plug-in's.
-    """
+    """``adapter_config.json`` of PEFT's own type, else the plug-in's; our names -> the file's."""
     linear = {name: a for name, a in adapters.items() if not isinstance(a, Scale)}
     first = next(iter(linear.values()))
     ours_alone = any(isinstance(a, Stacked | Scale) for a in adapters.values())
@@ -245,11 +238,8 @@ def write_config(folder: Path, config: dict[str, Any]) -> str:
 
 
 def read_adapter(folder: Path) -> Adapted:
-    """Reads an adapter's folder: ours, an older run's, or PEFT's own, of which only the name of the
-    base is known.
-
-    Raises:
-        UserError: a missing, unreadable or changed file, or what is not ours to compute; named.
+    """Reads a folder: ours, an older run's, or PEFT's own, which tells of the base its name alone.
+    Raises UserError: a file is missing, unreadable or changed, or nothing that we compute; named.
     """
     remedy = f"{folder} is no readable adapter folder; name the adapter/ of a finished run"
     file, config_file, weights = description_file(folder), folder / CONFIG, weights_file(folder)

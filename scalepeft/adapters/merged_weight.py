@@ -117,9 +117,8 @@ def norm_parameter(name: str, norm: AdaptedNorm, key: str) -> Tensor:
 def merged_norm(
     name: str, norm: nn.Module, scales: Sequence[Scale], forward: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """``weight (1 + scale)`` and ``bias (1 + scale) + shift`` of a norm (its bare ``forward``) and
-    the scales behind it. Raises UserError: the norm does not multiply by its weight (Gemma's
-    multiplies by 1 + weight).
+    """``weight (1 + scale)`` and ``bias (1 + scale) + shift`` of a norm (its bare ``forward``) with
+    ``scales``. Raises UserError: it does not multiply by its weight (Gemma's: by 1 + weight).
     """
     original = dict(norm._parameters)
     merged = {k: p.to(scales[0].scale.dtype) for k, p in original.items() if p is not None}

@@ -1,7 +1,4 @@
-"""Methods at equal size: the rank or block size at which one trains a given number of parameters.
-
-A method is sized on the layers of a model alone, ``{(in, out): how many}``, on the meta device.
-"""
+"""Methods at equal size: the rank or block size at which one trains so many parameters."""
 
 import copy
 import dataclasses
@@ -58,9 +55,8 @@ def adapted_shapes(model: nn.Module, adapter: dict[str, Any]) -> Counter[tuple[i
 
 
 def fit(adapter: dict[str, Any], key: str, shapes: Shapes, target: int) -> dict[str, Any]:
-    """Return the settings with that value of ``key`` (see ``size_key``) which trains nearest to
-    ``target`` parameters over the layers of these ``shapes``, the smaller of two. Raises UserError:
-    the method's own, where no value fits these layers.
+    """The settings with that ``key`` (of ``size_key``) which trains nearest to ``target``
+    parameters, the smaller of two. Raises UserError: the method's own, where no value fits.
     """
     distances: dict[int, int] = {}
     refusals: list[UserError] = []

@@ -17,10 +17,9 @@ WHERE = "adapter.target_modules: "
 
 
 def expand(model: nn.Module, config: AdapterConfig) -> list[str]:
-    """Return ``config.target_modules`` with full names in the place of presets; and in the place of
-    the default, unless the model has a layer for each of its names: what projects to queries, keys
-    and values, into the feed-forward layer and out of it. Raises UserError: a preset that this
-    model has no layer for, or a pattern of everything.
+    """``config.target_modules`` with full names in place of presets, and of a default that the
+    model lacks a name of: what projects to queries, keys and values, into the feed-forward layer
+    and out of it. Raises UserError: a preset without a layer, or a pattern of everything.
     """
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     routers = {name for name, layer in linear.items() if structure.is_router(name, layer)}
@@ -71,16 +70,12 @@ def short(layers: list[str]) -> str:
 
 
 def _kind(model: nn.Module, name: str) -> str:
-    """``attention``, ``mlp``, or ``other`` in a decoder block; empty outside.
-
-    Names of children of the block tell, then their classes; what lies in the block itself is the
-    feed-forward layer's (OPT).
-    """
+    """``attention``, ``mlp``, or ``other`` in a decoder block; empty outside."""
     parts = name.split(".")
     number = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
     if number >= len(parts) - 1:
         return ""
-    if not (inside := parts[number + 1 : -1]):
+    if not (inside := parts[number + 1 : -1]):  # in the block itself: OPT's feed-forward layers
         return "mlp" if parts[-1].startswith("fc") else "other"
     cls = type(model.get_submodule(name.rsplit(".", 1)[0])).__name__
     if any(map(MLP.search, inside)):

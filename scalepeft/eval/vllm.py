@@ -1,12 +1,8 @@
-"""vLLM generates (``evaluate.backend=vllm``): merged checkpoints, bases, adapters that are a LoRA.
+"""vLLM generates (docs/integrations/vllm.md); beams are tested against a stand-in of its calls.
 
-Tested with vLLM 0.32 on a CPU (launch/vllm.sh), beams against a stand-in of its calls alone.
-
-Greedy answers are those of ``hf`` up to ties that other kernels decide otherwise. The beam search
-is vLLM's own: it ranks hypotheses by the same score, and ends its search by another rule.
-
-A signal that also reaches vLLM's own processes (Slurm sends it to the whole step) ends the
-evaluation with an error instead of 75; what is in predictions.jsonl counts all the same.
+Its beam search ranks hypotheses by the same score as ``hf``, and ends by another rule. A signal
+that also reaches vLLM's own processes (Slurm sends it to the whole step) ends the evaluation with
+an error instead of 75; what is in predictions.jsonl counts all the same.
 """
 
 import json
@@ -28,9 +24,7 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
 
 
 class Generator(Backend):
-    """vLLM's engine ``llm`` on every GPU of this process, with the exported adapter ``lora``, if
-    any. The tokenizer makes the prompts' ids and the answers' texts, as for the other backend.
-    """
+    """vLLM's engine ``llm`` on every GPU of this process, with the exported adapter ``lora``."""
 
     def __init__(self, target: EvalTarget, prompts: list[str]) -> None:
         """Starts vLLM for ``prompts``, by whose length it plans memory; raises as ``exported``."""
@@ -84,9 +78,7 @@ class Generator(Backend):
 
 
 def check(config: RunConfig, kind: Subject, world_size: int) -> None:
-    """Raise UserError for what vLLM cannot evaluate as the run has it, before anything is loaded or
-    set aside: several ranks, a base that is stored in fewer bits; or where vLLM is missing.
-    """
+    """Raise UserError before anything is loaded: several ranks, a quantized base, or no vLLM."""
     if world_size > 1:
         raise UserError(
             f"evaluate.backend=vllm in {world_size} processes: vLLM spreads over the GPUs by"
@@ -107,9 +99,8 @@ def check(config: RunConfig, kind: Subject, world_size: int) -> None:
 
 
 def exported(config: RunConfig, sha256: str) -> tuple[Path, int]:
-    """The adapter as a LoRA in ``RUN_DIR/exported-lora``, made if it is not there; and its rank. It
-    lies under the ``sha256`` of the adapter's file, which may be trained further. Raises UserError:
-    the method is no LoRA, or the rank is more than vLLM takes.
+    """The adapter as a LoRA under the ``sha256`` of its file, which may be trained further; made if
+    it is not there; its rank. Raises UserError: no LoRA, or more rank than vLLM takes.
     """
     folder = Path(config.run_dir) / "exported-lora" / sha256[:16]
     if not folder.is_dir():

@@ -47,16 +47,13 @@ def run(
     key: str | None = None,
     poll: Callable[[], None] = lambda: None,
 ) -> None:
-    """Writes base and adapter of a run to ``out``, a new folder; prints the output error. Raises
-    UserError: the method or the architecture cannot merge, base and adapter do not belong together,
-    or ``out`` cannot be written; nothing is written then.
+    """Writes base and adapter of a run to ``out``, a new folder; prints the output error. Merged
+    weights are computed in fp32 and rounded once. Raises UserError: the method or the architecture
+    cannot merge, base and adapter do not belong together, ``out`` cannot be written: nothing is.
 
     Args:
-        settings: where the base is now (``model.path=FOLDER``).
-        base: ``original``: merge into the weights of the files; ``dequantized``: into what the
-            adapter saw in training, every quantized weight replaced by its decoded values.
-        dtype: of the written weights: ``base`` (as in the files), ``fp32`` or ``bf16``. Merged
-            weights are computed in fp32 and rounded once.
+        base: weights of the files (``original``), or what training saw (``dequantized``).
+        dtype: of the written weights: ``base`` (as in the files), ``fp32`` or ``bf16``.
         key: as ``whole_folder`` takes it; with one, a merge that was broken off goes on.
         poll: called between tensors; may raise to stop.
     """
@@ -110,9 +107,7 @@ def check_method(config: RunConfig, folder: Path) -> None:
 
 
 def vllm_may_drop_biases(architecture: Any) -> bool:
-    """Whether a switch is on in another family than LLaMA's, whose class in vLLM takes all biases;
-    it has no place for those of Gemma's layers and Qwen3's o_proj, and loads the rest.
-    """
+    """Whether a switch is on in another family than LLaMA's: docs/integrations/vllm.md."""
     on = any(getattr(architecture, switch, False) for switch in SWITCHES)
     return on and architecture.model_type != "llama"
 
@@ -163,8 +158,8 @@ def _architecture_with(
 def _shards(
     weights: Weights, new: dict[str, tuple[int, ...]], dtype: str, decoded: str
 ) -> list[Shard]:
-    """The base's tensors in their files and order, and behind a weight of ``new`` its new bias of
-    that shape. ``decoded``: dtype in config.json, of weights that the files hold in codes.
+    """The base's tensors in their files and order, behind a weight of ``new`` its bias of that
+    shape. ``decoded``: dtype of weights that the files hold in codes.
     """
     several = len(weights.files) > 1 or (weights.folder / INDEX).is_file()
     shards = []
@@ -188,10 +183,8 @@ def _shards(
 
 
 class _Stream:
-    """Writes each tensor of the merged model while it is at hand for the adapted model's forward.
-
-    What merging does not change is written as it is read, the rest when its module is real; in a
-    ``model`` of other weights than were ``trained`` on it is then rounded to those.
+    """Writes what merging does not change as it is read, the rest while its module is real for the
+    adapted model's forward; other weights than were ``trained`` on are then rounded to those.
     """
 
     def __init__(

@@ -1,8 +1,4 @@
-"""A run's adapter for HF PEFT, or as a plain LoRA that any LoRA server takes; peft is not needed.
-
-Both formats are PEFT's: ``adapter_config.json`` and ``adapter_model.safetensors`` with names
-``base_model.model.<layer>.<tensor>``.
-"""
+"""A run's adapter for HF PEFT, or as a plain LoRA, both in PEFT's layout; peft is not needed."""
 
 import re
 from pathlib import Path
@@ -43,13 +39,10 @@ class _Real:
 
 @torch.no_grad()
 def run(run_dir: str, out: str, settings: list[str], format: str) -> None:
-    """Writes a run's adapter in PEFT's layout to ``out``, a new folder: ``peft``, the same method
-    there, or ``lora``, one of scaling 1 with ``B A = W' - W``. ``settings``: as a merge's.
-
-    Where the result depends on W (the LoRA of HOFT and HRA, DoRA's magnitudes), W is what the
-    adapter saw in training: dequantized where the run's base was quantized. Raises UserError: the
-    format has no place for the method; base and adapter do not belong together; ``out`` cannot be
-    written. Nothing is written then.
+    """Writes a run's adapter to ``out``, a new folder: ``peft``, the same method there, or
+    ``lora``, one of scaling 1 with ``B A = W' - W``; W as training saw it, dequantized. Raises
+    UserError: the format has no place for the method, base and adapter do not belong together,
+    ``out`` cannot be written; nothing is written then.
     """
     target = Path(out)
     refuse_existing(target)

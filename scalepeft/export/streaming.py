@@ -121,9 +121,8 @@ class FinishedRun:
 
     @classmethod
     def open(cls, run_dir: str, settings: list[str], what: str) -> "FinishedRun":
-        """Reads and compares them. Raises UserError: no run or no adapter; an adapter of other
-        settings than the run's, or of another base than ``model.path`` holds; unreadable files; a
-        setting that cannot be changed for ``what``.
+        """Reads and compares them. Raises UserError: no adapter, one of other settings or another
+        base, unreadable files, a setting that cannot be changed for ``what``.
         """
         config = load_run(run_dir, settings, changes.for_export(), what)
         where = adapter_folder(run_dir)
@@ -150,8 +149,8 @@ class FinishedRun:
         return cls(config, base, state, device)
 
     def structure(self, quantized: bool) -> Streamed:
-        """The base in fp32 with the adapter; blocks quantized as in training, or as in the files.
-        Raises UserError: the adapter's tensors do not fit, or are not finite.
+        """The base in fp32 with the adapter, quantized as in training or as in the files. Raises
+        UserError: the adapter's tensors do not fit, or are not finite.
         """
         config = self.config.model
         if not quantized:
@@ -194,17 +193,16 @@ def changed(folder: Path, hashed: Callable[[Path], str] = sha256) -> str | None:
 def whole_folder(out: Path, key: str | None = None) -> Iterator[Path]:
     """Yields a folder to fill; it appears as ``out`` once all is on the disk, or nothing does.
 
-    Without a ``key`` it is this process's own; those of processes that were killed on this machine
-    are removed. With a key it stays when the filling is broken off, and whoever comes with the same
-    key gets it again; the caller sees to it that only one comes at a time. Raises UserError:
-    ``out`` exists, or the disk refuses; nothing is left behind without a key.
+    Without a ``key`` it is this process's own, and nothing is left behind; with one it stays when
+    broken off, for who comes next with the same key, one at a time as the caller sees to. Raises
+    UserError: ``out`` exists, or the disk refuses.
     """
     refuse_existing(out)
     begin = f"{out.name}.partial-{socket.gethostname()}-"
     partial = out.with_name(f"{begin}{os.getpid()}" if key is None else f"{out.name}.partial")
     made_from = partial / MADE_FROM
     try:
-        for left in out.parent.glob(f"{glob.escape(begin)}*"):
+        for left in out.parent.glob(f"{glob.escape(begin)}*"):  # of processes that were killed here
             if not Path("/proc", left.name.removeprefix(begin)).exists():
                 shutil.rmtree(left, ignore_errors=True)
         if key is None:

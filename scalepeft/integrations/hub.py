@@ -16,9 +16,8 @@ from scalepeft.run.records import card_rows
 
 
 def run(run_dir: str, repo: str, private: bool, license: str | None, base: str | None) -> None:
-    """Makes ``repo`` (ORG/NAME) where it is not there, and uploads the adapter's folder in one
-    commit. ``base``: hub id in place of a folder that others do not have. Raises UserError: no
-    whole adapter, one in an older layout, or what the hub or the network refused.
+    """Uploads the adapter's folder to ``repo`` (ORG/NAME) in one commit. Raises UserError: no whole
+    adapter, one in an older layout, or what the hub or the network refused.
     """
     folder, (settings, _, about) = adapter_folder(run_dir), read_run_adapter(run_dir)
     if weights_file(folder).name == OLD:
@@ -50,9 +49,8 @@ def run(run_dir: str, repo: str, private: bool, license: str | None, base: str |
 
 def _of_this(evaluation: Evaluation, folder: Path) -> bool:
     """False for scores of an adapter that was trained further since."""
-    same = evaluation.which != "tuned" or evaluation.about.get("subject") == digest(
-        folder / WEIGHTS
-    )
+    subject = evaluation.about.get("subject")
+    same = evaluation.which != "tuned" or subject == digest(folder / WEIGHTS)
     if not same:
         say(f"{evaluation.folder}: scores of another adapter; left out of the card")
     return same

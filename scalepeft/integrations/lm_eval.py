@@ -1,10 +1,5 @@
-"""lm-eval (EleutherAI's evaluation harness) on a run folder, as the model ``scalepeft``:
-
-    python -m scalepeft.integrations.lm_eval run --model scalepeft \
-        --model_args run_dir=RUN,subject=adapter --tasks arc_easy,hellaswag --batch_size 16
-
-What follows the module's name is lm-eval's own command line; it looks for no plug-ins, so a plain
-``lm-eval`` does not know the model: docs/integrations/lm-eval.md.
+"""lm-eval (EleutherAI's harness) on a run folder, as the model ``scalepeft``; it looks for no
+plug-ins, so a plain ``lm-eval`` does not know the model: docs/integrations/lm-eval.md.
 """
 
 import gc
@@ -40,16 +35,9 @@ DEFAULT_DEVICE = "cuda:0"
 
 @register_model("scalepeft")
 class ScalepeftLM(HFLM):
-    """A run's adapter, its merged checkpoint or its base, loaded as ``scalepeft evaluate`` does.
-
-    In several processes (``torchrun -m scalepeft.integrations.lm_eval ...``) each takes its share
-    of the rows; the engine must hold the whole model in each (``engine=ddp``). Raises UserError:
-    what is given cannot be loaded, or is not known.
-
-    Args:
-        subject: of ``run_dir``: ``adapter``, ``merged`` or ``base``.
-        device: in place of the run's ``engine.device``; ``cuda:0``, lm-eval's default, leaves that.
-        more: settings of the run that ``scalepeft evaluate`` takes, and of lm-eval's own model.
+    """A run's adapter, its merged checkpoint or its base, loaded as ``scalepeft evaluate`` does;
+    ``device`` in place of ``engine.device``, but for lm-eval's default, which leaves that; ``more``
+    settings of the run and of lm-eval's own model. Raises UserError: not loaded, or not known.
     """
 
     def __init__(

@@ -1,13 +1,7 @@
 """Every method of scalepeft as a tuner of HF PEFT: importing this module registers them.
 
-``get_peft_model(model, HOFTConfig(r=16, target_modules="all-linear"))``, ``PeftModel.
-from_pretrained`` and the rest of PEFT then work as for any method, over plain layers, those of
-bitsandbytes and ours of bytes. One generic tuner: a method's config, layer and model class are made
-from the method. Those of which PEFT has one of that name are called ``ScalepeftLoraConfig`` here.
-
-Several active adapters of a layer lie around each other, in the order in which they were made
-active: ``y = A2(A1(x)) + b``. A shift of A1 is a part of what A2 sees, so A2's scale scales it; the
-layer's own bias b is added last. A merge makes one weight and one bias of the whole stack.
+One generic tuner: a method's config, layer and model class are made from the method. What works,
+and how several adapters of a layer go together: docs/integrations/peft.md.
 """
 
 import dataclasses
@@ -40,10 +34,7 @@ from scalepeft.integrations.peft_layer import Layer
 
 @dataclasses.dataclass
 class Config(PeftConfig):
-    """What every method's config has beside the method's own settings (``rank`` is ``r``).
-
-    ``init_weights=False`` adds noise to the start, so that an untrained adapter changes the model.
-    """
+    """What every method's config has beside the method's own settings (``rank`` is ``r``)."""
 
     method: ClassVar[str]
     own_fields: ClassVar[tuple[str, ...]]

@@ -16,10 +16,8 @@ from scalepeft.models import quant
 
 
 class _Foreign:
-    """The frozen layer of a library that PEFT knows (bitsandbytes), as an adapter's ``Base``.
-
-    ``exact``: with the weight as it is stored, for merges; else the layer's own kernel computes,
-    which may round x too (LLM.int8).
+    """A layer of bitsandbytes as ``Base``; ``exact``, for merges: by the weight as it is stored,
+    else by the layer's own kernel, which may round x too (LLM.int8).
     """
 
     def __init__(self, layer: "Layer", exact: bool) -> None:
@@ -180,10 +178,7 @@ class Layer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Replaces weight and bias by those of the stack of what was merged before and
-        ``adapter_names``; ``unmerge`` puts the originals back.
-
-        Raises:
-            UserError: the method is not affine, or it adds a bias and the layer has none.
+        ``adapter_names``. Raises UserError: not affine, or a bias that the layer has no place for.
         """
         found = check_adapters_to_merge(self, adapter_names)
         if not (names := [name for name in found if name in self.adapters]):

@@ -1,8 +1,4 @@
-"""transformers' Trainer, and TRL's on it, stopped as ``scalepeft train`` is: a signal to any rank,
-agreed by all at a step's end, a checkpoint, exit code 75 on every rank.
-
-    trainer = Trainer(..., callbacks=[PreemptionCallback()])
-    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+"""transformers' Trainer, and TRL's on it, stopped as ``scalepeft train`` is: docs/integrations.
 
 ``python -m scalepeft.integrations.trainer [OPTIONS] SCRIPT ...`` is ``accelerate launch`` for a
 rank that srun or launch/local.sh started: no process stands between it and the signals.
@@ -28,7 +24,7 @@ from scalepeft.parallel.ranks import Ranks
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest whole ``checkpoint-N``, if any. transformers' ``get_last_checkpoint`` also takes
+    """The newest whole ``checkpoint-N``, if any, where transformers' ``get_last_checkpoint`` takes
     what a kill cut short: without a readable ``trainer_state.json``, which is written last.
     """
     found = (f for f in Path(output_dir).glob("checkpoint-*") if f.name[11:].isdecimal())
@@ -43,8 +39,7 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
 class PreemptionCallback(TrainerCallback):
     """Takes over SIGTERM, SIGINT and SIGUSR1 while ``train`` runs; a second one as in ``StopFlag``.
-
-    One small all-reduce a step. Raises SystemExit(75) when all ranks have saved.
+    Raises SystemExit(75) when all ranks have saved.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -21,8 +21,8 @@ from scalepeft.run.checkpoint import steps_of, writing_in
 
 
 def load_run(run_dir: str, settings: list[str], allowed: tuple[str, ...], what: str) -> RunConfig:
-    """Reads a run's config and lays settings of ``allowed`` keys (``engine.``: a section) over it,
-    for ``what``. Raises UserError: not a run folder, or a setting that would make it another run.
+    """A run's config under settings of ``allowed`` keys (``engine.``: a section), for ``what``.
+    Raises UserError: not a run folder, or a setting that is not allowed.
     """
     file = Path(run_dir) / "config.yaml"
     if file.is_file():
@@ -72,9 +72,7 @@ def read_run_adapter(run_dir: str | Path) -> Adapted:
 
 
 def check_base(base: Base, run_dir: str | Path, about: dict[str, Any], ranks: Ranks) -> None:
-    """As ``Base.check_same``, of the base that an adapter's description tells; what PEFT writes has
-    its name alone.
-    """
+    """As ``Base.check_same``, of what ``about`` an adapter tells; PEFT's has its name alone."""
     known, folder = about.get("base_model") or {}, adapter_folder(run_dir)
     if folder != Path(run_dir) or "fingerprint" in known:
         base.check_same(known, str(folder), ranks)

@@ -69,12 +69,9 @@ def on_main(method: Method) -> Method:
 
 
 class RunRecorder:
-    """A run's folder and what is written into it, on every rank: rank 0 reads and writes.
-
-    ``claim``, ``show`` and what is ``on_main`` are collectives; the others do nothing off rank 0.
-
-    Raises:
-        UserError: the folder holds a run of another config, is in use, or cannot be written.
+    """A run's folder on every rank: rank 0 reads and writes. ``claim``, ``show`` and what is
+    ``on_main`` are collectives; the others do nothing off rank 0. Raises UserError: the folder
+    holds a run of another config, is in use, or cannot be written.
     """
 
     def __init__(self, config: cfg.RunConfig, ranks: Ranks, allow_changes: bool) -> None:
@@ -110,9 +107,8 @@ class RunRecorder:
             self.folder.withdraw()
 
     def claim(self, launched: float) -> None:
-        """Makes the run folder this start's own (``launched``: seconds of the epoch). An older
-        process of it that was taken for dead stops at its next write; what it saved meanwhile is
-        resumed here.
+        """Makes the run folder this start's own (``launched``: seconds of the epoch); what an older
+        process that was taken for dead saved meanwhile is resumed.
         """
         self.generation, resumed, self.evaluated = self._claim(launched)
         self.resumed = Checkpoint.of(resumed)
@@ -183,8 +179,8 @@ class RunRecorder:
             self._room.keep(size)
 
     def close(self, finished: bool, planned: bool, by: str) -> None:
-        """Writes the last event and tells user and job script how the run ended: ``finished``, or
-        stopped ``by`` what; where ``planned`` (``train.stop_at``) the job does not come back.
+        """Tells events, user and job script how the run ended: ``finished``, or stopped ``by``
+        what; where ``planned`` (``train.stop_at``) the job does not come back.
         """
         if not self.ranks.is_main:
             return
@@ -258,9 +254,7 @@ class RunRecorder:
     def save_adapter(
         self, step: int, base: dict[str, Any], name: str, model: nn.Module
     ) -> str | None:
-        """Writes adapter/ out of the last checkpoint, with the adapted layers of ``model`` over the
-        base of this ``name``. Returns why the disk refused, or None.
-        """
+        """Writes adapter/ out of the last checkpoint; returns why the disk refused, or None."""
         length = [self.config.train.max_steps, self.config.train.epochs]
         about = {"base_model": base, "step": step, "length": length}
         folder, rows = self.path / "adapter", card_rows(self.config, step)

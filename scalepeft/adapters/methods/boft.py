@@ -32,9 +32,8 @@ class BOFTConfig(OFTConfig):
 
 
 def butterfly(d: int, b: int, i: int, device: torch.device) -> Tensor:
-    """Index (d,) of factor i: place j of the permuted vector takes channel ``index[j]``.
-
-    In runs of b 2^i channels, cut into pieces of b / 2, even pieces come first, then the odd ones.
+    """Index (d,) of factor i: place j takes channel ``index[j]``; in runs of b 2^i channels, cut
+    into pieces of b / 2, even pieces come first, then the odd ones.
     """
     pieces = torch.arange(d, device=device).view(-1, 2 << i, b // 2)
     return torch.cat([pieces[:, ::2], pieces[:, 1::2]], dim=1).reshape(-1)
@@ -43,10 +42,9 @@ def butterfly(d: int, b: int, i: int, device: torch.device) -> Tensor:
 class BOFT(OFT):
     """``W' = diag(s) W R^T``, ``R = F_(m-1) ... F_1 F_0``, ``F_i = P_i D_i P_i^T``.
 
-    D_i is block-diagonal of Cayley rotations as in OFT. ``m in (b - 1) / 2 + out`` parameters: K (m
-    in / b, b (b - 1) / 2) from 0 and s - 1 (out,) from 0. Matches HF PEFT (which needs its CUDA
-    extension for m > 1). Paper: arXiv 2311.06243. Raises UserError: blocks that do not tile the
-    layer's inputs.
+    D_i is block-diagonal of Cayley rotations as in OFT; K (m in / b, b (b - 1) / 2) and s - 1
+    (out,) start at 0. Matches HF PEFT (which needs its CUDA extension for m > 1). Raises UserError:
+    blocks that do not tile the layer's inputs.
     """
 
     Config = BOFTConfig

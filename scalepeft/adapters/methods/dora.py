@@ -15,10 +15,9 @@ from scalepeft.adapters.methods.lora import LoRA
 class DoRA(LoRA):
     """``W' = m (W + scaling B A) / |W + scaling B A|`` by rows; ``r (in + out) + out`` parameters.
 
-    ``m = |W| (1 + magnitude)``: the trained vector is the relative difference from the start, so
-    that it starts at 0 (the paper's m starts at ``|W|``: the same maps, gradients scaled by |W|).
-    The norm in the denominator takes no gradient, as in section 4.3 of the paper; it comes from r
-    products with W, never from a dense B A. Paper: arXiv 2402.09353.
+    ``m = |W| (1 + magnitude)``, magnitude from 0 (the paper's m from ``|W|``: the same maps,
+    gradients scaled by |W|). The norm in the denominator takes no gradient (section 4.3); it comes
+    from r products with W, never from a dense B A.
     """
 
     paper = "arXiv 2402.09353"

@@ -117,11 +117,10 @@ class _GivensProduct(torch.autograd.Function):
 
 
 class GOFT(Adapter):
-    """``W' = W diag(s) R^T`` with one angle a rotation, ``t = pi tanh(p)``: ``d - 1`` parameters.
+    """``W' = W diag(s) R^T`` with one angle a rotation, ``t = pi tanh(p)``, p from 0; d = in.
 
-    On activations ``x -> (x R) * s``, d = in; p starts at 0, s is absent unless ``scale``. R has
-    d - 1 degrees of freedom: it does not reach all of SO(d). The authors' second implementation
-    pairs neighbours in every round and is not orthogonal; this is that of arXiv 2404.04316.
+    R has d - 1 degrees of freedom: it does not reach all of SO(d). The authors' second
+    implementation pairs neighbours in every round and is not orthogonal; this is the paper's.
     """
 
     Config = GOFTConfig

@@ -34,10 +34,9 @@ class HadamardConfig(AdapterConfig):
 class Hadamard(IA3):
     """``A' = w * A + c`` on the output of ``o_proj`` (or its input); ``2 d`` parameters.
 
-    w starts at 1 (stored as ``scale = w - 1``), c (``shift``) at 0. The normalization layer behind
-    it trains as well, ``d`` more. A bias of the layer is added after the adapter. On LLaMA, which
-    the paper did not try, this is a choice; so is training in one stage (the paper tunes a
-    classifier's head first). The shift becomes a bias when merged. Paper: arXiv 2407.11033.
+    ``scale = w - 1`` and c (``shift``) start at 0. A bias of the layer is added after the adapter.
+    On LLaMA, which the paper did not try, this is a choice; so is training in one stage (the paper
+    tunes a classifier's head first).
     """
 
     Config = HadamardConfig

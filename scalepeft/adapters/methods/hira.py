@@ -34,11 +34,8 @@ def low_rank_factor(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 class HiRA(Adapter):
-    """``W' = W * (1 + B A)`` elementwise; A (r, in) Kaiming-uniform, B (out, r) zero; ``r (in +
-    out)`` parameters.
-
-    W' is a weight made on the spot, in forward and again in backward: the one form in which W and
-    B A can be multiplied elementwise. Matches HF PEFT. Paper: openreview TwJrTz9cRS.
+    """``W' = W * (1 + B A)`` elementwise, r (in + out) parameters; a weight made on the spot, in
+    forward and again in backward, as W and B A can be multiplied in no other form. Matches HF PEFT.
     """
 
     Config = HiRAConfig

@@ -45,11 +45,10 @@ class HOFTConfig(AdapterConfig):
 
 
 class HOFT(Reflected):
-    """``W' = Q_U W Q_V``; U (out, r), V (in, r), r even; ``r (in + out)`` parameters, as LoRA.
+    """``W' = Q_U W Q_V``: every singular value of W is kept; ``r (in + out)`` parameters, as LoRA.
 
-    Every singular value of W is kept. The bias is added after Q_U (the paper is silent): rotating
-    it would make the layer differ from ``W' x + b``. Paper: arXiv 2505.16531. Raises UserError: odd
-    rank, or a rank too large for the layer.
+    The bias is added after Q_U (the paper is silent): rotated, the layer would not be ``W' x + b``.
+    Raises UserError: odd rank, or a rank too large for the layer.
     """
 
     Config = HOFTConfig

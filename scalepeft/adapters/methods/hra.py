@@ -33,9 +33,8 @@ class HRAConfig(AdapterConfig):
 class HRA(Reflected):
     """``W' = W H(u1) ... H(ur)``, ``H(u) = I - 2 u u^T / |u|^2``; V (in, r); ``r in`` parameters.
 
-    The paper's order of reflections and its start (pairs of equal Kaiming-uniform columns); its
-    penalty on inner products between columns is not offered. Matches HF PEFT. Paper: arXiv
-    2405.17484. Raises UserError: odd rank, or a rank too large for the layer.
+    The paper's order of reflections; its penalty on inner products between columns is not offered.
+    Matches HF PEFT. Raises UserError: odd rank, or a rank too large for the layer.
     """
 
     Config = HRAConfig

@@ -64,9 +64,7 @@ class _WeightFunction(torch.autograd.Function):
 def weight_product(
     x: Tensor, base: Base, change: Callable[..., Tensor], *parameters: Tensor
 ) -> Tensor:
-    """``x (..., in) -> change(W, *parameters) x (..., out)``, in the dtype of x. ``change`` makes
-    W' (out, in), differentiable in the parameters; it is called with all in the dtype of x.
-    """
+    """``x (..., in) -> change(W, *parameters) x (..., out)``, all in the dtype of x."""
     if base.trained:  # a map y = W x + c with parameters of its own
         units = base(F.pad(torch.eye(x.shape[-1], dtype=x.dtype, device=x.device), (0, 0, 0, 1)))
         changed = change((units[:-1] - units[-1]).mT, *(p.to(x.dtype) for p in parameters))
@@ -88,10 +86,9 @@ class HUT(Adapter):
     """``W' = P_A * W * P_B`` elementwise; ``r (in + out)`` parameters, ``+ out`` with ``shift``.
 
     M_A is tiled over r equal groups of columns and M_B over r equal groups of rows: rank 1 is
-    ``diag(a) W diag(b)``, the literal reading of the paper (where a larger r would be inert); with
-    r > 1 the rank counts. Only secondary descriptions of the formula could be consulted, so this is
-    a choice. Paper: arXiv 2409.13501. Raises UserError: the rank does not divide the layer's
-    dimensions.
+    ``diag(a) W diag(b)``, the literal reading of the paper (where a larger r would be inert). Only
+    secondary descriptions of the formula could be consulted, so this is a choice. Raises UserError:
+    the rank does not divide the layer's dimensions.
     """
 
     Config = HUTConfig

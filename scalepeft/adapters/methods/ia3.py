@@ -34,10 +34,8 @@ class IA3Config(AdapterConfig):
 
 
 class IA3(Adapter):
-    """``W' = diag(l) W`` (out parameters), or ``W diag(l)`` in feed-forward layers (in parameters).
-
-    l starts at 1 and is stored as ``scale = l - 1``. A bias is added afterwards (PEFT scales it
-    too, in the first form). Paper: arXiv 2205.05638.
+    """``W' = diag(l) W``, or ``W diag(l)`` in feed-forward layers; ``scale = l - 1`` starts at 0. A
+    bias is added afterwards (PEFT scales it too, in the first form).
     """
 
     Config: ClassVar[type[AdapterConfig]] = IA3Config

@@ -34,11 +34,7 @@ class LoRAConfig(AdapterConfig):
 
 
 class LoRA(Adapter):
-    """``W' = W + (alpha / r) B A``; A (r, in) Kaiming-uniform, B (out, r) zero; ``r (in + out)``
-    parameters.
-
-    Matches HF PEFT given the same A and B. Paper: arXiv 2106.09685.
-    """
+    """``W' = W + scaling B A``; ``r (in + out)`` parameters. Matches HF PEFT."""
 
     Config = LoRAConfig
     paper = "arXiv 2106.09685"

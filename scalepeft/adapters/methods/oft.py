@@ -32,9 +32,8 @@ class OFTConfig(AdapterConfig):
 class OFT(Adapter):
     """``W' = W R^T``, R block-diagonal, ``R = (I - K)(I + K)^-1``; ``in (b - 1) / 2`` parameters.
 
-    ``K`` (in / b, b (b - 1) / 2) holds the entries above the diagonals and starts at 0. Matches HF
-    PEFT given the same parameters. Paper: arXiv 2306.07280. Raises UserError: the block size does
-    not divide the layer's inputs.
+    ``K`` holds the entries above the diagonals and starts at 0. Matches HF PEFT. Raises UserError:
+    the block size does not divide the layer's inputs.
     """
 
     Config = OFTConfig
@@ -72,10 +71,5 @@ class OFT(Adapter):
 
     def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's OFT with the same entries."""
-        fields = {
-            "peft_type": "OFT",
-            "r": 0,
-            "oft_block_size": self.config.block_size,
-            "use_cayley_neumann": False,
-        }
-        return fields, {"oft_R.weight": self.K.detach()}
+        fields = {"peft_type": "OFT", "r": 0, "oft_block_size": self.config.block_size}
+        return {**fields, "use_cayley_neumann": False}, {"oft_R.weight": self.K.detach()}

@@ -26,9 +26,8 @@ class QGOFTConfig(GOFTConfig):
 class QGOFT(GOFT):
     """``W' = W diag(s) R^T``; each rotation of GOFT becomes a block with columns alpha, beta.
 
-    ``4 (d - 1)`` parameters, stored as the difference from the identity: row i is ``(alpha_0 - 1,
-    beta_0, alpha_1, beta_1 - 1)``. The loss gains ``penalty * sum <alpha, beta>^2`` over all blocks
-    of all layers; the lengths of the columns stay free. Paper: arXiv 2404.04316.
+    p (d - 1, 4) is the difference from the identity: row i is ``(alpha_0 - 1, beta_0, alpha_1,
+    beta_1 - 1)``. The penalty leaves the lengths of the columns free.
     """
 
     Config = QGOFTConfig

@@ -4,9 +4,6 @@ from scalepeft.adapters.methods.hoft import HOFT
 
 
 class SHOFT(HOFT):
-    """``W' = Q_U diag(m) W Q_V``, m (out,) trained from 1; ``r (in + out) + out`` parameters.
-
-    Paper: arXiv 2505.16531. See ``HOFT`` for the rotations and for where the bias goes.
-    """
+    """``W' = Q_U diag(m) W Q_V``, m (out,) trained from 1; ``r (in + out) + out`` parameters."""
 
     scaled = True

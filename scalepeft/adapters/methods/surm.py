@@ -81,10 +81,8 @@ def _mix(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 class _Spectral(torch.autograd.Function):
-    """A chain of convolutions that saves x and the kernels; spectra are formed again in backward.
-
-    ``cuts[i] = (q, keep)``: kernel i reads its input as q vectors and keeps so many numbers of each
-    of its outputs. The output is in the dtype of the kernels.
+    """A chain of convolutions, in the kernels' dtype, that saves x and the kernels alone. ``cuts[i]
+    = (q, keep)``: kernel i reads q vectors and keeps so many numbers of each of its outputs.
     """
 
     @staticmethod
@@ -158,9 +156,8 @@ class SURM(Adapter):
               times skew-circulant
     ========= ================================================== ===================================
 
-    Zero at the start are a (circulant, toeplitz, ``t``), A and g. The forms on rectangular layers
-    are a choice: the paper has square ones. ``placement: adapter`` adds c (out,) and is not affine.
-    Paper: arXiv 2406.17740. Raises UserError: dimensions that the structure cannot split.
+    The forms on rectangular layers are a choice: the paper has square ones. ``placement: adapter``
+    adds c (out,) and is not affine. Raises UserError: dimensions that the structure cannot split.
     """
 
     Config = SURMConfig
