@@ -257,13 +257,14 @@ class RunRecorder:
         """Writes adapter/ out of the last checkpoint; returns why the disk refused, or None."""
         length = [self.config.train.max_steps, self.config.train.epochs]
         about = {"base_model": base, "step": step, "length": length}
-        folder, rows = self.path / "adapter", card_rows(self.config, step)
+        folder, adapters = self.path / "adapter", dict(injection.adapters(model))
         self._room.give()
         try:
             check_fence(self.path, self.generation)
+            rows = card_rows(self.config, step)
             reader = Reader(self.folder.checkpoints / f"step-{step:06d}")
             state = {key: reader.whole(key) for key in reader.shapes if "/" not in key}
-            layout.write(folder, model, dict(injection.adapters(model)), state, about, name, rows)
+            layout.write(folder, model, adapters, state, about, name, rows)
         except OSError as error:
             return error.strerror or str(error)
         return None
