@@ -338,5 +338,5 @@ def on_meta(config: AdapterConfig, in_features: int, out_features: int, name: st
     try:
         with torch.device("meta"):
             return find_method(config.name)(config, in_features, out_features, name)
-    except RuntimeError as error:  # torch's: sizes that no tensor can have
+    except (RuntimeError, TypeError) as error:  # torch's: sizes that no tensor can have
         raise UserError(f"adapter settings that no layer can take: {one_line(error)}") from None

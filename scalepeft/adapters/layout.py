@@ -259,7 +259,8 @@ def read_adapter(folder: Path) -> Adapted:
         if file and about.get(key, found[path]) != found[path]:
             raise UserError(
                 f"{path}: has changed since it was written (sha256 differs from {file.name}); copy"
-                " it again, or remove the folder and start the training's command once more"
+                " it again, or remove the folder and start the training's command once more; if it"
+                f" was PEFT that saved over it, remove {file.name}"
             )
     if old:
         return adapter_config(settings, saved=True), state, about
@@ -304,7 +305,20 @@ def _of_peft(config: dict[str, Any], state: dict[str, Tensor], folder: Path) -> 
     if not linear:
         raise UserError(f"{folder / WEIGHTS}: holds no tensor of a linear layer; save it again")
     base = {"path": config.get("base_model_name_or_path"), "revision": config.get("revision")}
-    return dataclasses.replace(made, target_modules=linear), state, {"base_model": base}
+    return dataclasses.replace(made, **_targets(config, linear)), state, {"base_model": base}
+
+
+def _targets(config: dict[str, Any], layers: list[str]) -> dict[str, Any]:
+    """The layers that a config of PEFT names, so that one whose tensors are missing is noticed;
+    where it names them otherwise than we do, those that have tensors.
+    """
+    listed, blocks = config.get("target_modules"), config.get("layers_to_transform")
+    if isinstance(listed, list) and not config.get("exclude_modules"):
+        names = [n for n in listed if any(registry.names(str(n), layer) for layer in layers)]
+        named = all(any(registry.names(n, layer) for n in names) for layer in layers)
+        if named and not config.get("layers_pattern"):
+            return {"target_modules": names, "layers": "all" if blocks is None else blocks}
+    return {"target_modules": layers}
 
 
 def _form(config: AdapterConfig) -> tuple[dict[str, Any], dict[str, str]]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from scalepeft.adapters.base import Scale
+from scalepeft.adapters.base import Scale, math_dtype
 from scalepeft.adapters.experts import Stacked
 from scalepeft.adapters.inject import Adapted, AdaptedNorm
 from scalepeft.core.errors import UserError
@@ -120,12 +120,14 @@ def merged_norm(
     """``weight (1 + scale)`` and ``bias (1 + scale) + shift`` of a norm (its bare ``forward``) with
     ``scales``. Raises UserError: it does not multiply by its weight (Gemma's: by 1 + weight).
     """
-    original = dict(norm._parameters)
-    merged = {k: p.to(scales[0].scale.dtype) for k, p in original.items() if p is not None}
-    x = torch.linspace(-3, 3, scales[0].scale.numel(), device=scales[0].scale.device)[None]
+    original, dtype = dict(norm._parameters), math_dtype(scales[0].scale.dtype)
+    merged = {k: p.to(dtype) for k, p in original.items() if p is not None}
+    norm._parameters.update({k: nn.Parameter(p, requires_grad=False) for k, p in merged.items()})
+    n, device = scales[0].scale.numel(), scales[0].scale.device
+    x = torch.linspace(-3, 3, n, device=device, dtype=dtype)[None]
     wanted = forward(x)
     for adapter in scales:
-        merged = {k: p * (1 + adapter.scale) for k, p in merged.items()}
+        merged = {k: p * (1 + adapter.scale.to(dtype)) for k, p in merged.items()}
         if adapter.shift is not None:
             merged["bias"] = merged["bias"] + adapter.shift
         wanted = adapter.transform_output(wanted)

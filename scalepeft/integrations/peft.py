@@ -25,7 +25,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from scalepeft.adapters.base import Adapter, AdapterConfig, adapter_config, find_method
-from scalepeft.adapters.inject import block, total
+from scalepeft.adapters.inject import Adapted, block, total
 from scalepeft.adapters.layout import peft_name, told
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError
@@ -61,6 +61,9 @@ class Config(PeftConfig):
             raise ValueError(
                 "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
             )
+        if self.init_weights not in (True, False):
+            raise ValueError(f"init_weights={self.init_weights!r}: True or False")
+        self.rank_pattern = self.rank_pattern or {}
         if self.rank_pattern and "rank" not in self.own_fields:
             raise ValueError(f"{self.method} has no rank; leave rank_pattern empty")
         self.method_config()  # the method's own checks, now
@@ -83,7 +86,6 @@ class Tuner(BaseTuner):
 
     tuner_layer_cls: type[Any]
     norm_layer_cls: type[Any]
-    _adds_penalty = False
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     @staticmethod
@@ -108,6 +110,9 @@ class Tuner(BaseTuner):
         if not isinstance(bare, nn.Linear) and not _is_norm(peft_config, current_key):
             what = f"{type(bare).__name__}, and {peft_config.method} adapts nn.Linear"
             raise TypeError(f"Target module {current_key} is not supported: it is {what}")
+        if isinstance(target, BaseTunerLayer | Adapted):
+            what = f"{current_key} has an adapter of another kind, which would be passed over"
+            raise UserError(f"{what}; merge it, or load a model without one")
         cls = self.tuner_layer_cls if isinstance(bare, nn.Linear) else self.norm_layer_cls
         layer = cls(target, adapter_name, peft_config, current_key)
         if adapter_name not in self.active_adapters:
@@ -115,9 +120,8 @@ class Tuner(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _post_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-        without = find_method(config.method).penalty is Adapter.penalty
-        if not without and not self._adds_penalty:
-            self._adds_penalty = True
+        there = _add_penalty in model._forward_hooks.values()  # of a tuner before
+        if find_method(config.method).penalty is not Adapter.penalty and not there:
             model.register_forward_hook(_add_penalty, with_kwargs=True)
 
     @classmethod
@@ -169,7 +173,8 @@ def _add_penalty(model: nn.Module, _: Any, kwargs: dict[str, Any], out: Any) -> 
     """In training the model's own loss has the penalties (of qGOFT) in it, for any trainer."""
     if not model.training:
         return out
-    layers = [m for m in model.modules() if isinstance(m, Layer) and not m.disable_adapters]
+    found = (m for m in model.modules() if isinstance(m, Layer))
+    layers = [m for m in found if not m.disable_adapters and not m.merged]
     terms = [p for m in layers for a in m.active() if (p := a.penalty()) is not None]
     if not terms:
         return out
@@ -179,12 +184,16 @@ def _add_penalty(model: nn.Module, _: Any, kwargs: dict[str, Any], out: Any) -> 
             " apart; take ZeRO-2, FSDP2 or scalepeft's own trainer, or a method without one"
         )
     if getattr(out, "loss", None) is None:
-        what = "the model made no loss (no labels), so the penalty is in none"
+        what = "the model returned no .loss (no labels, or return_dict=False): no penalty in it"
         warnings.warn(f"{layers[0].method}: {what}", stacklevel=2)
         return out
-    share, items, labels = 1.0, kwargs.get("num_items_in_batch"), kwargs.get("labels")
-    if items is not None and labels is not None:  # Trainer sums micro-batches, no mean over them
-        share = (labels[..., 1:] != -100).sum() / items
+    share, items, labels = 1.0, kwargs.get("num_items_in_batch"), kwargs.get("shift_labels")
+    if labels is None:
+        labels = kwargs.get("labels")
+        if labels is not None and getattr(model, "loss_type", None) == "ForCausalLM":
+            labels = labels[..., 1:]  # what Trainer counts
+    if items is not None and labels is not None:  # it sums micro-batches, with no mean over them
+        share = (labels != -100).sum() / items
     out.loss = out.loss + (share * total(terms)).to(out.loss.device)
     return out
 

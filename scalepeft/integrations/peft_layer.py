@@ -16,19 +16,21 @@ from scalepeft.models import quant
 
 
 class _Foreign:
-    """A layer of bitsandbytes as ``Base``; ``exact``, for merges: by the weight as it is stored,
-    else by the layer's own kernel, which may round x too (LLM.int8).
+    """A layer that is more than its weight, as ``Base``: of bitsandbytes, whose kernel may round x
+    too, with hooks (offloading) or a forward of its own. ``exact``: by its weight, for merges.
     """
 
     def __init__(self, layer: "Layer", exact: bool) -> None:
         self.layer, self.exact = layer, exact
-        self.trained = hasattr(layer.get_base_layer(), "state")  # LLM.int8: no form goes around it
+        # Where the weight does not tell what is computed no form goes around the layer.
+        own = layer.quantization_backend is None
+        self.trained = own or hasattr(layer.get_base_layer(), "state")
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.exact:
             return F.linear(x, self.weight(x.dtype))
         bare: Any = self.layer.get_base_layer()
-        return bare(x) if bare.bias is None else bare(x) - bare.bias.to(x.dtype)
+        return bare(x) if bare.bias is None else bare(x) - self.layer.bias_of(x)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         return self.layer.get_base_weight().detach().to(dtype)
@@ -76,6 +78,9 @@ class Layer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer, self.key = base_layer, key
         bare: Any = self.get_base_layer()
+        if bare.weight.is_meta and hasattr(bare, "_hf_hook"):  # PEFT would move the adapter there
+            what = "its weight is offloaded, and an adapter's start values would be too"
+            raise UserError(f"{key}: {what}; adapt the model first, then offload it")
         self.is_norm = not isinstance(bare, nn.Linear)
         if isinstance(bare, nn.Linear):
             self.in_features, self.out_features = bare.in_features, bare.out_features
@@ -158,14 +163,27 @@ class Layer(nn.Module, BaseTunerLayer):
         if not autocast:
             x = self._cast_input_dtype(x, self.compute_dtype(x))
         y = apply(self.stack(adapters), x)
-        y = y if bare.bias is None else y + bare.bias.to(y.dtype)
+        y = y if bare.bias is None else y + self.bias_of(y)
         return y if autocast else y.to(dtype)
+
+    def bias_of(self, like: Tensor) -> Tensor:
+        """The layer's bias in the dtype of ``like``; of an offloaded one what it makes of 0."""
+        bare: Any = self.get_base_layer()
+        if not bare.bias.is_meta:
+            return bare.bias.to(like.dtype)
+        return bare(like.new_zeros(1, self.in_features))[0].to(like.dtype)
+
+    def is_plain(self) -> bool:
+        """True where weight and bias alone tell what the layer computes."""
+        bare: Any = self.get_base_layer()
+        known = type(bare).forward in (nn.Linear.forward, quant.QuantLinear.forward)
+        hooks = bare._forward_hooks or bare._forward_pre_hooks or "forward" in vars(bare)
+        return known and not hooks
 
     def stack(self, adapters: list[Adapter], exact: bool = False) -> _Stacked:
         """The adapters around each other, and around the layer without its bias."""
-        foreign = self.quantization_backend and not isinstance(self.quantization_backend, _OwnBytes)
         bare: Any = self.get_base_layer()
-        base: Any = _Foreign(self, exact) if foreign else quant.Frozen(bare)
+        base: Any = quant.Frozen(bare) if self.is_plain() else _Foreign(self, exact)
         for adapter in adapters:
             base = _Stacked(adapter, base)
         return base
@@ -183,29 +201,16 @@ class Layer(nn.Module, BaseTunerLayer):
         found = check_adapters_to_merge(self, adapter_names)
         if not (names := [name for name in found if name in self.adapters]):
             return
+        bare: Any = self.get_base_layer()
+        before = self.merged_adapters, self.originals, dict(bare._parameters)
         names = self.merged_adapters + names
         self.unmerge()
-        bare: Any = self.get_base_layer()
-        adapters = [self.adapters[name] for name in names]
-        if self.is_norm:
-            changed = merged_norm(self.key, bare, adapters, bare.forward)
-        else:
-            for a in adapters:
-                if a.unmergeable_reason:
-                    raise UserError(f"{self.method} cannot merge: {a.unmergeable_reason}")
-            like = torch.empty(0, self.in_features, device=next(adapters[0].parameters()).device)
-            weight, shift = affine(self.stack(adapters, exact=True), like, adapters)
-            if bare.bias is None and shift.any():
-                raise UserError(
-                    f"{self.key}: {self.method} adds a bias and the layer has none, so it cannot"
-                    " merge; keep the adapter, or train it with shift=False"
-                )
-            changed = {"weight": weight}
-            if bare.bias is not None:
-                changed["bias"] = bare.bias.float() + shift
-        if safe_merge and not all(t.isfinite().all() for t in changed.values()):
-            what = f"The adapter {', '.join(names)} seems to be broken"
-            raise ValueError(f"NaNs detected in the merged weights. {what}")
+        try:
+            changed = self.merged_with(names)
+        except BaseException:  # refused: what was merged before stays merged
+            self.merged_adapters, self.originals = before[:2]
+            bare._parameters.update(before[2])
+            raise
         self.originals = dict(bare.named_parameters(recurse=False))
         if hasattr(bare, "state"):  # of bitsandbytes' 8 bits: scales that the weight has given away
             self.originals["state"] = copy.copy(bare.state)
@@ -216,6 +221,40 @@ class Layer(nn.Module, BaseTunerLayer):
             else:
                 setattr(bare, key, nn.Parameter(value.contiguous(), requires_grad=False))
         self.merged_adapters = names
+
+    def merged_with(self, names: list[str]) -> dict[str, Tensor]:
+        """Weight and bias with these adapters; raises as ``merge``."""
+        bare: Any = self.get_base_layer()
+        adapters = [self.adapters[name] for name in names]
+        if self.is_norm:
+            return merged_norm(self.key, bare, adapters, bare.forward)
+        for a in adapters:
+            if a.unmergeable_reason:
+                raise UserError(f"{self.method} cannot merge: {a.unmergeable_reason}")
+        if bare.weight.is_meta or not (self.is_plain() or self.quantization_backend):
+            what = "its weight is offloaded, or it has hooks or a forward of its own"
+            raise UserError(f"{self.key}: {what}; load the whole plain model to merge")
+        like = torch.empty(0, self.in_features, device=next(adapters[0].parameters()).device)
+        weight, shift = affine(self.stack(adapters, exact=True), like, adapters)
+        if not (weight.isfinite().all() and shift.isfinite().all()):
+            what = f"The adapter {', '.join(names)} seems to be broken"
+            raise ValueError(f"NaNs detected in the merged weights. {what}")
+        if bare.bias is not None:
+            return {"weight": weight, "bias": bare.bias.float() + shift}
+        if shift.any():
+            raise UserError(
+                f"{self.key}: {self.method} adds a bias and the layer has none, so it cannot"
+                " merge; keep the adapter, or train it with shift=False"
+            )
+        return {"weight": weight}
+
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> "Layer":
+        """Of ``to``, ``half``, ...: what ``unmerge`` puts back goes along."""
+        super()._apply(fn, *args, **kwargs)
+        for p in self.originals.values():
+            if isinstance(p, nn.Parameter):
+                p.data = fn(p.data)
+        return self
 
     def unmerge(self) -> None:
         """Puts weight and bias back as they were, to the bit."""

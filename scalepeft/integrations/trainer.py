@@ -4,7 +4,6 @@
 rank that srun or launch/local.sh started: no process stands between it and the signals.
 """
 
-import json
 import runpy
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from accelerate.utils import reduce
 from transformers import TrainerCallback
 
 from scalepeft.core.errors import UserError
+from scalepeft.core.files import read_json
 from scalepeft.core.log import say
 from scalepeft.core.preemption import STOPPED, StopFlag, tell_job
 from scalepeft.parallel.ranks import Ranks
@@ -29,11 +29,9 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     """
     found = (f for f in Path(output_dir).glob("checkpoint-*") if f.name[11:].isdecimal())
     for folder in sorted(found, key=lambda f: int(f.name[11:]), reverse=True):
-        try:
-            json.loads((folder / "trainer_state.json").read_text())
+        if read_json(folder / "trainer_state.json"):
             return str(folder)
-        except (OSError, ValueError):
-            say(f"{folder}: is not whole, passed over")
+        say(f"{folder}: is not whole, passed over")
     return None
 
 
@@ -42,10 +40,18 @@ class PreemptionCallback(TrainerCallback):
     Raises SystemExit(75) when all ranks have saved.
     """
 
+    _flag: Any = None
+
+    def _let_go(self) -> None:
+        if self._flag is not None:
+            self._flag.give_back()
+            self._flag = None
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Raises UserError: what is saved could not be continued."""
         if args.save_only_model:
             raise UserError("save_only_model=True: a stopped run could not go on; leave it out")
+        self._let_go()  # a train() before ended in an exception (auto_find_batch_size)
         self._flag, self._stops = StopFlag().install(), False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -70,7 +76,7 @@ class PreemptionCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Ends a stopped run; loggers are called before."""
         if not self._stops:
-            self._flag.give_back()
+            self._let_go()
             return
         PartialState().wait_for_everyone()  # once one has left, launchers kill the others
         if state.is_world_process_zero:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -275,3 +276,21 @@ def test_adapters_of_experts_come_back(tmp_path: Path) -> None:
     assert config["peft_type"].startswith("SCALEPEFT_LORA: "), "PEFT's own has no experts"
     again = scalepeft.load_adapter(fresh(base), tmp_path / "adapter").eval()
     assert torch.equal(logits(again), logits(model))
+
+
+def test_a_file_that_lacks_a_layer_is_noticed(tmp_path: Path) -> None:
+    base = random_llama(tmp_path / "base")
+    model = peft.get_peft_model(fresh(base), peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
+    model.save_pretrained(tmp_path / "whole")
+    scalepeft.load_adapter(fresh(base), tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    file = tmp_path / "half" / layout.WEIGHTS
+    state = {k: v for k, v in load_file(file).items() if ".layers.1." not in k}
+    save_file(state, file)
+    with pytest.raises(UserError, match="lacks 4 of 8 tensors"):
+        scalepeft.load_adapter(fresh(base), tmp_path / "half")
+    for r, says in ((2**70, "no layer can take"), (2**40, "has shape")):
+        config = json.loads((tmp_path / "whole" / layout.CONFIG).read_text())
+        (tmp_path / "whole" / layout.CONFIG).write_text(json.dumps({**config, "r": r}))
+        with pytest.raises(UserError, match=says):
+            scalepeft.load_adapter(fresh(base), tmp_path / "whole")

@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import peft
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 import scalepeft
 import scalepeft.integrations.peft as ours
@@ -316,3 +317,82 @@ def test_excluded_and_missing_targets_are_told_apart() -> None:
         peft.get_peft_model(toy(), config("goft", target_modules=names, exclude_modules=names))
     with pytest.raises(ValueError, match="not found in the base model"):
         peft.get_peft_model(toy(), config("goft", target_modules=["absent"]))
+
+
+@pytest.mark.parametrize("way", ["offloaded", "own forward", "hook"])
+def test_a_layer_that_is_more_than_its_weight_is_called(way: str) -> None:
+    base = llama()
+    layer = base.model.layers[0].self_attn.q_proj
+    layer.bias = nn.Parameter(torch.ones(64))
+    if way == "own forward":
+        forward = layer.forward
+        layer.forward = lambda x: 3 * forward(x)
+    elif way == "hook":
+        layer.register_forward_hook(lambda m, args, y: 3 * y)
+    want = base(IDS).logits
+    model = peft.get_peft_model(base, config("hoft", target_modules=["q_proj"])).eval()
+    if way == "offloaded":
+        shake(model)
+        want = model(IDS).logits
+        accelerate.cpu_offload(model, torch.device("cpu"))
+        with pytest.raises(UserError, match="adapt the model first, then offload"):
+            model.add_adapter("late", config("hoft", target_modules=["v_proj"]))
+    assert (model(IDS).logits - want).abs().max() < 1e-5
+    with pytest.raises(UserError, match="load the whole plain model to merge"):
+        model.merge_adapter()
+
+
+def test_an_adapter_of_another_kind_is_not_passed_over() -> None:
+    settings = {"target_modules": ["q_proj"]}
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(**settings)).base_model.model
+    for base in (scalepeft.inject(llama(), {"name": "hoft", **settings}), theirs):
+        with pytest.raises(UserError, match="has an adapter of another kind"):
+            peft.get_peft_model(base, config("hoft", **settings))
+
+
+def test_a_second_tuner_adds_the_penalty_once() -> None:
+    one = config("qgoft", target_modules=["q_proj"])
+    plain = peft.get_peft_model(llama(), one).merge_and_unload()
+    model = peft.get_peft_model(plain, one)
+    shake(model)
+    terms = [m.adapters["default"].penalty() for m in model.modules() if isinstance(m, ours.Layer)]
+    off = model.train()(IDS, labels=IDS).loss - model.eval()(IDS, labels=IDS).loss - sum(terms)
+    assert off.abs() < 1e-5
+    model.merge_adapter()
+    assert torch.equal(model.train()(IDS, labels=IDS).loss, model.eval()(IDS, labels=IDS).loss)
+
+
+def test_penalty_where_labels_are_not_shifted() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    base = LlamaForSequenceClassification(
+        LlamaConfig(vocab_size=128, num_hidden_layers=1, pad_token_id=0, **sizes)
+    )
+    model = peft.get_peft_model(base, config("qgoft", target_modules=["q_proj"]))
+    shake(model)
+    labels, items = torch.tensor([0, 1, 0]), torch.tensor(3)
+    (term,) = (
+        m.adapters["default"].penalty() for m in model.modules() if isinstance(m, ours.Layer)
+    )
+    args = {"labels": labels, "num_items_in_batch": items}
+    assert (model.train()(IDS, **args).loss - model.eval()(IDS, **args).loss - term).abs() < 1e-5
+
+
+def test_a_refused_merge_changes_nothing() -> None:
+    model = peft.get_peft_model(toy(bias=False), config("hut", target_modules=["0"]), "x")
+    model.add_adapter("y", config("hut", shift=True, target_modules=["0"]))
+    model.base_model.set_adapter(["x", "y"])
+    shake(model)
+    model.merge_adapter(["x"])
+    x = torch.randn(5, 16)
+    want = model(x)
+    with pytest.raises(UserError, match="adds a bias"):
+        model.merge_adapter(["y"])
+    assert torch.equal(model(x), want)
+    model.bfloat16()
+    model.unmerge_adapter()
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).fill_(torch.nan)
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(["x"])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -26,7 +27,7 @@ from scalepeft.config import files
 from scalepeft.core.errors import UserError
 from scalepeft.core.preemption import SIGNALS, StopFlag
 from scalepeft.data import loader, token_file
-from scalepeft.integrations.trainer import last_checkpoint
+from scalepeft.integrations.trainer import PreemptionCallback, last_checkpoint
 from scalepeft.models import tiny
 from scalepeft.models.hub import open_base
 from scalepeft.parallel.ranks import Ranks
@@ -91,13 +92,26 @@ def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert last_checkpoint(tmp_path) is None and last_checkpoint(tmp_path / "absent") is None
-    for step, text in ((9, "{}"), (10, "{}"), (11, '{"epo'), (12, None)):
+    (tmp_path / "checkpoint-mine").mkdir()
+    state = '{"global_step": 9}'
+    for step, text in ((9, state), (10, state), (11, '{"epo'), (12, None), (8, "null")):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if text is not None:
             (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(text)
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert capsys.readouterr().err.count("is not whole, passed over") == 2
     assert get_last_checkpoint(str(tmp_path)).endswith("-12"), "then ours is needless"
+
+
+def test_signals_are_given_back_where_training_began_twice() -> None:
+    """As ``auto_find_batch_size`` does after a batch that was too large, or a list with it twice."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    call, state = PreemptionCallback(), SimpleNamespace(is_world_process_zero=True)
+    for _ in range(2):
+        call.on_train_begin(SimpleNamespace(save_only_model=False), state, None)
+    for _ in range(2):
+        call.on_train_end(None, state, None)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_signals_are_given_back_after_training(tmp_path: Path, base: str) -> None:
