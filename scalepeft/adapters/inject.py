@@ -31,9 +31,6 @@ from scalepeft.models import quant
 from scalepeft.models.experts import ExpertLinear, mix_in, replace_experts
 from scalepeft.parallel.base import copy_rows, full_shape
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-"""Of an adapter's tensors."""
-
 
 class Adapted(nn.Linear):
     """Mixin of an adapted layer: ``y = adapter(x, W .) + b``; base parameters keep their names."""
@@ -329,7 +326,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Copies a state into the model. Raises UserError: not all there, or not finite, by name."""
     check_state(model, shapes(state), where)
     for name, tensor in state.items():
-        if tensor.dtype not in FLOATS:
+        if not tensor.is_floating_point() or tensor.itemsize == 1:
             raise UserError(f"{where}: {name} holds {tensor.dtype}; take an older checkpoint")
         if not torch.isfinite(tensor).all():
             raise UserError(f"{where}: {name} holds NaN or infinity; take an older checkpoint")

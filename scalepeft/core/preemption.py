@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from scalepeft.core.files import write_atomically
 from scalepeft.core.launch import rank
@@ -45,6 +46,7 @@ class StopFlag:
         self.saved = False  # the agreed save is on disk: even a second signal means exit code 75
         self._patient = "SLURM_JOB_ID" in os.environ
         self._first_at = 0.0
+        self._before: dict[int, Any] = {}
 
     def install(self) -> "StopFlag":
         """Takes over the three signals. Main thread only."""
@@ -62,8 +64,11 @@ class StopFlag:
 
     def give_back(self) -> None:
         """Hand the signals back to who had them before ``install``: the work is done."""
+        if not self._before:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._before = {}
         signal.set_wakeup_fd(self._fd_before)
         os.close(self._write_end)
 

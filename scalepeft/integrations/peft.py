@@ -152,8 +152,7 @@ class Tuner(BaseTuner):
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         known = {"__base__"}.union(*(m.adapters for m in layers))
         if unknown := sorted(set(names or []) - known):
-            what = f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}"
-            raise ValueError(what)
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
 
         def add(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             return args, {**kwargs, "adapter_names": names}

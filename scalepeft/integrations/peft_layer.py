@@ -176,9 +176,9 @@ class Layer(nn.Module, BaseTunerLayer):
     def is_plain(self) -> bool:
         """True where weight and bias alone tell what the layer computes."""
         bare: Any = self.get_base_layer()
-        known = type(bare).forward in (nn.Linear.forward, quant.QuantLinear.forward)
-        hooks = bare._forward_hooks or bare._forward_pre_hooks or "forward" in vars(bare)
-        return known and not hooks
+        if bare._forward_hooks or bare._forward_pre_hooks or "forward" in vars(bare):
+            return False
+        return type(bare).forward in (nn.Linear.forward, quant.QuantLinear.forward)
 
     def stack(self, adapters: list[Adapter], exact: bool = False) -> _Stacked:
         """The adapters around each other, and around the layer without its bias."""

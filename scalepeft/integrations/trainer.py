@@ -40,18 +40,13 @@ class PreemptionCallback(TrainerCallback):
     Raises SystemExit(75) when all ranks have saved.
     """
 
-    _flag: Any = None
-
-    def _let_go(self) -> None:
-        if self._flag is not None:
-            self._flag.give_back()
-            self._flag = None
+    _flag = StopFlag()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Raises UserError: what is saved could not be continued."""
         if args.save_only_model:
             raise UserError("save_only_model=True: a stopped run could not go on; leave it out")
-        self._let_go()  # a train() before ended in an exception (auto_find_batch_size)
+        self._flag.give_back()  # a train() before ended in an exception (auto_find_batch_size)
         self._flag, self._stops = StopFlag().install(), False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -76,7 +71,7 @@ class PreemptionCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Ends a stopped run; loggers are called before."""
         if not self._stops:
-            self._let_go()
+            self._flag.give_back()
             return
         PartialState().wait_for_everyone()  # once one has left, launchers kill the others
         if state.is_world_process_zero:

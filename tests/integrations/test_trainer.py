@@ -104,7 +104,7 @@ def test_a_checkpoint_that_a_kill_cut_short_is_passed_over(
 
 
 def test_signals_are_given_back_where_training_began_twice() -> None:
-    """As ``auto_find_batch_size`` does after a batch that was too large, or a list with it twice."""
+    """As ``auto_find_batch_size`` does after a batch too large, and a list that has it twice."""
     before = [signal.getsignal(number) for number in SIGNALS]
     call, state = PreemptionCallback(), SimpleNamespace(is_world_process_zero=True)
     for _ in range(2):
