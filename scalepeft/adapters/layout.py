@@ -271,7 +271,7 @@ def read_adapter(folder: Path) -> Adapted:
 
 
 def _of_peft(config: dict[str, Any], state: dict[str, Tensor], folder: Path) -> Adapted:
-    """As ``read_adapter``, of a folder of PEFT's own; layers are those that have tensors."""
+    """As ``read_adapter``, of a folder of PEFT's own."""
     kind, where = str(config["peft_type"]), folder / CONFIG
     name = method_of(kind)
     plugged = kind.partition(":")[0].lower() == peft_name(name)
@@ -322,7 +322,6 @@ def _targets(config: dict[str, Any], layers: list[str]) -> dict[str, Any]:
 
 
 def _form(config: AdapterConfig) -> tuple[dict[str, Any], dict[str, str]]:
-    """``in_peft`` of a method, whatever the layer."""
     # On the meta device, but two sides of a rank that no layer has would overflow even there.
     width: int = getattr(config, "block_size", 0) or min(getattr(config, "rank", 1), 2**20)
     return in_peft(on_meta(config, width, width)) or ({}, {})
@@ -331,7 +330,6 @@ def _form(config: AdapterConfig) -> tuple[dict[str, Any], dict[str, str]]:
 def _ours(
     state: dict[str, Tensor], config: AdapterConfig, kind: str, file: Path
 ) -> dict[str, Tensor]:
-    """The tensors of a file by our names."""
     theirs = _form(config)[1] if kind in THEIRS else {}
     keys = {suffix: key for key, suffix in theirs.items()}
     inner = "|".join(map(re.escape, keys)) or rf"{peft_name(config.name)}_adapter\.\w+"

@@ -320,7 +320,6 @@ def _write_index(folder: Path, shards: list[Shard]) -> None:
 
 
 def _tokens(model: Any) -> Tensor:
-    """Seeded random ids (1, tokens)."""
     config = model.config.get_text_config()
     length = min(TOKENS, getattr(config, "max_position_embeddings", TOKENS))
     generator = torch.Generator().manual_seed(0)
@@ -328,7 +327,6 @@ def _tokens(model: Any) -> Tensor:
 
 
 def _difference(want: Tensor, got: Tensor) -> str:
-    """Says how far the logits of two models lie apart."""
     worst, largest = (got - want).abs().max().item(), want.abs().max().item()
     agree, length = int((got.argmax(-1) == want.argmax(-1)).sum()), want.shape[1]
     apart = f"at most {worst:.1e} (relative {worst / (largest or 1.0):.1e}) over {length} tokens"

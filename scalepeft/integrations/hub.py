@@ -57,7 +57,6 @@ def _of_this(evaluation: Evaluation, folder: Path) -> bool:
 
 
 def _upload(folder: Path, repo: str, private: bool) -> str:
-    """Returns the address of the commit."""
     from huggingface_hub import HfApi
 
     try:

@@ -206,7 +206,6 @@ def _is_norm(config: Any, key: str) -> bool:
 
 
 def _register(method: str) -> None:
-    """Makes and registers config, layer and tuner of a method."""
     name, adapter = peft_name(method), find_method(method)
     if name.upper() not in PeftType.__members__:  # an enum is closed; its maps are dicts
         member: Any = str.__new__(PeftType, name.upper())
