@@ -20,7 +20,7 @@ TINY = [
 ]  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_contenders_take_the_same_rows_to_the_same_losses(tmp_path: Path) -> None:
     """And one that is not installed is left out, in a line; TRL's where it is."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "SCALEPEFT_CACHE": str(tmp_path)}

@@ -83,7 +83,13 @@ def test_a_micro_batch_makes_one_mask_and_a_layer_asks_for_nothing(
     assert len(made) == 2  # gemma3 makes a mask of each kind, whatever its layers are
 
 
-@pytest.mark.parametrize("base", [["model.quant=nf4"], ["engine.activation_checkpointing=true"]])
+@pytest.mark.parametrize(
+    "base",
+    [
+        ["model.quant=nf4"],
+        pytest.param(["engine.activation_checkpointing=true"], marks=pytest.mark.full),
+    ],
+)
 def test_twenty_steps_are_those_of_padded_rows(base: list[str], tmp_path: Path) -> None:
     words = [*base, "adapter.name=lora", "adapter.dropout=0.2", "train.max_steps=20"]
     train(1, tmp_path / "padded", *words, "train.batching=padded")
