@@ -259,8 +259,8 @@ def read_adapter(folder: Path) -> Adapted:
         if file and about.get(key, found[path]) != found[path]:
             raise UserError(
                 f"{path}: has changed since it was written (sha256 differs from {file.name}); copy"
-                " it again, or remove the folder and start the training's command once more; if it"
-                f" was PEFT that saved over it, remove {file.name}"
+                " it again, or remove the folder and start the training's command once more"
+                + ("" if old else f"; if PEFT saved over it, copy it and remove {ABOUT} there")
             )
     if old:
         return adapter_config(settings, saved=True), state, about

@@ -125,9 +125,9 @@ class Tuner(BaseTuner):
             model.register_forward_hook(_add_penalty, with_kwargs=True)
 
     @classmethod
-    def _get_adapter_state_dict(  # type: ignore[override]
+    def _get_adapter_state_dict(  # type: ignore[override]  # the rest goes on as it came
         cls, model: nn.Module, config: Any, adapter_name: str, **rest: Any
-    ) -> Any:
+    ) -> dict[str, Any]:
         found = super()._get_adapter_state_dict(model, config, adapter_name, **rest)
         for name, m in model.named_modules():
             if isinstance(m, Layer) and adapter_name in m.adapters:
@@ -198,7 +198,6 @@ def _add_penalty(model: nn.Module, _: Any, kwargs: dict[str, Any], out: Any) -> 
 
 
 def _is_norm(config: Any, key: str) -> bool:
-    """True for a norm that trains along, in the blocks that are adapted."""
     only = config.layers_to_transform
     if only is not None and block(key) not in ([only] if isinstance(only, int) else only):
         return False

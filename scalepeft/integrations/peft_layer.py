@@ -23,8 +23,7 @@ class _Foreign:
     def __init__(self, layer: "Layer", exact: bool) -> None:
         self.layer, self.exact = layer, exact
         # Where the weight does not tell what is computed no form goes around the layer.
-        own = layer.quantization_backend is None
-        self.trained = own or hasattr(layer.get_base_layer(), "state")
+        self.trained = not layer.quantization_backend or hasattr(layer.get_base_layer(), "state")
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.exact:
@@ -64,8 +63,8 @@ class _OwnBytes(QuantizationBackend):
 
     def set_base_weight(self, peft_layer: Any, weight_data: Tensor) -> None:
         layer = peft_layer.get_base_layer()
-        made = layer.fmt.encode(weight_data)
-        layer.weight, layer.weight_scale = (nn.Parameter(t, requires_grad=False) for t in made)
+        parts = (nn.Parameter(t, requires_grad=False) for t in layer.fmt.encode(weight_data))
+        layer.weight, layer.weight_scale = parts
 
 
 class Layer(nn.Module, BaseTunerLayer):
@@ -196,24 +195,23 @@ class Layer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Replaces weight and bias by those of the stack of what was merged before and
-        ``adapter_names``. Raises UserError: not affine, or a bias that the layer has no place for.
+        ``adapter_names``; always safe. Raises UserError: not affine, or a bias without a place.
         """
         found = check_adapters_to_merge(self, adapter_names)
         if not (names := [name for name in found if name in self.adapters]):
             return
         bare: Any = self.get_base_layer()
-        before = self.merged_adapters, self.originals, dict(bare._parameters)
-        names = self.merged_adapters + names
+        merged, originals, held = self.merged_adapters, self.originals, self.held()
+        names = merged + names
         self.unmerge()
         try:
             changed = self.merged_with(names)
         except BaseException:  # refused: what was merged before stays merged
-            self.merged_adapters, self.originals = before[:2]
-            bare._parameters.update(before[2])
+            self.originals = held
+            self.unmerge()
+            self.merged_adapters, self.originals = merged, originals
             raise
-        self.originals = dict(bare.named_parameters(recurse=False))
-        if hasattr(bare, "state"):  # of bitsandbytes' 8 bits: scales that the weight has given away
-            self.originals["state"] = copy.copy(bare.state)
+        self.originals = self.held()
         for key, value in changed.items():
             value = value.to(self.compute_dtype(value) if key == "weight" else bare.bias.dtype)
             if key == "weight" and self.quantization_backend is not None:
@@ -222,10 +220,21 @@ class Layer(nn.Module, BaseTunerLayer):
                 setattr(bare, key, nn.Parameter(value.contiguous(), requires_grad=False))
         self.merged_adapters = names
 
+    def held(self) -> dict[str, Any]:
+        """What a merge replaces of the layer, by name."""
+        bare: Any = self.get_base_layer()
+        found = dict(bare.named_parameters(recurse=False))
+        if hasattr(bare, "state"):  # of bitsandbytes' 8 bits: scales that the weight has given away
+            found["state"] = copy.copy(bare.state)
+        return found
+
     def merged_with(self, names: list[str]) -> dict[str, Tensor]:
         """Weight and bias with these adapters; raises as ``merge``."""
         bare: Any = self.get_base_layer()
         adapters = [self.adapters[name] for name in names]
+        if not all(p.isfinite().all() for a in adapters for p in a.parameters()):
+            what = f"The adapter {', '.join(names)} seems to be broken"
+            raise ValueError(f"NaNs detected in the merged weights. {what}")
         if self.is_norm:
             return merged_norm(self.key, bare, adapters, bare.forward)
         for a in adapters:
@@ -236,9 +245,6 @@ class Layer(nn.Module, BaseTunerLayer):
             raise UserError(f"{self.key}: {what}; load the whole plain model to merge")
         like = torch.empty(0, self.in_features, device=next(adapters[0].parameters()).device)
         weight, shift = affine(self.stack(adapters, exact=True), like, adapters)
-        if not (weight.isfinite().all() and shift.isfinite().all()):
-            what = f"The adapter {', '.join(names)} seems to be broken"
-            raise ValueError(f"NaNs detected in the merged weights. {what}")
         if bare.bias is not None:
             return {"weight": weight, "bias": bare.bias.float() + shift}
         if shift.any():
@@ -261,6 +267,3 @@ class Layer(nn.Module, BaseTunerLayer):
         for key, parameter in self.originals.items():
             setattr(self.get_base_layer(), key, parameter)
         self.originals, self.merged_adapters = {}, []
-
-    def __repr__(self) -> str:
-        return f"{self.method}." + super().__repr__()

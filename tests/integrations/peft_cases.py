@@ -18,15 +18,8 @@ import torch
 
 import scalepeft.integrations.peft as plugin
 
-CONFIGS: dict[str, Any] = {
-    "hoft": plugin.HOFTConfig,  # type: ignore[attr-defined]
-    "shoft": plugin.SHOFTConfig,  # type: ignore[attr-defined]
-    "goft": plugin.GOFTConfig,  # type: ignore[attr-defined]
-    "qgoft": plugin.QGOFTConfig,  # type: ignore[attr-defined]
-    "surm": plugin.SURMConfig,  # type: ignore[attr-defined]
-    "hut": plugin.HUTConfig,  # type: ignore[attr-defined]
-    "hadamard": plugin.HadamardConfig,  # type: ignore[attr-defined]
-}
+SEVEN = ("HOFT", "SHOFT", "GOFT", "QGOFT", "SURM", "HUT", "Hadamard")
+CONFIGS: dict[str, Any] = {name.lower(): getattr(plugin, f"{name}Config") for name in SEVEN}
 ALL = tuple(CONFIGS.values())
 RANKED = ("hoft", "shoft", "hut")
 SMALL: dict[str, dict[str, Any]] = {name: {"r": 2} for name in RANKED}  # divides 10, 20 and 2
@@ -108,14 +101,13 @@ def _ours(value: Any) -> Any:
     return value
 
 
-class LoraLayer(type):
-    """``isinstance(x, LoraLayer)``: x is a layer of the plug-in."""
-
+class _Ours(type):
     def __instancecheck__(cls, x: Any) -> bool:
         return isinstance(x, plugin.Layer)
 
 
-LoraLayer = LoraLayer("LoraLayer", (), {})  # type: ignore[assignment, misc]
+class LoraLayer(metaclass=_Ours):
+    """``isinstance(x, LoraLayer)``: x is a layer of the plug-in."""
 
 
 def box() -> str:

@@ -396,3 +396,11 @@ def test_a_refused_merge_changes_nothing() -> None:
         next(p for p in model.parameters() if p.requires_grad).fill_(torch.nan)
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_adapter(["x"])
+
+
+def test_a_norm_of_nan_is_not_merged() -> None:
+    model = peft.get_peft_model(llama(), config("hadamard", target_modules=["o_proj"]))
+    norm = next(m for m in model.modules() if isinstance(m, ours.Layer) and m.is_norm)
+    norm.adapters["default"].scale.data[0] = torch.nan
+    with pytest.raises(ValueError, match="NaNs detected"):
+        norm.merge()
