@@ -309,9 +309,7 @@ def _of_peft(config: dict[str, Any], state: dict[str, Tensor], folder: Path) -> 
 
 
 def _targets(config: dict[str, Any], layers: list[str]) -> dict[str, Any]:
-    """The layers that a config of PEFT names, so that one whose tensors are missing is noticed;
-    where it names them otherwise than we do, those that have tensors.
-    """
+    """The layers that PEFT's config lists (one without tensors is noticed), or that have some."""
     listed, blocks = config.get("target_modules"), config.get("layers_to_transform")
     if isinstance(listed, list) and not config.get("exclude_modules"):
         names = [n for n in listed if any(registry.names(str(n), layer) for layer in layers)]
