@@ -205,6 +205,8 @@ def _written_here(commands: dict[str, Parser]) -> None:
     which.add_argument("--until", choices=STAGES, help="end after this one")
     add("pipeline", "--from", "do this one and those after it again", dest="first", choices=STAGES)
     add("report", "--out", "where the report goes", metavar="FOLDER")
+    theirs = "one run's figures, as HF PEFT's method_comparison has them"
+    add("report", "--peft-result", theirs, metavar="FILE", dest="peft")
     weights: dict[str, Any] = {"dest": "base", "choices": ("original", "dequantized")}
     what = "merge into the weights of the files, or into what the adapter saw in training"
     add("merge", "--base-weights --base", what, default="original", **weights)

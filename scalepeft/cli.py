@@ -78,7 +78,7 @@ CALLS: dict[str, tuple[str, Callable[[Any, argparse.Namespace, StopFlag], Any]]]
         "analysis.compare.command", lambda m, a, stop: m.run(m.Options.of(_values(m, a)), stop)
     ),
     "score": ("eval.score_files", lambda m, a, _: m.run(m.Options(**_values(m, a)))),
-    "report": ("analysis.report.command", lambda m, a, _: m.run(a.run_dirs, a.out)),
+    "report": ("analysis.report.command", lambda m, a, _: m.run(a.run_dirs, a.out, a.peft)),
     "merge": ("export.merge", lambda m, a, _: m.run(a.run_dir, a.out, a.settings, a.base, a.dtype)),
     "export": ("export.peft", lambda m, a, _: m.run(a.run_dir, a.out, a.settings, a.format)),
     "push": (

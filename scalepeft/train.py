@@ -211,6 +211,8 @@ def _steps(
         log()  # of the step before: the device has this one to work on
         row = {"step": trainer.done, "loss": None, "lr": lr, "grad_norm": None}
         row |= {"label_tokens": batch.label_tokens, "sample_index": trainer.sample_index}
+        if trainer.ranks.device.type == "cuda":
+            row["memory_reserved"] = torch.cuda.memory_reserved()
         unread.append((row, batch.tokens, clock, outcome))
         due = trainer.done % config.train.save_every == 0
         if due or trainer.done == total or not outcome.late:

@@ -76,8 +76,8 @@ def _merge(*layers: dict[str, Any], resolve: bool = False) -> dict[str, Any]:
         return OmegaConf.to_container(OmegaConf.merge(*filled), resolve=resolve)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise UserError(
-            f"{error.full_key}: {str(error).splitlines()[0].rstrip('.')}; ${{...}} names a key that"
-            " the files or the command line set, or ${oc.env:NAME}; as text it is written \\${...}"
+            f"{error.full_key}: {str(error).splitlines()[0].rstrip('.')}; set it, or what ${{...}}"
+            " names (a key, or ${oc.env:NAME}); as text it is written \\${...}"
         ) from None
 
 
@@ -165,12 +165,13 @@ def _apply(values: dict[str, Any], overrides: list[str], notes: list[str]) -> di
     for override in overrides:
         section, key, text = _split(override)
         if key is not None:
-            keys.setdefault(section, {})[key] = _value(text)
+            held = keys.get(section)
+            keys[section] = {**(held if isinstance(held, dict) else {}), key: _value(text)}
         elif section in cfg.TOP:
             keys[section] = text if section == "run_dir" else _value(text)
         else:
             named = named_file(section, text)
-            others = {k: v for k, v in named.items() if k != section}
+            others = {k: v for k, v in named.items() if k not in (section, *cfg.TOP)}
             notes += [
                 f"{override} also sets {s}.{k}={v}" for s in others for k, v in others[s].items()
             ]

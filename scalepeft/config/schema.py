@@ -182,9 +182,9 @@ PLAIN: dict[str, type] = {
     "pipeline": PipelineConfig,
 }  # fmt: skip
 SECTIONS = [f.name for f in dataclasses.fields(RunConfig) if f.name != "extensions"]
-TOP = ("run_dir", "run_name", "extensions")
-"""Keys that are no section. ``run_name`` is there for other settings to refer to; ``extensions`` is
-a folder with methods, engines and tasks of others.
+TOP = ("run_dir", "run_name", "recipe", "extensions")
+"""Keys that are no section. ``run_name`` and ``recipe`` are there for other settings to refer to;
+``extensions`` is a folder with methods, engines and tasks of others.
 """
 ALIASES = {
     "data.tokenise": "data.tokenize",

@@ -48,8 +48,8 @@ def device_name(device: torch.device) -> str:
 
 def peak_memory() -> dict[str, int | None]:
     """The most bytes that this process has held: ``peak_memory`` of CUDA's allocator, if it is
-    used; ``peak_resident`` since its program began (``VmHWM``: what ``wait4`` tells counts the
-    parent's too), where /proc says.
+    used, and what that had ``peak_reserved``; ``peak_resident`` since its program began (``VmHWM``:
+    what ``wait4`` tells counts the parent's too), where /proc says.
     """
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     status = Path("/proc/self/status")
@@ -57,5 +57,6 @@ def peak_memory() -> dict[str, int | None]:
     kib = next((int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
     return {
         "peak_memory": torch.cuda.max_memory_allocated() if cuda else None,
+        "peak_reserved": torch.cuda.max_memory_reserved() if cuda else None,
         "peak_resident": None if kib is None else kib * 1024,
     }

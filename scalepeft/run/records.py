@@ -31,7 +31,8 @@ from scalepeft.run.progress import Progress
 from scalepeft.run.provenance import commit, peak_memory, versions
 from scalepeft.run.room import Room
 
-LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "bitsandbytes", "deepspeed")
+LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "bitsandbytes", "deepspeed",
+             "datasets", "peft")  # fmt: skip
 """Whose versions a start writes down."""
 
 

@@ -22,8 +22,10 @@ from scalepeft.core.fields import Decides, marks_of
 BASE = ["run_dir=runs/x", "train.max_steps=10"]
 
 
-SHIPPED = sorted(
-    path for path in config_files.config_root().rglob("*.yaml") if path.parent.name != "accelerate"
+SHIPPED = sorted(  # papers/ is included by files of runs/
+    path
+    for path in config_files.config_root().rglob("*.yaml")
+    if path.parent.name not in ("accelerate", "papers")
 )
 
 

@@ -14,11 +14,15 @@ PLOTS = {name: f"report/{name}.png" for name in ("curves", "lengths")}
 """The Markdown's plots, beside it."""
 
 
-def run(run_dirs: list[str], out: str | None = None) -> None:
+def run(run_dirs: list[str], out: str | None = None, peft: str | None = None) -> None:
     """Print a table for each run; write the report to ``out`` (the run's folder, or ``report``), of
-    one run loss.png too. Raises UserError: one is no run, or something cannot be written.
+    one run loss.png too, and ``peft``. Raises UserError: one is no run, or cannot be written.
     """
     runs = read_all([Path(name) for name in run_dirs])
+    if peft:
+        from scalepeft.analysis.report.peft_result import result
+
+        _write(Path(peft), result(runs))
     print("\n\n".join(map(table, runs)) + "\n")
     written = write(runs, Path(out) if out else None)
     if len(runs) == 1 and runs[0].newest:

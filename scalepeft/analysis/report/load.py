@@ -23,7 +23,8 @@ from scalepeft.run.checkpoint import DamagedCheckpoint, steps_of, verify
 from scalepeft.run.goodput import Goodput, goodput
 
 SUBJECTS = {"eval-base": "base", "eval": "tuned", "eval-merged": "merged"}
-COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens_per_second")
+COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens_per_second", "seconds", "sample_index",
+           "time", "memory_reserved")  # fmt: skip
 MARKS = ("config.yaml", "events.jsonl", "metrics.jsonl")
 """One of them makes a folder a run's."""
 
