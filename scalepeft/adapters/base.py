@@ -84,6 +84,7 @@ class Adapter(nn.Module):
         self.config, self.layer_name = config, layer_name
         self.in_features, self.out_features = in_features, out_features
         self.declare()
+        self.requires_grad_()
 
     def declare(self) -> None:
         """``self.U = self.new_parameter(out, r)``. Raises UserError: dimensions it cannot take."""
@@ -99,6 +100,19 @@ class Adapter(nn.Module):
         """
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
+
+    kept: frozenset[str] = frozenset()
+    """Parameters that never train: as ``start`` makes them, saved with the others."""
+
+    def start(self, base: Base) -> dict[str, Tensor]:
+        """Values of what is ``kept``, out of W; asked for where something is, before training."""
+        return {}
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Adapter":
+        """Of the trained parameters; those that are ``kept`` never take a gradient."""
+        for key, parameter in self.named_parameters():
+            parameter.requires_grad_(requires_grad and key not in self.kept)
+        return self
 
     made: tuple[Tensor, ...] | None = None
     """The factors, where ``adapters.factors`` keeps them over a step; else None."""

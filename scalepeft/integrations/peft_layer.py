@@ -110,6 +110,9 @@ class Layer(nn.Module, BaseTunerLayer):
         adapter = self.blank(settings)
         if not any(p.is_meta for p in adapter.parameters()):
             adapter.reset_parameters()
+            if adapter.kept:
+                for key, values in adapter.start(self.stack([], exact=True)).items():
+                    adapter.get_parameter(key).data.copy_(values)
             if not settings.init_weights:
                 for p in adapter.parameters():
                     p.data.add_(0.1 * torch.randn_like(p))
