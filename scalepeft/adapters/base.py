@@ -84,7 +84,7 @@ class Adapter(nn.Module):
         self.config, self.layer_name = config, layer_name
         self.in_features, self.out_features = in_features, out_features
         self.declare()
-        self.requires_grad_()
+        self.freeze()
 
     def declare(self) -> None:
         """``self.U = self.new_parameter(out, r)``. Raises UserError: dimensions it cannot take."""
@@ -108,11 +108,10 @@ class Adapter(nn.Module):
         """Values of what is ``kept``, out of W; asked for where something is, before training."""
         return {}
 
-    def requires_grad_(self, requires_grad: bool = True) -> "Adapter":
-        """Of the trained parameters; those that are ``kept`` never take a gradient."""
-        for key, parameter in self.named_parameters():
-            parameter.requires_grad_(requires_grad and key not in self.kept)
-        return self
+    def freeze(self) -> None:
+        """Takes what is ``kept`` out of what trains."""
+        for key in self.kept:
+            self.get_parameter(key).requires_grad_(False)
 
     made: tuple[Tensor, ...] | None = None
     """The factors, where ``adapters.factors`` keeps them over a step; else None."""

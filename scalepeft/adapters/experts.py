@@ -26,7 +26,7 @@ def stack(adapter: Adapter, experts: int) -> None:
     for key, parameter in adapter._parameters.items():
         if parameter is not None:
             adapter._parameters[key] = nn.Parameter(parameter.new_empty(experts, *parameter.shape))
-    adapter.requires_grad_()
+    adapter.freeze()
 
 
 class Stacked(Adapter):

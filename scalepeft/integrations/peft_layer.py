@@ -120,6 +120,11 @@ class Layer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=settings.inference_mode)
 
+    def _freeze_non_trainable_peft_weights(self, *_: Any) -> None:
+        """What PEFT calls after each change of what trains."""
+        for adapter in self.adapters.values():
+            adapter.freeze()
+
     def active(self) -> list[Adapter]:
         """The active adapters, the innermost first."""
         return [self.adapters[n] for n in self.active_adapters if n in self.adapters]

@@ -208,6 +208,7 @@ def test_a_run_goes_on_under_any_engine_at_any_world_size(
         pytest.param(["adapter.name=shoft", "adapter.form=pairs"], marks=pytest.mark.full),
         pytest.param(["adapter.name=lora"], marks=pytest.mark.full),
         ["adapter=qgoft", "adapter.penalty=1"],
+        ["adapter=hra", "adapter.penalty=1", "adapter.dropout=0.2"],
         pytest.param(["adapter=hadamard"], marks=pytest.mark.full),
     ],
 )
@@ -221,8 +222,9 @@ def test_other_methods_and_activation_checkpointing_under_fsdp2(
     assert max(abs(a - b) for a, b in pairs) < 1e-5
     # The regulariser counts once, whatever the sharding and the number of micro-batches.
     penalties = [[r.get("penalty") for r in rows(tmp_path / n)] for n in ("one", "two")]
-    if adapter[0] == "adapter=qgoft":
-        assert penalties[0][0] == 0 < penalties[0][-1]
+    if "adapter.penalty=1" in adapter:
+        assert adapter[0] == "adapter=hra" or penalties[0][0] == 0
+        assert penalties[0][0] != penalties[0][-1] > 0
         assert penalties[0] == pytest.approx(penalties[1], rel=1e-3)
     else:
         assert not any(penalties[0])
@@ -418,6 +420,5 @@ def test_pissa_begins_and_goes_on_the_same_under_every_engine(small: Path, tmp_p
         got = load_file(path / "adapter/adapter_model.safetensors")
         assert got.keys() == want.keys() and rows(path)[1]["step"] == 2
         for name, tensor in want.items():
-            same = torch.equal(got[name], tensor) if name.endswith("0") else False
-            assert same or (got[name] - tensor).abs().max() < 1e-5, (path, name)
-            assert same or not name.endswith("0"), (path, name)
+            away = (got[name] - tensor).abs().max()
+            assert tensor.any() and away <= (0 if name.endswith("0") else 1e-5), (path, name)

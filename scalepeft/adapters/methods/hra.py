@@ -22,8 +22,7 @@ class HRAConfig(AdapterConfig):
         rank: r, the number of reflections; even, because the start pairs equal ones.
         form: what is trained of them, as in HOFT, whose columns ``mean_difference`` starts from.
         dropout: as in HOFT.
-        penalty: lambda, the weight in the loss of what columns lack to be orthogonal; 1e-4 was the
-            authors' best.
+        penalty: lambda, the weight of what columns lack of orthogonality; the authors' best: 1e-4.
     """
 
     BEFORE: ClassVar = {"form": "pairs"}
@@ -68,8 +67,7 @@ class HRA(Reflected):
         if not self.config.penalty:
             return None
         n = F.normalize(columns(self.V, self.form), dim=0)
-        # Of a half: the diagonal is 0.
-        return self.config.penalty * math.sqrt(2) * (n.mT @ n).triu(1).norm()
+        return self.config.penalty * math.sqrt(2) * (n.mT @ n).triu(1).norm()  # a half of it
 
     def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's HRA with the same columns."""

@@ -40,7 +40,8 @@ def resident(config: RunConfig, source: Source, world: int, per_node: int) -> St
     rows = min(local_batch, config.train.micro_batch)
     if config.train.micro_tokens and config.train.batching != "padded":
         rows = min(local_batch, -(-config.train.micro_tokens // config.data.cutoff))
-    trained = list(injection.trainable(model).values())
+    saved = injection.tensors(model).values()
+    trained = [p for p in saved if p.requires_grad]
     base = _base_shapes(model)
 
     def part(parameters: Iterable[Tensor], ranks: int) -> int:
@@ -74,9 +75,7 @@ def resident(config: RunConfig, source: Source, world: int, per_node: int) -> St
         host=sum(kinds.get(kind, 0) for kind in shares.on_host),
         load=sum(read.values()),
         restart=plain + part(held.values(), shares.base) if copy else sum(read.values()),
-        checkpoint=2 * sum(p.nbytes for p in trained)
-        + sum(p.nbytes for p in injection.tensors(model).values())
-        + 4 * len(trained),
+        checkpoint=sum(p.nbytes for p in (*saved, *trained, *trained)) + 4 * len(trained),
         resident=stays,
         peak=stays,
         alike=len(looks) == 1 and len(set(source.text.get("layer_types") or ())) <= 1,
