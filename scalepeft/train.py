@@ -269,7 +269,8 @@ def _announce(
     more |= {"parameters": count, "tokens": tokens, **seconds}
     records.started(step, launched, steps=total, **more, per_rank=per_rank)
     # Parameters and both moments in fp32, headers and manifest.
-    records.keep_room(12 * count + 1000 * len(trainer.trained) + (16 << 10))
+    held = sum(full_shape(p).numel() for p in trainer.saved.values())
+    records.keep_room(8 * count + 4 * held + 1000 * len(trainer.saved) + (16 << 10))
     records.show(step, total)
 
 

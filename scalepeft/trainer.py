@@ -34,6 +34,7 @@ class Trainer:
         self.done = 0
         """Steps that are done."""
         self.trained = injection.trainable(built.model)
+        self.saved = injection.tensors(built.model)
         decayed = injection.decayed_names(built.model)
         train = config.train
         decaying, others = (
@@ -114,8 +115,9 @@ class Trainer:
             )
 
     def restore(self, resumed: Checkpoint | None) -> int:
-        """Reads this rank's part of a checkpoint, if there is one; returns the bytes it read."""
+        """Reads this rank's part of a checkpoint, or starts anew; returns the bytes it read."""
         if resumed is None:
+            injection.start_adapters(self.built.model, self.built.engine.whole)
             return 0
         engine, where = self.built.engine, f"checkpoint step-{resumed.step:06d}"
 
@@ -134,7 +136,7 @@ class Trainer:
                 if not torch.isfinite(part.data).all():
                     raise UserError(f"{where}: {name} holds NaN or infinity; remove that folder")
 
-            engine.load_state_parts(self.trained, self.optimizer, kinds, fill)
+            engine.load_state_parts(self.saved, self.optimizer, kinds, fill)
             return reader.bytes_read
 
         read_bytes = self.ranks.all_or_raise(read)
@@ -164,7 +166,7 @@ class Trainer:
 
     def parts(self) -> dict[str, Part]:
         """This rank's parts of parameters and moments."""
-        return self.built.engine.state_parts(self.trained, self.optimizer)
+        return self.built.engine.state_parts(self.saved, self.optimizer)
 
 
 class Outcome:

@@ -84,6 +84,7 @@ class Adapter(nn.Module):
         self.config, self.layer_name = config, layer_name
         self.in_features, self.out_features = in_features, out_features
         self.declare()
+        self.freeze()
 
     def declare(self) -> None:
         """``self.U = self.new_parameter(out, r)``. Raises UserError: dimensions it cannot take."""
@@ -99,6 +100,18 @@ class Adapter(nn.Module):
         """
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
+
+    kept: frozenset[str] = frozenset()
+    """Parameters that never train: as ``start`` makes them, saved with the others."""
+
+    def start(self, base: Base) -> dict[str, Tensor]:
+        """Values of what is ``kept``, out of W; asked for where something is, before training."""
+        return {}
+
+    def freeze(self) -> None:
+        """Takes what is ``kept`` out of what trains."""
+        for key in self.kept:
+            self.get_parameter(key).requires_grad_(False)
 
     made: tuple[Tensor, ...] | None = None
     """The factors, where ``adapters.factors`` keeps them over a step; else None."""

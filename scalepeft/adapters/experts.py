@@ -26,6 +26,7 @@ def stack(adapter: Adapter, experts: int) -> None:
     for key, parameter in adapter._parameters.items():
         if parameter is not None:
             adapter._parameters[key] = nn.Parameter(parameter.new_empty(experts, *parameter.shape))
+    adapter.freeze()
 
 
 class Stacked(Adapter):
@@ -50,6 +51,11 @@ class Stacked(Adapter):
         with torch.no_grad():
             for one in self.each():
                 one.reset_parameters()
+
+    def start(self, base: Any) -> dict[str, Tensor]:
+        """Of each expert; base: the ``ExpertLinear``."""
+        found = [one.start(base.expert(e)) for e, one in enumerate(self.each())]
+        return {key: torch.stack([values[key] for values in found]) for key in found[0]}
 
     def forward(self, x: Tensor, base: Any, bounds: Sequence[int] = ()) -> Tensor:
         """X (rows, in), of expert e ``bounds[e] .. bounds[e + 1]``; base: the ``ExpertLinear``."""

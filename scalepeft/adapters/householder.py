@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from scalepeft.adapters.base import Adapter, Base, first_order, in_fp64, math_dtype
+from scalepeft.adapters.base import Adapter, Base, Dropout, first_order, in_fp64, math_dtype
 from scalepeft.core.errors import UserError
 
 Inverse = Literal["exact", "neumann2"]
@@ -88,6 +88,8 @@ class Reflected(Adapter):
 
     def declare(self) -> None:
         """Neither U nor scale."""
+        p, name = self.config.dropout, self.layer_name
+        self.dropout = Dropout(p, name) if p else nn.Identity()
         self.register_parameter("U", None)
         self.register_parameter("scale", None)
 
@@ -102,13 +104,13 @@ class Reflected(Adapter):
         One keeps ``W Q_V x`` for the gradient of U, the other takes four more products of r columns
         with W instead, which gets no gradient: what is cheaper, by the number of tokens alone.
         """
-        k, v = self.get_factors(x.dtype), self.V.to(x.dtype)
-        if self.U is None:
-            return base(_Rotate.apply(x, v, k[0], None))
-        u, tokens = self.U.to(x.dtype), x.numel() // max(1, x.shape[-1])
-        if self.scale is None and tokens >= FUSED_FROM * v.shape[1] and not base.trained:
-            return _Fused.apply(x, v, k[0], u, k[1], base)
-        return _Rotate.apply(base(_Rotate.apply(x, v, k[0], None)), u, k[1], self.scale)
+        k, v, left = self.get_factors(x.dtype), self.V.to(x.dtype), self.dropout(x)
+        u, tokens = self.U, x.numel() // max(1, x.shape[-1])
+        alone = left is x and self.scale is None and not base.trained
+        if u is not None and alone and tokens >= FUSED_FROM * v.shape[1]:
+            return _Fused.apply(x, v, k[0], u.to(x.dtype), k[1], base)
+        y = base(_Rotate.apply(x, v, k[0], None) if left is x else x + left @ v @ k[0] @ v.mT)
+        return y if u is None else _Rotate.apply(y, u.to(x.dtype), k[1], self.scale)
 
     def flops(self) -> int:
         """Four thin products, two a side; and the scale."""

@@ -149,7 +149,7 @@ def _in_layers(names: list[str], layers: list[int] | str) -> list[str]:
 def inject(
     model: nn.Module,
     config: AdapterConfig | dict[str, Any],
-    seed: int = 0,
+    seed: int | None = 0,
     check: Callable[[nn.Module], None] = lambda _: None,
 ) -> nn.Module:
     """Adapts every layer that ``config.target_modules`` names, freezes all else, in place.
@@ -158,7 +158,7 @@ def inject(
         model: with ``nn.Linear`` (or quantized) layers; on the meta device only the structure is
             made, and ``reset_adapters`` draws the start values once the parameters are real.
         config: a method's config or the same as a dict with ``name``.
-        seed: of the start values.
+        seed: of the start values; None: none are made, a state will be loaded.
         check: called before any adapter is allocated; may raise.
 
     Raises:
@@ -198,7 +198,9 @@ def inject(
     check(model)
     if not structure_only:
         _allocate(model)
-        reset_adapters(model, seed)
+        if seed is not None:
+            reset_adapters(model, seed)
+            start_adapters(model)
     if hasattr(model, "save_pretrained"):  # of transformers: it would write the base too
         vars(model)["save_pretrained"] = MethodType(_save_pretrained, model)
     return model
@@ -227,8 +229,7 @@ def save_adapter(
     tensors, where the model's are sharded. Raises UserError: no adapter, something else trains too,
     tensors that are missing or not whole.
     """
-    found = dict(adapters(model))
-    own = {f"{name}.adapter.{k}": p for name, a in found.items() for k, p in a.named_parameters()}
+    found, own = dict(adapters(model)), tensors(model)
     if not own or (more := trainable(model).keys() - own.keys()):
         what = f"{min(more)} trains too, and is in no adapter" if own else "the model has none"
         raise UserError(f"{folder}: adapter not saved: {what}; inject one, and freeze all else")
@@ -244,8 +245,8 @@ def save_adapter(
     path = getattr(getattr(model, "config", None), "name_or_path", None) or None
     about = {"base_model": {"path": path}, "step": None, "length": None}
     with writing(folder):
-        tensors = {name: state[name].detach() for name in own}
-        layout.write(Path(folder), model, found, tensors, about, path)
+        held = {name: state[name].detach() for name in own}
+        layout.write(Path(folder), model, found, held, about, path)
 
 
 def _allocate(model: nn.Module) -> None:
@@ -260,6 +261,7 @@ def adapt(layer: nn.Linear, name: str, *, seed: int = 0, **settings: Any) -> nn.
     _attach(layer, adapter_config({"name": name, **settings}))
     _allocate(layer)
     reset_adapters(layer, seed)
+    start_adapters(layer)
     return layer
 
 
@@ -274,6 +276,25 @@ def reset_adapters(model: nn.Module, seed: int) -> None:
         full = dict(twin.named_parameters())
         for key, parameter in adapter.named_parameters():
             copy_rows(parameter, full[key].detach())
+
+
+@torch.no_grad()
+def start_adapters(model: nn.Module, whole: Callable[[list[nn.Parameter]], Any] = list) -> None:
+    """Makes what adapters keep of W, which ``whole`` gathers, one layer after another."""
+    for _, layer in adapted_layers(model):
+        if layer.adapter.kept:
+            held = {k: whole([p])[0] for k, p in layer._parameters.items() if p is not None}
+            twin: Any = layer.__class__.__new__(layer.__class__)
+            twin.__dict__ = {**layer.__dict__, "_parameters": held}
+            base = twin if isinstance(layer, ExpertLinear) else quant.Frozen(twin)
+            for key, values in layer.adapter.start(base).items():
+                copy_rows(layer.adapter.get_parameter(key), values)
+
+
+def tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns what an adapter's state holds, by name: what is trained, and what is kept."""
+    found = adapters(model)
+    return {f"{name}.adapter.{k}": p for name, a in found for k, p in a.named_parameters()}
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -305,7 +326,7 @@ def total(penalties: list[Tensor]) -> Tensor:
 
 def check_state(model: nn.Module, shapes: dict[str, tuple[int, ...]], where: str) -> None:
     """Raise UserError if tensors are missing, extra or misshapen in an adapter's state; by name."""
-    parameters = trainable(model)
+    parameters = tensors(model)
     if missing := sorted(parameters.keys() - shapes.keys()):
         what = f"lacks {len(missing)} of {len(parameters)} tensors, first {missing[0]}"
         raise UserError(f"{where}: {what}")
@@ -330,7 +351,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
             raise UserError(f"{where}: {name} holds {tensor.dtype}; take an older checkpoint")
         if not torch.isfinite(tensor).all():
             raise UserError(f"{where}: {name} holds NaN or infinity; take an older checkpoint")
-    parameters = trainable(model)
+    parameters = tensors(model)
     for name, tensor in state.items():
         copy_rows(parameters[name], tensor)
 
@@ -344,7 +365,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     config, state, _ = read_adapter(Path(folder))
     found = [layer.adapter.config for _, layer in adapted_layers(model)]
     if not found:
-        inject(model, config, check=lambda made: check_state(made, shapes(state), str(folder)))
+        inject(model, config, None, lambda made: check_state(made, shapes(state), str(folder)))
     elif any(dataclasses.replace(c, target_modules=config.target_modules) != config for c in found):
         raise UserError(
             f"{folder}: an adapter with settings {config}; the model has one with {found[0]}."

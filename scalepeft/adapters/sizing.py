@@ -41,7 +41,7 @@ def resize(adapter: dict[str, Any], key: str, size: int) -> dict[str, Any]:
 def count_parameters(model: nn.Module, adapter: dict[str, Any]) -> int:
     """Count what a method would train on a model, which stays as it is; UserError: no fit."""
     net = inject.inject(copy.deepcopy(model), adapter)
-    return sum(p.numel() for _, a in inject.adapters(net) for p in a.parameters())
+    return sum(p.numel() for p in inject.trainable(net).values())
 
 
 def adapted_shapes(model: nn.Module, adapter: dict[str, Any]) -> Counter[tuple[int, int]]:
@@ -67,7 +67,7 @@ def fit(adapter: dict[str, Any], key: str, shapes: Shapes, target: int) -> dict[
         except UserError as error:
             refusals.append(error)
             continue
-        count = sum(shapes[s] * sum(p.numel() for p in ps) for s, ps in layers.items())
+        count = sum(shapes[s] * p.numel() for s in shapes for p in layers[s] if p.requires_grad)
         distances[size] = abs(count - target)
         if count > 2 * target:  # it only grows from here
             break

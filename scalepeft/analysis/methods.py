@@ -59,7 +59,7 @@ def describe(name: str, model: str) -> dict[str, Any]:
     except UserError as error:
         return {**row, "refused": str(error)}
     adapters = [adapter for _, adapter in inject.adapters(net)]
-    count = sum(p.numel() for a in adapters for p in a.parameters())
+    count = sum(p.numel() for p in inject.trainable(net).values())
     # On meta tensors: what comes out is None or not. One kind that cannot go decides for all.
     layers = inject.adapted_layers(net)
     kinds = {(n.rpartition(".")[2], m.in_features, m.out_features): m for n, m in layers}

@@ -110,12 +110,20 @@ class Layer(nn.Module, BaseTunerLayer):
         adapter = self.blank(settings)
         if not any(p.is_meta for p in adapter.parameters()):
             adapter.reset_parameters()
+            if adapter.kept:
+                for key, values in adapter.start(self.stack([], exact=True)).items():
+                    adapter.get_parameter(key).data.copy_(values)
             if not settings.init_weights:
                 for p in adapter.parameters():
                     p.data.add_(0.1 * torch.randn_like(p))
         self.adapters[name] = adapter.train(self.training)
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters, inference_mode=settings.inference_mode)
+
+    def _freeze_non_trainable_peft_weights(self, *_: Any) -> None:
+        """What PEFT calls after each change of what trains."""
+        for adapter in self.adapters.values():
+            adapter.freeze()
 
     def active(self) -> list[Adapter]:
         """The active adapters, the innermost first."""

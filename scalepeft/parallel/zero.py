@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
 from typing import Annotated, Any, Literal
 
@@ -320,11 +321,14 @@ class Zero(Engine):
         return flat, place.start, place.numel, own.start
 
     def owner(self, parameter: nn.Parameter) -> Tensor:
-        """The flat tensor that it lies in."""
-        return self._flat(parameter)[0]
+        """The flat tensor that it lies in, where it is trained."""
+        return self._flat(parameter)[0] if parameter.requires_grad else parameter
 
     def part(self, parameter: nn.Parameter, state: Any, kind: str = "", turn: int = 0) -> Part:
         """Of the fp32 parameter, as of its moments; the step is whole on every rank."""
+        if not parameter.requires_grad:
+            kept = super().part(parameter, state, kind, turn)
+            return replace(kept, mine=kept.mine or self.config.stage == 3)
         flat, offset, numel, start = self._flat(parameter)
         held = state[flat][kind] if kind else flat
         if kind == "step":

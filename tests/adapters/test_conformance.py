@@ -59,6 +59,7 @@ def surm(count: Callable[[int, int], int], **settings: Any) -> Variant:
 
 FORMS = ("mean_difference", "pairs")
 SERIES = {"rank": 4, "inverse": "neumann2", "form": "pairs"}
+PISSA = {"rank": 4, "dropout": 0.0, "start": "pissa"}
 
 
 VARIANTS: dict[str, list[Variant]] = {
@@ -72,7 +73,10 @@ VARIANTS: dict[str, list[Variant]] = {
             r"factors=3 .*block_size=4.*16 to divide.*172 inputs; take fewer factors",
         ),
     ],
-    "dora": [Variant({"rank": 4, "alpha": 6, "dropout": 0.0}, lambda o, i: 4 * (o + i) + o)],
+    "dora": [
+        Variant({"rank": 4, "alpha": 6, "dropout": 0.0}, lambda o, i: 4 * (o + i) + o),
+        Variant({**PISSA, "alpha": 6}, lambda o, i: 4 * (o + i) + o),
+    ],
     "goft": [
         Variant({}, lambda o, i: i - 1),
         Variant({"scale": True}, lambda o, i: 2 * i - 1),
@@ -88,6 +92,7 @@ VARIANTS: dict[str, list[Variant]] = {
     ],
     "hra": [
         *(Variant({"rank": 6, "form": form}, lambda o, i: 6 * i) for form in FORMS),
+        *(Variant({"rank": 6, "form": form, "penalty": 0.1}, lambda o, i: 6 * i) for form in FORMS),
     ],
     "hut": [
         Variant({}, lambda o, i: o + i),
@@ -110,6 +115,8 @@ VARIANTS: dict[str, list[Variant]] = {
     "lora": [
         Variant({"rank": 4, "alpha": 6, "dropout": 0.0}, lambda o, i: 4 * (o + i)),
         Variant({"rank": 4, "alpha": 6, "dropout": 0.0, "rslora": True}, lambda o, i: 4 * (o + i)),
+        Variant({**PISSA, "alpha": 6}, lambda o, i: 4 * (o + i)),
+        Variant({**PISSA, "alpha": 6, "rslora": True}, lambda o, i: 4 * (o + i)),
     ],
     "oft": [
         Variant({"block_size": 4}, lambda o, i: i * 3 // 2),
@@ -272,7 +279,8 @@ def reference_run(name: str, net: nn.Module, x: Tensor, dy: Tensor) -> dict[str,
     y = references.apply(name, p, stored(layer), bias, layer.adapter.config, x)
     y.backward(dy.double())
     prefix = next(iter(injection.trainable(net))).rsplit(".", 1)[0]
-    return {"y": y.detach(), "x": x.grad, **{f"{prefix}.{k}": v.grad for k, v in p.items()}}
+    grads = {f"{prefix}.{k}": v.grad for k, v in p.items() if k not in layer.adapter.kept}
+    return {"y": y.detach(), "x": x.grad, **grads}
 
 
 def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], kind: str) -> None:
@@ -409,7 +417,7 @@ def test_eval_checkpointing_and_save_load_change_nothing(
     again = {k.removeprefix("net."): v for k, v in run(Again(), x, dy).items()}
     assert all(torch.equal(again[k], want[k]) for k in want)
 
-    state = {k: p.detach() for k, p in injection.trainable(net).items()}
+    state = {k: p.detach() for k, p in injection.tensors(net).items()}
     save_file(state, tmp_path / "adapter.safetensors")
     description = {"adapter": cfg.to_dict(net[0].adapter.config)}
     (tmp_path / "adapter_config.json").write_text(json.dumps(description))

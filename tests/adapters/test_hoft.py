@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import scalepeft
+from scalepeft.adapters.base import Dropout
 from scalepeft.adapters.householder import FUSED_FROM, core, start_columns
-from scalepeft.adapters.inject import trainable
+from scalepeft.adapters.inject import penalty, trainable
 from scalepeft.core.errors import UserError
 from scalepeft.models import quant
 
@@ -313,3 +314,65 @@ def test_the_mean_learns_at_four_times_the_rate(form: str) -> None:
     assert p.mean().item() == pytest.approx(1e-3, rel=1e-2)
     assert 4 * r.mean().item() == pytest.approx(4e-3, rel=1e-2)
     assert start_columns(64, 4, 1.0, form)[:, 2:].norm(dim=0).tolist() == pytest.approx([0.25] * 2)
+
+
+@pytest.mark.parametrize("name", ["hoft", "shoft", "hra"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tokens", [12, 700])
+def test_dropout_is_on_the_input_of_the_thin_product(name: str, form: str, tokens: int) -> None:
+    """``Q_U m W (x + (d(x) Z) K Z^T)``, d(x) of the sample alone; in evaluation there is none."""
+    layer = make("plain", name, 32, 48, form=form, dropout=0.3)
+    scatter(layer)
+    adapter = layer.adapter
+    x = torch.randn(2, tokens // 2, 48)
+    adapter.dropout.keys = torch.tensor([7, 8])
+    alone = Dropout(0.3, "").train()
+    alone.keys = torch.tensor([7, 8])
+    seen = alone(x).double()
+    p = {k: v.detach().double().requires_grad_() for k, v in adapter.named_parameters()}
+    leaf = x.double().requires_grad_()
+    mask = (seen != 0) / 0.7
+    q_v = references.rotation(p["V"], adapter.config)
+    y = leaf + (leaf * mask) @ (q_v.T - torch.eye(48))
+    y = (y @ stored(layer).T) * (1 + p.get("scale", torch.zeros(())))
+    want = (y @ references.rotation(p["U"], adapter.config).T if "U" in p else y) + layer.bias
+    dy = torch.randn(want.shape)
+    want.backward(dy.double())
+    mine = x.clone().requires_grad_()
+    got = layer(mine)
+    got.backward(dy)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    assert (mine.grad - leaf.grad).abs().max() <= 5e-5 * leaf.grad.abs().max()
+    for key, value in adapter.named_parameters():
+        assert (value.grad - p[key].grad).abs().max() <= 5e-5 * p[key].grad.abs().max(), key
+    whole = references.apply(name, p, stored(layer), layer.bias.double(), adapter.config, leaf)
+    assert (layer.eval()(x) - whole).abs().max() <= 1e-5 * whole.abs().max()
+    assert (got - whole).abs().max() > 1e-2 * whole.abs().max()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_hra_is_pulled_towards_orthogonal_columns(form: str) -> None:
+    net = nn.Sequential(nn.Linear(24, 8), nn.Linear(8, 24))
+    scalepeft.inject(net, {"name": "hra", "rank": 4, "form": form, "penalty": 0.3,
+                           "target_modules": ["0", "1"]})  # fmt: skip
+    for layer in net:
+        scatter(layer)
+    found = {k: p.detach().double().requires_grad_() for k, p in trainable(net).items()}
+    want = torch.zeros(())
+    for stored_columns in found.values():
+        p, r = stored_columns[:, :2], 4 * stored_columns[:, 2:]
+        pairs = [r[:, 0] + p[:, 0], r[:, 0] - p[:, 0], r[:, 1] + p[:, 1], r[:, 1] - p[:, 1]]
+        u = list(stored_columns.T) if form == "pairs" else pairs
+        square = sum(
+            (a @ b / (a.norm() * b.norm()) - float(i == j)) ** 2
+            for i, a in enumerate(u)
+            for j, b in enumerate(u)
+        )
+        want = want + 0.3 * square**0.5
+    got = penalty(net)
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+    got.backward()
+    want.backward()
+    for key, p in trainable(net).items():
+        assert (p.grad - found[key].grad).abs().max() <= 1e-4 * found[key].grad.abs().max()
+    assert scalepeft.adapt(nn.Linear(8, 8), "hra", rank=2).adapter.penalty() is None

@@ -86,7 +86,11 @@ def test_rates_and_settings_of_the_hoft_paper(
     assert (made.model.quant, made.model.double_quant) == (
         ("nf4", True) if quantized else ("none", False)
     )
-    if method in ("hoft", "shoft"):
+    assert made.adapter.dropout == 0.05  # type: ignore[attr-defined]
+    if method in ("lora", "dora"):  # its section 4.1 alone names a start
+        started = "pissa" if task == "commonsense" else "kaiming"
+        assert made.adapter.start == started  # type: ignore[attr-defined]
+    else:
         assert made.adapter.form == "pairs"  # type: ignore[attr-defined]
 
 
@@ -174,6 +178,8 @@ def test_settings_of_the_other_papers() -> None:
         train = load("math_shoft", f"adapter.name={method}").train
         assert (train.lr, train.epochs, train.global_batch, train.schedule) == (lr, 2, 16, "linear")
     assert abs(load("math_shoft").train.warmup_steps - 0.05 * 2 * 99_500 / 16) < 1
+    assert load("math_shoft").adapter.dropout == 0  # type: ignore[attr-defined]
+    assert load("math_hra").adapter.penalty == 1e-4  # type: ignore[attr-defined]
     hra = load("math_hra").train
     assert (hra.lr, hra.epochs, hra.global_batch, hra.schedule) == (1e-5, 2, 32, "cosine")
     for run, method, lr in [  # Table 7 of GOFT

@@ -28,11 +28,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 PEFT = {
     "lora": "LORA", "rslora": "LORA", "dora": "LORA", "oft": "OFT", "oftv2": "OFT", "boft": "BOFT",
-    "hra": "HRA", "ia3": "IA3", "hira": "HIRA", "surm-circulant": "C3A",
+    "hra": "HRA", "ia3": "IA3", "hira": "HIRA", "surm-circulant": "C3A", "lora-pissa": "LORA",
+    "dora-pissa": "LORA",
 }  # fmt: skip
 
 
-LORA = ["hoft", "hra", "lora", "rslora"]
+LORA = ["hoft", "hra", "lora", "rslora", "lora-pissa"]
 
 
 EVERY = [*((m, "peft") for m in PEFT), *((m, "lora") for m in LORA)]
@@ -126,7 +127,7 @@ def test_targets_are_short_where_all_of_a_name_are_adapted(tmp_path: Path) -> No
 def test_a_lora_has_the_rank_it_says_and_scaling_1(method: str, tmp_path: Path) -> None:
     run_dir = make_run(tmp_path / "run", TINY, method)
     out = run(run_dir, tmp_path / "out", "lora")
-    rank = {"hoft": 8}.get(method, 4)
+    rank = {"hoft": 8, "lora-pissa": 8}.get(method, 4)
     config = config_of(out)
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (rank, rank, False)
     for name, tensor in load_file(out / "adapter_model.safetensors").items():

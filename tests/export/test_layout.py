@@ -62,7 +62,10 @@ def peft_folder(base: Path, folder: Path, config: Any) -> Any:
 
 
 RUNS = {
-    **{name: METHODS[name] for name in ("hoft", "lora", "dora", "oft", "hadamard-after", "boft")},
+    **{
+        name: METHODS[name]
+        for name in ("hoft", "lora", "lora-pissa", "dora", "oft", "hadamard-after", "boft")
+    },
     "hadamard-1": {"name": "hadamard", "layers": [1]},
 }
 
@@ -70,7 +73,6 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_a_runs_adapter_in_a_fresh_model_and_in_peft(name: str, base: Path, tmp_path: Path) -> None:
     pytest.importorskip("scalepeft.integrations.peft")
-    method = RUNS[name]["name"]
     known = name if name in METHODS else "hadamard-after"
     run = make_run(tmp_path / "run", base, known, adapter=RUNS[name])
     wanted = logits(adapted(run))
@@ -80,8 +82,8 @@ def test_a_runs_adapter_in_a_fresh_model_and_in_peft(name: str, base: Path, tmp_
     theirs = peft.PeftModel.from_pretrained(fresh(base), run / "adapter").eval()
     held = peft.get_peft_model_state_dict(theirs)
     assert held.keys() == load_file(run / "adapter" / layout.WEIGHTS).keys()
-    if method in ("lora", "oft"):
-        assert config["peft_type"] == method.upper()
+    if name in ("lora", "oft"):
+        assert config["peft_type"] == name.upper()
     else:
         assert "import scalepeft.integrations.peft" in config["peft_type"]
     # PEFT's own OFT multiplies in another order.

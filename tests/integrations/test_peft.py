@@ -404,3 +404,42 @@ def test_a_norm_of_nan_is_not_merged() -> None:
     norm.adapters["default"].scale.data[0] = torch.nan
     with pytest.raises(ValueError, match="NaNs detected"):
         norm.merge()
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+@pytest.mark.parametrize("storage", ["plain", "nf4"])
+def test_pissa_keeps_its_start_beside_what_trains(
+    method: str, storage: str, tmp_path: Path
+) -> None:
+    names = ["q_proj", "up_proj"]
+
+    def base() -> Any:
+        model = llama()
+        for layer in model.model.layers if storage == "nf4" else ():
+            quant.quantize(layer.self_attn.q_proj, quant.get_format("nf4"))
+        return model
+
+    settings = {"r": 4, "alpha": 8.0, "dropout": 0.0, "start": "pissa", "target_modules": names}
+    tuned = peft.get_peft_model(base(), config(method, **settings))
+    assert torch.equal(tuned.eval()(IDS).logits, base()(IDS).logits)
+    one = scalepeft.inject(
+        base(), {"name": method, "rank": 4, **{k: v for k, v in settings.items() if k != "r"}}
+    )
+    own = {n.replace(".default", ""): p for n, p in tuned.named_parameters() if "_adapter" in n}
+    theirs = [own[name] for name in sorted(own) if name.endswith("0")]
+    ours_ = [p for name, p in sorted(injection.tensors(one).items()) if name.endswith("0")]
+    assert len(theirs) == 2 * 4 and all(map(torch.equal, theirs, ours_))
+    tuned.add_adapter("second", config(method, **settings))
+    tuned.set_adapter("second")
+    tuned.set_adapter("default")
+    trained = {n.rsplit(".", 1)[1] for n, p in tuned.named_parameters() if p.requires_grad}
+    assert trained == {"A", "B"} | ({"magnitude"} if method == "dora" else set())
+    shake(tuned)
+    want = tuned.eval()(IDS).logits
+    tuned.save_pretrained(tmp_path)
+    for low in (False, True):
+        again = peft.PeftModel.from_pretrained(base(), tmp_path, low_cpu_mem_usage=low).eval()
+        assert torch.equal(again(IDS).logits, want)
+    assert torch.equal(scalepeft.load_adapter(base(), tmp_path).eval()(IDS).logits, want)
+    merged = again.merge_and_unload() if storage == "plain" else None
+    assert merged is None or (merged(IDS).logits - want).abs().max() < 1e-5

@@ -35,6 +35,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "rank": 4, "dropout": 0.0},
     "rslora": {"name": "lora", "rank": 4, "rslora": True, "dropout": 0.1},
     "dora": {"name": "dora", "rank": 4, "dropout": 0.0},
+    "lora-pissa": {"name": "lora", "rank": 4, "dropout": 0.0, "start": "pissa"},
+    "dora-pissa": {"name": "dora", "rank": 4, "alpha": 16, "rslora": True, "start": "pissa"},
     "oft": {"name": "oft", "block_size": 4},
     "oftv2": {"name": "oftv2", "block_size": 4},
     "boft": {"name": "boft", "block_size": 4, "factors": 1, "target_modules": ["q_proj"]},
@@ -77,7 +79,7 @@ def make_run(
     generator = torch.Generator().manual_seed(1)
     state = {
         name: (p + scatter * torch.randn(p.shape, generator=generator)).detach()
-        for name, p in injection.trainable(structure).items()
+        for name, p in injection.tensors(structure).items()
     }
     write_adapter(folder, state, {
         "adapter": cfg.to_dict(config.adapter),

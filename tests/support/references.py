@@ -164,6 +164,9 @@ def _lora_scaling(config: Any) -> float:
 
 
 def _lora(p: Parameters, w: Tensor, config: Any) -> Tensor:
+    if config.start == "pissa":
+        a, b = p["A0"] + p["A"], p["B0"] + p["B"]
+        return w - _lora_scaling(config) * p["B0"] @ p["A0"] + _lora_scaling(config) * b @ a
     return w + _lora_scaling(config) * p["B"] @ p["A"]
 
 

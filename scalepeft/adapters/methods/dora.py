@@ -33,8 +33,8 @@ class DoRA(LoRA):
 
         ``|w_i + s b_i A|^2 = |w_i|^2 + 2 s b_i (A w_i) + s^2 b_i (A A^T) b_i``.
         """
-        wide, w = math_dtype(dtype), base.weight(dtype)
-        a, b = in_fp64(self.A), self.scaling * in_fp64(self.B)
+        wide, w, (a, b) = math_dtype(dtype), base.weight(dtype), self.pair()
+        a, b = in_fp64(a), self.scaling * in_fp64(b)
         square = torch.linalg.vector_norm(w, dim=1, dtype=wide).square()
         cross = 2 * (w @ a.mT.to(dtype)).to(wide) + b @ (a @ a.mT)
         return square.sqrt(), (square + (b * cross).sum(1)).clamp_min(0).sqrt().to(wide)

@@ -27,6 +27,8 @@ class HOFTConfig(AdapterConfig):
         form: what is trained of Q. ``pairs``: the columns u1, ..., ur, as in the paper.
             ``mean_difference``: mean R and difference P of each pair, ``u1 = R + P, u2 = R - P``,
             which Adam moves at rates of their own: R learns at four times train.lr.
+        dropout: probability of zeroing an entry of x on the way into ``x V``, in training only.
+            **Choice**: the paper does not say where; the frozen layer's own x stays whole.
     """
 
     BEFORE: ClassVar = {"form": "pairs"}
@@ -36,6 +38,7 @@ class HOFTConfig(AdapterConfig):
     inverse: Inverse = "exact"
     init_norm: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
     form: Form = "mean_difference"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     def __post_init__(self) -> None:
         """Raise UserError for the paper's series in another form than the paper's."""

@@ -7,6 +7,7 @@ import torch
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from scalepeft.adapters.base import AdapterConfig, Base
 from scalepeft.adapters.householder import Form, Reflected, check_rank, columns, start_columns
@@ -20,6 +21,8 @@ class HRAConfig(AdapterConfig):
     Attributes:
         rank: r, the number of reflections; even, because the start pairs equal ones.
         form: what is trained of them, as in HOFT, whose columns ``mean_difference`` starts from.
+        dropout: as in HOFT.
+        penalty: lambda, the weight of what columns lack of orthogonality; the authors' best: 1e-4.
     """
 
     BEFORE: ClassVar = {"form": "pairs"}
@@ -28,13 +31,15 @@ class HRAConfig(AdapterConfig):
     target_modules: Targets = Field(default_factory=lambda: ["q_proj", "v_proj"])
     rank: Annotated[int, Field(ge=2)] = 8
     form: Form = "mean_difference"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    penalty: Annotated[float, Field(ge=0)] = 0.0
 
 
 class HRA(Reflected):
     """``W' = W H(u1) ... H(ur)``, ``H(u) = I - 2 u u^T / |u|^2``; V (in, r); ``r in`` parameters.
 
-    The paper's order of reflections; its penalty on inner products between columns is not offered.
-    Matches HF PEFT. Raises UserError: odd rank, or a rank too large for the layer.
+    The paper's order of reflections. Matches HF PEFT. Raises UserError: odd rank, or a rank too
+    large for the layer.
     """
 
     Config = HRAConfig
@@ -56,6 +61,13 @@ class HRA(Reflected):
         nn.init.kaiming_uniform_(half, a=math.sqrt(5))
         with torch.no_grad():
             self.V.copy_(half.repeat_interleave(2, dim=1))
+
+    def penalty(self) -> Tensor | None:
+        """``penalty * |I - N^T N|``, N the columns at length 1: the authors' code's; or None."""
+        if not self.config.penalty:
+            return None
+        n = F.normalize(columns(self.V, self.form), dim=0)
+        return self.config.penalty * math.sqrt(2) * (n.mT @ n).triu(1).norm()  # a half of it
 
     def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's HRA with the same columns."""

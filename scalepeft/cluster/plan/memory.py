@@ -40,7 +40,8 @@ def resident(config: RunConfig, source: Source, world: int, per_node: int) -> St
     rows = min(local_batch, config.train.micro_batch)
     if config.train.micro_tokens and config.train.batching != "padded":
         rows = min(local_batch, -(-config.train.micro_tokens // config.data.cutoff))
-    trained = list(injection.trainable(model).values())
+    saved = injection.tensors(model).values()
+    trained = [p for p in saved if p.requires_grad]
     base = _base_shapes(model)
 
     def part(parameters: Iterable[Tensor], ranks: int) -> int:
@@ -74,7 +75,7 @@ def resident(config: RunConfig, source: Source, world: int, per_node: int) -> St
         host=sum(kinds.get(kind, 0) for kind in shares.on_host),
         load=sum(read.values()),
         restart=plain + part(held.values(), shares.base) if copy else sum(read.values()),
-        checkpoint=3 * sum(p.nbytes for p in trained) + 4 * len(trained),
+        checkpoint=sum(p.nbytes for p in (*saved, *trained, *trained)) + 4 * len(trained),
         resident=stays,
         peak=stays,
         alike=len(looks) == 1 and len(set(source.text.get("layer_types") or ())) <= 1,
@@ -91,7 +92,7 @@ def _base_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name in the files -> whole shape of the base's tensors, ties once, scales left out."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, p in model.named_parameters():
-        if not p.requires_grad and not name.endswith("weight_scale"):
+        if not p.requires_grad and not name.endswith("weight_scale") and ".adapter." not in name:
             module: Any = model.get_submodule(name.rpartition(".")[0])
             quantized = isinstance(module, quant.QuantLinear) and p is module.weight
             shapes[name] = (len(p), module.in_features) if quantized else p.shape
