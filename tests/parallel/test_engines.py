@@ -17,16 +17,20 @@ from processes import FULL, Job, adapter_bytes, losses, rows, train
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from scalepeft.build import build
 from scalepeft.config import files as config_files
 from scalepeft.core.errors import UserError
 from scalepeft.core.launch import first_host, launch_variables
 from scalepeft.models import tiny
+from scalepeft.models.hub import open_base
 from scalepeft.models.tensors import Reader
 from scalepeft.parallel import ranks as ranks_module
 from scalepeft.parallel import zero
 from scalepeft.parallel.base import MOMENTS
 from scalepeft.parallel.fsdp2 import FSDP2, FSDP2Config
 from scalepeft.parallel.ranks import Ranks
+from scalepeft.run.checkpoint import Checkpoint, verify
+from scalepeft.trainer import Trainer
 
 # (ranks, engine settings): every engine at some world sizes, with --full at every one from 1 to 4.
 WORLDS = {"ddp": (2,), "fsdp2": (2, 3), 1: (2,), 2: (3,), 3: (2, 3)}
@@ -208,7 +212,7 @@ def test_a_run_goes_on_under_any_engine_at_any_world_size(
         pytest.param(["adapter.name=shoft", "adapter.form=pairs"], marks=pytest.mark.full),
         pytest.param(["adapter.name=lora"], marks=pytest.mark.full),
         ["adapter=qgoft", "adapter.penalty=1"],
-        ["adapter=hra", "adapter.penalty=1", "adapter.dropout=0.2"],
+        ["adapter.name=hra", "adapter.rank=4", "adapter.penalty=1", "adapter.dropout=0.2"],
         pytest.param(["adapter=hadamard"], marks=pytest.mark.full),
     ],
 )
@@ -223,7 +227,7 @@ def test_other_methods_and_activation_checkpointing_under_fsdp2(
     # The regulariser counts once, whatever the sharding and the number of micro-batches.
     penalties = [[r.get("penalty") for r in rows(tmp_path / n)] for n in ("one", "two")]
     if "adapter.penalty=1" in adapter:
-        assert adapter[0] == "adapter=hra" or penalties[0][0] == 0
+        assert adapter[0] == "adapter.name=hra" or penalties[0][0] == 0
         assert penalties[0][0] != penalties[0][-1] > 0
         assert penalties[0] == pytest.approx(penalties[1], rel=1e-3)
     else:
@@ -414,6 +418,15 @@ def test_pissa_begins_and_goes_on_the_same_under_every_engine(small: Path, tmp_p
                 for step in ("adapter", "checkpoints/step-000002", "checkpoints/step-000003"):
                     shutil.rmtree(again / step)
                 later.append((target, again, common))
+    for layout in layouts[2], layouts[-1]:  # read in one process: the bits that two ranks wrote
+        where = [f"run_dir={paths[layout]}", "engine.name=single"]
+        config, _ = config_files.load(None, [*RUN, "train.micro_batch=3", *common, *where])
+        ranks, folder = Ranks(), paths[layout] / "checkpoints/step-000003"
+        built = build(config, open_base(config.model, ranks), ranks, lambda: None)
+        trainer, reader = Trainer(config, ranks, built, ""), Reader(folder)
+        trainer.restore(Checkpoint(3, folder, verify(folder)["state"]))
+        assert all(torch.equal(p, reader.whole(name)) for name, p in trainer.saved.items())
+        assert trainer.saved.keys() == kept | trained
     run_all(tmp_path, later)
     want = load_file(one / "adapter/adapter_model.safetensors")
     for _, path, _ in later:

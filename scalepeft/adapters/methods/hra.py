@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scalepeft.adapters.base import AdapterConfig, Base
+from scalepeft.adapters.base import AdapterConfig, Base, in_fp64
 from scalepeft.adapters.householder import Form, Reflected, check_rank, columns, start_columns
 from scalepeft.core.fields import STRICT, Targets
 
@@ -63,11 +63,11 @@ class HRA(Reflected):
             self.V.copy_(half.repeat_interleave(2, dim=1))
 
     def penalty(self) -> Tensor | None:
-        """``penalty * |I - N^T N|``, N the columns at length 1: the authors' code's; or None."""
+        """``penalty * |I - N^T N|``, N the columns at length 1; fp64: Adam would magnify noise."""
         if not self.config.penalty:
             return None
-        n = F.normalize(columns(self.V, self.form), dim=0)
-        return self.config.penalty * math.sqrt(2) * (n.mT @ n).triu(1).norm()  # a half of it
+        n = F.normalize(columns(in_fp64(self.V), self.form), dim=0)
+        return self.config.penalty * math.sqrt(2) * (n.mT @ n).triu(1).norm().to(self.V.dtype)
 
     def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """PEFT's HRA with the same columns."""
