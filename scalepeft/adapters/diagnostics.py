@@ -55,7 +55,7 @@ def _sums(w: Tensor) -> Tensor:
 
 
 def _angle(width: int, turn: Callable[[Tensor], Tensor]) -> float:
-    """In a Krylov space, exact where up to 62 dimensions turn (HOFT, HRA), else 0.1 % less."""
+    """In a Krylov space, exact where up to 62 dimensions turn (HOFT, HRA), else up to 1 % less."""
     v = torch.randn(1, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     basis = images = v[:0]
     while len(basis) < 64 and v.norm() > 1e-12 * images.norm():  # else all that turns is in it
