@@ -40,7 +40,7 @@ ON_RANKS = ("train", "evaluate")
 RESULTS = {
     "train": (
         "checkpoints", "adapter", "config.yaml", "metrics.jsonl", "validation.jsonl",
-        "events.jsonl", "loss.png", "report.html", "report.md", "report",
+        "diagnostics.jsonl", "events.jsonl", "loss.png", "report.html", "report.md", "report",
     ),
     "evaluate": tuple(evaluate.FOLDERS.values()),
 }  # fmt: skip

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from scalepeft.adapters import diagnostics, targets
 from scalepeft.adapters import inject as injection
-from scalepeft.adapters import targets
 from scalepeft.build import build, check_batch, start_ranks, task_of
 from scalepeft.config import schema as cfg
 from scalepeft.config.schema import RunConfig
@@ -194,9 +194,13 @@ def _steps(
     stream = iter(batches(trainer, rows.train, done, total - done))
     injection.train_mode(trainer.built.model)
     while True:
-        if _validation_due(config, rows, trainer.done) and records.evaluated < trainer.done:
+        if _due(config.train.eval_every, trainer.done, total, records.newest["validation"]):
             log()
-            records.held_out(_validate(trainer, rows.valid, between))
+            records.measured("validation", _validate(trainer, rows.valid, between))
+        if _due(config.train.diagnose_every, trainer.done, total, records.newest["diagnostics"]):
+            log()
+            layers = diagnostics.diagnose(trainer.built.model, trainer.built.engine, between)
+            records.measured("diagnostics", {"step": trainer.done, "layers": layers})
         if trainer.done == total:
             return
         try:
@@ -234,10 +238,8 @@ def _validate(trainer: Trainer, rows: TokenSet | None, poll: Callable[[], None])
     return {"step": trainer.done, "loss": loss, "rows": len(rows), "seconds": seconds}
 
 
-def _validation_due(config: RunConfig, rows: "_Rows", step: int) -> bool:
-    every = config.train.eval_every
-    due = every and step and (step % every == 0 or step == rows.total)
-    return rows.valid is not None and bool(due)
+def _due(every: int, step: int, total: int, newest: int) -> bool:
+    return every > 0 and step > newest and (step % every == 0 or step == total)
 
 
 def _announce(

@@ -156,6 +156,10 @@ class Adapter(nn.Module):
         """FLOP a token in forward, on top of the frozen layer's ``2 in out``."""
         raise NotImplementedError(f"{type(self).__name__} must define flops")
 
+    def rotations(self) -> list[tuple[int, Callable[[Tensor], Tensor]]]:
+        """What turns input and output, maps of rows (n, width), with their widths."""
+        return [(self.in_features, self.transform_input)]
+
     def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """The same map for HF PEFT, of a whole layer: (fields of its config, tensors by what
         follows the layer's name, as ``lora_A.weight``), or None.
@@ -324,14 +328,14 @@ def math_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def unsharded_copy(adapter: Adapter) -> Adapter:
-    """A twin with whole parameters, without values."""
-    twin = adapter.__class__.__new__(adapter.__class__)
-    twin.__dict__ = {**adapter.__dict__, "_parameters": {}}
-    for key, parameter in adapter._parameters.items():
-        if parameter is not None:
-            parameter = nn.Parameter(torch.empty(full_shape(parameter), dtype=parameter.dtype))
-        twin._parameters[key] = parameter
+def unsharded_copy(module: Any, make: Callable[[Tensor], Tensor] | None = None) -> Any:
+    """A twin with whole parameters, that ``make`` makes or without values; no engine hooks it."""
+    make = make or (lambda p: torch.empty(full_shape(p), dtype=p.dtype))
+    twin = module.__class__.__new__(module.__class__)
+    twin.__dict__ = {**module.__dict__, "_forward_hooks": {}, "_forward_pre_hooks": {}}
+    own, children = module._parameters.items(), module._modules.items()
+    twin._parameters = {k: p if p is None else nn.Parameter(make(p), False) for k, p in own}
+    twin._modules = {k: m and unsharded_copy(m, make) for k, m in children}
     return twin
 
 

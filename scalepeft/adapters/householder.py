@@ -5,7 +5,7 @@ S = triu(U^T U), diagonal halved (compact WY). Row form for a batch: y Q^T = y +
 K = -S^-T (r, r).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -117,6 +117,11 @@ class Reflected(Adapter):
         two_sided = self.U is not None
         thin = 4 * self.V.shape[1] * (self.in_features + self.out_features * two_sided)
         return thin + self.out_features * (self.scale is not None)
+
+    def rotations(self) -> list[tuple[int, Callable[[Tensor], Tensor]]]:
+        """Q_V and Q_U."""
+        sides: Any = zip((self.V, self.U), self.get_factors(self.V.dtype), strict=False)
+        return [(len(z), lambda x, z=z, k=k: _Rotate.apply(x, z, k, None)) for z, k in sides]  # type: ignore[misc]
 
     def to_lora(self, base: Base) -> tuple[Tensor, Tensor] | None:
         """Rank r for each side: ``W' = (I + U K_U^T U^T) W (I + V K_V^T V^T)``."""

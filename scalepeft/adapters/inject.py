@@ -273,9 +273,8 @@ def reset_adapters(model: nn.Module, seed: int) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(drawn_from[:8], "little") >> 1)
             twin.reset_parameters()
-        full = dict(twin.named_parameters())
         for key, parameter in adapter.named_parameters():
-            copy_rows(parameter, full[key].detach())
+            copy_rows(parameter, twin.get_parameter(key))
 
 
 @torch.no_grad()

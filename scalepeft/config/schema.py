@@ -71,6 +71,7 @@ class TrainConfig:
             moments exceed 64 MiB, else gathered.
         keep_checkpoints: newest verified checkpoints that are kept.
         eval_every: steps between held-out losses; 0 switches them off.
+        diagnose_every: steps between rows of diagnostics.jsonl (how far layers moved); 0: none.
         stop_at: save and leave with exit code 75 when this step is done (a planned stop).
         tensorboard: write TensorBoard events to RUN_DIR/tensorboard.
         wandb: W&B project to log to.
@@ -101,6 +102,7 @@ class TrainConfig:
     save_mode: Annotated[Literal["auto", "gathered", "sharded", "async"], Decides.RECORDS] = "auto"
     keep_checkpoints: Annotated[int, Field(ge=2), Decides.RECORDS] = 2
     eval_every: Annotated[NotNegative, Decides.RECORDS] = 0
+    diagnose_every: Annotated[NotNegative, Decides.RECORDS] = 0
     stop_at: Annotated[Positive | None, Decides.NOTHING] = None
     tensorboard: Annotated[bool, Decides.RECORDS] = False
     wandb: Annotated[str | None, Decides.RECORDS] = None

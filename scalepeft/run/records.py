@@ -1,4 +1,4 @@
-"""What a run writes about itself: config.yaml, metrics, validation and events, adapter/."""
+"""What a run writes about itself: config.yaml, logs, events, adapter/."""
 
 import errno
 import functools
@@ -34,6 +34,7 @@ from scalepeft.run.room import Room
 LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "bitsandbytes", "deepspeed",
              "datasets", "peft")  # fmt: skip
 """Whose versions a start writes down."""
+LOGS = ("metrics", "validation", "diagnostics")
 
 
 @dataclass
@@ -78,10 +79,9 @@ class RunRecorder:
     def __init__(self, config: cfg.RunConfig, ranks: Ranks, allow_changes: bool) -> None:
         self.config, self.ranks, self.path = config, ranks, Path(config.run_dir)
         self.generation = 0  # number of this start, the fencing token; 0 before ``claim``
-        self.evaluated = 0  # step of the newest validation loss
+        self.newest: dict[str, int] = {}  # step of the newest row, by log
         self.folder: RunFolder
-        self.metrics: RowLog
-        self.validation: RowLog
+        self.logs: dict[str, RowLog] = {}
         self._lease: Lease | None = None
         self._room = Room(self.path / "checkpoints" / ".room")
         self._progress: Progress | None = None  # on rank 0, from ``show`` on
@@ -111,7 +111,7 @@ class RunRecorder:
         """Makes the run folder this start's own (``launched``: seconds of the epoch); what an older
         process that was taken for dead saved meanwhile is resumed.
         """
-        self.generation, resumed, self.evaluated = self._claim(launched)
+        self.generation, resumed, self.newest = self._claim(launched)
         self.resumed = Checkpoint.of(resumed)
 
     @on_main
@@ -129,12 +129,12 @@ class RunRecorder:
         with writing_in(path):
             write_atomically(path / "config.yaml", cfg.dump(self.config))
             check = functools.partial(check_fence, path, self.folder.generation)
-            self.metrics = RowLog(path / "metrics.jsonl", step, check)
-            self.validation = RowLog(path / "validation.jsonl", step, check)
-        if self.metrics.last_step < step:
-            say(f"metrics.jsonl lacks rows: it ends at step {self.metrics.last_step} of {step}")
+            self.logs = {name: RowLog(path / f"{name}.jsonl", step, check) for name in LOGS}
+        newest = {name: log.last_step for name, log in self.logs.items()}
+        if (last := newest["metrics"]) < step:
+            say(f"metrics.jsonl lacks rows: it ends at step {last} of {step}")
         checkpoint = resumed.plain() if resumed else None
-        return [self.folder.generation, checkpoint, self.validation.last_step]
+        return [self.folder.generation, checkpoint, newest]
 
     @on_main
     def finished(self) -> bool:
@@ -205,15 +205,16 @@ class RunRecorder:
         """Appends a step to metrics.jsonl and shows it."""
         if self._progress is not None:
             row["time"] = time.time()
-            self._append(self.metrics, row)
+            self._append(self.logs["metrics"], row)
             self._progress.step(row)
 
-    def held_out(self, row: dict[str, Any]) -> None:
-        """Appends a validation loss to validation.jsonl and shows it."""
-        self.evaluated = row["step"]
+    def measured(self, name: str, row: dict[str, Any]) -> None:
+        """Appends a row to validation.jsonl or diagnostics.jsonl; shows a validation loss."""
+        self.newest[name] = row["step"]
         if self._progress is not None:
-            self._append(self.validation, row)
-            self._progress.held_out(row)
+            self._append(self.logs[name], row)
+            if name == "validation":
+                self._progress.held_out(row)
 
     def _append(self, log: RowLog, row: dict[str, Any]) -> None:
         log.keep(row)
@@ -231,8 +232,8 @@ class RunRecorder:
         """Returns the folder that the ranks write into, or why the disk refused; logs go first."""
         self._room.give()
         try:
-            self.metrics.sync()
-            self.validation.sync()
+            for log in self.logs.values():
+                log.sync()
             return [str(self.folder.begin(step)), ""]
         except OSError as error:
             return ["", error.strerror or str(error)]

@@ -228,6 +228,74 @@ def test_the_rows_of_a_pipeline_are_a_section(finished: Path, tmp_path: Path) ->
     plt.close(far)
 
 
+KINDS = {"self_attn.q_proj": 1.0, "mlp.up_proj": 2.0}
+
+
+def moved(run: Path, *steps: int) -> None:
+    """Three layers of two kinds, the last of which moves most."""
+    rows = [
+        {"step": s, "layers": {
+            f"model.layers.{i}.{kind}": {
+                "angle": by * s + i, "distance": by / 100, "spectrum": 1e-8, "energy": -i / 1000
+            } for i in range(3) for kind, by in KINDS.items()
+        }} for s in steps
+    ]  # fmt: skip
+    lines(run / "diagnostics.jsonl", rows)
+
+
+def test_how_far_layers_moved_is_a_picture(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    moved(run, 20, 40, 60)
+    held = load.read(run, "run")
+    files = {f.name: f.read_bytes() for f in report.write([held])}
+    images = [v for n, v in Page(files["report.html"].decode()).attributes if n == "src"]
+    inline = [b64encode(files[f"{n}.png"]).decode() for n in ("curves", "moved")]
+    assert images == [f"data:image/png;base64,{content}" for content in inline]
+    assert re.findall(r"\]\((.*)\)", files["report.md"].decode()) == [
+        "report/curves.png", "report/moved.png",
+    ]  # fmt: skip
+    figure = figures.moved([held])
+    angle, distance, spectrum, energy = figure.axes
+    assert [text.get_text() for text in figure.legends[0].texts] == ["q_proj", "up_proj"]
+    for axes, wanted in ((angle, [21, 41, 61]), (distance, [0.01] * 3), (energy, [-0.001] * 3)):
+        assert np.allclose(axes.lines[0].get_data(), [[20, 40, 60], wanted]), "medians over layers"
+    band = angle.collections[1].get_paths()[0].get_extents()
+    assert np.allclose([band.x0, band.x1, band.y0, band.y1], [20, 60, 40, 122]), "least to most"
+    assert spectrum.get_ylim() == (pytest.approx(0, abs=1e-8), 1e-4), "rounding looks like none"
+    assert energy.get_ylim()[0] < -0.002 and angle.get_ylim()[0] == 0
+    plt.close(figure)
+    other = make(tmp_path / "other")
+    moved(other, 10, 20)
+    both = figures.moved(load.read_all([run, other]))
+    assert [text.get_text() for text in both.legends[0].texts] == ["run", "other"]
+    assert np.allclose(both.axes[0].lines[1].get_data(), [[10, 20], [16, 31]]), "over all layers"
+    plt.close(both)
+
+
+@pytest.mark.usefixtures("unsaved")
+def test_damaged_measurements_are_left_out(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    moved(run, 20, 40)
+    good = (run / "diagnostics.jsonl").read_text()
+    bad = [
+        {"step": 50}, {"step": "x", "layers": {}}, {"step": 51, "layers": [1]},
+        {"step": 52, "layers": {}}, {"step": 53, "layers": {"a.q_proj": 7, "": {"angle": None}}},
+        {"step": 54, "layers": {"$_<b>.q_proj": {"angle": "x", "distance": float("nan")}}},
+        {"step": 55, "layers": {"a.q_proj": {"angle": 10**400, "spectrum": [1], "energy": {}}}},
+    ]  # fmt: skip
+    lines(run / "diagnostics.jsonl", bad)
+    for text in ("", '{"step": 60, "layers": {"a.q_p'):
+        with (run / "diagnostics.jsonl").open("a") as f:
+            f.write(text)
+        built(run)  # none that is whole
+    (run / "diagnostics.jsonl").write_text((run / "diagnostics.jsonl").read_text() + "\n" + good)
+    page, made = built(run)
+    assert page.tags.count("img") == 2 and "report/moved.png" in made
+    figure = figures.moved(load.read_all([run]))
+    assert [list(line.get_xdata()) for line in figure.axes[0].lines] == [[20, 40]] * 2
+    plt.close(figure)
+
+
 @pytest.mark.usefixtures("unsaved")
 def test_a_summary_without_tokens_changes_nothing(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,7 @@ from scalepeft.core import text
 from scalepeft.core.files import write_atomically, writing
 from scalepeft.eval import scores
 
-PLOTS = {name: f"report/{name}.png" for name in ("curves", "lengths")}
+PLOTS = {name: f"report/{name}.png" for name in ("curves", "moved", "lengths")}
 """The Markdown's plots, beside it."""
 
 

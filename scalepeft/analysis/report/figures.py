@@ -13,13 +13,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-from scalepeft.analysis.report.load import Run
+from scalepeft.analysis.report.load import Run, number
 from scalepeft.core.text import visible
 
 matplotlib.use("Agg")
 
 STYLE = Path(__file__).with_name("templates") / "plots.mplstyle"
 ORANGE, INK = "C1", "#1b1f24"
+MOVED = {"angle": "Angle of rotation (degrees)", "distance": "Distance |W' − W| / |W|"}
+MOVED |= {"spectrum": "Drift of singular values", "energy": "Change of hyperspherical energy"}
 
 
 def png(figure: Callable[[], Figure]) -> bytes:
@@ -116,6 +118,27 @@ def _restarts(loss: Axes, speed: Axes, run: Run) -> None:
         if len(run.starts) < 7 and len(set(ranks)) == 2:
             where = loss.get_xaxis_transform()
             loss.text(at, 1, " {} → {} ranks".format(*ranks), transform=where, va="top", size=10)
+
+
+def moved(runs: list[Run]) -> Figure:
+    """Draw how far layers moved: medians, shaded from least to most, of each kind or each run."""
+    figure, panels = plt.subplots(2, 2, sharex=True, figsize=(8.5, 6))
+    rows = [(run, row) for run in runs for row in run.moved if isinstance(row["layers"], dict)]
+    moves = [(run, row["step"], *move) for run, row in rows for move in row["layers"].items()]
+    for axes, (key, title) in zip(panels.flat, MOVED.items(), strict=True):
+        lines: dict[str, dict[int, list[float]]] = {}
+        for run, step, name, held in moves:
+            if isinstance(held, dict) and np.isfinite(value := number(held.get(key))):
+                kind = name.rpartition(".")[2] if len(runs) == 1 else run.name
+                lines.setdefault(kind, {}).setdefault(step, []).append(value)
+        for i, (kind, steps) in enumerate(lines.items()):
+            low, middle, high = np.transpose([np.quantile(v, (0, 0.5, 1)) for v in steps.values()])
+            axes.plot(list(steps), middle, "o", **_line(i), lw=1.6, label=label(kind), ms=2.5)
+            axes.fill_between(list(steps), low, high, color=f"C{i % 6}", alpha=0.15, lw=0)
+        axes.set(title=title, ylim=(min(0, axes.get_ylim()[0]), max(1e-4, axes.get_ylim()[1])))
+    plt.setp(panels[1], xlabel="step")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower left", ncols=5)
+    return figure
 
 
 def lengths(data: dict[str, dict[str, Any]]) -> Figure:

@@ -62,6 +62,7 @@ class Run:
     newest: dict[str, Any]  # the last row of metrics.jsonl; empty without one
     columns: dict[str, np.ndarray]  # of all its rows, by key, NaN where a row has no number
     held_out: list[tuple[int, float]]  # step and loss
+    moved: list[dict[str, Any]]  # rows of diagnostics.jsonl
     data: dict[str, dict[str, Any]]  # counts of the rows by split, as a pipeline took them
     starts: list[dict[str, Any]]
     peak: dict[str, Any]  # the newest event that tells how much memory was held
@@ -121,6 +122,7 @@ def read(folder: Path, name: str) -> Run:
         newest=next(read_lines(file, *keys, newest_first=True), {}),
         columns=dict(zip(COLUMNS, values.T, strict=True)),
         held_out=[(r["step"], loss) for r in valid if np.isfinite(loss := number(r["loss"]))],
+        moved=list(read_lines(folder / "diagnostics.jsonl", "step", "layers")),
         data=_data(folder / "data/summary.json", problems),
         starts=[e for e in events if e["event"] == "start" and "world_size" in e],
         peak=next((e for e in reversed(events) if "peak_resident" in e), {}),

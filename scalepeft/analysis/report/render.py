@@ -26,6 +26,7 @@ def context(runs: list[Run]) -> dict[str, Any]:
         "runs": runs,
         "when": time.strftime("%Y-%m-%d %H:%M %Z"),
         "curves": figures.png(partial(figures.curves, trained)) if trained else b"",
+        "moved": figures.png(partial(figures.moved, runs)) if any(r.moved for r in runs) else b"",
         "data": data,
         "lengths": figures.png(partial(figures.lengths, data)) if data else b"",
         "tasks": scores.tasks(runs),
