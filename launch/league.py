@@ -128,7 +128,7 @@ def commands_of(spec: Mapping, bases: Mapping, out: Path) -> dict[Path, list[str
         reference = str(out / "methods" / f"{group.get('reference', 'lora')}.yaml")
         places = itertools.product(*(group[k] for k in ("bases", "rows", "steps", "quant")))
         for base, rows, steps, quant in places:
-            name = f"{group.get('name', '')}{base}-{rows}-{steps}-{quant}"
+            name = f"{group.get('name', '')}{base}-{rows}-{steps:03}-{quant}"
             paths = [f"data.{k}={out}/rows/{rows}/{k}.jsonl" for k in ("train", "valid")]
             length = [f"train.max_steps={steps}", f"train.warmup_steps={steps // 10}"]
             commands[out / "logs" / f"{name}.log"] = [

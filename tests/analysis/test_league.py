@@ -128,7 +128,7 @@ def test_a_small_league_from_one_command(tmp_path: Path) -> None:
     assert first.wait(120) == 75 and not (tmp_path / "docs").exists()
     assert subprocess.run(list(map(str, words)), env=env, check=False).returncode == 0
     page = (tmp_path / "docs/league.md").read_text()
-    for name in ("own-a-10-none", "sizes-own-a-10-none"):
+    for name in ("own-a-010-none", "sizes-own-a-010-none"):
         found = json.loads((tmp_path / f"out/comparisons/{name}/compare.json").read_text())
         for cell in found["cells"]:
             assert f"{cell['loss']:.4f} `{cell['digest'][:8]}`" in page

@@ -113,7 +113,7 @@ def read_method(name: str, shared: dict[str, Any] | None = None, lrs: str = "x1"
 
 
 def fit_method(base: nn.Module, method: Method, target: int | None, lrs: str = "x1") -> Method:
-    """The method at the size nearest to ``target``, counted, its rates for it, or ``refused``."""
+    """The method at the size nearest to ``target``, rates by its root, or ``refused``."""
     adapter, size = method.adapter, "as configured" if target is None else "its own size"
     lr = method.usual_lr
     try:
@@ -121,7 +121,6 @@ def fit_method(base: nn.Module, method: Method, target: int | None, lrs: str = "
         if target is not None and key is not None:
             adapter = sizing.fit(adapter, key, sizing.adapted_shapes(base, adapter), target)
             size = f"{key}={adapter[key]}"
-            # The best rate falls so, as measured (docs/compare.md).
             lr = float(f"{lr * math.sqrt(method.adapter[key] / adapter[key]):.3g}")
         parameters = sizing.count_parameters(base, adapter)
     except UserError as error:

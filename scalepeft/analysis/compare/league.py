@@ -44,7 +44,7 @@ def write(folder: Path, out: Path) -> None:
 def _draw(league: dict[str, Any], panel: Any, order: list[str]) -> Figure:
     columns, height = min(3, len(league)), 0.9 + 0.2 * max(16, len(order))
     lines = math.ceil(len(league) / columns)
-    figure = plt.figure(figsize=(4.2 * columns, lines * height))
+    figure = plt.figure(figsize=(4.6 * columns, lines * height))
     for i, (name, result) in enumerate(league.items(), 1):
         panel(figure.add_subplot(lines, columns, i, title=name), result, order)
     return figure
@@ -52,23 +52,24 @@ def _draw(league: dict[str, Any], panel: Any, order: list[str]) -> Figure:
 
 def _differences(axes: Axes, result: dict[str, Any], order: list[str]) -> None:
     """Paired, with intervals; in color where an interval holds no zero; logarithms beyond 0.03."""
-    for gap, name in ((row.get("difference"), row["method"]) for row in result["methods"]):
-        if gap:
-            mean, half = gap["mean"], gap["ci"] or 0.0
-            color = "#8a9199" if abs(mean) <= half else "C0" if mean < 0 else "C1"
-            axes.errorbar(mean, order.index(name), xerr=half, fmt="o", color=color, ms=4)
+    for row in (row for row in result["methods"] if row.get("difference")):
+        mean, half = row["difference"]["mean"], row["difference"]["ci"] or 0.0
+        color = "#8a9199" if abs(mean) <= half else "C0" if mean < 0 else "C1"
+        axes.errorbar(mean, order.index(row["method"]), xerr=half, fmt="o", color=color, ms=4)
     axes.axvline(0, color=INK, lw=1)
     axes.set_xscale("symlog", linthresh=0.03)
-    axes.set(xlabel=f"loss less {result['design']['reference']}'s", ylim=(len(order) - 0.5, -0.5))
+    wide, ticks = axes.get_xlim(), (-1, -0.1, -0.02, 0, 0.02, 0.1, 0.3, 1)
+    axes.set(xticks=ticks, xticklabels=ticks, xlim=wide, ylim=(len(order) - 0.5, -0.5))
+    axes.set_xlabel(f"loss less {result['design']['reference']}'s")
     axes.set_yticks(range(len(order)), order)
 
 
 def _sizes(axes: Axes, result: dict[str, Any], _: list[str]) -> None:
-    """Loss against trained parameters, a line for each method."""
     done = sorted((r for r in result["methods"] if "loss" in r), key=lambda r: r["parameters"])
     for i, name in enumerate(sorted({row["adapter"]["name"] for row in done})):
         rows = [row for row in done if row["adapter"]["name"] == name]
         x, y, half = ([r[k] or 0.0 for r in rows] for k in ("parameters", "loss", "loss_ci"))
         axes.errorbar(x, y, half, fmt="osD^"[i // 6 % 4] + "-", color=f"C{i % 6}", ms=4, label=name)
     axes.set(xscale="log", xlabel="trained parameters", ylabel="held-out loss")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend(ncols=2, fontsize=8)
