@@ -1,4 +1,4 @@
-"""The built-in base: a tiny LLaMA and a byte-level BPE tokenizer, made of the toy task's text."""
+"""Tiny bases: a LLaMA and a byte-level BPE tokenizer of lines of text; built in is the toy's."""
 
 import hashlib
 import json
@@ -29,20 +29,25 @@ RECIPE: dict[str, Any] = {
 def make(pretrain_steps: int) -> Path:
     """The built-in model's folder in the cache, made once for a recipe and ``pretrain_steps``."""
     text = toy.corpus(random.Random(RECIPE["seed"]), RECIPE["lines"])
-    recipe = {**SPEC, **RECIPE, "steps": pretrain_steps, "torch": torch.__version__}
-    recipe["text"] = hashlib.sha256("\n".join(text).encode()).hexdigest()
-    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-    folder = cache_folder() / "models" / f"tiny-{key}"
+    return pretrain(text, SPEC, {**RECIPE, "steps": pretrain_steps}, "tiny")
+
+
+def pretrain(text: list[str], spec: dict[str, Any], recipe: dict[str, Any], name: str) -> Path:
+    """The folder in the cache of a LLaMA and its tokenizer, made once for these and for torch's."""
+    words = hashlib.sha256("\n".join(text).encode()).hexdigest()
+    made_of = {**spec, **recipe, "torch": torch.__version__, "text": words}
+    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_folder() / "models" / f"{name}-{key}"
     if (folder / "model.safetensors").is_file():
         return folder
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     with writing(f"cache {folder.parent}", "set SCALEPEFT_CACHE=FOLDER"):
         shared_folder(temporary)
-    tokenizer = _tokenizer(text)
+    tokenizer = _tokenizer(text, spec["vocab_size"])
     tokenizer.save_pretrained(temporary)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(RECIPE["seed"])
-        model = _pretrained(text, tokenizer, pretrain_steps)
+        torch.manual_seed(recipe["seed"])
+        model = _pretrained(text, tokenizer, spec, recipe)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, temporary / "model.safetensors", {"format": "pt"})
     model.config.save_pretrained(temporary)
@@ -54,14 +59,14 @@ def make(pretrain_steps: int) -> Path:
     return folder
 
 
-def _tokenizer(text: list[str]) -> Any:
+def _tokenizer(text: list[str], pieces: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=SPEC["vocab_size"],
+        vocab_size=pieces,
         special_tokens=["<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -70,18 +75,18 @@ def _tokenizer(text: list[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
 
 
-def _pretrained(text: list[str], tokenizer: Any, steps: int) -> Any:
+def _pretrained(text: list[str], tokenizer: Any, spec: Any, recipe: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model = LlamaForCausalLM(LlamaConfig(**SPEC, bos_token_id=0, eos_token_id=1))
-    if not steps:
+    model = LlamaForCausalLM(LlamaConfig(**spec, bos_token_id=0, eos_token_id=1))
+    if not (steps := recipe["steps"]):
         return model
     ids = [i for row in tokenizer(text)["input_ids"] for i in [*row, 1]]
-    length, batch = RECIPE["length"], RECIPE["batch"]
+    length, batch = recipe["length"], recipe["batch"]
     stream = torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RECIPE["lr"], weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["lr"], weight_decay=0.01)
     one_cycle = torch.optim.lr_scheduler.OneCycleLR
-    schedule = one_cycle(optimizer, RECIPE["lr"], total_steps=steps, pct_start=0.1)
+    schedule = one_cycle(optimizer, recipe["lr"], total_steps=steps, pct_start=0.1)
     model.train()
     for step in range(steps):
         rows = stream[torch.randint(len(stream), (batch,))]
@@ -92,5 +97,5 @@ def _pretrained(text: list[str], tokenizer: Any, steps: int) -> Any:
         schedule.step()
         optimizer.zero_grad()
         if step % 100 == 0 or step == steps - 1:
-            say(f"built-in base: step {step + 1}/{steps} loss {loss.item():.3f}")
+            say(f"pretraining: step {step + 1}/{steps} loss {loss.item():.3f}")
     return model.eval()

@@ -1,11 +1,13 @@
 """scalepeft compare: the same chances for every method, its arithmetic, its cells."""
 
+import hashlib
 import json
 import os
 import re
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from scalepeft.analysis.compare import command as compare
 from scalepeft.cli import main
 from scalepeft.core import stats
 from scalepeft.core.errors import UserError
-from scalepeft.core.preemption import StopFlag
+from scalepeft.core.preemption import StopFlag, Stopping
 from scalepeft.models import shapes
 from scalepeft.run import lease
 
@@ -64,6 +66,24 @@ def test_what_has_no_size_key_keeps_its_size_and_says_so() -> None:
     kept = design.fit_method(base, given[-1], None)
     assert "block_size" in kept.refused
     assert design.fit_method(base, given[0], None).size == "as configured"
+
+
+def test_the_rate_falls_with_the_root_of_the_size(tmp_path: Path) -> None:
+    base = shapes.meta_model("mini")
+    file = tmp_path / "two.yaml"
+    file.write_text("adapter: {name: oft, block_size: 2}\ntrain: {lr: 0.01}\n")
+    for name, target, size, lr in (
+        ("lora", 25_600, 4, 8.49e-4), ("lora", 6_400, 1, 1.7e-3), ("hoft", 25_600, 4, 4e-4),
+        ("goft", 25_600, None, 1e-3), (str(file), 25_600, 16, 3.54e-3),
+    ):  # fmt: skip
+        method = design.fit_method(base, design.read_method(name), target, "x0.5,x2")
+        assert size in (None, method.adapter.get("rank"), method.adapter.get("block_size")), name
+        assert method.usual_lr == pytest.approx(lr, rel=2e-3), name
+        assert method.rates == pytest.approx([0.5 * lr, 2 * lr], rel=2e-3), name
+        given = design.fit_method(base, design.read_method(name), target, "3e-4")
+        assert given.rates == [3e-4], "what is given stays"
+        own = design.fit_method(base, design.read_method(name), None, "x1")
+        assert own.rates == [design.read_method(name).usual_lr]
 
 
 def swept(*found: float | str) -> dict[float, dict[str, Any]]:
@@ -188,7 +208,8 @@ def test_what_all_methods_share_and_what_is_each_ones_own() -> None:
     ]
     found = compare.prepare(options_of(["compare", *words, "--out", "o"]))
     config = {m.label: found.config(m, m.rates[0], 7) for m in found.methods}
-    for label, usual in (("lora", 3e-4), ("goft", 1e-3)):
+    # The reference's rank 16 is half of lora.yaml's: 3e-4 * sqrt(2).
+    for label, usual in (("lora", 4.24e-4), ("goft", 1e-3)):
         assert config[label].adapter.target_modules == ["q_proj"]
         assert config[label].train.schedule == "cosine" and config[label].train.seed == 7
         assert config[label].train.lr == pytest.approx(0.3 * usual)
@@ -427,6 +448,101 @@ def test_the_table_of_an_empty_folder_says_what_lacks(fake: Child) -> None:
     assert str(found.value) == f"no method has a result: {text}"
 
 
+def compared(folder: Path, budget: str, losses: dict[str, list[float]]) -> None:
+    """A compare.json of lora and others with these losses under the seeds 1 and 2."""
+    names = list(losses)
+    parameters = {name: 100 * (i + 1) for i, name in enumerate(names)}
+    methods = [
+        design.Method(n, {"name": n.partition("-")[0]}, 1.0, [1.0], parameters[n], "rank=4")
+        for n in names
+    ]
+    values = {
+        "model": {"path": "base"}, "data": {"name": "toy", "valid_size": None},
+        "train": {"max_steps": 20, "global_batch": 8},
+    }  # fmt: skip
+    given = design.Design(values, methods, "x1", 0, [1, 2], budget, 100, "lora", False, {})
+
+    class Known(cells.Runner):
+        def result(self, cell: cells.Cell) -> dict[str, Any]:
+            loss = losses[cell.method][cell.seed - 1]
+            return {
+                "state": "done", "lr": 0.5, "loss": loss, "rows": 16, "steps": 20, "seconds": 1.0,
+                "tokens_per_second": 9.0, "peak_memory": None, "memory": "resident", "ranks": 1,
+                "device": "CPU", "versions": {"torch": "2"}, "parameters": parameters[cell.method],
+                "digest": f"{cell.seed}:{cell.method}".encode().hex(), "wall": 1.0,
+            }  # fmt: skip
+
+    folder.mkdir(parents=True)
+    compare._finish(Known(folder, given, StopFlag()))
+
+
+def test_the_league_is_what_its_comparisons_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compared(tmp_path / "all/a", "parameters", {"lora": [1.0, 2.0], "hut": [1.3, 2.1]})
+    compared(tmp_path / "all/b", "parameters", {"lora": [3.0, 3.2], "hut": [2.5, 2.7]})
+    sizes = {"lora": [1.0, 1.1], "lora-2": [0.9, 0.8]}
+    compared(tmp_path / "all/c", "steps", sizes)
+    assert main(["compare", "--league", str(tmp_path / "all"), "--out", str(tmp_path / "d")]) == 0
+    page = (tmp_path / "d/league.md").read_text()
+    # a: 0.3 and 0.1, s = 0.141421, 12.706 * s / sqrt(2) = 1.2706. b: twice -0.5. Mean: below zero.
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert rows[:4] == [
+        "| method | a | b |",
+        "|---|---:|---:|",
+        "| hut | +0.2000 ± 1.2706 | **-0.5000** ± 0.0000 |",
+        "| lora | 1.5000 | 3.1000 |",
+    ]
+    for line in (
+        "| hut | 200 | 0.5 | 1.7000 ± 5.0825 | +0.2000 ± 1.2706 |",
+        "| lora-2 | 200 | 0.5 | 0.8500 ± 0.6353 | -0.2000 ± 1.2706 |",
+        f"| lora-2 | 0.5 | 0.9000 `{b'1:lo'.hex()}` | 0.8000 `{b'2:lo'.hex()}` |",
+    ):
+        assert line in rows, page
+    assert "20 steps of 8 rows" in page
+    for name in ("league.png", "league-sizes.png"):
+        assert f"]({name})" in page
+        assert (tmp_path / "d" / name).read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    assert main(["compare", "--league", str(tmp_path), "--out", str(tmp_path / "d")]) == 2
+    assert "no */compare.json in it" in capsys.readouterr().err
+    (tmp_path / "all/a/compare.json").write_text("{")
+    assert main(["compare", "--league", str(tmp_path / "all"), "--out", str(tmp_path / "d")]) == 2
+    assert "compare.json" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_cell_is_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTHONPATH", "PYTHONSAFEPATH"):  # it sets them
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    (tmp_path / "json.py").write_text("raise SystemExit(9)")
+    monkeypatch.chdir(tmp_path)
+    log, stop = tmp_path / "log", StopFlag()
+    run = [*RUN, "adapter=lora", "train.max_steps=100000", f"run_dir={tmp_path}/run"]
+    assert cells.run_child(["config", *run], log, stop) == 0
+    assert "builtin:tiny" in log.read_text(), "what it prints goes to its log"
+    assert cells.run_child(["config", *run, "model=none"], log, stop) == 2
+    state, reason = cells.failure_reason(2, log, 0)
+    assert state == "failed" and "none" in reason
+    with ThreadPoolExecutor() as pool:
+        for number, end in ((signal.SIGKILL, -9), (signal.SIGTERM, "stops")):
+            ending = pool.submit(cells.run_child, ["train", *run], log, stop)
+            deadline = time.monotonic() + 60
+            held = tmp_path / f"run/holder-{1 + (end == 'stops')}.json"
+            while not held.is_file() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            pid = json.loads(held.read_text())["pid"]
+            assert pid != os.getpid() and os.getsid(pid) == pid
+            if end == "stops":
+                stop.signal = number
+                with pytest.raises(Stopping):
+                    ending.result()
+            else:
+                os.kill(pid, number)
+                assert ending.result() == end
+    assert held.read_text() == "{}\n", "saved and given back"
+
+
 @pytest.mark.slow
 def test_a_comparison_in_which_some_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -456,6 +572,9 @@ def test_a_comparison_in_which_some_fail(
         held_out = [rows(f, "validation.jsonl")[-1]["loss"] for f in folders]
         assert [c["loss"] for c in own] == held_out
         assert method[label]["loss"] == pytest.approx(sum(held_out) / 2)
+        files = [f / "adapter/adapter_model.safetensors" for f in folders]
+        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        assert [c["digest"] for c in own] == digests and len(set(digests)) == 2
         tensors = load_file(folders[0] / "adapter" / "adapter_model.safetensors")
         assert method[label]["parameters"] == sum(t.numel() for t in tensors.values())
         sweep = {c["lr"]: c["loss"] for c in found["sweep"] if c["method"] == label}
@@ -470,7 +589,8 @@ def test_a_comparison_in_which_some_fail(
     assert method["hoft"]["difference"]["mean"] == pytest.approx(sum(gap) / 2)
     assert re.search(rf"hoft +{method['hoft']['parameters']:,} +0.002 ", printed)
     assert "best rate is the highest of the sweep" in printed
-    assert "| hoft |" in (out / "compare.md").read_text()
+    page = (out / "compare.md").read_text()
+    assert "| hoft |" in page and f" 2 `{own[1]['digest'][:8]}`" in page
 
     def nothing(*_: object) -> int:
         raise AssertionError("a finished cell was run again")

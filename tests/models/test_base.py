@@ -38,6 +38,38 @@ def save(folder: Path, family: str, **settings: Any) -> Path:
     return folder
 
 
+def test_a_base_is_pretrained_on_lines_of_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = [f"The {animal} sees the {thing}." for animal in ("cat", "dog", "owl") for thing in
+            ("sun", "moon", "sea", "hill")]  # fmt: skip
+    recipe = {"seed": 3, "steps": 40, "batch": 4, "length": 16, "lr": 1e-2}
+    spec = {**SIZES, "hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 300}
+
+    def made(cache: str, lines: list[str] = text, **changed: Any) -> Path:
+        monkeypatch.setenv("SCALEPEFT_CACHE", str(tmp_path / cache))
+        return tiny.pretrain(lines, spec, recipe | changed, "small")
+
+    def loss(folder: Path) -> float:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+        assert model.config.hidden_size == 32 and len(tokenizer) <= 300
+        ids = torch.tensor(tokenizer("</s>".join(text))["input_ids"])
+        logp = model(ids[None]).logits[0, :-1].log_softmax(-1)
+        return -logp[torch.arange(len(ids) - 1), ids[1:]].mean().item()
+
+    trained, start = made("a"), made("a", steps=0)
+    assert trained.parent == start.parent == tmp_path / "a/models" and trained != start
+    assert loss(start) > 5.0 > 2.5 > loss(trained), "ln 300 is 5.7"
+    weights = trained / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert made("a") == trained and weights.stat().st_mtime_ns == before, "made once"
+    assert made("b").name == trained.name, "a name for what it is made of"
+    assert (made("b") / weights.name).read_bytes() == weights.read_bytes()
+    for other in (made("a", text[1:]), made("a", seed=4), made("a", lr=2e-2)):
+        assert other.name != trained.name
+
+
 def loaded(folder: Path, *settings: str) -> Any:
     config, _ = load(None, [
         f"model.path={folder}", "data=toy", "run_dir=unused", "train.max_steps=1",

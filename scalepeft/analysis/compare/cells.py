@@ -1,31 +1,36 @@
 """The cells of a comparison: ordinary runs in OUT/cells, each stage done once for its inputs."""
 
-import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import re
+import runpy
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from scalepeft.adapters.layout import ABOUT
 from scalepeft.analysis.compare.design import Design, Method
 from scalepeft.config import changes
 from scalepeft.config import schema as cfg
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import Decides
-from scalepeft.core.files import read_lines, write_atomically
-from scalepeft.core.launch import rank
+from scalepeft.core.files import read_json, read_lines, write_atomically
+from scalepeft.core.launch import rank, world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import FINISHED, STOPPED, USER_ERROR, StopFlag, Stopping
 from scalepeft.eval import scores
 from scalepeft.run.lease import Lease, check_free, claim
 from scalepeft.run.stage import Stage, set_aside
 
+WARM = ["scalepeft.train", "scalepeft.eval.evaluate", "transformers.models.llama.modeling_llama"]
 SETTLED = ("done", "failed")  # states of a cell that is not run again
 Result = dict[str, Any]
 """Of a cell: ``state``, the figures of ``read_result`` if it is done, else ``reason``."""
@@ -211,26 +216,39 @@ class Runner:
 
 def run_child(arguments: list[str], log: Path, stop: StopFlag) -> int:
     """The exit code of ``scalepeft ARGUMENTS``. Raises Stopping: it was told to stop."""
-    paths = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
-    forwarded = False
-    with log.open("a") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "scalepeft", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-            start_new_session=True,  # Ctrl-C reaches it once, through us
-        )
-        while process.poll() is None:
-            if stop.signal is not None and not forwarded:
-                process.send_signal(stop.signal)
-                forwarded = True
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(0.1)
-    if process.returncode == STOPPED or (forwarded and process.returncode != FINISHED):
+    process, forwarded = _processes().Process(target=_child, args=(arguments, log)), False
+    process.start()
+    while process.exitcode is None:
+        if stop.signal is not None and not forwarded:
+            os.kill(process.pid, stop.signal)
+            forwarded = True
+        process.join(0.1)
+    if process.exitcode == STOPPED or (forwarded and process.exitcode != FINISHED):
         raise Stopping
-    return process.returncode
+    return int(process.exitcode)
+
+
+@cache
+def _processes() -> Any:
+    """New interpreters; on a CPU alone forks of one that imported ``WARM`` and no more: its only
+    threads are OpenBLAS's, which ends them for a fork.
+    """
+    paths = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
+    os.environ |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
+    warm = world_size() == 1 and not torch.cuda.is_available()
+    processes = multiprocessing.get_context("forkserver" if warm else "spawn")
+    processes.set_forkserver_preload(WARM)
+    return processes
+
+
+def _child(arguments: list[str], log: Path) -> None:
+    """``python -m scalepeft ARGUMENTS``, which prints into ``log``."""
+    os.setsid()  # Ctrl-C reaches it once, through us
+    with log.open("a") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    sys.argv[1:] = arguments
+    runpy.run_module("scalepeft", run_name="__main__", alter_sys=True)
 
 
 def failure_reason(code: int, log: Path, start: int) -> tuple[str, str]:
@@ -252,7 +270,7 @@ def failure_reason(code: int, log: Path, start: int) -> tuple[str, str]:
 def read_result(config: cfg.RunConfig, name: str) -> tuple[dict[str, Any], list[Path]]:
     """The figures of a finished stage, and the files that they are from: of a training the held-out
     ``loss`` after the last step (None: not finite), ``seconds`` of its steps, ``peak_memory`` in
-    bytes, of ``cuda`` or ``resident``; of an evaluation its headline ``metric``.
+    bytes, of ``cuda`` or ``resident``, sha256 of its adapter; of an evaluation its ``metric``.
     """
     folder = Path(config.run_dir)
     if name == "evaluation":
@@ -280,5 +298,6 @@ def read_result(config: cfg.RunConfig, name: str) -> tuple[dict[str, Any], list[
         "tokens_per_second": sum(r["tokens_per_second"] * r["seconds"] for r in steps) / seconds,
         "peak_memory": max(cuda or resident, default=None),
         "memory": "cuda" if cuda else "resident",
+        "digest": read_json(folder / "adapter" / ABOUT).get("sha256"),
     }
     return result, files

@@ -28,8 +28,13 @@ def run(options: Options, stop: StopFlag) -> int:
     signal, 1 where a cell of the sweep broke. Raises UserError: an option, the config, or every
     method.
     """
-    design = prepare(options)
     out = Path(options.out)
+    if options.league:
+        from scalepeft.analysis.compare import league  # draws
+
+        league.write(Path(options.league), out)
+        return FINISHED
+    design = prepare(options)
     keep(out, design)
     cells, number = [*sweep(design), *reported(design)], options.cell
     if number is not None and number >= len(cells):
@@ -77,7 +82,7 @@ def prepare(options: Options) -> Design:
     seed = config.train.seed
     return Design(
         values={k: v for k, v in cfg.to_dict(config).items() if k != "adapter"},
-        methods=[designs.fit_method(base, method, target) for method in methods],
+        methods=[designs.fit_method(base, method, target, options.lrs) for method in methods],
         lrs=options.lrs,
         sweep_seed=seed,
         seeds=[seed + 1 + i for i in range(options.seeds)],

@@ -28,7 +28,7 @@ class Method:
 
     label: str  # name of its config file
     adapter: dict[str, Any]  # at the size it competes with
-    usual_lr: float  # of its config file
+    usual_lr: float  # of its config file, at the size it competes with
     rates: list[float]  # those it is tried at
     parameters: int = 0  # how many it trains
     size: str = ""  # how it came to that, in words
@@ -112,20 +112,22 @@ def read_method(name: str, shared: dict[str, Any] | None = None, lrs: str = "x1"
     return Method(label, settings, float(lr), parse_rates(lrs, lr))
 
 
-def fit_method(base: nn.Module, method: Method, target: int | None) -> Method:
-    """The method at the size nearest to ``target``, counted, or ``refused`` by the model."""
+def fit_method(base: nn.Module, method: Method, target: int | None, lrs: str = "x1") -> Method:
+    """The method at the size nearest to ``target``, rates by its root, or ``refused``."""
     adapter, size = method.adapter, "as configured" if target is None else "its own size"
+    lr = method.usual_lr
     try:
         key = sizing.size_key(inject.adapter_config(adapter))
         if target is not None and key is not None:
             adapter = sizing.fit(adapter, key, sizing.adapted_shapes(base, adapter), target)
             size = f"{key}={adapter[key]}"
+            lr = float(f"{lr * math.sqrt(method.adapter[key] / adapter[key]):.3g}")
         parameters = sizing.count_parameters(base, adapter)
     except UserError as error:
         return replace(method, refused=" ".join(str(error).split()))
     if target and adapter is not method.adapter and abs(parameters - target) > 0.1 * target:
         size += ", the nearest there is"
-    return replace(method, adapter=adapter, parameters=parameters, size=size)
+    return Method(method.label, adapter, lr, parse_rates(lrs, lr), parameters, size)
 
 
 def target_parameters(base: nn.Module, reference: Method, rank: int | None) -> int:

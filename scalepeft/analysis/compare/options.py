@@ -25,6 +25,7 @@ class Options:
         evaluate: score data.test too, in the reported runs
         cell: N: run this one cell of OUT alone
         table: run nothing; print what there is
+        league: FOLDER: run nothing; write league.md, of all comparisons in FOLDER/*, into OUT
     """
 
     settings: list[str]
@@ -38,6 +39,7 @@ class Options:
     evaluate: bool = False
     cell: NotNegative | None = None
     table: bool = False
+    league: str | None = None
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> "Options":

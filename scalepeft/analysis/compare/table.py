@@ -49,6 +49,7 @@ def _row(design: Design, method: Method, cells: list[Row], swept: dict[float, An
         "adapter": method.adapter,
         "parameters": method.parameters,
         "size": method.size,
+        "usual_lr": method.usual_lr,
         "rates": method.rates,
         "seeds": [c["seed"] for c in done],
         "wanted": len(local),
@@ -131,15 +132,16 @@ def body(result: dict[str, Any], reference: str) -> list[list[str]]:
     return lines
 
 
+def page(template: str, **words: Any) -> str:
+    """The text of a template of this folder."""
+    loader = PackageLoader("scalepeft.analysis.compare")
+    environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True)
+    return environment.get_template(template).render(words).strip() + "\n"
+
+
 def render(result: dict[str, Any], design: Design, form: str) -> str:
     """Return table and legend for a ``terminal``, or as ``markdown`` (``compare.md``)."""
-    environment = Environment(
-        loader=PackageLoader("scalepeft.analysis.compare"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
     rows = body(result, design.reference)
     lines = "\n".join(table(rows, indent=""))
     words = {"result": result, "design": design, "header": rows[0], "body": rows[1:]}
-    text = environment.get_template("compare.j2").render(words, table=lines, form=form)
-    return text.strip() + "\n"
+    return page("compare.j2", table=lines, form=form, **words)
