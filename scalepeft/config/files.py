@@ -119,8 +119,8 @@ def _parsed(path: Path) -> dict[str, Any]:
     if not os.path.isfile(path):  # Path.is_file raises for a long name
         shipped = sorted(file.stem for file in (config_root() / "runs").glob("*.yaml"))
         raise UserError(
-            f"no config file {path} (from {Path.cwd()}).{nearest(path.stem, shipped)} The shipped"
-            f" ones are {', '.join(shipped)}, in {config_root()}/runs"
+            f"no config file {path} (from {Path.cwd()}).{nearest(path.stem, shipped)} The"
+            f" {len(shipped)} shipped ones lie in {config_root()}/runs"
         )
 
     def parse(text: str) -> object:
