@@ -1,4 +1,5 @@
-"""Products of Householder reflections around a frozen layer: the mathematics of HOFT, SHOFT, HRA.
+"""Products of Householder reflections, or Cayley rotations, around a frozen layer: the mathematics
+of HOFT, SHOFT, HRA.
 
 Letters: r rank (even), U (out, r), V (in, r), m (out,), Q = I - U S^-1 U^T with
 S = triu(U^T U), diagonal halved (compact WY). Row form for a batch: y Q^T = y + (y U) K U^T with
@@ -15,7 +16,7 @@ from scalepeft.adapters.base import Adapter, Base, Dropout, first_order, in_fp64
 from scalepeft.core.errors import UserError
 
 Inverse = Literal["exact", "neumann2"]
-Form = Literal["pairs", "mean_difference"]
+Form = Literal["pairs", "mean_difference", "cayley"]
 
 MEAN_RATE = 4.0
 """R is stored divided by it: Adam's steps on R are then those of P times it."""
@@ -39,9 +40,14 @@ def core(z: Tensor, form: Form, inverse: Inverse = "exact") -> Tensor:
     ``pairs``: Z is U itself, of any lengths > 0. ``mean_difference``: ``U = Z C``, C as in
     ``columns``, so ``K = C K_U C^T``; Z is what rows are multiplied with, as in bf16 ``R + P``
     would lose a small P. Inverse by a solve, or ``neumann2``: S^-1 ~ D^-1 - D^-1 A D^-1.
+    ``cayley``: ``Q = (I - A)^-1 (I + A)``, ``A = P R^T - R P^T = Z J Z^T``, ``K = 2 (J - Z^T
+    Z)^-1``; J / 4 where Z holds R / 4.
     """
     wide = in_fp64(z)
     gram, eye = wide.mT @ wide, torch.eye(z.shape[-1], dtype=wide.dtype, device=z.device)
+    if form == "cayley":  # never singular, so that the host need not wait to hear of it
+        j = eye.roll(z.shape[-1] // 2, dims=-1) / MEAN_RATE
+        return 2 * torch.linalg.inv_ex(j.triu() - j.tril() - gram)[0].to(z.dtype)
     c = columns(eye, form)
     if form != "pairs":
         gram = c.mT @ gram @ c

@@ -39,6 +39,9 @@ def rotation(stored: Tensor, config: Any) -> Tensor:
         return (neumann2 if getattr(config, "inverse", "") == "neumann2" else reflections)(stored)
     half = stored.shape[1] // 2
     p, r = stored[:, :half], 4 * stored[:, half:]
+    if config.form == "cayley":
+        a = p @ r.T - r @ p.T
+        return torch.linalg.solve(eye(len(a)) - a, eye(len(a)) + a)
     q = eye(len(p))
     for i in range(half):
         q = q @ reflections(torch.stack([r[:, i] + p[:, i], r[:, i] - p[:, i]], dim=1))

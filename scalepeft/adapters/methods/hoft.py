@@ -23,10 +23,11 @@ class HOFTConfig(AdapterConfig):
             the identity at the start for rank >= 4 unless the pairs are orthogonal, and loses
             orthogonality in training.
         init_norm: length of a start column, or of R. Only its direction enters a reflection, so the
-            length divides the effective learning rate.
+            length divides the effective learning rate; in ``cayley`` it multiplies that of P.
         form: what is trained of Q. ``pairs``: the columns u1, ..., ur, as in the paper.
             ``mean_difference``: mean R and difference P of each pair, ``u1 = R + P, u2 = R - P``,
-            which Adam moves at rates of their own: R learns at four times train.lr.
+            which Adam moves at rates of their own: R learns at four times train.lr. ``cayley``: P
+            and R of ``(I - A)^-1 (I + A)``, ``A = P R^T - R P^T``, in place of reflections.
         dropout: probability of zeroing an entry of x on the way into ``x V``, in training only.
             **Choice**: the paper does not say where; the frozen layer's own x stays whole.
     """
