@@ -22,8 +22,8 @@ from scalepeft.parallel.single import Single
 
 METHODS = {
     "lora": {"rank": 16, "dropout": 0.0},
-    "hoft": {"rank": 16, "form": "mean_difference"},
-    "shoft": {"rank": 16, "form": "mean_difference"},
+    "hoft": {"rank": 16, "form": "cayley"},
+    "shoft": {"rank": 16, "form": "cayley"},
     "goft": {},
 }
 

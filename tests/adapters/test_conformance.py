@@ -57,7 +57,7 @@ def surm(count: Callable[[int, int], int], **settings: Any) -> Variant:
     return Variant({"init_std": 0.2, **settings}, count)
 
 
-FORMS = ("mean_difference", "pairs", "cayley")
+FORMS = ("cayley", "mean_difference", "pairs")
 SERIES = {"rank": 4, "inverse": "neumann2", "form": "pairs"}
 PISSA = {"rank": 4, "dropout": 0.0, "start": "pissa"}
 
@@ -92,7 +92,7 @@ VARIANTS: dict[str, list[Variant]] = {
     ],
     "hra": [
         *(Variant({"rank": 6, "form": form}, lambda o, i: 6 * i) for form in FORMS),
-        *(Variant({"rank": 6, "form": f, "penalty": 0.1}, lambda o, i: 6 * i) for f in FORMS[:2]),
+        *(Variant({"rank": 6, "form": f, "penalty": 0.1}, lambda o, i: 6 * i) for f in FORMS[1:]),
     ],
     "hut": [
         Variant({}, lambda o, i: o + i),

@@ -52,7 +52,8 @@ def dense_spectrum(w: Tensor, changed: Tensor) -> float:
 
 
 CASES = {
-    "hoft": {"rank": 6, "form": "mean_difference"},
+    "hoft": {"rank": 6, "form": "cayley"},
+    "hoft mean": {"rank": 6, "form": "mean_difference"},
     "hoft pairs": {"rank": 6, "form": "pairs"},
     "shoft": {"rank": 6},
     "hra": {"rank": 6},

@@ -527,12 +527,12 @@ def test_every_shipped_yaml_loads_and_its_adapter_can_be_made(path: Path) -> Non
 @pytest.mark.parametrize("name", ["hoft", "shoft", "hra"])
 def test_yaml_files_have_the_form_that_learns_best(name: str) -> None:
     made = load(f"adapter={name}")
-    assert (made.adapter.form, made.train.lr) == ("mean_difference", 2e-4)
+    assert (made.adapter.form, made.train.lr) == ("cayley", 2e-4)
     if name == "hra":
         return
     series = [f"adapter={name}", "adapter.inverse=neumann2"]
     assert load(*series, "adapter.form=pairs").adapter.form == "pairs"
-    assert "adapter.form=mean_difference: inverse=neumann2 is the series" in error(*series)
+    assert "adapter.form=cayley: inverse=neumann2 is the series" in error(*series)
     for said in (error(*series), error(f"adapter.name={name}", "adapter.inverse=neumann2")):
         assert said.endswith("set adapter.inverse=exact, or adapter.form=pairs")
 

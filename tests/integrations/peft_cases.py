@@ -32,8 +32,8 @@ MLP_CASES: dict[str, dict[str, Any]] = {
     "5": {"target_modules": ["lin0"], "modules_to_save": ["lin1"]},
 }
 OTHER_SETTINGS: dict[str, dict[str, Any]] = {
-    "hoft": {"r": 4, "form": "mean_difference"},
-    "shoft": {"r": 4, "form": "mean_difference"},
+    "hoft": {"r": 4, "form": "cayley"},
+    "shoft": {"r": 4, "form": "cayley"},
     "goft": {"scale": True},
     "qgoft": {"penalty": 0.0},
     "surm": {"structure": "kronecker", "scaling": 0.5},

@@ -25,7 +25,7 @@ from scalepeft.parallel.ranks import Ranks
 from scalepeft.parallel.single import Single
 
 METHODS: dict[str, dict[str, Any]] = {
-    "hoft": {"rank": 6, "form": "mean_difference"},
+    "hoft": {"rank": 6, "form": "cayley"},
     "lora": {"rank": 4, "dropout": 0.3},
     "surm": {"structure": "circulant", "init_std": 0.2},
     "boft": {"block_size": 4, "factors": 2},

@@ -70,7 +70,7 @@ def test_without_a_form_an_adapter_is_of_pairs(here: Path) -> None:
     settings = [s for s in SETTINGS if s != "adapter.form=pairs"]
     refused = scalepeft(here, "train", *settings, "run_dir=stopped")
     assert refused.returncode == 2
-    said = "(adapter.form: pairs there, mean_difference now); set adapter.form back"
+    said = "(adapter.form: pairs there, cayley now); set adapter.form back"
     assert said in refused.stderr
 
 

@@ -38,7 +38,7 @@ class HOFTConfig(AdapterConfig):
     rank: Annotated[int, Field(ge=2)] = 16
     inverse: Inverse = "exact"
     init_norm: Annotated[float, Field(ge=1e-3, le=1e3)] = 1.0
-    form: Form = "mean_difference"
+    form: Form = "cayley"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     def __post_init__(self) -> None:

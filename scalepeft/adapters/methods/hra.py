@@ -31,7 +31,7 @@ class HRAConfig(AdapterConfig):
     name: str = "hra"
     target_modules: Targets = Field(default_factory=lambda: ["q_proj", "v_proj"])
     rank: Annotated[int, Field(ge=2)] = 8
-    form: Form = "mean_difference"
+    form: Form = "cayley"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     penalty: Annotated[float, Field(ge=0)] = 0.0
 
