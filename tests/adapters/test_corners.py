@@ -317,7 +317,7 @@ def test_saved_settings_without_a_form_are_of_pairs(name: str) -> None:
     new, old = make(name=name), replace(make(name=name), form="pairs")
     assert injection.adapter_config({"name": name}) == new
     assert injection.adapter_config({"name": name}, saved=True) == old
-    held = {"name": name, "form": "cayley"}
+    held = {"name": name, "form": new.form}
     assert injection.adapter_config(held, saved=True) == new
     values = {"run_dir": "x", "adapter": {"name": name}, "train": {"max_steps": 1}}
     assert config_files.overlay(values, []).adapter == old

@@ -1,7 +1,7 @@
 """HRA: Householder reflection adaptation (arXiv 2405.17484): HOFT on the input side alone."""
 
 import math
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from scalepeft.adapters.base import AdapterConfig, Base, in_fp64
-from scalepeft.adapters.householder import Form, Reflected, check_rank, columns, start_columns
-from scalepeft.core.errors import UserError
+from scalepeft.adapters.householder import Reflected, check_rank, columns, start_columns
 from scalepeft.core.fields import STRICT, Targets
 
 
@@ -21,7 +20,7 @@ class HRAConfig(AdapterConfig):
 
     Attributes:
         rank: r, the number of reflections; even, because the start pairs equal ones.
-        form: what is trained of them, as in HOFT, whose start all but ``pairs`` have.
+        form: what is trained of them, as in HOFT, whose columns ``mean_difference`` starts from.
         dropout: as in HOFT.
         penalty: lambda, the weight of what columns lack of orthogonality; the authors' best: 1e-4.
     """
@@ -31,15 +30,9 @@ class HRAConfig(AdapterConfig):
     name: str = "hra"
     target_modules: Targets = Field(default_factory=lambda: ["q_proj", "v_proj"])
     rank: Annotated[int, Field(ge=2)] = 8
-    form: Form = "cayley"
+    form: Literal["pairs", "mean_difference"] = "mean_difference"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     penalty: Annotated[float, Field(ge=0)] = 0.0
-
-    def __post_init__(self) -> None:
-        """Raise UserError for a penalty on columns where there are none."""
-        if self.penalty and self.form == "cayley":
-            what = f"penalty={self.penalty}: is on columns, and form=cayley has none"
-            raise UserError(f"{what}; set adapter.penalty=0, or adapter.form=pairs")
 
 
 class HRA(Reflected):
@@ -76,9 +69,7 @@ class HRA(Reflected):
         n = F.normalize(columns(in_fp64(self.V), self.form), dim=0)
         return self.config.penalty * math.sqrt(2) * (n.mT @ n).triu(1).norm().to(self.V.dtype)
 
-    def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
-        """PEFT's HRA with the same columns; of ``cayley`` there is none."""
-        if self.form == "cayley":
-            return None
+    def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """PEFT's HRA with the same columns."""
         fields = {"peft_type": "HRA", "r": self.config.rank, "apply_GS": False}
         return fields, {"hra_u": columns(self.V.detach(), self.form)}
