@@ -64,7 +64,7 @@ CELLS = [
 # With --full all of the tables; in every run each layout has the first cell, and what it saves
 # resumes under one other; ``thorough`` ones have one of the other cells too, and resume themselves.
 WHOLE = FULL
-STEPS = 20 if FULL else 12
+STEPS = 20 if FULL else 8
 
 
 RUN = [

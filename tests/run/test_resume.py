@@ -111,8 +111,8 @@ def test_kill_9_at_random_moments_changes_nothing(ranks: int, kills: int, tmp_pa
 def test_sigusr1_ends_in_one_agreed_save_and_75(tmp_path: Path) -> None:
     """To one rank, and to both 0.3 s apart, in turns."""
     folder = tmp_path / "run"
-    steps = ["train.micro_batch=6", f"train.max_steps={30 + 20 * ROUNDS if FULL else 40}"]
-    settings = ["engine.name=fsdp2", *steps]
+    steps = ["train.save_every=10", f"train.max_steps={30 + 20 * ROUNDS if FULL else 40}"]
+    settings = ["engine.name=fsdp2", "train.micro_batch=6", *steps]
     rng = random.Random(0)
     for turn in range(3 * ROUNDS):
         both = turn % 2 == 1
@@ -460,3 +460,4 @@ def test_torchrun_passes_sigusr1_on_with_the_flag_of_the_readme(tmp_path: Path) 
     agent.send_signal(signal.SIGUSR1)
     assert agent.wait(60) == 1, "torchrun has one code for every rank that does not end with 0"
     assert newest_saved(folder) == step_of(folder) >= 3
+    assert events(folder)[0]["world_size"] == 2
