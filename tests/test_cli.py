@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import ROOT, TINY, Job, call, rows, train
+from processes import ROOT, TINY, Job, call, rows, train, zygote
 
 
 def wrong(*arguments: str) -> str:
@@ -307,9 +307,9 @@ def test_broken_files_of_a_run_never_end_in_a_traceback(finished: Path, tmp_path
                 commands = [["train", *TINY, *settings, f"run_dir={run}"], commands[1]]
             calls += commands if "eval" not in name else commands[::-1]
     # One process for all: a start takes longer than what is tested.
-    done = subprocess.run(
-        [sys.executable, "-c", CALLS, json.dumps(calls)], capture_output=True, text=True, check=True
-    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = zygote().run(("-c", CALLS), [json.dumps(calls)], env, 300)
+    assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert len(results) == len(calls) > 20
     for command, (code, printed) in zip(calls, results, strict=True):
@@ -321,6 +321,8 @@ def test_broken_files_of_a_run_never_end_in_a_traceback(finished: Path, tmp_path
 CALLS = """
 import contextlib, io, json, sys
 from scalepeft.cli import main
+from scalepeft.run import lease
+lease.WATCH_SECONDS = 1.0
 for words in json.loads(sys.argv[1]):
     printed = io.StringIO()
     with contextlib.redirect_stderr(printed):
@@ -363,7 +365,10 @@ def test_nonfinite_steps_are_skipped_and_end_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+@pytest.mark.parametrize(
+    "launcher",
+    [pytest.param("torchrun", marks=pytest.mark.full), "accelerate"],  # test_resume.py has torchrun
+)
 def test_under_the_usual_launchers(launcher: str, tmp_path: Path) -> None:
     program = Path(sys.executable).with_name(launcher)
     first = (

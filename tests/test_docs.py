@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import ROOT, zygote
+from processes import FULL, ROOT, zygote
 
 README = ROOT / "README.md"
 PAGES = [
@@ -120,6 +120,8 @@ def test_the_commands_of_a_page(page: Path, desk: Path) -> None:
             words += SHORT
         if "compare" in words:
             words = [{"x0.3,x1,x3": "x1", "3": "1"}.get(word, word) for word in words]
+        if "plan" in words and not FULL:  # what is planned is simulated
+            words += ["adapter.rank=2", "adapter.target_modules=[q_proj]"]
         if any(word.startswith("examples/") for word in words):
             words += ["--steps", "2", "--cpu"]
         if words[0] == "torchrun":

@@ -3,15 +3,13 @@
 import importlib
 import multiprocessing.synchronize  # noqa: F401  another user could not import it
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import ROOT
+from processes import zygote
 
 from scalepeft.analysis.report import load
 from scalepeft.cli import main
@@ -120,11 +118,8 @@ def test_a_home_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "home").write_text("no folder")
     settings = ["model=tiny", "data=toy", "train.max_steps=1", f"run_dir={tmp_path}/run"]
     env = {k: v for k, v in os.environ.items() if k != "SCALEPEFT_CACHE"}
-    done = subprocess.run(
-        [sys.executable, "-m", "scalepeft", "train", *settings],
-        env={**env, "HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    env |= {"HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    done = zygote().run(("-m", "scalepeft"), ["train", *settings], env, timeout=120)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].endswith("Not a directory; set SCALEPEFT_CACHE=FOLDER")
 

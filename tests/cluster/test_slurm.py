@@ -203,10 +203,7 @@ def test_preemptions_of_every_kind_change_nothing(runs: Runs, undisturbed: Path)
     assert adapter_bytes(runs.folder / "run") == adapter_bytes(undisturbed)
     assert f"start {len(kinds) + 1} (restarts: {len(kinds)})" in runs.log(job)
 
-    report = subprocess.run(
-        [sys.executable, "-m", "scalepeft", "report", str(runs.folder / "run")],
-        capture_output=True, text=True, check=True, cwd=ROOT,
-    ).stdout  # fmt: skip
+    report = call("report", str(runs.folder / "run")).stdout
     assert "goodput" in report and "waiting" in report and f"starts {len(kinds) + 1}" in report
 
 

@@ -593,7 +593,7 @@ def test_ranks_answer_as_one_process(beams: int, stories: Path, tmp_path: Path) 
         folder = Path(shutil.copytree(run_dir, tmp_path / engine))
         shutil.rmtree(folder / "eval")
         arguments = ["evaluate", str(folder), f"engine={engine}"]
-        codes, text = Job(2, arguments, program=("-c", QUICK_LOTS), fresh=True).wait()
+        codes, text = Job(2, arguments, program=("-c", QUICK_LOTS)).wait()
         assert codes == [0, 0], text
         assert scored(folder)[0] == wanted, engine
     assert len(set(map(len, wanted.values()))) > 4
@@ -609,7 +609,7 @@ def test_killed_and_stopped_at_random_points(tmp_path: Path) -> None:
     rng = random.Random(time.time_ns())
     file = killed / "eval/toy/predictions.jsonl"
     for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 75)):
-        job = Job(1, ["evaluate", str(killed)], program=("-c", QUICK_LOTS), fresh=True)
+        job = Job(1, ["evaluate", str(killed)], program=("-c", QUICK_LOTS))
         before = file.read_bytes().count(b"\n") if file.exists() else 0
         while not file.exists() or file.read_bytes().count(b"\n") <= before:
             assert job.ranks[0].poll() is None

@@ -25,7 +25,7 @@ from finished import (
     stock,
     write_adapter,
 )
-from processes import ROOT, flip
+from processes import ROOT, Job, call, flip
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -642,8 +642,8 @@ cli.main(["merge", sys.argv[1], sys.argv[2]])
 @pytest.mark.slow
 def test_a_killed_merge_is_made_again(tmp_path: Path) -> None:
     run_dir, out = make_run(tmp_path / "run", TINY, "hoft"), tmp_path / "out"
-    done = python(KILLED, str(run_dir), str(out))
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    codes, text = Job(1, [str(run_dir), str(out)], program=("-c", KILLED)).wait()
+    assert codes == [-signal.SIGKILL], text
     assert not out.exists()
     assert len(list(tmp_path.glob("out.partial-*"))) == 1
     of_another = tmp_path / f"out.partial-{socket.gethostname()}-{os.getppid()}"
@@ -656,19 +656,9 @@ def test_a_killed_merge_is_made_again(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_command_line(tmp_path: Path) -> None:
     run_dir, out = make_run(tmp_path / "run", TINY, "hoft"), tmp_path / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "scalepeft",
-        "merge",
-        str(run_dir),
-        str(out),
-        "--dtype",
-        "bf16",
-    ]
     codes, last = [], []
     for _ in range(2):
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        done = call("merge", str(run_dir), str(out), "--dtype", "bf16")
         codes.append(done.returncode)
         last.append(done.stderr.strip().splitlines()[-1])
     assert codes == [0, 2]

@@ -7,6 +7,7 @@ same on one rank alone, in this process.
 import sys
 
 import torch
+from processes import FULL
 
 from scalepeft.build import build, task_of
 from scalepeft.config import files as config_files
@@ -24,6 +25,11 @@ ENGINES = [
     "zero stage=3 offload_optimizer=true offload_parameters=true whole_below=0",
     "zero stage=3 activation_checkpointing=true whole_below=0",
 ]  # fmt: skip
+# (precision, tolerance, engines): in bf16 without --full one of each way to keep its sums.
+PRECISIONS = [
+    ("fp32", 1e-5, ENGINES),
+    ("bf16", 2e-2, ENGINES if FULL else [*ENGINES[:2], *ENGINES[6:9]]),
+]
 
 
 def steps(settings: list[str], engine: str, ranks: Ranks) -> list[float | None]:
@@ -58,11 +64,11 @@ def steps(settings: list[str], engine: str, ranks: Ranks) -> list[float | None]:
 
 def main() -> None:
     ranks = Ranks.start("cpu", process_group=True)
-    for precision, tolerance in (("fp32", 1e-5), ("bf16", 2e-2)):
+    for precision, tolerance, engines in PRECISIONS:
         settings = [*sys.argv[1:], f"train.precision={precision}"]
         want = steps(settings, "single", Ranks())
         assert want[2:4] == [None, None] and want[6] is not None and want[6] > 0
-        for engine in ENGINES:
+        for engine in engines:
             got = steps(settings, engine, ranks)
             for a, b in zip(got, want, strict=True):
                 assert (a is None) == (b is None), (engine, got, want)

@@ -84,17 +84,20 @@ def test_kill_9_at_random_moments_changes_nothing(ranks: int, kills: int, tmp_pa
     engine = (
         ["engine.name=single"] if ranks == 1 else ["engine.name=fsdp2", "train.save_mode=async"]
     )
+    steps = 60 if FULL else 30
+    engine.append(f"train.max_steps={steps}")
     disturbed, undisturbed = tmp_path / "disturbed", tmp_path / "undisturbed"
-    train(ranks, undisturbed, *RUN, *engine, "train.max_steps=60")
+    train(ranks, undisturbed, *RUN, *engine)
     rng = random.Random(ranks)
     for _ in range(kills):
         saved = newest_saved(disturbed)
-        kill_in_training(start(ranks, disturbed, *engine, "train.max_steps=60"), disturbed, rng)
+        kill_in_training(start(ranks, disturbed, *engine), disturbed, rng)
         assert newest_saved(disturbed) >= saved
     saved = newest_saved(disturbed)
     assert saved > 0
-    text = train(ranks, disturbed, *RUN, *engine, "train.max_steps=60")
-    assert f"resuming {disturbed} at step {saved}" in text or "is finished" in text or saved == 60
+    text = train(ranks, disturbed, *RUN, *engine)
+    resumed = f"resuming {disturbed} at step {saved}" in text
+    assert resumed or "is finished" in text or saved == steps
     assert losses(disturbed) == losses(undisturbed)
     validation = [
         [(row["step"], row["loss"]) for row in rows(folder, "validation.jsonl")]
@@ -108,7 +111,8 @@ def test_kill_9_at_random_moments_changes_nothing(ranks: int, kills: int, tmp_pa
 def test_sigusr1_ends_in_one_agreed_save_and_75(tmp_path: Path) -> None:
     """To one rank, and to both 0.3 s apart, in turns."""
     folder = tmp_path / "run"
-    settings = ["engine.name=fsdp2", f"train.max_steps={30 + 20 * ROUNDS}"]
+    steps = ["train.save_every=10", f"train.max_steps={30 + 20 * ROUNDS if FULL else 40}"]
+    settings = ["engine.name=fsdp2", "train.micro_batch=6", *steps]
     rng = random.Random(0)
     for turn in range(3 * ROUNDS):
         both = turn % 2 == 1
@@ -184,10 +188,10 @@ def test_a_second_signal_leaves_at_once_even_in_a_stuck_collective(tmp_path: Pat
 
 @pytest.mark.multiprocess
 def test_a_run_continues_at_other_world_sizes_with_the_same_samples(tmp_path: Path) -> None:
-    settings = [*RUN, "engine.name=fsdp2", "train.max_steps=16"]
+    settings = [*RUN, "engine.name=fsdp2", "train.max_steps=8"]
     train(2, tmp_path / "whole", *settings)
-    train(2, tmp_path / "stopped", *settings, "train.stop_at=8", expect=75)
-    assert step_of(tmp_path / "stopped") == newest_saved(tmp_path / "stopped") == 8
+    train(2, tmp_path / "stopped", *settings, "train.stop_at=4", expect=75)
+    assert step_of(tmp_path / "stopped") == newest_saved(tmp_path / "stopped") == 4
     for ranks in (1, 3):
         folder = tmp_path / f"on-{ranks}"
         shutil.copytree(tmp_path / "stopped", folder)
@@ -456,3 +460,4 @@ def test_torchrun_passes_sigusr1_on_with_the_flag_of_the_readme(tmp_path: Path) 
     agent.send_signal(signal.SIGUSR1)
     assert agent.wait(60) == 1, "torchrun has one code for every rank that does not end with 0"
     assert newest_saved(folder) == step_of(folder) >= 3
+    assert events(folder)[0]["world_size"] == 2

@@ -191,6 +191,7 @@ def _warm_up() -> None:
     import torch.distributed.fsdp  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     import scalepeft.analysis.report.command
     import scalepeft.cli
@@ -199,14 +200,14 @@ def _warm_up() -> None:
     import scalepeft.eval.evaluate
     import scalepeft.export.merge
     import scalepeft.export.peft
+    import scalepeft.models.tiny
     import scalepeft.train  # noqa: F401
-    from scalepeft.core import registry
+    from scalepeft.config import changes
     from scalepeft.models import quant
-    from scalepeft.parallel.base import Engine
 
     quant._kernels()
-    for kind in ("ddp", "fsdp2", "single"):
-        registry.find_class("parallel", kind, "engine", Engine)
+    changes.marks()  # of every method, engine and task
+    get_checkpoint_conversion_mapping("llama")
     del sys.modules["triton"]
     gc.collect()
     gc.freeze()  # a collection in a child copies no page of what stands here
@@ -231,6 +232,9 @@ if __name__ == "__main__":
         sys.path.insert(0, os.getcwd())
         sys.argv = [program[1], *request["arguments"]]
         runpy.run_module(program[1], run_name="__main__", alter_sys=True)
+    elif program[0] == "-c":
+        sys.argv = ["-c", *request["arguments"]]
+        exec(program[1], {"__name__": "__main__"})
     else:
         sys.path[:0] = [str(Path(program[0]).resolve().parent), str(Path(__file__).parent)]
         sys.argv = [program[0], *request["arguments"]]
