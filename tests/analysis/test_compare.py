@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -517,9 +518,14 @@ def test_a_cell_is_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setenv(name, os.environ.get(name, ""))
     (tmp_path / "json.py").write_text("raise SystemExit(9)")
     monkeypatch.chdir(tmp_path)
+    script = ModuleType("__main__")  # of a user who calls scalepeft.cli.main at its top level
+    script.__file__ = str(tmp_path / "script.py")
+    (tmp_path / "script.py").write_text("raise SystemExit(8)")
+    monkeypatch.setitem(sys.modules, "__main__", script)
     log, stop = tmp_path / "log", StopFlag()
     run = [*RUN, "adapter=lora", "train.max_steps=100000", f"run_dir={tmp_path}/run"]
     assert cells.run_child(["config", *run], log, stop) == 0
+    assert sys.modules["__main__"] is script
     assert "builtin:tiny" in log.read_text(), "what it prints goes to its log"
     assert cells.run_child(["config", *run, "model=none"], log, stop) == 2
     state, reason = cells.failure_reason(2, log, 0)
@@ -534,6 +540,11 @@ def test_a_cell_is_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.Monk
             pid = json.loads(held.read_text())["pid"]
             assert pid != os.getpid() and os.getsid(pid) == pid
             if end == "stops":
+                server = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+                if server != os.getpid():  # a signal to a process group ends it too
+                    os.kill(server, number)
+                    time.sleep(0.5)
+                    assert not ending.done()
                 stop.signal = number
                 with pytest.raises(Stopping):
                     ending.result()

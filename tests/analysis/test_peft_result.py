@@ -166,6 +166,14 @@ def test_accuracy_is_that_of_their_rule_and_memory_that_of_the_gpu(
     assert [m["mem reserved avg"] for m in made["train_info"]["metrics"][:-1]] == [3000.0, 8000.0]
     assert made["train_info"]["accelerator_memory_reserved_avg"] == 6500
     assert made["train_info"]["accelerator_memory_reserved_99th"] == 11890
+    scores["step"] = 10  # evaluated, then trained on: no accuracy of this adapter
+    file.write_text(json.dumps(scores))
+    starts = [rows(folder, "events.jsonl")[0] | {"steps": steps} for steps in (12, 20)]
+    with (folder / "events.jsonl").open("a") as events:
+        events.writelines(json.dumps(start) + "\n" for start in starts)
+    made = written(folder)
+    assert made["train_info"]["metrics"][-1]["test accuracy"] is None
+    assert made["run_info"]["train_config"]["max_steps"] == 20
 
 
 @pytest.mark.parametrize("which", ["none", "two", "older"])

@@ -9,9 +9,12 @@ import runpy
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -31,6 +34,7 @@ from scalepeft.run.lease import Lease, check_free, claim
 from scalepeft.run.stage import Stage, set_aside
 
 WARM = ["scalepeft.train", "scalepeft.eval.evaluate", "transformers.models.llama.modeling_llama"]
+LOST = 255  # multiprocessing's exit code of a process whose fork server is gone
 SETTLED = ("done", "failed")  # states of a cell that is not run again
 Result = dict[str, Any]
 """Of a cell: ``state``, the figures of ``read_result`` if it is done, else ``reason``."""
@@ -216,13 +220,19 @@ class Runner:
 
 def run_child(arguments: list[str], log: Path, stop: StopFlag) -> int:
     """The exit code of ``scalepeft ARGUMENTS``. Raises Stopping: it was told to stop."""
-    process, forwarded = _processes().Process(target=_child, args=(arguments, log)), False
+    processes, main, forwarded = _processes(), sys.modules["__main__"], False
+    ended, held = processes.Pipe(duplex=False)  # open as long as it lives, its server or not
+    process = processes.Process(target=_child, args=(arguments, log, held))
+    sys.modules["__main__"] = ModuleType("__main__")  # a script's own would be run there again
     process.start()
-    while process.exitcode is None:
+    sys.modules["__main__"] = main
+    held.close()
+    while process.exitcode in (None, LOST) and not ended.poll(0.1):
         if stop.signal is not None and not forwarded:
-            os.kill(process.pid, stop.signal)
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, stop.signal)
             forwarded = True
-        process.join(0.1)
+    process.join()
     if process.exitcode == STOPPED or (forwarded and process.exitcode != FINISHED):
         raise Stopping
     return int(process.exitcode)
@@ -241,7 +251,7 @@ def _processes() -> Any:
     return processes
 
 
-def _child(arguments: list[str], log: Path) -> None:
+def _child(arguments: list[str], log: Path, _held: Connection) -> None:
     """``python -m scalepeft ARGUMENTS``, which prints into ``log``."""
     os.setsid()  # Ctrl-C reaches it once, through us
     with log.open("a") as out:
