@@ -507,6 +507,18 @@ def test_the_league_is_what_its_comparisons_found(
     capsys.readouterr()
     assert main(["compare", "--league", str(tmp_path), "--out", str(tmp_path / "d")]) == 2
     assert "no */compare.json in it" in capsys.readouterr().err
+    older = json.loads((tmp_path / "all/a/compare.json").read_text())
+    for cell in older["cells"]:  # of a comparison from before there were digests
+        del cell["digest"]
+    (tmp_path / "all/a/compare.json").write_text(json.dumps(older))
+    assert main(["compare", "--league", str(tmp_path / "all"), "--out", str(tmp_path / "d")]) == 0
+    assert "| hut | 0.5 | 1.3000 `-` | 2.1000 `-` |" in (tmp_path / "d/league.md").read_text()
+    (tmp_path / "design.json").write_text(json.dumps(older["design"]))
+    text = table.render(older, design.Design.read(tmp_path / "design.json"), "markdown")
+    assert "* hut: 1 `-` 1.3000; 2 `-` 2.1000" in text
+    (tmp_path / "all/a/compare.json").write_text("{}")
+    assert main(["compare", "--league", str(tmp_path / "all"), "--out", str(tmp_path / "d")]) == 2
+    assert "a/compare.json: no result of a comparison; run" in capsys.readouterr().err
     (tmp_path / "all/a/compare.json").write_text("{")
     assert main(["compare", "--league", str(tmp_path / "all"), "--out", str(tmp_path / "d")]) == 2
     assert "compare.json" in capsys.readouterr().err

@@ -186,6 +186,9 @@ def test_one_run_that_has_trained(
     if which == "older":
         made = written(one)
         assert made["run_info"]["peft_config"] is made["train_info"]["file_size"] is None
+        for place in ("", ".", str(one)):
+            assert main(["report", str(one), "--peft-result", place]) == 2
+            assert "--peft-result another file" in capsys.readouterr().err
         return
     if which == "none":
         (one / "metrics.jsonl").unlink()

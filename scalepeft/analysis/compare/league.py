@@ -24,6 +24,9 @@ def write(folder: Path, out: Path) -> None:
     league = {file.parent.name: read_mapping(file, json.loads, fix) for file in files}
     if not league:
         raise UserError(f"--league {folder}: no */compare.json in it; run comparisons there first")
+    for name, result in league.items():
+        if not {"design", "methods", "cells"} <= result.keys():
+            raise UserError(f"{folder}/{name}/compare.json: no result of a comparison; {fix}")
     equal = {k: r for k, r in league.items() if r["design"]["budget"] == "parameters"}
     sized = {k: r for k, r in league.items() if k not in equal}
     gaps: dict[str, list[float]] = {}  # the mean ones decide the order; the reference's are 0

@@ -19,10 +19,10 @@ def run(run_dirs: list[str], out: str | None = None, peft: str | None = None) ->
     one run loss.png too, and ``peft``. Raises UserError: one is no run, or cannot be written.
     """
     runs = read_all([Path(name) for name in run_dirs])
-    if peft:
+    if peft is not None:
         from scalepeft.analysis.report.peft_result import result
 
-        _write(Path(peft), result(runs))
+        _write(Path(peft).absolute(), result(runs))
     print("\n\n".join(map(table, runs)) + "\n")
     written = write(runs, Path(out) if out else None)
     if len(runs) == 1 and runs[0].newest:
@@ -47,7 +47,7 @@ def write(runs: list[Run], out: Path | None = None) -> list[Path]:
 
 
 def _write(file: Path, content: bytes) -> None:
-    with writing(file, "--out takes another folder"):
+    with writing(file, "--out takes another folder, --peft-result another file"):
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, content)
 
