@@ -1,5 +1,4 @@
-"""Products of Householder reflections, or Cayley rotations, around a frozen layer: the mathematics
-of HOFT, SHOFT, HRA.
+"""Householder reflections, or Cayley rotations, around a frozen layer: HOFT, SHOFT and HRA.
 
 Letters: r rank (even), U (out, r), V (in, r), m (out,), Q = I - U S^-1 U^T with
 S = triu(U^T U), diagonal halved (compact WY). Row form for a batch: y Q^T = y + (y U) K U^T with
@@ -40,8 +39,7 @@ def core(z: Tensor, form: Form, inverse: Inverse = "exact") -> Tensor:
     ``pairs``: Z is U itself, of any lengths > 0. ``mean_difference``: ``U = Z C``, C as in
     ``columns``, so ``K = C K_U C^T``; Z is what rows are multiplied with, as in bf16 ``R + P``
     would lose a small P. Inverse by a solve, or ``neumann2``: S^-1 ~ D^-1 - D^-1 A D^-1.
-    ``cayley``: ``Q = (I - A)^-1 (I + A)``, ``A = P R^T - R P^T = Z J Z^T``, ``K = 2 (J - Z^T
-    Z)^-1``; J / 4 where Z holds R / 4.
+    ``cayley``: ``(I - A)^-1 (I + A)``, ``A = P R^T - R P^T = Z J Z^T``, ``K = 2 (J - Z^T Z)^-1``.
     """
     wide = in_fp64(z)
     gram, eye = wide.mT @ wide, torch.eye(z.shape[-1], dtype=wide.dtype, device=z.device)

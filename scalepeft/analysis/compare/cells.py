@@ -240,9 +240,7 @@ def run_child(arguments: list[str], log: Path, stop: StopFlag) -> int:
 
 @cache
 def _processes() -> Any:
-    """New interpreters; on a CPU alone forks of one that imported ``WARM`` and no more: its only
-    threads are OpenBLAS's, which ends them for a fork.
-    """
+    """New interpreters; on a CPU forks of one with ``WARM``: OpenBLAS ends its threads for them."""
     paths = [str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")]
     os.environ |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONSAFEPATH": "1"}
     warm = world_size() == 1 and not torch.cuda.is_available()
