@@ -202,6 +202,8 @@ def check_free(run_dir: Path) -> int:
                 say(f"{run_dir}: no sign of life from {name} for {WATCH_SECONDS:g} s: taken over")
                 return number
             time.sleep(0.5)
+        if stored_generation(run_dir) != number:  # the sign of life is its successor's
+            return check_free(run_dir)
     end = f"scancel {owner['job']}" if owner.get("job") else "end it with SIGTERM"
     raise UserError(
         f"run_dir={run_dir}: is in use by {name}, which is training there; wait for it, or {end},"

@@ -85,6 +85,23 @@ def test_a_claim_that_froze_for_a_whole_start_is_withdrawn(
     assert [file.name for file in tmp_path.iterdir()] == ["holder-4.json"]
 
 
+def test_who_takes_over_while_one_waits_is_the_one_that_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stale = {"start": 2, "host": "h", "pid": 1, "machine": "another"}
+    (tmp_path / "holder-2.json").write_text(json.dumps(stale))
+
+    def take_over(_: float) -> None:
+        heir = {"start": 3, "host": "h", "pid": os.getppid(), "machine": lease._machine()}
+        heir["began"] = lease._began(os.getppid())
+        (tmp_path / "holder-3.json").write_text(json.dumps(heir))
+        (tmp_path / "heartbeat").write_text("holder-3 1\n")
+
+    monkeypatch.setattr(lease.time, "sleep", take_over)
+    with pytest.raises(UserError, match=f"in use by start 3 on h, pid {os.getppid()}"):
+        lease.claim(tmp_path)
+
+
 def test_without_hard_links_the_name_alone_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
