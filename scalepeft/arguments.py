@@ -117,6 +117,13 @@ JOB_FILE itself is run as far as slurm/train.sh, to learn its settings: keep slo
 
   launch/submit slurm/hoft_llama70b.sh model.path=DIR --sbatch time=12:00:00
 """
+INIT = """\
+Copies a recipe into FOLDER (default: this one) as RECIPE.yaml and RECIPE.sh, its job on Slurm;
+--site writes the job for a cluster: GPUs a node, network, caches. Overwrites nothing of yours.
+
+  scalepeft init                                            the toy recipe, for any machine
+  scalepeft init runs70b --recipe commonsense_hoft_llama-3.1-70b --site perlmutter
+"""
 VERIFY = """\
 Reads every byte of a run's or a pipeline's folder (checkpoints, adapter, merged checkpoint, rows of
 predictions, what each stage made), its cached tokens and its base where they are here, and prints a
@@ -127,6 +134,7 @@ BENCH_FLAGS = "shape methods rank tokens precision quant device repeats".split()
 FLAGS_OF = {"model": BENCH_FLAGS, "gpu": "seconds only tiny".split(), "train": ["repeats"]}
 # Command -> its line in the list of all, and the text above its own arguments.
 COMMANDS: dict[str, tuple[str, str | None]] = {
+    "init": ("a recipe's config and job file, to be edited", INIT),
     "train": ("train an adapter, or resume", TRAIN),
     "evaluate": ("generate answers for data.test and score them", None),
     "pipeline": ("prepare, train, merge, evaluate, report: each once, resumable", PIPELINE),
@@ -177,6 +185,10 @@ def _written_here(commands: dict[str, Parser]) -> None:
     flag: dict[str, Any] = {"action": "store_true"}
     add(" ".join(COMMANDS), "--debug", "show the traceback of a user error too", **flag)
     add("methods doctor plan verify status", "--json", "JSON in place of text", **flag)
+    add("init", "folder", "made where it is not there", nargs="?", default=".", metavar="FOLDER")
+    add("init", "--recipe", "by name (toy)", default="toy", metavar="NAME")
+    add("init", "--site", "by name, or a YAML of yours (docs/sites.md)", metavar="NAME")
+    add("init", "--list", "the recipes and sites there are", dest="listed", **flag)
     add("report status", "run_dirs", "a run, or (status) a sweep", nargs="+", metavar="RUN_DIR")
     add("evaluate merge export push", "run_dir", "of a finished run, or an adapter's from PEFT")
     add("push", "repo", "ORG/NAME on the hub")
@@ -248,7 +260,9 @@ def parse(argv: list[str], doc: str | None) -> argparse.Namespace:
     _written_here(commands)
     args, left = made.parse_known_args(argv)
     command = commands[args.command]
-    names = [getattr(args, name, None) for name in ("run_dir", "run_dirs", "out", "job_file")]
+    names = [
+        getattr(args, name, None) for name in ("run_dir", "run_dirs", "out", "job_file", "folder")
+    ]
     lists = [name if isinstance(name, list) else [name or ""] for name in names]
     if wrong := [name for name in itertools.chain(*lists) if not plain(name)]:
         command.error(f"{one_line(wrong[0], 100)}: a name with control characters, or not UTF-8")
