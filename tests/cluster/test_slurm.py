@@ -20,6 +20,7 @@ from processes import FULL, ROOT, TINY, Job, adapter_bytes, call, losses, rows, 
 from slurm_cluster import ENDS, PATH, Cluster, missing
 from test_docs import COMMANDS
 
+from scalepeft.cluster import init
 from scalepeft.config import files as config_files
 from scalepeft.models import tiny
 
@@ -548,6 +549,10 @@ def test_the_70b_job_as_it_stands(tmp_path: Path, cluster: Cluster) -> None:
             test, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0 and "128 processors on nodes node[1-2]" in done.stderr
+        for recipe in sorted((ROOT / "configs/recipes").glob("*.yaml")):
+            init.run(str(tmp_path / "recipes"), recipe.stem, None, False)
+            test[-1] = str(tmp_path / f"recipes/{recipe.stem}.sh")
+            subprocess.run(test, env=environment, cwd=tmp_path, check=True)
         test[-1] = str(ROOT / "slurm/zero3_llama70b.sh")
         subprocess.run(test, env=environment, cwd=tmp_path, check=True)
         job = subprocess.run(
@@ -563,7 +568,7 @@ def test_the_70b_job_as_it_stands(tmp_path: Path, cluster: Cluster) -> None:
         assert "train.max_steps=2 replaces train.epochs" in log
         shutil.rmtree(tmp_path / "runs")
         slurm = [w for c in COMMANDS if (w := shlex.split(c))[0] in ("sbatch", "launch/submit")]
-        assert len(slurm) == 5, "those of README and docs"
+        assert len(slurm) == 6, "those of README and docs"
         for words in slurm:
             words.insert(1, "--test-only" if words[0] == "sbatch" else "--dry-run")
             done = subprocess.run(
