@@ -47,10 +47,13 @@ run_ranks() {
     # The ranks meet in a folder that nobody else may enter, new for each start: docs/security.md.
     meet=$(mktemp -d) || exit 2
     local pids=()
+    exec 3</dev/null 4</dev/null
+    # Prompts of a pipe are rank 0's; a terminal, from which no process in the background may read, is nobody's.
+    if [ "${1:-}" = generate ] && [ ! -t 0 ]; then exec 4<&0; fi
     set -m  # own process groups: a Ctrl-C comes here alone and is passed on once
     for ((rank = 0; rank < n; rank++)); do
         RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=$n LOCAL_WORLD_SIZE=$n MASTER_ADDR=127.0.0.1 SCALEPEFT_RENDEZVOUS=$meet \
-            OMP_NUM_THREADS=$OMP_NUM_THREADS "$PYTHON" -m $module "$@" </dev/null &
+            OMP_NUM_THREADS=$OMP_NUM_THREADS "$PYTHON" -m $module "$@" <&$((rank ? 3 : 4)) 3<&- 4<&- &
         pids+=($!)
     done
     set +m

@@ -60,6 +60,11 @@ steps, scores with intervals, versions. REPO is made where it is not there.
 
   scalepeft push runs/x ORG/NAME --private --license apache-2.0 --base-model ORG/BASE
 """
+GENERATE = """\
+Without --prompt and --file each line of standard input is a prompt. Ctrl-C ends an answer.
+
+  scalepeft generate runs/x --prompt "Is 7 even?" evaluate.max_new_tokens=200
+"""
 BENCH = """\
 Times forward, backward and optimizer of every method, of HF PEFT's and of the frozen base alone,
 taking turns in one process.
@@ -137,6 +142,7 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "init": ("a recipe's config and job file, to be edited", INIT),
     "train": ("train an adapter, or resume", TRAIN),
     "evaluate": ("generate answers for data.test and score them", None),
+    "generate": ("try prompts on a run, with the template that it was trained with", GENERATE),
     "pipeline": ("prepare, train, merge, evaluate, report: each once, resumable", PIPELINE),
     "compare": ("train methods against each other, over rates and seeds", COMPARE),
     "score": ("score any system's output files; needs no model", SCORE),
@@ -190,7 +196,7 @@ def _written_here(commands: dict[str, Parser]) -> None:
     add("init", "--site", "by name, or a YAML of yours (docs/sites.md)", metavar="NAME")
     add("init", "--list", "the recipes and sites there are", dest="listed", **flag)
     add("report status", "run_dirs", "a run, or (status) a sweep", nargs="+", metavar="RUN_DIR")
-    add("evaluate merge export push", "run_dir", "of a finished run, or an adapter's from PEFT")
+    add("evaluate generate merge export push", "run_dir", "a finished run, or an adapter of PEFT's")
     add("push", "repo", "ORG/NAME on the hub")
     add("push", "--private", "make it so that only you and ORG see it", **flag)
     add("push", "--license", "for the card, as the hub names it: apache-2.0, llama3.1")
@@ -201,7 +207,7 @@ def _written_here(commands: dict[str, Parser]) -> None:
         ("train pipeline config", "[CONFIG] KEY=VALUE", "a YAML file, then settings"),
         ("doctor plan data", "[CONFIG] KEY=VALUE", "of the run, as for train"),
         ("bench", "[CONFIG] KEY=VALUE", "train: of the run, as for scalepeft train"),
-        ("evaluate", "KEY=VALUE", "e.g. data.test=FILES evaluate.limit=100"),
+        ("evaluate generate", "KEY=VALUE", "e.g. data.test=FILES evaluate.limit=100"),
         ("merge export", "model.path=FOLDER", "where the base is now"),
     ):
         add(names, "settings", help, nargs="*", metavar=metavar)
@@ -209,9 +215,14 @@ def _written_here(commands: dict[str, Parser]) -> None:
     add("data", "--show", "so many rows, what is learned in colour (3)", **shown)
     add("train", "--resume-with-changes", "continue although harmless keys differ", **flag)
     kind: dict[str, Any] = {"dest": "kind", "action": "store_const", "default": "adapter"}
-    which = commands["evaluate"].add_mutually_exclusive_group()
-    which.add_argument("--base", **kind, const="base", help="score the base without the adapter")
-    which.add_argument("--merged", **kind, const="merged", help="score RUN_DIR/merged")
+    for name in ("evaluate", "generate"):
+        which = commands[name].add_mutually_exclusive_group()
+        which.add_argument("--base", **kind, const="base", help="the base without the adapter")
+        which.add_argument("--merged", **kind, const="merged", help="RUN_DIR/merged")
+    which = commands["generate"].add_mutually_exclusive_group()
+    which.add_argument("--prompt", help="a single prompt", metavar="TEXT")
+    which.add_argument("--file", help="text with a prompt a line")
+    add("generate", "--raw", "without the template of the run's rows", **flag)
     which = commands["pipeline"].add_mutually_exclusive_group()
     which.add_argument("--stage", choices=STAGES, help="this one alone; those before it are done")
     which.add_argument("--until", choices=STAGES, help="end after this one")
