@@ -190,17 +190,20 @@ class Streaming(Generator):
         """Writes the answer, up to a signal, which it returns; the second one ends the process."""
         if name:
             say(name)
-        self.shown, self.stop = "", StopFlag().install()
+        self.shown, self.stop, self.full = "", StopFlag().install(), False
         for lot in self.stream([prompt]):
             for _, text, _ in lot:
                 self.shown *= text.startswith(self.shown)  # else a decoder took words back
                 self._show(f"{text}\n")
         self.stop.give_back()
+        if self.full:
+            say(f"the answer ended at evaluate.max_new_tokens={self.config.max_new_tokens}")
         return self.stop.signal
 
     def stopped(self, answers: list[list[int]]) -> list[bool]:
         """Shows what stays of the text, whatever comes: no part of a character or stop text."""
         for answer in answers:
+            self.full = len(answer) >= self.config.max_new_tokens and answer[-1] not in self.ends
             while str(self.tokenizer.convert_ids_to_tokens(answer[-1:])).startswith("['<0x"):
                 answer = answer[:-1]  # bytes, which are read together
             text = self.texts([answer])[0].rstrip("\ufffd")

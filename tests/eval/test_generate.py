@@ -73,7 +73,7 @@ def test_what_is_streamed_is_what_an_evaluation_keeps(
         streaming, plain = pair(folder, max_new_tokens=24, stop=stops)
         streaming.whole = plain.whole = whole
         for prompt in PROMPTS[:3]:
-            (((_, wanted, _),),) = (lot for lot in plain.stream([prompt]))
+            ((_, wanted, _),) = (row for lot in plain.stream([prompt]) for row in lot)
             pieces.clear()
             assert streaming.answer("", prompt) is None
             assert "".join(pieces) == f"{wanted}\n"
@@ -229,10 +229,12 @@ def test_lines_of_a_pipe_and_of_a_file_are_the_evaluations_answers(
 
 
 def test_the_base_and_raw_text(run_dir: Path) -> None:
-    found = [
-        call("generate", str(run_dir), "--prompt", ASKED, *more).stdout
+    done = [
+        call("generate", str(run_dir), "--prompt", ASKED, *more)
         for more in ([], ["--base"], ["--raw"], ["evaluate.max_new_tokens=1"])
     ]
+    found = [one.stdout for one in done]
+    assert "the answer ended at evaluate.max_new_tokens=1" in done[-1].stderr
     assert len({*found}) == 4 and all(text.endswith("\n") for text in found), found
 
 
