@@ -4,6 +4,7 @@
 like at hand; ``sh`` blocks are not (they install). Slurm's own lines are run by test_slurm.py.
 """
 
+import ast
 import json
 import os
 import re
@@ -158,6 +159,43 @@ def test_the_site_builds(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "reference.html").is_file()
+
+
+def spoken() -> str:
+    """What the sources can say, a line a text between two placeholders."""
+    texts = []
+    for file in (ROOT / "scalepeft").rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        silent = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        texts += [
+            node.value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant) and type(node.value) is str and id(node) not in silent
+        ]
+    for file in [*(ROOT / "slurm").glob("*.sh"), *(ROOT / "launch").glob("*.sh")]:
+        code = re.sub(r"(?m)^ *#.*", "", file.read_text())
+        joined = re.sub(r'" *\\?\n *"', " ", code)  # words of one message in two lines
+        texts += re.split(r"\$\{[^}]*\}|\$\([^)]*\)|\$\w+|[\"\n]", joined)
+    return "\n".join(" ".join(text.split()) for text in texts)
+
+
+def test_the_messages_of_troubleshooting_are_those_of_the_code() -> None:
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    quoted = re.findall(r"(?m)^\* `(.+)`:$", page)
+    assert len(quoted) == page.count("\n* `") >= 35
+    said = spoken()
+
+    def words(text: str, between: str) -> list[str]:  # three at least: fewer stand anywhere
+        parts = (part.strip(" :;,") for part in re.split(between, text))
+        return [part for part in parts if len(part.split()) >= 3]
+
+    for message in quoted:
+        pieces = words(message, r"\.\.\.")
+        assert pieces, f"{message}: too little of it to be looked for"
+        for piece in (piece for piece in pieces if piece not in said):
+            parts = words(piece, r"[:;,] | \(")  # where one text is put behind another
+            lost = [part for part in parts if part not in said]
+            assert parts and not lost, f"no source says {lost or piece} of {message!r}"
 
 
 @pytest.mark.slow
