@@ -8,6 +8,7 @@
 # SCALEPEFT_MAX_RESTARTS and PYTHON as in slurm/train.sh, and
 #   SCALEPEFT_MPIEXEC   what starts a rank a GPU, e.g. "mpiexec -n 16 --ppn 8 --cpu-bind none" (split at spaces;
 #                       default: mpiexec with as many ranks a node as the job has slots there)
+#   SCALEPEFT_JOB_FILE  the job file, where PBS hides from a job which that is
 #
 # How it comes back. USR1 (LSF's -wa, qsig -s USR1), and under PBS this shell's clock GRACE seconds before the walltime,
 # ask the ranks to save and stop; then the job starts again: under PBS it submits itself once more, as qrerun is for
@@ -19,7 +20,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 source "$root/launch/job.sh"
 die() { complain "error: $*"; exit 2; }
 
-job_file=${BASH_SOURCE[-1]}
+job_file=${SCALEPEFT_JOB_FILE:-${BASH_SOURCE[-1]}}
 slots=
 if [ -n "${PBS_JOBID:-}" ]; then
     cd "$PBS_O_WORKDIR" || exit 2
@@ -43,13 +44,14 @@ words=("${SCALEPEFT_COMMAND:-train}" ${CONFIG:+"$CONFIG"} ${SETTINGS[@]+"${SETTI
 module=scalepeft
 [ "${words[0]}" != accelerate ] || { module=scalepeft.integrations.trainer; words=("${words[@]:1}"); }
 nodes=$(wc -w <<< "$slots") per_node=$(head -n 1 <<< "$slots") ranks=$(($(paste -sd+ <<< "$slots")))
-[ "$ranks" -eq $((nodes * per_node)) ] || die "nodes with ${slots//$'\n'/, } slots: ask for as many ranks on each"
+[ -n "${SCALEPEFT_MPIEXEC:-}" ] || [ "$ranks" -eq $((nodes * per_node)) ] || die "nodes with ${slots//$'\n'/, } slots: ask for as many on each, or name a line in SCALEPEFT_MPIEXEC"
 
 stop_at=
 if [ -n "${PBS_JOBID:-}" ]; then
     [ -z "${PBS_ARRAY_INDEX:-}" ] || die "a PBS array cannot start single tasks again: submit a job for each"
     # A copy, so that what is submitted once more is what was submitted.
-    grep -q elsewhere/mpi.sh "$job_file" 2>/dev/null || die "cannot read the job's own script ($job_file), with which it would submit itself again"
+    grep -q '^#PBS ' "$job_file" 2>/dev/null ||
+        die "$job_file is not the job's own script, with which it would submit itself again: name that by qsub -v SCALEPEFT_JOB_FILE=FILE"
     described=$(qstat -f "$PBS_JOBID" 2>/dev/null | sed -e ':all' -e 'N' -e '$!b all' -e 's/\n\t//g')
     limit=$(sed -n 's/^ *Resource_List.walltime = //p' <<< "$described")
     if [[ $limit =~ ^([0-9]+):([0-9]{2}):([0-9]{2})$ ]]; then
@@ -58,9 +60,13 @@ if [ -n "${PBS_JOBID:-}" ]; then
     else
         complain "warning: qstat does not tell the walltime: when it is over, all since the last save is lost"
     fi
-    # What qsub was told by -v, to tell it again: names in the job's environment that are no others'.
-    passed=$(sed -n 's/^ *Variable_List = //p' <<< "$described" | tr ',' '\n' | sed -n 's/^\([A-Za-z_][A-Za-z_0-9]*\)=.*/\1/p' | grep -v '^PBS_')
     export SCALEPEFT_FIRST_JOB=$job
+    # The names that qsub was told by -v, to tell it again. What follows a comma inside a value looks like one; qsub
+    # would not take a name that is not set.
+    passed=SCALEPEFT_FIRST_JOB
+    for name in $(sed -n 's/^ *Variable_List = //p' <<< "$described" | tr ',' '\n' | sed -n 's/^\([A-Za-z_][A-Za-z_0-9]*\)=.*/\1/p'); do
+        case $name in PBS_* | SCALEPEFT_FIRST_JOB) ;; *) [ -z "${!name+set}" ] || passed+=,$name ;; esac
+    done
 fi
 
 if [ -z "${PYTHON:-}" ]; then PYTHON=python3; [ ! -x "$root/.venv/bin/python" ] || PYTHON=$root/.venv/bin/python; fi
@@ -73,7 +79,7 @@ open_meeting "$state" || die "file locks in $state do not hold: point SCALEPEFT_
 trap 'rm -rf "$meet"' EXIT
 # mpiexec need not hand on the environment; tokens stay out of the file.
 env -0 | grep -zE '^(SCALEPEFT_|PYTHON|HF_|NCCL_|GLOO_|OMP_|MASTER_ADDR=|PBS_JOBID=|LSB_JOBID=)' | grep -zv TOKEN > "$meet/env"
-[ -z "${PBS_JOBID:-}" ] || [ "$job_file" -ef "$state/job.pbs" ] || cp "$job_file" "$state/job.pbs" || exit 2
+[ -z "${PBS_JOBID:-}" ] || [ -e "$state/job.pbs" ] || cp "$job_file" "$state/job.pbs" || exit 2
 say "start $(wc -l < "$state/starts") as ${PBS_JOBID:-$LSB_JOBID} at $(date -Is), saved so far: $progress, $ranks ranks on $nodes nodes"
 ! gains_nothing || exit 1
 
@@ -114,7 +120,7 @@ saved=$(cat "$state/stopped")
 [ -z "$for_good" ] || { say "stopped and saved ($saved); does not start again, as it was told to end"; exit 143; }
 if [ -n "${LSB_JOBID:-}" ]; then say "stopped and saved ($saved): exits with 75, upon which LSF starts it again"; exit 75; fi
 for pause in 10 30 60 0; do
-    if said=$(qsub -v "$(printf '%s\n' SCALEPEFT_FIRST_JOB "$passed" | grep . | sort -u | paste -sd,)" "$state/job.pbs" 2>&1); then
+    if said=$(qsub -v "$passed" "$state/job.pbs" 2>&1); then
         say "stopped and saved ($saved): submitted itself again as $said"
         exit 75
     fi

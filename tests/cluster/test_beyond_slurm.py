@@ -59,6 +59,7 @@ QSUB = """\
 # qsub -v NAMES FILE, with the directives in FILE: noted in queue/, to be started by the test
 [ "$1" = -v ] && [ $# -eq 3 ] || exit 1
 number=$(($(ls {folder}/queue | wc -l) + 1))
+for name in ${{2//,/ }}; do [ -n "${{!name+set}}" ] || exit 1; done
 for name in ${{2//,/ }}; do echo "$name=${{!name}}"; done > {folder}/queue/$number
 cp "$3" {folder}/queued-$number.pbs
 echo $number.server
@@ -68,7 +69,7 @@ QSTAT = """\
 #!/bin/bash
 # as PBS folds it: a line that goes on begins with a tab
 printf 'Job Id: %s\\n    Resource_List.walltime = %s\\n' "$2" "$(cat {folder}/walltime)"
-printf '    Variable_List = PBS_O_HOME=/home/me,RUN_NAME=of the user,\\n\\tPBS_O_QUEUE=q\\n'
+printf '    Variable_List = PBS_O_HOME=/home/me,RUN_NAME=of the user\\\\,x=1,\\n\\tPBS_O_QUEUE=q\\n'
 """
 
 
@@ -251,6 +252,21 @@ def test_what_a_job_cannot_do_is_said_before_it_runs(
     assert job.wait(60) == 2 and reason in desk.log()
 
 
+def test_a_job_that_cannot_tell_its_file_says_how_to_name_it(desk: Desk) -> None:
+    """Fed to bash as standard input, as some sites have PBS do."""
+    file = desk.job_file("hoft_llama70b.pbs")
+    (desk.folder / "walltime").write_text("00:05:00")
+    with file.open() as script:
+        for more, reason in (
+            ({}, "-v SCALEPEFT_JOB_FILE=FILE"),
+            ({"SCALEPEFT_JOB_FILE": str(file)}, "leaves nothing of a walltime"),
+        ):
+            script.seek(0)
+            env = {**desk.env, **pbs(desk, 0), **more}
+            done = subprocess.run(["bash"], cwd=desk.folder, env=env, stdin=script, check=False)
+            assert done.returncode == 2 and reason in desk.log()
+
+
 def test_a_walltime_shorter_than_the_grace_is_refused(desk: Desk) -> None:
     (desk.folder / "walltime").write_text("00:05:00")
     assert desk.start(desk.job_file("hoft_llama70b.pbs"), **pbs(desk, 0)).wait(60) == 2
@@ -370,14 +386,15 @@ def shells() -> dict[str, str]:
     return {"jobset": job["template"]["spec"]["containers"][0]["args"][0], "sky": sky["run"]}
 
 
-def test_the_jobset_restarts_on_75_alone() -> None:
+def test_the_jobset_restarts_on_75_without_limit_and_else_three_times() -> None:
     jobset = yaml.safe_load((ELSEWHERE / "jobset.yaml").read_text())
     conform(jobset, JOBSET, "jobset")
     spec = jobset["spec"]
-    again, fail = spec["failurePolicy"]["rules"]  # the first that matches decides
+    again, counted = spec["failurePolicy"]["rules"]  # the first that matches decides
     assert again["action"] == "RestartJobSetAndIgnoreMaxRestarts"
     assert again["onJobFailureReasons"] == ["PodFailurePolicy"]
-    assert fail["action"] == "FailJobSet" and "onJobFailureReasons" not in fail
+    assert counted["action"] == "RestartJobSet" and "onJobFailureReasons" not in counted
+    assert spec["failurePolicy"]["maxRestarts"] == 3
     (group,) = spec["replicatedJobs"]
     job = group["template"]["spec"]
     (container,) = job["template"]["spec"]["containers"]
@@ -394,11 +411,11 @@ def test_the_jobset_restarts_on_75_alone() -> None:
     assert mounted == {volume["name"] for volume in job["template"]["spec"]["volumes"]}
 
 
-def test_the_skypilot_job_recovers_on_75_alone() -> None:
+def test_the_skypilot_job_recovers_on_75_without_limit_and_else_three_times() -> None:
     job = yaml.safe_load((ELSEWHERE / "skypilot.yaml").read_text())
     conform(job, SKYPILOT, "skypilot")
     recovery = job["resources"]["job_recovery"]
-    assert recovery["recover_on_exit_codes"] == [75] and recovery["max_restarts_on_errors"] == 0
+    assert recovery["recover_on_exit_codes"] == [75] and recovery["max_restarts_on_errors"] == 3
 
 
 @pytest.mark.slow
