@@ -57,11 +57,14 @@ run_ranks() {
     meet=
     if [ "$nodes" -eq 1 ]; then meet=$(mktemp -d) || exit 2; MASTER_ADDR=127.0.0.1; fi
     local pids=()
+    exec 3</dev/null 4</dev/null
+    # Prompts of a pipe are rank 0's; a terminal, from which no process in the background may read, is nobody's.
+    if [ "${1:-}" = generate ] && [ ! -t 0 ]; then exec 4<&0; fi
     set -m  # own process groups: a Ctrl-C comes here alone and is passed on once
     for ((rank = 0; rank < n; rank++)); do
         RANK=$((node * n + rank)) LOCAL_RANK=$rank WORLD_SIZE=$((nodes * n)) LOCAL_WORLD_SIZE=$n SCALEPEFT_RENDEZVOUS=$meet \
             MASTER_ADDR=$MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500} \
-            OMP_NUM_THREADS=$OMP_NUM_THREADS "$PYTHON" -m $module "$@" </dev/null &
+            OMP_NUM_THREADS=$OMP_NUM_THREADS "$PYTHON" -m $module "$@" <&$((node * n + rank ? 3 : 4)) 3<&- 4<&- &
         pids+=($!)
     done
     set +m

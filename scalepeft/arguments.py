@@ -60,6 +60,11 @@ steps, scores with intervals, versions. REPO is made where it is not there.
 
   scalepeft push runs/x ORG/NAME --private --license apache-2.0 --base-model ORG/BASE
 """
+GENERATE = """\
+Without --prompt and --file each line of standard input is a prompt. Ctrl-C ends an answer.
+
+  scalepeft generate runs/x --prompt "Is 7 even?" evaluate.max_new_tokens=200
+"""
 BENCH = """\
 Times forward, backward and optimizer of every method, of HF PEFT's and of the frozen base alone,
 taking turns in one process.
@@ -117,6 +122,13 @@ JOB_FILE itself is run as far as slurm/train.sh, to learn its settings: keep slo
 
   launch/submit slurm/hoft_llama70b.sh model.path=DIR --sbatch time=12:00:00
 """
+INIT = """\
+Copies a recipe into FOLDER (default: this one) as RECIPE.yaml and RECIPE.sh, its job on Slurm;
+--site writes the job for a cluster: GPUs a node, network, caches. Overwrites nothing of yours.
+
+  scalepeft init                                            the toy recipe, for any machine
+  scalepeft init runs70b --recipe commonsense_hoft_llama-3.1-70b --site perlmutter
+"""
 VERIFY = """\
 Reads every byte of a run's or a pipeline's folder (checkpoints, adapter, merged checkpoint, rows of
 predictions, what each stage made), its cached tokens and its base where they are here, and prints a
@@ -127,8 +139,10 @@ BENCH_FLAGS = "shape methods rank tokens precision quant device repeats".split()
 FLAGS_OF = {"model": BENCH_FLAGS, "gpu": "seconds only tiny".split(), "train": ["repeats"]}
 # Command -> its line in the list of all, and the text above its own arguments.
 COMMANDS: dict[str, tuple[str, str | None]] = {
+    "init": ("a recipe's config and job file, to be edited", INIT),
     "train": ("train an adapter, or resume", TRAIN),
     "evaluate": ("generate answers for data.test and score them", None),
+    "generate": ("try prompts on a run, with the template that it was trained with", GENERATE),
     "pipeline": ("prepare, train, merge, evaluate, report: each once, resumable", PIPELINE),
     "compare": ("train methods against each other, over rates and seeds", COMPARE),
     "score": ("score any system's output files; needs no model", SCORE),
@@ -177,8 +191,12 @@ def _written_here(commands: dict[str, Parser]) -> None:
     flag: dict[str, Any] = {"action": "store_true"}
     add(" ".join(COMMANDS), "--debug", "show the traceback of a user error too", **flag)
     add("methods doctor plan verify status", "--json", "JSON in place of text", **flag)
+    add("init", "folder", "made where it is not there", nargs="?", default=".", metavar="FOLDER")
+    add("init", "--recipe", "by name (toy)", default="toy", metavar="NAME")
+    add("init", "--site", "by name, or a YAML of yours (docs/sites.md)", metavar="NAME")
+    add("init", "--list", "the recipes and sites there are", dest="listed", **flag)
     add("report status", "run_dirs", "a run, or (status) a sweep", nargs="+", metavar="RUN_DIR")
-    add("evaluate merge export push", "run_dir", "of a finished run, or an adapter's from PEFT")
+    add("evaluate generate merge export push", "run_dir", "a finished run, or an adapter of PEFT's")
     add("push", "repo", "ORG/NAME on the hub")
     add("push", "--private", "make it so that only you and ORG see it", **flag)
     add("push", "--license", "for the card, as the hub names it: apache-2.0, llama3.1")
@@ -189,7 +207,7 @@ def _written_here(commands: dict[str, Parser]) -> None:
         ("train pipeline config", "[CONFIG] KEY=VALUE", "a YAML file, then settings"),
         ("doctor plan data", "[CONFIG] KEY=VALUE", "of the run, as for train"),
         ("bench", "[CONFIG] KEY=VALUE", "train: of the run, as for scalepeft train"),
-        ("evaluate", "KEY=VALUE", "e.g. data.test=FILES evaluate.limit=100"),
+        ("evaluate generate", "KEY=VALUE", "e.g. data.test=FILES evaluate.limit=100"),
         ("merge export", "model.path=FOLDER", "where the base is now"),
     ):
         add(names, "settings", help, nargs="*", metavar=metavar)
@@ -197,9 +215,14 @@ def _written_here(commands: dict[str, Parser]) -> None:
     add("data", "--show", "so many rows, what is learned in colour (3)", **shown)
     add("train", "--resume-with-changes", "continue although harmless keys differ", **flag)
     kind: dict[str, Any] = {"dest": "kind", "action": "store_const", "default": "adapter"}
-    which = commands["evaluate"].add_mutually_exclusive_group()
-    which.add_argument("--base", **kind, const="base", help="score the base without the adapter")
-    which.add_argument("--merged", **kind, const="merged", help="score RUN_DIR/merged")
+    for name in ("evaluate", "generate"):
+        which = commands[name].add_mutually_exclusive_group()
+        which.add_argument("--base", **kind, const="base", help="the base without the adapter")
+        which.add_argument("--merged", **kind, const="merged", help="RUN_DIR/merged")
+    which = commands["generate"].add_mutually_exclusive_group()
+    which.add_argument("--prompt", help="a single prompt", metavar="TEXT")
+    which.add_argument("--file", help="text with a prompt a line")
+    add("generate", "--raw", "without the template of the run's rows", **flag)
     which = commands["pipeline"].add_mutually_exclusive_group()
     which.add_argument("--stage", choices=STAGES, help="this one alone; those before it are done")
     which.add_argument("--until", choices=STAGES, help="end after this one")
@@ -248,7 +271,9 @@ def parse(argv: list[str], doc: str | None) -> argparse.Namespace:
     _written_here(commands)
     args, left = made.parse_known_args(argv)
     command = commands[args.command]
-    names = [getattr(args, name, None) for name in ("run_dir", "run_dirs", "out", "job_file")]
+    names = [
+        getattr(args, name, None) for name in ("run_dir", "run_dirs", "out", "job_file", "folder")
+    ]
     lists = [name if isinstance(name, list) else [name or ""] for name in names]
     if wrong := [name for name in itertools.chain(*lists) if not plain(name)]:
         command.error(f"{one_line(wrong[0], 100)}: a name with control characters, or not UTF-8")

@@ -71,9 +71,11 @@ def main(argv: list[str] | None = None) -> int:
 
 # Command -> its module, imported once the signals are taken over, and how it is called.
 CALLS: dict[str, tuple[str, Callable[[Any, argparse.Namespace, StopFlag], Any]]] = {
+    "init": ("cluster.init", lambda m, a, _: m.run(a.folder, a.recipe, a.site, a.listed)),
     "train": ("train", lambda m, a, stop: m.run(_load(a), stop, a.resume_with_changes)),
     "pipeline": ("pipeline", lambda m, a, s: m.run(_load(a), s, a.first, a.until, a.stage)),
     "evaluate": ("eval.evaluate", lambda m, a, stop: m.run(a.run_dir, a.settings, a.kind, stop)),
+    "generate": ("eval.evaluate", lambda m, a, _: m.generate(a)),
     "compare": (
         "analysis.compare.command", lambda m, a, stop: m.run(m.Options.of(_values(m, a)), stop)
     ),

@@ -9,7 +9,7 @@
 # `accelerate launch` would get, e.g. --config_file configs/accelerate/fsdp2.yaml SCRIPT (docs/integrations/trainer.md).
 #
 # Environment, all optional:
-#   SCALEPEFT_ROOT          the checkout (default: the folder that sbatch was called in)
+#   SCALEPEFT_ROOT          the checkout, or the installed package (default: the folder that sbatch was called in)
 #   PYTHON                  interpreter (default: the checkout's .venv, else python3)
 #   SCALEPEFT_CONTAINER     what runs a command in a container on a node, e.g. "apptainer exec --nv image.sif"
 #   SCALEPEFT_SRUN          more options for srun, e.g. "--cpu-bind=cores --container-image=image.sqsh"
@@ -43,8 +43,11 @@ warned=
 trap 'warned=USR1' USR1
 trap 'warned=TERM' TERM
 
+! declare -F at_site > /dev/null || at_site  # of launch/submit --site and scalepeft init
+
 if [ -z "${PYTHON:-}" ]; then PYTHON=python3; [ ! -x "$root/.venv/bin/python" ] || PYTHON=$root/.venv/bin/python; fi
-export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+[ ! -d "$root/scalepeft" ] || export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}  # else it is installed
+export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 export SLURM_EXPORT_ENV=ALL  # after sbatch --export=NONE srun would keep these variables from the ranks
 # Since Slurm 22.05 srun does not take it from the job.

@@ -16,13 +16,10 @@
 #SBATCH --signal=B:USR1@300
 # 300 s before the time limit the run saves and requeues itself: scalepeft plan says what a step and a save need.
 
-CONFIG=configs/runs/commonsense_hoft.yaml
+CONFIG=commonsense_hoft_llama-3.1-70b  # a recipe: model, data, engine and what you need for it; or a YAML of yours
 SETTINGS=(
-    model=llama-3.1-70b     # a gated hub id; or model.path=FOLDER
     engine=zero             # stage 3; engine.offload_parameters=true keeps the base on the hosts
-    data.train=data/commonsense_170k.json
     run_dir=runs/zero3_llama70b
-    train.micro_batch=1
 )
 source "${SCALEPEFT_ROOT:-$SLURM_SUBMIT_DIR}/slurm/train.sh" "$@"
 exit 2  # only reached where that is no checkout: call sbatch in it, or export SCALEPEFT_ROOT

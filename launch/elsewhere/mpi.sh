@@ -70,7 +70,8 @@ if [ -n "${PBS_JOBID:-}" ]; then
 fi
 
 if [ -z "${PYTHON:-}" ]; then PYTHON=python3; [ ! -x "$root/.venv/bin/python" ] || PYTHON=$root/.venv/bin/python; fi
-export PYTHON PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+[ ! -d "$root/scalepeft" ] || export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}  # else it is installed
+export PYTHON PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 [ "$nodes" -gt 1 ] || export MASTER_ADDR=127.0.0.1
 state=${SCALEPEFT_JOBS:-$PWD/runs/.jobs}/$job

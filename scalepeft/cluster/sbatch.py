@@ -54,6 +54,8 @@ class Options:
         sbatch: OPTION=VALUE: over the #SBATCH lines of the job file
         resume_with_changes: continue although harmless keys differ from the run's config
         dry_run: print what would be queued; queue and write nothing
+        site: NAME: or a file, whose GPUs a node, account and the like are laid over the job file's
+            (default: $SCALEPEFT_SITE; scalepeft init --list)
         gpu: as for plan, where the job file does not name its GPUs
         plan: do not look whether the run fits, and saves in time for the time limit
     """
@@ -66,6 +68,7 @@ class Options:
     then: Literal["evaluate"] | None = None
     resume_with_changes: bool = False
     dry_run: bool = False
+    site: str | None = None
     gpu: str | None = None
     plan: bool = True
     pipeline: bool = False

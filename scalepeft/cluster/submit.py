@@ -9,10 +9,11 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import scalepeft
 from scalepeft import pipeline
 from scalepeft.analysis.compare import command as compare
 from scalepeft.build import check_batch, engine_class, task_of
-from scalepeft.cluster import sbatch
+from scalepeft.cluster import sbatch, sites
 from scalepeft.cluster.plan import gpus, planning
 from scalepeft.cluster.sbatch import Job, Options
 from scalepeft.config import changes
@@ -21,7 +22,7 @@ from scalepeft.config.schema import RunConfig, dump
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import Decides
-from scalepeft.core.files import write_atomically, writing
+from scalepeft.core.files import shipped, write_atomically, writing
 from scalepeft.core.log import say
 from scalepeft.data.tasks.base import Split
 from scalepeft.models import dimensions
@@ -29,7 +30,7 @@ from scalepeft.models import hub as models
 from scalepeft.run.folder import check_same_run
 from scalepeft.run.status import job_of
 
-SNAPSHOT = ("scalepeft", "configs", "slurm", "launch")
+DATA = ("configs", "slurm", "launch")  # of the package, which a snapshot has beside it
 EXTENSIONS = "extensions"  # in the snapshot
 Words = dict[str, str]
 # Variables that Slurm sets in a job: in a setting they would be empty when it is resolved here.
@@ -43,12 +44,14 @@ NODE_VARIABLES = [
 
 def run(options: Options) -> None:
     """Check, snapshot, render, queue, print the job ids. Raises UserError: a mistake, or sbatch."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / "slurm" / "train.sh").is_file():
-        raise UserError(f"{root} is not a checkout: launch/submit takes slurm/train.sh from there")
+    options = replace(options, site=options.site or os.environ.get("SCALEPEFT_SITE"))
     options.check()
     lines, over = sbatch.read(options.job_file), sbatch.over(options.sbatch)
     in_file = sbatch.header_of(lines)
+    site = sites.find(options.site) if options.site else None
+    if site:  # what it says of a line of the file is to be said by the command line alone
+        in_file = site.header(in_file)
+        lines = [*(line for line in lines if not line.startswith("#SBATCH")), site.shell()]
     header = {**in_file, **over}
     if "--array" in header:
         raise UserError("--array: launch/submit makes the array itself: --sweep KEY=A,B,C")
@@ -57,7 +60,7 @@ def run(options: Options) -> None:
         os.chdir(header.get("--chdir") or ".")  # where the job will run, and find its files
     except OSError as error:
         raise UserError(f"--chdir={header['--chdir']}: {error.strerror}") from None
-    path, settings = _describe(job_file, root)
+    path, settings = _describe(job_file)
     configs, base_dir = _configs(path, settings, options)
     _check(configs, header, options)
     design = _design(path, settings, options, base_dir) if options.compare else None
@@ -66,7 +69,7 @@ def run(options: Options) -> None:
         if design is not None:  # each method at its usual rate
             tried = [m for m in design.methods if not m.refused]
             planned = [design.config(m, m.usual_lr, design.seeds[0]) for m in tried]
-        _check_plans(planned, header, options.gpu)
+        _check_plans(planned, header, options.gpu or (site.gpu if site else None))
     numbers = [int(p.name) for p in base_dir.glob("submissions/[0-9]*") if p.name.isdecimal()]
     folder = (base_dir / "submissions" / f"{max(numbers, default=0) + 1:03}").absolute()
     jobs = _jobs(options, configs, folder, design)
@@ -80,7 +83,7 @@ def run(options: Options) -> None:
         _show({**texts, **resolved}, calls)
         return
     with writing(folder):
-        _snapshot(root, folder, configs[0].extensions)
+        _snapshot(folder, configs[0].extensions)
         for name, text in {**_texts(configs, folder), **texts}.items():
             write_atomically(folder / name, text)
         if design is not None:
@@ -114,6 +117,8 @@ def _laid_over(
     name: str, job: Job, in_file: Words, over: Words, folder: Path, options: Options
 ) -> dict[str, str]:
     """Options over those of the job file: the command line's, then ours."""
+    if options.site:
+        over = in_file | over
     if not job.gpus:
         over = {k: v for k, v in (in_file | over).items() if k not in sbatch.NOT_ALONE}
         over |= sbatch.ALONE | sbatch.over(options.cpu_sbatch)
@@ -126,10 +131,10 @@ def _laid_over(
     return {"--output": log, "--job-name": run_name, **over, **ours}
 
 
-def _describe(job_file: str, root: Path) -> tuple[str | None, list[str]]:
+def _describe(job_file: str) -> tuple[str | None, list[str]]:
     """Run the job file as far as train.sh, which then says which config and settings it got."""
     environment = dict.fromkeys(NODE_VARIABLES, ON_A_NODE)
-    environment |= {"SCALEPEFT_DESCRIBE": "1", "SCALEPEFT_ROOT": str(root)}
+    environment |= {"SCALEPEFT_DESCRIBE": "1", "SCALEPEFT_ROOT": str(shipped("slurm").parent)}
     done = sbatch.call(["bash", job_file], env={**os.environ, **environment})
     _, reached, words = done.stdout.partition("\0")
     if done.returncode or not reached:
@@ -283,19 +288,21 @@ def _show(texts: dict[str, str], calls: dict[str, list[str]]) -> None:
     say("dry run: nothing was written or queued")
 
 
-def _snapshot(root: Path, folder: Path, extensions: str | None) -> None:
+def _snapshot(folder: Path, extensions: str | None) -> None:
     """Copy the code, and the extensions' beside it, into the submission's folder."""
-    copies = {name: root / name for name in SNAPSHOT}
+    package = Path(scalepeft.__file__).parent
+    copies = {"scalepeft": package} | {name: shipped(name) for name in DATA}
     if extensions:
         parts = (*registry.KINDS.values(), "configs")
         copies |= {f"{EXTENSIONS}/{part}": Path(extensions, part) for part in parts}
     (folder / "configs").mkdir(parents=True)
     for name, source in copies.items():
         if source.is_dir():
-            ignored = shutil.ignore_patterns("__pycache__")
+            installed = DATA if source == package else ()
+            ignored = shutil.ignore_patterns("__pycache__", *installed)
             shutil.copytree(source, folder / "code" / name, ignore=ignored)
     asked = (["rev-parse", "--verify", "HEAD"], ["status", "--short"])  # empty without git
-    commit = [sbatch.call(["git", "-C", str(root), *words]).stdout for words in asked]
+    commit = [sbatch.call(["git", "-C", str(package.parent), *words]).stdout for words in asked]
     write_atomically(folder / "code" / "COMMIT", "".join(commit))
 
 
@@ -316,4 +323,4 @@ def _queue(folder: Path, calls: dict[str, list[str]], after: str) -> None:
         parent = done.stdout.strip().split(";")[0]
         print(f"{name}: job {parent}  {shlex.join(words)}", flush=True)
         write_atomically(folder / f"{name}.job", f"{parent}\n")
-    print(f"log and job files: {folder}\nlaunch/status {folder.parent.parent}")
+    print(f"log and job files: {folder}\nscalepeft status {folder.parent.parent}")

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from scalepeft.config import schema as cfg
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError, nearest, unknown
-from scalepeft.core.files import read_mapping
+from scalepeft.core.files import read_mapping, shipped
 from scalepeft.core.text import one_line
 
 MAX_KEYS = 2000
@@ -28,10 +28,8 @@ def config_first(settings: list[str]) -> tuple[str | None, list[str]]:
 
 
 def config_root() -> Path:
-    """The folder of the shipped YAML files: in an installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent.parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
+    """The folder of the shipped YAML files."""
+    return shipped("configs")
 
 
 def load(path: str | None, overrides: list[str]) -> tuple[cfg.RunConfig, list[str]]:
@@ -56,8 +54,8 @@ def values_of(path: str | None, overrides: list[str], notes: list[str]) -> dict[
     # includes (a file over what it includes), 3 the command line, left to right.
     values: dict[str, Any] = {}
     if path:
-        candidates = (Path(path), Path(f"{path}.yaml"), config_root() / "runs" / f"{path}.yaml")
-        values = _read(_first_file(*candidates) or Path(path))
+        named = [config_root() / part / f"{path}.yaml" for part in ("runs", "recipes")]
+        values = _read(_first_file(Path(path), Path(f"{path}.yaml"), *named) or Path(path))
     return _merge(_apply(values, overrides, notes), resolve=True)
 
 
@@ -117,10 +115,10 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _parsed(path: Path) -> dict[str, Any]:
     """The settings of one file, alone."""
     if not os.path.isfile(path):  # Path.is_file raises for a long name
-        shipped = sorted(file.stem for file in (config_root() / "runs").glob("*.yaml"))
+        ours = sorted(file.stem for file in config_root().glob("r*/*.yaml"))  # runs, recipes
         raise UserError(
-            f"no config file {path} (from {Path.cwd()}).{nearest(path.stem, shipped)} The"
-            f" {len(shipped)} shipped ones lie in {config_root()}/runs"
+            f"no config file {path} (from {Path.cwd()}).{nearest(path.stem, ours)} The"
+            f" {len(ours)} shipped ones: scalepeft init --list"
         )
 
     def parse(text: str) -> object:

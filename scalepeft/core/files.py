@@ -23,6 +23,13 @@ LINE_BYTES = 16 << 20
 STRAY_SECONDS = 3600.0
 
 
+def shipped(name: str) -> Path:
+    """A folder of the package's data: inside it where it was installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / name
+
+
 def cache_folder() -> Path:
     """``$SCALEPEFT_CACHE``, else ``~/.cache/scalepeft``."""
     return Path(os.environ.get("SCALEPEFT_CACHE") or Path.home() / ".cache" / "scalepeft")

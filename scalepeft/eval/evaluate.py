@@ -1,9 +1,12 @@
 """``scalepeft evaluate``: generate, keep answers by the rows' ids, extract, score."""
 
 import hashlib
-from collections import Counter, defaultdict
+import os
+import signal
+from argparse import Namespace
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,14 @@ from scalepeft.core.files import writing
 from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import StopFlag, Stopping
+from scalepeft.data.rows import read_text, text_field
 from scalepeft.data.tasks.base import Example, Task
 from scalepeft.eval import comet, scores, vllm
-from scalepeft.eval.generation import Backend, Generator, Progress, batches, check
+from scalepeft.eval.generation import Backend, Generator, Progress, Streaming, batches, check
 from scalepeft.eval.predictions import AGAIN, Predictions
 from scalepeft.eval.target import EvalTarget
 from scalepeft.parallel.ranks import Ranks
-from scalepeft.run.folder import adapter_folder, load_run
+from scalepeft.run.folder import load_run
 from scalepeft.run.provenance import versions
 
 FOLDERS: dict[Subject, str] = {"adapter": "eval", "merged": "eval-merged", "base": "eval-base"}
@@ -33,11 +37,7 @@ def run(run_dir: str, settings: list[str], kind: Subject, stop: StopFlag) -> int
     ``eval-base``); returns the exit code, 0 or 75. Raises UserError: no run, no adapter or merged
     checkpoint yet, no test rows.
     """
-    config = load_run(run_dir, settings, changes.for_evaluation(), "an evaluation")
-    named = any(setting.startswith(("data=", "data.name=")) for setting in settings)
-    if adapter_folder(run_dir) == Path(run_dir) and not named:
-        what = "is an adapter and no run: name what to score it on"
-        raise UserError(f"{run_dir}: {what}, data=TASK data.test=FILES")
+    config = load_run(run_dir, settings, changes.for_evaluation(), "an evaluation", True)
     # vLLM starts processes of its own; this one needs no group and no device.
     without_group = config.evaluate.backend == "vllm" and world_size() == 1
     ranks = Ranks() if without_group else start_ranks(config)
@@ -45,6 +45,68 @@ def run(run_dir: str, settings: list[str], kind: Subject, stop: StopFlag) -> int
     code = stop.guard(lambda: evaluate(config, kind, ranks, stop), "evaluation", again)
     ranks.finish()
     return code
+
+
+def generate(args: Namespace) -> None:
+    """Answers a user's prompts. Raises UserError: as ``run``, or a prompt; KeyboardInterrupt."""
+    allowed = (*changes.for_evaluation(), "data.format", "data.special_tokens")
+    config = load_run(args.run_dir, args.settings, allowed, "generate", True)
+    check(config.evaluate)
+    ranks = start_ranks(config)
+    halted = _answer(EvalTarget.find(config, args.kind, ranks), args, ranks)
+    ranks.finish()
+    if halted:
+        raise KeyboardInterrupt
+
+
+def _answer(target: EvalTarget, args: Namespace, ranks: Ranks) -> bool:
+    """Answers all prompts, which rank 0 alone reads; there True if a signal ended it."""
+    typed = args.prompt is None and args.file is None and os.isatty(0)
+    turns = _turns(target, args, typed)
+    if args.prompt or args.file:  # a wrong one is told before the model is loaded
+        turns = iter(ranks.run_on_main(lambda: list(turns)))
+    model = _generator(target, [], ranks, lambda: None, Streaming if ranks.is_main else Generator)
+    halted, passed = False, (None, signal.SIGINT if typed else None)
+    while not ranks.any(halted) and (turn := ranks.run_on_main(lambda: next(turns, None))):
+        if ranks.is_main:
+            halted = model.answer(*turn) not in passed
+            continue
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if model.synced:  # as many forwards
+            deque(model.stream(turn[1:] if model.whole else []), maxlen=0)
+    return halted
+
+
+def _turns(target: EvalTarget, args: Namespace, typed: bool) -> Iterator[list[str]]:
+    """Name and prompt of each text, as rows of the task ask, or ``raw``."""
+    base, config, number = target.base, target.config.evaluate, 0
+    task = task_of(target.config, base.tokenizer)
+    reader = Backend(base.tokenizer, config, base.positions)
+    texts: Any = [args.prompt]
+    if args.file is not None:
+        texts = read_text(args.file).removesuffix("\n").split("\n")
+    elif typed:
+        with suppress(ImportError):  # edits, and takes more than a terminal's 4095 bytes
+            import readline  # noqa: F401
+        texts = iter(lambda: input("> "), "")
+    elif args.prompt is None:
+        texts = (s.removesuffix("\n") for s in os.fdopen(0, errors="surrogateescape"))
+    with suppress(EOFError):
+        for number, text in enumerate(texts, 1):
+            try:
+                text_field({"the prompt": text}, "the prompt")
+                prompt = (task.renderer.plain if args.raw and task.renderer else task.asked)(text)
+                (ids,), _, (cut,) = reader.encoded([prompt])
+                if cut:
+                    fix = f"shorten it, or lower evaluate.max_new_tokens={config.max_new_tokens}"
+                    raise UserError(f"too long: {len(ids)} tokens fit beside an answer; {fix}")
+                yield [f"prompt {number}" if args.prompt is None and not typed else "", prompt]
+            except UserError as error:
+                if not typed:
+                    raise UserError(f"prompt {number}: {error}") from None
+                say(f"error: {error}")
+    if not number and not typed:
+        raise UserError("no prompt; give --prompt TEXT, or lines in --file FILE or on stdin")
 
 
 def folder_of(config: RunConfig, kind: Subject) -> Path:
@@ -122,14 +184,14 @@ def _settings(
     }
 
 
-def _generator(target: EvalTarget, left: list[Example], ranks: Ranks, poll: Any) -> Backend:
+def _generator(target: EvalTarget, left: Any, ranks: Ranks, poll: Any, cls: Any = Generator) -> Any:
     config = target.config
-    if config.evaluate.backend == "vllm":
-        found: Backend = vllm.Generator(target, [e.prompt for e in left])
+    if left and config.evaluate.backend == "vllm":
+        found: Any = vllm.Generator(target, [e.prompt for e in left])
     else:
         built, tokenizer = target.load(ranks, poll), target.base.tokenizer
         synced = built.engine.sharded and ranks.world_size > 1
-        found = Generator(built.model, tokenizer, config.evaluate, ranks.device, synced)
+        found = cls(built.model, tokenizer, config.evaluate, ranks.device, synced)
     found.ends = target.base.ends
     return found
 

@@ -11,7 +11,8 @@ import torch
 from scalepeft.config.schema import EvaluateConfig
 from scalepeft.core.errors import UserError
 from scalepeft.core.log import LINE_SECONDS, say
-from scalepeft.core.text import duration
+from scalepeft.core.preemption import StopFlag
+from scalepeft.core.text import duration, visible
 from scalepeft.data import tokens
 from scalepeft.data.tasks.base import Example
 from scalepeft.eval.scores import cut_at
@@ -180,6 +181,37 @@ class Generator(Backend):
             synced_gpus=self.synced,
         )[:, begin:].tolist()
         return new
+
+
+class Streaming(Generator):
+    """Writes an answer to stdout while it is made: the text that an evaluation keeps."""
+
+    def answer(self, name: str, prompt: str) -> int | None:
+        """Writes the answer, up to a signal, which it returns; the second one ends the process."""
+        if name:
+            say(name)
+        self.shown, self.stop = "", StopFlag().install()
+        for lot in self.stream([prompt]):
+            for _, text, _ in lot:
+                self.shown *= text.startswith(self.shown)  # else a decoder took words back
+                self._show(f"{text}\n")
+        self.stop.give_back()
+        return self.stop.signal
+
+    def stopped(self, answers: list[list[int]]) -> list[bool]:
+        """Shows what stays of the text, whatever comes: no part of a character or stop text."""
+        for answer in answers:
+            while str(self.tokenizer.convert_ids_to_tokens(answer[-1:])).startswith("['<0x"):
+                answer = answer[:-1]  # bytes, which are read together
+            text = self.texts([answer])[0].rstrip("\ufffd")
+            begins = (stop[:n] for stop in self.config.stop for n in range(len(stop), 0, -1))
+            self._show(text.removesuffix(next(filter(text.endswith, begins), "")))
+        return [bool(self.stop.signal or stop) for stop in super().stopped(answers)]
+
+    def _show(self, text: str) -> None:
+        if text.startswith(self.shown):
+            new, self.shown = text[len(self.shown) :], text
+            print(visible(new) if sys.stdout.isatty() else new, end="", flush=True)
 
 
 def check(config: EvaluateConfig) -> None:

@@ -70,7 +70,8 @@ def run(
         engine = Single(finished.config.engine, Ranks())
         trained.stored = QuantizedCopy(finished.base, trained.model, engine).fill
     with whole_folder(target, key) as folder:
-        _copy_small_files(finished, folder, switches, dtype)
+        kind = type(model.model).__name__
+        _copy_small_files(finished, folder, kind, switches, dtype)
         todo = [item for shard in shards for item in shard.begin(folder)]
         stream, ids = _Stream(model, trained, todo, poll), _tokens(model.model)
         wanted = model.logits(ids, stream.visit)
@@ -282,7 +283,7 @@ class _Stream:
 
 
 def _copy_small_files(
-    finished: FinishedRun, folder: Path, switches: Iterable[str], dtype: str
+    finished: FinishedRun, folder: Path, kind: str, switches: Iterable[str], dtype: str
 ) -> None:
     """Tokenizer, generation settings, and config.json with what merging changes."""
     base = finished.base.folder
@@ -293,6 +294,7 @@ def _copy_small_files(
                     shutil.copyfile(file, folder / file.name)
     config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     config |= dict.fromkeys(switches, True)
+    config["architectures"] = config.get("architectures") or [kind]  # servers load by it
     weights = finished.base.weights
     decoded = any(not isinstance(source, Entry) for source in weights.entries.values())
     for part in (config, config.get("text_config") or {}):

@@ -20,14 +20,18 @@ from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.checkpoint import steps_of, writing_in
 
 
-def load_run(run_dir: str, settings: list[str], allowed: tuple[str, ...], what: str) -> RunConfig:
+def load_run(
+    run_dir: str, settings: list[str], allowed: tuple[str, ...], what: str, task: bool = False
+) -> RunConfig:
     """A run's config under settings of ``allowed`` keys (``engine.``: a section), for ``what``.
-    Raises UserError: not a run folder, or a setting that is not allowed.
+    Raises UserError: not a run folder, a setting that is not allowed, no ``task`` for an adapter.
     """
     file = Path(run_dir) / "config.yaml"
     if file.is_file():
         values = read_mapping(file, config_files.parse_yaml, "restore the config of the run")
     elif adapter_folder(run_dir).is_dir():
+        if task and not any(s.startswith(("data=", "data.name=")) for s in settings):
+            raise UserError(f"{run_dir}: is an adapter and no run; add data=TASK (data.test=FILES)")
         values = _of_adapter(Path(run_dir), settings)
         more = ("data", "data.", "train.precision") if "evaluate." in allowed else ()
         allowed = (*allowed, "model", "model.", *more)

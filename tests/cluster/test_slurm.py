@@ -20,6 +20,7 @@ from processes import FULL, ROOT, TINY, Job, adapter_bytes, call, losses, rows, 
 from slurm_cluster import ENDS, PATH, Cluster, missing
 from test_docs import COMMANDS
 
+from scalepeft.cluster import init
 from scalepeft.config import files as config_files
 from scalepeft.models import tiny
 
@@ -492,6 +493,42 @@ def test_a_preempted_array_task_comes_back_alone(runs: Runs) -> None:
     assert event["job"] == f"{array}_1"
 
 
+@pytest.mark.parametrize("sizes", [(1, 2), pytest.param((4, 8), marks=pytest.mark.full)])
+def test_one_job_file_on_two_sites(
+    tmp_path: Path, cluster: Cluster, sizes: tuple[int, int]
+) -> None:
+    """The job of the 70B, of 8 GPUs a node, by --site alone."""
+    own = None if max(sizes) <= 2 else Cluster(nodes=2, cpus=16, gpus=max(sizes))
+    for gpus, request in zip(sizes, ("gpus-per-node", "gres"), strict=True):
+        runs = Runs(own or cluster, tmp_path / request)
+        runs.folder.mkdir()
+        site = {"gpus_per_node": gpus, "request": request, "cpus_per_gpu": 1}
+        site |= {"scratch": str(runs.folder / "scratch"), "environment": {"SEEN": "here"}}
+        (runs.folder / "site.yaml").write_text(yaml.safe_dump(site))
+        words = [str(ROOT / "slurm/hoft_llama70b.sh"), *TINY, "engine=fsdp2", "engine.device=cpu"]
+        words += [
+            "train.global_batch=16",
+            "train.micro_batch=1",
+            "train.max_steps=2",
+            "run_dir=run",
+        ]
+        try:
+            submit(runs, *words, "--site", "site.yaml", "--sbatch", "time=10")
+            (job,) = runs.jobs
+            described = runs.cluster.job(job)
+            assert described["NumNodes"] == "2" and described["TimeLimit"] == "00:10:00"
+            assert described["TresPerNode"].endswith(f"gpu:{gpus}")
+            runs.cluster.wait(job, "COMPLETED", timeout=300)
+        finally:
+            runs.cluster.run("scancel", "--state=RUNNING", "--me", check=False)
+        start = rows(runs.folder / "run", "events.jsonl")[0]
+        assert start["world_size"] == 2 * gpus
+        script = (runs.folder / "run/submissions/001/train.sh").read_text()
+        assert "#SBATCH" not in script and 'SEEN="${SEEN:-here}"' in script
+    if own:
+        own.stop()
+
+
 @pytest.mark.full
 def test_the_70b_job_as_it_stands(tmp_path: Path, cluster: Cluster) -> None:
     big = Cluster(nodes=2, cpus=64, gpus=8)
@@ -512,6 +549,10 @@ def test_the_70b_job_as_it_stands(tmp_path: Path, cluster: Cluster) -> None:
             test, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0 and "128 processors on nodes node[1-2]" in done.stderr
+        for recipe in sorted((ROOT / "configs/recipes").glob("*.yaml")):
+            init.run(str(tmp_path / "recipes"), recipe.stem, None, False)
+            test[-1] = str(tmp_path / f"recipes/{recipe.stem}.sh")
+            subprocess.run(test, env=environment, cwd=tmp_path, check=True)
         test[-1] = str(ROOT / "slurm/zero3_llama70b.sh")
         subprocess.run(test, env=environment, cwd=tmp_path, check=True)
         job = subprocess.run(
@@ -527,7 +568,7 @@ def test_the_70b_job_as_it_stands(tmp_path: Path, cluster: Cluster) -> None:
         assert "train.max_steps=2 replaces train.epochs" in log
         shutil.rmtree(tmp_path / "runs")
         slurm = [w for c in COMMANDS if (w := shlex.split(c))[0] in ("sbatch", "launch/submit")]
-        assert len(slurm) == 5, "those of README and docs"
+        assert len(slurm) == 6, "those of README and docs"
         for words in slurm:
             words.insert(1, "--test-only" if words[0] == "sbatch" else "--dry-run")
             done = subprocess.run(
@@ -538,19 +579,29 @@ def test_the_70b_job_as_it_stands(tmp_path: Path, cluster: Cluster) -> None:
         big.stop()
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "slurm").glob("*_*.sh")), ids=lambda f: f.stem)
-def test_every_job_file_builds_its_config(file: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ("hoft_llama70b", ("fsdp2", "hoft", "meta-llama/Llama-3.1-70B", "runs/hoft_llama70b")),
+        ("zero3_llama70b", ("zero", "hoft", "meta-llama/Llama-3.1-70B", "runs/zero3_llama70b")),
+        ("llama8b", ("ddp", "shoft", "meta-llama/Llama-3.1-8B", "runs/math_shoft_llama-3.1-8b")),
+    ],
+)
+def test_every_job_file_builds_its_config(file: str, expected: tuple[str, ...]) -> None:
     env = {**os.environ, "SCALEPEFT_DESCRIBE": "1", "SCALEPEFT_ROOT": str(ROOT)}
-    words = subprocess.run(["bash", str(file)], env=env, capture_output=True, text=True, check=True)
+    env |= {"CONFIG": "math_shoft_llama-3.1-8b"}  # which the files of 70B do not take
+    words = subprocess.run(
+        ["bash", str(ROOT / f"slurm/{file}.sh")],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     command, path, *settings = words.stdout.split("\0")[1:-1]
-    assert command == "train"
     built, _ = config_files.load(path, settings)
-    assert built.run_dir == f"runs/{file.stem}" and built.model.quant == "nf4"
-    name = file.stem.split("_")[0]
-    if name == "zero3":
-        assert (built.engine.name, built.engine.stage) == ("zero", 3)  # type: ignore[attr-defined]
-    else:
-        assert built.adapter.name == name
+    assert command == "train" and built.model.quant == "nf4"
+    found = (built.engine.name, built.adapter.name, built.model.path, built.run_dir)
+    assert found == expected
 
 
 def test_shell_scripts_pass_shellcheck() -> None:

@@ -154,6 +154,7 @@ class Task:
     macro_average: ClassVar[bool] = False  # papers report the mean of the sources' headlines
     reads_files: ClassVar[bool] = True  # False: it makes its own rows
     translates: ClassVar[bool] = False  # ``question`` and ``reference`` of a row are COMET's
+    asking: ClassVar[dict[str, str]] = {}  # a row that asks the text put in place of its ""
 
     def __init_subclass__(cls) -> None:
         if "examples" in vars(cls):  # it would be passed over where rows are streamed
@@ -298,6 +299,10 @@ class Task:
         if split == "test" and self.config.test_prompt is not None:
             return self.config.test_prompt
         return self.config.prompt
+
+    def asked(self, text: str) -> str:
+        """The prompt of a test row that asks this; raises as ``example``."""
+        return self.example({k: v or text for k, v in self.asking.items()}, "", "test").prompt
 
     def example(self, row: Any, row_id: str, split: Split) -> Example:
         """Builds one example from a row; raises UserError for a broken one.

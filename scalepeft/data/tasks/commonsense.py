@@ -47,6 +47,7 @@ class Commonsense(Task):
     config: CommonsenseConfig
     version = 2
     macro_average = True
+    asking: ClassVar[dict[str, str]] = {"instruction": "", "output": "true", "answer": "true"}
 
     def example(self, row: Any, row_id: str, split: Split) -> Example:
         """Fills the templates; the answer must be one of the answer words."""

@@ -53,6 +53,7 @@ class Math(Task):
     Config: ClassVar[type[TaskConfig]] = MathConfig
     config: MathConfig
     version = 2
+    asking: ClassVar[dict[str, str]] = {"question": "", "answer": "#### 0"}
 
     def __init__(self, config: TaskConfig, tokenizer: Any = None) -> None:
         super().__init__(config, tokenizer)

@@ -94,6 +94,23 @@ class Sft(Task):
         values = {"instruction": asked[0], "input": asked[1]}
         return self.filled(row_id, template, values, {"output": told}, **meta)
 
+    def asked(self, text: str) -> str:
+        """In the form of training rows. Raises UserError: neither ``format`` nor a row tells it."""
+        form, said = self.config.format, [{"role": "user", "content": text}]
+        if form in (None, "completion"):
+            try:
+                first = next(self.stream("train"))
+            except UserError as error:
+                raise UserError(f"{error}; data.format=alpaca, messages or text tells") from None
+            bare = first.prompt.replace(SEAM, "") == first.meta.get("question", "")
+            form = "messages" if first.joined else "completion" if bare else "alpaca"
+        if form == "text":
+            return self._made("prompt", text, "", {}).prompt
+        row: Any = {"instruction" if form == "alpaca" else "prompt": text, "output": "."}
+        if form == "messages":
+            row |= {"messages": [*said, {"role": "assistant", "content": "."}], "prompt": said}
+        return self.example(row, "prompt", "test").prompt
+
     def _made(self, row_id: str, prompt: str, completion: str, meta: dict[str, Any]) -> Example:
         if self.renderer:
             prompt, completion = self.renderer.plain(prompt), self.renderer.response(completion)

@@ -86,6 +86,7 @@ class Translation(Task):
     version = 2
     headline = "BLEU"
     translates = True
+    asking: ClassVar[dict[str, str]] = {"source": "", "target": "."}
 
     def stream(self, split: Split) -> Iterator[Example]:
         """Reads a split; a test needs sacreBLEU, and says so before anything is generated."""

@@ -1,0 +1,92 @@
+"""``scalepeft init``: a recipe's config and job file in a folder of the user's, to be edited."""
+
+import math
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from scalepeft.cluster import sbatch, sites
+from scalepeft.config import files
+from scalepeft.core.errors import UserError, unknown
+from scalepeft.core.files import shipped, write_atomically, writing
+
+TEMPLATE = "slurm/hoft_llama70b.sh"  # whose #SBATCH lines a job of ours has
+JOB = """\
+#!/bin/bash
+# By scalepeft init, {where}; edit what your site wants. From this folder:
+#   sbatch {name}.sh
+#   sbatch {name}.sh train.lr=1e-4     whatever follows is laid over {name}.yaml
+{header}
+# --signal: so long before the time limit the run saves and requeues itself; scalepeft plan says
+# what a step and a save need.
+
+{site}CONFIG={name}.yaml
+SETTINGS=()
+SCALEPEFT_ROOT=${{SCALEPEFT_ROOT:-{root}}}
+PYTHON=${{PYTHON:-{python}}}
+source "$SCALEPEFT_ROOT/slurm/train.sh" "$@"
+exit 2  # only reached where that is not there: it has moved; run scalepeft init again
+"""
+
+
+def run(folder: str, recipe: str, site: str | None, listed: bool) -> None:
+    """Write ``RECIPE.yaml`` and ``RECIPE.sh``. Raises UserError: no such recipe or site, or a file
+    of that name holds something else.
+    """
+    recipes = {f.stem: f for part in ("runs", "recipes") for f in _yamls("configs", part)}
+    known = {f.stem: f for f in _yamls("slurm", "sites")}
+    if listed:
+        for what, found in (("recipes", recipes), ("sites", known)):
+            width = max(map(len, found))
+            about = {n: file.read_text().splitlines()[0].lstrip("# ") for n, file in found.items()}
+            lines = (f"  {n:{width}}  {text}"[:120] for n, text in about.items())
+            print(f"{what}:", *lines, sep="\n")
+        return
+    if recipe not in recipes:
+        raise unknown("recipe", recipe, recipes)
+    place, where = sites.find(site) if site else None, f"for {site or 'nodes of 8 GPUs'}"
+    made = {
+        f"{recipe}.yaml": recipes[recipe].read_text(),
+        f"{recipe}.sh": _job(recipes[recipe], place, where),
+    }
+    into = Path(folder)
+    for name, text in made.items():
+        if (into / name).exists() and (into / name).read_text() != text:
+            raise UserError(
+                f"{into / name}: is there and holds something else; name another folder"
+            )
+    with writing(into):
+        into.mkdir(parents=True, exist_ok=True)
+        for name, text in made.items():
+            write_atomically(into / name, text)
+    local = shipped("launch") / "local.sh"
+    print(
+        f"{into / recipe}.yaml, {into / recipe}.sh: yours to edit",
+        *([f"  cd {shlex.quote(folder)}"] if folder != "." else []),
+        f"  scalepeft train {recipe}.yaml",
+        f"  {local} 2 train {recipe}.yaml engine=fsdp2",
+        f"  scalepeft submit {recipe}.sh --dry-run",
+        sep="\n",
+    )
+
+
+def _yamls(folder: str, part: str) -> list[Path]:
+    return sorted((shipped(folder) / part).glob("*.yaml"))
+
+
+def _job(recipe: Path, site: sites.Site | None, where: str) -> str:
+    root = shipped("slurm").parent
+    values = files.values_of(str(recipe), [], [])
+    gpus = int((values.get("recipe") or {}).get("gpus", 8))
+    header = sbatch.header_of(sbatch.read(str(root / TEMPLATE)))
+    header = site.header(header) if site else header
+    per_node = int(header["--ntasks-per-node"])
+    if gpus < per_node and site is None:
+        header |= dict.fromkeys(("--ntasks-per-node", "--gpus-per-node"), str(gpus))
+    header |= {"--job-name": recipe.stem, "--nodes": str(math.ceil(gpus / per_node))}
+    return JOB.format(
+        name=recipe.stem, where=where, site=f"{site.shell()}\n" if site else "",
+        header="\n".join(f"#SBATCH {option}" for option in sbatch.arguments(header)),
+        root=shlex.quote(str(root)), python=shlex.quote(os.path.abspath(sys.executable)),
+    )  # fmt: skip
