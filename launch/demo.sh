@@ -4,7 +4,7 @@
 # launch/demo.sh [RUN_DIR]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash launch/setup.sh
+bash launch/setup.sh demo
 
 run=${1:-runs/demo-$(date +%Y%m%d-%H%M%S)}
 [ ! -e "$run" ] || { echo "demo: $run exists; name another folder: launch/demo.sh RUN_DIR" >&2; exit 2; }

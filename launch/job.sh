@@ -1,11 +1,11 @@
 # shellcheck shell=bash
-# What slurm/train.sh and launch/local.sh --requeue share: the folder in which a job and its ranks leave each other word.
+# What slurm/train.sh, launch/elsewhere/mpi.sh and launch/local.sh --requeue share: the folder in which a job and its ranks leave each other word.
 #   progress  what is saved so far ("step 40"), written by rank 0 at each save
 #   stopped   left by an orderly stop that a signal asked for: the job may come back
 #   planned   left by the stop that train.stop_at asks for: it may not
 #   starts    a line a start: the progress it found
 #   current   which start the job is in
-say() { echo "scalepeft job ${SLURM_JOB_ID:-$$}: $*"; }
+say() { echo "scalepeft job ${SLURM_JOB_ID:-${job:-$$}}: $*"; }
 complain() { say "$*" >&2; }
 
 # begin_start FOLDER: makes it this job's state; fails where the disk does not take a few bytes.
@@ -37,4 +37,11 @@ gains_nothing() {
     complain "gives up: the last $same starts all found the same progress ($progress), so none of them saved anything new." \
         "The log above says how each ended. Give it more time (--time, --signal) or save more often (train.save_every)," \
         "and submit again; SCALEPEFT_MAX_RESTARTS=$limit is the limit."
+}
+
+# open_meeting FOLDER: makes meet, where the ranks of this start meet (docs/security.md), a folder that its user alone may
+# enter, and holds the lock in it by descriptor 9; fails where locks do not hold.
+open_meeting() {
+    rm -rf "$1"/meet.*
+    meet=$(mktemp -d "$1/meet.XXXXXX") && export SCALEPEFT_RENDEZVOUS=$meet && { exec 9> "$meet/lock" && flock -n 9; } 2>/dev/null
 }

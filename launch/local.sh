@@ -4,6 +4,8 @@
 #   launch/local.sh 2 accelerate --config_file configs/accelerate/ddp.yaml SCRIPT ...   (your own, with PreemptionCallback)
 # Signals (Ctrl-C, TERM, USR1) reach every rank; the exit code is that of the ranks: 0 finished, 75 stopped and saved.
 # A rank that fails takes the others with it. PYTHON picks the interpreter (default: .venv's, else python3).
+# Of several machines, each runs this line with SCALEPEFT_NODES=2 SCALEPEFT_NODE=0 (1, ...) MASTER_ADDR=HOST, the machine of
+# rank 0, MASTER_PORT (29500): there is no folder then that they share, so the ranks meet at that port (docs/security.md).
 #   --requeue   as under Slurm: USR1 is a preemption, after which the run comes back by itself (until
 #               SCALEPEFT_MAX_RESTARTS starts in a row gain nothing); Ctrl-C and TERM end it, as scancel does
 set -uo pipefail
@@ -17,6 +19,13 @@ case ${1:-} in
 '' | *[!0-9]* | 0) echo "usage: launch/local.sh [--requeue] N COMMAND [ARGUMENTS]   (N: number of processes, got '${1:-}')" >&2; exit 2 ;;
 esac
 n=$((10#$1)); shift
+nodes=${SCALEPEFT_NODES:-1} node=${SCALEPEFT_NODE:-0}
+case $nodes,$node in
+*[!0-9,]* | ,* | *, | 0,*) echo "local.sh: SCALEPEFT_NODES=$nodes SCALEPEFT_NODE=$node: expected whole numbers, the second from 0" >&2; exit 2 ;;
+esac
+if [ "$node" -ge "$nodes" ]; then echo "local.sh: SCALEPEFT_NODE=$node of SCALEPEFT_NODES=$nodes: the first is 0" >&2; exit 2; fi
+if [ "$nodes" -gt 1 ] && [ -z "${MASTER_ADDR:-}" ]; then echo "local.sh: SCALEPEFT_NODES=$nodes needs MASTER_ADDR=HOST, the machine of rank 0" >&2; exit 2; fi
+if [ "$nodes" -gt 1 ] && [ -n "$requeue" ]; then echo "local.sh: --requeue is for one machine; leave it out with SCALEPEFT_NODES=$nodes" >&2; exit 2; fi
 module=scalepeft
 if [ "${1:-}" = accelerate ]; then module=scalepeft.integrations.trainer; shift; fi
 if [ -z "${PYTHON:-}" ]; then
@@ -45,15 +54,17 @@ run_ranks() {
     local meet rank left still pid ended rc i sent
     local -A passed=()  # how many of the signals a rank has got
     # The ranks meet in a folder that nobody else may enter, new for each start: docs/security.md.
-    meet=$(mktemp -d) || exit 2
+    meet=
+    if [ "$nodes" -eq 1 ]; then meet=$(mktemp -d) || exit 2; MASTER_ADDR=127.0.0.1; fi
     local pids=()
     exec 3</dev/null 4</dev/null
     # Prompts of a pipe are rank 0's; a terminal, from which no process in the background may read, is nobody's.
     if [ "${1:-}" = generate ] && [ ! -t 0 ]; then exec 4<&0; fi
     set -m  # own process groups: a Ctrl-C comes here alone and is passed on once
     for ((rank = 0; rank < n; rank++)); do
-        RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=$n LOCAL_WORLD_SIZE=$n MASTER_ADDR=127.0.0.1 SCALEPEFT_RENDEZVOUS=$meet \
-            OMP_NUM_THREADS=$OMP_NUM_THREADS "$PYTHON" -m $module "$@" <&$((rank ? 3 : 4)) 3<&- 4<&- &
+        RANK=$((node * n + rank)) LOCAL_RANK=$rank WORLD_SIZE=$((nodes * n)) LOCAL_WORLD_SIZE=$n SCALEPEFT_RENDEZVOUS=$meet \
+            MASTER_ADDR=$MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500} \
+            OMP_NUM_THREADS=$OMP_NUM_THREADS "$PYTHON" -m $module "$@" <&$((node * n + rank ? 3 : 4)) 3<&- 4<&- &
         pids+=($!)
     done
     set +m
@@ -83,7 +94,7 @@ run_ranks() {
         fi
         if [ $rc -ne 0 ] && { [ $code -eq 0 ] || [ $code -eq 75 ]; }; then code=$rc; fi
     done
-    rm -rf "$meet"
+    [ -z "$meet" ] || rm -rf "$meet"
 }
 
 if [ -z "$requeue" ]; then run_ranks "$@"; exit "$code"; fi

@@ -7,7 +7,7 @@
 # The Slurm tests start a cluster of their own: Slurm is installed here where this is root and apt is there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bash launch/setup.sh
+bash launch/setup.sh test
 
 export PATH=$PATH:/usr/sbin:/sbin
 lacking() { for program in slurmctld slurmd srun munged shellcheck; do command -v $program > /dev/null || echo -n "$program "; done; }

@@ -23,6 +23,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # One event often arrives twice (terminal and launcher, slurmd and srun): repeats this close are one
 # signal.
 SAME_EVENT_SECONDS = 0.5
+BATCH = {"SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "JOB_COMPLETION_INDEX", "SKYPILOT_TASK_ID"}
 
 
 class Stopping(Exception):
@@ -32,8 +33,8 @@ class Stopping(Exception):
 class StopFlag:
     """Set by the first SIGTERM, SIGINT or SIGUSR1; a later second signal ends the process at once.
 
-    In a Slurm job only a second SIGINT does: there one preemption is USR1 or TERM, then TERM again
-    when the grace is over, in the middle of the save. Slurm itself kills what hangs.
+    In a batch job only a second SIGINT does: there one preemption is USR1 or TERM, then TERM again
+    when the grace is over, in the middle of the save. The scheduler itself kills what hangs.
 
     The C-level handler writes the signal number into a pipe and a thread reads it, so that a signal
     is seen at once even while the main thread sits in a collective.
@@ -44,7 +45,7 @@ class StopFlag:
         self.signal: int | None = None
         self.planned = False  # the stop is ``train.stop_at``'s: nobody asked the job to come back
         self.saved = False  # the agreed save is on disk: even a second signal means exit code 75
-        self._patient = "SLURM_JOB_ID" in os.environ
+        self._patient = not BATCH.isdisjoint(os.environ)
         self._first_at = 0.0
         self._before: dict[int, Any] = {}
 
