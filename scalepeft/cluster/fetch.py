@@ -80,8 +80,7 @@ def _rows(source: str, *_: Any) -> tuple[str, list[Path], dict[str, Any]]:
     folder = Path(made.cache_dir)
     builder = {"config_name": folder.parts[-3], "version": folder.parts[-2], "hash": made.hash}
     builder |= {"repo_id": made.repo_id, "dataset_name": made.dataset_name}
-    named = str(getattr(made.config, "data_files", "")).partition("@")[2][:40]
-    return named or made.hash, [*folder.rglob("*")], {"builder": builder}
+    return made.hash, [*folder.rglob("*")], {"builder": builder}  # the commit, but of CONVERTED
 
 
 def _check(home: Path, name: str, entry: dict[str, Any]) -> int:

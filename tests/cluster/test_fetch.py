@@ -179,6 +179,39 @@ def test_a_changed_byte_is_found_and_mended(hub: HubServer, tmp_path: Path) -> N
     assert "FIX   hf://org/rows: not fetched" in said
 
 
+READING = """\
+import sys
+from scalepeft.data import rows
+for source in sys.argv[1:]:
+    print(source, len(list(rows.read_rows(source))), rows.content(source))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.full
+def test_sets_of_every_kind_are_the_same_without_a_network(hub: HubServer, tmp_path: Path) -> None:
+    hub.put(SET, {"default/train/0000.parquet": packed(ROWS[:11])}, tables.CONVERTED)
+    converted = f"hf://org/rows@{tables.CONVERTED}:default:train"
+    counts = {"hf://org/rows@v1": 24, "hf://org/rows": 40, "hf://org/rows::train[:7]": 7}
+    counts |= {converted: 11, "hf://org/table": 40}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    env |= {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url}
+    words = ["fetch", "data=commonsense", f"data.train={','.join(counts)}"]
+    ((code, said),) = run(words, **env)
+    assert code == 0, said
+    seen = []
+    for offline in ("0", "1"):
+        seen.append(
+            subprocess.run(
+                [sys.executable, "-c", READING, *counts], text=True, capture_output=True, cwd=ROOT,
+                env={**env, "HF_HUB_OFFLINE": offline}, check=True, timeout=120,
+            ).stdout
+        )  # fmt: skip
+        hub.files.clear()  # nothing more to be had there
+    assert seen[0] == seen[1]
+    assert [int(line.split()[1]) for line in seen[1].splitlines()] == list(counts.values())
+
+
 @pytest.fixture
 def fetch(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

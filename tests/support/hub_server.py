@@ -73,10 +73,10 @@ class Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         for form, reply in (
             (r"/api/(\w+/[^/]+/[^/]+)/revision/(.+)", self.info),
-            (r"/api/(\w+/[^/]+/[^/]+)/tree/([^/]+|refs/convert/parquet)(?:/(.*))?", self.tree),
+            (r"/api/(\w+/[^/]+/[^/]+)/tree/(refs/convert/parquet|[^/]+)(?:/(.*))?", self.tree),
             (r"/api/(\w+/[^/]+/[^/]+)", self.info),
-            (r"/(datasets/[^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.resolve),
-            (r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.resolve),
+            (r"/(datasets/[^/]+/[^/]+)/resolve/(refs/convert/parquet|[^/]+)/(.+)", self.resolve),
+            (r"/([^/]+/[^/]+)/resolve/(refs/convert/parquet|[^/]+)/(.+)", self.resolve),
         ):
             if match := re.fullmatch(form, path):
                 repo, revision, *rest = (*match.groups(), "main")[: max(2, len(match.groups()))]
