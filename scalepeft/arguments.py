@@ -108,6 +108,11 @@ the base, and the file system of the run folder. Trains nothing and leaves nothi
 --against-transformers compares loss and logits of a base, loaded as a training does, with stock
 transformers'; it needs model.path alone, and exits with 1 if they differ, with 2 if it is refused.
 """
+FETCH = """\
+Brings what a run takes from the hub (model, tokenizer, hf:// rows; not COMET's model) into a folder
+that is its HF_HOME where there is no network, and lists each file with its sha256. Interrupted, the
+same command goes on. --check FOLDER reads every byte again and ends with 1 if something is wrong.
+"""
 PLAN = """\
 What a training needs, from its config alone: memory of a rank by kind, bytes read, collectives,
 checkpoint, and the grace period for Slurm's --signal; the smallest number of GPUs that fits, and
@@ -155,6 +160,7 @@ COMMANDS: dict[str, tuple[str, str | None]] = {
     "config": ("print the resolved settings, or every key", None),
     "data": ("rows in numbers, and as the model sees them", DATA),
     "doctor": ("try what a run needs, here or on every rank", DOCTOR),
+    "fetch": ("bring what a run takes from the hub, for nodes without a network", FETCH),
     "plan": ("memory, traffic, times and grace period of a training, before it queues", PLAN),
     "submit": ("queue a job file of slurm/ (launch/submit)", SUBMIT),
     "verify": ("whether a run's folder is whole, every byte of it", VERIFY),
@@ -205,7 +211,7 @@ def _written_here(commands: dict[str, Parser]) -> None:
     add("merge export", "out", "folder to write; must not exist")
     for names, metavar, help in (
         ("train pipeline config", "[CONFIG] KEY=VALUE", "a YAML file, then settings"),
-        ("doctor plan data", "[CONFIG] KEY=VALUE", "of the run, as for train"),
+        ("doctor plan data fetch", "[CONFIG] KEY=VALUE", "of the run, as for train"),
         ("bench", "[CONFIG] KEY=VALUE", "train: of the run, as for scalepeft train"),
         ("evaluate generate", "KEY=VALUE", "e.g. data.test=FILES evaluate.limit=100"),
         ("merge export", "model.path=FOLDER", "where the base is now"),
@@ -227,6 +233,9 @@ def _written_here(commands: dict[str, Parser]) -> None:
     which.add_argument("--stage", choices=STAGES, help="this one alone; those before it are done")
     which.add_argument("--until", choices=STAGES, help="end after this one")
     add("pipeline", "--from", "do this one and those after it again", dest="first", choices=STAGES)
+    add("fetch", "--out", "fetch into FOLDER instead of HF_HOME", metavar="FOLDER")
+    again: dict[str, Any] = {"nargs": "?", "const": "", "metavar": "FOLDER"}
+    add("fetch", "--check", "read what is in FOLDER (HF_HOME) again", **again)
     add("report", "--out", "where the report goes", metavar="FOLDER")
     theirs = "one run's figures, as HF PEFT's method_comparison has them"
     add("report", "--peft-result", theirs, metavar="FILE", dest="peft")

@@ -13,7 +13,7 @@ from scalepeft.core import registry
 from scalepeft.core.errors import UserError
 from scalepeft.core.launch import world_size
 from scalepeft.data.tasks.base import Task
-from scalepeft.models import attention, loss, structure
+from scalepeft.models import attention, loss, staging, structure
 from scalepeft.models.hub import Base
 from scalepeft.models.quantized_copy import QuantizedCopy
 from scalepeft.models.weights import load_weights
@@ -91,6 +91,7 @@ def build(
     engine.shard(model, structure.blocks_of(model))
     structure.materialize(model, ranks.device)
     copy = QuantizedCopy(base, model, engine)
+    staging.stage(base, copy, ranks, poll)
     turns = load_weights(model, weights, copy.fill)
     while ranks.all_or_raise(lambda: next(turns, "end")) != "end":
         poll()

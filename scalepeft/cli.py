@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         finally:
             print(end="", flush=True)
     except KeyboardInterrupt:
-        say("interrupted; no partial files left")
+        fetching = argv[:1] == ["fetch"]
+        say(f"interrupted; {'the same command goes on' if fetching else 'no partial files left'}")
         return INTERRUPTED
     except Exception as error:
         code = _explain(error, "--debug" in argv, stoppable)
@@ -98,6 +99,7 @@ CALLS: dict[str, tuple[str, Callable[[Any, argparse.Namespace, StopFlag], Any]]]
         "cluster.doctor.command",
         lambda m, a, _: m.run(a.settings, a.run_dir, a.timeout, a.json, a.against_transformers),
     ),
+    "fetch": ("cluster.fetch", lambda m, a, _: m.run(a.settings, a.out, a.check)),
     "plan": (
         "cluster.plan.command",
         lambda m, a, _: m.run(

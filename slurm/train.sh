@@ -4,6 +4,7 @@
 #
 # All nodes must share: the checkout with its environment, the data and the run folder; and see the base model. A shared
 # home is not needed: point SCALEPEFT_CACHE and HF_HOME to places that every node has (node-local is fine for both).
+# SCALEPEFT_STAGE names a folder on each node's own disk, to which the base is copied at the start (docs/offline.md).
 #
 # SCALEPEFT_COMMAND=accelerate runs a script of yours with PreemptionCallback instead: SETTINGS are the words that
 # `accelerate launch` would get, e.g. --config_file configs/accelerate/fsdp2.yaml SCRIPT (docs/integrations/trainer.md).

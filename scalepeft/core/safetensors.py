@@ -47,7 +47,7 @@ class SafetensorsFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.bytes_read = path, 0
+        self.path, self.place, self.bytes_read = path, path, 0  # place: where it is read
         self._descriptor: int | None = None
         self.size = path.stat().st_size
         with path.open("rb") as f:
@@ -74,15 +74,22 @@ class SafetensorsFile:
         if self._descriptor is not None:
             os.close(self._descriptor)
 
+    def move(self, place: Path) -> None:
+        """Read a copy of the file, open from now on: another may remove it. Raises OSError."""
+        before, self._descriptor = self._descriptor, os.open(place, os.O_RDONLY)
+        self.place = place
+        if before is not None:
+            os.close(before)
+
     def read(self, start: int, size: int) -> bytearray:
         """Return ``size`` bytes from ``start`` on. Raises OSError, also where the file ends."""
         if self._descriptor is None:
-            self._descriptor = os.open(self.path, os.O_RDONLY)
+            self._descriptor = os.open(self.place, os.O_RDONLY)
         buffer = bytearray(size)
         view = memoryview(buffer)
         while view:
             if not (got := os.preadv(self._descriptor, [view], start)):
-                raise OSError(errno.EIO, "ended while it was read", str(self.path))
+                raise OSError(errno.EIO, "ended while it was read", str(self.place))
             start, view = start + got, view[got:]
         self.bytes_read += size
         return buffer

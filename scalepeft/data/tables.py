@@ -8,19 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from scalepeft.core.errors import UserError, unknown
-from scalepeft.core.files import read_mapping
+from scalepeft.core.files import read_json, read_mapping
 
 MAGIC = (b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")  # the last begins a stream of arrow
 STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 BATCH = 256  # rows made Python objects at a time
 CONVERTED = "refs/convert/parquet"  # the hub's own copy of a set: CONFIG/SPLIT/*.parquet
+FETCHED = "scalepeft-fetched.json"  # in HF_HOME: what ``scalepeft fetch`` has brought
+FETCH = "run scalepeft fetch with these settings where there is a network (docs/offline.md)"
 REMEDIES = {
     "scripts are no longer supported": "the code of a data set is never run: name its data files,"
     f" or the copy in parquet that the hub makes, hf://DATASET@{CONVERTED}:CONFIG:SPLIT",
     "gated|cannot be accessed": "check the name; for a gated set, hf auth login (or HF_TOKEN) with"
     " an account that may read it",
-    "[Oo]ffline|Couldn't reach|Couldn't find cache": "hf download DATASET --repo-type dataset"
-    " --local-dir FOLDER where there is a network, and name hf://FOLDER",
+    "[Oo]ffline|Couldn't reach|Couldn't find cache|Cache directory": FETCH,
 }
 """What datasets says -> what to do."""
 
@@ -119,9 +120,13 @@ def builder(source: str) -> tuple[Any, str]:
     if not name:
         raise UserError(f"{source}: names no data set; expected hf://DATASET[:CONFIG[:SPLIT]]")
     import datasets  # slow to import, and only hub sources need it
+    from datasets.packaged_modules.cache.cache import Cache
     from datasets.packaged_modules.csv.csv import Csv
 
     with explained(source):
+        held = read_json(Path(datasets.config.HF_CACHE_HOME) / FETCHED).get("fetched", {})
+        if datasets.config.HF_HUB_OFFLINE and source in held:  # else the newest, of any revision
+            return Cache(**held[source]["builder"]), split
         if revision == CONVERTED:
             base = split.partition("[")[0]
             files = f"hf://datasets/{name}@{revision}/{config or 'default'}/{base}/*.parquet"

@@ -73,5 +73,6 @@ def _with_merged(config: RunConfig) -> RunConfig:
     if reason := changed(folder):
         fix = "merge again, or remove its manifest.json to take it as it is"
         raise UserError(f"{folder}: {reason}; {fix}")
-    model = replace(config.model, path=str(folder), revision=None, quant="none", double_quant=False)
+    here: dict[str, Any] = {"path": str(folder), "revision": None, "stage": False}
+    model = replace(config.model, **here, quant="none", double_quant=False)
     return replace(config, model=model)

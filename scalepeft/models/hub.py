@@ -1,6 +1,7 @@
 """The base as one object: where its files come from, its architecture, tokenizer and weights."""
 
 import json
+import os
 import re
 import time
 from functools import cached_property
@@ -15,7 +16,8 @@ from scalepeft.core.fields import STRICT, Decides, NotNegative
 from scalepeft.core.files import kept_digest, read_mapping
 from scalepeft.core.launch import importing
 from scalepeft.core.log import say
-from scalepeft.core.text import duration, size
+from scalepeft.core.text import duration, one_line, size
+from scalepeft.data.tables import FETCH
 from scalepeft.data.token_file import tokenizer_hash
 from scalepeft.models.weights import Weights
 from scalepeft.parallel.ranks import Ranks
@@ -41,6 +43,8 @@ class ModelConfig:
         quantized_cache: folder for copies of what was quantized, which the next start reads in the
             base's place; ``auto``: in ``$SCALEPEFT_CACHE``, where that is set, from 1 GiB on;
             ``off`` (false): none.
+        stage: folder on each node's own disk, to which one rank brings base or quantized copy for
+            the others; ``auto``: ``$SCALEPEFT_STAGE``, where that is set; ``off`` (false): none.
         attention: who computes attention; ``auto``: sdpa where the model's class supports it, else
             eager.
         pretrain_steps: next-token steps on the toy task's text that the built-in model gets when
@@ -55,6 +59,7 @@ class ModelConfig:
     quant: Annotated[Literal["none", "nf4", "int8"], Decides.TRAINING] = "none"
     double_quant: Annotated[bool, Decides.TRAINING] = False
     quantized_cache: Annotated[str | Literal[False], Decides.PLACE] = "auto"
+    stage: Annotated[str | Literal[False], Decides.PLACE] = "auto"
     attention: Annotated[Attention, Decides.SPEED] = "auto"
     pretrain_steps: Annotated[NotNegative, Decides.TRAINING] = 0
     unexpected: Annotated[Literal["error", "ignore"], Decides.PLACE] = "error"
@@ -204,10 +209,7 @@ def open_base(config: ModelConfig, ranks: Ranks) -> Base:
             return config.path
         return _download(config.path, config.revision)
 
-    here = ranks.all_or_raise(make)
-    # Every rank of a node uses what its local rank 0 found; node paths may differ.
-    folders = [folder for folder in ranks.gather(here)[: ranks.rank + 1] if folder is not None]
-    return Base(config, Path(folders[-1]))
+    return Base(config, Path(ranks.of_node(ranks.all_or_raise(make))))  # node paths may differ
 
 
 def check_place(name: str) -> None:
@@ -226,12 +228,18 @@ def _download(name: str, revision: str | None) -> str:
     try:
         patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
         return snapshot_download(name, revision=revision, allow_patterns=patterns)
-    except (OSError, ValueError) as error:  # also every error of the hub's own
-        at = f" at revision {revision}" if revision else ""
-        raise UserError(
-            f"model.path={name}{at}: no such folder here, and the download from the hub failed"
-            f" ({type(error).__name__}: {str(error).splitlines()[0]}); name the folder of a copy"
-        ) from None
+    except Exception as error:  # the hub's own, its HTTP client's, the disk's: no common base
+        where = f"model.path={name}" + f" at revision {revision}" * bool(revision)
+        failed = f"{where}: no such folder here, and the download from the hub failed"
+        reason = one_line(f"{type(error).__name__}: {error}")
+        remedy = "check the name; for a gated one, hf auth login; or name the folder of a copy"
+        raise UserError(unfetched(where) or f"{failed} ({reason}); {remedy}") from None
+
+
+def unfetched(where: str) -> str:
+    """What is said of ``where`` if it is not in the hub's cache; empty unless the hub is off."""
+    offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
+    return f"{where}: not fetched, and HF_HUB_OFFLINE is set: {FETCH}" if offline else ""
 
 
 @importing()
@@ -250,8 +258,8 @@ def load_tokenizer(config: ModelConfig, folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # for a damaged file the tokenizers library raises a bare Exception
-        reason = f"{type(error).__name__}: {_reason(error)}"
-        raise UserError(f"{where}: no tokenizer can be loaded: {reason}") from None
+        reason = f"{where}: no tokenizer can be loaded: {type(error).__name__}: {_reason(error)}"
+        raise UserError((not Path(source).is_dir() and unfetched(where)) or reason) from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"{where}: no end-of-text token; set eos_token in tokenizer_config.json")
     return tokenizer

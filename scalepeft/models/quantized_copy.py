@@ -38,7 +38,7 @@ class QuantizedCopy:
         }
         self._shapes = {name: tuple(full_shape(p)) for name, p in self._parameters.items()}
         self.size = sum(map(math.prod, self._shapes.values()))
-        self._reader: Reader | None = None
+        self.reader: Reader | None = None
         self.folder: Path | None = None  # where it is or will be; None where none is wanted
         setting = base.config.quantized_cache
         own_bytes = base.weights.storage.get("quant_method") == "bitsandbytes"  # read as they are
@@ -55,12 +55,12 @@ class QuantizedCopy:
     @property
     def bytes_read(self) -> int:
         """Of the copy, by this rank."""
-        return self._reader.bytes_read if self._reader else 0
+        return self.reader.bytes_read if self.reader else 0
 
     def _find(self, folder: Path) -> None:
         """Opens the copy that is there, unless a rank finds that it is none."""
         try:
-            self._reader = self._opened(folder)
+            self.reader = self._opened(folder)
             what = f"{size(self.size)}, quantized copy of the base read in its place"
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             what = PASSED.format(str(error) or type(error).__name__)  # on all ranks
@@ -85,26 +85,26 @@ class QuantizedCopy:
 
     def fill(self, name: str, *parameters: Tensor) -> bool:
         """Reads this rank's part of a quantized weight and its scale; False: take the base."""
-        if self._reader is None:
+        if self.reader is None:
             return False
         try:
             for key, parameter in zip((name, f"{name}_scale"), parameters, strict=True):
-                self._reader.fill(key, local_part(parameter))
+                self.reader.fill(key, local_part(parameter))
         except (OSError, ValueError, LookupError) as error:
             say(f"{self.folder}: {PASSED.format(error)}")
-            self._reader = None
+            self.reader = None
             return False
         return True
 
     def keep(self) -> None:
         """Writes the copy, unless this start read it; a disk that refuses costs a line."""
-        if self.folder is None or not self.ranks.any(self._reader is None):
+        if self.folder is None or not self.ranks.any(self.reader is None):
             return
         mine = f"{self.folder.name}.tmp-{socket.gethostname()}-{os.getpid()}"
         temporary = self.folder.with_name(self.ranks.gather(mine)[0])
         file = temporary / f"rank-{self.ranks.rank:05d}.safetensors"
         try:
-            self.ranks.run_on_main(lambda: self._begin(temporary))
+            self.ranks.run_on_main(lambda: begin(temporary, self.size))
             written = self.ranks.all_or_raise(lambda: {file.name: self._write(file)})
             files = {k: v for made in self.ranks.gather(written) for k, v in made.items()}
             self.ranks.run_on_main(lambda: self._commit(temporary, files))
@@ -118,17 +118,6 @@ class QuantizedCopy:
                 reason = getattr(error, "strerror", None) or error
                 remedy = "the next start quantizes again (model.quantized_cache=FOLDER or off)"
                 say(f"{self.folder}: no quantized copy is kept: {reason}; {remedy}")
-
-    def _begin(self, temporary: Path) -> None:
-        root = temporary.parent
-        shared_folder(root)
-        for old in root.glob("*.tmp-*"):  # of a start that was killed
-            if time.time() - old.stat().st_mtime > LEFTOVER_SECONDS:
-                shutil.rmtree(old, ignore_errors=True)
-        if (free := shutil.disk_usage(root).free) < self.size + self.size // 8:
-            raise OSError(f"{size(self.size)} are needed and {size(free)} free")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
 
     def _write(self, file: Path) -> dict[str, Any]:
         """Writes the bytes that are this rank's to write; copies share them."""
@@ -150,6 +139,20 @@ class QuantizedCopy:
         shutil.rmtree(self.folder, ignore_errors=True)
         temporary.rename(self.folder)
         fsync(self.folder.parent)
+
+
+def begin(temporary: Path, wanted: int) -> None:
+    """Makes NAME.tmp-HOST-PID for so many bytes, without those of killed starts. Raises OSError."""
+    root = shared_folder(temporary.parent)
+    for old in root.glob("*.tmp-*"):
+        host, _, pid = old.name.partition(".tmp-")[2].rpartition("-")
+        gone = host == socket.gethostname() and not Path("/proc", pid).exists()
+        if gone or time.time() - old.stat().st_mtime > LEFTOVER_SECONDS:
+            shutil.rmtree(old, ignore_errors=True)
+    if (free := shutil.disk_usage(root).free) < wanted + wanted // 8:
+        raise OSError(f"{size(wanted)} are needed and {size(free)} free")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
 
 
 def folder_of(setting: str | bool, quantized_bytes: int) -> Path | None:

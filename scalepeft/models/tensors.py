@@ -69,8 +69,8 @@ class Reader:
         self._pieces: dict[str, list[_Piece]] = {}
         manifest = parse_json(read_text(folder / "manifest.json"))
         kept = [name for name in manifest["files"] if name.endswith(".safetensors")]
-        self._files = [SafetensorsFile(folder / name) for name in kept]
-        for file in self._files:
+        self.files = [SafetensorsFile(folder / name) for name in kept]
+        for file in self.files:
             wholes = parse_json(file.metadata.get("shapes", "{}"))
             for key, stored in file.tensors.items():
                 match = PIECE.fullmatch(key)
@@ -90,7 +90,7 @@ class Reader:
     @property
     def bytes_read(self) -> int:
         """Of tensors, in all."""
-        return sum(file.bytes_read for file in self._files)
+        return sum(file.bytes_read for file in self.files)
 
     def numel(self, name: str) -> int:
         """Elements of the whole tensor."""

@@ -54,7 +54,7 @@ class _Shard(SafetensorsFile):
         try:
             return super().read(start, size)
         except OSError as error:
-            raise UserError(f"{self.path}: {error.strerror}; copy it again") from None
+            raise UserError(f"{self.place}: {error.strerror}; copy it again") from None
 
 
 class Weights:

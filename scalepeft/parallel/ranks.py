@@ -152,6 +152,10 @@ class Ranks:
         every = self._gather_bytes(_bytes_of(value), everywhere=True)
         return [json.loads(part.numpy().tobytes()) for part in every]
 
+    def of_node(self, value: T | None) -> T:
+        """Returns what local rank 0 of this rank's node gave; the others give None."""
+        return [v for v in self.gather(value)[: self.rank + 1] if v is not None][-1]
+
     def bytes_on_main(self, mine: torch.Tensor) -> list[torch.Tensor] | None:
         """Returns every rank's uint8 vector, of any length, in rank order on rank 0; else None."""
         return self._gather_bytes(mine, everywhere=False) if self.world_size > 1 else [mine]

@@ -301,6 +301,31 @@ def test_a_job_that_gains_nothing_gives_up(runs: Runs) -> None:
 
 
 @pytest.mark.full
+def test_a_node_that_lost_its_staged_base_brings_it_again(runs: Runs, undisturbed: Path) -> None:
+    cluster, disk = runs.cluster, runs.folder / "nvme"
+    disk.mkdir()
+    for node in range(1, cluster.nodes + 1):
+        cluster.on_node(node, f"mount -t tmpfs none {disk}")  # a disk of its own
+    try:
+        runs.env["SCALEPEFT_STAGE"] = str(disk)
+        job = runs.submit("-w", "node[1-2]", str(runs.job_file()))
+        runs.wait_step(5)
+        cluster.on_node(2, f"rm -r {disk}/*")
+        cluster.run("scontrol", "requeue", job)
+        cluster.restart(job, 1)
+        cluster.wait(job, "COMPLETED")
+        first, second = runs.log(job).split(": start 2 ")
+        for node in ("node1", "node2"):
+            assert re.search(f"{disk}/[0-9a-f]{{24}}: .* of the base staged on {node} in ", first)
+        assert "of the base read there on node1, from an earlier start" in second, second
+        assert re.search("of the base staged on node2 in ", second), second
+    finally:
+        for node in range(1, cluster.nodes + 1):
+            cluster.on_node(node, f"umount --lazy {disk}")
+    assert losses(runs.folder / "run") == losses(undisturbed)
+
+
+@pytest.mark.full
 def test_a_restart_on_fewer_nodes_keeps_the_global_batch(runs: Runs, undisturbed: Path) -> None:
     cluster = runs.cluster
     job = runs.submit("--nodes=4", str(runs.job_file()))

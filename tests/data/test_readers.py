@@ -241,7 +241,7 @@ print(len(list(rows.read_rows("hf://known/set"))), len(rows.content("hf://known/
     *lines, count = done.stdout.splitlines()
     assert count == "5 64", done.stderr
     for source, said in zip(sources, lines, strict=True):
-        assert said.startswith(f"{source}: cannot be read: ") and "hf download DATASET" in said
+        assert said.startswith(f"{source}: cannot be read: ") and "run scalepeft fetch" in said
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:

@@ -48,11 +48,8 @@ def base(context: Context) -> Any:
             folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
             Weights(folder)
         except (OSError, ValueError, UserError):  # a download that was interrupted is resumed
-            if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-                raise UserError(
-                    f"model.path={name}: not in the hub's cache, and HF_HUB_OFFLINE is set;"
-                    " download it where there is a network, or name its folder"
-                ) from None
+            if said := hub.unfetched(f"model.path={name}"):
+                raise UserError(said) from None
             text = "not here: each node downloads it at the start (HF_HOME on a shared disk: once)"
             return "info", f"{name} is {text}"
     hub.architecture(folder)
