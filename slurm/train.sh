@@ -67,13 +67,9 @@ restarts=${SLURM_RESTART_COUNT:-0}
 state=${SCALEPEFT_JOBS:-$PWD/runs/.jobs}/$job
 [ "$restarts" -gt 0 ] || rm -f "$state"/{starts,progress} 2>/dev/null  # another cluster's job of the same number
 begin_start "$state" || exit 2
-# Where the ranks of this start meet (docs/security.md): a folder that its user alone may enter. A lock in it must hold
-# on all nodes; each looks, below, whether it sees this shell's.
-rm -rf "$state"/meet.*
-meet=$(mktemp -d "$state/meet.XXXXXX") || die "cannot make a folder in $state"
+# Each node looks, below, whether it sees this shell's lock.
+open_meeting "$state" || { [ -d "${meet:-}" ] || die "cannot make a folder in $state"; touch "$meet/unlocked"; }
 trap 'rm -rf "$meet"' EXIT
-export SCALEPEFT_RENDEZVOUS=$meet
-{ exec 9> "$meet/lock" && flock -n 9; } 2>/dev/null || touch "$meet/unlocked"
 # A restart may get fewer nodes than the job began with; SLURM_NTASKS still tells the old number then.
 nodes=${SLURM_JOB_NUM_NODES:-1}
 ranks=${SLURM_NTASKS:-1}
