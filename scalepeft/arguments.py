@@ -220,18 +220,7 @@ def _written_here(commands: dict[str, Parser]) -> None:
     shown: dict[str, Any] = {"type": int, "default": 3, "metavar": "ROWS"}
     add("data", "--show", "so many rows, what is learned in colour (3)", **shown)
     add("train", "--resume-with-changes", "continue although harmless keys differ", **flag)
-    kind: dict[str, Any] = {"dest": "kind", "action": "store_const", "default": "adapter"}
-    for name in ("evaluate", "generate"):
-        which = commands[name].add_mutually_exclusive_group()
-        which.add_argument("--base", **kind, const="base", help="the base without the adapter")
-        which.add_argument("--merged", **kind, const="merged", help="RUN_DIR/merged")
-    which = commands["generate"].add_mutually_exclusive_group()
-    which.add_argument("--prompt", help="a single prompt", metavar="TEXT")
-    which.add_argument("--file", help="text with a prompt a line")
     add("generate", "--raw", "without the template of the run's rows", **flag)
-    which = commands["pipeline"].add_mutually_exclusive_group()
-    which.add_argument("--stage", choices=STAGES, help="this one alone; those before it are done")
-    which.add_argument("--until", choices=STAGES, help="end after this one")
     add("pipeline", "--from", "do this one and those after it again", dest="first", choices=STAGES)
     add("fetch", "--out", "fetch into FOLDER instead of HF_HOME", metavar="FOLDER")
     again: dict[str, Any] = {"nargs": "?", "const": "", "metavar": "FOLDER"}
@@ -260,6 +249,21 @@ def _written_here(commands: dict[str, Parser]) -> None:
     add("plan", "--disk-gbps", "of the run folder's disk (1.0)", **speed)
 
 
+def _one_of(commands: dict[str, Parser]) -> None:
+    """Give the commands the arguments of which one goes without the others."""
+    kind: dict[str, Any] = {"dest": "kind", "action": "store_const", "default": "adapter"}
+    for name in ("evaluate", "generate"):
+        which = commands[name].add_mutually_exclusive_group()
+        which.add_argument("--base", **kind, const="base", help="the base without the adapter")
+        which.add_argument("--merged", **kind, const="merged", help="RUN_DIR/merged")
+    which = commands["generate"].add_mutually_exclusive_group()
+    which.add_argument("--prompt", help="a single prompt", metavar="TEXT")
+    which.add_argument("--file", help="text with a prompt a line")
+    which = commands["pipeline"].add_mutually_exclusive_group()
+    which.add_argument("--stage", choices=STAGES, help="this one alone; those before it are done")
+    which.add_argument("--until", choices=STAGES, help="end after this one")
+
+
 def parse(argv: list[str], doc: str | None) -> argparse.Namespace:
     """Parse; flags may stand anywhere between settings, which argparse alone does not allow."""
     look: dict[str, Any] = {
@@ -278,6 +282,7 @@ def parse(argv: list[str], doc: str | None) -> argparse.Namespace:
         options.add_arguments(commands[name], declared, positional, without)
     commands["bench"].set_defaults(**dict.fromkeys(BENCH_FLAGS))  # None: not given
     _written_here(commands)
+    _one_of(commands)
     args, left = made.parse_known_args(argv)
     command = commands[args.command]
     names = [
