@@ -10,6 +10,7 @@ from tally import Tally
 SAVE_EVERY = 3
 LONG = [*TINY, "train.max_steps=45", f"train.save_every={SAVE_EVERY}", "data.valid_size=12"]
 LONG += ["train.eval_every=10", "data.train_size=200"]
+LONG += ["adapter.target_modules=[q_proj,down_proj]"]  # a step of two ranks is mostly calls
 KINDS = {
     "single": (1, []),
     "single async nf4": (1, ["train.save_mode=async", "model.quant=nf4"]),
