@@ -189,6 +189,7 @@ def test_under_pbs_the_job_saves_before_its_walltime_and_submits_itself_again(
     assert adapter_bytes(desk.folder / "run") == adapter_bytes(undisturbed)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("desk", ["openmpi"], indirect=True)
@@ -418,6 +419,7 @@ def test_the_skypilot_job_recovers_on_75_without_limit_and_else_three_times() ->
     assert recovery["recover_on_exit_codes"] == [75] and recovery["max_restarts_on_errors"] == 3
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.multiprocess
 def test_the_manifests_commands_train_on_two_machines_and_end_with_75_together(

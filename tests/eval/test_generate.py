@@ -312,7 +312,9 @@ def test_ctrl_c_ends_the_answers_to_a_file(run_dir: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["fsdp2", "ddp", "zero"])
+@pytest.mark.parametrize(
+    "engine", ["fsdp2", *(pytest.param(e, marks=pytest.mark.full) for e in ("ddp", "zero"))]
+)
 def test_ranks_answer_as_one_process(engine: str, run_dir: Path, tmp_path: Path) -> None:
     one = call("generate", str(run_dir), "--prompt", ASKED).stdout
     settings = [f"engine={engine}", *(["engine.stage=3"] if engine == "zero" else [])]

@@ -127,6 +127,7 @@ def test_the_quantized_copy_is_staged_in_place_of_the_base(nodes: Nodes) -> None
     assert losses(nodes.folder / "plain") == losses(nodes.folder / "second")
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_two_jobs_that_start_at_once_share_what_they_bring(nodes: Nodes) -> None:
     arguments = ["train", f"model.path={nodes.base}", *SETTINGS, "engine=ddp"]
