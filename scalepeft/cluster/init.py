@@ -59,10 +59,14 @@ def run(folder: str, recipe: str, site: str | None, listed: bool) -> None:
         into.mkdir(parents=True, exist_ok=True)
         for name, text in made.items():
             write_atomically(into / name, text)
-    local = shipped("launch") / "local.sh"
+    local, first = shipped("launch") / "local.sh", []
+    if place and not place.internet:
+        where = f" --out {place.scratch}/huggingface" if place.scratch else ""  # the job's HF_HOME
+        first = [f"  scalepeft fetch {recipe}.yaml{where}"]
     print(
         f"{into / recipe}.yaml, {into / recipe}.sh: yours to edit",
         *([f"  cd {shlex.quote(folder)}"] if folder != "." else []),
+        *first,
         f"  scalepeft train {recipe}.yaml",
         f"  {local} 2 train {recipe}.yaml engine=fsdp2",
         f"  scalepeft submit {recipe}.sh --dry-run",

@@ -67,10 +67,13 @@ class Site:
             header["--nodes"] = str(math.ceil(ranks / count))
             count = min(count, ranks)
         header["--ntasks-per-node"] = str(count)
-        if self.request != "none":
-            kind = f"{self.gres_type}:" if self.gres_type else ""
-            kind = f"gpu:{kind}" if self.request == "gres" else kind
-            header[f"--{self.request}"] = f"{kind}{count}"
+        kind = f"{self.gres_type}:" if self.gres_type else ""
+        gres = [g for g in options.get("--gres", "").split(",") if g and not g.startswith("gpu")]
+        if self.request == "gres":
+            gres.insert(0, f"gpu:{kind}{count}")
+        elif self.request == "gpus-per-node":
+            header["--gpus-per-node"] = f"{kind}{count}"
+        header |= {"--gres": ",".join(gres)} if gres else {}
         if self.cpus_per_gpu:
             header["--cpus-per-task"] = str(self.cpus_per_gpu)
         return header | {f"--{key}": value for key, value in self.sbatch.items()}

@@ -57,6 +57,9 @@ def test_a_site_loses_no_rank_and_adds_none() -> None:
     assert a100.header({"--ntasks": "16"}) == many == a100.header({"--gpus": "h100:16"})
     one = {"--nodes": "1", "--ntasks-per-node": "1", "--gpus-per-node": "a100:1"}
     assert a100.header(one | {"--gpus-per-node": "1"}) == one == a100.header({"--ntasks": "1"})
+    assert a100.header(one | {"--gres": "gpu:1,tmpfs:9g"}) == one | {"--gres": "tmpfs:9g"}
+    both = site(request="gres").header({"--nodes": "1", "--gres": "tmpfs:9g,gpu:8"})
+    assert both == {"--nodes": "1", "--ntasks-per-node": "4", "--gres": "gpu:4,tmpfs:9g"}
     whole = {"--ntasks-per-node": "4", "--gpus-per-node": "a100:4"}
     assert a100.header({}) == {"--nodes": "1", **whole}
     assert a100.header({"--nodes": "2", "--gpus": "16"}) == {"--nodes": "2", **whole}
@@ -148,6 +151,14 @@ def test_a_recipe_is_written_and_says_what_it_needs(recipe: str, place: str | No
     if recipe != "toy":
         assert config.run_dir == f"runs/{recipe}" and config.model.quant == "nf4"
     subprocess.run(["bash", "-n", str(job)], check=True)
+
+
+def test_where_to_fetch_to_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    init.run("new", "math_shoft_llama-3.1-8b", "jean-zay", False)
+    line = "  scalepeft fetch math_shoft_llama-3.1-8b.yaml --out $SCRATCH/huggingface\n"
+    assert line in capsys.readouterr().out
+    job = Path("new/math_shoft_llama-3.1-8b.sh").read_text()
+    assert 'export HF_HOME="${HF_HOME:-$SCRATCH/huggingface}"' in job
 
 
 def test_a_run_on_one_device_gets_one() -> None:
