@@ -60,7 +60,8 @@ def run(folder: str, recipe: str, site: str | None, listed: bool) -> None:
         for name, text in made.items():
             write_atomically(into / name, text)
     local, first = shipped("launch") / "local.sh", []
-    if place and not place.internet:
+    model = files.values_of(str(recipes[recipe]), [], [])["model"]
+    if place and not place.internet and not model["path"].startswith("builtin:"):
         where = f" --out {place.scratch}/huggingface" if place.scratch else ""  # the job's HF_HOME
         first = [f"  scalepeft fetch {recipe}.yaml{where}"]
     print(

@@ -157,6 +157,8 @@ def test_where_to_fetch_to_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     init.run("new", "math_shoft_llama-3.1-8b", "jean-zay", False)
     line = "  scalepeft fetch math_shoft_llama-3.1-8b.yaml --out $SCRATCH/huggingface\n"
     assert line in capsys.readouterr().out
+    init.run("new", "toy", "jean-zay", False)
+    assert "fetch" not in capsys.readouterr().out, "which is made on the spot"
     job = Path("new/math_shoft_llama-3.1-8b.sh").read_text()
     assert 'export HF_HOME="${HF_HOME:-$SCRATCH/huggingface}"' in job
 
