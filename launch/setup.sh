@@ -31,7 +31,7 @@ done
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' ||
     die "$("$python" --version 2>&1) found; scalepeft is tested on Python 3.11 and 3.12. Set PYTHON=python3.12 and run again."
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+.venv/bin/python -m pip --version > /dev/null 2>&1 || "$python" -m venv .venv  # one that broke off has no pip
 show() {  # of what pip says, a line every ten seconds
     local line='' last='' said=0
     while :; do

@@ -14,8 +14,9 @@ from processes import ROOT
 PYTHON = """\
 #!/bin/bash
 case "$1 $2" in
-"-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
+"-m venv") rm -f no-pip; mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;
 "-m pip")
+    if [ "$3" = --version ]; then exit "$(cat no-pip 2>/dev/null || echo 0)"; fi
     echo "${*:4}" >> pip
     if [ -n "$FAILS" ]; then echo "ERROR: $FAILS"; exit 1; fi ;;
 *m.version*) if [ -s pip ]; then echo "$TORCH"; else exit 1; fi ;;
@@ -52,6 +53,14 @@ class Checkout:
 @pytest.fixture
 def checkout(tmp_path: Path) -> Checkout:
     return Checkout(tmp_path)
+
+
+def test_a_venv_without_pip_is_made_again(checkout: Checkout) -> None:
+    assert checkout.setup("demo").returncode == 0
+    (checkout.folder / ".venv/.scalepeft-demo").unlink()
+    (checkout.folder / "no-pip").write_text("1")
+    assert checkout.setup("demo").returncode == 0
+    assert not (checkout.folder / "no-pip").exists(), "python -m venv was called"
 
 
 def test_the_demo_gets_its_own_needs_and_the_tests_the_rest(checkout: Checkout) -> None:

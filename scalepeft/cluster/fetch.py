@@ -30,13 +30,16 @@ def run(settings: list[str], out: str | None, check: str | None) -> int:
         return max(_check(home, name, held.get(name, {})) for name in names or held)
     if not names:
         raise UserError(f"nothing of the hub is named, nor listed in {listed}; name a run's config")
+    if hub.unfetched(""):
+        raise UserError("HF_HUB_OFFLINE is set: unset it here; it is for the job")
     for name in names:
         commit, paths, more = (_rows if name.startswith("hf://") else _model)(name, config, home)
         kept = {str(p.relative_to(home)): facts(p) for p in sorted(paths) if p.is_file()}
         held[name] = {"commit": commit, "files": kept, **more}
         total = size(sum(file["bytes"] for file in kept.values()))
         print(f"{name}: commit {commit}, {len(kept)} files, {total}", flush=True)
-    with writing(listed):
+    with writing(listed):  # beside what another fetch has brought meanwhile
+        held = read_json(listed).get("fetched", {}) | {name: held[name] for name in names}
         write_atomically(listed, json.dumps({"fetched": held}, indent=1))
     print(f"listed in {listed}; for the job:\nexport HF_HOME={home} HF_HUB_OFFLINE=1")
     return FINISHED

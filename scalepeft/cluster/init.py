@@ -1,6 +1,5 @@
 """``scalepeft init``: a recipe's config and job file in a folder of the user's, to be edited."""
 
-import math
 import os
 import shlex
 import sys
@@ -26,7 +25,7 @@ SETTINGS=()
 SCALEPEFT_ROOT=${{SCALEPEFT_ROOT:-{root}}}
 PYTHON=${{PYTHON:-{python}}}
 source "$SCALEPEFT_ROOT/slurm/train.sh" "$@"
-exit 2  # only reached where that is not there: it has moved; run scalepeft init again
+exit 2  # only reached where that is not there: it has moved; name its new place above
 """
 
 
@@ -60,10 +59,15 @@ def run(folder: str, recipe: str, site: str | None, listed: bool) -> None:
         into.mkdir(parents=True, exist_ok=True)
         for name, text in made.items():
             write_atomically(into / name, text)
-    local = shipped("launch") / "local.sh"
+    local, first = shipped("launch") / "local.sh", []
+    model = files.values_of(str(recipes[recipe]), [], [])["model"]
+    if place and not place.internet and not model["path"].startswith("builtin:"):
+        where = f" --out {place.scratch}/huggingface" if place.scratch else ""  # the job's HF_HOME
+        first = [f"  scalepeft fetch {recipe}.yaml{where}"]
     print(
         f"{into / recipe}.yaml, {into / recipe}.sh: yours to edit",
         *([f"  cd {shlex.quote(folder)}"] if folder != "." else []),
+        *first,
         f"  scalepeft train {recipe}.yaml",
         f"  {local} 2 train {recipe}.yaml engine=fsdp2",
         f"  scalepeft submit {recipe}.sh --dry-run",
@@ -78,13 +82,12 @@ def _yamls(folder: str, part: str) -> list[Path]:
 def _job(recipe: Path, site: sites.Site | None, where: str) -> str:
     root = shipped("slurm").parent
     values = files.values_of(str(recipe), [], [])
-    gpus = int((values.get("recipe") or {}).get("gpus", 8))
+    alone = (values.get("engine") or {}).get("name", "single") == "single"
+    gpus = (values.get("recipe") or {}).get("gpus", 1 if alone else 8)
     header = sbatch.header_of(sbatch.read(str(root / TEMPLATE)))
-    header = site.header(header) if site else header
-    per_node = int(header["--ntasks-per-node"])
-    if gpus < per_node and site is None:
-        header |= dict.fromkeys(("--ntasks-per-node", "--gpus-per-node"), str(gpus))
-    header |= {"--job-name": recipe.stem, "--nodes": str(math.ceil(gpus / per_node))}
+    del header["--nodes"], header["--ntasks-per-node"]  # of which --ntasks makes the site's
+    header |= {"--job-name": recipe.stem, "--ntasks": str(gpus)}
+    header = (site or sites.Site(gpus_per_node=8)).header(header)
     return JOB.format(
         name=recipe.stem, where=where, site=f"{site.shell()}\n" if site else "",
         header="\n".join(f"#SBATCH {option}" for option in sbatch.arguments(header)),

@@ -21,7 +21,9 @@ NOT_ALONE = (*GPU_OPTIONS, *ALONE, "--mem", "--exclusive", "--ntasks-per-gpu", "
 SOURCES = re.compile(r"^\s*(?:source|\.)\s.*slurm/train\.sh", re.M)
 LONG = {
     "-N": "--nodes", "-n": "--ntasks", "-D": "--chdir", "-a": "--array", "-o": "--output",
-    "-J": "--job-name", "-t": "--time", "-p": "--partition", "-G": "--gpus",
+    "-J": "--job-name", "-t": "--time", "-p": "--partition", "-G": "--gpus", "-A": "--account",
+    "-c": "--cpus-per-task", "-C": "--constraint", "-q": "--qos", "-w": "--nodelist",
+    "-x": "--exclude", "-e": "--error", "-d": "--dependency", "-M": "--clusters",
 }  # fmt: skip
 TAIL = """
 # By launch/submit: code and resolved configs as they were when this was queued.

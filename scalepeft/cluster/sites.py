@@ -1,6 +1,8 @@
 """A site: what its Slurm wants of a job and its nodes of a process, one YAML of ``slurm/sites``."""
 
+import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -24,9 +26,9 @@ class Site:
         gpus_per_node: of each node; a rank each.
         gpu: its name, as ``scalepeft plan`` knows it.
         request: how a job asks for them: ``gpus-per-node``, ``gres``, or ``none`` (whole nodes).
-        gres_type: in ``--gres=gpu:TYPE:N``, where the site wants one.
+        gres_type: in ``--gres=gpu:TYPE:N`` or ``--gpus-per-node=TYPE:N``, where the site wants one.
         cpus_per_gpu: of each rank.
-        sbatch: further options by their long names: account, partition, qos, constraint.
+        sbatch: further options by their long names: account, partition; one without a value: ''.
         modules: what ``module load`` gets.
         network: the interface between nodes, by its whole name, for gloo and NCCL.
         environment: variables of the job.
@@ -42,10 +44,10 @@ class Site:
     request: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
     gres_type: str | None = None
     cpus_per_gpu: Positive | None = None
-    sbatch: dict[str, str | int] = Field(default_factory=dict)
+    sbatch: Words = Field(default_factory=dict)
     modules: list[str] = Field(default_factory=list)
     network: str | None = None
-    environment: dict[str, str | int] = Field(default_factory=dict)
+    environment: Words = Field(default_factory=dict)
     container: str | None = None
     srun: str | None = None
     scratch: str | None = None
@@ -53,17 +55,28 @@ class Site:
     internet: bool = True
 
     def header(self, options: Words) -> Words:
-        """A job's sbatch options, those that the site has an answer to replaced by its own."""
+        """A job's sbatch options, those that the site has an answer to replaced by its own: nodes
+        stay, or hold ``--ntasks`` or ``--gpus`` where none are named; one rank stays one.
+        """
         own = ("--ntasks-per-gpu", "--cpus-per-gpu", "--ntasks", *sbatch.GPU_OPTIONS)
         header = {key: value for key, value in options.items() if key not in own}
-        header["--ntasks-per-node"] = str(self.gpus_per_node)
-        if self.request != "none":
-            kind = f"gpu:{self.gres_type + ':' if self.gres_type else ''}"
-            count = f"{kind if self.request == 'gres' else ''}{self.gpus_per_node}"
-            header[f"--{self.request}"] = count
+        count, gpus = self.gpus_per_node, options.get("--gpus", "").rpartition(":")[2]
+        asked = {"--ntasks-per-node": str(count), "--ntasks": gpus} | options
+        per_node = {"--nodes", "--ntasks-per-node"} & options.keys()
+        if (ranks := sbatch.ranks_of(asked)) and (ranks == 1 or not per_node):
+            header["--nodes"] = str(math.ceil(ranks / count))
+            count = min(count, ranks)
+        header["--ntasks-per-node"] = str(count)
+        kind = f"{self.gres_type}:" if self.gres_type else ""
+        gres = [g for g in options.get("--gres", "").split(",") if g and not g.startswith("gpu")]
+        if self.request == "gres":
+            gres.insert(0, f"gpu:{kind}{count}")
+        elif self.request == "gpus-per-node":
+            header["--gpus-per-node"] = f"{kind}{count}"
+        header |= {"--gres": ",".join(gres)} if gres else {}
         if self.cpus_per_gpu:
             header["--cpus-per-task"] = str(self.cpus_per_gpu)
-        return header | {f"--{key}": str(value) for key, value in self.sbatch.items()}
+        return header | {f"--{key}": value for key, value in self.sbatch.items()}
 
     def shell(self) -> str:
         """A function that ``slurm/train.sh`` calls before anything of the job runs."""
@@ -73,7 +86,7 @@ class Site:
     def _lines(self) -> Iterator[str]:
         if self.modules:  # whose own shell code takes unset variables
             yield f"set +u; module load {' '.join(map(_quoted, self.modules))} || exit 2; set -u"
-        values = {key: str(value) for key, value in self.environment.items()}
+        values = dict(self.environment)
         if self.network:
             values |= dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), self.network)
         if self.scratch:
@@ -101,6 +114,9 @@ def find(name: str) -> Site:
     file = Path(name) if Path(name).is_file() else known.get(name)
     if file is None:
         raise unknown("site (nor file of one)", name, known)
-    values = read_mapping(file, yaml.safe_load, "expected the keys of docs/sites.md")
+    # As text: YAML's own reading makes 43200 of 12:00:00, minutes to Slurm, and 17 of 0021.
+    texts = partial(yaml.load, Loader=yaml.BaseLoader)
+    values = read_mapping(file, texts, "expected the keys of docs/sites.md")
+    values = {key: value for key, value in values.items() if value not in ("", "~", "null")}
     site: Site = _build(Site, values, f"{file}: site")
     return site

@@ -50,6 +50,9 @@ def run(options: Options) -> None:
     in_file = sbatch.header_of(lines)
     site = sites.find(options.site) if options.site else None
     if site:  # what it says of a line of the file is to be said by the command line alone
+        ours = {f"--{key}": value for key, value in site.sbatch.items()}
+        if lost := [f"{k}={v}" for k, v in in_file.items() if ours.get(k, v) != v]:
+            say(f"site {options.site}: its own in the place of the job file's {', '.join(lost)}")
         in_file = site.header(in_file)
         lines = [*(line for line in lines if not line.startswith("#SBATCH")), site.shell()]
     header = {**in_file, **over}
@@ -117,18 +120,18 @@ def _laid_over(
     name: str, job: Job, in_file: Words, over: Words, folder: Path, options: Options
 ) -> dict[str, str]:
     """Options over those of the job file: the command line's, then ours."""
-    if options.site:
-        over = in_file | over
-    if not job.gpus:
-        over = {k: v for k, v in (in_file | over).items() if k not in sbatch.NOT_ALONE}
-        over |= sbatch.ALONE | sbatch.over(options.cpu_sbatch)
     ours = {"--chdir": str(Path.cwd())}
     if array := bool(options.sweep or (options.compare and job.gpus)):
         throttle = f"%{options.throttle}" if options.throttle else ""
         ours["--array"] = f"0-{len(job.targets) - 1}{throttle}"
     run_name = folder.parent.parent.name + ("" if name == "train" else f"-{name}")
     log = str(folder / f"%x-{'%A_%a' if array else '%j'}.log")
-    return {"--output": log, "--job-name": run_name, **over, **ours}
+    words = in_file if options.site or not job.gpus else {}
+    words = {**words, "--output": log, "--job-name": run_name, **over}
+    if not job.gpus:
+        words = {k: v for k, v in words.items() if k not in sbatch.NOT_ALONE}
+        words |= sbatch.ALONE | sbatch.over(options.cpu_sbatch)
+    return words | ours
 
 
 def _describe(job_file: str) -> tuple[str | None, list[str]]:

@@ -49,7 +49,7 @@ def run(run_dir: str, settings: list[str], kind: Subject, stop: StopFlag) -> int
 
 def generate(args: Namespace) -> None:
     """Answers a user's prompts. Raises UserError: as ``run``, or a prompt; KeyboardInterrupt."""
-    allowed = (*changes.for_evaluation(), "data.format", "data.special_tokens")
+    allowed = (*changes.for_evaluation(), "data.format", "data.special_tokens", "data.system")
     config = load_run(args.run_dir, args.settings, allowed, "generate", True)
     check(config.evaluate)
     ranks = start_ranks(config)

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from scalepeft.core.errors import UserError
 from scalepeft.core.files import damage, fsync, kept_digest, share, write_atomically
 from scalepeft.core.log import say
 from scalepeft.core.safetensors import SafetensorsFile
@@ -27,6 +28,8 @@ def stage(base: Base, copy: QuantizedCopy, ranks: Ranks, poll: Callable[[], None
     setting = base.config.stage
     place = os.environ.get("SCALEPEFT_STAGE", "") if setting == "auto" else str(setting or "off")
     root = Path(place) if place not in ("", "off") else None
+    if root and not root.is_absolute():  # on the disk that all nodes share, most likely
+        raise UserError(f"model.stage={setting}: {place} is no whole path; begin it with /")
     if not ranks.any(root is not None):
         return
     files = copy.reader.files if copy.reader else base.weights.files

@@ -270,6 +270,28 @@ def test_what_cannot_be_fetched_is_said_in_one_line(
     monkeypatch.setenv("HF_HUB_CACHE", "/elsewhere")
     code, said = fetch("model.path=org/base")
     assert code == 2 and "HF_HUB_CACHE is set: a job would look there" in said
+    monkeypatch.delenv("HF_HUB_CACHE")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, said = fetch("model.path=org/base")
+    assert code == 2 and "HF_HUB_OFFLINE is set: unset it here" in said
+
+
+def test_two_at_once_list_what_both_brought(
+    fetch: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scalepeft.cluster import fetch as fetching
+
+    listed, bring = tmp_path / "hf" / tables.FETCHED, fetching._model
+
+    def meanwhile(*words: Any) -> Any:
+        found = bring(*words)
+        listed.write_text('{"fetched": {"model.path=org/else": {"files": {}}}}')
+        return found
+
+    monkeypatch.setattr(fetching, "_model", meanwhile)
+    assert fetch("model.path=org/base")[0] == 0
+    held = json.loads(listed.read_text())["fetched"]
+    assert list(held) == ["model.path=org/else", "model.path=org/base"]
 
 
 def test_a_full_disk_is_said_in_one_line(fetch: Any, tmp_path: Path) -> None:

@@ -51,6 +51,32 @@ def test_a_site_answers_for_gpus_once() -> None:
     }  # fmt: skip
 
 
+def test_a_site_loses_no_rank_and_adds_none() -> None:
+    a100 = site(gres_type="a100")
+    many = {"--nodes": "4", "--ntasks-per-node": "4", "--gpus-per-node": "a100:4"}
+    assert a100.header({"--ntasks": "16"}) == many == a100.header({"--gpus": "h100:16"})
+    one = {"--nodes": "1", "--ntasks-per-node": "1", "--gpus-per-node": "a100:1"}
+    assert a100.header(one | {"--gpus-per-node": "1"}) == one == a100.header({"--ntasks": "1"})
+    assert a100.header(one | {"--gres": "gpu:1,tmpfs:9g"}) == one | {"--gres": "tmpfs:9g"}
+    both = site(request="gres").header({"--nodes": "1", "--gres": "tmpfs:9g,gpu:8"})
+    assert both == {"--nodes": "1", "--ntasks-per-node": "4", "--gres": "gpu:4,tmpfs:9g"}
+    whole = {"--ntasks-per-node": "4", "--gpus-per-node": "a100:4"}
+    assert a100.header({}) == {"--nodes": "1", **whole}
+    assert a100.header({"--nodes": "2", "--gpus": "16"}) == {"--nodes": "2", **whole}
+
+
+def test_values_of_a_site_are_text() -> None:
+    Path("site.yaml").write_text(
+        "{gpus_per_node: 4, internet: no, modules: , gpu: null, environment: {A: no, B: 007},"
+        " sbatch: {time: 12:00:00, account: 2024_1, exclusive: , nice: 010}}"
+    )
+    found = sites.find("site.yaml")
+    assert found.environment == {"A": "no", "B": "007"} and not found.internet
+    assert found.gpu is None and found.modules == []
+    ends = ["--time=12:00:00", "--account=2024_1", "--exclusive", "--nice=010"]
+    assert sbatch.arguments(found.header({}))[-4:] == ends
+
+
 def test_what_a_site_says_to_the_shell_is_text_with_variables() -> None:
     made = site(
         scratch="$ROOM/a b", network="ib0", internet=False, node_local="$TMPDIR",
@@ -77,7 +103,7 @@ def test_what_a_site_says_to_the_shell_is_text_with_variables() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("gpus_per_node: 0", "site.gpus_per_node=0"),
+        ("gpus_per_node: 0", "site.gpus_per_node='0'"),
         ("gpus: 4", "gpus=4: no such key"),
         ("gpus_per_node: 4\nrequest: gpu", "'gpus-per-node', 'gres' or 'none'"),
         ("[]", "expected"),
@@ -118,13 +144,29 @@ def test_a_recipe_is_written_and_says_what_it_needs(recipe: str, place: str | No
     wanted = files.values_of(str(file), [], [])["recipe"]["gpus"]
     found = header(job.read_text())
     nodes, tasks = sbatch.nodes_of(found), int(found["--ntasks-per-node"])
-    assert nodes and nodes * tasks == max(wanted, tasks) and notes == []
+    assert nodes and nodes * tasks == wanted and notes == []
     kind, asked = ("--gres", f"gpu:{tasks}") if place else ("--gpus-per-node", str(tasks))
     assert found[kind] == asked and len({"--gres", "--gpus-per-node"} & found.keys()) == 1
     assert found["--job-name"] == recipe and ("--signal" in found and "--requeue" in found)
     if recipe != "toy":
         assert config.run_dir == f"runs/{recipe}" and config.model.quant == "nf4"
     subprocess.run(["bash", "-n", str(job)], check=True)
+
+
+def test_where_to_fetch_to_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    init.run("new", "math_shoft_llama-3.1-8b", "jean-zay", False)
+    line = "  scalepeft fetch math_shoft_llama-3.1-8b.yaml --out $SCRATCH/huggingface\n"
+    assert line in capsys.readouterr().out
+    init.run("new", "toy", "jean-zay", False)
+    assert "fetch" not in capsys.readouterr().out, "which is made on the spot"
+    job = Path("new/math_shoft_llama-3.1-8b.sh").read_text()
+    assert 'export HF_HOME="${HF_HOME:-$SCRATCH/huggingface}"' in job
+
+
+def test_a_run_on_one_device_gets_one() -> None:
+    for recipe, ranks in (("toy", 1), ("gsm8k_hoft", 1), ("demo", 8)):
+        init.run("new", recipe, "generic-4", False)
+        assert sbatch.ranks_of(header(Path(f"new/{recipe}.sh").read_text())) == ranks
 
 
 FEW = ("toy", "commonsense_hoft_llama-3.1-70b", "sft_lora_qwen3-30b-a3b")

@@ -292,6 +292,23 @@ def test_a_comparison_is_two_arrays_and_a_table(capsys: pytest.CaptureFixture[st
     assert "plan: hoft: " in said and "plan: goft: " in said and "plan: lora: " not in said
 
 
+def test_a_site_stands_between_file_and_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("here.yaml").write_text("{gpus_per_node: 2, sbatch: {account: ours, constraint: gpu}}")
+    file = job(head="#!/bin/bash\n#SBATCH -N2 -A mine -c 3 -o %x.log -J other --exclusive\n")
+    more = {"site": "here.yaml", "pipeline": True, "plan": False, "cpu_sbatch": ("-C=cpu",)}
+    call(file, "data.test=[]", sbatch=["-A=last"], **more)
+    read = capsys.readouterr()
+    assert "site here.yaml: its own in the place of the job file's --account=mine" in read.err
+    found = parts(read.out)
+    log = f"--output={Path.cwd()}/run/submissions/001/%x-%j.log"
+    for name, kind in (("train", "gpu"), ("merge", "cpu")):
+        words = shlex.split(found[name].rpartition("\n--")[2])
+        assert {"account=last", log[2:], f"constraint={kind}"} <= {w.lstrip("-") for w in words}
+        assert not any(w.startswith("-") and not w.startswith("--") for w in words)
+        assert ("--exclusive" in words) == (kind == "gpu") and "--cpus-per-task=3" in words
+        assert "--job-name=run-merge" in words or kind == "gpu"
+
+
 @pytest.mark.parametrize(
     ("words", "more", "text"),
     [

@@ -251,6 +251,8 @@ def test_wrong_prompts_are_one_line(run_dir: Path, tmp_path: Path) -> None:
     assert "not allowed with" in wrong("generate", run, "--prompt", "a", "--file", "b")
     assert "is not a run directory" in wrong("generate", str(tmp_path), "--prompt", "a")
     assert "no merged checkpoint" in wrong("generate", run, "--prompt", "a", "--merged")
+    own = call("generate", run, "--prompt", ASKED, "data.system=Be brief.")
+    assert own.returncode == 0, "rows may have brought one"
     assert "cannot be changed for generate" in wrong("generate", run, "--prompt", "a", "train.lr=1")
     adapter = str(run_dir / "adapter")
     assert "add data=TASK" in wrong("generate", adapter, "--prompt", "a")

@@ -9,6 +9,10 @@ import pytest
 from disks import small_disk
 from processes import ROOT, Job, adapter_bytes, call, flip, losses
 
+from scalepeft.core.errors import UserError
+from scalepeft.models import hub, staging
+from scalepeft.parallel.ranks import Ranks
+
 BASE = ROOT / "tests/data/run-2026-11-21/base"
 SHARD = "model.safetensors"
 PROGRAM = (str(Path(__file__).with_name("staged_ranks.py")),)
@@ -55,6 +59,14 @@ def nodes(tmp_path: Path) -> Nodes:
 
 
 ON_BOTH = {0: {"n1"}, 1: {"n1"}, 2: {"n2"}, 3: {"n2"}}
+
+
+def test_a_folder_that_is_no_disk_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for setting, name in (("here", "here"), ("auto", "~/scratch")):
+        monkeypatch.setenv("SCALEPEFT_STAGE", "~/scratch")
+        base = hub.Base(hub.ModelConfig(stage=setting), BASE)
+        with pytest.raises(UserError, match=f"model.stage={setting}: {name} is no whole path"):
+            staging.stage(base, None, Ranks(), lambda: None)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
