@@ -212,6 +212,7 @@ call("init")
 call("train", "toy.yaml", "model.pretrain_steps=0", "train.max_steps=6", "train.save_every=3")
 call("submit", "toy.sh", "run_dir=runs/other", "engine.device=cpu", "--dry-run")
 call("status", "runs/toy")
+call("generate", "runs/toy", "--prompt", "What is red?", "evaluate.max_new_tokens=2")
 """
 
 
