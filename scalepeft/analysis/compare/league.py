@@ -55,6 +55,8 @@ def _draw(league: dict[str, Any], panel: Any, order: list[str]) -> Figure:
 
 def _differences(axes: Axes, result: dict[str, Any], order: list[str]) -> None:
     """Paired, with intervals; in color where an interval holds no zero; logarithms beyond 0.03."""
+    there = {row["method"] for row in result["methods"]}
+    order = [name for name in order if name in there]
     for row in (row for row in result["methods"] if row.get("difference")):
         mean, half = row["difference"]["mean"], row["difference"]["ci"] or 0.0
         color = "#8a9199" if abs(mean) <= half else "C0" if mean < 0 else "C1"
