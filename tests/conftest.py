@@ -1,6 +1,7 @@
 """Options of the test command, the order of tests, and fixtures that all tests share."""
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,6 +50,18 @@ def _variables() -> Iterator[None]:
     yield
     for key in read_at_import(dict(os.environ)).keys() - before.keys():
         del os.environ[key]
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """A command that ran in this process leaves signals ignored, which no shell of a later test
+    could trap then.
+    """
+    yield
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            default = number == signal.SIGINT and signal.default_int_handler
+            signal.signal(number, default or signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
