@@ -153,10 +153,13 @@ def test_wrong_tokenizer(shared_data: Path, tmp_path: Path) -> None:
 
 def test_help_and_version_need_no_torch() -> None:
     for arguments in (["--help"], ["train", "--help"], ["submit", "--help"], ["--version"]):
-        begin = time.monotonic()
-        done = call(*arguments)
-        assert done.returncode == 0 and done.stdout
-        assert time.monotonic() - begin < 5
+        code = f"import sys\nfrom scalepeft.cli import main\ntry:\n    main({arguments})\n"
+        code += (
+            "except SystemExit as end:\n    assert not end.code\nassert 'torch' not in sys.modules"
+        )
+        words = [sys.executable, "-c", code]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and done.stdout, done.stderr
     assert "exit codes: 0 finished; 75" in call("train", "--help").stdout
 
 
