@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What both recipes do in the image, from the folder above this one: install.sh EXTRAS [TORCH_INDEX]
 # makes /opt/venv ($VENV) with scalepeft[EXTRAS] at the versions of constraints.txt; torch is taken from TORCH_INDEX, as pip's
-# --index-url takes it (default: PyPI's, for CUDA). Nothing is cached in the image.
+# -i takes it (default: PyPI's, for CUDA). Nothing is cached in the image.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VENV:-/opt/venv}
@@ -12,7 +12,7 @@ fi
 python3 -m venv "$venv"
 case ${2:-default} in
 default) ;;
-*) "$venv/bin/python" -m pip install --no-cache-dir --constraint constraints.txt --index-url "$2" torch ;;
+*) "$venv/bin/python" -m pip install --no-cache-dir --constraint constraints.txt -i "$2" torch ;;
 esac
 "$venv/bin/python" -m pip install --no-cache-dir --constraint constraints.txt ".[$1]"
 "$venv/bin/scalepeft" --version

@@ -4,7 +4,7 @@
 #   test   what launch/test.sh needs, DeepSpeed and lm-eval among it (the default; has all of demo)
 # Run again after a change of pyproject.toml or constraints.txt; otherwise it returns at once. PYTHON=python3.12 picks the
 # interpreter; SCALEPEFT_TORCH=cpu|cu126|rocm6.4 SCALEPEFT_TORCH_INDEX=URL this build of torch from this index (as pip's
-# --index-url; default: what pip finds, from PyPI for CUDA).
+# -i; default: what pip finds, from PyPI for CUDA).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 die() { echo "setup: $*" >&2; exit 2; }
@@ -44,7 +44,7 @@ install() {
     .venv/bin/python -m pip install --constraint constraints.txt "$@" 2>&1 | tee "$log" | show || { tail -n 12 "$log" >&2; die "pip failed: see above, or all of it in $log"; }
 }
 echo "setup: installing into .venv what $what needs ($size)"
-[ -z "$build" ] || { install --index-url "$index" torch; check_build ", which $index gave"; }
+[ -z "$build" ] || { install -i "$index" torch; check_build ", which $index gave"; }
 install --editable ".[$extras]"
 echo "$want" > ".venv/.scalepeft-$what"
 .venv/bin/python -c 'import importlib.metadata as m

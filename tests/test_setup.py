@@ -92,7 +92,7 @@ def test_a_build_of_torch_comes_first_from_the_users_index(checkout: Checkout) -
     assert checkout.setup("demo", TORCH="2.13.0+cu126", **INDEX).returncode == 0
     first, second = checkout.asked()
     assert (
-        first == f"--constraint constraints.txt --index-url {INDEX['SCALEPEFT_TORCH_INDEX']} torch"
+        first == f"--constraint constraints.txt -i {INDEX['SCALEPEFT_TORCH_INDEX']} torch"
     )
     assert second.endswith(".[quant]")
 

@@ -359,7 +359,7 @@ SKYPILOT: dict[str, Any] = {
             "recover_on_exit_codes": [int],
         },
     },
-    "volumes": {"/work": str},
+    "volumes": {"/shared": str},
     "envs": {"HF_HOME": str, "SCALEPEFT_CACHE": str},
 }  # fmt: skip
 
