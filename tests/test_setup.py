@@ -91,9 +91,7 @@ def test_a_pip_that_fails_says_why_and_leaves_nothing_done(checkout: Checkout) -
 def test_a_build_of_torch_comes_first_from_the_users_index(checkout: Checkout) -> None:
     assert checkout.setup("demo", TORCH="2.13.0+cu126", **INDEX).returncode == 0
     first, second = checkout.asked()
-    assert (
-        first == f"--constraint constraints.txt -i {INDEX['SCALEPEFT_TORCH_INDEX']} torch"
-    )
+    assert first == f"--constraint constraints.txt -i {INDEX['SCALEPEFT_TORCH_INDEX']} torch"
     assert second.endswith(".[quant]")
 
 
