@@ -50,6 +50,7 @@ def extend(folder: str) -> None:
         if taken := sorted(fixed & set(_modules(place))):
             raise UserError(f"{place}/{taken[0]}.py: the name '{taken[0]}' is taken; rename it")
         paths.append(place)
+    _modules.cache_clear()
 
 
 def extension_folders() -> list[Path]:
@@ -85,6 +86,7 @@ def _paths(package: str) -> list[str]:
     return importlib.import_module(f"scalepeft.{package}").__path__  # type: ignore[return-value]
 
 
+@cache  # asked for each adapted layer
 def _modules(path: str) -> list[str]:
     found = (module.name for module in pkgutil.iter_modules([path]))
     return [name for name in found if name not in NO_ENTRIES and not name.startswith("_")]
