@@ -1,6 +1,7 @@
 """``scalepeft data``: the rows of a run in numbers, and as the model sees them."""
 
 import sys
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -41,9 +42,7 @@ def run(settings: list[str], show: int) -> None:
     """Print counts of the rows, as a training reads them, and ``show`` of them as text."""
     if show < 0:
         raise UserError(f"--show {show}: expected a number of rows")
-    config, notes = files.load_partly(settings)
-    for note in notes:
-        say(note)
+    config = files.load_partly(settings)
     base = open_base(config.model, Ranks())
     task, found = task_of(config, base.tokenizer), dict[str, TokenSet]()
     for split, file in token_file.files(task, base.tokenizer, base.vocab_size, base.ends).items():
@@ -60,14 +59,12 @@ def run(settings: list[str], show: int) -> None:
 def shown(tokens: TokenSet, i: int, tokenizer: Any) -> str:
     """A row's text, control tokens and all, with what is learned set off."""
     begin, end = (LEARNED, PLAIN) if sys.stdout.isatty() else ("«", "»")
-    ids, learned = tokens.row(i).tolist(), (tokens.labels(i) != IGNORED).tolist()
-    text, place, inside = "", 0, False
-    for here, label in enumerate([*learned, None], 0):
-        if label == inside:
-            continue
-        piece = tokenizer.decode(ids[:here], clean_up_tokenization_spaces=False)
-        text += piece[place:] + (end if inside else begin if label else "")
-        place, inside = len(piece), bool(label)
+    ids, here, text, place = tokens.row(i).tolist(), 0, "", 0
+    for learned, part in groupby((tokens.labels(i) != IGNORED).tolist()):
+        here += len(list(part))
+        whole = tokenizer.decode(ids[:here], clean_up_tokenization_spaces=False)
+        text += begin + whole[place:] + end if learned else whole[place:]
+        place = len(whole)
     return text
 
 

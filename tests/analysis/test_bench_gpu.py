@@ -57,6 +57,14 @@ def test_each_way_is_the_one_that_it_is_named_for(
     assert calls == {training.ONCE: 2 * 4 * 3, training.EACH: 2 * (4 + 10 * 4)}
 
 
+def test_the_model_is_built_as_a_training_builds_it(tmp_path: Path) -> None:
+    made = training.trainer(Session(tmp_path, 100, True), "hoft", training.NF4)
+    tables = {n: b for n, b in made.built.model.named_buffers() if n.endswith("inv_freq")}
+    assert tables and {b.dtype for b in tables.values()} == {torch.float32}, "not rounded to bf16"
+    stored = [m for m in made.built.model.modules() if isinstance(m, quant.QuantLinear)]
+    assert len(stored) == 14 and {m.fmt for m in stored} == {quant.NF4(True)}
+
+
 @pytest.mark.slow
 @pytest.mark.full
 def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:

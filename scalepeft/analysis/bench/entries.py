@@ -115,13 +115,11 @@ def on_bitsandbytes(model: Any, dtype: torch.dtype) -> Any:
 
 
 def inject_peft(model: nn.Module, fields: dict[str, Any], low: bool = False) -> None:
-    """Put a method of PEFT on a model, in fp32 as ``get_peft_model`` does, or in its precision."""
+    """Put a method of PEFT on a model, in fp32 as it does unless told, or in its precision."""
     import peft
 
-    peft.inject_adapter_in_model(peft.get_peft_config(dict(fields)), model)
-    for parameter in model.parameters():
-        if parameter.requires_grad and not low:
-            parameter.data = parameter.data.float()
+    # What it returns wraps the model, which it has changed.
+    peft.get_peft_model(model, peft.get_peft_config(dict(fields)), autocast_adapter_dtype=not low)
 
 
 @dataclass

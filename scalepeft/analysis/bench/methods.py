@@ -81,14 +81,10 @@ def _settings(layers: list[Layer], rank: int) -> tuple[dict[str, Any], dict[str,
 
 def _twin(settings: dict[str, Any], layers: list[Layer]) -> dict[str, Any] | None:
     """Return the config of PEFT's form of one of our methods; None where there is none."""
-    net = nn.Sequential()
-    for name, width, out in layers:
-        net.add_module(name, nn.Linear(width, out, device="meta"))
-    try:
-        inject.inject(net, settings)
-    except UserError:
-        return None
-    return peft_fields(net)
+    net = nn.ModuleDict({name: nn.Linear(width, out, device="meta") for name, width, out in layers})
+    with suppress(UserError):
+        return peft_fields(inject.inject(net, settings))
+    return None
 
 
 def peft_fields(model: nn.Module) -> dict[str, Any] | None:

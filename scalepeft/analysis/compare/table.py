@@ -14,6 +14,7 @@ from scalepeft.core.stats import mean_interval
 from scalepeft.core.text import table
 
 Row = dict[str, Any]
+OF_METHOD = ("adapter", "parameters", "size", "usual_lr", "rates")  # in its row
 
 
 def summarize(runner: Runner) -> dict[str, Any]:
@@ -46,11 +47,7 @@ def _row(design: Design, method: Method, cells: list[Row], swept: dict[float, An
     done = [c for c in local if c["state"] == "done"]
     row: Row = {
         "method": method.label,
-        "adapter": method.adapter,
-        "parameters": method.parameters,
-        "size": method.size,
-        "usual_lr": method.usual_lr,
-        "rates": method.rates,
+        **{key: getattr(method, key) for key in OF_METHOD},
         "seeds": [c["seed"] for c in done],
         "wanted": len(local),
         "notes": _notes(design, method, local, swept),

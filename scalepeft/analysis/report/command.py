@@ -1,6 +1,4 @@
-"""Runs as a table on the terminal, and as a report in HTML and Markdown: facts are read (load.py),
-arranged (scores.py, provenance.py), drawn (figures.py) and written by templates (render.py).
-"""
+"""Runs as a table on the terminal, and as a report in HTML and Markdown."""
 
 from pathlib import Path
 

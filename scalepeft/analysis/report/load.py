@@ -25,8 +25,6 @@ from scalepeft.run.goodput import Goodput, goodput
 SUBJECTS = {"eval-base": "base", "eval": "tuned", "eval-merged": "merged"}
 COLUMNS = ("step", "loss", "lr", "grad_norm", "tokens_per_second", "seconds", "sample_index",
            "time", "memory_reserved")  # fmt: skip
-MARKS = ("config.yaml", "events.jsonl", "metrics.jsonl")
-"""One of them makes a folder a run's."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,8 @@ def read_all(folders: list[Path]) -> list[Run]:
     """Read runs in the order given, each once. Raise UserError if one is no run folder."""
     unique = {folder.resolve(): folder for folder in folders}
     for folder in unique.values():
-        if not any((folder / name).is_file() for name in MARKS):
+        names = ("config.yaml", "events.jsonl", "metrics.jsonl")
+        if not any((folder / name).is_file() for name in names):
             what = "no config.yaml, events.jsonl or metrics.jsonl in it"
             raise UserError(f"{folder} is no run folder: {what}; name the run_dir of a training")
     short = len({path.name for path in unique}) == len(unique)

@@ -16,9 +16,6 @@ EACH = 10  # right ones, and wrong ones
 VERDICTS = {True: "Right", False: "Wrong", None: "Chosen by digest"}
 Rows = list[dict[str, Any]]
 
-Found = dict[str, Evaluation]
-"""The evaluations of a task by what tables call them: ``tuned``, of several runs ``RUN, tuned``."""
-
 
 def with_interval(metric: dict[str, Any]) -> str:
     """Return a metric's value and interval as text."""
@@ -33,15 +30,16 @@ def subjects(run: Run) -> tuple[Evaluation | None, Evaluation | None]:
 
 def tasks(runs: list[Run]) -> list[dict[str, Any]]:
     """Return name, tables, warnings and remarks of each task."""
-    every = [(run.name if len(runs) > 1 else "", e) for run in runs for e in run.evaluations]
+    pairs = [(run.name, e) for run in runs for e in run.evaluations]
+    every = [(f"{n}, {e.which}" if len(runs) > 1 else e.which, e) for n, e in pairs]
     listed = []
     for task in dict.fromkeys(e.task for _, e in every):
-        found = {f"{n}, {e.which}" if n else e.which: e for n, e in every if e.task == task}
+        found = {who: e for who, e in every if e.task == task}
         listed.append({"name": task, **_tables(found), **_notes(found)})
     return listed
 
 
-def _notes(found: Found) -> dict[str, list[str]]:
+def _notes(found: dict[str, Evaluation]) -> dict[str, list[str]]:
     remarks, warnings = [], []
     first = next(iter(found))
     for who, e in found.items():
@@ -63,7 +61,7 @@ def _notes(found: Found) -> dict[str, list[str]]:
     return {"remarks": list(dict.fromkeys(remarks)), "warnings": warnings}
 
 
-def _tables(found: Found) -> dict[str, list[Any]]:
+def _tables(found: dict[str, Evaluation]) -> dict[str, list[Any]]:
     """The scores over each source (``parts``); over all rows, and their unweighted means."""
     names = list(dict.fromkeys(name for e in found.values() for name in e.scores["metrics"]))
     names += [COMET] if any("bleu" in name.lower() for name in names) else []
@@ -115,13 +113,11 @@ def verdict(run: Run) -> dict[str, list[str]]:
         gain = one["value"] - other["value"]
         unit = f"{100 * gain:+.1f} percentage points" if one["share"] else f"{gain:+.2f} points"
         apart = one["ci95"][0] > other["ci95"][1] or other["ci95"][0] > one["ci95"][1]
-        meaning = "do not overlap" if apart else "overlap"
-        text = f"{unit} against the base; the 95 % intervals {meaning}."
-    missing = [(e.which, e.scores["no_answer_found"], e.scores["count"]) for e in (tuned, base)]
+        text = f"{unit} against the base; the 95 % intervals {'do not ' * apart}overlap."
     warnings = [
-        f"{which}: no answer was found in {none:,} of {count:,} predictions; they count as wrong."
-        for which, none, count in missing
-        if none > 0.2 * count
+        f"{e.which}: no answer was found in {none:,} of {count:,} predictions; they count as wrong."
+        for e in (tuned, base)
+        if (none := e.scores["no_answer_found"]) > 0.2 * (count := e.scores["count"])
     ]
     return {"remarks": [f"{name}: {text}"], "warnings": warnings}
 

@@ -40,10 +40,7 @@ def run(settings: list[str]) -> int:
     processes.
     """
     Single.check(world_size())
-    path, overrides = files.config_first(settings)
-    if not path and not any(setting.startswith("train.epochs=") for setting in overrides):
-        overrides = ["train.max_steps=1", *overrides]
-    config, _ = files.load(path, ["run_dir=.", *overrides])
+    config = files.load_partly(settings)
     config = replace(config, engine=EngineConfig(name="single", device=config.engine.device))
     ranks = start_ranks(config)
     base = open_base(config.model, ranks)

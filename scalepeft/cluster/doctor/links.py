@@ -60,9 +60,10 @@ def wrong_collectives(ranks: Ranks, device: torch.device) -> list[str]:
 def stored_bytes(context: Context) -> Any:
     """Shard 4-bit storage as the engine does, in uint8, and gather it; raise if bytes changed."""
     n, config, every = context.ranks.world_size, context.config, patterns()
-    quantized = config is not None and config.model.quant != "none"
-    by_fsdp2 = quantized and config.engine.name == "fsdp2"
-    by_zero = quantized and getattr(config.engine, "stage", 0) == 3
+    needed = config is None or (
+        config.model.quant != "none"
+        and (config.engine.name == "fsdp2" or getattr(config.engine, "stage", 0) == 3)
+    )
     stored = {
         "weight": every,
         "scales": every[:, ::4].contiguous(),
@@ -73,7 +74,7 @@ def stored_bytes(context: Context) -> Any:
         if text := changed(tensor, stored[name]):
             text = f"an all-gather changes bytes: {name}: {text}: training on a sharded quantized"
             text += " base would be wrong without an error"
-            if config is not None and not (by_fsdp2 or by_zero):
+            if not needed:
                 return "warn", text
             raise RuntimeError(text)
     uneven = f", uneven shards on {n} ranks" if n > 1 else ""

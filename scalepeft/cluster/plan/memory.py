@@ -1,6 +1,7 @@
 """A rank's bytes: between steps by arithmetic over all parameters, at the peak by simulation."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -126,15 +127,12 @@ def measure(config: RunConfig, source: Source, world: int, per_node: int) -> Ste
         for part in WHEN[when]:
             figures.work[part, exchange, "count"] = count
             figures.work[part, exchange, "bytes"] = size
-    peaks = {moment: sum(kinds.values()) for moment, kinds in figures.moments.items()}
-    step.moment = max(peaks, key=peaks.__getitem__)
+    step.moment = max(figures.moments, key=lambda moment: sum(figures.moments[moment].values()))
     step.peak = {kind: figures.moments[step.moment].get(kind, 0.0) for kind in KINDS}
     times = {"other": step.micro - 1, "last": 1, "control": 1}
+    total: dict[Any, float] = defaultdict(float)
     for (part, key, unit), value in figures.work.items():
-        if key is None:
-            step.flops += times[part] * value
-            continue
-        count, size = step.exchanges.get(key, (0.0, 0.0))
-        value *= times[part]
-        step.exchanges[key] = (count + value, size) if unit == "count" else (count, size + value)
+        total[key, unit] += times[part] * value
+    step.flops = total[None, "flops"]
+    step.exchanges = {key: (total[key, "count"], total[key, "bytes"]) for key, _ in total if key}
     return step

@@ -2,7 +2,6 @@
 
 import math
 import os
-import subprocess
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +16,7 @@ from scalepeft.core.errors import UserError
 from scalepeft.core.files import write_atomically
 from scalepeft.core.log import say
 from scalepeft.core.preemption import BROKEN, FINISHED
+from scalepeft.core.slurm import output_of
 from scalepeft.core.text import table
 from scalepeft.run.provenance import commit, device_name, versions
 
@@ -29,9 +29,8 @@ def environment(session: Session) -> dict[str, Any]:
     found |= versions(*libraries)
     if session.cuda:
         query = "--query-gpu=driver_version,memory.total,clocks.sm,power.draw"
-        words = ["nvidia-smi", query, "--format=csv,noheader"]
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
-        found |= {"NCCL": str(torch.cuda.nccl.version()), "nvidia-smi": done.stdout.strip()}
+        said = output_of("nvidia-smi", query, "--format=csv,noheader").strip()
+        found |= {"NCCL": str(torch.cuda.nccl.version()), "nvidia-smi": said}
     return found
 
 

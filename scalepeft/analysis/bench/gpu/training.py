@@ -18,7 +18,7 @@ from scalepeft.analysis.bench.gpu.session import Session
 from scalepeft.build import Built
 from scalepeft.config import files as config_files
 from scalepeft.data.tokens import TokenSet
-from scalepeft.models import attention, loss, quant, shapes, structure
+from scalepeft.models import attention, loss, shapes, structure
 from scalepeft.parallel.single import Single
 from scalepeft.trainer import Outcome, Trainer, batches
 
@@ -55,14 +55,13 @@ def trainer(session: Session, adapter: str, storage: str, *more: str) -> Trainer
     """As ``build.build``, with random weights in place of files."""
     shapes.architecture(session.shape).save_pretrained(session.out / "shape")
     config, _ = config_files.load(None, settings(session, adapter, storage, *more))
-    fmt = quant.get_format(config.model.quant, config.model.double_quant)
-    model = shapes.meta_model(session.shape).to(BF16)
+    model: Any = structure.build(config.model, session.out / "shape", config.train.precision)
     attention.read_rows_alone(model)
-    model = random_weights(model, fmt, session.device)
+    model = random_weights(model, None, session.device)
     if adapter == PEFT:
         targets = config.adapter.target_modules
         fields = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": targets}
-        inject_peft(model if fmt is None else on_bitsandbytes(model, BF16), fields)
+        inject_peft(model if storage == PLAIN else on_bitsandbytes(model, BF16), fields)
     elif adapter == FROZEN:  # one trained vector, so that a gradient goes through all of it
         embedding = model.get_input_embeddings()
         embedding.floor = nn.Parameter(torch.zeros_like(embedding.weight[0]))
