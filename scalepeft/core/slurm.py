@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+from contextlib import suppress
 
 
 def slurm_job() -> str | None:
@@ -39,8 +40,9 @@ def ask_all(job: str) -> list[dict[str, str]]:
 
 
 def output_of(*command: str) -> str:
-    """What a command prints; nothing where it fails or is not installed."""
+    """What a command prints; nothing where it fails, hangs for a minute or is not installed."""
     if not shutil.which(command[0]):
         return ""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout if done.returncode == 0 else ""
+    with suppress(subprocess.SubprocessError):
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=60)
+    return ""
