@@ -198,7 +198,7 @@ def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weight
     parts = [local_part(parameter)]
     if layer is not None:
         parts.append(local_part(layer.weight_scale))
-        quant.check_device(parts[0].data.device, layer.fmt)
+        quant.self_check(parts[0].data.device, layer.fmt)
     source = weights.layout.sources[full_name]
     widths = [max(1, math.prod(part.shape[1:])) for part in parts]
     local = [(p, width) for p, width in zip(parts, widths, strict=True) if p.data.numel()]
