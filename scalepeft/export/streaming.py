@@ -158,11 +158,9 @@ class FinishedRun:
         weights = self.base.weights
         model = structure.build(config, self.base.folder, "fp32", weights)
         injection.inject(model, self.config.adapter)
-        where = str(adapter_folder(self.config.run_dir))
-        injection.check_state(model, injection.shapes(self.state), where)
         for _, adapter in injection.adapters(model):
             adapter.to_empty(device=self.device)
-        injection.load_state(model, self.state, where)
+        injection.load_state(model, self.state, str(adapter_folder(self.config.run_dir)))
         return Streamed(model, weights, self.device)
 
 

@@ -44,8 +44,7 @@ class _Stacked:
         self.adapter, self.base = adapter, base
 
     def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = self.adapter(x, self.base)
-        return y
+        return self.adapter(x, self.base)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         p = next(self.adapter.parameters())

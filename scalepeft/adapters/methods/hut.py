@@ -5,17 +5,16 @@ Letters: r rank, M_A (out, r), M_B (r, in), both start at 1 and are stored as ``
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
 from scalepeft.adapters.base import Adapter, AdapterConfig, Base, first_order, scale_shift
 from scalepeft.core.errors import UserError
-from scalepeft.core.fields import STRICT
+from scalepeft.core.fields import STRICT, Positive
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -28,7 +27,7 @@ class HUTConfig(AdapterConfig):
     """
 
     name: str = "hut"
-    rank: Annotated[int, Field(ge=1)] = 1
+    rank: Positive = 1
     shift: bool = False
 
 

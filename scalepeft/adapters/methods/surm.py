@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from scalepeft.adapters.base import Adapter, AdapterConfig, Base, math_dtype
 from scalepeft.core.errors import UserError
-from scalepeft.core.fields import STRICT
+from scalepeft.core.fields import STRICT, Positive
 
 TOKENS = 1024  # of which a gradient of a Kronecker factor is formed at one time
 
@@ -38,10 +38,8 @@ class SURMConfig(AdapterConfig):
     name: str = "surm"
     structure: Literal["auto", "circulant", "toeplitz", "kronecker", "ldr"] = "auto"
     placement: Literal["lora", "adapter"] = "lora"
-    ldr_rank: Annotated[int, Field(ge=1)] = 4
-    factors: (
-        Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)] | None
-    ) = None
+    ldr_rank: Positive = 4
+    factors: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
     init_std: Annotated[float, Field(gt=0)] = 0.02
     scaling: Annotated[float, Field(gt=0)] = 1.0
 
@@ -261,16 +259,8 @@ class SURM(Adapter):
         if self.structure == "kronecker":
             (o1, i1), (o2, i2) = (getattr(self, k).shape for k in "AB")
             return int(2 * i1 * o2 * (i2 + o1))
-        if self.structure == "circulant":
-            sizes = [tuple(getattr(self, "a").shape)]  # noqa: B009
-        elif self.structure == "ldr":
-            r = self.config.ldr_rank
-            sizes = [(r, 1, 2 * columns), (1, r, columns)]
-        else:
-            length = smooth_length(self.out_features + columns - 1)
-            sizes = [(1, 1, length)] * (2 if columns == self.out_features else 1)
-        work = (2.5 * n * math.log2(n) * (p + q) + 4 * n * p * q for p, q, n in sizes)
-        return round(sum(work))
+        sizes = (kernel.shape for kernel in self._chain(torch.float32, columns)[1])
+        return round(sum(2.5 * n * math.log2(n) * (p + q) + 4 * n * p * q for p, q, n in sizes))
 
     def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """PEFT's C3A for circulant blocks: its kernel is ours reversed, times in."""
