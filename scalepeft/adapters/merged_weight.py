@@ -7,14 +7,16 @@ from torch import Tensor, nn
 
 from scalepeft.adapters.base import Scale, math_dtype
 from scalepeft.adapters.experts import Stacked
-from scalepeft.adapters.inject import Adapted, AdaptedNorm
+from scalepeft.adapters.inject import Adapted
 from scalepeft.core.errors import UserError
 from scalepeft.models import quant
 from scalepeft.models.experts import ExpertLinear
 
+ROWS = 1024  # of the identity that a layer maps at one time
+
 
 @torch.no_grad()
-def effective_weight(layer: nn.Module, chunk: int = 1024) -> tuple[Tensor, Tensor | None]:
+def effective_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Returns ``(W', b')`` in fp32 (fp64 for an fp64 layer), so that the layer equals ``W' x +
     b'``; of experts all of them, (E out, in) and (E out,). b' is None where the layer has no bias
     and the method adds none. Raises UserError: no adapter, or its method is not affine in x.
@@ -23,20 +25,17 @@ def effective_weight(layer: nn.Module, chunk: int = 1024) -> tuple[Tensor, Tenso
         raise UserError(f"{type(layer).__name__} has no adapter; call adapt() or inject() first")
     check_mergeable(layer)
     like = torch.empty(0, layer.in_features, dtype=_dtype(layer), device=layer.weight.device)
-    parts = [affine(apply, like, [layer.adapter], chunk) for apply in _maps(layer)]
+    parts = [affine(apply, like, [layer.adapter]) for apply in _maps(layer)]
     weight, bias = (torch.cat(part) for part in zip(*parts, strict=True))
     has_bias = layer.bias is not None or bool(bias.any())
     return weight, bias if has_bias else None
 
 
 def affine(
-    apply: Callable[[Tensor], Tensor],
-    like: Tensor,
-    adapters: Sequence[nn.Module],
-    chunk: int = 1024,
+    apply: Callable[[Tensor], Tensor], like: Tensor, adapters: Sequence[nn.Module]
 ) -> tuple[Tensor, Tensor]:
     """``(W', b')`` of ``apply(x) = W' x + b'`` over rows x (..., in), ``like`` (0, in) in dtype and
-    device: the image of zero, and those of the identity, ``chunk`` rows at a time. The ``adapters``
+    device: the image of zero, and those of the identity, ``ROWS`` at a time. The ``adapters``
     are in eval mode for it, without dropout, and not their base: that stays as it is.
     """
     were = [adapter.training for adapter in adapters]
@@ -44,8 +43,8 @@ def affine(
         adapter.eval()
     zero = apply(like.new_zeros(1, like.shape[1]))[0]
     weight = zero.new_empty(len(zero), like.shape[1])
-    for first in range(0, like.shape[1], chunk):
-        rows = min(chunk, like.shape[1] - first)
+    for first in range(0, like.shape[1], ROWS):
+        rows = min(ROWS, like.shape[1] - first)
         x = like.new_zeros(rows, like.shape[1])
         x[torch.arange(rows), first + torch.arange(rows)] = 1
         weight[:, first : first + rows] = (apply(x) - zero).T
@@ -105,12 +104,6 @@ def adds_bias(layer: Adapted) -> bool:
         any_weight.weight = nn.Parameter(row.expand(layer.out_features, -1))
         x, base = torch.zeros(1, layer.in_features), quant.Frozen(any_weight)
         return any(bool(adapter.forward(x, base).any()) for adapter in ones)
-
-
-def norm_parameter(name: str, norm: AdaptedNorm, key: str) -> Tensor:
-    """``weight`` or ``bias`` of a norm with a trained scale; as ``merged_norm``."""
-    without = super(AdaptedNorm, norm).forward  # the norm without its adapter
-    return merged_norm(name, norm, [norm.adapter], without)[key]
 
 
 @torch.no_grad()

@@ -22,7 +22,6 @@ from scalepeft.models import quant, structure
 from scalepeft.models.conversion import Group
 from scalepeft.models.experts import ExpertLinear
 from scalepeft.models.quantized_copy import QuantizedCopy
-from scalepeft.models.sources import DTYPES, FLOATS
 from scalepeft.models.tensors import DTYPE_NAMES
 from scalepeft.models.weights import INDEX, Entry, Weights
 from scalepeft.parallel.ranks import Ranks
@@ -35,7 +34,6 @@ COPIED = (
 )  # fmt: skip
 SWITCHES = ("attention_bias", "mlp_bias")
 """Keys of config.json that give the layers of a block a bias (LLaMA has both)."""
-NAMES = {"fp32": "F32", "bf16": "BF16"}
 
 
 def run(
@@ -170,8 +168,8 @@ def _shards(
             if source.where != str(file.path):
                 continue
             kind = DTYPE_NAMES[source.dtype]
-            if dtype != "base" and kind in FLOATS:
-                kind = NAMES[dtype]
+            if dtype != "base" and source.dtype.is_floating_point:
+                kind = DTYPE_NAMES[models.PRECISIONS[dtype]]
             elif kind == "F32" and not isinstance(source, Entry):
                 kind = decoded
             items.append(Item(name, kind, tuple(source.shape), source))
@@ -247,7 +245,8 @@ class _Stream:
         if not self._changes(f"{name}.{key}"):
             return None
         if isinstance(module, AdaptedNorm):
-            return merged_weight.norm_parameter(name, module, key)
+            without = super(AdaptedNorm, module).forward  # the norm without its adapter
+            return merged_weight.merged_norm(name, module, [module.adapter], without)[key]
         if isinstance(module, Adapted) and key == "bias":
             return merged_weight.effective_bias(module)
         if isinstance(module, Adapted):
@@ -306,7 +305,7 @@ def _copy_small_files(
         config["tie_word_embeddings"] = False
     if dtype != "base":
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
-        config[key] = str(DTYPES[NAMES[dtype]]).removeprefix("torch.")
+        config[key] = str(models.PRECISIONS[dtype]).removeprefix("torch.")
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 

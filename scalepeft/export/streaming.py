@@ -158,9 +158,11 @@ class FinishedRun:
         weights = self.base.weights
         model = structure.build(config, self.base.folder, "fp32", weights)
         injection.inject(model, self.config.adapter)
+        where = str(adapter_folder(self.config.run_dir))
+        injection.check_state(model, injection.shapes(self.state), where)
         for _, adapter in injection.adapters(model):
             adapter.to_empty(device=self.device)
-        injection.load_state(model, self.state, str(adapter_folder(self.config.run_dir)))
+        injection.load_state(model, self.state, where)
         return Streamed(model, weights, self.device)
 
 

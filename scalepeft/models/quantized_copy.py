@@ -52,11 +52,6 @@ class QuantizedCopy:
             if self.ranks.any(self.folder.is_dir()):
                 self._find(self.folder)
 
-    @property
-    def bytes_read(self) -> int:
-        """Of the copy, by this rank."""
-        return self.reader.bytes_read if self.reader else 0
-
     def _find(self, folder: Path) -> None:
         """Opens the copy that is there, unless a rank finds that it is none."""
         try:

@@ -28,7 +28,7 @@ class HRAConfig(AdapterConfig):
     BEFORE: ClassVar = {"form": "pairs"}
 
     name: str = "hra"
-    target_modules: Targets = Field(default_factory=lambda: ["q_proj", "v_proj"])
+    target_modules: Targets = Field(default=["q_proj", "v_proj"])
     rank: Annotated[int, Field(ge=2)] = 8
     form: Literal["pairs", "mean_difference"] = "mean_difference"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -22,8 +22,8 @@ class IA3Config(AdapterConfig):
     """
 
     name: str = "ia3"
-    target_modules: Targets = Field(default_factory=lambda: ["k_proj", "v_proj", "down_proj"])
-    feedforward_modules: NameList = Field(default_factory=lambda: ["down_proj"])
+    target_modules: Targets = Field(default=["k_proj", "v_proj", "down_proj"])
+    feedforward_modules: NameList = Field(default=["down_proj"])
 
     def __post_init__(self) -> None:
         """Raise UserError for a feed-forward module that is no target."""
