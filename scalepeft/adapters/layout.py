@@ -25,6 +25,7 @@ from scalepeft.adapters.card import card
 from scalepeft.adapters.experts import Stacked
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError
+from scalepeft.core.fields import field_names
 from scalepeft.core.files import (
     digest,
     parse_json,
@@ -185,8 +186,7 @@ def as_peft(
 
 def _fields(config: AdapterConfig, named: dict[str, str]) -> dict[str, str]:
     """Setting of the method's own -> the field of a PEFT config that has it."""
-    every = {f.name for f in dataclasses.fields(AdapterConfig)}
-    own = [f.name for f in dataclasses.fields(config) if f.name not in every]
+    own = [name for name in field_names(type(config)) if name not in field_names(AdapterConfig)]
     return {name: {"rank": "r", **named}.get(name, name) for name in own}
 
 

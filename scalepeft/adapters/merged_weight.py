@@ -24,7 +24,8 @@ def effective_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     if not isinstance(layer, Adapted):
         raise UserError(f"{type(layer).__name__} has no adapter; call adapt() or inject() first")
     check_mergeable(layer)
-    like = torch.empty(0, layer.in_features, dtype=_dtype(layer), device=layer.weight.device)
+    w = layer.weight
+    like = torch.empty(0, layer.in_features, dtype=math_dtype(w.dtype), device=w.device)
     parts = [affine(apply, like, [layer.adapter]) for apply in _maps(layer)]
     weight, bias = (torch.cat(part) for part in zip(*parts, strict=True))
     has_bias = layer.bias is not None or bool(bias.any())
@@ -60,13 +61,9 @@ def merged(layer: Adapted) -> Tensor:
     lora = layer.adapter.to_lora(base)
     if lora is None:
         return effective_weight(layer)[0]
-    w = base.weight(_dtype(layer))
+    w = base.weight(math_dtype(layer.weight.dtype))
     a, b = (factor.to(w.dtype) for factor in lora)
     return torch.addmm(w, b, a)
-
-
-def _dtype(layer: nn.Linear) -> torch.dtype:
-    return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
 
 
 def check_mergeable(layer: Adapted) -> None:
@@ -78,7 +75,8 @@ def check_mergeable(layer: Adapted) -> None:
 @torch.no_grad()
 def effective_bias(layer: Adapted) -> Tensor:
     """What the layer makes of zero, (out,); of experts (E out,)."""
-    x = torch.zeros(1, layer.in_features, dtype=_dtype(layer), device=layer.weight.device)
+    w = layer.weight
+    x = torch.zeros(1, layer.in_features, dtype=math_dtype(w.dtype), device=w.device)
     return torch.cat([apply(x)[0] for apply in _maps(layer)])
 
 

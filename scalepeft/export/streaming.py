@@ -48,7 +48,7 @@ class Streamed:
     """
 
     stored: Callable[..., bool] = staticmethod(lambda *of: False)
-    """As ``load_weights`` takes it."""
+    """As ``fill`` takes it."""
 
     def __init__(self, model: nn.Module, weights: Weights, device: torch.device) -> None:
         structure.compute_tables(model, device)
@@ -70,12 +70,8 @@ class Streamed:
                 real = torch.empty_like(p, device=self.device)
                 module._parameters[key] = nn.Parameter(real, requires_grad=False)
             for key, p in own.items():
-                if key == "weight_scale":  # comes with its weight
-                    continue
-                real, scale = getattr(module, key), getattr(module, f"{key}_scale", None)
-                if scale is None or not self.stored(self.names[id(p)], real, scale):
-                    with torch.no_grad():
-                        fill(module, self.names[id(p)], key, real, self.weights)
+                if key != "weight_scale":  # comes with its weight
+                    fill(module, self.names[id(p)], getattr(module, key), self.weights, self.stored)
             yield
         finally:
             module._parameters.update(own)

@@ -38,8 +38,7 @@ class HRAConfig(AdapterConfig):
 class HRA(Reflected):
     """``W' = W H(u1) ... H(ur)``, ``H(u) = I - 2 u u^T / |u|^2``; V (in, r); ``r in`` parameters.
 
-    The paper's order of reflections. Matches HF PEFT. Raises UserError: odd rank, or a rank too
-    large for the layer.
+    The paper's order of reflections. Matches HF PEFT. Raises UserError: rank odd, or too large.
     """
 
     Config = HRAConfig

@@ -32,10 +32,7 @@ class HUTConfig(AdapterConfig):
 
 
 class _WeightFunction(torch.autograd.Function):
-    """``x W'^T`` with ``W' = change(W, *parameters)``, made in forward and again in backward.
-
-    Saves x and the parameters. The gradient of W' (out, in) lives for one layer's backward only.
-    """
+    """``x W'^T``, ``W' = change(W, *parameters)`` made in each pass: x and parameters are saved."""
 
     @staticmethod
     def forward(
