@@ -135,16 +135,13 @@ def common_fields(model: nn.Module, fields: dict[str, dict[str, Any]]) -> dict[s
     """One config for all layers: equal fields, PEFT's pattern for C3A's block sizes, and targets:
     the last part of a name where every such layer of the model is adapted.
     """
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, ExpertLinear)
-    ]
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    experts = {name for name, module in model.named_modules() if isinstance(module, ExpertLinear)}
 
     def last(name: str) -> str:
         return name.rsplit(".", 1)[-1]
 
-    short = {last(n) for n in fields} - {last(n) for n in linear if n not in fields}
+    short = {last(n) for n in fields} - {last(n) for n in linear - experts - fields.keys()}
     targets = sorted({last(n) if last(n) in short else n for n in fields})
     common = dict(next(iter(fields.values())))
     if common["peft_type"] == "C3A":

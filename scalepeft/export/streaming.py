@@ -36,8 +36,7 @@ from scalepeft.run.folder import (
 )
 from scalepeft.run.stage import facts, sha256
 
-MADE_FROM = "made_from.json"
-"""In a folder that was filled with a key: that key."""
+MADE_FROM = "made_from.json"  # in a folder that was filled with a key: that key
 MANIFEST = "manifest.json"
 """In each folder that was filled: ``bytes`` and ``sha256`` of its other files."""
 
@@ -47,8 +46,7 @@ class Streamed:
     adapters and tables (rotary frequencies) are real all the time.
     """
 
-    stored: Callable[..., bool] = staticmethod(lambda *of: False)
-    """As ``fill`` takes it."""
+    stored: Callable[..., bool] = staticmethod(lambda *of: False)  # as ``fill`` takes it
 
     def __init__(self, model: nn.Module, weights: Weights, device: torch.device) -> None:
         structure.compute_tables(model, device)

@@ -29,6 +29,7 @@ from scalepeft.adapters.inject import Adapted, block, total
 from scalepeft.adapters.layout import peft_name, told
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError
+from scalepeft.core.fields import field_names
 from scalepeft.integrations.peft_layer import Layer
 
 
@@ -210,17 +211,15 @@ def _register(method: str) -> None:
     PeftType._member_map_[name.upper()] = PeftType._value2member_map_[name.upper()] = member
     PeftType._member_names_.append(name.upper())
     type.__setattr__(PeftType, name.upper(), member)
-    theirs = {"name", "target_modules", "layers"}
-    own = [f for f in dataclasses.fields(adapter.Config) if f.name not in theirs]
-    blank = adapter.Config(name=method)
+    own = [key for key in field_names(adapter.Config) if key not in field_names(AdapterConfig)]
+    defaults = partial(getattr, adapter.Config(name=method))
     fields = [
-        ("r" if f.name == "rank" else f.name, Any, dataclasses.field(
-            default_factory=partial(getattr, blank, f.name)))
-        for f in own
-    ]  # fmt: skip
+        ("r" if k == "rank" else k, Any, dataclasses.field(default_factory=partial(defaults, k)))
+        for k in own
+    ]
     title = adapter.__name__ if name == method else f"Scalepeft{adapter.__name__}"
     box, here = f"{name}_adapter", {"__module__": __name__}
-    names = {"method": method, "own_fields": tuple(f.name for f in own)}
+    names = {"method": method, "own_fields": tuple(own)}
     config = dataclasses.make_dataclass(
         f"{title}Config", fields, bases=(Config,), namespace={**names, **here}
     )

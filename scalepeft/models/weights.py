@@ -173,16 +173,12 @@ def load_weights(
         if module_name.endswith(".adapter") or ".adapter." in module_name:
             continue
         own = [(n, p) for n, p in module.named_parameters(recurse=False) if n != "weight_scale"]
-        own += [
-            (n, b)
-            for n, b in module.named_buffers(recurse=False)
-            if n not in module._non_persistent_buffers_set
-        ]
+        buffers, tables = module.named_buffers(recurse=False), module._non_persistent_buffers_set
+        own += [(n, b) for n, b in buffers if n not in tables]
         for name, parameter in own:
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            fill(module, f"{module_name}.{name}", parameter, weights, stored)
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                fill(module, f"{module_name}.{name}", parameter, weights, stored)
         if own:
             yield
 
