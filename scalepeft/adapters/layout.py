@@ -297,8 +297,7 @@ def _of_peft(config: dict[str, Any], state: dict[str, Tensor], folder: Path) -> 
         )
     state = _ours(state, made, kind, folder / WEIGHTS)
     layers = dict.fromkeys(name.rpartition(".adapter.")[0] for name in state)
-    norms = made.norm_modules()
-    linear = [n for n in layers if not any(registry.names(norm, n) for norm in norms)]
+    linear = [n for n in layers if not any(registry.names(norm, n) for norm in made.norm_modules())]
     if not linear:
         raise UserError(f"{folder / WEIGHTS}: holds no tensor of a linear layer; save it again")
     base = {"path": config.get("base_model_name_or_path"), "revision": config.get("revision")}

@@ -1,6 +1,7 @@
 """What an adapted layer amounts to: its weight and bias, measured and not derived."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -82,12 +83,9 @@ def effective_bias(layer: Adapted) -> Tensor:
 
 def _maps(layer: Adapted) -> list[Callable[[Tensor], Tensor]]:
     """The layer, or each of its experts, as a function of x (rows, in)."""
-    if isinstance(layer, ExpertLinear):
-        n = layer.num_experts
-        return [
-            lambda x, e=e: layer.forward(x, [len(x) * (i > e) for i in range(n + 1)])
-            for e in range(n)
-        ]
+    if isinstance(layer, ExpertLinear) and isinstance(layer.adapter, Stacked):
+        each = enumerate(layer.adapter.each())
+        return [partial(adapter.forward, base=layer.expert(e)) for e, adapter in each]
     return [layer.forward]  # no hooks: a stream's would let go of W
 
 

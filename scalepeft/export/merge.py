@@ -68,8 +68,7 @@ def run(
         engine = Single(finished.config.engine, Ranks())
         trained.stored = QuantizedCopy(finished.base, trained.model, engine).fill
     with whole_folder(target, key) as folder:
-        kind = type(model.model).__name__
-        _copy_small_files(finished, folder, kind, switches, dtype)
+        _copy_small_files(finished, folder, type(model.model).__name__, switches, dtype)
         todo = [item for shard in shards for item in shard.begin(folder)]
         stream, ids = _Stream(model, trained, todo, poll), _tokens(model.model)
         wanted = model.logits(ids, stream.visit)
@@ -112,9 +111,7 @@ def vllm_may_drop_biases(architecture: Any) -> bool:
 
 
 def _plan(finished: FinishedRun, model: Streamed, dtype: str) -> tuple[list[str], list[Shard]]:
-    """Returns the switches to set in config.json, and the shards in the order of the base's files.
-    Raises UserError: a method that cannot merge, a bias that the architecture has no place for.
-    """
+    """The switches to set in config.json, and the shards as the base's files; may refuse."""
     biases: set[str] = set()
     for name, layer in injection.adapted_layers(model.model):
         merged_weight.check_mergeable(layer)

@@ -197,7 +197,6 @@ def replace_experts(model: nn.Module) -> list[str]:
             continue
         for name, parameter in fused.items():
             delattr(module, name)
-            transposed = dense or bool(module.is_transposed)
-            setattr(module, name, ExpertLinear(parameter, transposed))
+            setattr(module, name, ExpertLinear(parameter, dense or bool(module.is_transposed)))
         mix_in(module, DenseExperts if dense else Experts)
     return sorted(others)

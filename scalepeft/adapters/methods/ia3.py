@@ -43,8 +43,7 @@ class IA3(Adapter):
 
     def declare(self) -> None:
         """Scale (in,) in feed-forward layers, (out,) in others."""
-        patterns = self.config.feedforward_modules
-        self.on_input = any(names(p, self.layer_name) for p in patterns)
+        self.on_input = any(names(p, self.layer_name) for p in self.config.feedforward_modules)
         self.scale = self.new_parameter(self.in_features if self.on_input else self.out_features)
         self.shift: nn.Parameter | None = None
 
