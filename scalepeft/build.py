@@ -103,9 +103,8 @@ def build(
     fingerprint = ranks.all_or_raise(lambda: base.fingerprint)
     what = f"model.path={kind.path}: files differ"
     description["fingerprint"] = ranks.assert_equal(fingerprint, what)
-    return Built(
-        engine, model, description, weights.bytes_read - before + copy.bytes_read, unpacked
-    )
+    read = weights.bytes_read - before + (copy.reader.bytes_read if copy.reader else 0)
+    return Built(engine, model, description, read, unpacked)
 
 
 def check_batch(config: RunConfig, world: int) -> None:

@@ -40,9 +40,7 @@ class AdapterConfig:
     """What saved settings without a key mean that is newer than they, if not its default."""
 
     name: str
-    target_modules: Targets = Field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-    )
+    target_modules: Targets = Field(default=["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
     layers: Layers = "all"
 
     def norm_modules(self) -> list[str]:

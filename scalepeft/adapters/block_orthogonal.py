@@ -48,8 +48,7 @@ class _BlockProduct(torch.autograd.Function):
 
 def block_product(x: Tensor, m: Tensor) -> Tensor:
     """``x (..., d) -> x + x M`` with M (n, b, b) block-diagonal, in the dtype of both."""
-    y: Tensor = _BlockProduct.apply(x.reshape(-1, x.shape[-1]), m)
-    return y.view(x.shape)
+    return _BlockProduct.apply(x.reshape(-1, x.shape[-1]), m).view(x.shape)
 
 
 def skew_symmetric(upper: Tensor, b: int) -> Tensor:

@@ -18,9 +18,7 @@ def card(
     license: str | None = None,
     place: str = "FOLDER",
 ) -> str:
-    """Markdown under YAML: ``config`` of PEFT, ``rows`` by name, ``scores`` in the template's
-    columns, ``place`` where it loads from.
-    """
+    """Markdown under YAML; ``config``: PEFT's, ``scores``: in the columns of the template."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     method = find_method(settings["name"])

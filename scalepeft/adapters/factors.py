@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +11,18 @@ from scalepeft.adapters.inject import Adapted, AdaptedExperts
 from scalepeft.parallel.base import Engine, full_shape
 
 
-@dataclass
 class Group:
     """Adapters of one shape."""
 
-    adapters: list[Adapter]
-    parameters: dict[str, list[nn.Parameter]]
-    # A layer's factors are fewer numbers than its parameters, which must be used elsewhere too.
-    fewer: bool
+    def __init__(self, adapters: list[Adapter]) -> None:
+        self.adapters = adapters
+        named = [dict(a.named_parameters(recurse=False)) for a in adapters]
+        self.parameters = {key: [own[key] for own in named] for key in named[0]}
+        shapes = {key: full_shape(p) for key, p in named[0].items()}
+        on_meta = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        factors = sum(factor.numel() for factor in adapters[0].factors(on_meta))
+        # A layer's factors are fewer numbers than its parameters, which must be used elsewhere too.
+        self.fewer = factors < sum(map(torch.Size.numel, shapes.values()))
 
 
 class Factors:
@@ -34,7 +37,7 @@ class Factors:
             if type(a).factors is not Adapter.factors:
                 key = type(a), id(a.config), a.in_features, a.out_features
                 alike.setdefault(key, []).append(a)
-        self.groups = [_group(adapters) for adapters in alike.values()]
+        self.groups = [*map(Group, alike.values())]
 
     @contextmanager
     def of_step(self) -> Iterator[None]:
@@ -72,9 +75,7 @@ class Factors:
         return {key: self.engine.whole(each) for key, each in group.parameters.items()}
 
     def _backward(self, groups: list[Group]) -> None:
-        """Sums over the ranks the factors' gradients where these are ``fewer``, else those of the
-        parameters.
-        """
+        """Sums over the ranks the factors' gradients where ``fewer``, else the parameters'."""
         grads = []
         for group in groups:
             made = zip(*(adapter.made or () for adapter in group.adapters), strict=True)
@@ -98,12 +99,3 @@ class Factors:
         self.engine.sum_gradients([d for _, d in late])
         for parameters, d in late:
             self.engine.add_gradients(parameters, list(d.unbind()))
-
-
-def _group(adapters: list[Adapter]) -> Group:
-    named = [dict(a.named_parameters(recurse=False)) for a in adapters]
-    parameters = {key: [own[key] for own in named] for key in named[0]}
-    shapes = {key: full_shape(p) for key, p in named[0].items()}
-    on_meta = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    factors = sum(factor.numel() for factor in adapters[0].factors(on_meta))
-    return Group(adapters, parameters, factors < sum(map(torch.Size.numel, shapes.values())))

@@ -17,9 +17,7 @@ from scalepeft.core.errors import UserError
 Inverse = Literal["exact", "neumann2"]
 Form = Literal["pairs", "mean_difference", "cayley"]
 
-MEAN_RATE = 4.0
-"""R is stored divided by it: Adam's steps on R are then those of P times it."""
-
+MEAN_RATE = 4.0  # R is stored divided by it: Adam's steps on R are then those of P times it
 FUSED_FROM = 100
 """Tokens for each of r from which four products with W of r columns add less than 2 % to those of
 the frozen layer, and a kept (tokens, out) would be too much."""

@@ -58,8 +58,7 @@ class AdaptedNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises as before, then applies the trained scale and shift."""
-        y: Tensor = super().forward(x)  # the norm's own, next in line
-        return self.adapter.transform_output(y)
+        return self.adapter.transform_output(super().forward(x))  # the norm's own, next in line
 
 
 def _attach(layer: nn.Module, config: AdapterConfig, name: str = "") -> None:
@@ -197,10 +196,7 @@ def inject(
             _put(norm, AdaptedNorm, scale)
     check(model)
     if not structure_only:
-        _allocate(model)
-        if seed is not None:
-            reset_adapters(model, seed)
-            start_adapters(model)
+        _allocate(model, seed)
     if hasattr(model, "save_pretrained"):  # of transformers: it would write the base too
         vars(model)["save_pretrained"] = MethodType(_save_pretrained, model)
     return model
@@ -249,19 +245,20 @@ def save_adapter(
         layout.write(Path(folder), model, found, held, about, path)
 
 
-def _allocate(model: nn.Module) -> None:
+def _allocate(model: nn.Module, seed: int | None) -> None:
     for module in model.modules():
         if isinstance(module, Adapted | AdaptedNorm):
             weight: Any = module.weight
             module.adapter.to_empty(device=weight.device)
+    if seed is not None:
+        reset_adapters(model, seed)
+        start_adapters(model)
 
 
 def adapt(layer: nn.Linear, name: str, *, seed: int = 0, **settings: Any) -> nn.Linear:
     """Adapts one layer in place and returns it: ``adapt(linear, "hoft", rank=8)``."""
     _attach(layer, adapter_config({"name": name, **settings}))
-    _allocate(layer)
-    reset_adapters(layer, seed)
-    start_adapters(layer)
+    _allocate(layer, seed)
     return layer
 
 
@@ -282,9 +279,7 @@ def start_adapters(model: nn.Module, whole: Callable[[list[nn.Parameter]], Any] 
     """Makes what adapters keep of W, which ``whole`` gathers, one layer after another."""
     for _, layer in adapted_layers(model):
         if layer.adapter.kept:
-            held = {k: whole([p])[0] for k, p in layer._parameters.items() if p is not None}
-            twin: Any = layer.__class__.__new__(layer.__class__)
-            twin.__dict__ = {**layer.__dict__, "_parameters": held}
+            twin = unsharded_copy(layer, lambda p: whole([p])[0])  # type: ignore[list-item]
             base = twin if isinstance(layer, ExpertLinear) else quant.Frozen(twin)
             for key, values in layer.adapter.start(base).items():
                 copy_rows(layer.adapter.get_parameter(key), values)

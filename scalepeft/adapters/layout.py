@@ -25,6 +25,7 @@ from scalepeft.adapters.card import card
 from scalepeft.adapters.experts import Stacked
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError
+from scalepeft.core.fields import field_names
 from scalepeft.core.files import (
     digest,
     parse_json,
@@ -134,16 +135,13 @@ def common_fields(model: nn.Module, fields: dict[str, dict[str, Any]]) -> dict[s
     """One config for all layers: equal fields, PEFT's pattern for C3A's block sizes, and targets:
     the last part of a name where every such layer of the model is adapted.
     """
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, ExpertLinear)
-    ]
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    experts = {name for name, module in model.named_modules() if isinstance(module, ExpertLinear)}
 
     def last(name: str) -> str:
         return name.rsplit(".", 1)[-1]
 
-    short = {last(n) for n in fields} - {last(n) for n in linear if n not in fields}
+    short = {last(n) for n in fields} - {last(n) for n in linear - experts - fields.keys()}
     targets = sorted({last(n) if last(n) in short else n for n in fields})
     common = dict(next(iter(fields.values())))
     if common["peft_type"] == "C3A":
@@ -185,8 +183,7 @@ def as_peft(
 
 def _fields(config: AdapterConfig, named: dict[str, str]) -> dict[str, str]:
     """Setting of the method's own -> the field of a PEFT config that has it."""
-    every = {f.name for f in dataclasses.fields(AdapterConfig)}
-    own = [f.name for f in dataclasses.fields(config) if f.name not in every]
+    own = [name for name in field_names(type(config)) if name not in field_names(AdapterConfig)]
     return {name: {"rank": "r", **named}.get(name, name) for name in own}
 
 
@@ -300,8 +297,7 @@ def _of_peft(config: dict[str, Any], state: dict[str, Tensor], folder: Path) -> 
         )
     state = _ours(state, made, kind, folder / WEIGHTS)
     layers = dict.fromkeys(name.rpartition(".adapter.")[0] for name in state)
-    norms = made.norm_modules()
-    linear = [n for n in layers if not any(registry.names(norm, n) for norm in norms)]
+    linear = [n for n in layers if not any(registry.names(norm, n) for norm in made.norm_modules())]
     if not linear:
         raise UserError(f"{folder / WEIGHTS}: holds no tensor of a linear layer; save it again")
     base = {"path": config.get("base_model_name_or_path"), "revision": config.get("revision")}

@@ -1,20 +1,23 @@
 """What an adapted layer amounts to: its weight and bias, measured and not derived."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from scalepeft.adapters.base import Scale, math_dtype
 from scalepeft.adapters.experts import Stacked
-from scalepeft.adapters.inject import Adapted, AdaptedNorm
+from scalepeft.adapters.inject import Adapted
 from scalepeft.core.errors import UserError
 from scalepeft.models import quant
 from scalepeft.models.experts import ExpertLinear
 
+ROWS = 1024  # of the identity that a layer maps at one time
+
 
 @torch.no_grad()
-def effective_weight(layer: nn.Module, chunk: int = 1024) -> tuple[Tensor, Tensor | None]:
+def effective_weight(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Returns ``(W', b')`` in fp32 (fp64 for an fp64 layer), so that the layer equals ``W' x +
     b'``; of experts all of them, (E out, in) and (E out,). b' is None where the layer has no bias
     and the method adds none. Raises UserError: no adapter, or its method is not affine in x.
@@ -22,21 +25,19 @@ def effective_weight(layer: nn.Module, chunk: int = 1024) -> tuple[Tensor, Tenso
     if not isinstance(layer, Adapted):
         raise UserError(f"{type(layer).__name__} has no adapter; call adapt() or inject() first")
     check_mergeable(layer)
-    like = torch.empty(0, layer.in_features, dtype=_dtype(layer), device=layer.weight.device)
-    parts = [affine(apply, like, [layer.adapter], chunk) for apply in _maps(layer)]
+    w = layer.weight
+    like = torch.empty(0, layer.in_features, dtype=math_dtype(w.dtype), device=w.device)
+    parts = [affine(apply, like, [layer.adapter]) for apply in _maps(layer)]
     weight, bias = (torch.cat(part) for part in zip(*parts, strict=True))
     has_bias = layer.bias is not None or bool(bias.any())
     return weight, bias if has_bias else None
 
 
 def affine(
-    apply: Callable[[Tensor], Tensor],
-    like: Tensor,
-    adapters: Sequence[nn.Module],
-    chunk: int = 1024,
+    apply: Callable[[Tensor], Tensor], like: Tensor, adapters: Sequence[nn.Module]
 ) -> tuple[Tensor, Tensor]:
     """``(W', b')`` of ``apply(x) = W' x + b'`` over rows x (..., in), ``like`` (0, in) in dtype and
-    device: the image of zero, and those of the identity, ``chunk`` rows at a time. The ``adapters``
+    device: the image of zero, and those of the identity, ``ROWS`` at a time. The ``adapters``
     are in eval mode for it, without dropout, and not their base: that stays as it is.
     """
     were = [adapter.training for adapter in adapters]
@@ -44,8 +45,8 @@ def affine(
         adapter.eval()
     zero = apply(like.new_zeros(1, like.shape[1]))[0]
     weight = zero.new_empty(len(zero), like.shape[1])
-    for first in range(0, like.shape[1], chunk):
-        rows = min(chunk, like.shape[1] - first)
+    for first in range(0, like.shape[1], ROWS):
+        rows = min(ROWS, like.shape[1] - first)
         x = like.new_zeros(rows, like.shape[1])
         x[torch.arange(rows), first + torch.arange(rows)] = 1
         weight[:, first : first + rows] = (apply(x) - zero).T
@@ -61,13 +62,9 @@ def merged(layer: Adapted) -> Tensor:
     lora = layer.adapter.to_lora(base)
     if lora is None:
         return effective_weight(layer)[0]
-    w = base.weight(_dtype(layer))
+    w = base.weight(math_dtype(layer.weight.dtype))
     a, b = (factor.to(w.dtype) for factor in lora)
     return torch.addmm(w, b, a)
-
-
-def _dtype(layer: nn.Linear) -> torch.dtype:
-    return torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
 
 
 def check_mergeable(layer: Adapted) -> None:
@@ -79,18 +76,16 @@ def check_mergeable(layer: Adapted) -> None:
 @torch.no_grad()
 def effective_bias(layer: Adapted) -> Tensor:
     """What the layer makes of zero, (out,); of experts (E out,)."""
-    x = torch.zeros(1, layer.in_features, dtype=_dtype(layer), device=layer.weight.device)
+    w = layer.weight
+    x = torch.zeros(1, layer.in_features, dtype=math_dtype(w.dtype), device=w.device)
     return torch.cat([apply(x)[0] for apply in _maps(layer)])
 
 
 def _maps(layer: Adapted) -> list[Callable[[Tensor], Tensor]]:
     """The layer, or each of its experts, as a function of x (rows, in)."""
-    if isinstance(layer, ExpertLinear):
-        n = layer.num_experts
-        return [
-            lambda x, e=e: layer.forward(x, [len(x) * (i > e) for i in range(n + 1)])
-            for e in range(n)
-        ]
+    if isinstance(layer, ExpertLinear) and isinstance(layer.adapter, Stacked):
+        each = enumerate(layer.adapter.each())
+        return [partial(adapter.forward, base=layer.expert(e)) for e, adapter in each]
     return [layer.forward]  # no hooks: a stream's would let go of W
 
 
@@ -105,12 +100,6 @@ def adds_bias(layer: Adapted) -> bool:
         any_weight.weight = nn.Parameter(row.expand(layer.out_features, -1))
         x, base = torch.zeros(1, layer.in_features), quant.Frozen(any_weight)
         return any(bool(adapter.forward(x, base).any()) for adapter in ones)
-
-
-def norm_parameter(name: str, norm: AdaptedNorm, key: str) -> Tensor:
-    """``weight`` or ``bias`` of a norm with a trained scale; as ``merged_norm``."""
-    without = super(AdaptedNorm, norm).forward  # the norm without its adapter
-    return merged_norm(name, norm, [norm.adapter], without)[key]
 
 
 @torch.no_grad()

@@ -22,7 +22,6 @@ from scalepeft.models import quant, structure
 from scalepeft.models.conversion import Group
 from scalepeft.models.experts import ExpertLinear
 from scalepeft.models.quantized_copy import QuantizedCopy
-from scalepeft.models.sources import DTYPES, FLOATS
 from scalepeft.models.tensors import DTYPE_NAMES
 from scalepeft.models.weights import INDEX, Entry, Weights
 from scalepeft.parallel.ranks import Ranks
@@ -35,7 +34,6 @@ COPIED = (
 )  # fmt: skip
 SWITCHES = ("attention_bias", "mlp_bias")
 """Keys of config.json that give the layers of a block a bias (LLaMA has both)."""
-NAMES = {"fp32": "F32", "bf16": "BF16"}
 
 
 def run(
@@ -70,8 +68,7 @@ def run(
         engine = Single(finished.config.engine, Ranks())
         trained.stored = QuantizedCopy(finished.base, trained.model, engine).fill
     with whole_folder(target, key) as folder:
-        kind = type(model.model).__name__
-        _copy_small_files(finished, folder, kind, switches, dtype)
+        _copy_small_files(finished, folder, type(model.model).__name__, switches, dtype)
         todo = [item for shard in shards for item in shard.begin(folder)]
         stream, ids = _Stream(model, trained, todo, poll), _tokens(model.model)
         wanted = model.logits(ids, stream.visit)
@@ -114,9 +111,7 @@ def vllm_may_drop_biases(architecture: Any) -> bool:
 
 
 def _plan(finished: FinishedRun, model: Streamed, dtype: str) -> tuple[list[str], list[Shard]]:
-    """Returns the switches to set in config.json, and the shards in the order of the base's files.
-    Raises UserError: a method that cannot merge, a bias that the architecture has no place for.
-    """
+    """The switches to set in config.json, and the shards as the base's files; may refuse."""
     biases: set[str] = set()
     for name, layer in injection.adapted_layers(model.model):
         merged_weight.check_mergeable(layer)
@@ -170,8 +165,8 @@ def _shards(
             if source.where != str(file.path):
                 continue
             kind = DTYPE_NAMES[source.dtype]
-            if dtype != "base" and kind in FLOATS:
-                kind = NAMES[dtype]
+            if dtype != "base" and source.dtype.is_floating_point:
+                kind = DTYPE_NAMES[models.PRECISIONS[dtype]]
             elif kind == "F32" and not isinstance(source, Entry):
                 kind = decoded
             items.append(Item(name, kind, tuple(source.shape), source))
@@ -247,7 +242,8 @@ class _Stream:
         if not self._changes(f"{name}.{key}"):
             return None
         if isinstance(module, AdaptedNorm):
-            return merged_weight.norm_parameter(name, module, key)
+            without = super(AdaptedNorm, module).forward  # the norm without its adapter
+            return merged_weight.merged_norm(name, module, [module.adapter], without)[key]
         if isinstance(module, Adapted) and key == "bias":
             return merged_weight.effective_bias(module)
         if isinstance(module, Adapted):
@@ -306,7 +302,7 @@ def _copy_small_files(
         config["tie_word_embeddings"] = False
     if dtype != "base":
         key = "torch_dtype" if "torch_dtype" in config else "dtype"
-        config[key] = str(DTYPES[NAMES[dtype]]).removeprefix("torch.")
+        config[key] = str(models.PRECISIONS[dtype]).removeprefix("torch.")
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 

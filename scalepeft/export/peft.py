@@ -20,21 +20,20 @@ from scalepeft.models.experts import ExpertLinear
 Exported = tuple[dict[str, Any], dict[str, Tensor]]
 
 
-class _Real:
-    """The frozen layer as a ``Base`` that reads W when asked, and no longer holds it afterwards."""
-
-    trained = False
+class _Real(quant.Frozen):
+    """The frozen layer, whose W is read when it is asked for and not held afterwards."""
 
     def __init__(self, model: Streamed, layer: nn.Linear) -> None:
-        self._model, self._layer = model, layer
+        super().__init__(layer)
+        self._model = model
 
     def __call__(self, x: Tensor) -> Tensor:
         with self._model.held(self._layer):
-            return quant.Frozen(self._layer)(x)
+            return super().__call__(x)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         with self._model.held(self._layer):
-            return quant.Frozen(self._layer).weight(dtype)
+            return super().weight(dtype)
 
 
 @torch.no_grad()

@@ -36,8 +36,7 @@ from scalepeft.run.folder import (
 )
 from scalepeft.run.stage import facts, sha256
 
-MADE_FROM = "made_from.json"
-"""In a folder that was filled with a key: that key."""
+MADE_FROM = "made_from.json"  # in a folder that was filled with a key: that key
 MANIFEST = "manifest.json"
 """In each folder that was filled: ``bytes`` and ``sha256`` of its other files."""
 
@@ -47,8 +46,7 @@ class Streamed:
     adapters and tables (rotary frequencies) are real all the time.
     """
 
-    stored: Callable[..., bool] = staticmethod(lambda *of: False)
-    """As ``load_weights`` takes it."""
+    stored: Callable[..., bool] = staticmethod(lambda *of: False)  # as ``fill`` takes it
 
     def __init__(self, model: nn.Module, weights: Weights, device: torch.device) -> None:
         structure.compute_tables(model, device)
@@ -70,12 +68,8 @@ class Streamed:
                 real = torch.empty_like(p, device=self.device)
                 module._parameters[key] = nn.Parameter(real, requires_grad=False)
             for key, p in own.items():
-                if key == "weight_scale":  # comes with its weight
-                    continue
-                real, scale = getattr(module, key), getattr(module, f"{key}_scale", None)
-                if scale is None or not self.stored(self.names[id(p)], real, scale):
-                    with torch.no_grad():
-                        fill(module, self.names[id(p)], key, real, self.weights)
+                if key != "weight_scale":  # comes with its weight
+                    fill(module, self.names[id(p)], getattr(module, key), self.weights, self.stored)
             yield
         finally:
             module._parameters.update(own)

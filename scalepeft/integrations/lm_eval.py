@@ -30,7 +30,6 @@ HARNESS = (
     "prefix_token_id", "softmax_dtype", "think_end_token", "enable_thinking", "chat_template_args",
 )  # fmt: skip
 """Arguments of lm-eval's own Hugging Face model that have a meaning for a model that is loaded."""
-DEFAULT_DEVICE = "cuda:0"
 
 
 @register_model("scalepeft")
@@ -55,7 +54,7 @@ class ScalepeftLM(HFLM):
                 f"--model_args {key}: not known.{nearest(key, allowed)} Allowed:"
                 f" {', '.join(allowed)}, and settings of the run with a dot"
             )
-        if device not in (None, DEFAULT_DEVICE):
+        if device not in (None, "cuda:0"):  # lm-eval's default
             settings.append(f"engine.device={device}")
         config = load_run(str(run_dir), settings, changes.for_evaluation(), "an evaluation")
         if config.engine.name not in ("single", "ddp"):

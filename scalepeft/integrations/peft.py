@@ -6,8 +6,8 @@ and how several adapters of a layer go together: docs/integrations/peft.md.
 
 import dataclasses
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -29,6 +29,7 @@ from scalepeft.adapters.inject import Adapted, block, total
 from scalepeft.adapters.layout import peft_name, told
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError
+from scalepeft.core.fields import field_names
 from scalepeft.integrations.peft_layer import Layer
 
 
@@ -145,27 +146,26 @@ class Tuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        names = kwargs.pop("adapter_names", None)
-        modules: Iterable[Any] = self.modules() if names else ()
-        layers: list[Any] = [m for m in modules if isinstance(m, self.tuner_layer_cls)]
-        if names and self.training:
+        if not (names := kwargs.pop("adapter_names", None)):
+            yield
+            return
+        if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers: list[Any] = [m for m in self.modules() if isinstance(m, self.tuner_layer_cls)]
         known = {"__base__"}.union(*(m.adapters for m in layers))
-        if unknown := sorted(set(names or []) - known):
+        if unknown := sorted(set(names) - known):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        rows = [n for n in names for _ in range(kwargs.get("num_beams") or 1)]  # beams are rows
 
         def add(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            return args, {**kwargs, "adapter_names": names}
+            return args, {**kwargs, "adapter_names": rows}
 
-        if names:  # beams are rows; what modules_to_save has copied is mixed by PEFT
-            names = [n for n in names for _ in range(kwargs.get("num_beams") or 1)]
-            layers += [m for m in self.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-        hooks = [m.register_forward_pre_hook(add, with_kwargs=True) for m in layers]
-        try:
+        # What modules_to_save has copied is mixed by PEFT.
+        layers += [m for m in self.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        with ExitStack() as hooks:
+            for m in layers:
+                hooks.enter_context(m.register_forward_pre_hook(add, with_kwargs=True))
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def _add_penalty(model: nn.Module, _: Any, kwargs: dict[str, Any], out: Any) -> Any:
@@ -206,23 +206,20 @@ def _is_norm(config: Any, key: str) -> bool:
 
 def _register(method: str) -> None:
     name, adapter = peft_name(method), find_method(method)
-    if name.upper() not in PeftType.__members__:  # an enum is closed; its maps are dicts
-        member: Any = str.__new__(PeftType, name.upper())
-        member._name_ = member._value_ = name.upper()
-        PeftType._member_map_[name.upper()] = PeftType._value2member_map_[name.upper()] = member
-        PeftType._member_names_.append(name.upper())
-        type.__setattr__(PeftType, name.upper(), member)
-    theirs = {"name", "target_modules", "layers"}
-    own = [f for f in dataclasses.fields(adapter.Config) if f.name not in theirs]
-    blank = adapter.Config(name=method)
+    member: Any = str.__new__(PeftType, name.upper())  # an enum is closed; its maps are dicts
+    member._name_ = member._value_ = name.upper()
+    PeftType._member_map_[name.upper()] = PeftType._value2member_map_[name.upper()] = member
+    PeftType._member_names_.append(name.upper())
+    type.__setattr__(PeftType, name.upper(), member)
+    own = [key for key in field_names(adapter.Config) if key not in field_names(AdapterConfig)]
+    defaults = partial(getattr, adapter.Config(name=method))
     fields = [
-        ("r" if f.name == "rank" else f.name, Any, dataclasses.field(
-            default_factory=partial(getattr, blank, f.name)))
-        for f in own
-    ]  # fmt: skip
+        ("r" if k == "rank" else k, Any, dataclasses.field(default_factory=partial(defaults, k)))
+        for k in own
+    ]
     title = adapter.__name__ if name == method else f"Scalepeft{adapter.__name__}"
     box, here = f"{name}_adapter", {"__module__": __name__}
-    names = {"method": method, "own_fields": tuple(f.name for f in own)}
+    names = {"method": method, "own_fields": tuple(own)}
     config = dataclasses.make_dataclass(
         f"{title}Config", fields, bases=(Config,), namespace={**names, **here}
     )

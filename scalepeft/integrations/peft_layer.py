@@ -44,8 +44,7 @@ class _Stacked:
         self.adapter, self.base = adapter, base
 
     def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = self.adapter(x, self.base)
-        return y
+        return self.adapter(x, self.base)
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         p = next(self.adapter.parameters())
@@ -76,7 +75,7 @@ class Layer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, name: str, settings: Any, key: str) -> None:
         super().__init__()
         self.base_layer, self.key = base_layer, key
-        bare: Any = self.get_base_layer()
+        bare = self.bare
         if bare.weight.is_meta and hasattr(bare, "_hf_hook"):  # PEFT would move the adapter there
             what = "its weight is offloaded, and an adapter's start values would be too"
             raise UserError(f"{key}: {what}; adapt the model first, then offload it")
@@ -93,6 +92,11 @@ class Layer(nn.Module, BaseTunerLayer):
         self.update_layer(name, settings)
 
     @property
+    def bare(self) -> Any:
+        """The layer that all of this is around."""
+        return self.get_base_layer()
+
+    @property
     def adapters(self) -> Any:
         """Adapter by name."""
         return getattr(self, self.box)
@@ -101,8 +105,8 @@ class Layer(nn.Module, BaseTunerLayer):
         """An adapter for this layer, without values."""
         config = settings.method_config(self.key)
         if self.is_norm:
-            bare: Any = self.get_base_layer()
-            return Scale(config, len(bare.weight), getattr(bare, "bias", None) is not None)
+            has_bias = getattr(self.bare, "bias", None) is not None
+            return Scale(config, len(self.bare.weight), has_bias)
         return find_method(self.method)(config, self.in_features, self.out_features, self.key)
 
     def update_layer(self, name: str, settings: Any, **_: Any) -> None:
@@ -160,7 +164,6 @@ class Layer(nn.Module, BaseTunerLayer):
 
     def adapted(self, x: Tensor, adapters: list[Adapter]) -> Tensor:
         """The layer with these adapters around it."""
-        bare: Any = self.get_base_layer()
         if self.is_norm or not adapters:
             y = self.base_layer(x)
             for a in adapters:
@@ -170,27 +173,24 @@ class Layer(nn.Module, BaseTunerLayer):
         if not autocast:
             x = self._cast_input_dtype(x, self.compute_dtype(x))
         y = apply(self.stack(adapters), x)
-        y = y if bare.bias is None else y + self.bias_of(y)
+        y = y if self.bare.bias is None else y + self.bias_of(y)
         return y if autocast else y.to(dtype)
 
     def bias_of(self, like: Tensor) -> Tensor:
         """The layer's bias in the dtype of ``like``; of an offloaded one what it makes of 0."""
-        bare: Any = self.get_base_layer()
-        if not bare.bias.is_meta:
-            return bare.bias.to(like.dtype)
-        return bare(like.new_zeros(1, self.in_features))[0].to(like.dtype)
+        if not self.bare.bias.is_meta:
+            return self.bare.bias.to(like.dtype)
+        return self.bare(like.new_zeros(1, self.in_features))[0].to(like.dtype)
 
     def is_plain(self) -> bool:
         """True where weight and bias alone tell what the layer computes."""
-        bare: Any = self.get_base_layer()
-        if bare._forward_hooks or bare._forward_pre_hooks or "forward" in vars(bare):
+        if self.bare._forward_hooks or self.bare._forward_pre_hooks or "forward" in vars(self.bare):
             return False
-        return type(bare).forward in (nn.Linear.forward, quant.QuantLinear.forward)
+        return type(self.bare).forward in (nn.Linear.forward, quant.QuantLinear.forward)
 
     def stack(self, adapters: list[Adapter], exact: bool = False) -> _Stacked:
         """The adapters around each other, and around the layer without its bias."""
-        bare: Any = self.get_base_layer()
-        base: Any = quant.Frozen(bare) if self.is_plain() else _Foreign(self, exact)
+        base: Any = quant.Frozen(self.bare) if self.is_plain() else _Foreign(self, exact)
         for adapter in adapters:
             base = _Stacked(adapter, base)
         return base
@@ -208,7 +208,6 @@ class Layer(nn.Module, BaseTunerLayer):
         found = check_adapters_to_merge(self, adapter_names)
         if not (names := [name for name in found if name in self.adapters]):
             return
-        bare: Any = self.get_base_layer()
         merged, originals, held = self.merged_adapters, self.originals, self.held()
         names = merged + names
         self.unmerge()
@@ -221,40 +220,38 @@ class Layer(nn.Module, BaseTunerLayer):
             raise
         self.originals = self.held()
         for key, value in changed.items():
-            value = value.to(self.compute_dtype(value) if key == "weight" else bare.bias.dtype)
+            value = value.to(self.compute_dtype(value) if key == "weight" else self.bare.bias.dtype)
             if key == "weight" and self.quantization_backend is not None:
                 self.set_base_weight(value)
             else:
-                setattr(bare, key, nn.Parameter(value.contiguous(), requires_grad=False))
+                setattr(self.bare, key, nn.Parameter(value.contiguous(), requires_grad=False))
         self.merged_adapters = names
 
     def held(self) -> dict[str, Any]:
         """What a merge replaces of the layer, by name."""
-        bare: Any = self.get_base_layer()
-        found = dict(bare.named_parameters(recurse=False))
-        if hasattr(bare, "state"):  # of bitsandbytes' 8 bits: scales that the weight has given away
-            found["state"] = copy.copy(bare.state)
+        found = dict(self.bare.named_parameters(recurse=False))
+        if hasattr(self.bare, "state"):  # of bitsandbytes' 8 bits: scales the weight gave away
+            found["state"] = copy.copy(self.bare.state)
         return found
 
     def merged_with(self, names: list[str]) -> dict[str, Tensor]:
         """Weight and bias with these adapters; raises as ``merge``."""
-        bare: Any = self.get_base_layer()
         adapters = [self.adapters[name] for name in names]
         if not all(p.isfinite().all() for a in adapters for p in a.parameters()):
             what = f"The adapter {', '.join(names)} seems to be broken"
             raise ValueError(f"NaNs detected in the merged weights. {what}")
         if self.is_norm:
-            return merged_norm(self.key, bare, adapters, bare.forward)
+            return merged_norm(self.key, self.bare, adapters, self.bare.forward)
         for a in adapters:
             if a.unmergeable_reason:
                 raise UserError(f"{self.method} cannot merge: {a.unmergeable_reason}")
-        if bare.weight.is_meta or not (self.is_plain() or self.quantization_backend):
+        if self.bare.weight.is_meta or not (self.is_plain() or self.quantization_backend):
             what = "its weight is offloaded, or it has hooks or a forward of its own"
             raise UserError(f"{self.key}: {what}; load the whole plain model to merge")
         like = torch.empty(0, self.in_features, device=next(adapters[0].parameters()).device)
         weight, shift = affine(self.stack(adapters, exact=True), like, adapters)
-        if bare.bias is not None:
-            return {"weight": weight, "bias": bare.bias.float() + shift}
+        if self.bare.bias is not None:
+            return {"weight": weight, "bias": self.bare.bias.float() + shift}
         if shift.any():
             raise UserError(
                 f"{self.key}: {self.method} adds a bias and the layer has none, so it cannot"
@@ -275,6 +272,3 @@ class Layer(nn.Module, BaseTunerLayer):
         for key, parameter in self.originals.items():
             setattr(self.get_base_layer(), key, parameter)
         self.originals, self.merged_adapters = {}, []
-
-    def __repr__(self) -> str:
-        return f"{self.method}." + super().__repr__()

@@ -18,9 +18,8 @@ PROJECTIONS = {"gate_up_proj", "up_proj", "down_proj"}
 
 
 class ExpertLinear(nn.Linear):
-    """``y_i = W_e x_i`` for the rows i of expert e; ``weight`` (E out, in), so that storing,
-    sharding and reading by rows is a layer's. in_features and out_features are one expert's; biases
-    stay out.
+    """``y_i = W_e x_i`` for the rows i of expert e; ``weight`` (E out, in) is stored, sharded and
+    read by rows as a layer's. in_features and out_features are one expert's; biases stay out.
     """
 
     Quantized: ClassVar[type[quant.QuantLinear]]
@@ -132,9 +131,8 @@ class Experts(nn.Module):
 
     @torch.compiler.disable  # the numbers of tokens of experts would each be a graph
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """``sum over k of weight_k * expert_k(x)`` of hidden_states (tokens, hidden), for the
-        experts top_k_index (tokens, k), past the last one none, and their top_k_weights (tokens,
-        k).
+        """``sum over k of weight_k * expert_k(x)`` of hidden_states (tokens, hidden); top_k_index,
+        past the last expert none, and top_k_weights are (tokens, k).
         """
         own: Any = self  # the class's marks, gate, activation and norm
         tokens, k = top_k_index.shape
@@ -185,8 +183,7 @@ def mix_in(module: Any, mixin: Any) -> None:
 
 def replace_experts(model: nn.Module) -> list[str]:
     """Makes each fused expert tensor an ``ExpertLinear`` of its name, in place, by transformers'
-    own marks. Returns class names of modules whose 3-d weights, of another layout, stay plain and
-    frozen.
+    own marks. Returns the classes whose 3-d weights, of another layout, stay plain and frozen.
     """
     others: set[str] = set()
     for module in list(model.modules()):
@@ -200,7 +197,6 @@ def replace_experts(model: nn.Module) -> list[str]:
             continue
         for name, parameter in fused.items():
             delattr(module, name)
-            transposed = dense or bool(module.is_transposed)
-            setattr(module, name, ExpertLinear(parameter, transposed))
+            setattr(module, name, ExpertLinear(parameter, dense or bool(module.is_transposed)))
         mix_in(module, DenseExperts if dense else Experts)
     return sorted(others)

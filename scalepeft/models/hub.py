@@ -185,9 +185,8 @@ def shard_digests(paths: list[Path], ranks: Ranks) -> dict[str, str]:
 def _digest(path: Path) -> str:
     real, found = path.resolve(), kept_digest(path)
     # In the hub's cache the name of a large file is the sha256 that the hub has of it.
-    if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name) and (
-        real.name != found
-    ):  # fmt: skip
+    of_the_hub = real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name)
+    if of_the_hub and real.name != found:
         raise UserError(f"{path}: damaged: its sha256 is not the hub's ({real.name[:12]}...);"
                         f" remove {real} and download it again")  # fmt: skip
     return found

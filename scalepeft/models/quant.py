@@ -75,30 +75,7 @@ def _nf4(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Format:
-    """A storage format: rows of W (n, in) <-> bytes ``weight`` and ``weight_scale``, (n, ...)."""
-
-    name: ClassVar[str]
-
-    def refuses(self, in_features: int) -> str | None:
-        """Says why a layer of this width cannot be stored so, or None."""
-        return None
-
-    def row_bytes(self, in_features: int) -> tuple[int, int]:
-        """Returns the bytes of one row in ``weight`` and in ``weight_scale``."""
-        raise NotImplementedError
-
-    def encode(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantizes rows (n, in) of any float dtype into the two byte tensors."""
-        raise NotImplementedError
-
-    def decode(self, weight: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
-        """Returns the rows (n, in) in ``dtype``."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class NF4(Format):
+class NF4:
     """4-bit normal float (arXiv 2305.14314): ``w ~ absmax * NF4_VALUES[code]``, absmax of 64.
 
     ``weight``: two codes a byte, the first in the high half. ``weight_scale``: absmax in fp32 (4.5
@@ -111,13 +88,13 @@ class NF4(Format):
     double: bool = False
 
     def refuses(self, in_features: int) -> str | None:
-        """NF4 blocks lie inside rows."""
+        """Says why a layer of this width cannot be stored so, or None: blocks lie inside rows."""
         if in_features % BLOCK:
             return f"its width {in_features} is not a multiple of {BLOCK}"
         return None
 
     def row_bytes(self, in_features: int) -> tuple[int, int]:
-        """Half a byte a weight, and its scales."""
+        """Bytes of one row in ``weight``, half a byte a number, and in ``weight_scale``."""
         blocks = in_features // BLOCK
         scales = blocks + 8 * -(-blocks // GROUP) if self.double else 4 * blocks
         return in_features // 2, scales
@@ -148,8 +125,7 @@ class NF4(Format):
     def decode(self, weight: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
         """Dequantizes, in one launch where that can be."""
         if decode := kernels.find("decode", weight, _compare, self, dtype):
-            rows: Tensor = decode(weight, scale, in_features, dtype, self.double, NF4_VALUES)
-            return rows
+            return decode(weight, scale, in_features, dtype, self.double, NF4_VALUES)
         return self.plain(weight, scale, in_features, dtype)
 
     def plain(self, weight: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
@@ -183,10 +159,13 @@ def _compare(decode: Any, device: torch.device, fmt: NF4, dtype: torch.dtype) ->
 
 
 @dataclass(frozen=True)
-class Int8(Format):
+class Int8:
     """``w ~ scale * code``, code in -127..127, one fp32 scale a row; products in the dtype of x."""
 
     name: ClassVar[str] = "int8"
+
+    def refuses(self, in_features: int) -> None:
+        """None: a row of any width can be stored so."""
 
     def row_bytes(self, in_features: int) -> tuple[int, int]:
         """One byte a weight, one fp32 a row."""
@@ -201,6 +180,10 @@ class Int8(Format):
     def decode(self, weight: Tensor, scale: Tensor, in_features: int, dtype: torch.dtype) -> Tensor:
         """Multiplies in fp32, rounds once to ``dtype``."""
         return (weight.view(torch.int8).float() * _floats(scale)).to(dtype)
+
+
+Format = NF4 | Int8
+"""A storage format: rows of W (n, in) <-> bytes ``weight`` and ``weight_scale``, (n, ...)."""
 
 
 def get_format(name: str, double: bool = False) -> Format | None:
@@ -281,7 +264,7 @@ def quantize(layer: nn.Linear, fmt: Format) -> None:
             for width in fmt.row_bytes(layer.in_features)
         )
     else:
-        check_device(layer.weight.device, fmt)
+        self_check(layer.weight.device, fmt)
         weight, scale = fmt.encode(layer.weight.detach())
     layer.__class__ = getattr(layer, "Quantized", QuantLinear)  # experts have their own
     assert isinstance(layer, QuantLinear)
@@ -337,14 +320,9 @@ class Frozen:
 
 
 @cache
-def check_device(device: torch.device, fmt: Format) -> None:
-    """Runs ``self_check`` once a process for each device and format."""
-    self_check(device, fmt)
-
-
 def self_check(device: torch.device, fmt: Format) -> None:
-    """Compares the device's kernels with known bytes and an fp32 product: code values times powers
-    of two, so that decoding is exact. Raises RuntimeError: a broken kernel, build or device.
+    """Compares the device's kernels, once a process, with known bytes and an fp32 product: code
+    values times powers of two, which decode exactly. Raises RuntimeError: a broken kernel or build.
     """
     n, in_features = 8, 2 * BLOCK
     index = torch.arange(n * in_features).view(n, in_features) * 7

@@ -31,11 +31,8 @@ class QuantizedCopy:
 
     def __init__(self, base: Base, model: nn.Module, engine: Engine) -> None:
         self.ranks, self._engine = engine.ranks, engine
-        self._parameters = {
-            name: p
-            for name, p in model.named_parameters()
-            if p.dtype == torch.uint8 and ".adapter." not in name
-        }
+        quantized = [(name, p) for name, p in model.named_parameters() if p.dtype == torch.uint8]
+        self._parameters = {name: p for name, p in quantized if ".adapter." not in name}
         self._shapes = {name: tuple(full_shape(p)) for name, p in self._parameters.items()}
         self.size = sum(map(math.prod, self._shapes.values()))
         self.reader: Reader | None = None
@@ -51,11 +48,6 @@ class QuantizedCopy:
             self.folder = root / hashlib.sha256(text.encode()).hexdigest()[:24]
             if self.ranks.any(self.folder.is_dir()):
                 self._find(self.folder)
-
-    @property
-    def bytes_read(self) -> int:
-        """Of the copy, by this rank."""
-        return self.reader.bytes_read if self.reader else 0
 
     def _find(self, folder: Path) -> None:
         """Opens the copy that is there, unless a rank finds that it is none."""

@@ -26,8 +26,7 @@ def build(
 ) -> nn.Module:
     """The causal LM on the meta device, block layers in the storage of ``model.quant``; of a
     multimodal model decoder and head. ``weights`` of the folder are bound to it. Raises UserError:
-    config.json is missing, broken or not supported, or the tensors are not those of this
-    architecture.
+    config.json is missing, broken or not supported, or the tensors are of another architecture.
     """
     where, attention, dtype = f"model.path={folder}", config.attention, PRECISIONS[precision]
     options: dict[str, Any] = {"dtype": dtype}

@@ -29,9 +29,8 @@ def write_tensors(
     shapes: dict[str, tuple[int, ...]] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Writes tensors to a safetensors file, ``name[start:stop]`` for elements of one whose shape is
-    in ``shapes``; returns its ``bytes`` and ``sha256``. ``check``, every 16 MiB, may raise.
-    OSError.
+    """Writes a safetensors file, ``name[start:stop]`` for elements of a tensor whose shape is in
+    ``shapes``; returns its ``bytes`` and ``sha256``. ``check``, every 16 MiB, may raise. OSError.
     """
     # Wide dtypes first: safetensors wants every tensor aligned to its numbers.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())

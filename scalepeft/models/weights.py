@@ -165,41 +165,39 @@ class Weights:
 def load_weights(
     model: nn.Module, weights: Weights, stored: Callable[..., bool] = lambda *of: False
 ) -> Iterator[None]:
-    """Fills this rank's rows of every base parameter and of the buffers that files hold, not
-    adapters; yields after every module, as often on every rank. ``stored`` may fill a quantized
-    weight itself, and says whether it did. Raises UserError: a tensor has values that are not
-    numbers.
+    """``fill`` of every base parameter and of the buffers that files hold, not adapters; yields
+    after every module, as often on every rank.
     """
     seen: set[int] = set()
     for module_name, module in model.named_modules():
         if module_name.endswith(".adapter") or ".adapter." in module_name:
             continue
         own = [(n, p) for n, p in module.named_parameters(recurse=False) if n != "weight_scale"]
-        own += [
-            (n, b)
-            for n, b in module.named_buffers(recurse=False)
-            if n not in module._non_persistent_buffers_set
-        ]
+        buffers, tables = module.named_buffers(recurse=False), module._non_persistent_buffers_set
+        own += [(n, b) for n, b in buffers if n not in tables]
         for name, parameter in own:
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            scale = getattr(module, f"{name}_scale", None)
-            if scale is None or not stored(f"{module_name}.{name}", parameter, scale):
-                with torch.no_grad():
-                    fill(module, f"{module_name}.{name}", name, parameter, weights)
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                fill(module, f"{module_name}.{name}", parameter, weights, stored)
         if own:
             yield
 
 
-def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weights: Weights) -> None:
-    """Fills this rank's rows of a tensor, and a quantized one's scales; raises as above."""
-    layer = module if isinstance(module, quant.QuantLinear) and name == "weight" else None
+@torch.no_grad()
+def fill(
+    module: nn.Module, name: str, parameter: Tensor, weights: Weights, stored: Callable[..., bool]
+) -> None:
+    """Fills this rank's rows of a tensor, and a quantized one's scales; that one ``stored`` may
+    fill, and says whether it did. Raises UserError: the files have values that are not numbers.
+    """
+    layer = module if isinstance(module, quant.QuantLinear) and parameter is module.weight else None
     parts = [local_part(parameter)]
     if layer is not None:
+        if stored(name, parameter, layer.weight_scale):
+            return
         parts.append(local_part(layer.weight_scale))
-        quant.check_device(parts[0].data.device, layer.fmt)
-    source = weights.layout.sources[full_name]
+        quant.self_check(parts[0].data.device, layer.fmt)
+    source = weights.layout.sources[name]
     widths = [max(1, math.prod(part.shape[1:])) for part in parts]
     local = [(p, width) for p, width in zip(parts, widths, strict=True) if p.data.numel()]
     first = min((part.start // width for part, width in local), default=0)
@@ -208,14 +206,14 @@ def fill(module: nn.Module, full_name: str, name: str, parameter: Tensor, weight
     step = -(-step // source.unit) * source.unit if source.by_rows else max(1, last)
     edges = {first, *range(first // step * step + step, last, step), last}
     for begin, end in pairwise(sorted(edges)):
-        stored = None if layer is None else source.encoded(layer.fmt, begin, end)
-        rows = stored or (source.rows(begin, end),)
+        encoded = None if layer is None else source.encoded(layer.fmt, begin, end)
+        rows = encoded or (source.rows(begin, end),)
         if isinstance(parameter, nn.Parameter) and not finite(rows[0]):
             raise UserError(
-                f"{source.where}: '{full_name}' has values that are not finite (rows {begin} to"
+                f"{source.where}: '{name}' has values that are not finite (rows {begin} to"
                 f" {end}): the base is damaged; copy it again"
             )
-        if layer is not None and stored is None:
+        if layer is not None and encoded is None:
             # Not in one call, which would cast first: a device gets the file's bytes.
             rows = layer.fmt.encode(rows[0].to(parts[0].data.device).float())
         for part, width, values in zip(parts, widths, rows, strict=True):

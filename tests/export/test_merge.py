@@ -352,13 +352,15 @@ def test_a_norm_with_a_trained_scale(kind: Any) -> None:
     with torch.no_grad():
         for p in norm.parameters():
             p.add_(torch.randn_like(p))
+    without = super(injection.AdaptedNorm, norm).forward
     if kind is ShiftedNorm:
         with pytest.raises(UserError, match="ShiftedNorm does not multiply by its weight"):
-            effective.norm_parameter("model.norm", norm, "weight")
+            effective.merged_norm("model.norm", norm, [norm.adapter], without)
         return
     wanted, plain = norm(x), kind(8)
+    merged = effective.merged_norm("model.norm", norm, [norm.adapter], without)
     for key, p in plain.named_parameters():
-        p.data = effective.norm_parameter("model.norm", norm, key)
+        p.data = merged[key]
     assert distance(plain(x), wanted) < 1e-5
     assert distance(norm(x), wanted) == 0, "measuring leaves the norm as it was"
 

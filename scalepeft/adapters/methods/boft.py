@@ -14,7 +14,7 @@ from torch import Tensor
 from scalepeft.adapters.base import Base, scale_shift
 from scalepeft.adapters.methods.oft import OFT, OFTConfig, block_product, skew_symmetric
 from scalepeft.core.errors import UserError
-from scalepeft.core.fields import STRICT
+from scalepeft.core.fields import STRICT, Positive
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -28,7 +28,7 @@ class BOFTConfig(OFTConfig):
 
     name: str = "boft"
     block_size: Annotated[int, Field(ge=2)] = 8
-    factors: Annotated[int, Field(ge=1)] = 2
+    factors: Positive = 2
 
 
 def butterfly(d: int, b: int, i: int, device: torch.device) -> Tensor:

@@ -29,8 +29,7 @@ class DoRA(LoRA):
 
     @torch.no_grad()
     def _norms(self, base: Base, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Row norms of W and of ``W + scaling B A``, (out,) each.
-
+        """Row norms (out,) of W and of ``W + s B A``, s the scaling:
         ``|w_i + s b_i A|^2 = |w_i|^2 + 2 s b_i (A w_i) + s^2 b_i (A A^T) b_i``.
         """
         wide, w, (a, b) = math_dtype(dtype), base.weight(dtype), self.pair()

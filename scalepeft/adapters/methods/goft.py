@@ -36,9 +36,7 @@ class GOFTConfig(AdapterConfig):
     """
 
     name: str = "goft"
-    target_modules: Targets = Field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"]
-    )
+    target_modules: Targets = Field(default=["q_proj", "k_proj", "v_proj", "o_proj"])
     scale: bool = False
 
 

@@ -21,7 +21,7 @@ class HadamardConfig(AdapterConfig):
     """
 
     name: str = "hadamard"
-    target_modules: Targets = Field(default_factory=lambda: ["o_proj"])
+    target_modules: Targets = Field(default=["o_proj"])
     position: Literal["after", "before"] = "after"
     train_norm: bool = True
     norm: str = "post_attention_layernorm"

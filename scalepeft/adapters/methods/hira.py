@@ -1,19 +1,15 @@
-"""HiRA: Hadamard high-rank adaptation (ICLR 2025, openreview TwJrTz9cRS).
-
-Letters: r rank, A (r, in), B (out, r).
-"""
+"""HiRA: Hadamard high-rank adaptation (ICLR 2025, openreview TwJrTz9cRS)."""
 
 import math
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from scalepeft.adapters.base import Adapter, AdapterConfig, Base
 from scalepeft.adapters.methods.hut import weight_product
-from scalepeft.core.fields import STRICT
+from scalepeft.core.fields import STRICT, Positive
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -25,12 +21,7 @@ class HiRAConfig(AdapterConfig):
     """
 
     name: str = "hira"
-    rank: Annotated[int, Field(ge=1)] = 32
-
-
-def low_rank_factor(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """``W * (1 + B A)``."""
-    return torch.addcmul(w, w, b @ a)
+    rank: Positive = 32
 
 
 class HiRA(Adapter):
@@ -55,7 +46,7 @@ class HiRA(Adapter):
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """``(W * (1 + B A)) x``."""
-        return weight_product(x, base, low_rank_factor, self.A, self.B)
+        return weight_product(x, base, lambda w, a, b: torch.addcmul(w, w, b @ a), self.A, self.B)
 
     def flops(self) -> int:
         """The work is on the weight, once a batch."""

@@ -28,7 +28,7 @@ class HRAConfig(AdapterConfig):
     BEFORE: ClassVar = {"form": "pairs"}
 
     name: str = "hra"
-    target_modules: Targets = Field(default_factory=lambda: ["q_proj", "v_proj"])
+    target_modules: Targets = Field(default=["q_proj", "v_proj"])
     rank: Annotated[int, Field(ge=2)] = 8
     form: Literal["pairs", "mean_difference"] = "mean_difference"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -38,8 +38,7 @@ class HRAConfig(AdapterConfig):
 class HRA(Reflected):
     """``W' = W H(u1) ... H(ur)``, ``H(u) = I - 2 u u^T / |u|^2``; V (in, r); ``r in`` parameters.
 
-    The paper's order of reflections. Matches HF PEFT. Raises UserError: odd rank, or a rank too
-    large for the layer.
+    The paper's order of reflections. Matches HF PEFT. Raises UserError: rank odd, or too large.
     """
 
     Config = HRAConfig

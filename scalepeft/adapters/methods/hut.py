@@ -5,17 +5,16 @@ Letters: r rank, M_A (out, r), M_B (r, in), both start at 1 and are stored as ``
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
 from scalepeft.adapters.base import Adapter, AdapterConfig, Base, first_order, scale_shift
 from scalepeft.core.errors import UserError
-from scalepeft.core.fields import STRICT
+from scalepeft.core.fields import STRICT, Positive
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -28,15 +27,12 @@ class HUTConfig(AdapterConfig):
     """
 
     name: str = "hut"
-    rank: Annotated[int, Field(ge=1)] = 1
+    rank: Positive = 1
     shift: bool = False
 
 
 class _WeightFunction(torch.autograd.Function):
-    """``x W'^T`` with ``W' = change(W, *parameters)``, made in forward and again in backward.
-
-    Saves x and the parameters. The gradient of W' (out, in) lives for one layer's backward only.
-    """
+    """``x W'^T``, ``W' = change(W, *parameters)`` made in each pass: x and parameters are saved."""
 
     @staticmethod
     def forward(

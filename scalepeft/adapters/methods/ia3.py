@@ -22,8 +22,8 @@ class IA3Config(AdapterConfig):
     """
 
     name: str = "ia3"
-    target_modules: Targets = Field(default_factory=lambda: ["k_proj", "v_proj", "down_proj"])
-    feedforward_modules: NameList = Field(default_factory=lambda: ["down_proj"])
+    target_modules: Targets = Field(default=["k_proj", "v_proj", "down_proj"])
+    feedforward_modules: NameList = Field(default=["down_proj"])
 
     def __post_init__(self) -> None:
         """Raise UserError for a feed-forward module that is no target."""
@@ -43,8 +43,7 @@ class IA3(Adapter):
 
     def declare(self) -> None:
         """Scale (in,) in feed-forward layers, (out,) in others."""
-        patterns = self.config.feedforward_modules
-        self.on_input = any(names(p, self.layer_name) for p in patterns)
+        self.on_input = any(names(p, self.layer_name) for p in self.config.feedforward_modules)
         self.scale = self.new_parameter(self.in_features if self.on_input else self.out_features)
         self.shift: nn.Parameter | None = None
 

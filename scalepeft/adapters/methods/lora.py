@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from scalepeft.adapters.base import Adapter, AdapterConfig, Base, Dropout, in_fp64
 from scalepeft.core.errors import UserError
-from scalepeft.core.fields import STRICT
+from scalepeft.core.fields import STRICT, Positive
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -31,7 +31,7 @@ class LoRAConfig(AdapterConfig):
     """
 
     name: str = "lora"
-    rank: Annotated[int, Field(ge=1)] = 32
+    rank: Positive = 32
     alpha: Annotated[float, Field(gt=0)] = 64.0
     rslora: bool = False
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from scalepeft.adapters.base import Adapter, AdapterConfig, Base, math_dtype
 from scalepeft.core.errors import UserError
-from scalepeft.core.fields import STRICT
+from scalepeft.core.fields import STRICT, Positive
 
 TOKENS = 1024  # of which a gradient of a Kronecker factor is formed at one time
 
@@ -38,10 +38,8 @@ class SURMConfig(AdapterConfig):
     name: str = "surm"
     structure: Literal["auto", "circulant", "toeplitz", "kronecker", "ldr"] = "auto"
     placement: Literal["lora", "adapter"] = "lora"
-    ldr_rank: Annotated[int, Field(ge=1)] = 4
-    factors: (
-        Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=2, max_length=2)] | None
-    ) = None
+    ldr_rank: Positive = 4
+    factors: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
     init_std: Annotated[float, Field(gt=0)] = 0.02
     scaling: Annotated[float, Field(gt=0)] = 1.0
 
@@ -166,16 +164,16 @@ class SURM(Adapter):
 
     def declare(self) -> None:
         """The factors of M; c (out,) in an adapter's place."""
-        config, columns = self.config, self.in_features
+        config, self.columns = self.config, self.in_features
         self.c: nn.Parameter | None = None
         if config.placement == "adapter":
             self.unmergeable_reason = "y + gelu(M y) + c is not affine in x"
-            columns = self.out_features
-            self.c = self.new_parameter(columns)
+            self.columns = self.out_features
+            self.c = self.new_parameter(self.columns)
         self.structure = config.structure
         if config.structure == "auto":
-            self.structure = "circulant" if columns == self.out_features else "kronecker"
-        for name, shape in self._shapes(self.out_features, columns).items():
+            self.structure = "circulant" if self.columns == self.out_features else "kronecker"
+        for name, shape in self._shapes(self.out_features, self.columns).items():
             self.register_parameter(name, self.new_parameter(*shape))
 
     def _shapes(self, out: int, inp: int) -> dict[str, tuple[int, ...]]:
@@ -207,11 +205,9 @@ class SURM(Adapter):
         for parameter in [p for name, p in self.named_parameters() if name != "c"][1:]:
             nn.init.normal_(parameter, std=self.config.init_std)
 
-    def _chain(
-        self, dtype: torch.dtype, columns: int
-    ) -> tuple[list[tuple[int, int]], list[Tensor]]:
+    def _chain(self, dtype: torch.dtype) -> tuple[list[tuple[int, int]], list[Tensor]]:
         """(cuts, kernels) of the convolutions that make up scaling M."""
-        out, scaling = self.out_features, self.config.scaling
+        out, columns, scaling = self.out_features, self.columns, self.config.scaling
         factors = {name: p.to(dtype) for name, p in self.named_parameters()}
         if self.structure == "circulant":
             kernel = factors["a"] * factors["c0"] * scaling
@@ -240,7 +236,7 @@ class SURM(Adapter):
             a, b = getattr(self, "A").to(dtype), getattr(self, "B").to(dtype)  # noqa: B009
             y: Tensor = _Kronecker.apply(rows, a * self.config.scaling, b)
         else:
-            cuts, kernels = self._chain(dtype, x.shape[-1])
+            cuts, kernels = self._chain(dtype)
             # The cast stands outside: inside, torch 2.11 compiles one that changes nothing to zero
             # gradients.
             padded = rows if len(rows) else F.pad(rows, (0, 0, 0, 1))  # no FFT takes none
@@ -257,20 +253,11 @@ class SURM(Adapter):
 
     def flops(self) -> int:
         """Real FFTs at ``2.5 N log2 N``, or the two Kronecker products."""
-        columns = self.in_features if self.c is None else self.out_features
         if self.structure == "kronecker":
             (o1, i1), (o2, i2) = (getattr(self, k).shape for k in "AB")
             return int(2 * i1 * o2 * (i2 + o1))
-        if self.structure == "circulant":
-            sizes = [tuple(getattr(self, "a").shape)]  # noqa: B009
-        elif self.structure == "ldr":
-            r = self.config.ldr_rank
-            sizes = [(r, 1, 2 * columns), (1, r, columns)]
-        else:
-            length = smooth_length(self.out_features + columns - 1)
-            sizes = [(1, 1, length)] * (2 if columns == self.out_features else 1)
-        work = (2.5 * n * math.log2(n) * (p + q) + 4 * n * p * q for p, q, n in sizes)
-        return round(sum(work))
+        sizes = (kernel.shape for kernel in self._chain(torch.float32)[1])
+        return round(sum(2.5 * n * math.log2(n) * (p + q) + 4 * n * p * q for p, q, n in sizes))
 
     def to_peft(self, base: Base) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
         """PEFT's C3A for circulant blocks: its kernel is ours reversed, times in."""
