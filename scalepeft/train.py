@@ -138,7 +138,7 @@ def _train(
         if ranks.any(stop.signal is not None):
             raise Stopping
 
-    seconds = {"startup": time.time() - stop.launched}
+    times = {"launched": stop.launched, "startup": time.time() - stop.launched}
     began = time.monotonic()
     poll()
     rows = _rows(config, base, ranks, stop)
@@ -147,11 +147,11 @@ def _train(
     trainer = Trainer(config, ranks, build(config, base, ranks, poll), fingerprint)
     records.claim(stop.launched)
     read_bytes = trainer.restore(records.resumed)
-    seconds["load"] = time.monotonic() - began
+    times["load"] = time.monotonic() - began
     saver = Saver(records, saved=trainer.done)
-    _announce(trainer, records, rows, read_bytes, stop.launched, seconds)
+    _announce(trainer, records, rows, read_bytes, times)
     try:
-        _steps(trainer, rows, records, saver, stop, poll)
+        _steps(trainer, rows, saver, stop, poll)
     except Stopping:
         saver.cancel(trainer.done)
         if saver.saved != trainer.done:
@@ -164,15 +164,10 @@ def _train(
 
 
 def _steps(
-    trainer: Trainer,
-    rows: "_Rows",
-    records: RunRecorder,
-    saver: Saver,
-    stop: StopFlag,
-    poll: Callable[[], None],
+    trainer: Trainer, rows: "_Rows", saver: Saver, stop: StopFlag, poll: Callable[[], None]
 ) -> None:
     """All steps that are left, and what is due between them."""
-    config, done, total = trainer.config, trainer.done, rows.total
+    config, records, done, total = trainer.config, saver.records, trainer.done, rows.total
     unread, known = list[tuple[dict[str, Any], int, float, Outcome]](), 0.0
 
     def log() -> None:
@@ -243,12 +238,7 @@ def _due(every: int, step: int, total: int, newest: int) -> bool:
 
 
 def _announce(
-    trainer: Trainer,
-    records: RunRecorder,
-    rows: "_Rows",
-    read_bytes: int,
-    launched: float,
-    seconds: dict[str, float],
+    trainer: Trainer, records: RunRecorder, rows: "_Rows", read_bytes: int, times: dict[str, float]
 ) -> None:
     """Tells user and events.jsonl what starts, with the bytes that each rank read and holds."""
     built, ranks, step = trainer.built, trainer.ranks, trainer.done
@@ -267,9 +257,9 @@ def _announce(
             say(f"adapter.target_modules are {targets.short(layers)}: {len(layers)} layers")
         if built.unpacked and trainer.config.train.batching == "auto":
             say(f"rows are padded, not packed: {built.unpacked}")
-    more = {"engine": trainer.config.engine.name, "world_size": ranks.world_size}
-    more |= {"parameters": count, "tokens": tokens, **seconds}
-    records.started(step, launched, steps=total, **more, per_rank=per_rank)
+    more: dict[str, Any] = {"engine": trainer.config.engine.name, "world_size": ranks.world_size}
+    more |= {"parameters": count, "tokens": tokens} | times
+    records.started(step, steps=total, **more, per_rank=per_rank)
     # Parameters and both moments in fp32, headers and manifest.
     held = sum(full_shape(p).numel() for p in trainer.saved.values())
     records.keep_room(8 * count + 4 * held + 1000 * len(trainer.saved) + (16 << 10))
@@ -307,13 +297,11 @@ def _rows(config: RunConfig, base: Base, ranks: Ranks, stop: StopFlag) -> _Rows:
         fingerprint = token_file.prepared(files, config.data, seed)[0].fingerprint()
         return [{split: str(file) for split, file in files.items()}, fingerprint]
 
-    host, seed = socket.gethostname(), config.train.seed
-    # Once a node: their folders may differ.
-    pair: list[Any] = [host, ranks.all_or_raise(make)]
-    made = {name: m for name, m in ranks.gather(pair) if m is not None}
+    seed = config.train.seed
+    made = ranks.all_or_raise(make)
     if ranks.any(stop.signal is not None):
         raise Stopping
-    paths, fingerprint = made[host]
+    paths, fingerprint = ranks.of_node(made)  # whose folders may be others than another's
     files: dict[Split, Path] = {split: Path(file) for split, file in paths.items()}
     train, valid, report = ranks.all_or_raise(lambda: token_file.prepared(files, config.data, seed))
     for line in report if ranks.is_main else ():

@@ -17,7 +17,7 @@ from scalepeft.data import loader
 from scalepeft.data.tokens import TokenSet
 from scalepeft.models import attention
 from scalepeft.models.tensors import Reader
-from scalepeft.parallel.base import MOMENTS, Part
+from scalepeft.parallel.base import Part
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.checkpoint import Checkpoint
 from scalepeft.run.saver import Saver
@@ -88,7 +88,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         finite = numbers[:2].isfinite().all()
-        engine.update(self.optimizer, parameters, train.max_grad_norm, norm, finite)
+        engine.update(self.optimizer, train.max_grad_norm, norm, finite)
         self.done += 1
         return Outcome(self, numbers)
 
@@ -123,20 +123,15 @@ class Trainer:
 
         def read() -> int:
             reader = Reader(resumed.folder)
-            names = [name for name in reader.shapes if "/" not in name]
-            injection.check_state(self.built.model, {n: reader.shapes[n] for n in names}, where)
-            # In the optimizer's own order: a later save writes them as they were made here.
-            kinds = {
-                name: [kind for kind in MOMENTS if f"{name}/{kind}" in reader.shapes]
-                for name in names
-            }
+            shapes = {name: shape for name, shape in reader.shapes.items() if "/" not in name}
+            injection.check_state(self.built.model, shapes, where)
 
             def fill(name: str, part: Part) -> None:
                 reader.fill(name, part)
                 if not torch.isfinite(part.data).all():
                     raise UserError(f"{where}: {name} holds NaN or infinity; remove that folder")
 
-            engine.load_state_parts(self.saved, self.optimizer, kinds, fill)
+            engine.load_state_parts(self.saved, self.optimizer, reader.shapes, fill)
             return reader.bytes_read
 
         read_bytes = self.ranks.all_or_raise(read)

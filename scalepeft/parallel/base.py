@@ -1,7 +1,7 @@
 """The engine protocol: how parameters are spread over ranks, and how gradients come together."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, replace
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scalepeft.core import kernels
-from scalepeft.core.compiled import compiled, prepare
+from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, Decides
 from scalepeft.parallel.ranks import Ranks
 
@@ -122,9 +122,10 @@ class Engine:
     def shard(self, model: nn.Module, blocks: list[nn.Module]) -> None:
         """Spreads the model in place, on the meta device; compiled blocks first, then the wrap."""
         if self.config.compile == "blocks":
-            self.ranks.all_or_raise(lambda: prepare(self.ranks.device))
+            self.ranks.all_or_raise(lambda: _check_compilers(self.ranks.device))
+            torch._dynamo.config.recompile_limit = GRAPHS
             for block in blocks:
-                block.forward = compiled(block.forward)
+                block.forward = _compiled(block.forward)
         if self.config.activation_checkpointing:
             for block in blocks:
                 # An instance attribute: parameter names stay, and a wrapper's hooks run outside the
@@ -178,17 +179,13 @@ class Engine:
         return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def update(
-        self,
-        optimizer: torch.optim.Optimizer,
-        parameters: list[nn.Parameter],
-        max_norm: float,
-        norm: Tensor,
-        finite: Tensor,
+        self, optimizer: torch.optim.Optimizer, max_norm: float, norm: Tensor, finite: Tensor
     ) -> None:
         """One optimizer step; gradients are first scaled to a norm of at most ``max_norm`` (0: no
         clipping) and then dropped. Where not ``finite`` (), nothing else changes.
         """
         if max_norm > 0:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         # A fused optimizer's own word for a step to be skipped: it asks on the device.
         optimizer.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
@@ -226,23 +223,50 @@ class Engine:
         self,
         trained: dict[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
-        kinds: dict[str, list[str]],
+        names: Container[str],
         fill: Callable[[str, Part], None],
     ) -> None:
         """Restores what ``state_parts`` gave, whatever engine and world size it came from: ``fill``
-        writes saved elements into a part; of each parameter these ``kinds`` of state were saved.
+        writes saved elements into a part; under these ``names`` something was saved.
         """
         for name, parameter in trained.items():
             fill(name, self.part(parameter, optimizer.state))
             owner = self.owner(parameter)
-            for kind in kinds.get(name, ()):
-                scalar = torch.zeros((), device=owner.device)
-                empty = scalar if kind == "step" else torch.zeros_like(owner)
-                optimizer.state[owner].setdefault(kind, empty)
-                fill(f"{name}/{kind}", self.part(parameter, optimizer.state, kind))
+            for kind in MOMENTS:  # a later save writes them in the order in which they are made
+                if (key := f"{name}/{kind}") in names:
+                    scalar = torch.zeros((), device=owner.device)
+                    empty = scalar if kind == "step" else torch.zeros_like(owner)
+                    optimizer.state[owner].setdefault(kind, empty)
+                    fill(key, self.part(parameter, optimizer.state, kind))
 
     def state_loaded(self) -> None:
         """Called on all ranks once each has restored its parts."""
+
+
+GRAPHS = 64
+"""Of one function at most; torch's 8 are soon used: of the first shape, of all others, of one line
+or several, of few tokens or many (HOFT), each for the first block and for the others."""
+
+
+def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A block's forward, compiled for training alone: a generation would bring ever new shapes."""
+    fast = torch.compile(forward)
+    return lambda *args, **kwargs: (fast if torch.is_grad_enabled() else forward)(*args, **kwargs)
+
+
+def _check_compilers(device: torch.device) -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler  # a second, which few runs need
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch.utils._triton import has_triton
+
+    missing = "" if device.type == "cpu" or has_triton() else "triton"
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        missing = "a C++ compiler (g++, or what CXX names)"
+    if missing:
+        fix = "install it, or set engine.compile=off"
+        raise UserError(f"engine.compile=blocks needs {missing}; {fix}")
 
 
 BUCKET = 25_000_000  # elements that are summed at one time

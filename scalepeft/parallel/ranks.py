@@ -56,11 +56,9 @@ class Ranks:
     the CPU (gloo) and never wait for a GPU. What is gathered travels as JSON or bytes: no pickle.
     """
 
-    def __init__(
-        self, rank: int = 0, world_size: int = 1, local_rank: int = 0, device: str = "cpu"
-    ) -> None:
+    def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0) -> None:
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
-        self.device = torch.device(device)
+        self.device = torch.device("cpu")
         self.control: dist.ProcessGroup | None = None
         self.presence: rendezvous.Presence | None = None
         self.secret = b""
@@ -82,14 +80,8 @@ class Ranks:
         if ranks.world_size == 1 and not process_group:
             return ranks
         os.environ.update(env)
-        on_gpu = ranks.device.type == "cuda"
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         ranks.control, ranks.secret = rendezvous.join(
-            backend,
-            ranks._meet(env),
-            ranks.rank,
-            ranks.world_size,
-            device_id=ranks.device if on_gpu else None,
+            ranks.device, ranks._meet(env), ranks.rank, ranks.world_size
         )
         return ranks
 
@@ -149,18 +141,17 @@ class Ranks:
         assert _plain(value), f"to other ranks go JSON's types, not {value!r:.200}"
         if self.world_size == 1:
             return [value]
-        every = self._gather_bytes(_bytes_of(value), everywhere=True)
-        return [json.loads(part.numpy().tobytes()) for part in every]
+        mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        return [json.loads(part.numpy().tobytes()) for part in self.gather_bytes(mine)]
 
     def of_node(self, value: T | None) -> T:
         """Returns what local rank 0 of this rank's node gave; the others give None."""
-        return [v for v in self.gather(value)[: self.rank + 1] if v is not None][-1]
+        here: list[Any] = [socket.gethostname(), value]
+        made = [v for host, v in self.gather(here)[: self.rank + 1] if host == here[0]]
+        return [v for v in made if v is not None][-1]
 
-    def bytes_on_main(self, mine: torch.Tensor) -> list[torch.Tensor] | None:
-        """Returns every rank's uint8 vector, of any length, in rank order on rank 0; else None."""
-        return self._gather_bytes(mine, everywhere=False) if self.world_size > 1 else [mine]
-
-    def _gather_bytes(self, mine: torch.Tensor, everywhere: bool) -> Any:
+    def gather_bytes(self, mine: torch.Tensor, everywhere: bool = True) -> Any:
+        """Returns the ranks' bytes (uint8, n), in rank order, on rank 0 or ``everywhere``."""
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         dist.all_gather(sizes, torch.tensor([mine.numel()]), group=self.control)
         longest = int(max(sizes))
@@ -234,7 +225,3 @@ def _plain(value: Any) -> bool:
     if isinstance(value, list):
         return all(map(_plain, value))
     return value is None or type(value) in (str, int, float, bool)
-
-
-def _bytes_of(value: Any) -> torch.Tensor:
-    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)

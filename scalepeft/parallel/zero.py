@@ -271,12 +271,7 @@ class Zero(Engine):
         return torch.as_tensor(norm, device=self.ranks.device)
 
     def update(
-        self,
-        optimizer: torch.optim.Optimizer,
-        parameters: list[nn.Parameter],
-        max_norm: float,
-        norm: Tensor,
-        finite: Tensor,
+        self, optimizer: torch.optim.Optimizer, max_norm: float, norm: Tensor, finite: Tensor
     ) -> None:
         """DeepSpeed's step: clips, updates this rank's part, and gathers (stages 1 and 2)."""
         if not finite:

@@ -192,7 +192,7 @@ def gather(ranks: Ranks, parts: dict[str, Part]) -> dict[str, Tensor] | None:
     data = [part.data.cpu().contiguous().view(-1).view(torch.uint8) for part in mine.values()]
     here: list[list[Any]] = [[n, part.start, part.data.nbytes] for n, part in mine.items()]
     held = ranks.gather(here)
-    received = ranks.bytes_on_main(torch.cat([*data, torch.empty(0, dtype=torch.uint8)]))
+    received = ranks.gather_bytes(torch.cat([*data, torch.empty(0, dtype=torch.uint8)]), False)
     if received is None:
         return None
     whole = {n: torch.empty(math.prod(p.shape), dtype=p.data.dtype) for n, p in parts.items()}
