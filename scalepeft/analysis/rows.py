@@ -41,9 +41,7 @@ def run(settings: list[str], show: int) -> None:
     """Print counts of the rows, as a training reads them, and ``show`` of them as text."""
     if show < 0:
         raise UserError(f"--show {show}: expected a number of rows")
-    config, notes = files.load_partly(settings)
-    for note in notes:
-        say(note)
+    config = files.load_partly(settings)
     base = open_base(config.model, Ranks())
     task, found = task_of(config, base.tokenizer), dict[str, TokenSet]()
     for split, file in token_file.files(task, base.tokenizer, base.vocab_size, base.ends).items():

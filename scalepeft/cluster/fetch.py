@@ -23,7 +23,7 @@ def run(settings: list[str], out: str | None, check: str | None) -> int:
     """Fetches into ``out``, or reads ``check`` again ("": HF_HOME); returns the exit code. Raises
     UserError: nothing to fetch or to check, or what the hub, the network or the disk refused.
     """
-    home, config = _home(check or out), files.load_partly(settings)[0]
+    home, config = _home(check or out), files.load_partly(settings)
     names, listed = _names(config), home / tables.FETCHED
     held: dict[str, Any] = read_json(listed).get("fetched", {})
     if check is not None and (names or held):

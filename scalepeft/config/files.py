@@ -14,6 +14,7 @@ from scalepeft.config import schema as cfg
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError, nearest, unknown
 from scalepeft.core.files import read_mapping, shipped
+from scalepeft.core.log import say
 from scalepeft.core.text import one_line
 
 MAX_KEYS = 2000
@@ -38,14 +39,17 @@ def load(path: str | None, overrides: list[str]) -> tuple[cfg.RunConfig, list[st
     return cfg.from_dict(values_of(path, overrides, notes)), notes
 
 
-def load_partly(settings: list[str]) -> tuple[cfg.RunConfig, list[str]]:
-    """As ``load``, of ``[CONFIG] KEY=VALUE ...``; the run folder and the length may be absent."""
+def load_partly(settings: list[str]) -> cfg.RunConfig:
+    """The config of ``[CONFIG] KEY=VALUE ...``, notes said; run folder and length may be absent."""
     notes: list[str] = []
     values = values_of(*config_first(settings), notes)
     train = values["train"] = dict(values.get("train") or {})
     if train.get("max_steps") is None and train.get("epochs") is None:
         train["epochs"] = 1.0
-    return cfg.from_dict({**values, "run_dir": values.get("run_dir") or "unset"}), notes
+    config = cfg.from_dict({**values, "run_dir": values.get("run_dir") or "unset"})
+    for note in notes:
+        say(note)
+    return config
 
 
 def values_of(path: str | None, overrides: list[str], notes: list[str]) -> dict[str, Any]:
@@ -140,8 +144,8 @@ def config_files(section: str) -> list[Path]:
 
 
 def config_names(section: str) -> list[str]:
-    """Every name that ``section=NAME`` can take: of a file, or of an extension's entry."""
-    entries = registry.added(cfg.NAMED[section][0]) if section in cfg.NAMED else []
+    """Every name that ``section=NAME`` can take: of a file, or of an entry (an extension's)."""
+    entries = registry.available(cfg.NAMED[section][0]) if section in cfg.NAMED else []
     return sorted({*(file.stem for file in config_files(section)), *entries})
 
 

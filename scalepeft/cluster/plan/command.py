@@ -10,7 +10,6 @@ from scalepeft.cluster.plan.simulate import KINDS
 from scalepeft.config import files as config_files
 from scalepeft.config import schema as cfg
 from scalepeft.core import text
-from scalepeft.core.log import say
 from scalepeft.core.text import duration, gib
 
 MOMENTS = {"start": "the first gather", "loss": "the loss", "step": "the optimizer's step"}
@@ -24,10 +23,7 @@ HINTS = (
 
 def run(settings: list[str], options: Options, as_json: bool) -> None:
     """Print the plan of a ``train`` command's arguments; raises as ``planning.plan``."""
-    config, notes = config_files.load_partly(settings)
-    for note in notes:
-        say(note)
-    planned = plan(config, options)
+    planned = plan(config_files.load_partly(settings), options)
     print(json.dumps(as_dict(planned), indent=1) if as_json else table(planned))
 
 
