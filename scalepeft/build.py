@@ -27,11 +27,9 @@ class Built:
 
     engine: Engine
     model: nn.Module
-    base: dict[str, Any]
-    """Which base this is: path, revision, storage, fingerprint, sha256 of its files."""
+    base: dict[str, Any]  # which it is: path, revision, storage, fingerprint, sha256 of its files
     bytes_read: int
-    unpacked: str = ""
-    """Why its rows cannot be packed; empty where they can."""
+    unpacked: str = ""  # why its rows cannot be packed; empty where they can
 
 
 def engine_class(config: RunConfig) -> type[Engine]:
@@ -97,15 +95,13 @@ def build(
         poll()
     copy.keep()
     injection.reset_adapters(model, config.train.seed)
-    kind = config.model
+    kind, read = config.model, weights.bytes_read - before + copy.bytes_read
     description = {key: getattr(kind, key) for key in ("path", "revision", "quant", "double_quant")}
     description["sha256"] = base.digests(ranks)
     fingerprint = ranks.all_or_raise(lambda: base.fingerprint)
     what = f"model.path={kind.path}: files differ"
     description["fingerprint"] = ranks.assert_equal(fingerprint, what)
-    return Built(
-        engine, model, description, weights.bytes_read - before + copy.bytes_read, unpacked
-    )
+    return Built(engine, model, description, read, unpacked)
 
 
 def check_batch(config: RunConfig, world: int) -> None:

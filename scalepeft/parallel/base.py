@@ -10,17 +10,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scalepeft.core import kernels
 from scalepeft.core.errors import UserError
-from scalepeft.core.fields import STRICT, Decides
+from scalepeft.core.fields import ON_OFF, STRICT, Decides
 from scalepeft.parallel.ranks import Ranks
-
-OFF = BeforeValidator(lambda value: "off" if value is False else value)  # YAML's bare off
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -43,8 +40,8 @@ class EngineConfig:
     name: str
     device: Annotated[Literal["auto", "cpu", "cuda"], Decides.SPEED, Decides.PLACE] = "auto"
     activation_checkpointing: bool = False
-    compile: Annotated[Literal["off", "blocks"], OFF] = "off"
-    kernels: Annotated[Literal["auto", "off"], OFF] = "auto"
+    compile: Annotated[Literal["off", "blocks"], ON_OFF] = "off"
+    kernels: Annotated[Literal["auto", "off"], ON_OFF] = "auto"
 
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -139,9 +136,7 @@ class Engine:
         """Shards or replicates; by default does nothing."""
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> nn.Module:
-        """Called once weights and start values are there; returns the module to call. Without an
-        ``optimizer`` nothing is to be trained.
-        """
+        """Returns the module to call, with its weights there; no ``optimizer``: to be evaluated."""
         return model
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
@@ -163,9 +158,7 @@ class Engine:
 
     def sum_gradients(self, tensors: Sequence[Tensor]) -> None:
         """Sums over the ranks, in place, what ``backward`` made of this rank's rows alone."""
-        if self.ranks.world_size == 1:
-            return
-        for bucket in buckets(tensors):
+        for bucket in buckets(tensors) if self.ranks.world_size > 1 else ():
             _all_reduce(bucket)
 
     def add_gradients(self, parameters: list[nn.Parameter], grads: list[Tensor | None]) -> None:

@@ -13,10 +13,12 @@ import torch.distributed as dist
 from scalepeft.core.errors import UserError
 from scalepeft.core.launch import launch_variables
 from scalepeft.core.log import say
-from scalepeft.core.preemption import Stopping
+from scalepeft.core.preemption import StopFlag, Stopping
 from scalepeft.parallel import rendezvous
 
 T = TypeVar("T")
+KEPT: dict[str, type[Exception]] = {"UserError": UserError, "Stopping": Stopping}
+"""What one rank raises and all others then too; of another failure they tell as RuntimeError."""
 
 
 def pick_device(wanted: str, local_rank: int) -> torch.device:
@@ -130,6 +132,11 @@ class Ranks:
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
         return bool(value.item())
 
+    def check(self, stop: StopFlag) -> None:
+        """Raises Stopping on every rank once a signal came on one; a collective."""
+        if self.any(stop.signal is not None):
+            raise Stopping
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Adds a tensor over the ranks, where it is."""
         if self.world_size > 1:
@@ -138,10 +145,11 @@ class Ranks:
 
     def gather(self, value: T) -> list[T]:
         """Returns every rank's value, of JSON's types, in rank order, on every rank."""
-        assert _plain(value), f"to other ranks go JSON's types, not {value!r:.200}"
+        text, kept = json.dumps(value, default=str), repr(value)  # as NaN equals nothing
+        assert repr(json.loads(text)) == kept, f"to other ranks go JSON's types, not {kept:.200}"
         if self.world_size == 1:
             return [value]
-        mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         return [json.loads(part.numpy().tobytes()) for part in self.gather_bytes(mine)]
 
     def of_node(self, value: T | None) -> T:
@@ -179,36 +187,24 @@ class Ranks:
         try:
             result = work()
         except Exception as error:
-            self.gather([isinstance(error, UserError), str(error)])
+            kind = next((name for name, kept in KEPT.items() if isinstance(error, kept)), "")
+            self.gather([kind, str(error)])
             raise
         failures: list[Any] = self.gather(None)
         for rank, failed in enumerate(failures):
             if failed is not None:
-                raise (UserError if failed[0] else RuntimeError)(f"rank {rank}: {failed[1]}")
+                raise KEPT.get(failed[0], RuntimeError)(f"rank {rank}: {failed[1]}")
         return result
 
     def run_on_main(self, work: Callable[[], T]) -> T:
         """Runs ``work`` on rank 0; its result, of JSON's types, or failure is everyone's."""
-        made = self.all_or_raise(lambda: work() if self.is_main else None)
-        return self.gather(made)[0]  # type: ignore[return-value]
+        return self.gather(self.alone(work))[0]  # type: ignore[return-value]
 
     def alone(self, work: Callable[[], T]) -> T | None:
-        """Runs long work on rank 0; its failure, or Stopping, is everyone's, its result not."""
-        result = None
+        """Runs ``work`` on rank 0; its failure is everyone's, its result not."""
+        return self.all_or_raise(lambda: work() if self.is_main else None)
 
-        def stopped() -> bool:
-            nonlocal result
-            try:
-                result = work()
-            except Stopping:
-                return True
-            return False
-
-        if self.run_on_main(stopped):
-            raise Stopping
-        return result
-
-    def finish(self, *_released: object) -> None:
+    def finish(self) -> None:
         """Leaves the process group; call with no engine or model alive, which could hang."""
         if dist.is_initialized():
             dist.barrier(group=self.control)
@@ -216,12 +212,3 @@ class Ranks:
                 self.presence.leave()
             gc.collect()
             dist.destroy_process_group()
-
-
-def _plain(value: Any) -> bool:
-    """True if JSON gives back the very same."""
-    if isinstance(value, dict):
-        return all(type(key) is str and _plain(v) for key, v in value.items())
-    if isinstance(value, list):
-        return all(map(_plain, value))
-    return value is None or type(value) in (str, int, float, bool)
