@@ -3,13 +3,10 @@
 from typing import Any
 
 __version__ = "0.1.0"
-# Imported on first use: ``python -m scalepeft`` takes over the signals before torch is loaded.
+# Name -> module of adapters/, imported on first use: signals are taken over before torch is loaded.
 _PUBLIC = {
-    "adapt": "scalepeft.adapters.inject",
-    "effective_weight": "scalepeft.adapters.merged_weight",
-    "inject": "scalepeft.adapters.inject",
-    "load_adapter": "scalepeft.adapters.inject",
-    "save_adapter": "scalepeft.adapters.inject",
+    **dict.fromkeys(("adapt", "inject", "load_adapter", "save_adapter"), "inject"),
+    "effective_weight": "merged_weight",
 }
 __all__ = ["__version__", *_PUBLIC]
 
@@ -18,5 +15,5 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         import importlib
 
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
+        return getattr(importlib.import_module(f"scalepeft.adapters.{_PUBLIC[name]}"), name)
     raise AttributeError(f"module 'scalepeft' has no attribute {name!r}")

@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import itertools
 import sys
 from typing import Any, NoReturn
 
@@ -188,20 +187,21 @@ DECLARED = {
 
 
 def _written_here(commands: dict[str, Parser]) -> None:
-    """Give the commands their other arguments."""
-
-    def add(names: str, flag: str, help: str, **words: Any) -> None:
+    def add(names: str, flags: str, help: str, **words: Any) -> None:
+        shown = [word for word in flags.split() if word.isupper()]  # in the help, for the value
+        words |= {"metavar": shown[0]} if shown else {}
+        given = [word for word in flags.split() if word not in shown]
         for name in names.split():
-            commands[name].add_argument(*flag.split(), help=help, **words)
+            commands[name].add_argument(*given, help=help, **words)
 
     flag: dict[str, Any] = {"action": "store_true"}
     add(" ".join(COMMANDS), "--debug", "show the traceback of a user error too", **flag)
     add("methods doctor plan verify status", "--json", "JSON in place of text", **flag)
-    add("init", "folder", "made where it is not there", nargs="?", default=".", metavar="FOLDER")
-    add("init", "--recipe", "by name (toy)", default="toy", metavar="NAME")
-    add("init", "--site", "by name, or a YAML of yours (docs/sites.md)", metavar="NAME")
+    add("init", "folder FOLDER", "made where it is not there", nargs="?", default=".")
+    add("init", "--recipe NAME", "by name (toy)", default="toy")
+    add("init", "--site NAME", "by name, or a YAML of yours (docs/sites.md)")
     add("init", "--list", "the recipes and sites there are", dest="listed", **flag)
-    add("report status", "run_dirs", "a run, or (status) a sweep", nargs="+", metavar="RUN_DIR")
+    add("report status", "run_dirs RUN_DIR", "a run, or (status) a sweep", nargs="+")
     add("evaluate generate merge export push", "run_dir", "a finished run, or an adapter of PEFT's")
     add("push", "repo", "ORG/NAME on the hub")
     add("push", "--private", "make it so that only you and ORG see it", **flag)
@@ -217,17 +217,15 @@ def _written_here(commands: dict[str, Parser]) -> None:
         ("merge export", "model.path=FOLDER", "where the base is now"),
     ):
         add(names, "settings", help, nargs="*", metavar=metavar)
-    shown: dict[str, Any] = {"type": int, "default": 3, "metavar": "ROWS"}
-    add("data", "--show", "so many rows, what is learned in colour (3)", **shown)
+    add("data", "--show ROWS", "so many rows, what is learned in colour (3)", type=int, default=3)
     add("train", "--resume-with-changes", "continue although harmless keys differ", **flag)
     add("generate", "--raw", "without the template of the run's rows", **flag)
     add("pipeline", "--from", "do this one and those after it again", dest="first", choices=STAGES)
-    add("fetch", "--out", "fetch into FOLDER instead of HF_HOME", metavar="FOLDER")
-    again: dict[str, Any] = {"nargs": "?", "const": "", "metavar": "FOLDER"}
-    add("fetch", "--check", "read what is in FOLDER (HF_HOME) again", **again)
-    add("report", "--out", "where the report goes", metavar="FOLDER")
+    add("fetch", "--out FOLDER", "fetch into FOLDER instead of HF_HOME")
+    add("fetch", "--check FOLDER", "read what is in FOLDER (HF_HOME) again", nargs="?", const="")
+    add("report", "--out FOLDER", "where the report goes")
     theirs = "one run's figures, as HF PEFT's method_comparison has them"
-    add("report", "--peft-result", theirs, metavar="FILE", dest="peft")
+    add("report", "--peft-result FILE", theirs, dest="peft")
     weights: dict[str, Any] = {"dest": "base", "choices": ("original", "dequantized")}
     what = "merge into the weights of the files, or into what the adapter saw in training"
     add("merge", "--base-weights --base", what, default="original", **weights)
@@ -236,21 +234,14 @@ def _written_here(commands: dict[str, Parser]) -> None:
     add("export", "--format", "see above", choices=("peft", "lora"), required=True)
     add("methods", "--model", "a shape by name, or a model folder", default="llama-3.1-8b")
     add("bench", "--seconds", "gpu: for all sections together (500)", type=float)
-    add("bench", "--only", "gpu: these sections alone, e.g. env,quant", metavar="A,B")
+    add("bench", "--only A,B", "gpu: these sections alone, e.g. env,quant")
     add("bench", "--tiny", "gpu: seconds, on any CPU", action="store_const", const=True)
-    section: dict[str, Any] = {"nargs": "?", "const": "", "metavar": "SECTION"}
-    add("config", "--reference", "every key, of a section or all", **section)
+    add("config", "--reference SECTION", "every key, of a section or all", nargs="?", const="")
     what = "our model of model.path against transformers' own: this alone, in one process"
     add("doctor", "--against-transformers", what, **flag)
     add("doctor", "--run-dir", "folder to look at (default: the config's, or this one)")
-    seconds: dict[str, Any] = {"type": float, "metavar": "SECONDS"}
-    add("doctor", "--timeout", "for ranks and each check (120)", **seconds)
-    speed: dict[str, Any] = {"type": float, "default": 1.0, "metavar": "GB/S"}
-    add("plan", "--disk-gbps", "of the run folder's disk (1.0)", **speed)
-
-
-def _one_of(commands: dict[str, Parser]) -> None:
-    """Give the commands the arguments of which one goes without the others."""
+    add("doctor", "--timeout SECONDS", "for ranks and each check (120)", type=float)
+    add("plan", "--disk-gbps GB/S", "of the run folder's disk (1.0)", type=float, default=1.0)
     kind: dict[str, Any] = {"dest": "kind", "action": "store_const", "default": "adapter"}
     for name in ("evaluate", "generate"):
         which = commands[name].add_mutually_exclusive_group()
@@ -282,14 +273,10 @@ def parse(argv: list[str], doc: str | None) -> argparse.Namespace:
         options.add_arguments(commands[name], declared, positional, without)
     commands["bench"].set_defaults(**dict.fromkeys(BENCH_FLAGS))  # None: not given
     _written_here(commands)
-    _one_of(commands)
     args, left = made.parse_known_args(argv)
     command = commands[args.command]
-    names = [
-        getattr(args, name, None) for name in ("run_dir", "run_dirs", "out", "job_file", "folder")
-    ]
-    lists = [name if isinstance(name, list) else [name or ""] for name in names]
-    if wrong := [name for name in itertools.chain(*lists) if not plain(name)]:
+    places = [getattr(args, name, None) for name in ("run_dir", "out", "job_file", "folder")]
+    if wrong := [p for p in (*getattr(args, "run_dirs", ()), *places) if p and not plain(p)]:
         command.error(f"{one_line(wrong[0], 100)}: a name with control characters, or not UTF-8")
     settings = [a for a in left if "=" in a and not a.startswith("-")]
     if len(settings) != len(left) or (settings and not hasattr(args, "settings")):
@@ -300,9 +287,8 @@ def parse(argv: list[str], doc: str | None) -> argparse.Namespace:
         if "=" in getattr(args, name):
             command.error(f"{name.upper()}={getattr(args, name)}: RUN_DIR and OUT come first")
     if args.command == "bench":
-        for name in (*BENCH_FLAGS, *FLAGS_OF["gpu"]):
-            if name not in FLAGS_OF[args.what] and getattr(args, name) is not None:
-                command.error(f"--{name} is not an option of bench {args.what}")
-        if args.settings and args.what != "train":
-            command.error(f"{args.settings[0]} is not an option of bench {args.what}")
+        others = [n for n in (*BENCH_FLAGS, *FLAGS_OF["gpu"]) if n not in FLAGS_OF[args.what]]
+        wrong = [f"--{name}" for name in others if getattr(args, name) is not None]
+        if wrong := [*wrong, *(args.settings if args.what != "train" else ())]:
+            command.error(f"{wrong[0]} is not an option of bench {args.what}")
     return args

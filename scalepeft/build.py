@@ -27,11 +27,9 @@ class Built:
 
     engine: Engine
     model: nn.Module
-    base: dict[str, Any]
-    """Which base this is: path, revision, storage, fingerprint, sha256 of its files."""
+    base: dict[str, Any]  # which it is: path, revision, storage, fingerprint, sha256 of its files
     bytes_read: int
-    unpacked: str = ""
-    """Why its rows cannot be packed; empty where they can."""
+    unpacked: str = ""  # why its rows cannot be packed; empty where they can
 
 
 def engine_class(config: RunConfig) -> type[Engine]:

@@ -15,15 +15,12 @@ import time
 import traceback
 from collections.abc import Callable
 from errno import EACCES, ELOOP, ENAMETOOLONG, ENOTDIR, EPERM, EROFS
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from scalepeft import arguments
 from scalepeft.core.launch import importing, rank
 from scalepeft.core.log import keep_speaking, say
 from scalepeft.core.preemption import BROKEN, FINISHED, USER_ERROR, StopFlag
-
-if TYPE_CHECKING:  # its module imports torch
-    from scalepeft.config.schema import RunConfig
 
 INTERRUPTED = 130  # as the shell reports a death by Ctrl-C
 REFUSED = (EACCES, ELOOP, ENAMETOOLONG, ENOTDIR, EPERM, EROFS)
@@ -121,7 +118,7 @@ def _run(args: argparse.Namespace, stop: StopFlag) -> int:
     return code if isinstance(code, int) else FINISHED
 
 
-def _load(args: argparse.Namespace) -> "RunConfig":
+def _load(args: argparse.Namespace) -> Any:
     from scalepeft.config import files
 
     config, notes = files.load(*files.config_first(args.settings))

@@ -25,7 +25,7 @@ from scalepeft.core.preemption import FINISHED, StopFlag, tell_job
 from scalepeft.core.text import duration, table
 from scalepeft.data import prepared, token_file
 from scalepeft.data.rows import expand, paths_of
-from scalepeft.data.tasks.base import SPLITS, Split, Task
+from scalepeft.data.tasks.base import SPLITS, Split
 from scalepeft.eval import comet, evaluate
 from scalepeft.export import merge
 from scalepeft.export.streaming import MADE_FROM, changed
@@ -277,7 +277,7 @@ def run(
         check_batch(config, world_size())
         ranks = start_ranks(config)
     stages = Path(config.run_dir) / "stages"
-    lease = ranks.all_or_raise(lambda: _claim(stages) if ranks.is_main else None)
+    lease = ranks.alone(lambda: _claim(stages))
 
     def work() -> int:
         return Pipeline(config, ranks, stop).run(first, only or last or STAGES[-1], only)
@@ -298,8 +298,8 @@ def _claim(stages: Path) -> Lease:
         return Lease(stages, claim(stages))
 
 
-def check(config: RunConfig) -> Task:
-    """Return the config's task; raise UserError for what would else be found after the training."""
+def check(config: RunConfig) -> None:
+    """Raise UserError for what would else be found after the training."""
     task, wanted, merged = task_of(config), config.pipeline, Path(config.run_dir) / "merged"
     if wanted.merge != "none" and merged.exists() and not (merged / MADE_FROM).is_file():
         fix = "move it, or set pipeline.merge=none"
@@ -310,4 +310,3 @@ def check(config: RunConfig) -> Task:
         raise UserError("data.test is empty: the evaluate stage needs rows, data.test=FILES")
     if not wanted.evaluate:
         raise UserError("pipeline.evaluate is empty; allowed: adapter, merged, base")
-    return task

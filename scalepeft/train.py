@@ -39,9 +39,7 @@ from scalepeft.trainer import Outcome, Trainer, batches, summed_loss
 def _check_resumed(
     config: RunConfig, base: Base, rows: "_Rows", ranks: Ranks, resumed: Checkpoint | None
 ) -> str:
-    """Returns the fingerprint of the training rows, equal on all ranks; a collective. Raises
-    UserError: a checkpoint is of another base, of other rows, or beyond the end of this run.
-    """
+    """The fingerprint of the training rows. Raises UserError: the checkpoint is not of this run."""
     fingerprint = ranks.assert_equal(rows.fingerprint, "data.train: training rows differ")
     where = f"run_dir={config.run_dir}"
     if resumed is None:
@@ -67,9 +65,8 @@ def learning_rate(config: RunConfig, step: int, total: int) -> float:
     if train.schedule == "constant":
         return train.lr
     done = (step - train.warmup_steps) / max(1, total - train.warmup_steps)
-    return train.lr * (
-        1 - done if train.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    )
+    left = 1 - done if train.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return train.lr * left
 
 
 @torch.no_grad()
@@ -134,45 +131,33 @@ def run_on(
 def _train(
     config: RunConfig, base: Base, ranks: Ranks, records: RunRecorder, stop: StopFlag
 ) -> int:
-    def poll() -> None:
-        if ranks.any(stop.signal is not None):
-            raise Stopping
-
-    seconds = {"startup": time.time() - stop.launched}
+    times = {"launched": stop.launched, "startup": time.time() - stop.launched}
     began = time.monotonic()
-    poll()
+    ranks.check(stop)
     rows = _rows(config, base, ranks, stop)
     fingerprint = _check_resumed(config, base, rows, ranks, records.resumed)
-    poll()
-    trainer = Trainer(config, ranks, build(config, base, ranks, poll), fingerprint)
+    built = build(config, base, ranks, lambda: ranks.check(stop))
+    trainer = Trainer(config, ranks, built, fingerprint)
     records.claim(stop.launched)
     read_bytes = trainer.restore(records.resumed)
-    seconds["load"] = time.monotonic() - began
+    times["load"] = time.monotonic() - began
     saver = Saver(records, saved=trainer.done)
-    _announce(trainer, records, rows, read_bytes, stop.launched, seconds)
+    _announce(trainer, records, rows, read_bytes, times)
     try:
-        _steps(trainer, rows, records, saver, stop, poll)
+        _steps(trainer, rows, saver, stop)
     except Stopping:
         saver.cancel(trainer.done)
         if saver.saved != trainer.done:
             trainer.save(saver, final=True)
         return STOPPED
-    built = trainer.built
     if reason := records.save_adapter(rows.total, built.base, base.name, built.model):
         raise NotSaved(f"a disk that refuses the adapter ({reason})")
     return FINISHED
 
 
-def _steps(
-    trainer: Trainer,
-    rows: "_Rows",
-    records: RunRecorder,
-    saver: Saver,
-    stop: StopFlag,
-    poll: Callable[[], None],
-) -> None:
+def _steps(trainer: Trainer, rows: "_Rows", saver: Saver, stop: StopFlag) -> None:
     """All steps that are left, and what is due between them."""
-    config, done, total = trainer.config, trainer.done, rows.total
+    config, records, done, total = trainer.config, saver.records, trainer.done, rows.total
     unread, known = list[tuple[dict[str, Any], int, float, Outcome]](), 0.0
 
     def log() -> None:
@@ -184,23 +169,23 @@ def _steps(
             begun, known = max(launched, known), time.monotonic()
             row |= {"seconds": known - begun, "tokens_per_second": tokens / (known - begun)}
             row |= {} if penalty is None else {"penalty": penalty}
-            records.log(row)
+            records.log("metrics", row | {"time": time.time()})
             trainer.check_finite(row["step"], total, saver)
 
     def between() -> None:
         saver.poll()
-        poll()
+        trainer.ranks.check(stop)
 
     stream = iter(batches(trainer, rows.train, done, total - done))
     injection.train_mode(trainer.built.model)
     while True:
         if _due(config.train.eval_every, trainer.done, total, records.newest["validation"]):
             log()
-            records.measured("validation", _validate(trainer, rows.valid, between))
+            records.log("validation", _validate(trainer, rows.valid, between))
         if _due(config.train.diagnose_every, trainer.done, total, records.newest["diagnostics"]):
             log()
             layers = diagnostics.diagnose(trainer.built.model, trainer.built.engine, between)
-            records.measured("diagnostics", {"step": trainer.done, "layers": layers})
+            records.log("diagnostics", {"step": trainer.done, "layers": layers})
         if trainer.done == total:
             return
         try:
@@ -243,12 +228,7 @@ def _due(every: int, step: int, total: int, newest: int) -> bool:
 
 
 def _announce(
-    trainer: Trainer,
-    records: RunRecorder,
-    rows: "_Rows",
-    read_bytes: int,
-    launched: float,
-    seconds: dict[str, float],
+    trainer: Trainer, records: RunRecorder, rows: "_Rows", read_bytes: int, times: dict[str, float]
 ) -> None:
     """Tells user and events.jsonl what starts, with the bytes that each rank read and holds."""
     built, ranks, step = trainer.built, trainer.ranks, trainer.done
@@ -267,9 +247,9 @@ def _announce(
             say(f"adapter.target_modules are {targets.short(layers)}: {len(layers)} layers")
         if built.unpacked and trainer.config.train.batching == "auto":
             say(f"rows are padded, not packed: {built.unpacked}")
-    more = {"engine": trainer.config.engine.name, "world_size": ranks.world_size}
-    more |= {"parameters": count, "tokens": tokens, **seconds}
-    records.started(step, launched, steps=total, **more, per_rank=per_rank)
+    more: dict[str, Any] = {"engine": trainer.config.engine.name, "world_size": ranks.world_size}
+    more |= {"parameters": count, "tokens": tokens} | times
+    records.started(step, steps=total, **more, per_rank=per_rank)
     # Parameters and both moments in fp32, headers and manifest.
     held = sum(full_shape(p).numel() for p in trainer.saved.values())
     records.keep_room(8 * count + 4 * held + 1000 * len(trainer.saved) + (16 << 10))
@@ -280,12 +260,9 @@ def _announce(
 class _Rows:
     train: TokenSet
     valid: TokenSet | None
-    fingerprint: str
-    """Of ``train``."""
-    total: int
-    """Steps of the whole run."""
-    files: dict[Split, Path]
-    """With the tokens, on this node."""
+    fingerprint: str  # of ``train``
+    total: int  # steps of the whole run
+    files: dict[Split, Path]  # with the tokens, on this node
 
 
 def _rows(config: RunConfig, base: Base, ranks: Ranks, stop: StopFlag) -> _Rows:
@@ -307,13 +284,10 @@ def _rows(config: RunConfig, base: Base, ranks: Ranks, stop: StopFlag) -> _Rows:
         fingerprint = token_file.prepared(files, config.data, seed)[0].fingerprint()
         return [{split: str(file) for split, file in files.items()}, fingerprint]
 
-    host, seed = socket.gethostname(), config.train.seed
-    # Once a node: their folders may differ.
-    pair: list[Any] = [host, ranks.all_or_raise(make)]
-    made = {name: m for name, m in ranks.gather(pair) if m is not None}
-    if ranks.any(stop.signal is not None):
-        raise Stopping
-    paths, fingerprint = made[host]
+    seed = config.train.seed
+    made = ranks.all_or_raise(make)
+    ranks.check(stop)
+    paths, fingerprint = ranks.of_node(made)  # whose folders may be others than another's
     files: dict[Split, Path] = {split: Path(file) for split, file in paths.items()}
     train, valid, report = ranks.all_or_raise(lambda: token_file.prepared(files, config.data, seed))
     for line in report if ranks.is_main else ():

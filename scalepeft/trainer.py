@@ -17,7 +17,7 @@ from scalepeft.data import loader
 from scalepeft.data.tokens import TokenSet
 from scalepeft.models import attention
 from scalepeft.models.tensors import Reader
-from scalepeft.parallel.base import MOMENTS, Part
+from scalepeft.parallel.base import Part
 from scalepeft.parallel.ranks import Ranks
 from scalepeft.run.checkpoint import Checkpoint
 from scalepeft.run.saver import Saver
@@ -31,32 +31,26 @@ class Trainer:
     ) -> None:
         self.config, self.ranks, self.built = config, ranks, built
         self.data_fingerprint = data_fingerprint
-        self.done = 0
-        """Steps that are done."""
+        self.done = 0  # steps
         self.trained = injection.trainable(built.model)
         self.saved = injection.tensors(built.model)
-        decayed = injection.decayed_names(built.model)
-        train = config.train
-        decaying, others = (
-            [p for name, p in self.trained.items() if (name in decayed) == decays]
-            for decays in (True, False)
-        )
+        train, decayed = config.train, injection.decayed_names(built.model)
         groups = [
-            {"params": decaying, "weight_decay": train.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
+            {"params": [p for name, p in self.trained.items() if (name in decayed) == decays],
+             "weight_decay": train.weight_decay if decays else 0.0}
+            for decays in (True, False)
+        ]  # fmt: skip
         self.optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]],
             lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, fused=True,
         )  # fmt: skip
+        # The model, or the engine's wrapper around it.
         self.call = built.engine.attach(built.model, self.optimizer)
-        """What training calls: the model, or the engine's wrapper around it."""
         self.factors = Factors(built.model, built.engine)
         adapters = [adapter for _, adapter in injection.adapters(built.model)]
         self.penalized = any(type(a).penalty is not Adapter.penalty for a in adapters)
         self.dropouts = [m for m in built.model.modules() if isinstance(m, Dropout)]
-        self.nonfinite = 0
-        """Steps in a row that were skipped because loss or gradient was not finite."""
+        self.nonfinite = 0  # steps in a row that were skipped, as loss or gradient was not finite
         self.packed = train.batching != "padded" and not built.unpacked
 
     def step(self, micro: list[loader.MicroBatch], label_tokens: int, lr: float) -> "Outcome":
@@ -88,7 +82,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         finite = numbers[:2].isfinite().all()
-        engine.update(self.optimizer, parameters, train.max_grad_norm, norm, finite)
+        engine.update(self.optimizer, train.max_grad_norm, norm, finite)
         self.done += 1
         return Outcome(self, numbers)
 
@@ -123,20 +117,15 @@ class Trainer:
 
         def read() -> int:
             reader = Reader(resumed.folder)
-            names = [name for name in reader.shapes if "/" not in name]
-            injection.check_state(self.built.model, {n: reader.shapes[n] for n in names}, where)
-            # In the optimizer's own order: a later save writes them as they were made here.
-            kinds = {
-                name: [kind for kind in MOMENTS if f"{name}/{kind}" in reader.shapes]
-                for name in names
-            }
+            shapes = {name: shape for name, shape in reader.shapes.items() if "/" not in name}
+            injection.check_state(self.built.model, shapes, where)
 
             def fill(name: str, part: Part) -> None:
                 reader.fill(name, part)
                 if not torch.isfinite(part.data).all():
                     raise UserError(f"{where}: {name} holds NaN or infinity; remove that folder")
 
-            engine.load_state_parts(self.saved, self.optimizer, kinds, fill)
+            engine.load_state_parts(self.saved, self.optimizer, reader.shapes, fill)
             return reader.bytes_read
 
         read_bytes = self.ranks.all_or_raise(read)
@@ -174,8 +163,7 @@ class Outcome:
 
     def __init__(self, trainer: Trainer, numbers: Tensor) -> None:
         self._trainer, self._numbers = trainer, numbers.to("cpu", non_blocking=True)
-        self.late = numbers.is_cuda
-        """The device may still be at it, and the host is not to wait before the next step."""
+        self.late = numbers.is_cuda  # the device is at it, and the next step is to be queued first
         self._copied = torch.cuda.current_stream().record_event() if numbers.is_cuda else None
 
     def read(self) -> tuple[float | None, float | None, float | None]:

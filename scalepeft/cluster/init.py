@@ -9,6 +9,7 @@ from scalepeft.cluster import sbatch, sites
 from scalepeft.config import files
 from scalepeft.core.errors import UserError, unknown
 from scalepeft.core.files import shipped, write_atomically, writing
+from scalepeft.core.text import table
 
 TEMPLATE = "slurm/hoft_llama70b.sh"  # whose #SBATCH lines a job of ours has
 JOB = """\
@@ -30,17 +31,13 @@ exit 2  # only reached where that is not there: it has moved; name its new place
 
 
 def run(folder: str, recipe: str, site: str | None, listed: bool) -> None:
-    """Write ``RECIPE.yaml`` and ``RECIPE.sh``. Raises UserError: no such recipe or site, or a file
-    of that name holds something else.
-    """
+    """Write RECIPE.yaml and RECIPE.sh. Raises UserError: no such recipe or site; another's file."""
     recipes = {f.stem: f for part in ("runs", "recipes") for f in _yamls("configs", part)}
     known = {f.stem: f for f in _yamls("slurm", "sites")}
     if listed:
         for what, found in (("recipes", recipes), ("sites", known)):
-            width = max(map(len, found))
-            about = {n: file.read_text().splitlines()[0].lstrip("# ") for n, file in found.items()}
-            lines = (f"  {n:{width}}  {text}"[:120] for n, text in about.items())
-            print(f"{what}:", *lines, sep="\n")
+            rows = [(n, file.read_text().splitlines()[0].lstrip("# ")) for n, file in found.items()]
+            print(f"{what}:", *(line[:120] for line in table(rows, left=2)), sep="\n")
         return
     if recipe not in recipes:
         raise unknown("recipe", recipe, recipes)

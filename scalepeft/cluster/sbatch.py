@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from scalepeft.cluster.plan import gpus
-from scalepeft.core.errors import UserError
+from scalepeft.core.errors import UserError, refuse
 from scalepeft.core.text import one_line, plain
 
 SIGNAL_SECONDS = 60  # Slurm's, where --signal names none
@@ -79,7 +79,7 @@ class Options:
 
     def check(self) -> None:
         """Raise UserError if one option has no effect beside another."""
-        wrong = {
+        refuse({
             f"--then {self.then} has no effect with --pipeline, which evaluates":
                 self.then and self.pipeline,
             "--cpu-sbatch is for the CPU stages of --pipeline and --compare":
@@ -92,9 +92,7 @@ class Options:
                 self.gpu and not self.plan,
             f"--throttle {self.throttle}: how many runs of a --sweep or --compare go at a time":
                 self.throttle < 0 or (self.throttle and not (self.sweep or self.compare)),
-        }  # fmt: skip
-        if text := next((text for text, is_so in wrong.items() if is_so), None):
-            raise UserError(text)
+        })  # fmt: skip
         for word in (self.job_file, *self.sbatch, *self.cpu_sbatch, *self.sweep):
             if not plain(word):
                 raise UserError(f"{one_line(word, 100)}: has control characters, or is not UTF-8")

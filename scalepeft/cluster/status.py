@@ -49,9 +49,8 @@ def _runs(folder: Path) -> list[Path]:
 
 
 def comparison(folder: Path) -> dict[str, Any]:
-    """How a comparison stands: how many of ``all`` its ``cells`` are in which state; of each step
-    of the newest submission the Slurm ``job``, and how many of its tasks are in which of
-    ``states``.
+    """In which states how many of a comparison's ``cells`` are, and of each step of the newest
+    submission its Slurm ``job`` and how many of its tasks are in which of ``states``.
     """
     from scalepeft.analysis.compare.cells import Runner, reported, sweep
     from scalepeft.analysis.compare.design import Design

@@ -32,7 +32,6 @@ from scalepeft.run.status import job_of
 
 DATA = ("configs", "slurm", "launch")  # of the package, which a snapshot has beside it
 EXTENSIONS = "extensions"  # in the snapshot
-Words = dict[str, str]
 # Variables that Slurm sets in a job: in a setting they would be empty when it is resolved here.
 ON_A_NODE = "@only-in-the-job@"
 NODE_VARIABLES = [
@@ -117,7 +116,7 @@ def _jobs(
 
 
 def _laid_over(
-    name: str, job: Job, in_file: Words, over: Words, folder: Path, options: Options
+    name: str, job: Job, in_file: sites.Words, over: sites.Words, folder: Path, options: Options
 ) -> dict[str, str]:
     """Options over those of the job file: the command line's, then ours."""
     ours = {"--chdir": str(Path.cwd())}

@@ -11,7 +11,7 @@ from scalepeft.config import files
 from scalepeft.config.schema import NAMED, PLAIN, config_class, dump
 from scalepeft.core import registry
 from scalepeft.core.errors import unknown
-from scalepeft.core.fields import field_names, marks_of
+from scalepeft.core.fields import marks_of
 from scalepeft.core.options import described
 
 TYPES = {"integer": "int", "number": "float", "string": "str", "boolean": "bool"}
@@ -40,7 +40,7 @@ def reference_page(section: str = "") -> str:
         lines += _table(name, f"{name}: keys of every one", base)
         for entry in registry.available(package):
             cls = config_class(name, entry)
-            same = [k for k in field_names(base) if _default(cls, k) == _default(base, k)]
+            same = [k for k in marks_of(base) if _default(cls, k) == _default(base, k)]
             lines += _table(name, f"{name}.name={entry}", cls, without=["name", *same])
     return "\n".join(lines) + "\n"
 
@@ -49,8 +49,8 @@ def _table(section: str, title: str, cls: type, without: Sequence[str] = ()) -> 
     about, types = described(cls), TypeAdapter(cls).json_schema()["properties"]
     decided = {k: ", ".join(sorted(m.name.lower() for m in v)) for k, v in marks_of(cls).items()}
     rows = [
-        (f"`{section}.{k}`", _type(types[k]), _default(cls, k), decided[k], about.get(k, ""))
-        for k in field_names(cls)
+        (f"`{section}.{k}`", _type(types[k]), _default(cls, k), decides, about.get(k, ""))
+        for k, decides in decided.items()
         if k not in without
     ]
     cells = [("key", "type", "default", "decides", "meaning"), ("---",) * 5, *rows]

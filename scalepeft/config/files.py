@@ -40,9 +40,7 @@ def load(path: str | None, overrides: list[str]) -> tuple[cfg.RunConfig, list[st
 
 
 def load_partly(settings: list[str]) -> cfg.RunConfig:
-    """As ``load``, of ``[CONFIG] KEY=VALUE ...``, saying the notes; the run folder and the length
-    may be absent.
-    """
+    """The config of ``[CONFIG] KEY=VALUE ...``, notes said; run folder and length may be absent."""
     notes: list[str] = []
     values = values_of(*config_first(settings), notes)
     train = values["train"] = dict(values.get("train") or {})
@@ -146,8 +144,8 @@ def config_files(section: str) -> list[Path]:
 
 
 def config_names(section: str) -> list[str]:
-    """Every name that ``section=NAME`` can take: of a file, or of an extension's entry."""
-    entries = registry.added(cfg.NAMED[section][0]) if section in cfg.NAMED else []
+    """Every name that ``section=NAME`` can take: of a file, or of an entry (an extension's)."""
+    entries = registry.available(cfg.NAMED[section][0]) if section in cfg.NAMED else []
     return sorted({*(file.stem for file in config_files(section)), *entries})
 
 

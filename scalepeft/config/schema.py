@@ -14,8 +14,9 @@ from pydantic.dataclasses import dataclass
 
 from scalepeft.adapters.base import Adapter, AdapterConfig
 from scalepeft.core import registry
-from scalepeft.core.errors import UserError, nearest, unknown
+from scalepeft.core.errors import UserError, nearest, refuse, unknown
 from scalepeft.core.fields import (
+    ON_OFF,
     STRICT,
     Decides,
     NotNegative,
@@ -30,9 +31,6 @@ from scalepeft.core.text import one_line, plain
 from scalepeft.data.tasks.base import Task, TaskConfig
 from scalepeft.models.hub import BUILTIN, ModelConfig
 from scalepeft.parallel.base import Engine, EngineConfig
-
-# YAML reads these words as true and false.
-ON_OFF = BeforeValidator(lambda value: ("off", "on")[value] if isinstance(value, bool) else value)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -132,8 +130,7 @@ class EvaluateConfig:
     backend: Annotated[Literal["hf", "vllm"], Decides.PREDICTIONS] = "hf"
 
 
-Subject = Literal["adapter", "merged", "base"]
-"""What an evaluation scores."""
+Subject = Literal["adapter", "merged", "base"]  # what an evaluation scores
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -318,25 +315,18 @@ def _check(config: RunConfig) -> None:
     length = (train.max_steps is None) != (train.epochs is None)
     rows = data.valid or data.valid_size or data.OWN_VALID
     tiny, elsewhere = model.path == BUILTIN, model.revision or model.tokenizer
-    problems = {
+    refuse({
         f"give one of train.max_steps and train.epochs{both}": not length,
-        "train.eval_every needs held-out rows: set data.valid or data.valid_size": (
-            train.eval_every and not rows
-        ),
+        "train.eval_every needs held-out rows: set data.valid or data.valid_size":
+            train.eval_every and not rows,
         "give one of data.valid and data.valid_size, not both": data.valid and data.valid_size,
-        f"model.double_quant=true needs model.quant=nf4, not {model.quant}": (
-            model.double_quant and model.quant != "nf4"
-        ),
-        f"model.pretrain_steps is for model.path={BUILTIN} alone, not for {model.path}": (
-            model.pretrain_steps and not tiny
-        ),
-        f"model.path={BUILTIN} takes no model.revision and no model.tokenizer; remove them": (
-            tiny and elsewhere
-        ),
-    }
-    for problem, there in problems.items():
-        if there:
-            raise UserError(problem)
+        f"model.double_quant=true needs model.quant=nf4, not {model.quant}":
+            model.double_quant and model.quant != "nf4",
+        f"model.pretrain_steps is for model.path={BUILTIN} alone, not for {model.path}":
+            model.pretrain_steps and not tiny,
+        f"model.path={BUILTIN} takes no model.revision and no model.tokenizer; remove them":
+            tiny and elsewhere,
+    })  # fmt: skip
     if train.max_steps is not None:
         check_length(train, train.max_steps)
 

@@ -8,6 +8,13 @@ class UserError(ValueError):
     """A user's mistake (exit code 2): what came, what is allowed and what to do."""
 
 
+def refuse(problems: dict[str, object]) -> None:
+    """Raise UserError with the first text that is true of what the user asked for."""
+    for text, is_so in problems.items():
+        if is_so:
+            raise UserError(text)
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest allowed name, or an empty string."""
     close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)

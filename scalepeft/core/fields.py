@@ -1,8 +1,7 @@
 """Field types of all config dataclasses, what a field decides, and their one-line errors."""
 
-import dataclasses
 from enum import Enum
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -30,14 +29,12 @@ class Decides(Enum):
     NOTHING = "none of these: which stages are done, in which folder, in how many starts"
 
 
-def marks_of(cls: type) -> dict[str, frozenset[Decides]]:
+def marks_of(cls: Any) -> dict[str, frozenset[Decides]]:
     """Field name -> its marks, or its class's ``DECIDES`` where it has none of its own."""
     default: frozenset[Decides] = frozenset(getattr(cls, "DECIDES", ()))
-    hints = get_type_hints(cls, include_extras=True)
-    notes = {name: getattr(hints[name], "__metadata__", ()) for name in field_names(cls)}
     return {
-        name: frozenset(note for note in found if isinstance(note, Decides)) or default
-        for name, found in notes.items()
+        name: frozenset(note for note in field.metadata if isinstance(note, Decides)) or default
+        for name, field in cls.__pydantic_fields__.items()
     }
 
 
@@ -46,13 +43,8 @@ def deciding(cls: type, *marks: Decides) -> list[str]:
     return [name for name, found in marks_of(cls).items() if found & set(marks)]
 
 
-def field_names(cls: type) -> list[str]:
-    """Names of a dataclass's fields."""
-    return [f.name for f in dataclasses.fields(cls)]
-
-
-def _build(cls: type, values: dict[str, Any], section: str) -> Any:
-    names = field_names(cls)
+def _build(cls: Any, values: dict[str, Any], section: str) -> Any:
+    names = list(cls.__pydantic_fields__)
     for key in [key for key in values if key not in names][:1]:  # YAML reads ``no`` as a false key
         name, near = values.get("name"), nearest(str(key), names)
         raise UserError(
@@ -76,6 +68,8 @@ def _build(cls: type, values: dict[str, Any], section: str) -> Any:
     return built
 
 
+# YAML reads these words as true and false.
+ON_OFF = BeforeValidator(lambda value: ("off", "on")[value] if isinstance(value, bool) else value)
 STRICT = ConfigDict(extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False)
 """Of every config dataclass: an unknown key is an error, and so is a number that is not finite."""
 
@@ -97,7 +91,6 @@ def _once(names: list[str]) -> list[str]:
 
 Targets = Annotated[NameList, Field(min_length=1), AfterValidator(_once)]
 """A ``NameList`` of layers: at least one, and none twice."""
-
 
 TextList = Annotated[list[str], BeforeValidator(lambda v: [v] if isinstance(v, str) else v)]
 """A list of texts, which may hold commas; one text alone is a list of it."""

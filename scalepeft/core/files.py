@@ -18,8 +18,7 @@ from scalepeft.core.text import one_line
 
 RECORD_BYTES = 64 << 20
 """The largest file of records (manifest, settings, config) that is read as a whole."""
-LINE_BYTES = 16 << 20
-"""The longest line that is read as a whole."""
+LINE_BYTES = 16 << 20  # the longest line that is read as a whole
 STRAY_SECONDS = 3600.0
 
 

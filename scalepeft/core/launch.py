@@ -46,20 +46,17 @@ def launch_variables(env: Mapping[str, str]) -> dict[str, str]:
         return launched
     if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
         nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_NODELIST"]
+        job, step = int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"])
+        # Below the ephemeral ones, and another for each job, step and restart.
+        port = 10000 + (job + 101 * step + 1009 * int(env.get("SLURM_RESTART_COUNT", "0"))) % 22000
         return {
             "RANK": env["SLURM_PROCID"],
             "WORLD_SIZE": env["SLURM_NTASKS"],
             "LOCAL_RANK": env["SLURM_LOCALID"],
             "MASTER_ADDR": env.get("MASTER_ADDR") or first_host(nodes),
-            "MASTER_PORT": env.get("MASTER_PORT") or str(slurm_port(env)),
+            "MASTER_PORT": env.get("MASTER_PORT") or str(port),
         }
     return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-
-
-def slurm_port(env: Mapping[str, str]) -> int:
-    """A port below the ephemeral ones for each job, step and restart: none meets another."""
-    job, step = int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"])
-    return 10000 + (job + 101 * step + 1009 * int(env.get("SLURM_RESTART_COUNT", "0"))) % 22000
 
 
 def world_size() -> int:

@@ -119,9 +119,7 @@ class StopFlag:
 
 
 def tell_job(name: str, text: str) -> None:
-    """Leave ``progress`` or ``stopped`` for the job script, if there is one. A disk that refuses is
-    reported and no more: the state has been saved.
-    """
+    """Leave ``progress`` or ``stopped`` for the job script, if any; a disk that refuses is said."""
     folder = os.environ.get("SCALEPEFT_JOB_STATE")
     if not folder:
         return

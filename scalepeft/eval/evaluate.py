@@ -18,7 +18,7 @@ from scalepeft.core.fields import Decides, deciding
 from scalepeft.core.files import writing
 from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
-from scalepeft.core.preemption import StopFlag, Stopping
+from scalepeft.core.preemption import StopFlag
 from scalepeft.data.rows import read_text, text_field
 from scalepeft.data.tasks.base import Example, Task
 from scalepeft.eval import comet, scores, vllm
@@ -116,11 +116,6 @@ def folder_of(config: RunConfig, kind: Subject) -> Path:
 
 def evaluate(config: RunConfig, kind: Subject, ranks: Ranks, stop: StopFlag) -> None:
     """``run`` among ranks that have met; raises as that, for COMET, and Stopping: all is kept."""
-
-    def poll() -> None:
-        if ranks.any(stop.signal is not None):
-            raise Stopping
-
     check(config.evaluate)
     if config.evaluate.backend == "vllm":
         vllm.check(config, kind, ranks.world_size)
@@ -136,8 +131,8 @@ def evaluate(config: RunConfig, kind: Subject, ranks: Ranks, stop: StopFlag) -> 
     if ranks.is_main and (done := len(predictions.done)):
         say(f"{done} predictions are there already, {len(examples) - done} to go")
     if len(predictions.done) < len(examples):
-        poll()
-        _generate(target, examples, predictions, poll)
+        ranks.check(stop)
+        _generate(target, examples, predictions, lambda: ranks.check(stop))
     ranks.run_on_main(lambda: _write_scores(target, task, examples, predictions))
     folder = predictions.path.parent
     if task.translates:  # in a process of its own, now that the model is let go

@@ -1,7 +1,7 @@
 """The engine protocol: how parameters are spread over ranks, and how gradients come together."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass as plain_dataclass
 from dataclasses import field, replace
@@ -10,17 +10,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scalepeft.core import kernels
-from scalepeft.core.compiled import compiled, prepare
-from scalepeft.core.fields import STRICT, Decides
+from scalepeft.core.errors import UserError
+from scalepeft.core.fields import ON_OFF, STRICT, Decides
 from scalepeft.parallel.ranks import Ranks
-
-OFF = BeforeValidator(lambda value: "off" if value is False else value)  # YAML's bare off
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -43,8 +40,8 @@ class EngineConfig:
     name: str
     device: Annotated[Literal["auto", "cpu", "cuda"], Decides.SPEED, Decides.PLACE] = "auto"
     activation_checkpointing: bool = False
-    compile: Annotated[Literal["off", "blocks"], OFF] = "off"
-    kernels: Annotated[Literal["auto", "off"], OFF] = "auto"
+    compile: Annotated[Literal["off", "blocks"], ON_OFF] = "off"
+    kernels: Annotated[Literal["auto", "off"], ON_OFF] = "auto"
 
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -122,9 +119,10 @@ class Engine:
     def shard(self, model: nn.Module, blocks: list[nn.Module]) -> None:
         """Spreads the model in place, on the meta device; compiled blocks first, then the wrap."""
         if self.config.compile == "blocks":
-            self.ranks.all_or_raise(lambda: prepare(self.ranks.device))
+            self.ranks.all_or_raise(lambda: _check_compilers(self.ranks.device))
+            torch._dynamo.config.recompile_limit = GRAPHS
             for block in blocks:
-                block.forward = compiled(block.forward)
+                block.forward = _compiled(block.forward)
         if self.config.activation_checkpointing:
             for block in blocks:
                 # An instance attribute: parameter names stay, and a wrapper's hooks run outside the
@@ -138,9 +136,7 @@ class Engine:
         """Shards or replicates; by default does nothing."""
 
     def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> nn.Module:
-        """Called once weights and start values are there; returns the module to call. Without an
-        ``optimizer`` nothing is to be trained.
-        """
+        """Returns the module to call, with its weights there; no ``optimizer``: to be evaluated."""
         return model
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
@@ -162,9 +158,7 @@ class Engine:
 
     def sum_gradients(self, tensors: Sequence[Tensor]) -> None:
         """Sums over the ranks, in place, what ``backward`` made of this rank's rows alone."""
-        if self.ranks.world_size == 1:
-            return
-        for bucket in buckets(tensors):
+        for bucket in buckets(tensors) if self.ranks.world_size > 1 else ():
             _all_reduce(bucket)
 
     def add_gradients(self, parameters: list[nn.Parameter], grads: list[Tensor | None]) -> None:
@@ -178,17 +172,13 @@ class Engine:
         return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     def update(
-        self,
-        optimizer: torch.optim.Optimizer,
-        parameters: list[nn.Parameter],
-        max_norm: float,
-        norm: Tensor,
-        finite: Tensor,
+        self, optimizer: torch.optim.Optimizer, max_norm: float, norm: Tensor, finite: Tensor
     ) -> None:
         """One optimizer step; gradients are first scaled to a norm of at most ``max_norm`` (0: no
         clipping) and then dropped. Where not ``finite`` (), nothing else changes.
         """
         if max_norm > 0:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         # A fused optimizer's own word for a step to be skipped: it asks on the device.
         optimizer.found_inf = finite.logical_not().float()  # type: ignore[attr-defined]
@@ -226,23 +216,50 @@ class Engine:
         self,
         trained: dict[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
-        kinds: dict[str, list[str]],
+        names: Container[str],
         fill: Callable[[str, Part], None],
     ) -> None:
         """Restores what ``state_parts`` gave, whatever engine and world size it came from: ``fill``
-        writes saved elements into a part; of each parameter these ``kinds`` of state were saved.
+        writes saved elements into a part; under these ``names`` something was saved.
         """
         for name, parameter in trained.items():
             fill(name, self.part(parameter, optimizer.state))
             owner = self.owner(parameter)
-            for kind in kinds.get(name, ()):
-                scalar = torch.zeros((), device=owner.device)
-                empty = scalar if kind == "step" else torch.zeros_like(owner)
-                optimizer.state[owner].setdefault(kind, empty)
-                fill(f"{name}/{kind}", self.part(parameter, optimizer.state, kind))
+            for kind in MOMENTS:  # a later save writes them in the order in which they are made
+                if (key := f"{name}/{kind}") in names:
+                    scalar = torch.zeros((), device=owner.device)
+                    empty = scalar if kind == "step" else torch.zeros_like(owner)
+                    optimizer.state[owner].setdefault(kind, empty)
+                    fill(key, self.part(parameter, optimizer.state, kind))
 
     def state_loaded(self) -> None:
         """Called on all ranks once each has restored its parts."""
+
+
+GRAPHS = 64
+"""Of one function at most; torch's 8 are soon used: of the first shape, of all others, of one line
+or several, of few tokens or many (HOFT), each for the first block and for the others."""
+
+
+def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A block's forward, compiled for training alone: a generation would bring ever new shapes."""
+    fast = torch.compile(forward)
+    return lambda *args, **kwargs: (fast if torch.is_grad_enabled() else forward)(*args, **kwargs)
+
+
+def _check_compilers(device: torch.device) -> None:
+    from torch._inductor.cpp_builder import get_cpp_compiler  # a second, which few runs need
+    from torch._inductor.exc import InvalidCxxCompiler
+    from torch.utils._triton import has_triton
+
+    missing = "" if device.type == "cpu" or has_triton() else "triton"
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        missing = "a C++ compiler (g++, or what CXX names)"
+    if missing:
+        fix = "install it, or set engine.compile=off"
+        raise UserError(f"engine.compile=blocks needs {missing}; {fix}")
 
 
 BUCKET = 25_000_000  # elements that are summed at one time

@@ -34,6 +34,5 @@ class DDP(Engine):
     def backward(self, loss: Tensor, last: bool) -> None:
         """Sums over the ranks behind the last micro-batch."""
         loss.backward()
-        if not last:
-            return
-        self.sum_gradients([p.grad for p in self._trained if p.grad is not None])
+        if last:
+            self.sum_gradients([p.grad for p in self._trained if p.grad is not None])

@@ -34,8 +34,7 @@ class FSDP2Config(EngineConfig):
 
 
 class FSDP2(Engine):
-    """``fully_shard`` on every block and on the model; frozen parameters are gathered, never
-    reduced.
+    """``fully_shard`` on each block and on the model; frozen parameters are gathered, not reduced.
 
     The adapter shards with its layer's block. There is no mixed-precision policy: the base is
     stored in the compute dtype (or in bytes), the adapter in fp32, and methods cast for themselves.

@@ -13,10 +13,12 @@ import torch.distributed as dist
 from scalepeft.core.errors import UserError
 from scalepeft.core.launch import launch_variables
 from scalepeft.core.log import say
-from scalepeft.core.preemption import Stopping
+from scalepeft.core.preemption import StopFlag, Stopping
 from scalepeft.parallel import rendezvous
 
 T = TypeVar("T")
+KEPT: dict[str, type[Exception]] = {"UserError": UserError, "Stopping": Stopping}
+"""What one rank raises and all others then too; of another failure they tell as RuntimeError."""
 
 
 def pick_device(wanted: str, local_rank: int) -> torch.device:
@@ -56,11 +58,9 @@ class Ranks:
     the CPU (gloo) and never wait for a GPU. What is gathered travels as JSON or bytes: no pickle.
     """
 
-    def __init__(
-        self, rank: int = 0, world_size: int = 1, local_rank: int = 0, device: str = "cpu"
-    ) -> None:
+    def __init__(self, rank: int = 0, world_size: int = 1, local_rank: int = 0) -> None:
         self.rank, self.world_size, self.local_rank = rank, world_size, local_rank
-        self.device = torch.device(device)
+        self.device = torch.device("cpu")
         self.control: dist.ProcessGroup | None = None
         self.presence: rendezvous.Presence | None = None
         self.secret = b""
@@ -82,14 +82,8 @@ class Ranks:
         if ranks.world_size == 1 and not process_group:
             return ranks
         os.environ.update(env)
-        on_gpu = ranks.device.type == "cuda"
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         ranks.control, ranks.secret = rendezvous.join(
-            backend,
-            ranks._meet(env),
-            ranks.rank,
-            ranks.world_size,
-            device_id=ranks.device if on_gpu else None,
+            ranks.device, ranks._meet(env), ranks.rank, ranks.world_size
         )
         return ranks
 
@@ -138,6 +132,11 @@ class Ranks:
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
         return bool(value.item())
 
+    def check(self, stop: StopFlag) -> None:
+        """Raises Stopping on every rank once a signal came on one; a collective."""
+        if self.any(stop.signal is not None):
+            raise Stopping
+
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Adds a tensor over the ranks, where it is."""
         if self.world_size > 1:
@@ -146,21 +145,21 @@ class Ranks:
 
     def gather(self, value: T) -> list[T]:
         """Returns every rank's value, of JSON's types, in rank order, on every rank."""
-        assert _plain(value), f"to other ranks go JSON's types, not {value!r:.200}"
+        text, kept = json.dumps(value, default=str), repr(value)  # as NaN equals nothing
+        assert repr(json.loads(text)) == kept, f"to other ranks go JSON's types, not {kept:.200}"
         if self.world_size == 1:
             return [value]
-        every = self._gather_bytes(_bytes_of(value), everywhere=True)
-        return [json.loads(part.numpy().tobytes()) for part in every]
+        mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        return [json.loads(part.numpy().tobytes()) for part in self.gather_bytes(mine)]
 
     def of_node(self, value: T | None) -> T:
         """Returns what local rank 0 of this rank's node gave; the others give None."""
-        return [v for v in self.gather(value)[: self.rank + 1] if v is not None][-1]
+        here: list[Any] = [socket.gethostname(), value]
+        made = [v for host, v in self.gather(here)[: self.rank + 1] if host == here[0]]
+        return [v for v in made if v is not None][-1]
 
-    def bytes_on_main(self, mine: torch.Tensor) -> list[torch.Tensor] | None:
-        """Returns every rank's uint8 vector, of any length, in rank order on rank 0; else None."""
-        return self._gather_bytes(mine, everywhere=False) if self.world_size > 1 else [mine]
-
-    def _gather_bytes(self, mine: torch.Tensor, everywhere: bool) -> Any:
+    def gather_bytes(self, mine: torch.Tensor, everywhere: bool = True) -> Any:
+        """Returns the ranks' bytes (uint8, n), in rank order, on rank 0 or ``everywhere``."""
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         dist.all_gather(sizes, torch.tensor([mine.numel()]), group=self.control)
         longest = int(max(sizes))
@@ -188,36 +187,24 @@ class Ranks:
         try:
             result = work()
         except Exception as error:
-            self.gather([isinstance(error, UserError), str(error)])
+            kind = next((name for name, kept in KEPT.items() if isinstance(error, kept)), "")
+            self.gather([kind, str(error)])
             raise
         failures: list[Any] = self.gather(None)
         for rank, failed in enumerate(failures):
             if failed is not None:
-                raise (UserError if failed[0] else RuntimeError)(f"rank {rank}: {failed[1]}")
+                raise KEPT.get(failed[0], RuntimeError)(f"rank {rank}: {failed[1]}")
         return result
 
     def run_on_main(self, work: Callable[[], T]) -> T:
         """Runs ``work`` on rank 0; its result, of JSON's types, or failure is everyone's."""
-        made = self.all_or_raise(lambda: work() if self.is_main else None)
-        return self.gather(made)[0]  # type: ignore[return-value]
+        return self.gather(self.alone(work))[0]  # type: ignore[return-value]
 
     def alone(self, work: Callable[[], T]) -> T | None:
-        """Runs long work on rank 0; its failure, or Stopping, is everyone's, its result not."""
-        result = None
+        """Runs ``work`` on rank 0; its failure is everyone's, its result not."""
+        return self.all_or_raise(lambda: work() if self.is_main else None)
 
-        def stopped() -> bool:
-            nonlocal result
-            try:
-                result = work()
-            except Stopping:
-                return True
-            return False
-
-        if self.run_on_main(stopped):
-            raise Stopping
-        return result
-
-    def finish(self, *_released: object) -> None:
+    def finish(self) -> None:
         """Leaves the process group; call with no engine or model alive, which could hang."""
         if dist.is_initialized():
             dist.barrier(group=self.control)
@@ -225,16 +212,3 @@ class Ranks:
                 self.presence.leave()
             gc.collect()
             dist.destroy_process_group()
-
-
-def _plain(value: Any) -> bool:
-    """True if JSON gives back the very same."""
-    if isinstance(value, dict):
-        return all(type(key) is str and _plain(v) for key, v in value.items())
-    if isinstance(value, list):
-        return all(map(_plain, value))
-    return value is None or type(value) in (str, int, float, bool)
-
-
-def _bytes_of(value: Any) -> torch.Tensor:
-    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)

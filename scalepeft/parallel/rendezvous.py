@@ -77,21 +77,23 @@ def on_one_machine(env: Mapping[str, str]) -> bool:
 
 
 def join(
-    backend: str, store: dist.Store, rank: int, world_size: int, **more: Any
+    device: torch.device, store: dist.Store, rank: int, world_size: int
 ) -> tuple[dist.ProcessGroup, bytes]:
     """Make the default group and one for control, over gloo, in which every rank has proven to
     every other that it knows the secret of this start; return the latter, and the secret. Raises
     UserError: somebody else took a rank's place, again and again.
     """
+    on_gpu = device.type == "cuda"
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    place: dict[str, Any] = {"rank": rank, "world_size": world_size}
+    place |= {"device_id": device} if on_gpu else {}
     for attempt in range(ATTEMPTS):
         meeting, good = dist.PrefixStore(f"{attempt}", store), False
         if rank == 0:  # another each time: what a stranger was sent proves nothing later
             meeting.set("secret", secrets.token_hex(32))
         secret = meeting.get("secret")
         try:
-            dist.init_process_group(
-                backend, rank=rank, world_size=world_size, store=meeting, **more
-            )
+            dist.init_process_group(backend, store=meeting, **place)
             control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
             good = prove(dist.group.WORLD, secret) and prove(control, secret)
         except RuntimeError as error:

@@ -98,10 +98,8 @@ class Zero(Engine):
     takes_idle = False  # DeepSpeed keeps the last step's gradient of one that got none
     config: ZeroConfig
     _engine: Any = None
-    _optimizer: Any = None
-    """DeepSpeed's wrapper around the optimizer, where there is one."""
-    _group: dict[int, int]
-    """Number of its group that a parameter is in, by id."""
+    _optimizer: Any = None  # DeepSpeed's wrapper around the optimizer, where there is one
+    _group: dict[int, int]  # id of a parameter -> number of its group
 
     def __init__(self, config: ZeroConfig, ranks: Ranks) -> None:
         super().__init__(config, ranks)
@@ -142,8 +140,9 @@ class Zero(Engine):
             exchanges=tuple(exchanges),
         )
 
-    def _settings(self, trained: int) -> dict[str, Any]:
-        """DeepSpeed's config; ``trained`` is the number of trained elements."""
+    def _settings(self, model: nn.Module) -> dict[str, Any]:
+        """DeepSpeed's config."""
+        trained = sum(full_shape(p).numel() for p in model.parameters() if p.requires_grad)
         bucket = max(1, min(BUCKET, trained))
         zero: dict[str, Any] = {
             "stage": self.config.stage,
@@ -172,7 +171,7 @@ class Zero(Engine):
         self._ds.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
         if self.config.stage != 3:
             return
-        settings = self._settings(_count(model)) | {"train_batch_size": self.ranks.world_size}
+        settings = self._settings(model) | {"train_batch_size": self.ranks.world_size}
         init = self._ds.zero.Init(module=nn.Module(), config_dict_or_path=settings)
         made: dict[int, nn.Parameter] = {}
         for module in model.modules():
@@ -196,7 +195,7 @@ class Zero(Engine):
             model=model,
             optimizer=optimizer,
             model_parameters=[p for p in model.parameters() if p.requires_grad],
-            config=self._settings(_count(model)),
+            config=self._settings(model),
             dist_init_required=False,
         )
         if optimizer is not None:
@@ -271,12 +270,7 @@ class Zero(Engine):
         return torch.as_tensor(norm, device=self.ranks.device)
 
     def update(
-        self,
-        optimizer: torch.optim.Optimizer,
-        parameters: list[nn.Parameter],
-        max_norm: float,
-        norm: Tensor,
-        finite: Tensor,
+        self, optimizer: torch.optim.Optimizer, max_norm: float, norm: Tensor, finite: Tensor
     ) -> None:
         """DeepSpeed's step: clips, updates this rank's part, and gathers (stages 1 and 2)."""
         if not finite:
@@ -303,13 +297,10 @@ class Zero(Engine):
             held.averaged_gradients[i] = held.all_grad_tensors[i] = None
 
     def _flat(self, parameter: nn.Parameter) -> tuple[Tensor, int, int, int]:
-        """Where this rank's elements of a parameter lie in the optimizer's flat fp32 memory:
-        that tensor, the offset in it, their number, and the index of the first in the parameter.
-        """
+        """Where its elements of this rank are: flat fp32 tensor, offset, number; which is first."""
         if self.config.stage == 3:
-            group, offset, _ = self._optimizer.grad_position[
-                self._optimizer.get_param_id(parameter)
-            ]
+            key = self._optimizer.get_param_id(parameter)
+            group, offset, _ = self._optimizer.grad_position[key]
             part = local_part(parameter)
             flat = self._optimizer.fp32_partitioned_groups_flat[group]
             return flat, offset, part.data.numel(), part.start
@@ -345,7 +336,3 @@ class Zero(Engine):
             for parameter in group:
                 part = self.part(parameter, self._optimizer.optimizer.state)
                 local_part(parameter).put(part.start, part.data)
-
-
-def _count(model: nn.Module) -> int:
-    return sum(full_shape(p).numel() for p in model.parameters() if p.requires_grad)

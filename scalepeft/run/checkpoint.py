@@ -30,8 +30,7 @@ from scalepeft.run.lease import check_fence, claim
 SCHEMA = 2  # 1 had no files in parts
 NAME = re.compile(r"step-(\d{6,})")
 NO_FOLDER_RENAME = {errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.EPERM}
-STATE = {"base": dict, "data": str, "nonfinite_in_a_row": int}
-"""What a resume takes of state.json."""
+STATE = {"base": dict, "data": str, "nonfinite_in_a_row": int}  # what a resume takes of state.json
 
 
 class DamagedCheckpoint(Exception):

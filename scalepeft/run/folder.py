@@ -110,11 +110,9 @@ def check_same_run(config: RunConfig, allow_changes: bool) -> None:
     except UserError as error:
         raise UserError(f"{file}: {error}; {remedy}") from None
     changed = changes.differences(held, cfg.to_dict(config))
-    if not changed:
-        return
-    listed = "; ".join(f"{key}: {was} there, {now} now" for key, (was, now) in changed.items())
     harmful = [key for key in changed if not changes.is_harmless(key)]
-    if harmful or not allow_changes:
+    if harmful or (changed and not allow_changes):
+        listed = "; ".join(f"{key}: {was} there, {now} now" for key, (was, now) in changed.items())
         what = f"set {', '.join(harmful)} back" if harmful else "add --resume-with-changes"
         raise UserError(
             f"run_dir={config.run_dir} holds a run with another config ({listed}); {what}, or"

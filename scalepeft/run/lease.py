@@ -12,14 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from scalepeft.core.errors import UserError
-from scalepeft.core.files import (
-    fsync,
-    lines_of,
-    parse_json,
-    read_text,
-    remove_strays,
-    write_atomically,
-)
+from scalepeft.core.files import fsync, lines_of, read_text, remove_strays, write_atomically
 from scalepeft.core.log import say
 from scalepeft.core.slurm import slurm_start
 
@@ -27,8 +20,7 @@ BEAT_SECONDS = 2.0
 WATCH_SECONDS = 30.0  # without a sign of life from another machine, after which it counts as gone
 HOLDER = re.compile(r"holder-?(\d*)\.json")  # without a number: an older version's
 STRAYS = ("*.tmp", ".*.tmp", "*/*.tmp", "eval*/*/*.tmp", ".seen-by-all-nodes-*")
-RECORDS = ("events.jsonl", "heartbeat", "log.txt")
-"""Files that are written where they lie; all others are replaced as a whole."""
+RECORDS = ("events.jsonl", "heartbeat", "log.txt")  # not replaced as a whole but written in place
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
@@ -165,8 +157,8 @@ class Lease:
 def _read(file: Path) -> dict[str, Any]:
     """The owner's entry, empty once it is released; of a broken file one without a name."""
     found: Any = None
-    with suppress(ValueError):
-        found = parse_json(_text(file))
+    with suppress(ValueError, RecursionError):
+        found = json.loads(_text(file))
     unnamed: dict[str, Any] = dict.fromkeys(("start", "host", "pid"), "?")
     return found and unnamed | found if isinstance(found, dict) else unnamed
 

@@ -4,7 +4,6 @@ import errno
 import functools
 import json
 import socket
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -48,7 +47,6 @@ class Save:
     stall: float = 0.0  # seconds that the training stood still for a save in the background; else 0
     files: dict[str, Any] = field(default_factory=dict)  # size and checksum of what this rank wrote
     error: list[Any] | None = None  # whether a newer start owns the folder; what went wrong
-    thread: threading.Thread | None = None  # writes in the background
     cancelled: bool = False
 
     def check(self) -> None:
@@ -170,9 +168,7 @@ class RunRecorder:
 
     def show(self, first_step: int, steps: int) -> None:
         """Opens the bar and the trackers. Raises UserError: a tracker is not installed."""
-        self._progress = self.ranks.all_or_raise(
-            lambda: Progress(self.config, first_step, steps) if self.ranks.is_main else None
-        )
+        self._progress = self.ranks.alone(lambda: Progress(self.config, first_step, steps))
 
     def keep_room(self, size: int = 0) -> None:
         """Keeps room on the disk for the next save, of ``size`` bytes from the first call on."""
@@ -201,22 +197,12 @@ class RunRecorder:
         say(f"stopped by {by}, saved at step {step}; the same command continues {path}")
         tell_job("planned" if planned else "stopped", f"step {step}")
 
-    def log(self, row: dict[str, Any]) -> None:
-        """Appends a step to metrics.jsonl and shows it."""
-        if self._progress is not None:
-            row["time"] = time.time()
-            self._append(self.logs["metrics"], row)
-            self._progress.step(row)
-
-    def measured(self, name: str, row: dict[str, Any]) -> None:
-        """Appends a row to validation.jsonl or diagnostics.jsonl; shows a validation loss."""
+    def log(self, name: str, row: dict[str, Any]) -> None:
+        """Appends a row to one of the ``LOGS``; shows a step and a validation loss."""
         self.newest[name] = row["step"]
-        if self._progress is not None:
-            self._append(self.logs[name], row)
-            if name == "validation":
-                self._progress.held_out(row)
-
-    def _append(self, log: RowLog, row: dict[str, Any]) -> None:
+        if self._progress is None:
+            return
+        log = self.logs[name]
         log.keep(row)
         try:
             check_fence(self.path, self.generation)
@@ -226,6 +212,10 @@ class RunRecorder:
         if reason and reason != self._complaint:
             say(f"{log.path.name}: {reason}; the rows wait in memory")
         self._complaint = reason
+        if name == "metrics":
+            self._progress.step(row)
+        elif name == "validation":
+            self._progress.held_out(row)
 
     @on_main
     def begin_save(self, step: int) -> list[str]:

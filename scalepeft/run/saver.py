@@ -39,7 +39,7 @@ class Saver:
     def __init__(self, records: RunRecorder, saved: int) -> None:
         self.ranks, self.records, self.saved = records.ranks, records, saved
         self.mode = records.config.train.save_mode
-        self._pending: Save | None = None
+        self._pending: tuple[Save, threading.Thread] | None = None  # in the background
         self._failures: list[tuple[float, str]] = []  # periodic saves in a row: when and why
 
     def save(self, step: int, parts: dict[str, Part], state: dict[str, Any], final: bool) -> None:
@@ -79,32 +79,30 @@ class Saver:
         if not in_background:
             self._write(pending, files, shapes)
             return self._commit(pending)
-        self._pending, work = pending, (pending, files, shapes)
-        pending.thread = threading.Thread(target=self._write, args=work, daemon=True)
-        pending.thread.start()
+        work = pending, files, shapes
+        self._pending = pending, threading.Thread(target=self._write, args=work, daemon=True)
+        self._pending[1].start()
         pending.stall = time.monotonic() - begin
         return None
 
     def poll(self) -> None:
         """Commits the save in the background, once all ranks have written it."""
-        if self._pending is not None:
-            thread = self._pending.thread
-            if not self.ranks.any(thread is not None and thread.is_alive()):
-                self.wait()
-                self._end_if_none_comes_through()
+        if self._pending is not None and not self.ranks.any(self._pending[1].is_alive()):
+            self.wait()
+            self._end_if_none_comes_through()
 
     def wait(self) -> None:
         """Waits for the save in the background and commits it."""
-        if (pending := self._pending) is not None:
-            if pending.thread is not None:
-                pending.thread.join()
+        if self._pending is not None:
+            pending, thread = self._pending
+            thread.join()
             if (reason := self._commit(pending)) and not pending.cancelled:
                 self._report(pending.step, reason)
 
     def cancel(self, step: int) -> None:
         """Cancels a save in the background that is not of ``step``: a grace may be short."""
-        if self._pending is not None and self._pending.step != step:
-            self._pending.cancelled = True
+        if self._pending is not None and self._pending[0].step != step:
+            self._pending[0].cancelled = True
         self.wait()
 
     def _local_files(
@@ -160,7 +158,7 @@ class Saver:
                 shutil.rmtree(pending.folder, ignore_errors=True)
             return f"rank {errors[0][0]}: {errors[0][2]}"
         files = {name: info for written, _ in everyone for name, info in written.items()}
-        pending.stall += time.monotonic() - begin if pending.thread else 0.0
+        pending.stall += time.monotonic() - begin if pending.stall else 0.0
         if (reason := self.records.commit_save(pending, files)) is None:
             self.saved, self._failures = pending.step, []
         return reason
@@ -192,7 +190,7 @@ def gather(ranks: Ranks, parts: dict[str, Part]) -> dict[str, Tensor] | None:
     data = [part.data.cpu().contiguous().view(-1).view(torch.uint8) for part in mine.values()]
     here: list[list[Any]] = [[n, part.start, part.data.nbytes] for n, part in mine.items()]
     held = ranks.gather(here)
-    received = ranks.bytes_on_main(torch.cat([*data, torch.empty(0, dtype=torch.uint8)]))
+    received = ranks.gather_bytes(torch.cat([*data, torch.empty(0, dtype=torch.uint8)]), False)
     if received is None:
         return None
     whole = {n: torch.empty(math.prod(p.shape), dtype=p.data.dtype) for n, p in parts.items()}

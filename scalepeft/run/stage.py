@@ -13,22 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from scalepeft import __version__
-from scalepeft.config.changes import flatten
-from scalepeft.config.schema import renamed_key
-from scalepeft.core.files import (
-    damage,
-    digest,
-    fsync,
-    kept_digest,
-    read_json,
-    read_sealed,
-    sealed,
-    write_atomically,
-)
+from scalepeft.config.schema import flatten, renamed_key
+from scalepeft.core import files
 
 LARGE = 64 << 20  # bytes
-SETTINGS = ("config", "data", "evaluate")
-"""Inputs that are settings by key, dotted in ``config``."""
+SETTINGS = ("config", "data", "evaluate")  # inputs that are settings by key, dotted in ``config``
 MADE_OF = {
     "train": {"rows": "prepare"},
     "merge": {"adapter": "train"},
@@ -49,12 +38,12 @@ class Stage:
     def done(self) -> dict[str, Any]:
         """The manifest of the finished work; empty where there is none, or a broken one."""
         with suppress(OSError, ValueError):
-            return read_sealed(self.done_file)
+            return files.read_sealed(self.done_file)
         return {}
 
     def begun(self) -> dict[str, Any]:
         """The manifest of work in progress; empty likewise."""
-        return read_json(self.begun_file)
+        return files.read_json(self.begun_file)
 
     def outputs(self) -> dict[str, Any]:
         """Relative path -> facts of each file that the finished work made."""
@@ -66,11 +55,11 @@ class Stage:
         held = self.done().get("inputs")
         return _counting(held, inputs) == plain(inputs) and self.damage(sha256) is None
 
-    def damage(self, hashed: Callable[[Path], str] = digest) -> str | None:
+    def damage(self, hashed: Callable[[Path], str] = files.digest) -> str | None:
         """Why the outputs are not those that the finished work made; None if they are."""
         if not isinstance(self.done().get("outputs"), dict):
             return "its manifest is broken, or has changed since it was written"
-        return damage(self.root, self.outputs(), hashed)
+        return files.damage(self.root, self.outputs(), hashed)
 
     def stale(self) -> str | None:
         """Which stages of a pipeline have made something else since this took it; None if none."""
@@ -91,30 +80,30 @@ class Stage:
         """Records the inputs; what was done before is no longer valid."""
         self.done_file.unlink(missing_ok=True)
         self.begun_file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.begun_file, json.dumps({"inputs": plain(inputs), **more}))
+        files.write_atomically(self.begun_file, json.dumps({"inputs": plain(inputs), **more}))
 
     def note(self, **more: Any) -> None:
         """Adds to the manifest of work in progress, for a start that continues it."""
-        write_atomically(self.begun_file, json.dumps({**self.begun(), **more}))
+        files.write_atomically(self.begun_file, json.dumps({**self.begun(), **more}))
 
     def finish(
         self, inputs: Any, outputs: Iterable[Path], started: float, **more: Any
     ) -> dict[str, Any]:
         """Writes the manifest, after all it names is on the disk; returns it."""
-        files = sorted(outputs)
-        for file in files:
-            fsync(file)
+        made = sorted(outputs)
+        for file in made:
+            files.fsync(file)
         manifest = {
             "stage": self.name,
             "inputs": plain(inputs),
-            "outputs": {str(f.relative_to(self.root)): facts(f) for f in files},
+            "outputs": {str(f.relative_to(self.root)): facts(f) for f in made},
             "finished": time.time(),
             "seconds": time.time() - started,  # of the start that finished it
             "scalepeft": __version__,
             **plain(more),
         }
         self.done_file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.done_file, json.dumps(sealed(manifest), indent=1))
+        files.write_atomically(self.done_file, json.dumps(files.sealed(manifest), indent=1))
         self.begun_file.unlink(missing_ok=True)
         return manifest
 
@@ -151,7 +140,7 @@ def facts(path: Path) -> dict[str, Any]:
 
 def sha256(file: Path) -> str:
     """The digest of a file, of a large one as it is kept: merged weights may be hundreds of GB."""
-    return kept_digest(file) if file.stat().st_size >= LARGE else digest(file)
+    return files.kept_digest(file) if file.stat().st_size >= LARGE else files.digest(file)
 
 
 def differing(old: Any, new: dict[str, Any], limit: int = 4) -> str:

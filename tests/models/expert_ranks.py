@@ -79,7 +79,7 @@ def steps(model: nn.Module, name: str, settings: dict[str, object], ranks: Ranks
             engine.add_gradients(parameters, list(grads))
             found.append(float(value.detach()))
         norm = engine.grad_norm(parameters)
-        engine.update(optimizer, parameters, 0.5, norm, norm.isfinite())
+        engine.update(optimizer, 0.5, norm, norm.isfinite())
         found += [float(ranks.sum(loss.detach().double())), float(norm)]
     for key, part in sorted(engine.state_parts(trained, optimizer).items()):
         if "/" not in key:

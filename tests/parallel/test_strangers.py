@@ -157,6 +157,16 @@ def test_other_ranks_get_what_json_gives_back() -> None:
             Ranks().gather(value)
 
 
+def test_ranks_that_are_dealt_to_nodes_in_turns_find_their_own_node(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    every = [["a", "of a"], ["b", "of b"], ["a", None], ["b", None]]
+    for rank, (host, value) in enumerate(every):
+        monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+        monkeypatch.setattr(Ranks, "gather", lambda _, mine: every)
+        assert Ranks(rank, 4, rank // 2).of_node(value) == f"of {host}"
+
+
 @pytest.mark.multiprocess
 def test_each_start_of_the_launcher_has_a_folder_of_its_own(tmp_path: Path) -> None:
     show = tmp_path / "python"
