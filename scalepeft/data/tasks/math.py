@@ -153,9 +153,8 @@ class Math(Task):
         """``correct``: the whole answer equals the right one; ``strict``: the protocol's script."""
         right, kind = example.meta["answer"], example.meta["kind"]
         found = answers.find(prediction, kind)
-        if found is None or kind == "letter":
-            correct = found is not None and found == right
-        else:
+        correct = found == right
+        if found is not None and kind != "letter":
             correct = whole.equal(right, found, self.equivalent)
         rule = answers.RULES.get(self.config.protocol or "")
         return Score(found, correct, rule(prediction, right, kind) if rule else None)

@@ -63,6 +63,8 @@ class Sft(Task):
 
     def example(self, row: Any, row_id: str, split: Split) -> Example:
         """By the row's form; a test row must ask something."""
+        if not isinstance(row, dict):
+            text_field(row, "messages")  # raises: a row of what it is
         form = self.config.format or _form(row)
         if form == "messages":
             key = next((k for k in LISTS if k in row), LISTS[0])
@@ -79,19 +81,23 @@ class Sft(Task):
         if lost := [key for key in placeless if row.get(key)]:
             fix = "write it as 'messages'"
             raise UserError(f"'{lost[0]}' has no place in a row of the form {form}; {fix}")
-        asked, told = _asked(row, form), text_field(row, response)
+        asked, about = text_field(row, "prompt" if form == "completion" else "instruction"), ""
+        if form == "alpaca":
+            key = "input" if "input" in row else "context"  # Dolly's
+            about = text_field(row, key, required=False).strip()
+        told = text_field(row, response)
         if chat:
-            turns = (("user", "\n\n".join(filter(None, asked))), ("assistant", told))
+            turns = (("user", f"{asked}\n\n{about}" if about else asked), ("assistant", told))
             return self._talk([{"role": r, "content": text} for r, text in turns], row, row_id)
-        meta = {"question": asked[0], "answer": self._answer(row, told)}
+        meta = {"question": asked, "answer": self._answer(row, told)}
         if form == "completion":
-            return self._made(row_id, asked[0], told, meta)
+            return self._made(row_id, asked, told, meta)
         template = self.template(split)
-        if asked[1] and (split != "test" or self.config.test_prompt is None):
+        if about and (split != "test" or self.config.test_prompt is None):
             template = self.config.input_prompt
-        if asked[1] and "{input}" not in template:
+        if about and "{input}" not in template:
             raise UserError("'input' is not empty, but data.test_prompt has no {input} to hold it")
-        values = {"instruction": asked[0], "input": asked[1]}
+        values = {"instruction": asked, "input": about}
         return self.filled(row_id, template, values, {"output": told}, **meta)
 
     def asked(self, text: str) -> str:
@@ -157,9 +163,7 @@ class Sft(Task):
         return Score(found or None, found == " ".join(wanted.split()))
 
 
-def _form(row: Any) -> Form:
-    if not isinstance(row, dict):
-        text_field(row, "messages")  # raises: a row of what it is
+def _form(row: dict[str, Any]) -> Form:
     if any(key in row for key in LISTS):
         return "messages"
     if "prompt" in row and any(key in row for key in RESPONSES):
@@ -173,14 +177,6 @@ def _form(row: Any) -> Form:
         " prompt with completion, messages, conversations, text"
         f" (data.format: {', '.join(get_args(Form))})"
     )
-
-
-def _asked(row: dict[str, Any], form: Form) -> tuple[str, str]:
-    """(what is asked, what it is asked about)."""
-    if form == "completion":
-        return text_field(row, "prompt"), ""
-    about = "input" if "input" in row else "context"  # Dolly's
-    return text_field(row, "instruction"), text_field(row, about, required=False).strip()
 
 
 def _messages(row: dict[str, Any], key: str) -> Messages:
