@@ -24,18 +24,20 @@ Messages = list[dict[str, Any]]
 
 
 class Renderer:
-    """Texts of one tokenizer. ``template``: a chat template, or a file that holds one; None: its
-    own. ``parse``: what spells a control token in a row is one (rows that were rendered before).
+    """Texts of one tokenizer; without one, for people and scores alone, they stay as they are.
+    ``template``: a chat template, or a file that holds one; None: the tokenizer's own. ``parse``:
+    what spells a control token in a row is one (rows that were rendered before).
     """
 
     def __init__(self, tokenizer: Any, template: str | None = None, parse: bool = False) -> None:
         self.tokenizer = tokenizer
-        self.given = None if template is None else _template(template)
+        self.given = None if template is None or tokenizer is None else _template(template)
         self.chat_template = self.given
         with suppress(AttributeError, ValueError):  # it has none, or several without a default
             self.chat_template = tokenizer.get_chat_template(self.given)
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-        marks = {str(t) for t in added if t.special} | set(tokenizer.all_special_tokens)
+        marks = {str(t) for t in added if t.special}
+        marks |= {*getattr(tokenizer, "all_special_tokens", ())}
         listed = sorted((re.escape(mark) for mark in marks if len(mark) > 1), key=len, reverse=True)
         self.marks = re.compile("(?!)" if parse or not listed else "|".join(listed))
 
@@ -62,7 +64,7 @@ class Renderer:
 
     def response(self, text: str) -> str:
         """``plain`` of what is to be written: an end-of-text at its end is what every row gets."""
-        end, cut = self.tokenizer.eos_token, text.rstrip()
+        end, cut = getattr(self.tokenizer, "eos_token", None), text.rstrip()
         return self.plain(cut.removesuffix(end).rstrip() if end and cut.endswith(end) else text)
 
     def shut(self, value: Any) -> Any:

@@ -113,7 +113,7 @@ def _key(task: Task, split: Split, tokenizer: Any, ends: list[int]) -> str:
     decide = deciding(type(config), Decides.ROWS, Decides.TOKENS, Decides.LENGTH)
     decides = [
         _code(), split, *((name, getattr(config, name)) for name in decide), ends,
-        tokenizer_hash(tokenizer), task.renderer and task.renderer.chat_template,
+        tokenizer_hash(tokenizer), task.renderer.chat_template,
         tokenizer.special_tokens_map, getattr(tokenizer, "chat_template", None),
         *([readers.content(f) for f in readers.expand(getattr(config, s), f"data.{s}")]
           for s in task.reads(split)),

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import groupby, islice
+from itertools import groupby, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -129,8 +129,7 @@ class Rows:
                 self.cut += len(ids) > cutoff
                 self.lost += first >= cutoff
                 values = np.array(ids[:cutoff], dtype=np.int32)
-                begins = [begin for begin, _ in [*learned, (border, 0)]][1:]
-                for (_, end), begin in zip(learned, begins, strict=True):
+                for (_, end), (begin, _) in pairwise([*learned, (border, 0)]):
                     values[end:begin] = ~values[end:begin]
                 if len(values) <= start or not (values[start:] >= 0).any():
                     self.dropped += 1

@@ -21,6 +21,7 @@ from scalepeft.core.log import say
 from scalepeft.core.preemption import StopFlag, Stopping
 from scalepeft.data.rows import read_text, text_field
 from scalepeft.data.tasks.base import Example, Task
+from scalepeft.data.tokens import encode
 from scalepeft.eval import comet, scores, vllm
 from scalepeft.eval.generation import Backend, Generator, Progress, Streaming, batches, check
 from scalepeft.eval.predictions import AGAIN, Predictions
@@ -95,7 +96,7 @@ def _turns(target: EvalTarget, args: Namespace, typed: bool) -> Iterator[list[st
         for number, text in enumerate(texts, 1):
             try:
                 text_field({"the prompt": text}, "the prompt")
-                prompt = (task.renderer.plain if args.raw and task.renderer else task.asked)(text)
+                prompt = (task.renderer.plain if args.raw else task.asked)(text)
                 (ids,), _, (cut,) = reader.encoded([prompt])
                 if cut:
                     fix = f"shorten it, or lower evaluate.max_new_tokens={config.max_new_tokens}"
@@ -204,7 +205,8 @@ def _generate(
     left = [e for e in examples if e.id not in done]
     with closing(_generator(target, left, ranks, poll)) as generator:
         size = target.config.evaluate.batch_size * ranks.world_size
-        todo = batches(examples, generator.lengths([e.prompt for e in examples]), size)
+        prompts = encode([e.prompt for e in examples], target.base.tokenizer)
+        todo = batches(examples, [len(ids) for ids, _ in prompts], size)
         lots = _lots(generator, todo, done, ranks)
         progress = Progress(len(left))
         while (before := len(predictions.done)) < len(examples):  # the same on every rank

@@ -118,8 +118,7 @@ class Sft(Task):
         return self.example(row, "prompt", "test").prompt
 
     def _made(self, row_id: str, prompt: str, completion: str, meta: dict[str, Any]) -> Example:
-        if self.renderer:
-            prompt, completion = self.renderer.plain(prompt), self.renderer.response(completion)
+        prompt, completion = self.renderer.plain(prompt), self.renderer.response(completion)
         return self.made(row_id, prompt, completion, meta)
 
     def _talk(self, messages: Messages, row: dict[str, Any], row_id: str) -> Example:
@@ -152,7 +151,7 @@ class Sft(Task):
             return str(found)
         if found:
             return text_field(row, "answer")
-        return self.renderer.response(told).replace(SEAM, "") if self.renderer else told
+        return self.renderer.response(told).replace(SEAM, "")
 
     def score(self, prediction: str, example: Example) -> Score:
         """The whole prediction, but for spacing."""
