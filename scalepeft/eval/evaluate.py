@@ -19,6 +19,7 @@ from scalepeft.core.files import writing
 from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import StopFlag, Stopping
+from scalepeft.data.bitext import lines_of
 from scalepeft.data.rows import read_text, text_field
 from scalepeft.data.tasks.base import Example, Task
 from scalepeft.data.tokens import encode
@@ -85,7 +86,7 @@ def _turns(target: EvalTarget, args: Namespace, typed: bool) -> Iterator[list[st
     reader = Backend(base.tokenizer, config, base.positions)
     texts: Any = [args.prompt]
     if args.file is not None:
-        texts = read_text(args.file).removesuffix("\n").split("\n")
+        texts = lines_of(read_text(args.file))
     elif typed:
         with suppress(ImportError):  # edits, and takes more than a terminal's 4095 bytes
             import readline  # noqa: F401
@@ -140,9 +141,8 @@ def evaluate(config: RunConfig, kind: Subject, ranks: Ranks, stop: StopFlag) -> 
         poll()
         _generate(target, examples, predictions, poll)
     ranks.run_on_main(lambda: _write_scores(target, task, examples, predictions))
-    folder = predictions.path.parent
     if task.translates:  # in a process of its own, now that the model is let go
-        ranks.alone(lambda: say(comet.line(comet.compute(folder, stop))))
+        ranks.alone(lambda: say(comet.line(comet.compute(predictions.path.parent, stop))))
 
 
 def _examples(task: Task, limit: int | None) -> list[Example]:

@@ -3,7 +3,7 @@ GSM8K's calculator marks (<<48/2=24>>) are taken out: MetaMathQA is without them
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from scalepeft.core.errors import UserError
@@ -21,17 +21,11 @@ class Problem:
     output: str
     answer: str | None  # None where a training row does not tell
     kind: Literal["number", "math", "letter"]
-    original: str = ""  # the question that this one was made from, where a row tells
     guessed: bool = False  # the answer is the last number of a text without a mark
 
 
 def read(row: Any, split: Split, ending: str) -> Problem:
     """The problem of a row of any format; of ``test`` also without solution. Raises UserError."""
-    problem = _read(row, split, ending)
-    return replace(problem, original=text_field(row, "original_question", required=False))
-
-
-def _read(row: Any, split: Split, ending: str) -> Problem:
     keys = set(row) if isinstance(row, dict) else {"question"}  # text_field names what it is
     if (native := _native(row, keys)) is not None:
         question, solution, answer = native

@@ -123,11 +123,10 @@ class Score:
 
 @plain_dataclass(frozen=True)
 class Metric:
-    """A measured quantity over rows, with its 95 % interval."""
+    """A measured quantity over rows, as scores.json has it."""
 
     value: float
-    low: float
-    high: float
+    ci95: list[float]
     share: bool = True  # in [0, 1]; else points as the library of the metric gives them
     signature: str = ""  # what exactly was computed, as published numbers state it (sacreBLEU's)
 
@@ -143,7 +142,7 @@ class Scored:
 
 def share(hits: list[bool]) -> Metric:
     """The share of true values with its Wilson interval."""
-    return Metric(sum(hits) / len(hits), *wilson(sum(hits), len(hits)))
+    return Metric(sum(hits) / len(hits), [*wilson(sum(hits), len(hits))])
 
 
 class Task:
@@ -161,8 +160,7 @@ class Task:
         self.config = config
         self.poll: Callable[[], None] = lambda: None
         """Called for each row that is read; may raise to stop."""
-        parse = config.special_tokens == "parse"
-        self.renderer = Renderer(tokenizer, config.chat_template, parse)
+        self.renderer = Renderer(tokenizer, config.chat_template, config.special_tokens == "parse")
         # Of the last ``examples``: broken rows left out, the number of duplicates, rows that spell
         # control tokens, test questions by their set, and what else is to be said, a line each.
         self.skipped: list[str] = []
@@ -343,8 +341,7 @@ def to_prepared(example: Example, key: str) -> dict[str, Any]:
 def from_prepared(row: dict[str, Any], key: str) -> Example:
     """The example of a prepared row. Raises UserError: made under other settings, or changed."""
     values: dict[str, Any] = {k: row.get(k) for k in ("id", "prompt", "completion", "meta")}
-    more = {k: row[k] for k in ("learned", "joined") if k in row}
-    example = Example(**values, **more)
+    example = Example(**values, **{k: row[k] for k in ("learned", "joined") if k in row})
     if row != to_prepared(example, key):
         raise UserError(
             "a prepared row of another task, prompt or version, or changed after scalepeft pipeline"

@@ -10,8 +10,10 @@ from pydantic.dataclasses import dataclass
 
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, Decides
-from scalepeft.data.math import answers, contamination, equivalence, whole
+from scalepeft.data.math import answers, equivalence, whole
+from scalepeft.data.math.contamination import fingerprint, known
 from scalepeft.data.math.problems import read
+from scalepeft.data.rows import text_field
 from scalepeft.data.tasks.base import Example, Protocol, Score, Split, Task, TaskConfig, protocols
 
 
@@ -98,14 +100,14 @@ class Math(Task):
             self.notes.append(f"{left} rows longer than data.max_chars={limit} left out")
 
     def _without_test_rows(self, rows: Iterator[Example]) -> Iterator[Example]:
-        sets, mode = contamination.known(), self.config.test_rows
+        sets, mode = known(), self.config.test_rows
         if self.config.test:
             tested = Math(self.config).stream("test")
-            sets = {_fingerprint(e): "data.test" for e in tested} | sets
+            sets = {fingerprint(e.meta["question"]): "data.test" for e in tested} | sets
         first, count, hits = "", 0, self.leaks
         for e in rows:
             count += 1
-            name = sets.get(_fingerprint(e)) or e.meta.get("rephrases")
+            name = sets.get(fingerprint(e.meta["question"])) or e.meta.get("rephrases")
             if name:
                 first = first or e.id
                 hits[name] += 1
@@ -141,7 +143,8 @@ class Math(Task):
         meta: dict[str, Any] = {k: getattr(problem, k) for k in ("question", "answer", "kind")}
         if problem.guessed:
             meta["guessed"] = True
-        if seen := contamination.known().get(contamination.fingerprint(problem.original)):
+        original = text_field(row, "original_question", required=False)
+        if seen := known().get(fingerprint(original)):
             meta["rephrases"] = seen
         values = {"instruction": asked, "input": rest}
         told = {"output": problem.output, "answer": problem.answer or ""}
@@ -156,7 +159,3 @@ class Math(Task):
             correct = whole.equal(right, found, self.equivalent)
         rule = answers.RULES.get(self.config.protocol or "")
         return Score(found, correct, rule(prediction, right, kind) if rule else None)
-
-
-def _fingerprint(example: Example) -> bytes:
-    return contamination.fingerprint(example.meta["question"])

@@ -145,7 +145,6 @@ class Sft(Task):
         return self.conversation(row_id, messages, turns, tools=tools, **meta)
 
     def _answer(self, row: dict[str, Any], told: str) -> str:
-        """The row's answer, or the whole response where it tells none."""
         found = row.get("answer")
         if isinstance(found, (int, float)):
             return str(found)
@@ -224,7 +223,6 @@ def _calls(calls: Any, where: str) -> Any:
 
 
 def _content(said: Any, where: str) -> str:
-    """The text of a message; parts of it are put together."""
     if isinstance(said, list):
         if other := [p for p in said if not isinstance(p, dict) or p.get("type", "text") != "text"]:
             raise UserError(f"{where} has a part that is no text: {str(other[0])[:60]}")
