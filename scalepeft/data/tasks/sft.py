@@ -111,7 +111,7 @@ class Sft(Task):
             bare = first.prompt.replace(SEAM, "") == first.meta.get("question", "")
             form = "messages" if first.joined else "completion" if bare else "alpaca"
         if form == "text":
-            return self._made("prompt", text, "", {}).prompt
+            return self.renderer.plain(text)
         row: Any = {"instruction" if form == "alpaca" else "prompt": text, "output": "."}
         if form == "messages":
             row |= {"messages": [*said, {"role": "assistant", "content": "."}], "prompt": said}
