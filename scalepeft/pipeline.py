@@ -138,7 +138,7 @@ class Pipeline:
         made: dict[str, Any] = {key: self.stages[of].outputs() for key, of in made_of}
         if name == "prepare":
             sources = {s: expand(getattr(config.data, s), f"data.{s}") for s in SPLITS}
-            form = self.task.renderer and self.task.renderer.chat_template
+            form = self.task.renderer.chat_template
             return {
                 "data": settings_of(name, config),
                 "task_version": self.task.version,

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from scalepeft.core.errors import UserError
@@ -14,11 +13,8 @@ COVOST_SPLITS = {"train": ("train", "train_covost"), "valid": ("dev",), "test": 
 """Ours -> column ``split`` of CoVoST-2's own files, as its get_covost_splits.py reads it."""
 
 
-@dataclass(frozen=True)
-class ReferenceLine:
+class ReferenceLine(str):
     """A line of the target language alone: enough to score a translation, not to make one."""
-
-    text: str
 
 
 def read(source: str, split: Split) -> Numbered:
@@ -110,8 +106,7 @@ def _joined(files: list[str], texts: list[str], split: Split) -> Numbered:
     for number, row in _table(files[1], texts[1], {"path", "sentence"}):
         # A broken line of other recordings is not ours to judge; a missing one is found below.
         if not isinstance(row, BrokenRow) and row["path"] in wanted:
-            translation = wanted.pop(row["path"])
-            yield number, {"sentence": row["sentence"], "translation": translation}
+            yield number, {"sentence": row["sentence"], "translation": wanted.pop(row["path"])}
     if wanted:
         raise UserError(
             f"{files[1]}: {len(wanted)} sentences of {files[0]} are not in it, the first is"

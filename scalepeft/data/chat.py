@@ -24,26 +24,25 @@ Messages = list[dict[str, Any]]
 
 
 class Renderer:
-    """Texts of one tokenizer. ``template``: a chat template, or a file that holds one; None: its
-    own. ``parse``: what spells a control token in a row is one (rows that were rendered before).
+    """Texts of one tokenizer; without one, for people and scores alone, they stay as they are.
+    ``template``: a chat template, or a file that holds one; None: the tokenizer's own. ``parse``:
+    what spells a control token in a row is one (rows that were rendered before).
     """
 
     def __init__(self, tokenizer: Any, template: str | None = None, parse: bool = False) -> None:
         self.tokenizer = tokenizer
-        self.given = None if template is None else _template(template)
+        self.given = None if template is None or tokenizer is None else _template(template)
         self.chat_template = self.given
-        if self.given is None:
-            with suppress(AttributeError, ValueError):  # it has none, or several without a default
-                self.chat_template = tokenizer.get_chat_template()
+        with suppress(AttributeError, ValueError):  # it has none, or several without a default
+            self.chat_template = tokenizer.get_chat_template(self.given)
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-        marks = {str(t) for t in added if t.special} | set(tokenizer.all_special_tokens)
+        marks = {str(t) for t in added if t.special}
+        marks |= {*getattr(tokenizer, "all_special_tokens", ())}
         listed = sorted((re.escape(mark) for mark in marks if len(mark) > 1), key=len, reverse=True)
-        self.marks = re.compile("|".join(listed)) if listed and not parse else None
+        self.marks = re.compile("(?!)" if parse or not listed else "|".join(listed))
 
     def plain(self, text: str) -> str:
         """The text with a seam in all that would be a control token."""
-        if self.marks is None:
-            return text
         while self.marks.search(text):  # again for a mark that stood within another
             text = self.marks.sub(lambda mark: mark[0][:-1] + SEAM + mark[0][-1], text)
         return text
@@ -61,11 +60,11 @@ class Renderer:
         return completion if self._count(prompt + completion) == apart else SEAM + completion
 
     def _count(self, text: str) -> int:
-        return len(self.marks.findall(text)) if self.marks else 0
+        return len(self.marks.findall(text))
 
     def response(self, text: str) -> str:
         """``plain`` of what is to be written: an end-of-text at its end is what every row gets."""
-        end, cut = self.tokenizer.eos_token, text.rstrip()
+        end, cut = getattr(self.tokenizer, "eos_token", None), text.rstrip()
         return self.plain(cut.removesuffix(end).rstrip() if end and cut.endswith(end) else text)
 
     def shut(self, value: Any) -> Any:
@@ -99,14 +98,13 @@ class Renderer:
                 fix = "take it out, or name another data.chat_template"
                 raise UserError(f"the chat template does not write the row's {lost}: {fix}")
         try:
-            text: str = self.tokenizer.apply_chat_template(
+            return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=ask, **more,
                 chat_template=TODAY.sub(lambda call: repr(DATE.strftime(call[2])), template),
             )  # fmt: skip
         except Exception as error:  # whatever a template calls
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"the chat template refuses the row: {reason[:300]}") from None
-        return text
 
     def split(
         self, messages: Messages, turns: bool, tools: Any = None

@@ -1,7 +1,6 @@
 """Language codes: their English names for prompts, and sacreBLEU's tokenizer of each target."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 from scalepeft.core.errors import UserError
@@ -42,10 +41,9 @@ def tokenizer_of(code: str) -> str:
     return next((TOKENIZERS[part] for part in parts if part in TOKENIZERS), "13a")
 
 
-def matching(code: str, keys: Iterable[str]) -> str | None:
+def matching(code: str, keys: list[str]) -> str | None:
     """The key that stands for a code: the same, or the only one of the same language."""
-    listed = list(keys)
-    if code in listed:
+    if code in keys:
         return code
-    found = [key for key in listed if language(key) == language(code)]
+    found = [key for key in keys if language(key) == language(code)]
     return found[0] if len(found) == 1 else None

@@ -145,8 +145,7 @@ class Loader:
             dealt = micro_batches(lengths, world, self.micro_tokens, self.width)[rank]
             return [[[pairs[i] for i in line] for line in lines] for lines in dealt]
         mine, size = [[pair] for pair in pairs[rank::world]], self.micro_batch
-        most = math.ceil(len(pairs) / world)
-        return [mine[i : i + size] for i in range(0, most, size)]
+        return [mine[i : i + size] for i in range(0, math.ceil(len(pairs) / world), size)]
 
     def __iter__(self) -> Iterator[StepBatch]:
         steps = range(self.first_step, self.first_step + self.steps)

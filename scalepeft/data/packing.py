@@ -1,7 +1,7 @@
 """Rows of a step dealt to ranks, to micro-batches and to lines of tokens, by their lengths."""
 
 from collections.abc import Iterable
-from heapq import heapify, heapreplace
+from heapq import heapreplace
 
 PAD_TO = 8  # lengths are padded to a multiple of this, for tensor cores
 
@@ -18,8 +18,7 @@ def deal(lengths: list[int], rows: Iterable[int], bins: int) -> list[list[int]]:
     best one's (Graham, 1969). In a bin they ascend.
     """
     dealt: list[list[int]] = [[] for _ in range(bins)]
-    heap = [(0, i) for i in range(bins)]
-    heapify(heap)
+    heap = [(0, i) for i in range(bins)]  # sorted, so it is one
     for row in sorted(rows, key=lambda i: -lengths[i]):
         total, i = heap[0]
         dealt[i].append(row)

@@ -199,8 +199,7 @@ def open_text(source: str) -> Iterator[TextIO]:
     out as lone surrogates, for ``check_utf8``. Raises UserError: unreadable, or no text, also
     later.
     """
-    head = _head(source)
-    with tables.explained(source), _binary(source, head) as raw:
+    with tables.explained(source), _binary(source, _head(source)) as raw:
         start = raw.peek(16)[:16]
         # UTF-16, zip, parquet inside gzip, zeros after a crash
         if re.search(rb"[\0-\x08\x0e-\x1f]|^\xff\xfe|^\xfe\xff", start):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from scalepeft.core import safetensors
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import Decides, deciding
 from scalepeft.core.files import cache_folder, share, shared_folder
@@ -65,19 +66,16 @@ def _write(file: Path, task: Task, split: Split, rows: Rows) -> None:
             digest.update(content)
             lengths.append(len(values))
             starts.append(start)
-        header, begin = dict[str, Any](), 0
-        for name, count in zip(PARTS, (sum(lengths), len(lengths), len(starts)), strict=True):
-            span = [begin, begin := begin + 4 * count]
-            header[name] = {"dtype": "I32", "shape": [count], "data_offsets": span}
         f.write(lengths.tobytes() + starts.tobytes())
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         digest.update(offsets.astype(np.int64).tobytes() + starts.tobytes())
         meta = {name: str(getattr(rows, name)) for name in COUNTS}
         meta |= {"sha256": digest.hexdigest(), "remarks": json.dumps(task.remarks(split))}
-        text = json.dumps({"__metadata__": meta, **header}).encode()
-        assert len(text) <= HEADER - 8, "remarks are a few lines"
+        counts = zip(PARTS, (sum(lengths), len(lengths), len(starts)), strict=True)
+        head, _ = safetensors.header(((name, "I32", [n], 4 * n) for name, n in counts), meta)
+        assert len(head) <= HEADER, "remarks are a few lines"
         f.seek(0)
-        f.write((HEADER - 8).to_bytes(8, "little") + text.ljust(HEADER - 8))
+        f.write((HEADER - 8).to_bytes(8, "little") + head[8:].ljust(HEADER - 8))
 
 
 def read(file: Path) -> tuple[TokenSet, list[str]]:
@@ -115,7 +113,7 @@ def _key(task: Task, split: Split, tokenizer: Any, ends: list[int]) -> str:
     decide = deciding(type(config), Decides.ROWS, Decides.TOKENS, Decides.LENGTH)
     decides = [
         _code(), split, *((name, getattr(config, name)) for name in decide), ends,
-        tokenizer_hash(tokenizer), task.renderer and task.renderer.chat_template,
+        tokenizer_hash(tokenizer), task.renderer.chat_template,
         tokenizer.special_tokens_map, getattr(tokenizer, "chat_template", None),
         *([readers.content(f) for f in readers.expand(getattr(config, s), f"data.{s}")]
           for s in task.reads(split)),

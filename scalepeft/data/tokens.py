@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import groupby, islice
+from itertools import groupby, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -69,26 +69,20 @@ class TokenSet:
 
     def count(self, rows: list[int]) -> tuple[int, int]:
         """Number of label tokens, and of all tokens without padding, in these rows."""
-        raws = [self._raw(i) for i in rows]
-        starts = [int(self.label_start[self._at(i)]) for i in rows]
-        labels = sum(int((raw[b:] >= 0).sum()) for raw, b in zip(raws, starts, strict=True))
-        return labels, sum(map(len, raws))
+        labels = sum(int((self.labels(i) != IGNORED).sum()) for i in rows)
+        return labels, sum(len(self._raw(i)) for i in rows)
 
     def fingerprint(self) -> str:
         """sha256 of tokens, cuts and labels: a resumed run must see the same data."""
-        if self.chosen is None:
-            parts, offsets, starts = [self.tokens], self.offsets, self.label_start
-        else:  # of what stays together in the file at a time
-            ends = (self.chosen.diff() != 1).nonzero().flatten() + 1
-            runs = self.chosen.tensor_split(ends.tolist())
-            parts = [
-                self.tokens[self.offsets[r[0]] : self.offsets[r[-1] + 1]] for r in runs if len(r)
-            ]
-            offsets = torch.cat([torch.zeros(1, dtype=torch.int64), self.lengths().cumsum(0)])
-            starts = self.label_start[self.chosen]
+        rows = torch.arange(len(self)) if self.chosen is None else self.chosen
         digest = hashlib.sha256()
-        for tensor in (*parts, offsets, starts):
-            digest.update(tensor.numpy().data)
+        # Tokens of what stays together in the file at a time.
+        for run in rows.tensor_split(((rows.diff() != 1).nonzero().flatten() + 1).tolist()):
+            if len(run):
+                part = self.tokens[self.offsets[run[0]] : self.offsets[run[-1] + 1]]
+                digest.update(part.numpy().data)
+        digest.update(F.pad(self.lengths().cumsum(0), (1, 0)).numpy().data)
+        digest.update(self.label_start[rows].numpy().data)
         return digest.hexdigest()
 
     def take(self, rows: Tensor) -> "TokenSet":
@@ -130,14 +124,12 @@ class Rows:
                 ids = text[:size]
                 if size == border or ids[-1] not in ends:
                     ids.append(eos)
-                start = max(1, border if self.config.train_on != "all" else 0)
-                if learned:
-                    start = max(1, learned[0][0])
+                first = learned[0][0] if learned else border
+                start = max(1, first if learned or self.config.train_on != "all" else 0)
                 self.cut += len(ids) > cutoff
-                self.lost += (learned[0][0] if learned else border) >= cutoff
+                self.lost += first >= cutoff
                 values = np.array(ids[:cutoff], dtype=np.int32)
-                begins = [begin for begin, _ in [*learned, (border, 0)]][1:]
-                for (_, end), begin in zip(learned, begins, strict=True):
+                for (_, end), (begin, _) in pairwise([*learned, (border, 0)]):
                     values[end:begin] = ~values[end:begin]
                 if len(values) <= start or not (values[start:] >= 0).any():
                     self.dropped += 1
@@ -183,12 +175,13 @@ def encode(
         options["return_offsets_mapping"] = True
     made = tokenizer(texts, verbose=False, **options)
     places = made["offset_mapping"] if "return_offsets_mapping" in options else [[]] * len(texts)
+    end, bos = tokenizer.eos_token_id, getattr(tokenizer, "bos_token_id", None)
     found = []
     for text, seam, ids, spans in zip(texts, seamed, made["input_ids"], places, strict=True):
         if seam:
             ids, spans = _without_seams(text, ids, spans)
-        ids = strip_eos(ids, tokenizer)
-        bos = getattr(tokenizer, "bos_token_id", None)
+        if ids[-1:] == [end] and (len(ids) > 1 or end != bos):  # some put one after every text
+            ids = ids[:-1]
         more = next((i for i, token in enumerate(ids) if token != bos), len(ids)) - 1
         found.append((ids[max(more, 0) :], spans[max(more, 0) : len(ids)]))
     return found
@@ -200,10 +193,3 @@ def _without_seams(text: str, ids: list[int], spans: list[tuple[int, int]]) -> E
         what = "the text spells a control token, and this tokenizer cannot read it as plain text"
         raise UserError(f"{what}; take it out of the row")
     return [i for i, _ in kept], [span for _, span in kept]
-
-
-def strip_eos(ids: list[int], tokenizer: Any) -> list[int]:
-    """Removes an end-of-text token that some tokenizers put after every text."""
-    end = tokenizer.eos_token_id
-    alone = ids == [end] and end == getattr(tokenizer, "bos_token_id", None)  # it is the BOS
-    return ids[:-1] if ids and ids[-1] == end and not alone else ids

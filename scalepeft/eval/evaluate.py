@@ -19,8 +19,10 @@ from scalepeft.core.files import writing
 from scalepeft.core.launch import world_size
 from scalepeft.core.log import say
 from scalepeft.core.preemption import StopFlag
+from scalepeft.data.bitext import lines_of
 from scalepeft.data.rows import read_text, text_field
 from scalepeft.data.tasks.base import Example, Task
+from scalepeft.data.tokens import encode
 from scalepeft.eval import comet, scores, vllm
 from scalepeft.eval.generation import Backend, Generator, Progress, Streaming, batches, check
 from scalepeft.eval.predictions import AGAIN, Predictions
@@ -84,7 +86,7 @@ def _turns(target: EvalTarget, args: Namespace, typed: bool) -> Iterator[list[st
     reader = Backend(base.tokenizer, config, base.positions)
     texts: Any = [args.prompt]
     if args.file is not None:
-        texts = read_text(args.file).removesuffix("\n").split("\n")
+        texts = lines_of(read_text(args.file))
     elif typed:
         with suppress(ImportError):  # edits, and takes more than a terminal's 4095 bytes
             import readline  # noqa: F401
@@ -95,7 +97,7 @@ def _turns(target: EvalTarget, args: Namespace, typed: bool) -> Iterator[list[st
         for number, text in enumerate(texts, 1):
             try:
                 text_field({"the prompt": text}, "the prompt")
-                prompt = (task.renderer.plain if args.raw and task.renderer else task.asked)(text)
+                prompt = (task.renderer.plain if args.raw else task.asked)(text)
                 (ids,), _, (cut,) = reader.encoded([prompt])
                 if cut:
                     fix = f"shorten it, or lower evaluate.max_new_tokens={config.max_new_tokens}"
@@ -134,9 +136,8 @@ def evaluate(config: RunConfig, kind: Subject, ranks: Ranks, stop: StopFlag) -> 
         ranks.check(stop)
         _generate(target, examples, predictions, lambda: ranks.check(stop))
     ranks.run_on_main(lambda: _write_scores(target, task, examples, predictions))
-    folder = predictions.path.parent
     if task.translates:  # in a process of its own, now that the model is let go
-        ranks.alone(lambda: say(comet.line(comet.compute(folder, stop))))
+        ranks.alone(lambda: say(comet.line(comet.compute(predictions.path.parent, stop))))
 
 
 def _examples(task: Task, limit: int | None) -> list[Example]:
@@ -199,7 +200,8 @@ def _generate(
     left = [e for e in examples if e.id not in done]
     with closing(_generator(target, left, ranks, poll)) as generator:
         size = target.config.evaluate.batch_size * ranks.world_size
-        todo = batches(examples, generator.lengths([e.prompt for e in examples]), size)
+        prompts = encode([e.prompt for e in examples], target.base.tokenizer)
+        todo = batches(examples, [len(ids) for ids, _ in prompts], size)
         lots = _lots(generator, todo, done, ranks)
         progress = Progress(len(left))
         while (before := len(predictions.done)) < len(examples):  # the same on every rank

@@ -87,29 +87,24 @@ class Backend:
         """Which of the answers have a stop text in what a last token may have ended: it only saves
         forwards. (transformers' own criterion goes through the whole vocabulary for every batch.)
         """
-        stop = self.config.stop
-        if not stop:
+        if not self.config.stop:
             return [False] * len(answers)
         # A token is at least a byte of the text; one more, as the first may lose its space.
-        window = 1 + max(len(text.encode()) for text in stop)
+        window = 1 + max(len(text.encode()) for text in self.config.stop)
 
-        def inside(text: str) -> bool:
-            return any(one in text for one in stop)
+        def inside(some: list[list[int]]) -> list[bool]:
+            return [any(s in text for s in self.config.stop) for text in self._decoded(some)]
 
-        ends = self._decoded([answer[-window:] for answer in answers])
-        return [
-            inside(end) and inside(self._decoded([answer])[0])
-            for answer, end in zip(answers, ends, strict=True)
-        ]
+        ends = inside([answer[-window:] for answer in answers])
+        return [end and inside([answer])[0] for answer, end in zip(answers, ends, strict=True)]
 
     def _decoded(self, answers: list[list[int]]) -> list[str]:
         if not answers:  # of which transformers makes an answer
             return []
         # Some tokenizers' settings would "clean up" spaces: French " ?" would become "?".
-        found: list[str] = self.tokenizer.batch_decode(
+        return self.tokenizer.batch_decode(
             answers, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        return found
 
     def generate(self, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
         """The new tokens of each prompt; those past its limit, or a stop text, do not count."""
@@ -117,10 +112,6 @@ class Backend:
 
     def close(self) -> None:
         """Frees what goes on without this object."""
-
-    def lengths(self, prompts: list[str]) -> list[int]:
-        """Tokens of each prompt, before any of it is cut."""
-        return [len(ids) for ids, _ in tokens.encode(prompts, self.tokenizer)]
 
 
 class Generator(Backend):
@@ -165,7 +156,7 @@ class Generator(Backend):
 
         # What is not set in the call is taken from here, which is filled from the model's files.
         self.model.generation_config = GenerationConfig()
-        new: list[list[int]] = self.model.generate(
+        return self.model.generate(
             input_ids=padded,
             attention_mask=mask,
             generation_config=GenerationConfig(
@@ -180,7 +171,6 @@ class Generator(Backend):
             stopping_criteria=[ended] if self.config.num_beams == 1 else None,
             synced_gpus=self.synced,
         )[:, begin:].tolist()
-        return new
 
 
 class Streaming(Generator):

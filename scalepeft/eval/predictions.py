@@ -83,7 +83,6 @@ class Predictions:
         return done
 
     def _stored(self, count: Counter[str]) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        """Lines that are kept, with their rows."""
         for line, row in stored(self.path, self.settings, count):
             # None: of a test set that may come back
             if self.asked.get(row["id"]) in (None, row["asked"]):

@@ -48,18 +48,11 @@ def summarize(
 
 
 def _summary(task: Task, rows: list[Scored]) -> dict[str, Any]:
+    found = {name: asdict(metric) for name, metric in task.metrics(rows).items()}
     return {
         "count": len(rows),
         "no_answer_found": sum(row.score.extracted is None for row in rows),
-        "metrics": {
-            name: {
-                "value": metric.value,
-                "ci95": [metric.low, metric.high],
-                "share": metric.share,
-                **({"signature": metric.signature} if metric.signature else {}),
-            }
-            for name, metric in task.metrics(rows).items()
-        },
+        "metrics": {n: {k: v for k, v in m.items() if v != ""} for n, m in found.items()},
     }
 
 

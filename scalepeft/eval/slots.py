@@ -149,8 +149,7 @@ class Slots:
         known = {"position_ids": positions, "logits_to_keep": 1}
         some = {key: value for key, value in known.items() if key in takes}
         some |= {"attention_mask": mask, "past_key_values": cache, "use_cache": True}
-        found: Tensor = self.model(input_ids=ids, **some).logits[:, -1].argmax(-1)
-        return found
+        return self.model(input_ids=ids, **some).logits[:, -1].argmax(-1)
 
 
 def left_padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

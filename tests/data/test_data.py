@@ -317,7 +317,7 @@ def check_mask(found: list[base.Example], tokenizer: Any) -> None:
         assert tokenizer.decode(ids[start:]).strip() == f"{example.completion}</s>"
         assert ids[-1] == tokenizer.eos_token_id
         assert ids.count(tokenizer.eos_token_id) == 1
-        assert ids[:start] == data.strip_eos(tokenizer(example.prompt)["input_ids"], tokenizer)
+        assert ids[:start] == data.encode([example.prompt], tokenizer)[0][0]
         assert row(everything, i) == ids
         assert int(everything.label_start[i]) == 1
     lengths = response.offsets.diff()

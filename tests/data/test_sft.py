@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from scalepeft.core.errors import UserError
 from scalepeft.data import tokens as data
+from scalepeft.data.rows import BrokenRow
 from scalepeft.data.tasks.base import Example, Task, from_prepared, prepared_for, to_prepared
 from scalepeft.data.tasks.commonsense import Commonsense, CommonsenseConfig
 from scalepeft.data.tasks.math import Math, MathConfig
@@ -293,6 +294,13 @@ def test_templates_that_write_answers_otherwise(tokenizer: Any) -> None:
 def test_a_broken_row_says_why(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         sft(byte_level(True), chat_template=TEMPLATES["chatml"]).example(row, "f#1", "train")
+
+
+@pytest.mark.parametrize("format", [None, "alpaca", "completion", "messages", "text"])
+@pytest.mark.parametrize("row", [5, "x", None, ["messages"], BrokenRow("broken JSON")], ids=str)
+def test_what_is_no_object_is_a_broken_row_of_any_format(format: str | None, row: Any) -> None:
+    with pytest.raises(UserError, match=r"a row must be an object with keys|broken JSON"):
+        sft(byte_level(True), format=format).example(row, "f#1", "train")
 
 
 def test_templates_that_are_missing_or_refuse(tmp_path: Path) -> None:

@@ -217,7 +217,7 @@ def test_lines_of_a_pipe_and_of_a_file_are_the_evaluations_answers(
     # Questions have several lines: of a file each line is a prompt.
     lines = [line for line in asked[0].split("\n") if line]
     want = "".join(call("generate", str(run_dir), "--prompt", line).stdout for line in lines)
-    (tmp_path / "lines").write_text("\n".join(lines) + "\n")
+    (tmp_path / "lines").write_bytes("".join(f"{line}\r\n" for line in lines).encode())
     found = call("generate", str(run_dir), "--file", str(tmp_path / "lines"))
     assert (found.returncode, found.stdout) == (0, want), found.stderr
     assert [s for s in found.stderr.splitlines() if s.startswith("scalepeft: prompt ")] == [

@@ -3,7 +3,7 @@ GSM8K's calculator marks (<<48/2=24>>) are taken out: MetaMathQA is without them
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from scalepeft.core.errors import UserError
@@ -21,17 +21,11 @@ class Problem:
     output: str
     answer: str | None  # None where a training row does not tell
     kind: Literal["number", "math", "letter"]
-    original: str = ""  # the question that this one was made from, where a row tells
     guessed: bool = False  # the answer is the last number of a text without a mark
 
 
 def read(row: Any, split: Split, ending: str) -> Problem:
     """The problem of a row of any format; of ``test`` also without solution. Raises UserError."""
-    problem = _read(row, split, ending)
-    return replace(problem, original=text_field(row, "original_question", required=False))
-
-
-def _read(row: Any, split: Split, ending: str) -> Problem:
     keys = set(row) if isinstance(row, dict) else {"question"}  # text_field names what it is
     if (native := _native(row, keys)) is not None:
         question, solution, answer = native
@@ -77,14 +71,14 @@ def _metamath(row: dict[str, Any]) -> Problem:
 def _math(row: dict[str, Any], split: Split, ending: str) -> Problem:
     question = text_field(row, "problem")
     solution = text_field(row, "solution", required=split != "test" or not row.get("answer"))
-    answer = _answer(row) if "answer" in row else (last_boxed(solution) or "").strip()
+    answer = _answer(row["answer"]) if "answer" in row else (last_boxed(solution) or "").strip()
     if not answer:
         raise UserError("'solution' has no \\boxed{} answer")
     return Problem(question, _ended(solution, answer, ending), answer, "math")
 
 
 def _llm_adapters(row: dict[str, Any], split: Split, ending: str) -> Problem:
-    answer = _answer(row)
+    answer = _answer(row["answer"])
     letter = re.fullmatch("[A-E]", answer) is not None
     if not letter and answers.plain(answer) is None:
         raise UserError(f"'answer' is {answer!r}; expected a number, or a letter from A to E")
@@ -131,23 +125,20 @@ def _native(row: Any, keys: set[str]) -> tuple[str, str, str] | None:
         return asked, text_field(row, "rationale", required=False), letter
     if {"question", "answer_number"} <= keys:  # MGSM
         solution = text_field(row, "answer", required=False)
-        return text_field(row, "question"), solution, _answer({"answer": row["answer_number"]})
+        return text_field(row, "question"), solution, _answer(row["answer_number"])
     if {"sQuestion", "lSolutions"} <= keys:  # MAWPS and its parts
         found = row["lSolutions"] if isinstance(row["lSolutions"], list) else [row["lSolutions"]]
-        return text_field(row, "sQuestion"), "", ", ".join(_answer({"answer": v}) for v in found)
+        return text_field(row, "sQuestion"), "", ", ".join(map(_answer, found))
     for body, question, answer in (("Body", "Question", "Answer"), ("body", "question", "answer")):
         if {body, question, answer} <= keys:  # SVAMP; ASDiv, whose answers are "10 (apples)"
             asked = f"{text_field(row, body).strip()} {text_field(row, question).strip()}"
-            told = _answer({"answer": row[answer]})
-            return asked, "", re.sub(r"\s+\([^()]*\)$", "", told)
+            return asked, "", re.sub(r"\s+\([^()]*\)$", "", _answer(row[answer]))
     return None
 
 
-def _answer(row: dict[str, Any]) -> str:
-    """The answer of a row, also where it is a JSON number."""
-    value = row["answer"]
+def _answer(value: Any) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         if not re.fullmatch(r"-?\d+(\.\d+)?", str(value)):  # NaN, 1e999, 1e22
             raise UserError(f"'answer' is {value}; expected a plain number, or a text")
         return str(value)
-    return text_field(row, "answer").strip()
+    return text_field({"answer": value}, "answer").strip()

@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from scalepeft.core.errors import UserError
 from scalepeft.core.fields import STRICT, Decides, NameList, deciding
+from scalepeft.core.files import seal
 from scalepeft.core.stats import wilson
 from scalepeft.data.chat import SEAM, Messages, Renderer
 from scalepeft.data.rows import expand, fill, one_line, read_rows, source_labels
@@ -122,11 +123,10 @@ class Score:
 
 @plain_dataclass(frozen=True)
 class Metric:
-    """A measured quantity over rows, with its 95 % interval."""
+    """A measured quantity over rows, as scores.json has it."""
 
     value: float
-    low: float
-    high: float
+    ci95: list[float]
     share: bool = True  # in [0, 1]; else points as the library of the metric gives them
     signature: str = ""  # what exactly was computed, as published numbers state it (sacreBLEU's)
 
@@ -142,7 +142,7 @@ class Scored:
 
 def share(hits: list[bool]) -> Metric:
     """The share of true values with its Wilson interval."""
-    return Metric(sum(hits) / len(hits), *wilson(sum(hits), len(hits)))
+    return Metric(sum(hits) / len(hits), [*wilson(sum(hits), len(hits))])
 
 
 class Task:
@@ -156,19 +156,11 @@ class Task:
     translates: ClassVar[bool] = False  # ``question`` and ``reference`` of a row are COMET's
     asking: ClassVar[dict[str, str]] = {}  # a row that asks the text put in place of its ""
 
-    def __init_subclass__(cls) -> None:
-        if "examples" in vars(cls):  # it would be passed over where rows are streamed
-            raise UserError(f"{cls.__name__}.examples: a task defines stream(split) in its place")
-
     def __init__(self, config: TaskConfig, tokenizer: Any = None) -> None:
         self.config = config
         self.poll: Callable[[], None] = lambda: None
         """Called for each row that is read; may raise to stop."""
-        self.renderer: Renderer | None = None
-        """Of the tokenizer; without one, texts are for people and scores alone."""
-        if tokenizer is not None:
-            parse = config.special_tokens == "parse"
-            self.renderer = Renderer(tokenizer, config.chat_template, parse)
+        self.renderer = Renderer(tokenizer, config.chat_template, config.special_tokens == "parse")
         # Of the last ``examples``: broken rows left out, the number of duplicates, rows that spell
         # control tokens, test questions by their set, and what else is to be said, a line each.
         self.skipped: list[str] = []
@@ -193,6 +185,7 @@ class Task:
         files = expand(sources, key)
         self.skipped, self.repeated, self.spelling, self.notes = [], 0, [], []
         self.leaks = Counter()
+        # Of long texts their hashes are kept, 8 bytes each.
         found, seen, ids = 0, set[int](), dict[int, int]()
         drop = self.config.duplicates == "drop"
         for label, source in zip(source_labels(files), files, strict=True):
@@ -203,7 +196,7 @@ class Task:
                 try:
                     example = self._example(row, row_id, split)
                     own = example.id != row_id  # a prepared row's, which may come twice
-                    if own and (before := ids.setdefault(_mark(example.id), number)) != number:
+                    if own and (before := ids.setdefault(hash(example.id), number)) != number:
                         raise UserError(f"id {example.id} stood in row {before} already")
                 except (UserError, RecursionError) as error:  # nested too deep to be shown
                     reason = one_line(str(error))
@@ -212,7 +205,7 @@ class Task:
                     self._leave_out(f"{source}, row {number}: {reason}", "repair it")
                     continue
                 if split == "train":
-                    text = _mark(example.prompt, example.completion)
+                    text = hash((example.prompt, example.completion))
                     self.repeated += text in seen
                     if drop and text in seen:
                         continue
@@ -255,7 +248,7 @@ class Task:
     ) -> Example:
         """A row's example: its prompt filled with ``asked``, its completion with ``told`` too."""
         write = fill
-        if self.renderer and self.config.template != "chat":
+        if self.config.template != "chat":
             write = self.renderer.fill
             told = {key: self.renderer.response(text) for key, text in (asked | told).items()}
             asked = {key: self.renderer.plain(text) for key, text in asked.items()}
@@ -273,7 +266,7 @@ class Task:
         """The example of messages that end with an answer; ``turns``: learn earlier ones too."""
         if self.config.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.config.system}, *messages]
-        if self.renderer is None:  # for people
+        if self.renderer.tokenizer is None:
             *before, last = (str(message.get("content") or "") for message in messages)
             return self.made(row_id, "\n\n".join(before), last, meta)
         prompt, completion, learned = self.renderer.split(messages, turns, tools)
@@ -283,7 +276,7 @@ class Task:
         self, row_id: str, prompt: str, completion: str, meta: dict[str, Any], **more: Any
     ) -> Example:
         """An example of these texts; ``meta`` gets its source."""
-        if self.renderer and not more:
+        if not more:
             completion = self.renderer.behind(prompt, completion)
         if SEAM in prompt or SEAM in completion:
             self.spelling.append(row_id)
@@ -334,34 +327,24 @@ def prepared_for(task: Task, split: Split) -> str:
     config = task.config
     names = deciding(type(config), Decides.ROWS)
     values = {name: getattr(config, name) for name in names if name not in SET_APART}
-    return _sum([type(task).__name__, task.version, task.template(split), values], default=str)
+    decides = [type(task).__name__, task.version, task.template(split), values]
+    return hashlib.sha256(json.dumps(decides, default=str).encode()).hexdigest()[:16]
 
 
 def to_prepared(example: Example, key: str) -> dict[str, Any]:
     """A row that ``Task.examples`` takes back as it is."""
     new = {"learned", "joined"}  # not in every row: rows of before have none
     values = {name: value for name, value in vars(example).items() if value or name not in new}
-    return {"prepared": key, "sum": _sum(values, sort_keys=True), **values}
+    return {"prepared": key, "sum": seal(values)[:16], **values}
 
 
 def from_prepared(row: dict[str, Any], key: str) -> Example:
     """The example of a prepared row. Raises UserError: made under other settings, or changed."""
     values: dict[str, Any] = {k: row.get(k) for k in ("id", "prompt", "completion", "meta")}
-    more = {k: row[k] for k in ("learned", "joined") if k in row}
-    example = Example(**values, **more)
+    example = Example(**values, **{k: row[k] for k in ("learned", "joined") if k in row})
     if row != to_prepared(example, key):
         raise UserError(
             "a prepared row of another task, prompt or version, or changed after scalepeft pipeline"
             " wrote it: change the file it came from, and run scalepeft pipeline --from prepare"
         )
     return example
-
-
-def _mark(*texts: str) -> int:
-    """What tells texts apart, in 8 bytes."""
-    text = " ".join([*(str(len(text)) for text in texts), *texts])
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
-
-
-def _sum(values: Any, **options: Any) -> str:
-    return hashlib.sha256(json.dumps(values, **options).encode()).hexdigest()[:16]

@@ -166,7 +166,6 @@ def _boolq(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def _label(row: dict[str, Any], key: str, allowed: list[str]) -> int:
-    """Position of the right answer; hub sets hide it in their test splits."""
     value = str(row[key])
     if value not in allowed:
         raise UserError(

@@ -63,6 +63,8 @@ class Sft(Task):
 
     def example(self, row: Any, row_id: str, split: Split) -> Example:
         """By the row's form; a test row must ask something."""
+        if not isinstance(row, dict):
+            text_field(row, "messages")  # raises: a row of what it is
         form = self.config.format or _form(row)
         if form == "messages":
             key = next((k for k in LISTS if k in row), LISTS[0])
@@ -79,19 +81,23 @@ class Sft(Task):
         if lost := [key for key in placeless if row.get(key)]:
             fix = "write it as 'messages'"
             raise UserError(f"'{lost[0]}' has no place in a row of the form {form}; {fix}")
-        asked, told = _asked(row, form), text_field(row, response)
+        asked, about = text_field(row, "prompt" if form == "completion" else "instruction"), ""
+        if form == "alpaca":
+            key = "input" if "input" in row else "context"  # Dolly's
+            about = text_field(row, key, required=False).strip()
+        told = text_field(row, response)
         if chat:
-            turns = (("user", "\n\n".join(filter(None, asked))), ("assistant", told))
+            turns = (("user", f"{asked}\n\n{about}" if about else asked), ("assistant", told))
             return self._talk([{"role": r, "content": text} for r, text in turns], row, row_id)
-        meta = {"question": asked[0], "answer": self._answer(row, told)}
+        meta = {"question": asked, "answer": self._answer(row, told)}
         if form == "completion":
-            return self._made(row_id, asked[0], told, meta)
+            return self._made(row_id, asked, told, meta)
         template = self.template(split)
-        if asked[1] and (split != "test" or self.config.test_prompt is None):
+        if about and (split != "test" or self.config.test_prompt is None):
             template = self.config.input_prompt
-        if asked[1] and "{input}" not in template:
+        if about and "{input}" not in template:
             raise UserError("'input' is not empty, but data.test_prompt has no {input} to hold it")
-        values = {"instruction": asked[0], "input": asked[1]}
+        values = {"instruction": asked, "input": about}
         return self.filled(row_id, template, values, {"output": told}, **meta)
 
     def asked(self, text: str) -> str:
@@ -105,15 +111,14 @@ class Sft(Task):
             bare = first.prompt.replace(SEAM, "") == first.meta.get("question", "")
             form = "messages" if first.joined else "completion" if bare else "alpaca"
         if form == "text":
-            return self._made("prompt", text, "", {}).prompt
+            return self.renderer.plain(text)
         row: Any = {"instruction" if form == "alpaca" else "prompt": text, "output": "."}
         if form == "messages":
             row |= {"messages": [*said, {"role": "assistant", "content": "."}], "prompt": said}
         return self.example(row, "prompt", "test").prompt
 
     def _made(self, row_id: str, prompt: str, completion: str, meta: dict[str, Any]) -> Example:
-        if self.renderer:
-            prompt, completion = self.renderer.plain(prompt), self.renderer.response(completion)
+        prompt, completion = self.renderer.plain(prompt), self.renderer.response(completion)
         return self.made(row_id, prompt, completion, meta)
 
     def _talk(self, messages: Messages, row: dict[str, Any], row_id: str) -> Example:
@@ -140,13 +145,12 @@ class Sft(Task):
         return self.conversation(row_id, messages, turns, tools=tools, **meta)
 
     def _answer(self, row: dict[str, Any], told: str) -> str:
-        """The row's answer, or the whole response where it tells none."""
         found = row.get("answer")
         if isinstance(found, (int, float)):
             return str(found)
         if found:
             return text_field(row, "answer")
-        return self.renderer.response(told).replace(SEAM, "") if self.renderer else told
+        return self.renderer.response(told).replace(SEAM, "")
 
     def score(self, prediction: str, example: Example) -> Score:
         """The whole prediction, but for spacing."""
@@ -157,9 +161,7 @@ class Sft(Task):
         return Score(found or None, found == " ".join(wanted.split()))
 
 
-def _form(row: Any) -> Form:
-    if not isinstance(row, dict):
-        text_field(row, "messages")  # raises: a row of what it is
+def _form(row: dict[str, Any]) -> Form:
     if any(key in row for key in LISTS):
         return "messages"
     if "prompt" in row and any(key in row for key in RESPONSES):
@@ -173,14 +175,6 @@ def _form(row: Any) -> Form:
         " prompt with completion, messages, conversations, text"
         f" (data.format: {', '.join(get_args(Form))})"
     )
-
-
-def _asked(row: dict[str, Any], form: Form) -> tuple[str, str]:
-    """(what is asked, what it is asked about)."""
-    if form == "completion":
-        return text_field(row, "prompt"), ""
-    about = "input" if "input" in row else "context"  # Dolly's
-    return text_field(row, "instruction"), text_field(row, about, required=False).strip()
 
 
 def _messages(row: dict[str, Any], key: str) -> Messages:
@@ -229,7 +223,6 @@ def _calls(calls: Any, where: str) -> Any:
 
 
 def _content(said: Any, where: str) -> str:
-    """The text of a message; parts of it are put together."""
     if isinstance(said, list):
         if other := [p for p in said if not isinstance(p, dict) or p.get("type", "text") != "text"]:
             raise UserError(f"{where} has a part that is no text: {str(other[0])[:60]}")

@@ -63,8 +63,7 @@ def make_row(rng: random.Random, things: slice, looks: list[str] = LOOKS) -> dic
     """Draws a question about one of these things of some kind, as ARC has them."""
     kind, asked, look = rng.choice(KINDS), rng.choice(QUESTIONS), rng.choice(looks)
     question = asked.format(look=look, thing=rng.choice(WORLD[kind][things]))
-    choices = {"text": KINDS, "label": KINDS}
-    return {"question": question, "choices": choices, "answerKey": kind}
+    return {"question": question, "choices": {"text": KINDS, "label": KINDS}, "answerKey": kind}
 
 
 class Toy(Commonsense):

@@ -75,7 +75,7 @@ class TranslationConfig(TaskConfig):
     def name_of(self, side: str) -> str:
         """A language's name in the prompt. Raises UserError: none is set, and none known."""
         code, name = getattr(self, f"{side}_language"), getattr(self, f"{side}_name")
-        return languages.name_of(code, side) if name is None else str(name)
+        return languages.name_of(code, side) if name is None else name
 
 
 class Translation(Task):
@@ -108,7 +108,7 @@ class Translation(Task):
     def example(self, row: Any, row_id: str, split: Split) -> Example:
         """Fills the templates; a reference line has an empty prompt, which generates nothing."""
         if isinstance(row, bitext.ReferenceLine):
-            source, target = "", text_field({"the line": row.text}, "the line")
+            source, target = "", text_field({"the line": row}, "the line")
         else:
             source, target = self._pair(row)
         if "\n" in target or "\r" in target:
@@ -143,7 +143,7 @@ class Translation(Task):
         keys = []
         for side in ("source", "target"):
             code = getattr(self.config, f"{side}_language")
-            if (key := languages.matching(code, map(str, texts_by_code))) is None:
+            if (key := languages.matching(code, [*texts_by_code])) is None:
                 raise UserError(
                     f"{where} has {', '.join(map(str, texts_by_code)) or 'nothing'}, not '{code}'"
                     f" (data.{side}_language)"
@@ -167,8 +167,8 @@ class Translation(Task):
             stated = json.loads(score.format(width=6, signature=signature, is_json=True))
             mean = stated.get("confidence_mean", score.score)  # none where all resamples are 0
             half = stated.get("confidence_var", 0.0)
-            interval = max(0.0, mean - half), min(100.0, mean + half)
-            found[name] = Metric(score.score, *interval, False, f"{score.name}|{signature}")
+            interval = [max(0.0, mean - half), min(100.0, mean + half)]
+            found[name] = Metric(score.score, interval, False, f"{score.name}|{signature}")
         return found
 
     def _tokenizer(self) -> str:
