@@ -25,7 +25,6 @@ from scalepeft.adapters.card import card
 from scalepeft.adapters.experts import Stacked
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError
-from scalepeft.core.fields import field_names
 from scalepeft.core.files import (
     digest,
     parse_json,
@@ -181,10 +180,15 @@ def as_peft(
     return described, names
 
 
+def own_fields(config: Any) -> list[str]:
+    """Settings of a method's own: those that not every config class of adapters has."""
+    common: Any = AdapterConfig
+    return [k for k in config.__pydantic_fields__ if k not in common.__pydantic_fields__]
+
+
 def _fields(config: AdapterConfig, named: dict[str, str]) -> dict[str, str]:
     """Setting of the method's own -> the field of a PEFT config that has it."""
-    own = [name for name in field_names(type(config)) if name not in field_names(AdapterConfig)]
-    return {name: {"rank": "r", **named}.get(name, name) for name in own}
+    return {name: {"rank": "r", **named}.get(name, name) for name in own_fields(type(config))}
 
 
 def write(

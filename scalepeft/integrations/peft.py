@@ -26,10 +26,9 @@ from torch import nn
 
 from scalepeft.adapters.base import Adapter, AdapterConfig, adapter_config, find_method
 from scalepeft.adapters.inject import Adapted, block, total
-from scalepeft.adapters.layout import peft_name, told
+from scalepeft.adapters.layout import own_fields, peft_name, told
 from scalepeft.core import registry
 from scalepeft.core.errors import UserError
-from scalepeft.core.fields import field_names
 from scalepeft.integrations.peft_layer import Layer
 
 
@@ -211,7 +210,7 @@ def _register(method: str) -> None:
     PeftType._member_map_[name.upper()] = PeftType._value2member_map_[name.upper()] = member
     PeftType._member_names_.append(name.upper())
     type.__setattr__(PeftType, name.upper(), member)
-    own = [key for key in field_names(adapter.Config) if key not in field_names(AdapterConfig)]
+    own = own_fields(adapter.Config)
     defaults = partial(getattr, adapter.Config(name=method))
     fields = [
         ("r" if k == "rank" else k, Any, dataclasses.field(default_factory=partial(defaults, k)))
