@@ -156,6 +156,10 @@ class Task:
     translates: ClassVar[bool] = False  # ``question`` and ``reference`` of a row are COMET's
     asking: ClassVar[dict[str, str]] = {}  # a row that asks the text put in place of its ""
 
+    def __init_subclass__(cls) -> None:
+        if "examples" in vars(cls):  # it would be passed over where rows are streamed
+            raise UserError(f"{cls.__name__}.examples: a task defines stream(split) in its place")
+
     def __init__(self, config: TaskConfig, tokenizer: Any = None) -> None:
         self.config = config
         self.poll: Callable[[], None] = lambda: None
