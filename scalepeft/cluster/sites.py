@@ -11,7 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from scalepeft.cluster import sbatch
-from scalepeft.core.errors import unknown
+from scalepeft.core.errors import UserError, unknown
 from scalepeft.core.fields import STRICT, Positive, _build
 from scalepeft.core.files import read_mapping, shipped
 
@@ -53,6 +53,11 @@ class Site:
     scratch: str | None = None
     node_local: str | None = None
     internet: bool = True
+
+    def __post_init__(self) -> None:
+        """Raise UserError: a type of GPU where none is asked for by name."""
+        if self.gres_type and self.request == "none":
+            raise UserError(f"gres_type={self.gres_type}: request: none asks for none; drop one")
 
     def header(self, options: Words) -> Words:
         """A job's sbatch options, those that the site has an answer to replaced by its own: nodes

@@ -152,4 +152,4 @@ def folder_of(setting: str | bool, quantized_bytes: int) -> Path | None:
     if setting == "auto":
         wanted = quantized_bytes >= AUTO_BYTES and os.environ.get("SCALEPEFT_CACHE")
         return cache_folder() / "quantized" if wanted else None
-    return Path(str(setting)) if setting not in (False, "off") and quantized_bytes else None
+    return Path(str(setting)) if setting not in (False, "off", "") and quantized_bytes else None

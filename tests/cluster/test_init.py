@@ -106,6 +106,10 @@ def test_what_a_site_says_to_the_shell_is_text_with_variables() -> None:
         ("gpus_per_node: 0", "site.gpus_per_node='0'"),
         ("gpus: 4", "gpus=4: no such key"),
         ("gpus_per_node: 4\nrequest: gpu", "'gpus-per-node', 'gres' or 'none'"),
+        (
+            "gpus_per_node: 4\nrequest: none\ngres_type: a100",
+            "gres_type=a100: request: none asks for none",
+        ),
         ("[]", "expected"),
         ("{", "site.yaml"),
     ],
