@@ -1,7 +1,8 @@
-"""CPU seconds of an adapted layer beside PEFT's LoRA: ``HIDDEN plain|nf4 ROUNDS TOKENS,...``.
+"""CPU seconds of layers beside PEFT's LoRA: ``HIDDEN plain|nf4 ROUNDS TOKENS,... [LAYERS]``.
 
-A step is factors, forward, backward with the input's gradient, AdamW; median [lowest to highest] of
-the ratios in turns. One more number: HOFT is fused from so many tokens for each of its rank.
+A step is factors, forward, backward with the input's gradient, AdamW, over LAYERS (1) in a row;
+median [lowest to highest] of the ratios in turns. One more number: HOFT is fused from so many
+tokens for each of its rank.
 """
 
 import sys
@@ -28,31 +29,34 @@ METHODS = {
 }
 
 
-def networks(hidden: int, kind: str) -> dict[str, nn.Module]:
-    """One layer each, over the same weight."""
+def networks(hidden: int, kind: str, count: int) -> dict[str, nn.Module]:
+    """So many layers each, over the same weights."""
     torch.manual_seed(0)
-    weight = nn.Linear(hidden, hidden, bias=False).weight.requires_grad_(False)
-    made = {}
+    made, targets = {}, [str(i) for i in range(count)]
+    weights = [nn.Linear(hidden, hidden, bias=False).weight.detach() for _ in targets]
     for name in ("peft-lora", *METHODS):
-        layer = nn.Linear(hidden, hidden, bias=False)
-        layer.weight = weight
+        layers = [nn.Linear(hidden, hidden, bias=False).requires_grad_(False) for _ in weights]
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.weight.data = weight
         if name == "peft-lora":
-            net = nn.Sequential(layer if kind == "plain" else quant.bnb_linear(layer))
-            config = LoraConfig(r=16, target_modules=["0"], lora_dropout=0.0)
-            made[name] = get_peft_model(net, config)
+            if kind != "plain":
+                layers = [quant.bnb_linear(layer) for layer in layers]
+            config = LoraConfig(r=16, target_modules=targets, lora_dropout=0.0)
+            made[name] = get_peft_model(nn.Sequential(*layers), config)
             continue
-        if kind != "plain":
+        for layer in layers if kind != "plain" else ():
             quant.quantize(layer, quant.get_format(kind))
-        settings = {"name": name, "target_modules": ["0"], **METHODS[name]}
-        made[name] = scalepeft.inject(nn.Sequential(layer), settings)
+        settings = {"name": name, "target_modules": targets, **METHODS[name]}
+        made[name] = scalepeft.inject(nn.Sequential(*layers), settings)
     return made
 
 
 def main() -> None:
-    hidden, kind, rounds, tokens, *fused = sys.argv[1:]
+    hidden, kind, rounds, tokens, *more = sys.argv[1:]
+    count, *fused = more or ["1"]
     householder.FUSED_FROM = int(fused[0]) if fused else householder.FUSED_FROM
     torch.set_num_threads(1)
-    nets = networks(int(hidden), kind)
+    nets = networks(int(hidden), kind, int(count))
     engine = Single(EngineConfig(name="single"), Ranks())
     factors = {name: Factors(net, engine) for name, net in nets.items()}
     optimizers = {
@@ -78,7 +82,7 @@ def main() -> None:
                 times[name].append(sum(step(name, x, dy) for _ in range(repeats)) / repeats)
             turns.append(turns.pop(0))
         lora = times["peft-lora"][1:]
-        print(hidden, kind, n, f"peft-lora {1e3 * median(lora):.0f} ms", end="")
+        print(hidden, kind, n, f"{count} layers, peft-lora {1e3 * median(lora):.0f} ms", end="")
         for name in METHODS:
             ratios = sorted(a / b for a, b in zip(times[name][1:], lora, strict=True))
             print(f", {name} {median(ratios):.2f} [{ratios[0]:.2f} to {ratios[-1]:.2f}]", end="")
