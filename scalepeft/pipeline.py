@@ -292,7 +292,6 @@ def run(
 
 
 def _claim(stages: Path) -> Lease:
-    """Takes the folder of the manifests for this process alone."""
     with writing(stages):
         stages.mkdir(parents=True, exist_ok=True)
         return Lease(stages, claim(stages))

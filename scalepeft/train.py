@@ -215,7 +215,6 @@ def _steps(trainer: Trainer, rows: "_Rows", saver: Saver, stop: StopFlag) -> Non
 
 
 def _validate(trainer: Trainer, rows: TokenSet | None, poll: Callable[[], None]) -> dict[str, Any]:
-    """A row of validation.jsonl."""
     assert rows is not None
     clock = time.monotonic()
     value = held_out_loss(trainer, rows, poll)

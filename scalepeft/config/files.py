@@ -144,8 +144,8 @@ def config_files(section: str) -> list[Path]:
 
 
 def config_names(section: str) -> list[str]:
-    """Every name that ``section=NAME`` can take: of a file, or of an entry (an extension's)."""
-    entries = registry.available(cfg.NAMED[section][0]) if section in cfg.NAMED else []
+    """Every name that ``section=NAME`` can take: of a file, or of an extension's entry."""
+    entries = registry.added(cfg.NAMED[section][0]) if section in cfg.NAMED else []
     return sorted({*(file.stem for file in config_files(section)), *entries})
 
 

@@ -185,10 +185,7 @@ TOP = ("run_dir", "run_name", "recipe", "extensions")
 """Keys that are no section. ``run_name`` and ``recipe`` are there for other settings to refer to;
 ``extensions`` is a folder with methods, engines and tasks of others.
 """
-ALIASES = {
-    "data.tokenise": "data.tokenize",
-    "model.quantised_cache": "model.quantized_cache",
-}
+ALIASES = {"data.tokenise": "data.tokenize", "model.quantised_cache": "model.quantized_cache"}
 """Former spellings, taken in files, on the command line and in older runs."""
 
 

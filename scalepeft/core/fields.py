@@ -1,7 +1,8 @@
 """Field types of all config dataclasses, what a field decides, and their one-line errors."""
 
+import dataclasses
 from enum import Enum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -29,12 +30,14 @@ class Decides(Enum):
     NOTHING = "none of these: which stages are done, in which folder, in how many starts"
 
 
-def marks_of(cls: Any) -> dict[str, frozenset[Decides]]:
+def marks_of(cls: type) -> dict[str, frozenset[Decides]]:
     """Field name -> its marks, or its class's ``DECIDES`` where it has none of its own."""
     default: frozenset[Decides] = frozenset(getattr(cls, "DECIDES", ()))
+    hints = get_type_hints(cls, include_extras=True)
+    notes = {f.name: getattr(hints[f.name], "__metadata__", ()) for f in dataclasses.fields(cls)}
     return {
-        name: frozenset(note for note in field.metadata if isinstance(note, Decides)) or default
-        for name, field in cls.__pydantic_fields__.items()
+        name: frozenset(note for note in found if isinstance(note, Decides)) or default
+        for name, found in notes.items()
     }
 
 
@@ -43,8 +46,8 @@ def deciding(cls: type, *marks: Decides) -> list[str]:
     return [name for name, found in marks_of(cls).items() if found & set(marks)]
 
 
-def _build(cls: Any, values: dict[str, Any], section: str) -> Any:
-    names = list(cls.__pydantic_fields__)
+def _build(cls: type, values: dict[str, Any], section: str) -> Any:
+    names = [field.name for field in dataclasses.fields(cls)]
     for key in [key for key in values if key not in names][:1]:  # YAML reads ``no`` as a false key
         name, near = values.get("name"), nearest(str(key), names)
         raise UserError(

@@ -28,6 +28,11 @@ def available(package: str) -> list[str]:
     return sorted(found | _installed(package).keys())
 
 
+def added(package: str) -> list[str]:
+    """The keys of ``available`` that extensions have brought."""
+    return sorted(set(available(package)) - set(_modules(_paths(package)[0])))
+
+
 def extend(folder: str) -> None:
     """Add the entries of an extension folder to the registries, for the life of the process; of two
     of one name the first counts: the config of a resumed run names an older copy. Raises UserError:

@@ -111,9 +111,7 @@ class Engine:
 
     @classmethod
     def shares(cls, config: Any, model: nn.Module, world_size: int, ranks_per_node: int) -> Shares:
-        """Return what a rank holds and exchanges of an adapted ``model`` on the meta device; by
-        default all of it, and what is simulated.
-        """
+        """What a rank holds and exchanges of an adapted ``model`` on meta; by default all of it."""
         return Shares()
 
     def shard(self, model: nn.Module, blocks: list[nn.Module]) -> None:

@@ -141,7 +141,6 @@ class Zero(Engine):
         )
 
     def _settings(self, model: nn.Module) -> dict[str, Any]:
-        """DeepSpeed's config."""
         trained = sum(full_shape(p).numel() for p in model.parameters() if p.requires_grad)
         bucket = max(1, min(BUCKET, trained))
         zero: dict[str, Any] = {

@@ -18,9 +18,10 @@ saver.PATIENCE_SECONDS, saver.FINAL_PAUSES = 0.0, ()
 log = RunRecorder.log
 
 
-def log_then_fill(self: RunRecorder, row: dict[str, Any]) -> None:
-    log(self, row)
-    if self.ranks.is_main and row["step"] == int(os.environ.get("FILL_AT", "0")):
+def log_then_fill(self: RunRecorder, name: str, row: dict[str, Any]) -> None:
+    log(self, name, row)
+    due = name == "metrics" and row["step"] == int(os.environ.get("FILL_AT", "0"))
+    if self.ranks.is_main and due:
         if "FILL_ROOM" in os.environ:
             (self.path / "checkpoints" / ".room").unlink()
         fill_up(Path(os.environ["FILL"]))
