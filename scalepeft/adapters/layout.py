@@ -180,10 +180,10 @@ def as_peft(
     return described, names
 
 
-def own_fields(config: Any) -> list[str]:
+def own_fields(config: type[AdapterConfig]) -> list[str]:
     """Settings of a method's own: those that not every config class of adapters has."""
-    common: Any = AdapterConfig
-    return [k for k in config.__pydantic_fields__ if k not in common.__pydantic_fields__]
+    common = {f.name for f in dataclasses.fields(AdapterConfig)}
+    return [f.name for f in dataclasses.fields(config) if f.name not in common]
 
 
 def _fields(config: AdapterConfig, named: dict[str, str]) -> dict[str, str]:
