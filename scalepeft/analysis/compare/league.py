@@ -63,7 +63,9 @@ def _differences(axes: Axes, result: dict[str, Any], order: list[str]) -> None:
         axes.errorbar(mean, order.index(row["method"]), xerr=half, fmt="o", color=color, ms=4)
     axes.axvline(0, color=INK, lw=1)
     axes.set_xscale("symlog", linthresh=0.03)
-    wide, ticks = axes.get_xlim(), (-1, -0.1, -0.02, 0, 0.02, 0.1, 0.3, 1)
+    wide = axes.get_xlim()
+    near = max(map(abs, wide)) < 0.025
+    ticks = [-0.01, 0, 0.01] if near else [-1, -0.1, -0.02, 0, 0.02, 0.1, 0.3, 1]
     axes.set(xticks=ticks, xticklabels=ticks, xlim=wide, ylim=(len(order) - 0.5, -0.5))
     axes.set_xlabel(f"loss less {result['design']['reference']}'s")
     axes.set_yticks(range(len(order)), order)
