@@ -272,3 +272,6 @@ class Layer(nn.Module, BaseTunerLayer):
         for key, parameter in self.originals.items():
             setattr(self.get_base_layer(), key, parameter)
         self.originals, self.merged_adapters = {}, []
+
+    def __repr__(self) -> str:
+        return f"{self.method}." + super().__repr__()
