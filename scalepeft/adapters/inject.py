@@ -279,7 +279,10 @@ def start_adapters(model: nn.Module, whole: Callable[[list[nn.Parameter]], Any] 
     """Makes what adapters keep of W, which ``whole`` gathers, one layer after another."""
     for _, layer in adapted_layers(model):
         if layer.adapter.kept:
-            twin = unsharded_copy(layer, lambda p: whole([p])[0])  # type: ignore[list-item]
+            # Not unsharded_copy, which would gather the adapter too.
+            held = {k: whole([p])[0] for k, p in layer._parameters.items() if p is not None}
+            twin: Any = layer.__class__.__new__(layer.__class__)
+            twin.__dict__ = {**layer.__dict__, "_parameters": held}
             base = twin if isinstance(layer, ExpertLinear) else quant.Frozen(twin)
             for key, values in layer.adapter.start(base).items():
                 copy_rows(layer.adapter.get_parameter(key), values)

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from scalepeft.core.errors import UserError
-from scalepeft.core.files import fsync, lines_of, read_text, remove_strays, write_atomically
+from scalepeft.core.files import (
+    fsync,
+    lines_of,
+    parse_json,
+    read_text,
+    remove_strays,
+    write_atomically,
+)
 from scalepeft.core.log import say
 from scalepeft.core.slurm import slurm_start
 
@@ -157,8 +164,8 @@ class Lease:
 def _read(file: Path) -> dict[str, Any]:
     """The owner's entry, empty once it is released; of a broken file one without a name."""
     found: Any = None
-    with suppress(ValueError, RecursionError):
-        found = json.loads(_text(file))
+    with suppress(ValueError):
+        found = parse_json(_text(file))
     unnamed: dict[str, Any] = dict.fromkeys(("start", "host", "pid"), "?")
     return found and unnamed | found if isinstance(found, dict) else unnamed
 

@@ -154,7 +154,7 @@ class Math(Task):
         """``correct``: the whole answer equals the right one; ``strict``: the protocol's script."""
         right, kind = example.meta["answer"], example.meta["kind"]
         found = answers.find(prediction, kind)
-        correct = found == right
+        correct = found is not None and found == right
         if found is not None and kind != "letter":
             correct = whole.equal(right, found, self.equivalent)
         rule = answers.RULES.get(self.config.protocol or "")
